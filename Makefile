@@ -1,0 +1,52 @@
+# Every target works alone on a fresh clone: it makes .venv first where that is missing or out of
+# date. Needed beforehand: Python 3.10 to 3.13 with its venv module, make, a C++ compiler.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --quiet --constraint constraints.txt
+STAMP := $(VENV)/.installed
+FAST := not slow and not multiprocess and not gpu
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install demo test check format bench clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1|/p' $(MAKEFILE_LIST) | \
+	while IFS='|' read -r name text; do printf '  make %-9s %s\n' "$$name" "$$text"; done
+
+install: $(STAMP) ## make .venv with the tested versions (PYTHON=python3.12 picks another Python)
+
+demo: $(STAMP) ## train a small ViT on a made-up picture set in minutes, and draw what it learnt
+	@$(RUN) -m cjepa_fast.demo
+
+test: $(STAMP) ## every test that this machine can run
+	@$(RUN) -m pytest
+
+check: $(STAMP) ## ruff, then the fast tests
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+	@$(RUN) -m pytest -q -m "$(FAST)"
+
+format: $(STAMP) ## let ruff mend and format the code
+	@$(RUN) -m ruff check --fix .
+	@$(RUN) -m ruff format .
+
+bench: $(STAMP) ## images/s of the demo's training step on this machine, in a minute
+	@$(RUN) bench/throughput.py
+
+clean: ## remove .venv and everything built or cached (runs/ stays)
+	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 14))' || { \
+	  echo "cjepa_fast needs Python 3.10 to 3.13; '$(PYTHON)' is not. Try: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; \
+	  exit 1; }
+	@test -x $(RUN) || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); } || { \
+	  rm -rf $(VENV); echo "no venv: install Python's venv module (Debian: python3-venv)" >&2; exit 1; }
+	@echo "installing torch"
+	@$(PIP) torch setuptools wheel
+	@echo "installing cjepa_fast and what it needs (versions: constraints.txt)"
+	@$(PIP) --editable '.[dev]'
+	@touch $@

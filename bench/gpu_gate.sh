@@ -1,0 +1,128 @@
+#!/usr/bin/env bash
+# What must hold on a GPU, in one call of less than ten minutes:
+#
+#     PYTHON=python3 bench/gpu_gate.sh [OUT] [IMAGES]
+#
+# The tests that need a GPU, the throughput of every configuration, a short training on IMAGES (a
+# labelled folder or shards; also read from CJEPA_REAL_IMAGES; else the made-up shapes) that is
+# interrupted and resumed, kNN on its features, and the fast tests. A part that fails or runs out of
+# time leaves the rest be. OUT (default bench/results/gate-DATE) gets gate.log with all output,
+# summary.txt and the figures. Exits non-zero if any part failed.
+#
+# Without a GPU the same parts run at toy size. Tests that start several processes are left to
+# `make test`: two processes cannot share one GPU's NCCL.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+asked="${PYTHON:-python3}"
+PYTHON="$(command -v "$asked")" || { echo "PYTHON=$asked: no such command" >&2; exit 2; }
+[[ $PYTHON == /* ]] || PYTHON="$PWD/$PYTHON"
+OUT="${1:-bench/results/gate-$(date -u +%Y%m%d-%H%M%S)}"
+IMAGES="${2:-${CJEPA_REAL_IMAGES:-}}"
+BUDGET_S="${BUDGET_S:-580}"
+export PYTHONUNBUFFERED=1
+
+mkdir -p "$OUT"
+OUT="$(cd "$OUT" && pwd)"
+WORK="$(mktemp -d)"
+trap 'rm -rf "$WORK"' EXIT
+: >"$OUT/gate.log"
+: >"$OUT/summary.txt"
+failures=0
+
+say() { echo "$*" | tee -a "$OUT/gate.log"; }
+
+record() { # NAME RESULT SECONDS
+  printf '%-12s %-24s %4s s\n' "$@" >>"$OUT/summary.txt"
+}
+
+# part NAME LIMIT_S COMMAND...: run it for LIMIT_S, or what is left of the budget, at most.
+part() {
+  local name=$1 limit=$2 began=$SECONDS status left
+  shift 2
+  left=$((BUDGET_S - SECONDS))
+  ((limit <= left)) || limit=$left
+  if ((limit < 5)); then
+    record "$name" "no time was left" 0
+    failures=$((failures + 1))
+    return
+  fi
+  say "== $name: $*"
+  timeout --kill-after=10 "$limit" "$@" 2>&1 | tee -a "$OUT/gate.log"
+  status=${PIPESTATUS[0]}
+  case $status in
+    0) record "$name" passed $((SECONDS - began)) ;;
+    124 | 137) record "$name" "FAILED: over $limit s" $((SECONDS - began)) ;;
+    *) record "$name" "FAILED: status $status" $((SECONDS - began)) ;;
+  esac
+  ((status == 0)) || failures=$((failures + 1))
+}
+
+# Train for SECONDS, then ask with SIGTERM: the run finishes its step, saves and exits with 0.
+train_for() { # SECONDS ARGUMENTS...
+  local seconds=$1
+  shift
+  part "$TRAIN_PART" $((seconds + 40)) timeout --preserve-status --kill-after=35 "$seconds" \
+    "$PYTHON" cjepa_fast/train.py --config "$train_config" --set "run.dir=$WORK/run" \
+    --set telemetry.every_steps=5 "${train_sets[@]}" "$@"
+}
+
+all_configs=(demo)
+for file in configs/*.json; do
+  name=$(basename "$file" .json)
+  [[ $name == demo ]] || all_configs+=("$name")
+done
+
+if [[ -n $IMAGES ]]; then
+  train_config=imagenette128_vit_s
+  train_sets=(--set "data.path=$IMAGES")
+  knn_data=(--data "$IMAGES")
+else
+  train_config=demo
+  train_sets=()
+  knn_data=(--data shapes --test shapes:val)
+fi
+
+if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  say "on a GPU"
+  bench_size=(--steps 10 --warmup 4)
+  jpeg_config=vit_b
+  train_s=60 resume_s=30 knn_train=10000
+else
+  say "no GPU: toy sizes"
+  bench_size=(--steps 2 --warmup 1 --batch 2 --set model.width=48 --set model.depth=1
+    --set model.heads=3 --set predictor.width=24 --set predictor.depth=1 --set predictor.heads=3)
+  jpeg_config=demo
+  train_sets+=(--set data.batch_size=16 --set data.micro_batch_size=16 --set model.depth=1)
+  train_s=45 resume_s=30 knn_train=500
+fi
+
+# The package must be importable as installed, since kernels/ and configs/ lie beside it.
+if ! (cd / && "$PYTHON" -c 'import cjepa_fast.kernels.gather' 2>/dev/null); then
+  part install 60 "$PYTHON" -m pip install --quiet --no-deps --no-build-isolation --editable .
+fi
+
+if [[ -z $IMAGES ]]; then
+  part shapes 120 "$PYTHON" -c 'from cjepa_fast.data import shapes
+for split in ("train", "val"): shapes.ensure(split)'
+fi
+part machine 30 "$PYTHON" bench/hardware.py
+part tests-gpu 90 "$PYTHON" -m pytest -q -m gpu
+part throughput 280 "$PYTHON" bench/throughput.py --config "${all_configs[@]}" \
+  --data synthetic "${bench_size[@]}" --json "$OUT/throughput.json"
+part from-jpeg 60 "$PYTHON" bench/throughput.py --config "$jpeg_config" --data both \
+  --data-path "${IMAGES:-shapes}" "${bench_size[@]}" --json "$OUT/throughput_jpeg.json"
+TRAIN_PART=train train_for "$train_s"
+TRAIN_PART=resume train_for "$resume_s" --resume auto
+part knn 60 "$PYTHON" -m cjepa_fast.eval knn "$WORK/run" "${knn_data[@]}" --untrained \
+  --max-train "$knn_train" --json "$OUT/knn.json"
+part tests-fast 300 "$PYTHON" -m pytest -q -m "not gpu and not slow and not multiprocess"
+
+cp "$WORK/run/log.jsonl" "$OUT/train_log.jsonl" 2>/dev/null || true
+{
+  echo "parts failed: $failures"
+  echo "seconds in all: $SECONDS"
+} >>"$OUT/summary.txt"
+say "== summary"
+tee -a "$OUT/gate.log" <"$OUT/summary.txt"
+exit $((failures > 0))

@@ -1,0 +1,120 @@
+"""What a measurement ran on: hardware, versions, commit, and the ceilings of its arithmetic."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Dense bf16 TFLOP/s of the vendors' data sheets, by a part of the device's name; first match wins.
+PEAK_TFLOPS = {
+    "H200": 989,
+    "H100 NVL": 835,
+    "H100 PCIe": 756,
+    "H100": 989,
+    "B200": 2250,
+    "A100": 312,
+    "L40S": 362,
+}
+PACKAGES = ("cjepa_fast", "torch", "triton", "deepspeed", "nvidia-dali-cuda130", "numpy")
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's with the cores this process may use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{processor_name()}, {len(os.sched_getaffinity(0))} cores"
+
+
+def processor_name() -> str:
+    with open("/proc/cpuinfo", encoding="utf-8") as file:
+        names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def peak_tflops(name: str) -> float | None:
+    """The data sheet's dense bf16 rate of a GPU, None where it is not known here."""
+    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+
+
+def measured_tflops(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
+    """TFLOP/s of a large square product of random data: the median over about `seconds`."""
+    side = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(side, side, device=device, dtype=dtype)
+    b = torch.randn(side, side, device=device, dtype=dtype)
+    durations_s: list[float] = []
+    for _ in range(3):
+        a @ b
+    while sum(durations_s) < seconds or len(durations_s) < 5:
+        synchronize(device)
+        began = time.perf_counter()
+        a @ b
+        synchronize(device)
+        durations_s.append(time.perf_counter() - began)
+    return 2 * side**3 / statistics.median(durations_s) / 1e12
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found | {"torch": torch.__version__}
+
+
+def commit() -> str | None:
+    """The commit's hash, with "+changes" where the tree differs from it; None outside git."""
+    git = ["git", "-C", str(ROOT)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+        changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
+    except FileNotFoundError:  # no git here
+        return None
+    if head.returncode:
+        return None
+    return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+
+
+def own_command() -> str:
+    return shlex.join(["python", *sys.argv])
+
+
+def provenance(device: torch.device) -> dict:
+    """What must stand beside a figure for another to repeat it."""
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": own_command(),
+        "commit": commit(),
+        "hardware": {
+            "device": device_name(device),
+            "processor": processor_name(),
+            "cores": len(os.sched_getaffinity(0)),
+            "memory_gib": round(pages / 2**30, 1),
+            "torch_threads": torch.get_num_threads(),
+        },
+        "versions": versions(),
+    }
+
+
+if __name__ == "__main__":
+    here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rate = round(measured_tflops(here, torch.bfloat16), 3)
+    print(json.dumps(provenance(here) | {"bf16_matmul_tflops": rate}, indent=1))

@@ -1,0 +1,102 @@
+"""From the configuration to the parts: networks, masks, loader."""
+
+import torch
+
+from cjepa_fast import config as configuration
+from cjepa_fast import engine as engines
+from cjepa_fast.config import Config, ConfigError
+from cjepa_fast.data import sources
+from cjepa_fast.data.loader import Loader
+from cjepa_fast.interop import load_ijepa
+from cjepa_fast.jepa import JEPA
+from cjepa_fast.loss import CJEPALoss, build_projector
+from cjepa_fast.masks import MaskSampler
+from cjepa_fast.predictor import Predictor
+from cjepa_fast.vit import MODELS, Encoder
+
+
+def build_networks(config: Config, group=None) -> JEPA:
+    """Context encoder, predictor, projector and loss, freshly initialised in fp32."""
+    model = {**MODELS[config.model.name]}
+    own = {key: getattr(config.model, key) for key in model}
+    model |= {key: value for key, value in own.items() if value is not None}
+    attention, part = config.model.attention, config.predictor
+    check_heads("model", model["width"], model["heads"])
+    check_heads("predictor", part.width, part.heads or model["heads"])
+    encoder = Encoder(config.data.image_size, config.model.patch_size, attention=attention, **model)
+    encoder.mean, encoder.std = config.data.mean, config.data.std
+    predictor = Predictor(
+        encoder.width,
+        encoder.grid,
+        part.width,
+        part.depth,
+        part.heads or encoder.heads,
+        part.mlp_ratio,
+        attention,
+    )
+    vicreg = config.loss.vicreg.model_dump()
+    widths = vicreg.pop("projector")
+    if not vicreg["beta"]:
+        widths = None  # nothing would train it
+    projector = build_projector(encoder.width, widths, group)
+    loss = CJEPALoss(prediction=config.loss.prediction, group=group, **vicreg)
+    return JEPA(encoder, predictor, loss, projector)
+
+
+def check_heads(section: str, width: int, heads: int) -> None:
+    """Of the sizes that the model's name decides; those in the file config.py has checked."""
+    if width % heads:
+        raise ConfigError(f"{section}.width = {width}: must be a multiple of the {heads} heads")
+
+
+def compute_dtype(config: Config) -> torch.dtype:
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[config.run.precision]
+
+
+def build_masks(config: Config, grid: tuple[int, int]) -> MaskSampler:
+    return MaskSampler(grid=grid, seed=config.run.seed, **config.mask.model_dump())
+
+
+def initialise(networks: JEPA, target: Encoder, config: Config) -> None:
+    """Start from an I-JEPA checkpoint: fills encoder, predictor and target encoder."""
+    encoder, predictor, average = load_ijepa(
+        config.run.init_from,
+        config.model.name,
+        config.model.patch_size,
+        config.data.image_size,
+        config.predictor.depth,
+        config.predictor.width,
+    )
+    networks.encoder.load_state_dict(encoder.state_dict())
+    networks.predictor.load_state_dict(predictor.state_dict())
+    target.load_state_dict(average.state_dict())
+
+
+def build_loader(config: Config, device: torch.device, masks: MaskSampler) -> Loader:
+    data = config.data
+    path = configuration.expanded(data.path)
+    images = engines.first_on_each_node(lambda: sources.open_images(path))
+    micro_batch, _ = configuration.micro_batches(
+        data.batch_size, engines.world_size(), data.micro_batch_size
+    )
+    return Loader(
+        images,
+        global_batch=data.batch_size,
+        micro_batch=micro_batch,
+        image_size=data.image_size,
+        crop_scale=data.crop_scale,
+        crop_ratio=data.crop_ratio,
+        flip=data.flip,
+        colour=data.colour,
+        mean=data.mean,
+        std=data.std,
+        seed=config.run.seed,
+        rank=engines.rank(),
+        world_size=engines.world_size(),
+        device=device,
+        dtype=compute_dtype(config),
+        threads=data.threads,
+        prefetch=data.prefetch,
+        hw_decoder_load=data.hw_decoder_load,
+        masks=masks,
+    )

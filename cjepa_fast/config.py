@@ -1,0 +1,349 @@
+"""The configuration of a run: frozen, typed, validated once, read from JSON.
+
+`load("vit_h.json", ["optim.lr=3e-4"])` finds the file, resolves its "extends", applies the
+overrides and checks everything; whatever is wrong raises one ConfigError that names the key, the
+value, what is allowed and, for an unknown key, the nearest valid one.
+"""
+
+import difflib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0)]
+
+MODEL_NAMES = ("vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge", "vit_giant")
+
+
+class ConfigError(ValueError):
+    """The message is for the user, whole: no traceback is needed."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+class RunSection(Section):
+    dir: str = Field("runs/{config}", description="folder of the run; {config} is the file's name")
+    seed: Seed = 0
+    epochs: Count = 300
+    precision: Literal["bf16", "fp32"] = "bf16"
+    max_bad_steps: Count = Field(10, description="non-finite steps in a row before the run stops")
+    init_from: str | None = Field(None, description="an I-JEPA checkpoint to start from")
+
+
+class DataSection(Section):
+    path: str = Field("data/imagenet/train", description="folder, shards, or 'shapes'")
+    image_size: Count = 224
+    batch_size: Count = Field(2048, description="images a step, over all processes")
+    micro_batch_size: Count = Field(128, description="most images a process takes at a time")
+    crop_scale: tuple[Share, Share] = (0.3, 1.0)
+    crop_ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
+    flip: bool = False
+    colour: NonNegative = Field(0.0, description="strength of colour jitter")
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
+    threads: Count = Field(4, description="decoding threads of a process")
+    prefetch: Count = Field(2, description="batches made ahead")
+    hw_decoder_load: Fraction = Field(0.65, description="share of the GPU's JPEG engines")
+
+
+class MaskSection(Section):
+    sampler: Literal["uniform", "ijepa"] = "uniform"
+    context: Literal["random", "prefix", "fixed"] = "random"
+    targets: Count = 4
+    target_scale: tuple[Share, Share] = (0.15, 0.2)
+    target_aspect: tuple[Positive, Positive] = (0.75, 1.5)
+    context_scale: tuple[Share, Share] = (0.85, 1.0)
+    min_keep: Count = 10
+
+
+class ModelSection(Section):
+    name: Literal[MODEL_NAMES] = "vit_huge"  # type: ignore[valid-type]
+    patch_size: Count = 14
+    width: Count | None = Field(None, description="instead of the named model's")
+    depth: Count | None = None
+    heads: Count | None = None
+    mlp_ratio: Positive | None = None
+    attention: Literal["auto", "plain", "sdpa", "flash_attn"] = "auto"
+
+
+class PredictorSection(Section):
+    width: Count = 384
+    depth: Count = 12
+    heads: Count | None = Field(None, description="null: the encoder's")
+    mlp_ratio: Positive = 4.0
+
+
+class VICRegSection(Section):
+    beta: NonNegative = Field(0.001, description="0 is exactly I-JEPA")
+    sim: NonNegative = 25.0
+    std: NonNegative = 25.0
+    cov: NonNegative = 1.0
+    gamma: Positive = 1.0
+    eps: Positive = 1e-4
+    views: Literal["blocks", "context_target", "tokens"] = "blocks"
+    projector: tuple[Count, ...] | None = None
+
+
+class LossSection(Section):
+    prediction: Literal["smooth_l1", "l2"] = "smooth_l1"
+    vicreg: VICRegSection = VICRegSection()
+
+
+class OptimSection(Section):
+    lr: Positive = 1e-3
+    start_lr: NonNegative = 1e-4
+    final_lr: NonNegative = 1e-6
+    warmup_epochs: NonNegative = 15
+    weight_decay: NonNegative = 0.04
+    final_weight_decay: NonNegative = 0.4
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    clip: NonNegative = Field(0.0, description="largest gradient norm; 0: no clipping")
+    momentum: Fraction = Field(0.996, description="of the target's average")
+    final_momentum: Fraction = 1.0
+
+
+class CheckpointSection(Section):
+    every_steps: Whole = Field(1000, description="0: only at the end")
+    keep: Count = 2
+
+
+class TelemetrySection(Section):
+    every_steps: Count = 20
+    tensorboard: bool = True
+
+
+class EvalSection(Section):
+    crop: Share = Field(0.875, description="centre crop, as a share of the short side")
+    k: Count = 20
+    temperature: Positive = 0.07
+
+
+class Config(Section):
+    run: RunSection = RunSection()
+    data: DataSection = DataSection()
+    mask: MaskSection = MaskSection()
+    model: ModelSection = ModelSection()
+    predictor: PredictorSection = PredictorSection()
+    loss: LossSection = LossSection()
+    optim: OptimSection = OptimSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    telemetry: TelemetrySection = TelemetrySection()
+    eval: EvalSection = EvalSection()
+    deepspeed: dict[str, Any] = Field(default_factory=dict, description="passed to DeepSpeed")
+
+    def to_json(self) -> str:
+        return self.model_dump_json(indent=2) + "\n"
+
+
+def load(name: str, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a file, with `key.path=value` overrides. Raises ConfigError."""
+    values = _resolved(find(name))
+    for override in overrides:
+        _override(values, override)
+    return validate(values, Path(name).stem)
+
+
+def validate(values: dict, name: str = "run") -> Config:
+    """Check a dict of sections; `name` fills {config} in run.dir. Raises ConfigError."""
+    try:
+        config = Config.model_validate_json(json.dumps(values))
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(e) for e in error.errors())) from None
+    problems = list(_impossible(config))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    run = config.run.model_copy(update={"dir": config.run.dir.replace("{config}", name)})
+    return config.model_copy(update={"run": run})
+
+
+def find(name: str) -> Path:
+    """The file itself, or the one of that name (".json" may be left out) in configs/."""
+    shipped = configs_folder()
+    for path in (Path(name), Path(f"{name}.json"), shipped / name, shipped / f"{name}.json"):
+        if path.is_file():
+            return path
+    names = ", ".join(sorted(path.name for path in shipped.glob("*.json")))
+    raise ConfigError(f"--config {name}: no such file here or in configs/, which has {names}")
+
+
+def configs_folder() -> Path:
+    """configs/ of the source tree, or of the installed package."""
+    beside = Path(__file__).resolve().parent.parent / "configs"
+    return beside if beside.is_dir() else Path(str(resources.files("cjepa_fast.configs")))
+
+
+def _resolved(path: Path, seen: tuple[Path, ...] = ()) -> dict:
+    """The file's values laid over those of the file it extends."""
+    if path.resolve() in seen:
+        raise ConfigError(f'{path}: "extends" goes in a circle')
+    try:
+        values = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}: not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: must hold a JSON object of sections")
+    parent = values.pop("extends", None)
+    if parent is None:
+        return values
+    beside = path.parent / str(parent)
+    base = beside if beside.is_file() else find(str(parent))
+    return _merged(_resolved(base, (*seen, path.resolve())), values)
+
+
+def _merged(base: dict, over: dict) -> dict:
+    both = {**base, **over}
+    for key in base.keys() & over.keys():
+        if isinstance(base[key], dict) and isinstance(over[key], dict):
+            both[key] = _merged(base[key], over[key])
+    return both
+
+
+def _override(values: dict, override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {override}: write it as section.key=value")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text  # a bare word is a string
+    *sections, last = key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"--set {override}: {section} is a value, it has no key below it")
+    values[last] = value
+
+
+def _section_at(path: Sequence) -> type[Section] | None:
+    model: Any = Config
+    for part in path:
+        field = model.model_fields.get(part) if hasattr(model, "model_fields") else None
+        model = field.annotation if field else None
+    return model if hasattr(model, "model_fields") else None
+
+
+def _explain(error: dict) -> str:
+    """One line for one of pydantic's errors."""
+    path = [str(part) for part in error["loc"]]
+    key, value = ".".join(path), json.dumps(error["input"])
+    if error["type"] == "extra_forbidden":
+        section = _section_at(path[:-1])
+        valid = sorted(section.model_fields) if section else []
+        near = difflib.get_close_matches(path[-1], valid, n=1, cutoff=0.0)
+        nearest = ".".join([*path[:-1], near[0]]) if near else ""
+        return f"{key} = {value}: no such key; nearest is {nearest}; valid: {', '.join(valid)}"
+    reason = error["msg"][0].lower() + error["msg"][1:]
+    return f"{key} = {value}: {reason}{_nearest_word(error)}"
+
+
+def _nearest_word(error: dict) -> str:
+    if error["type"] != "literal_error" or not isinstance(error["input"], str):
+        return ""
+    words = error["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
+    near = difflib.get_close_matches(error["input"], words, n=1, cutoff=0.4)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _impossible(config: Config) -> Iterator[str]:
+    """What no single key shows to be wrong."""
+    data, mask, model, optim = config.data, config.mask, config.model, config.optim
+    if data.image_size % model.patch_size:
+        below = data.image_size - data.image_size % model.patch_size
+        yield (
+            f"data.image_size = {data.image_size}: must be a multiple of model.patch_size = "
+            f"{model.patch_size}, such as {below or model.patch_size}"
+        )
+    patches = (data.image_size // model.patch_size) ** 2
+    if mask.min_keep >= patches > 0:
+        yield (
+            f"mask.min_keep = {mask.min_keep}: the grid has only {patches} patches; "
+            f"at most {patches - 1} can be kept beside a target"
+        )
+    for section, key in (
+        ("data", "crop_scale"),
+        ("data", "crop_ratio"),
+        ("mask", "target_scale"),
+        ("mask", "target_aspect"),
+        ("mask", "context_scale"),
+    ):
+        low, high = getattr(getattr(config, section), key)
+        if low > high:
+            yield f"{section}.{key} = [{low}, {high}]: the first must not exceed the second"
+    if optim.warmup_epochs > config.run.epochs:
+        yield (
+            f"optim.warmup_epochs = {optim.warmup_epochs:g}: longer than the run; "
+            f"at most run.epochs = {config.run.epochs}"
+        )
+    yield from _impossible_sizes(config)
+    yield from _impossible_deepspeed(config)
+
+
+def _impossible_sizes(config: Config) -> Iterator[str]:
+    for section in ("model", "predictor"):
+        part = getattr(config, section)
+        for key, value in (("width", part.width), ("heads", part.heads)):
+            if key == "width" and value is not None and value % 4:
+                yield f"{section}.width = {value}: must be a multiple of 4 (2-D positions)"
+        if part.width and part.heads and part.width % part.heads:
+            yield (
+                f"{section}.width = {part.width}: must be a multiple of {section}.heads = "
+                f"{part.heads}"
+            )
+
+
+def _impossible_deepspeed(config: Config) -> Iterator[str]:
+    """Keys that another section decides may stand in a user's DeepSpeed JSON only as "auto"."""
+    decided = {
+        "train_batch_size": "data.batch_size",
+        "train_micro_batch_size_per_gpu": "data.micro_batch_size",
+        "gradient_accumulation_steps": "data.batch_size and data.micro_batch_size",
+        "optimizer": "optim",
+        "scheduler": "optim",
+    }
+    for key, owner in decided.items():
+        value = config.deepspeed.get(key, "auto")
+        if value != "auto":
+            yield f'deepspeed.{key} = {json.dumps(value)}: set {owner} instead, or leave it "auto"'
+    for key in ("bf16", "fp16", "zero_optimization"):
+        value = config.deepspeed.get(key, {})
+        if not isinstance(value, dict):
+            yield f"deepspeed.{key} = {json.dumps(value)}: must be an object, as DeepSpeed has it"
+        elif key == "fp16" and value.get("enabled") is True:
+            yield "deepspeed.fp16.enabled = true: set run.precision (bf16 or fp32) instead"
+
+
+def micro_batches(batch_size: int, world_size: int, limit: int) -> tuple[int, int]:
+    """(images a process takes at a time, how many times a step): the fewest times within `limit`.
+
+    Raises ConfigError where batch_size does not divide evenly.
+    """
+    if batch_size % world_size:
+        raise ConfigError(
+            f"data.batch_size = {batch_size}: must be a multiple of the {world_size} processes, "
+            f"such as {max(1, batch_size // world_size) * world_size}"
+        )
+    share = batch_size // world_size
+    times = next(n for n in range(-(-share // limit), share + 1) if share % n == 0)
+    return share // times, times
+
+
+def expanded(path: str) -> str:
+    """A path with ~ and environment variables put in."""
+    return os.path.expandvars(os.path.expanduser(path))

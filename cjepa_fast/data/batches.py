@@ -1,0 +1,176 @@
+"""Reading and decoding batches of an ImageSet, and what happens to images that fail.
+
+Work goes through three hands: a small pool of threads reads bytes, DALI decodes, the caller gets
+tensors in order. Threads rather than DALI's parallel external source: its worker processes cost
+seconds at the start and at each rebuild, and signals meant for the run reach them.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from cjepa_fast.data.pipeline import DEPTH, FAILURES, Decoder, Feed
+from cjepa_fast.data.sources import NAMES_LOGGED, ImageSet
+
+READ_TASKS = 4  # reads in parallel a batch
+READ_AHEAD = 2  # batches whose bytes are being read beside those inside DALI
+
+
+class Skipped:
+    """Images that turned out bad while reading or decoding: `count` holes, each name once."""
+
+    def __init__(self, images: ImageSet, log: Callable[[str], None]):
+        self._images, self._log = images, log
+        self.count = 0
+        self.reasons: dict[int, str] = {}
+
+    def note(self, i: int, reason: str) -> None:
+        if i in self.reasons:
+            return
+        self.reasons[i] = reason
+        if len(self.reasons) <= NAMES_LOGGED:
+            self._log(f"bad image skipped: {self._images.name(i)}: {reason}")
+        elif len(self.reasons) == NAMES_LOGGED + 1:
+            self._log("more bad images are skipped without being named here")
+
+    @property
+    def names(self) -> list[tuple[str, str]]:
+        """(name, reason) of each image that failed, in the order of their failing."""
+        return [(self._images.name(i), why) for i, why in self.reasons.items()]
+
+    def __contains__(self, i: int) -> bool:
+        return i in self.reasons
+
+
+@dataclass(eq=False)
+class Work:
+    """A batch on its way: which images, how each is shown, then their bytes.
+
+    show: index_B -> Feed without bytes; it is asked again when an image is replaced.
+    tag: whatever the caller wants back with the tensors.
+    """
+
+    index_B: np.ndarray
+    show: Callable[[np.ndarray], Feed]
+    tag: object = None
+    reads: list[Future] = field(default_factory=list)
+    feed: Feed | None = None
+
+
+# Given the work and the place b of a bad image: fills the hole, or returns False to drop it.
+Mend = Callable[[Work, int, Decoder], bool]
+
+
+def read_one(images: ImageSet, i: int) -> bytes | OSError:
+    try:
+        return images.read(int(i))
+    except OSError as error:
+        return error
+
+
+def _read_some(images: ImageSet, indexes: np.ndarray) -> list:
+    return [read_one(images, i) for i in indexes]
+
+
+def decode(
+    works: Iterator[Work],
+    images: ImageSet,
+    decoder: Decoder,
+    skipped: Skipped,
+    mend: Mend,
+) -> Iterator[tuple[torch.Tensor, Work]]:
+    """(images_B3HW, work) in the order of `works`; bad images replaced or dropped by `mend`."""
+    reading: deque[Work] = deque()
+    inside: deque[Work] = deque()
+    with ThreadPoolExecutor(READ_TASKS, thread_name_prefix="read") as pool:
+        try:
+            while True:
+                _top_up(works, images, pool, reading, READ_AHEAD + 1)
+                if reading and len(inside) < DEPTH:
+                    work = _complete(reading.popleft(), decoder, skipped, mend)
+                    if len(work.index_B):
+                        inside.append(work)
+                        _submit(inside, decoder, skipped, mend)
+                elif inside:
+                    done = _collect(inside, decoder, skipped, mend)
+                    if done is not None:
+                        yield done
+                else:
+                    return
+        finally:
+            for work in reading:
+                for task in work.reads:
+                    task.cancel()
+
+
+def _top_up(works, images: ImageSet, pool, reading: deque, count: int) -> None:
+    while len(reading) < count and (work := next(works, None)) is not None:
+        parts = np.array_split(work.index_B, min(READ_TASKS, len(work.index_B)))
+        work.reads = [pool.submit(_read_some, images, part) for part in parts]
+        reading.append(work)
+
+
+def _complete(work: Work, decoder: Decoder, skipped: Skipped, mend: Mend) -> Work:
+    """Wait for the bytes; treat what could not be read and what is known to be doubtful."""
+    encoded = [data for task in work.reads for data in task.result()]
+    work.reads = []
+    work.feed = work.show(work.index_B)
+    work.feed.encoded = encoded
+    failed = {}
+    for b, data in enumerate(encoded):
+        if isinstance(data, OSError):
+            failed[b] = f"cannot be read ({data.strerror or data})"
+        elif int(work.index_B[b]) in skipped and not decoder.decodes(work.feed, b):
+            # Bad before: asked alone, so that it does not cost the whole pipeline again.
+            failed[b] = "cannot be decoded"
+    _mend_all(work, failed, decoder, skipped, mend)
+    return work
+
+
+def _mend_all(work: Work, failed: dict[int, str], decoder, skipped: Skipped, mend: Mend) -> None:
+    dropped = []
+    for b, reason in failed.items():
+        skipped.count += 1
+        skipped.note(int(work.index_B[b]), reason)
+        if not mend(work, b, decoder):
+            dropped.append(b)
+    if dropped:
+        keep = [b for b in range(len(work.index_B)) if b not in dropped]
+        work.index_B, work.feed = work.index_B[keep], work.feed.rows(keep)
+
+
+def _submit(inside: deque, decoder: Decoder, skipped: Skipped, mend: Mend) -> None:
+    try:
+        decoder.submit(inside[-1].feed)
+    except FAILURES as error:
+        _repair(inside, decoder, skipped, mend, error)
+
+
+def _collect(inside: deque, decoder, skipped, mend) -> tuple[torch.Tensor, Work] | None:
+    while inside:
+        try:
+            tensor = decoder.collect()
+            return tensor, inside.popleft()
+        except FAILURES as error:
+            _repair(inside, decoder, skipped, mend, error)
+    return None  # every image that was inside turned out bad and was dropped
+
+
+def _repair(inside: deque, decoder, skipped, mend, error: Exception) -> None:
+    """After a failure: find the culprits, mend them, and start again with the same batches."""
+    culprits = 0
+    for work in inside:
+        bad = [b for b in range(len(work.index_B)) if not decoder.decodes(work.feed, b)]
+        culprits += len(bad)
+        _mend_all(work, dict.fromkeys(bad, "cannot be decoded"), decoder, skipped, mend)
+    if not culprits:
+        raise error  # every image decodes alone: out of memory or the like, not a bad file
+    for work in [work for work in inside if not len(work.index_B)]:
+        inside.remove(work)
+    decoder.restart()
+    for work in inside:
+        decoder.submit(work.feed)

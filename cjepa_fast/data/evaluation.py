@@ -1,0 +1,47 @@
+"""Images for evaluation: centre crops, in the set's order, each once."""
+
+import contextlib
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from cjepa_fast.data import crops
+from cjepa_fast.data.batches import Skipped, Work, decode
+from cjepa_fast.data.pipeline import Decoder, Feed, Look
+from cjepa_fast.data.sources import ImageSet
+
+
+def eval_batches(
+    images: ImageSet,
+    *,
+    image_size: int,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    batch_size: int,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    threads: int,
+    resize: float = 1.0,
+    log=print,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(images_B3HW, index_B), in order, the last batch partial; a bad image is left out.
+
+    Each image is cropped to the centred square with `resize` times its short side, then resized to
+    image_size. index_B: int64 positions in the set, on the CPU.
+    """
+    if not 0 < resize <= 1:
+        raise ValueError(f"resize is the share of the short side to keep, in (0, 1], not {resize}")
+    look = Look(image_size, tuple(mean), tuple(std), torch.device(device), dtype, threads)
+    decoder = Decoder(look, batch_size)
+
+    def show(index_B: np.ndarray) -> Feed:
+        return Feed([], crops.centre(images.sizes_N2[index_B], resize))
+
+    every_N = np.arange(len(images))
+    works = (Work(every_N[a : a + batch_size], show) for a in range(0, len(images), batch_size))
+    drop = lambda work, b, decoder: False  # noqa: E731
+    decoded = decode(works, images, decoder, Skipped(images, log), drop)
+    with contextlib.closing(decoded):
+        for images_B3HW, work in decoded:
+            yield images_B3HW, torch.from_numpy(work.index_B)

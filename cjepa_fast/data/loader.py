@@ -1,0 +1,291 @@
+"""The training loader: an endless, resumable stream of batches, made ahead by a thread.
+
+Which image stands at place p of epoch e, its crop, its flip, its colours and its masks are pure
+functions of (seed, e, p). A rank takes its share of the places, so the data state of a run is its
+step, on any number of ranks.
+"""
+
+import contextlib
+import functools
+import itertools
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from cjepa_fast import draws
+from cjepa_fast.data import crops
+from cjepa_fast.data.batches import Skipped, Work, decode, read_one
+from cjepa_fast.data.pipeline import Decoder, Feed, Look
+from cjepa_fast.data.sources import ImageSet
+from cjepa_fast.masks import Masks
+
+STAND_IN_TRIES = 64
+POLL_S = 0.1  # how soon the thread notices that nobody wants its batches any more
+
+
+@dataclass(frozen=True)
+class Batch:
+    """images_B3HW on the device in the compute dtype; index_B: positions in the ImageSet (CPU).
+
+    step counts from the start of the epoch; micro is the number of the accumulation step.
+    """
+
+    images_B3HW: torch.Tensor
+    masks: Masks | None
+    index_B: torch.Tensor
+    epoch: int
+    step: int
+    micro: int
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Which part of the run a batch is: the tag that its Work carries."""
+
+    epoch: int
+    step: int
+    micro: int
+    places_B: torch.Tensor
+
+
+class Loader:
+    """Batches of an ImageSet for one rank. Raises ValueError for impossible sizes.
+
+    global_batch: images a step on all ranks; micro_batch: images a Batch. Each step yields
+    global_batch / (world_size * micro_batch) Batches. threads: of DALI; prefetch: Batches kept
+    ready. masks: called as masks(epoch, step, places_B), for the CPU, in the loader's thread.
+    skipped: what turned out bad (batches.Skipped); log: called once a bad image.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        *,
+        global_batch: int,
+        micro_batch: int,
+        image_size: int,
+        mean: tuple[float, float, float],
+        std: tuple[float, float, float],
+        seed: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        threads: int,
+        prefetch: int,
+        crop_scale: tuple[float, float] = (0.3, 1.0),
+        crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        flip: bool = False,
+        colour: float = 0.0,
+        rank: int = 0,
+        world_size: int = 1,
+        hw_decoder_load: float = 0.65,
+        masks: Callable[[int, int, torch.Tensor], Masks] | None = None,
+        log: Callable[[str], None] = print,
+    ):
+        _check_sizes(len(images), global_batch, micro_batch, world_size, rank)
+        self.images = images
+        self.steps_per_epoch = len(images) // global_batch
+        self.accumulation = global_batch // (world_size * micro_batch)
+        self.skipped = Skipped(images, log)
+        self._global_batch, self._micro_batch = global_batch, micro_batch
+        self._first = rank * (global_batch // world_size)
+        self._scale, self._ratio, self._colour = crop_scale, crop_ratio, colour
+        self._seed, self._masks, self._prefetch = seed, masks, prefetch
+        self._device = _with_index(torch.device(device))
+        self._look = Look(
+            image_size, tuple(mean), tuple(std), self._device, dtype, threads,
+            flip, colour > 0, hw_decoder_load,
+        )  # fmt: skip
+        # Two epochs: batches read ahead may belong to the next one while a hole is filled in this.
+        self.order = functools.lru_cache(2)(functools.partial(_order, seed, len(images)))
+        self._running: weakref.WeakSet[_Iteration] = weakref.WeakSet()
+
+    def iterate(self, start_step: int) -> Iterator[Batch]:
+        """Endless Batches from optimiser step `start_step` (0-based, over all epochs) on.
+
+        The thread starts at once. It ends with close() of what is returned, with that object, or
+        with close() of the loader. An error in the thread is raised from next().
+        """
+        iteration = _Iteration(lambda: self._batches(start_step), self._prefetch, self._device)
+        self._running.add(iteration)
+        return iteration
+
+    def close(self) -> None:
+        for iteration in list(self._running):
+            iteration.close()
+
+    def _works(self, start_step: int) -> Iterator[Work]:
+        for overall in itertools.count(start_step):
+            epoch, step = divmod(overall, self.steps_per_epoch)
+            for micro in range(self.accumulation):
+                first = step * self._global_batch + self._first + micro * self._micro_batch
+                places_B = torch.arange(first, first + self._micro_batch)
+                index_B = self.order(epoch)[places_B].numpy()
+                place = _Place(epoch, step, micro, places_B)
+                yield Work(index_B, lambda index_B, p=place: self._show(p, index_B), place)
+
+    def _show(self, place: _Place, index_B: np.ndarray) -> Feed:
+        def uniforms(stream: int, count: int) -> np.ndarray:
+            return draws.uniforms(self._seed, stream, place.epoch, place.places_B, count).numpy()
+
+        sizes_B2 = self.images.sizes_N2[index_B]
+        crop_BC = uniforms(draws.CROP, crops.CROP_UNIFORMS)
+        return Feed(
+            [],
+            crops.random_resized(sizes_B2, crop_BC, self._scale, self._ratio),
+            crops.flips(uniforms(draws.FLIP, 1)) if self._look.flip else None,
+            crops.colour_factors(uniforms(draws.COLOUR, 3), self._colour)
+            if self._look.colour
+            else None,
+        )
+
+    def _stand_in(self, work: Work, b: int, decoder: Decoder) -> bool:
+        """Fill the hole at b: with an image of the epoch's dropped tail, else of the whole epoch.
+
+        Candidates are drawn by (seed, epoch, place) and the first good one stays, so any rank and
+        any restart choose the same. Raises RuntimeError if none is good.
+        """
+        place: _Place = work.tag
+        draw_1T = draws.uniforms(self._seed, draws.SUBSTITUTE, place.epoch,
+                                 place.places_B[b : b + 1], STAND_IN_TRIES)  # fmt: skip
+        order_N = self.order(place.epoch)
+        tail = order_N[self.steps_per_epoch * self._global_batch :]
+        pool = tail if len(tail) else order_N
+        hole = self.images.name(int(work.index_B[b]))
+        for candidate in pool[(draw_1T[0] * len(pool)).long()].tolist():
+            data = read_one(self.images, candidate)
+            if isinstance(data, OSError):
+                self.skipped.note(candidate, f"cannot be read ({data.strerror or data})")
+                continue
+            work.index_B = work.index_B.copy()
+            work.index_B[b] = candidate
+            encoded = [*work.feed.encoded[:b], data, *work.feed.encoded[b + 1 :]]
+            work.feed = self._show(place, work.index_B)
+            work.feed.encoded = encoded
+            if decoder.decodes(work.feed, b):
+                return True
+            self.skipped.note(candidate, "cannot be decoded")
+        raise RuntimeError(
+            f"{hole} cannot be used, and none of {STAND_IN_TRIES} other images drawn for its "
+            "place can: are the files still there?"
+        )
+
+    def _batches(self, start_step: int) -> Iterator[Batch]:
+        decoder = Decoder(self._look, self._micro_batch)
+        works = self._works(start_step)
+        decoded = decode(works, self.images, decoder, self.skipped, self._stand_in)
+        with contextlib.closing(decoded):  # or an error below would leave its reading threads
+            for images_B3HW, work in decoded:
+                place: _Place = work.tag
+                masks = self._masks and self._masks(place.epoch, place.step, place.places_B)
+                if masks is not None and self._device.type == "cuda":
+                    masks = masks.pin_memory().to(self._device, non_blocking=True)
+                index_B = torch.from_numpy(work.index_B)
+                yield Batch(images_B3HW, masks, index_B, place.epoch, place.step, place.micro)
+
+
+def _order(seed: int, n: int, epoch: int) -> torch.Tensor:
+    """int64 (n,): the image at each place of an epoch; what is past its last step is dropped."""
+    return draws.permutation(seed, epoch, n)
+
+
+def _check_sizes(n: int, global_batch: int, micro_batch: int, world_size: int, rank: int) -> None:
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} does not exist among {world_size} ranks")
+    if micro_batch < 1 or global_batch % (world_size * micro_batch):
+        raise ValueError(
+            f"the global batch of {global_batch} cannot be split into micro-batches of "
+            f"{micro_batch} on {world_size} ranks: make it a multiple of {world_size * micro_batch}"
+        )
+    if n < global_batch:
+        raise ValueError(
+            f"{n} usable images do not fill one global batch of {global_batch}: lower the batch "
+            "size or bring more images"
+        )
+
+
+def _with_index(device: torch.device) -> torch.device:
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+class _Failure:
+    def __init__(self, error: BaseException):
+        self.error = error
+
+
+def _produce(make, ready: queue.Queue, stop: threading.Event) -> None:
+    """The thread's body. It holds no reference to the _Iteration, so that one can be collected."""
+
+    def offer(item) -> bool:
+        while not stop.is_set():
+            try:
+                ready.put(item, timeout=POLL_S)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    try:
+        batches = make()
+        try:
+            for batch in batches:
+                if not offer(batch):
+                    return
+        finally:
+            batches.close()
+    except BaseException as error:
+        offer(_Failure(error))  # raised again in the consumer
+
+
+def _end(stop: threading.Event, ready: queue.Queue, thread: threading.Thread) -> None:
+    stop.set()
+    if thread is not threading.current_thread():  # the garbage collector may run in any thread
+        thread.join(timeout=30)
+    while not ready.empty():  # the tensors are let go now, not when the garbage is collected
+        ready.get_nowait()
+
+
+class _Iteration:
+    """Iterator over what the thread makes. weakref.finalize ends the thread when this object goes,
+    and at interpreter exit: a daemon thread inside DALI must not outlive the interpreter."""
+
+    def __init__(self, make, prefetch: int, device: torch.device):
+        self._device = device
+        self._ready: queue.Queue = queue.Queue(max(1, prefetch))
+        self._stop = threading.Event()
+        self._thread = threading.Thread(
+            target=_produce, args=(make, self._ready, self._stop), name="loader", daemon=True
+        )
+        self._thread.start()
+        self.close = weakref.finalize(self, _end, self._stop, self._ready, self._thread)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> Batch:
+        item = None
+        while item is None:
+            if self._stop.is_set():
+                raise StopIteration
+            with contextlib.suppress(queue.Empty):  # the thread offers a batch or its error, always
+                item = self._ready.get(timeout=1.0)
+        if isinstance(item, _Failure):
+            self.close()
+            raise item.error
+        if self._device.type == "cuda":
+            _claim(item, torch.cuda.current_stream(self._device))
+        return item
+
+
+def _claim(batch: Batch, stream) -> None:
+    """Tell the allocator that `stream` uses memory which the loader's stream allocated."""
+    batch.images_B3HW.record_stream(stream)
+    if batch.masks is not None:
+        batch.masks.context_idx_BK.record_stream(stream)
+        batch.masks.target_idx_BMP.record_stream(stream)

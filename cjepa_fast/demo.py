@@ -1,0 +1,78 @@
+"""The whole way in minutes, on made-up pictures: `python -m cjepa_fast.demo` (`make demo`).
+
+Renders the shapes set, trains configs/demo.json on its pictures (never on its labels) through the
+same command a user would give, compares kNN with what needs no learning, and draws what happened.
+"""
+
+import argparse
+import itertools
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from cjepa_fast.data import shapes
+from cjepa_fast.eval.__main__ import main as evaluate
+from cjepa_fast.telemetry import read_log
+
+TRAIN = Path(__file__).with_name("train.py")
+HELD_OUT = "shapes:val"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m cjepa_fast.demo", description=__doc__)
+    parser.add_argument("--out", default="runs/demo", metavar="RUN", help="folder of the run")
+    parser.add_argument("--config", default="demo.json", metavar="FILE")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    args = parser.parse_args(argv)
+    began = time.perf_counter()
+    run = free_folder(Path(args.out))
+    for split, count in shapes.COUNTS.items():
+        print(f"{split}: {count:,} pictures in {shapes.ensure(split)}", flush=True)
+    status = train(run, args.config, args.overrides)
+    if status or not (run / "encoder.safetensors").is_file():
+        return status  # it failed or was stopped, and has said so
+    rate = statistics.median(row["images_per_s"] for row in read_log(run) if row["images_per_s"])
+    print(f"\ntrained at {rate:,.0f} images/s; how well each tells the largest shape of a picture:")
+    status = compare(run) or draw(run)
+    print(f"all of it in {time.perf_counter() - began:.0f} s; the run's folder: {run}")
+    return status
+
+
+def free_folder(run: Path) -> Path:
+    """`run` itself, or run-2, run-3, ... where a run is there already: none is overwritten."""
+    names = itertools.chain([run], (run.with_name(f"{run.name}-{n}") for n in itertools.count(2)))
+    return next(name for name in names if not (name / "config.json").exists())
+
+
+def train(run: Path, config: str, overrides: list[str]) -> int:
+    """Training in a process of its own, as a user starts it. Returns its exit status."""
+    sets = [f"run.dir={json.dumps(str(run))}", *overrides]
+    command = [sys.executable, str(TRAIN), "--config", config]
+    command += [part for override in sets for part in ("--set", override)]
+    print(f"\n$ {shlex.join(['python', 'cjepa_fast/train.py', *command[2:]])}", flush=True)
+    return subprocess.run(command).returncode
+
+
+def compare(run: Path) -> int:
+    """The table of kNN: raw pixels, mean colour, untrained encoder, trained encoder."""
+    also = ["--pixels", "--untrained", "--json", str(run / "knn.json")]
+    return evaluate(["knn", str(run), "--data", "shapes", "--test", HELD_OUT, *also])
+
+
+def draw(run: Path) -> int:
+    """curves.png, attention.png and masks.png in the run's folder."""
+    print("\ndrawn:", flush=True)
+    files = {name: str(run / f"{name}.png") for name in ("curves", "attention", "masks")}
+    return (
+        evaluate(["curves", str(run), "--out", files["curves"]])
+        or evaluate(["attention", str(run), "--images", HELD_OUT, "--out", files["attention"]])
+        or evaluate(["masks", str(run), "--images", HELD_OUT, "--out", files["masks"]])
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""Random numbers as pure functions of where they are used: (seed, stream, epoch, place).
+
+No generator carries a state, so a draw is the same on every rank, for every world size and after
+every restart, and nothing about it need be saved. The mixing function is SplitMix64's finaliser
+(Steele, Lea & Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014), applied once
+for each part of the key.
+"""
+
+import torch
+
+ORDER, CROP, FLIP, COLOUR, MASK_SIZE, MASK_PLACE, MASK_KEEP, SUBSTITUTE = range(8)
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX_1 = 0xBF58476D1CE4E5B9
+_MIX_2 = 0x94D049BB133111EB
+
+
+def _signed(value: int) -> int:
+    """The 64-bit pattern of `value` as a Python int that fits a torch int64."""
+    value &= 2**64 - 1
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _shift(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Logical right shift: torch's `>>` on int64 copies the sign bit."""
+    return (x >> bits) & (2 ** (64 - bits) - 1)
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    x = x + _signed(_GOLDEN)
+    x = (x ^ _shift(x, 30)) * _signed(_MIX_1)
+    x = (x ^ _shift(x, 27)) * _signed(_MIX_2)
+    return x ^ _shift(x, 31)
+
+
+def bits(seed: int, stream: int, epoch: int, places: torch.Tensor) -> torch.Tensor:
+    """64 random bits a place: int64 in the shape of `places` (int64, any device)."""
+    key = _mix(torch.tensor(_signed(seed), dtype=torch.int64, device=places.device))
+    for part in (stream, epoch):
+        key = _mix(key ^ part)
+    return _mix(_mix(key ^ places))
+
+
+def uniforms(
+    seed: int, stream: int, epoch: int, places_B: torch.Tensor, count: int
+) -> torch.Tensor:
+    """`count` independent uniforms in [0, 1) for each place: (B, count) float64.
+
+    places_B: int64 (B,), any device. 53 bits of each draw are used, so 1.0 is never reached.
+    """
+    place_bits_B1 = bits(seed, stream, epoch, places_B)[:, None]
+    column_C = torch.arange(count, dtype=torch.int64, device=places_B.device)
+    return _shift(_mix(place_bits_B1 ^ _mix(column_C)), 11).double() * 2.0**-53
+
+
+def permutation(seed: int, epoch: int, n: int) -> torch.Tensor:
+    """A permutation of 0..n-1, int64 (n,): the image that stands at each place of an epoch.
+
+    Sorting by hashed keys depends on no library's generator, so it outlives their versions.
+    """
+    return torch.argsort(bits(seed, ORDER, epoch, torch.arange(n)), stable=True)

@@ -1,0 +1,321 @@
+"""All that knows DeepSpeed: start-up, the engine, and the fp32 state behind it.
+
+`Engine.state()` lists, for whatever ZeRO stage, the fragments of the fp32 weights and Adam moments
+that this process owns, as views. The target's average and the checkpoints are built on it alone.
+"""
+
+import os
+import socket
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from cjepa_fast.ema import Fragment
+
+T = TypeVar("T")
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def start(seed: int) -> torch.device:
+    """Join (or, for one process, make) the process group, and seed torch. Returns the device.
+
+    Without a GPU the CPU and gloo take its place: DS_ACCELERATOR=cpu is set for DeepSpeed.
+    """
+    cuda = torch.cuda.is_available()
+    if not cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if "RANK" not in os.environ:
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(alone, MASTER_PORT=str(_free_port()))
+    deepspeed = _deepspeed()
+    if not cuda:
+        # Otherwise DeepSpeed compiles a shared-memory collective for over a minute; gloo serves.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False)
+    torch.manual_seed(seed)
+    return device
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _deepspeed():
+    """DeepSpeed, imported late (seconds) and without what does not concern the user."""
+    # DeepSpeed 0.19 still calls collectives and amp helpers by names that torch 2.13 deprecates.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(deepspeed|torch)\.")
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    import deepspeed
+
+    return deepspeed
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def mean_over_ranks(terms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """0-d tensors by name, averaged over all processes in one collective; no host sync."""
+    if world_size() == 1:
+        return terms
+    values = torch.stack(list(terms.values()))
+    dist.all_reduce(values)
+    return dict(zip(terms, values / world_size(), strict=True))
+
+
+def first_on_each_node(make: Callable[[], T]) -> T:
+    """make() on the first process of each node, then on the others, which find its caches.
+
+    An error on any process is raised on all, so that none waits for one that has gone.
+    """
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    made, error = None, None
+    for turn in (True, False):
+        if first is turn:
+            try:
+                made = make()
+            except (ValueError, OSError) as caught:
+                error = caught
+        errors = [error]
+        if world_size() > 1:
+            errors = [None] * world_size()
+            dist.all_gather_object(errors, error)
+        for found in errors:
+            if found is not None:
+                raise found
+    return made
+
+
+class OwnedState(NamedTuple):
+    """A run of one parameter's fp32 state: the weights and Adam's two moments, as views."""
+
+    master: Fragment
+    moments: dict[str, torch.Tensor]
+
+
+class Engine:
+    """A model under DeepSpeed with fused AdamW, taking its schedules from outside at each step.
+
+    groups: from optim.parameter_groups; config: the user's own DeepSpeed JSON, completed here.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: list[dict],
+        config: dict,
+        *,
+        micro_batch: int,
+        accumulation: int,
+        precision: str = "bf16",
+        clip: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ):
+        # lr 0: some ZeRO stages allocate Adam's state by taking a step with zero gradients.
+        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
+        self._deepspeed, *_ = _deepspeed().initialize(
+            model=model,
+            optimizer=optimizer,
+            config=complete_config(config, micro_batch, accumulation, precision, clip),
+            dist_init_required=False,
+        )
+        self.stage = self._deepspeed.zero_optimization_stage()
+        self.precision = precision
+        self.device = next(model.parameters()).device
+        self._names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._allocate_moments()
+        self.set_optimizer_step(0)
+        self.grad_norm: torch.Tensor | float = 0.0
+
+    @property
+    def module(self) -> nn.Module:
+        return self._deepspeed.module
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process owns only a share of the fp32 state."""
+        return self.stage > 0 and world_size() > 1
+
+    @property
+    def owner_group(self) -> dist.ProcessGroup | None:
+        """The processes that together own the whole fp32 state; None where each has it all."""
+        return dist.group.WORLD if self.sharded else None
+
+    def __call__(self, *args, **kwargs):
+        return self._deepspeed(*args, **kwargs)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Accumulate the gradient of one micro-batch; the mean over micro-batches and processes."""
+        self._deepspeed.backward(loss)
+
+    def step(self, lr: float, weight_decay: float) -> bool:
+        """Call after each micro-batch; at the last of a step, update.
+
+        Returns False where a gradient was not finite: then nothing has been updated.
+        """
+        boundary = self._deepspeed.is_gradient_accumulation_boundary()
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+            group["weight_decay"] = weight_decay if group["decay"] else 0.0
+        if boundary and self._unguarded:
+            self.grad_norm = nn.utils.get_total_norm([p.grad for p in self._parameters])
+            if not torch.isfinite(self.grad_norm):
+                self._end_window_without_update()
+                return False
+        self._deepspeed.step()
+        if boundary and not self._unguarded:
+            self.grad_norm = self._deepspeed.get_global_grad_norm()
+        return not boundary or self._deepspeed.was_step_applied()
+
+    @property
+    def _optimizer(self) -> torch.optim.Optimizer:
+        return self._deepspeed.optimizer
+
+    @property
+    def _unguarded(self) -> bool:
+        """Plain fp32 without ZeRO is the one mode in which DeepSpeed lets a NaN step through."""
+        return isinstance(self._optimizer, torch.optim.Optimizer)
+
+    def _end_window_without_update(self) -> None:
+        """Drop the gradients and let DeepSpeed begin the next accumulation window."""
+        self._deepspeed.zero_grad()
+        self._deepspeed.micro_steps += 1
+
+    def _allocate_moments(self) -> None:
+        """Adam's moments as zeros where no stage has made them yet."""
+        if self.stage == 3:  # its optimiser is lent each flat partition only for its update
+            optimised = self._optimizer.fp32_partitioned_groups_flat
+        else:
+            optimised = [p for g in self._base_optimizer.param_groups for p in g["params"]]
+        for p in optimised:
+            state = self._base_optimizer.state[p]
+            state.setdefault("step", torch.zeros((), dtype=torch.float32, device=p.device))
+            for moment in MOMENTS:
+                if moment not in state:
+                    state[moment] = torch.zeros_like(p)
+
+    @property
+    def _base_optimizer(self) -> torch.optim.AdamW:
+        return self._deepspeed.basic_optimizer
+
+    def set_optimizer_step(self, step: int) -> None:
+        """Adam's own count of updates, which decides its bias correction."""
+        for state in self._base_optimizer.state.values():
+            state["step"].fill_(step)
+
+    def optimizer_step(self) -> int:
+        states = iter(self._base_optimizer.state.values())
+        return int(next(states)["step"])
+
+    def state(self) -> list[OwnedState]:
+        """This process's share of the fp32 weights and moments; every stage's shares cover all."""
+        if self.stage == 3:
+            return self._state_stage_3()
+        if self.stage > 0:
+            return self._state_stage_1_2()
+        return self._state_stage_0()
+
+    def masters(self, prefix: str) -> list[Fragment]:
+        """The fp32 fragments of the parameters below `prefix`, their names without it."""
+        return [
+            s.master._replace(name=s.master.name[len(prefix) :])
+            for s in self.state()
+            if s.master.name.startswith(prefix)
+        ]
+
+    def _owned(self, name: str, start: int, key: nn.Parameter, offset: int, numel: int):
+        """The slice [offset, offset + numel) of an optimiser's (flat) parameter and its moments."""
+        state = self._base_optimizer.state[key]
+        run = slice(offset, offset + numel)
+        moments = {moment: state[moment].view(-1)[run] for moment in MOMENTS}
+        return OwnedState(Fragment(name, start, key.data.view(-1)[run]), moments)
+
+    def _state_stage_0(self) -> list[OwnedState]:
+        masters = {id(p): p for p in self._parameters}
+        if self.precision == "bf16":
+            for low, high in zip(
+                self._optimizer.fp16_groups, self._optimizer.fp32_groups, strict=True
+            ):
+                masters.update({id(p): q for p, q in zip(low, high, strict=True)})
+        return [
+            self._owned(self._names[id(p)], 0, masters[id(p)], 0, p.numel())
+            for p in self._parameters
+        ]
+
+    def _state_stage_1_2(self) -> list[OwnedState]:
+        flats = self._flat_partitions()
+        owned = []
+        for p in self._parameters:
+            mapping = p._hp_mapping
+            if mapping is None:
+                continue
+            at = mapping.hp_fragment_address
+            flat = flats[mapping.param_group_index]
+            start = mapping.lp_fragment_address.start
+            owned.append(self._owned(self._names[id(p)], start, flat, at.start, at.numel))
+        return owned
+
+    def _flat_partitions(self) -> list[nn.Parameter]:
+        zero = self._optimizer
+        if hasattr(zero, "single_partition_of_fp32_groups"):
+            return zero.single_partition_of_fp32_groups
+        return zero.fp32_groups_flat_partition
+
+    def _state_stage_3(self) -> list[OwnedState]:
+        zero, owned = self._optimizer, []
+        for p in self._parameters:
+            group, offset, size = zero.grad_position[zero.get_param_id(p)]
+            start = rank() * size
+            numel = min(size, p.ds_numel - start)  # the last share is padded
+            if numel > 0:
+                flat = zero.fp32_partitioned_groups_flat[group]
+                owned.append(self._owned(self._names[id(p)], start, flat, offset, numel))
+        return owned
+
+    @torch.no_grad()
+    def write_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        """Set the compute-dtype weights from whole fp32 tensors by name, after a restore."""
+        for p in self._parameters:
+            whole = weights[self._names[id(p)]]
+            if self.stage < 3:
+                p.data.copy_(whole.view(p.shape))
+                continue
+            share = p.ds_tensor
+            start = rank() * share.ds_numel
+            part = whole.flatten()[start : start + share.ds_numel]
+            share.data[: len(part)].copy_(part)
+
+
+def complete_config(
+    config: dict, micro_batch: int, accumulation: int, precision: str, clip: float
+) -> dict:
+    """The user's DeepSpeed JSON with what the other sections decide."""
+    config = {key: value for key, value in config.items() if value != "auto"}
+    config["train_micro_batch_size_per_gpu"] = micro_batch
+    config["gradient_accumulation_steps"] = accumulation
+    config.pop("train_batch_size", None)
+    config["bf16"] = {**config.get("bf16", {}), "enabled": precision == "bf16"}
+    config.setdefault("gradient_clipping", clip)
+    config.setdefault("zero_allow_untested_optimizer", True)
+    zero = dict(config.get("zero_optimization", {}))
+    if not torch.cuda.is_available():
+        zero["overlap_comm"] = False  # it needs streams
+    config["zero_optimization"] = zero
+    return config

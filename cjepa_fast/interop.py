@@ -1,0 +1,121 @@
+"""I-JEPA's checkpoints in: the files of facebookresearch/ijepa as the modules of this package.
+
+Such a file is a dict whose `encoder`, `predictor` and `target_encoder` are state dicts with keys
+prefixed `module.`; optimiser, scaler and counters lie beside them and are not read.
+"""
+
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from cjepa_fast.predictor import Predictor
+from cjepa_fast.vit import MODELS, Encoder
+
+PARTS = ("encoder", "predictor", "target_encoder")
+SHOWN = 10  # names in a message before "and n more"
+
+
+def load_ijepa(
+    path_or_dict: str | Path | Mapping,
+    model: str = "vit_huge",
+    patch_size: int = 14,
+    image_size: int = 224,
+    predictor_depth: int = 12,
+    predictor_width: int = 384,
+) -> tuple[Encoder, Predictor, Encoder]:
+    """(encoder, predictor, target_encoder) of an I-JEPA checkpoint: fp32, on the CPU, eval mode.
+
+    path_or_dict: a file of I-JEPA's, or what torch.load gave of one. model: a name in MODELS;
+    patch_size and image_size in pixels; the predictor's heads follow the encoder's. The target
+    encoder's parameters need no gradient.
+    Raises ValueError for an unknown model, a file that cannot be read or is no such checkpoint,
+    and for parameters that are missing, unexpected or of another shape, all named.
+    """
+    if model not in MODELS:
+        raise ValueError(f"model {model!r} is unknown: use one of {', '.join(MODELS)}")
+    is_loaded = isinstance(path_or_dict, Mapping)
+    checkpoint = path_or_dict if is_loaded else _read(Path(path_or_dict))
+    source = "the checkpoint" if is_loaded else str(path_or_dict)
+    states = {part: _state(checkpoint, part, source) for part in PARTS}
+
+    with torch.device("meta"):  # shapes alone: the weights come from the file
+        encoder = Encoder(image_size, patch_size, **MODELS[model])
+        target = Encoder(image_size, patch_size, **MODELS[model])
+        predictor = Predictor(
+            encoder.width, encoder.grid, predictor_width, predictor_depth, encoder.heads
+        )
+    modules = {"encoder": encoder, "predictor": predictor, "target_encoder": target}
+    problems = [p for part in PARTS for p in _mismatches(part, modules[part], states[part])]
+    if problems:
+        raise ValueError(
+            f"{source} does not fit {model} with patch_size {patch_size}, image_size {image_size}, "
+            f"predictor_depth {predictor_depth} and predictor_width {predictor_width}:\n  "
+            + "\n  ".join(problems)
+        )
+    for part in PARTS:
+        _fill(modules[part], states[part])
+    target.requires_grad_(False)
+    return encoder, predictor, target
+
+
+def _read(path: Path) -> Mapping:
+    """The checkpoint's dict; tensors stay in the file until they are used, where torch can."""
+    if not path.is_file():
+        raise ValueError(f"{path} is no file: give the path of an I-JEPA checkpoint (.pth.tar)")
+    try:
+        # memory mapping needs torch's zip format; files from before torch 1.6 have another
+        mapped = zipfile.is_zipfile(path)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # on foreign bytes the unpickler raises nearly anything
+        reason = str(error).strip().splitlines() or ["no reason given"]
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint of tensors and plain values "
+            f"(torch.load with weights_only=True): {type(error).__name__}: {reason[0]}"
+        ) from error
+    if not isinstance(checkpoint, Mapping):
+        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint's dict")
+    return checkpoint
+
+
+def _state(checkpoint: Mapping, part: str, source: str) -> dict[str, torch.Tensor]:
+    """A part's tensors by name, without the prefix that data-parallel wrappers leave."""
+    if part not in checkpoint:
+        raise ValueError(
+            f"{source} has no {part!r}: an I-JEPA checkpoint holds {', '.join(PARTS)}, "
+            f"this one {_listed(sorted(map(str, checkpoint)))}"
+        )
+    state = checkpoint[part]
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{part!r} of {source} is a {type(state).__name__}, not a state dict")
+    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+def _mismatches(part: str, module: nn.Module, state: Mapping[str, torch.Tensor]) -> list[str]:
+    """Lines that name what is missing, unexpected or of another shape; none if all fits."""
+    wanted = module.state_dict()
+    shapes = [
+        f"{name} {tuple(state[name].shape)} where {tuple(wanted[name].shape)} belongs"
+        for name in wanted
+        if name in state and state[name].shape != wanted[name].shape
+    ]
+    groups = {
+        "missing": [name for name in wanted if name not in state],
+        "unexpected": [name for name in state if name not in wanted],
+        "of another shape": shapes,
+    }
+    return [f"{part}, {kind}: {_listed(names)}" for kind, names in groups.items() if names]
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return (", ".join(names[:SHOWN]) or "nothing") + more
+
+
+def _fill(module: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Replace a module's meta tensors by copies, in fp32, that do not depend on the file."""
+    copies = {name: tensor.to(torch.float32, copy=True) for name, tensor in state.items()}
+    module.load_state_dict(copies, strict=True, assign=True)
+    module.eval()

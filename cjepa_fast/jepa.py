@@ -1,0 +1,37 @@
+"""The trained network: encoder, predictor and optional projector, from images to the loss."""
+
+import torch
+from torch import nn
+
+from cjepa_fast.kernels.gather import target_gather
+from cjepa_fast.loss import CJEPALoss, Terms
+
+
+class JEPA(nn.Module):
+    """What the optimiser sees. The target encoder stays outside: it takes no gradient."""
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        predictor: nn.Module,
+        loss: CJEPALoss,
+        projector: nn.Module | None = None,
+    ):
+        super().__init__()
+        self.encoder = encoder
+        self.predictor = predictor
+        self.projector = projector
+        self.loss = loss
+
+    def forward(
+        self,
+        images_B3HW: torch.Tensor,
+        context_idx_BK: torch.Tensor,
+        target_idx_BMP: torch.Tensor,
+        target_tokens_BND: torch.Tensor,
+    ) -> Terms:
+        """The loss and its terms, 0-d by name. target_tokens: the target encoder's output."""
+        context = self.encoder(images_B3HW, context_idx_BK)
+        predicted = self.predictor(context, context_idx_BK, target_idx_BMP)
+        targets = target_gather(target_tokens_BND, target_idx_BMP)
+        return self.loss(predicted, targets, context, target_tokens_BND, self.projector)

@@ -1,0 +1,59 @@
+"""The predictor: from the context's tokens and the targets' positions to the targets' tokens.
+
+A narrow ViT. Each target block has its own sequence, the context followed by one mask token for
+each of its patches (I-JEPA, arXiv 2301.08243, section 3). Parameter names are I-JEPA's.
+Shapes: B images, N patches, K context patches, M target blocks, P patches a block, D encoder
+width, W predictor width.
+"""
+
+import torch
+from torch import nn
+
+from cjepa_fast.kernels.gather import predictor_input
+from cjepa_fast.vit import Block, frozen_positions, init_weights
+
+
+class Predictor(nn.Module):
+    """heads follow the encoder's; grid is the encoder's (rows, cols)."""
+
+    def __init__(
+        self,
+        encoder_width: int,
+        grid: tuple[int, int],
+        width: int,
+        depth: int,
+        heads: int,
+        mlp_ratio: float = 4.0,
+        attention: str = "auto",
+    ):
+        super().__init__()
+        self.predictor_embed = nn.Linear(encoder_width, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.predictor_pos_embed = frozen_positions(*grid, width)
+        self.predictor_blocks = nn.ModuleList(
+            Block(width, heads, mlp_ratio, attention) for _ in range(depth)
+        )
+        self.predictor_norm = nn.LayerNorm(width, eps=1e-6)
+        self.predictor_proj = nn.Linear(width, encoder_width)
+        self.apply(init_weights)
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+
+    def forward(
+        self,
+        context_BKD: torch.Tensor,
+        context_idx_BK: torch.Tensor,
+        target_idx_BMP: torch.Tensor,
+    ) -> torch.Tensor:
+        """Predicted tokens of every target patch: (B, M, P, D)."""
+        B, M, P = target_idx_BMP.shape
+        x = predictor_input(
+            self.predictor_embed(context_BKD),
+            self.predictor_pos_embed[0],
+            self.mask_token[0, 0],
+            context_idx_BK,
+            target_idx_BMP,
+        )
+        for block in self.predictor_blocks:
+            x = block(x)
+        queries = self.predictor_norm(x[:, -P:])
+        return self.predictor_proj(queries).view(B, M, P, -1)

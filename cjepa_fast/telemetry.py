@@ -1,0 +1,386 @@
+"""What a run tells: a progress line, log.jsonl, TensorBoard scalars, GPU counters (NVML).
+
+Between intervals nothing here waits for the device: scalars are added up where they lie, and
+only `log_row`, once an interval, reads them. A step is counted from 1: "step 100" is the state
+after 100 optimiser steps, as in the names of checkpoints.
+"""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TextIO
+
+import torch
+
+REFRESH_S = 0.5  # on a terminal the line is redrawn no oftener than this
+RATE_MEMORY = 0.7  # weight of the past in the moving average of the step time behind the ETA
+TERMS = ("jepa", "sim", "std", "cov")  # the loss's terms on the progress line
+
+
+class Telemetry:
+    """One run's telemetry; a rank without a folder stays silent and costs nothing.
+
+    folder: RUN, made if missing; log.jsonl and tensorboard/ go there. None: silent.
+    total_steps: steps of the whole run; steps_per_epoch, images_per_step: global figures.
+    interval: steps between rows. start_step: steps done before (resume): rows beyond it are
+    dropped from log.jsonl, so that a resumed log has each step once.
+    Raises ValueError for an interval below one.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str | None,
+        *,
+        total_steps: int,
+        steps_per_epoch: int,
+        images_per_step: int,
+        interval: int,
+        start_step: int = 0,
+        tensorboard: bool = True,
+        stream: TextIO | None = None,
+    ):
+        if interval < 1:
+            raise ValueError(f"interval {interval}: telemetry needs at least one step between rows")
+        self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
+        self.images_per_step, self.interval = images_per_step, interval
+        self.silent = folder is None
+        if self.silent:
+            return
+        self._line = ProgressLine(stream or sys.stdout)
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = _drop_rows_after(folder / "log.jsonl", start_step)
+        self._log = (folder / "log.jsonl").open("a", encoding="utf-8")
+        self._board = (
+            Board(folder / "tensorboard", start_step, self.message) if tensorboard else None
+        )
+        self._gpu = GpuCounters()
+        self._before_s = kept[-1].get("time_s", 0.0) if kept else 0.0
+        self._start_s = time.perf_counter()
+        self._shown: dict = {}
+        self._step_s: float | None = None
+        self._new_interval(start_step)
+
+    def _new_interval(self, step: int) -> None:
+        self._means = DeviceMeans()
+        self._wait_s = self._pause_s = 0.0
+        self._interval_start_s = time.perf_counter()
+        self._interval_step = self._step = step
+
+    def due(self, step: int) -> bool:
+        """Whether `log_row` is to be called after this step: each interval, and the last."""
+        return step % self.interval == 0 or step >= self.total_steps
+
+    def step(
+        self, step: int, scalars: dict[str, torch.Tensor | float], data_wait_s: float = 0.0
+    ) -> None:
+        """Note a finished step (counted from 1).
+
+        scalars: 0-d tensors or numbers, logged as means over the interval's finite values.
+        data_wait_s: seconds this step waited for its data. Forces no host sync.
+        """
+        if self.silent:
+            return
+        self._step = step
+        self._wait_s += data_wait_s
+        self._means.add(scalars)
+        if self._shown:
+            self._line.refresh(lambda: self._text({**self._shown, "step": step}))
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time inside (a checkpoint, an evaluation) does not count as training."""
+        start_s = time.perf_counter()
+        try:
+            yield
+        finally:
+            if not self.silent:
+                self._pause_s += time.perf_counter() - start_s
+
+    def log_row(self, extra: dict[str, torch.Tensor | float] | None = None) -> dict | None:
+        """Write the interval's row and start the next; returns the row (None on a silent rank).
+
+        extra: values of this step as they are (lr, momentum, feature_std, skipped_steps ...).
+        A value that is not finite is written as null. This waits for the device.
+        """
+        if self.silent:
+            return None
+        means = self._means.read()  # waits for the device, so the clock below sees its work
+        now_s = time.perf_counter()
+        wall_s = max(now_s - self._interval_start_s - self._pause_s, 1e-9)
+        steps = max(self._step - self._interval_step, 1)
+        self._step_s = _moving_average(self._step_s, wall_s / steps)
+        row = {
+            "step": self._step,
+            "epoch": self._step / self.steps_per_epoch,
+            "time_s": self._before_s + now_s - self._start_s,
+            "images_per_s": steps * self.images_per_step / wall_s,
+            **means,
+            "data_wait": min(self._wait_s / wall_s, 1.0),
+            **{name: _number(value) for name, value in (extra or {}).items()},
+            **self._gpu.read(),
+        }
+        self._log.write(json.dumps(row, allow_nan=False) + "\n")
+        self._log.flush()
+        if self._board:
+            self._board.write(row)
+        self._shown = row
+        self._line.show(self._text(row))
+        self._new_interval(self._step)
+        return row
+
+    def _text(self, row: dict) -> str:
+        left_s = (self.total_steps - row["step"]) * (self._step_s or 0.0)
+        parts = [
+            f"step {row['step']}/{self.total_steps}",
+            f"epoch {row['step'] / self.steps_per_epoch:.2f}",
+            f"{row['images_per_s']:.0f} images/s",
+            f"ETA {_duration(left_s)}",
+        ]
+        if row.get("lr") is not None:
+            parts.append(f"lr {row['lr']:.2e}")
+        parts += [f"{name} {row[name]:.4f}" for name in ("loss", *TERMS) if _is_number(row, name)]
+        return "  ".join(parts)
+
+    def message(self, text: str) -> None:
+        """Print a line of its own beside the progress line."""
+        if not self.silent:
+            self._line.message(text)
+
+    def close(self) -> None:
+        """Finish the line and the files; may be called twice."""
+        if self.silent:
+            return
+        self._line.end()
+        self._log.close()
+        if self._board:
+            self._board.close()
+
+
+class DeviceMeans:
+    """Means of named scalars, kept on their own device until read; non-finite values left out."""
+
+    def __init__(self):
+        self._sums: dict[tuple, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def add(self, scalars: dict[str, torch.Tensor | float]) -> None:
+        groups: dict[torch.device, list[str]] = {}
+        for name, value in scalars.items():
+            device = value.device if isinstance(value, torch.Tensor) else torch.device("cpu")
+            groups.setdefault(device, []).append(name)
+        for device, names in groups.items():
+            values = torch.stack([_scalar(scalars[name]) for name in names])
+            finite = values.isfinite()
+            both = torch.stack([torch.where(finite, values, 0), finite.to(values.dtype)])
+            key = (device, *names)
+            self._sums[key] = self._sums[key] + both if key in self._sums else both
+
+    def read(self) -> dict[str, float | None]:
+        """The means by name (None where no value was finite): one transfer a device."""
+        totals: dict[str, list[float]] = {}
+        for (_, *names), both in self._sums.items():
+            for name, total, count in zip(names, *both.tolist(), strict=True):
+                known = totals.setdefault(name, [0.0, 0.0])
+                known[0] += total
+                known[1] += count
+        return {
+            name: _number(total / count) if count else None
+            for name, (total, count) in totals.items()
+        }
+
+
+class ProgressLine:
+    """A line that redraws itself on a terminal; elsewhere (files, pipes) a plain line each row."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+        self._live = stream.isatty()
+        self._drawn = ""
+        self._drawn_s = -math.inf
+
+    def show(self, text: str) -> None:
+        if not self._live:
+            self._stream.write(text + "\n")
+        else:
+            # a line that wraps cannot be returned to; \x1b[K wipes what a longer one left
+            self._drawn = text[: max(shutil.get_terminal_size().columns - 1, 20)]
+            self._drawn_s = time.perf_counter()
+            self._stream.write(f"\r{self._drawn}\x1b[K")
+        self._stream.flush()
+
+    def refresh(self, text: Callable[[], str]) -> None:
+        """Redraw with text() if this is a terminal and the last drawing is old enough."""
+        if self._live and time.perf_counter() - self._drawn_s >= REFRESH_S:
+            self.show(text())
+
+    def message(self, text: str) -> None:
+        if self._live and self._drawn:
+            self._stream.write(f"\r\x1b[K{text}\n{self._drawn}")
+        else:
+            self._stream.write(text + "\n")
+        self._stream.flush()
+
+    def end(self) -> None:
+        if self._drawn:
+            self._stream.write("\n")
+            self._stream.flush()
+            self._drawn = ""
+
+
+class Board:
+    """TensorBoard scalars. Whatever goes wrong in it is said once and never stops the run."""
+
+    def __init__(self, folder: Path, start_step: int, say: Callable[[str], None]):
+        self._say, self._writer = say, None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # events beyond the resumed step, of the run that was interrupted, are hidden
+            self._writer = SummaryWriter(str(folder), purge_step=start_step + 1)
+        except Exception as error:  # an import or a disk that fails: said, then gone without
+            self._give_up(error)
+
+    def write(self, row: dict) -> None:
+        if self._writer is None:
+            return
+        try:
+            for name, value in row.items():
+                if name != "step" and _is_number(row, name):
+                    self._writer.add_scalar(name, value, row["step"])
+            self._writer.flush()
+        except Exception as error:  # its writer thread hands any error of the disk on to here
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self._writer = None
+        self._say(f"TensorBoard is off for the rest of the run: {type(error).__name__}: {error}")
+
+    def close(self) -> None:
+        if self._writer is None:
+            return
+        try:
+            self._writer.close()
+        except Exception as error:
+            self._give_up(error)
+
+
+class GpuCounters:
+    """Power (W), utilisation (share 0..1) and memory in use (GiB) of this process's GPU, by NVML.
+
+    Without CUDA, the NVML library or one of its counters, what is missing is left out.
+    """
+
+    def __init__(self):
+        self._nvml = None
+        if not torch.cuda.is_available():
+            return
+        try:
+            import pynvml
+        except ImportError:
+            return
+        try:
+            pynvml.nvmlInit()
+            # by UUID: NVML's numbers do not follow CUDA_VISIBLE_DEVICES
+            uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+            self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid.removeprefix('GPU-')}")
+        except pynvml.NVMLError:
+            return
+        self._nvml = pynvml
+
+    def read(self) -> dict[str, float]:
+        nvml = self._nvml
+        if nvml is None:
+            return {}
+        counters = {
+            "gpu_power_w": lambda: nvml.nvmlDeviceGetPowerUsage(self._handle) / 1000,  # mW
+            "gpu_util": lambda: nvml.nvmlDeviceGetUtilizationRates(self._handle).gpu / 100,
+            "gpu_mem_gib": lambda: nvml.nvmlDeviceGetMemoryInfo(self._handle).used / 2**30,
+        }
+        values = {}
+        for name, counter in counters.items():
+            with contextlib.suppress(nvml.NVMLError):
+                values[name] = counter()
+        return values
+
+
+@torch.no_grad()
+def representation_stats(features_BD: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Signs of collapse in a batch of representations, as 0-d fp32 tensors.
+
+    feature_std: the standard deviation over the batch (unbiased), averaged over dimensions.
+    rankme: exp of the entropy of the singular values, normalised to sum to one: between 1 and
+      min(B, D) (Garrido et al., "RankMe", ICML 2023, arXiv 2210.02885; features not centred).
+    Features that are not finite give NaN; a single image gives a standard deviation of 0.
+    """
+    features_BD = features_BD.detach().float()
+    finite = features_BD.isfinite().all()
+    std = features_BD.std(0, correction=min(1, len(features_BD) - 1)).mean()
+    # the decomposition raises on NaN: decompose zeros instead and put the NaN back after
+    singular = torch.linalg.svdvals(torch.where(finite, features_BD, 0))
+    share = singular / singular.sum().clamp(min=torch.finfo(torch.float32).tiny)
+    rankme = torch.special.entr(share).sum().exp()
+    return {"feature_std": std, "rankme": torch.where(finite, rankme, torch.nan)}
+
+
+def read_log(path: Path | str) -> list[dict]:
+    """The rows of a log.jsonl (or of the run folder that holds one), in order.
+
+    A last line torn by a crash is left out. Raises ValueError for a broken line before it and
+    FileNotFoundError where there is no log.
+    """
+    path = Path(path)
+    path = path / "log.jsonl" if path.is_dir() else path
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+    return rows
+
+
+def _drop_rows_after(path: Path, step: int) -> list[dict]:
+    """Cut a log back to the rows up to `step`, whole; returns them."""
+    if not path.exists():
+        return []
+    rows = [row for row in read_log(path) if row["step"] <= step]
+    whole = path.with_name(path.name + ".tmp")
+    whole.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    os.replace(whole, path)
+    return rows
+
+
+def _scalar(value: torch.Tensor | float) -> torch.Tensor:
+    """A 0-d fp32 tensor where the value lies; a Python number (K, seconds) lies on the CPU."""
+    if isinstance(value, torch.Tensor):
+        return value.reshape(()).float()
+    return torch.tensor(float(value))
+
+
+def _number(value: torch.Tensor | float) -> float | int | None:
+    """A JSON number, or None for what JSON has no word for."""
+    value = value.item() if isinstance(value, torch.Tensor) else value
+    return value if math.isfinite(value) else None
+
+
+def _is_number(row: dict, name: str) -> bool:
+    return isinstance(row.get(name), (int, float))
+
+
+def _moving_average(past: float | None, new: float) -> float:
+    return new if past is None else RATE_MEMORY * past + (1 - RATE_MEMORY) * new
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -1,0 +1,344 @@
+"""Pretrain: `deepspeed cjepa_fast/train.py --config vit_h.json --set data.path=/my/images`.
+
+Also `python cjepa_fast/train.py ...` for one process, and torchrun. This file reads the command
+line, puts the parts together and loops; the maths are in the parts.
+"""
+
+import sys
+from pathlib import Path
+
+if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
+    del sys.path[0]  # run as a script: this folder must not hide other packages' modules
+
+import argparse
+import contextlib
+import copy
+import itertools
+import json
+import os
+import resource
+import shlex
+import time
+from collections import deque
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+
+from cjepa_fast import checkpoint, optim
+from cjepa_fast import config as configuration
+from cjepa_fast import engine as engines
+from cjepa_fast.build import build_loader, build_masks, build_networks, compute_dtype, initialise
+from cjepa_fast.config import Config, ConfigError
+from cjepa_fast.data.loader import Batch, Loader
+from cjepa_fast.ema import TargetEMA
+from cjepa_fast.flops import step_gflop
+from cjepa_fast.interrupt import StopRequest
+from cjepa_fast.telemetry import Telemetry, representation_stats
+from cjepa_fast.vit import count_parameters
+
+BAD_STEPS = "bad_steps.jsonl"
+FEATURE_ROWS = 1024  # pooled target features that RankMe and the per-dimension std are taken over
+
+
+class Trainer:
+    """One training: the networks under DeepSpeed, the target encoder, and the step."""
+
+    def __init__(self, config: Config, device: torch.device, steps_per_epoch: int):
+        self.config, self.device = config, device
+        self.steps_per_epoch = steps_per_epoch
+        self.total_steps = config.run.epochs * steps_per_epoch
+        dtype = compute_dtype(config)
+        self.micro_batch, self.accumulation = configuration.micro_batches(
+            config.data.batch_size, engines.world_size(), config.data.micro_batch_size
+        )
+        if self.micro_batch * engines.world_size() < 2 and config.loss.vicreg.beta > 0:
+            raise ConfigError(
+                "data.batch_size or data.micro_batch_size = 1: VICReg's variance needs at least 2 "
+                "images at a time; or set loss.vicreg.beta=0"
+            )
+        networks = build_networks(config, dist.group.WORLD if engines.world_size() > 1 else None)
+        target = copy.deepcopy(networks.encoder)
+        if config.run.init_from:
+            initialise(networks, target, config)
+        self.encoder_json = json.dumps(
+            {**target.architecture, "mean": config.data.mean, "std": config.data.std}, indent=2
+        )
+        self.parameters = {name: count_parameters(part) for name, part in networks.named_children()}
+        networks.to(device)
+        target.to(device)
+        self.engine = engines.Engine(
+            networks,
+            optim.parameter_groups(networks),
+            config.deepspeed,
+            micro_batch=self.micro_batch,
+            accumulation=self.accumulation,
+            precision=config.run.precision,
+            clip=config.optim.clip,
+            betas=config.optim.betas,
+            eps=config.optim.eps,
+        )
+        masters = self.engine.masters("encoder.")
+        self.ema = TargetEMA(target, masters, dtype, self.engine.owner_group)
+        self.features: deque[torch.Tensor] = deque(maxlen=-(-FEATURE_ROWS // self.micro_batch))
+
+    def step(self, batches: list[Batch], index: int) -> tuple[dict, bool]:
+        """Optimiser step number `index` (from 0) over the step's micro-batches.
+
+        Returns the terms' means over the step's images, of all processes (0-d tensors by name), and
+        whether the update was applied.
+        """
+        lr, weight_decay, momentum = self.schedules(index)
+        sums: dict[str, torch.Tensor] = {}
+        for batch in batches:
+            images, masks = batch.images_B3HW, batch.masks
+            with torch.no_grad():
+                target = self.ema.module(images)
+            terms = self.engine(images, masks.context_idx_BK, masks.target_idx_BMP, target)
+            self.engine.backward(terms["loss"])
+            applied = self.engine.step(lr, weight_decay)
+            self.features.append(target.mean(1))
+            sums = {name: sums.get(name, 0) + term.detach() for name, term in terms.items()}
+        if applied:
+            self.ema.update(momentum)
+        means = {name: total / self.accumulation for name, total in sums.items()}
+        return engines.mean_over_ranks(means), applied
+
+    def schedules(self, index: int) -> tuple[float, float, float]:
+        """Learning rate, weight decay and EMA momentum of step `index` (from 0)."""
+        o, total = self.config.optim, self.total_steps
+        warmup = int(o.warmup_epochs * self.steps_per_epoch)
+        return (
+            optim.learning_rate(index + 1, total, warmup, o.start_lr, o.lr, o.final_lr),
+            optim.weight_decay(index + 1, total, o.weight_decay, o.final_weight_decay),
+            optim.ema_momentum(index, total, o.momentum, o.final_momentum),
+        )
+
+    def scalars(self, terms: dict, batches: list[Batch]) -> dict:
+        """What is averaged over a telemetry interval, without waiting for the device."""
+        masks = [batch.masks for batch in batches]
+        return {
+            **terms,
+            "grad_norm": self.engine.grad_norm,
+            "context_k": sum(m.context_idx_BK.shape[1] for m in masks) / len(masks),
+            "targets_p": sum(m.target_idx_BMP.shape[2] for m in masks) / len(masks),
+        }
+
+    def details(self, index: int, skipped_steps: int, skipped_images: int) -> dict:
+        """What is logged of a single step, at the end of a telemetry interval."""
+        lr, weight_decay, momentum = self.schedules(index)
+        return {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "skipped_steps": skipped_steps,
+            "skipped_images": skipped_images,
+            **representation_stats(torch.cat(list(self.features))),
+        }
+
+    def save(self, run: Path, step: int) -> Path:
+        return checkpoint.save(
+            run / "checkpoints",
+            step,
+            self.engine,
+            self.ema,
+            self.config.to_json(),
+            self.encoder_json,
+            self.config.checkpoint.keep,
+        )
+
+
+def steps_of(loader: Loader, start: int) -> Iterator[tuple[list[Batch], float]]:
+    """For each optimiser step from `start`: its micro-batches and the seconds waited for them."""
+    batches = loader.iterate(start)
+    while True:
+        began = time.perf_counter()
+        group = list(itertools.islice(batches, loader.accumulation))
+        yield group, time.perf_counter() - began
+
+
+def fit(trainer: Trainer, loader: Loader, telemetry: Telemetry, run: Path, start: int) -> int:
+    """Train from step `start` to the end, or until asked to stop. Returns the exit status."""
+    config, total = trainer.config, trainer.total_steps
+    stop, bad_in_row, skipped = StopRequest(), 0, 0
+    for index, (batches, wait_s) in zip(range(start, total), steps_of(loader, start), strict=False):
+        terms, applied = trainer.step(batches, index)
+        done = index + 1
+        bad_in_row = 0 if applied else bad_in_row + 1
+        if not applied:
+            skipped += 1
+            report_bad_step(telemetry, loader, batches, run, done, bad_in_row)
+            if bad_in_row >= config.run.max_bad_steps:
+                trainer.save(run, done - bad_in_row)
+                telemetry.message(
+                    f"stopped: {bad_in_row} steps in a row were not finite. The last good state is "
+                    f"saved as step {done - bad_in_row}; the images are named in {run / BAD_STEPS}"
+                )
+                return 1
+        telemetry.step(done, trainer.scalars(terms, batches), wait_s)
+        if telemetry.due(done):
+            telemetry.log_row(trainer.details(index, skipped, loader.skipped.count))
+        every = config.checkpoint.every_steps
+        stopping = stop.agreed()
+        if done == total or stopping or (every and done % every == 0):
+            with telemetry.pause():
+                trainer.save(run, done)
+        if stopping and done < total:
+            telemetry.message(f"stopped after step {done}; go on with: {resume_command()}")
+            return 0
+    finish(run)
+    telemetry.message(f"done: {run / 'encoder.safetensors'}")
+    return 0
+
+
+def report_bad_step(
+    telemetry: Telemetry, loader: Loader, batches: list[Batch], run: Path, step: int, in_row: int
+) -> None:
+    """Count, tell and write down, with the images of every process, a step that was not finite."""
+    names = [loader.images.name(int(i)) for batch in batches for i in batch.index_B]
+    gathered = [names]
+    if engines.world_size() > 1:
+        gathered = [None] * engines.world_size()
+        dist.all_gather_object(gathered, names)
+    if engines.rank() == 0:
+        with open(run / BAD_STEPS, "a") as file:
+            row = {"step": step, "images": list(itertools.chain(*gathered))}
+            file.write(json.dumps(row) + "\n")
+    telemetry.message(f"step {step} was not finite: update and average skipped ({in_row} in a row)")
+
+
+def finish(run: Path) -> None:
+    """Write the final encoders beside the checkpoints."""
+    if engines.rank() == 0:
+        final = checkpoint.latest(run)
+        checkpoint.write_encoder(run / "encoder.safetensors", "target", final)
+        checkpoint.write_encoder(run / "context_encoder.safetensors", "context", final)
+
+
+def resume_command() -> str:
+    kept = [arg for arg in sys.argv[1:] if not arg.startswith("--local_rank")]
+    if "--resume" in kept:
+        at = kept.index("--resume")
+        del kept[at : at + 2]
+    return shlex.join(["deepspeed", "cjepa_fast/train.py", *kept, "--resume", "auto"])
+
+
+def dry_run(trainer: Trainer, loader: Loader) -> None:
+    """Two steps, then what a run of this configuration is made of."""
+    for index, (batches, _) in zip(range(2), steps_of(loader, 0), strict=False):
+        began = time.perf_counter()
+        terms, _ = trainer.step(batches, index)
+        loss = float(terms["loss"])  # waits for the device
+        step_s = time.perf_counter() - began
+    if engines.rank() != 0:
+        return
+    encoder, masks = trainer.ema.module, batches[-1].masks
+    K = masks.context_idx_BK.shape[1]
+    M, P = masks.target_idx_BMP.shape[1:]
+    part = trainer.config.predictor
+    gflop = step_gflop(
+        **encoder.architecture, predictor_width=part.width, predictor_depth=part.depth,
+        predictor_mlp_ratio=part.mlp_ratio, context_k=K, targets_m=M, targets_p=P,
+    )  # fmt: skip
+    rows, cols = encoder.grid
+    parameters = trainer.parameters
+    print(f"parameters   encoder {parameters['encoder']:,}, predictor {parameters['predictor']:,}")
+    print(f"tokens       {rows} x {cols} patches, context {K}, targets {M} x {P}")
+    print("GFLOP/image  " + ", ".join(f"{name} {value:.1f}" for name, value in gflop.items()))
+    print(f"memory       {peak_gib(trainer.device):.2f} GiB at the peak, {trainer.device}")
+    print(
+        f"step         {trainer.micro_batch} images x {loader.accumulation} x "
+        f"{engines.world_size()} processes, loss {loss:.4f}, {step_s:.2f} s (not warmed up)"
+    )
+
+
+def peak_gib(device: torch.device) -> float:
+    """The most memory this process has held: on the GPU what torch reserved, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def starting_point(run: Path, resume: str | None) -> Path | None:
+    """The checkpoint to go on from. A run that is there already is never overwritten."""
+    found = checkpoint.find(run, resume)
+    held = checkpoint.latest(run)
+    if resume is None and held is not None:
+        raise ConfigError(
+            f"run.dir = {run}: already holds a run ({held.name}): go on with --resume auto, or "
+            "choose another with --set run.dir=FOLDER"
+        )
+    return found
+
+
+def begin(config: Config, checkpointed: Path | None) -> tuple[Trainer, Loader, int]:
+    """Build everything, restore a checkpoint if one is given. Returns also the step to start at."""
+    device = engines.start(config.run.seed)
+    side = config.data.image_size // config.model.patch_size
+    loader = build_loader(config, device, build_masks(config, (side, side)))
+    trainer = Trainer(config, device, loader.steps_per_epoch)
+    if checkpointed is None:
+        return trainer, loader, 0
+    return trainer, loader, checkpoint.restore(checkpointed, trainer.engine, trainer.ema)
+
+
+def open_telemetry(trainer: Trainer, run: Path, start: int) -> Telemetry:
+    """The run's folder made ready: log, configuration, no checkpoints from beyond `start`."""
+    config, first = trainer.config, engines.rank() == 0
+    telemetry = Telemetry(
+        run if first else None,
+        total_steps=trainer.total_steps,
+        steps_per_epoch=trainer.steps_per_epoch,
+        images_per_step=config.data.batch_size,
+        interval=config.telemetry.every_steps,
+        start_step=start,
+        tensorboard=config.telemetry.tensorboard,
+    )
+    if first:
+        checkpoint.write_text(run / "config.json", config.to_json())
+        for path in checkpoint.set_aside_later_than(run, start):
+            telemetry.message(f"going on from step {start}; set aside: {path}")
+    return telemetry
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--config", required=True, metavar="FILE", help="here or in configs/")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    parser.add_argument("--resume", metavar="auto|PATH", help="go on from a checkpoint")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved one, exit")
+    parser.add_argument("--dry-run", action="store_true", help="build all, run 2 steps, exit")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(sys.argv[1:] if argv is None else argv)
+    try:
+        config = configuration.load(args.config, args.overrides)
+        if args.print_config:
+            print(config.to_json(), end="")
+            return 0
+        run = Path(configuration.expanded(config.run.dir))
+        trainer, loader, start = begin(
+            config, None if args.dry_run else starting_point(run, args.resume)
+        )
+    except (ValueError, OSError) as error:  # the user's input: said, without a traceback
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return 2
+    with contextlib.ExitStack() as ending:
+        ending.callback(dist.destroy_process_group)
+        ending.callback(loader.close)
+        if args.dry_run:
+            dry_run(trainer, loader)
+            return 0
+        telemetry = open_telemetry(trainer, run, start)
+        ending.callback(telemetry.close)
+        return fit(trainer, loader, telemetry, run, start)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,241 @@
+"""The Vision Transformer: patch embedding, attention, block, encoder.
+
+Parameter names and maths are I-JEPA's (Assran et al. 2023, arXiv 2301.08243), so that its
+checkpoints load: no class token, fixed 2-D sin-cos positions, pre-norm blocks, exact GELU.
+Shapes: B images, N patches, K context patches, D width, H heads, S tokens of a sequence.
+"""
+
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cjepa_fast.kernels.gather import gather_tokens
+
+MODELS = {
+    "vit_tiny": {"width": 192, "depth": 12, "heads": 3, "mlp_ratio": 4.0},
+    "vit_small": {"width": 384, "depth": 12, "heads": 6, "mlp_ratio": 4.0},
+    "vit_base": {"width": 768, "depth": 12, "heads": 12, "mlp_ratio": 4.0},
+    "vit_large": {"width": 1024, "depth": 24, "heads": 16, "mlp_ratio": 4.0},
+    "vit_huge": {"width": 1280, "depth": 32, "heads": 16, "mlp_ratio": 4.0},
+    "vit_giant": {"width": 1408, "depth": 40, "heads": 16, "mlp_ratio": 48 / 11},
+}
+
+
+def sincos_positions(rows: int, cols: int, width: int) -> torch.Tensor:
+    """Fixed 2-D sin-cos positions: (rows * cols, width) fp32, row-major.
+
+    The first half of the width encodes the column, the second the row; each half is [sin | cos]
+    with frequencies 10000^(-i / (width / 4)), computed in float64.
+    """
+    if width % 4:
+        raise ValueError(f"width {width} must be a multiple of 4 for 2-D sin-cos positions")
+    frequency = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+    row, col = torch.meshgrid(
+        torch.arange(rows, dtype=torch.float64),
+        torch.arange(cols, dtype=torch.float64),
+        indexing="ij",
+    )
+    angles = [place.flatten()[:, None] * frequency for place in (col, row)]
+    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], 1).float()
+
+
+def patchify(images_B3HW: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """Images cut into patches, row-major: (B, N, 3 * patch_size^2), each as (channel, y, x)."""
+    B, C, height, width = images_B3HW.shape
+    if height % patch_size or width % patch_size:
+        raise ValueError(f"images of {height}x{width} do not divide into patches of {patch_size}")
+    rows, cols = height // patch_size, width // patch_size
+    tiles = images_B3HW.reshape(B, C, rows, patch_size, cols, patch_size)
+    return tiles.permute(0, 2, 4, 1, 3, 5).reshape(B, rows * cols, C * patch_size**2)
+
+
+class PatchProjection(nn.Conv2d):
+    """A patch-sized convolution as a matrix product, so that chosen patches alone are embedded."""
+
+    def forward(self, patches_BKC: torch.Tensor) -> torch.Tensor:
+        return F.linear(patches_BKC, self.weight.flatten(1), self.bias)
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, patch_size: int, width: int):
+        super().__init__()
+        self.proj = PatchProjection(3, width, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, patches_BKC: torch.Tensor) -> torch.Tensor:
+        return self.proj(patches_BKC)
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str) -> torch.Tensor:
+    """softmax(q k^T / sqrt(d)) v for q, k, v of shape (B, H, S, d).
+
+    "plain" writes the attention map: in bf16 on a CPU it is faster than SDPA. "sdpa" is torch's
+    fused kernel, "flash_attn" the package of that name; "auto" is sdpa on CUDA, plain elsewhere.
+    """
+    if backend == "auto":
+        backend = "sdpa" if q.is_cuda else "plain"
+    if backend == "sdpa":
+        return F.scaled_dot_product_attention(q, k, v)
+    if backend == "flash_attn":
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return flash_attention()(q, k, v).transpose(1, 2)
+    return attention_map(q, k) @ v
+
+
+@functools.cache
+def flash_attention():
+    """flash-attn's function of (B, S, H, d) tensors. Raises ValueError where it is missing."""
+    try:
+        from flash_attn import flash_attn_func
+    except ImportError as error:
+        raise ValueError(
+            f'attention = "flash_attn": the package does not load ({error}): pip install '
+            '"cjepa_fast[flash]" on a machine with CUDA, or take "auto"'
+        ) from None
+    return flash_attn_func
+
+
+def attention_map(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """(B, H, S, S): each row sums to one."""
+    return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1)
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int, backend: str = "auto"):
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width {width} is not a multiple of heads {heads}")
+        if backend == "flash_attn":
+            flash_attention()  # to fail here, not in the first step
+        self.heads = heads
+        self.backend = backend
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def heads_of(self, x_BSD: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """q, k and v, each (B, H, S, d)."""
+        B, S, D = x_BSD.shape
+        qkv = self.qkv(x_BSD).view(B, S, 3, self.heads, D // self.heads)
+        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+
+    def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
+        x_BHSd = attend(*self.heads_of(x_BSD), self.backend)
+        return self.proj(x_BHSd.transpose(1, 2).reshape(x_BSD.shape))
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
+        return self.fc2(F.gelu(self.fc1(x_BSD)))
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int, mlp_ratio: float, backend: str = "auto"):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, heads, backend)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = MLP(width, round(width * mlp_ratio))
+
+    def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
+        x_BSD = x_BSD + self.attn(self.norm1(x_BSD))
+        return x_BSD + self.mlp(self.norm2(x_BSD))
+
+
+def init_weights(module: nn.Module, std: float = 0.02) -> None:
+    """I-JEPA's initialisation: truncated normal weights, zero biases, unit norms."""
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        nn.init.trunc_normal_(module.weight, std=std)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+def frozen_positions(rows: int, cols: int, width: int) -> nn.Parameter:
+    return nn.Parameter(sincos_positions(rows, cols, width)[None], requires_grad=False)
+
+
+class Encoder(nn.Module):
+    """A ViT over the patches of an image, or over a chosen subset of them.
+
+    image_size and patch_size are in pixels; the grid is (image_size // patch_size) squared.
+    Raises ValueError when the image is no multiple of the patch or the width none of the heads.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        patch_size: int,
+        width: int,
+        depth: int,
+        heads: int,
+        mlp_ratio: float = 4.0,
+        attention: str = "auto",
+    ):
+        super().__init__()
+        if image_size % patch_size:
+            raise ValueError(
+                f"image_size {image_size} is not a multiple of patch_size {patch_size}"
+            )
+        self.image_size, self.patch_size, self.width = image_size, patch_size, width
+        self.depth, self.heads, self.mlp_ratio = depth, heads, mlp_ratio
+        self.grid = (image_size // patch_size,) * 2
+        self.patch_embed = PatchEmbed(patch_size, width)
+        self.pos_embed = frozen_positions(*self.grid, width)
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, attention) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.apply(init_weights)
+
+    @property
+    def architecture(self) -> dict:
+        """The constructor's arguments that decide the weights' shapes, as in encoder.json."""
+        names = ("image_size", "patch_size", "width", "depth", "heads", "mlp_ratio")
+        return {name: getattr(self, name) for name in names}
+
+    def positions(self, rows: int, cols: int) -> torch.Tensor:
+        """(rows * cols, D): the positions, interpolated (bicubic) for another grid than trained."""
+        if (rows, cols) == self.grid:
+            return self.pos_embed[0]
+        table = self.pos_embed.float().view(1, *self.grid, self.width).permute(0, 3, 1, 2)
+        table = F.interpolate(table, size=(rows, cols), mode="bicubic", align_corners=False)
+        return table.permute(0, 2, 3, 1).reshape(rows * cols, self.width).to(self.pos_embed.dtype)
+
+    def embed(self, images_B3HW: torch.Tensor, context_idx_BK: torch.Tensor | None) -> torch.Tensor:
+        """Patch tokens with their positions, before the blocks: (B, K or N, D)."""
+        patches = patchify(images_B3HW, self.patch_size)
+        positions = self.positions(*(size // self.patch_size for size in images_B3HW.shape[-2:]))
+        if context_idx_BK is not None:
+            patches = gather_tokens(patches, context_idx_BK)
+            positions = positions[context_idx_BK]
+        return self.patch_embed(patches) + positions
+
+    def forward(
+        self, images_B3HW: torch.Tensor, context_idx_BK: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Tokens of all patches (B, N, D), or of the chosen ones (B, K, D), after the last norm."""
+        x = self.embed(images_B3HW, context_idx_BK)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    @torch.no_grad()
+    def attention_maps(self, images_B3HW: torch.Tensor) -> torch.Tensor:
+        """The last block's attention over the whole image: (B, H, N, N), rows summing to one."""
+        x = self.embed(images_B3HW, None)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        last = self.blocks[-1]
+        q, k, _ = last.attn.heads_of(last.norm1(x))
+        return attention_map(q, k)
+
+
+def count_parameters(module: nn.Module) -> int:
+    return sum(math.prod(p.shape) for p in module.parameters() if p.requires_grad)

@@ -1,0 +1,1 @@
+"""The shipped configurations, as JSON files; installed as cjepa_fast.configs."""

@@ -1,0 +1,1 @@
+"""The kernels, imported as `cjepa_fast.kernels`: each function takes plain tensors."""

@@ -1,0 +1,157 @@
+"""Images made on the spot, whole and broken in many ways. No files are shipped for this."""
+
+import io
+import os
+import struct
+import tarfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+
+
+def picture(seed: int, height: int = 60, width: int = 80) -> np.ndarray:
+    """A smooth random picture, (height, width, 3) uint8: JPEG and resizing change it little."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(image)
+
+
+def encoded(image: Image.Image | np.ndarray, kind: str = "JPEG", **options) -> bytes:
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    if kind == "JPEG":
+        options.setdefault("quality", 95)
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def exif(orientation: int) -> bytes:
+    block = Image.Exif()
+    block[0x0112] = orientation
+    return block.tobytes()
+
+
+def chunk(name: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """A PNG of uint8 or uint16 (H, W) or (H, W, 3): Pillow writes no 16-bit colour."""
+    bits = 8 * pixels.dtype.itemsize
+    height, width = pixels.shape[:2]
+    rows = b"".join(b"\0" + row.astype(f">u{bits // 8}").tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", width, height, bits, 2 if pixels.ndim == 3 else 0, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return PNG_MAGIC + body
+
+
+def _patched(data: bytes, at: int, patch: bytes) -> bytes:
+    return data[:at] + patch + data[at + len(patch) :]
+
+
+def truncated(seed):
+    data = encoded(picture(seed))
+    return data[: len(data) // 2]
+
+
+def corrupt_header(seed):
+    return b"\xff\xd8\xff\xe0" + np.random.default_rng(seed).bytes(3000)
+
+
+def huge(seed):
+    data = encoded(picture(seed))
+    return _patched(data, data.find(b"\xff\xc0") + 5, b"\xfe\xfe\xfe\xfe")
+
+
+def damaged_tables(seed):
+    """The Huffman tables count more codes than there can be: a header check does not see it."""
+    data = encoded(picture(seed))
+    return _patched(data, data.find(b"\xff\xc4") + 5, b"\xff" * 16)
+
+
+def png_wrong_checksum(seed):
+    data = encoded(picture(seed), "PNG")
+    at = data.find(b"IDAT") + 40
+    return _patched(data, at, bytes([data[at] ^ 0x55]))
+
+
+def png_truncated(seed):
+    data = encoded(picture(seed), "PNG")
+    return data[: len(data) // 2]
+
+
+def png_damaged_pixels(seed):
+    """Checksums that fit pixels that do not decompress."""
+    header = struct.pack(">IIBBBBB", 80, 60, 8, 2, 0, 0, 0)
+    pixels = np.random.default_rng(seed).bytes(500)
+    return PNG_MAGIC + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+# name -> bytes; each is found by the quick check when the set is indexed
+SEEN_AT_ONCE = {
+    "truncated.jpg": truncated,
+    "empty.jpg": lambda seed: b"",
+    "text.jpg": lambda seed: b"this is not an image\n" * 50,
+    "header.jpeg": corrupt_header,
+    "huge.JPG": huge,
+    "checksum.png": png_wrong_checksum,
+    "cut.png": png_truncated,
+    "zeros.png": lambda seed: bytes(4000),
+}
+# each passes the quick check and fails only in the decoder
+SEEN_WHEN_DECODED = {"tables.jpg": damaged_tables, "pixels.png": png_damaged_pixels}
+
+
+def write(path: Path, data: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+def good_folder(root: Path, count: int, classes: int = 2) -> Path:
+    """count JPEGs of several sizes: root/c<k>/<i>.jpg."""
+    for i in range(count):
+        size = 40 + 7 * (i % 5), 50 + 9 * (i % 4)
+        write(root / f"c{i % classes}" / f"{i:04d}.jpg", encoded(picture(i, *size)))
+    return root
+
+
+def break_folder(root: Path, where: str = "c0") -> tuple[set[str], set[str]]:
+    """Add one file of each broken kind, a folder named as an image and a link to nowhere.
+
+    Returns the names (found by the quick check, found in the decoder).
+    """
+    folder = root / where
+    for name, make in (SEEN_AT_ONCE | SEEN_WHEN_DECODED).items():
+        write(folder / name, make(7))
+    (folder / "folder.jpg").mkdir()
+    os.symlink("nowhere", folder / "link.jpg")
+    at_once = {f"{where}/{name}" for name in (*SEEN_AT_ONCE, "folder.jpg", "link.jpg")}
+    return at_once, {f"{where}/{name}" for name in SEEN_WHEN_DECODED}
+
+
+def write_shard(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def good_shards(root: Path, count: int, shards: int = 3, **extra: bytes) -> Path:
+    """count samples over `shards` tars: <i>.jpg, <i>.cls (i % 5), and <i>.<extra> for each."""
+    root.mkdir(parents=True, exist_ok=True)
+    for k in range(shards):
+        members = {}
+        for i in range(k, count, shards):
+            members[f"{i:04d}.jpg"] = encoded(picture(i, 40 + i % 7, 50 + i % 5))
+            members[f"{i:04d}.cls"] = str(i % 5).encode()
+            members |= {f"{i:04d}.{ext}": data for ext, data in extra.items()}
+        write_shard(root / f"x-{k:02d}.tar", members)
+    return root

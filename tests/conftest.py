@@ -1,0 +1,46 @@
+"""What every test gets: a fresh seed, few threads, and no GPU test without a GPU."""
+
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+HAS_CUDA = torch.cuda.is_available()
+if not HAS_CUDA:
+    # DeepSpeed picks its accelerator at import, here and in the processes that tests start.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# Processes that tests start share the cores; the tests' own process may use two.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if HAS_CUDA:
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device, and torch sees none")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture
+def seed() -> int:
+    """A seed that is new in every run, set in torch, numpy and random; CJEPA_TEST_SEED fixes it."""
+    value = int(os.environ.get("CJEPA_TEST_SEED") or random.SystemRandom().randrange(2**31))
+    print(f"to repeat: CJEPA_TEST_SEED={value}")  # pytest shows this where the test fails
+    torch.manual_seed(value)
+    np.random.seed(value)
+    random.seed(value)
+    return value
+
+
+@pytest.fixture
+def real_images() -> Path:
+    """A folder or shards of real images that the user names in CJEPA_REAL_IMAGES."""
+    path = os.environ.get("CJEPA_REAL_IMAGES")
+    if not path:
+        pytest.skip("CJEPA_REAL_IMAGES names no folder or shards of real images")
+    return Path(path)

@@ -1,0 +1,109 @@
+"""Checkpoints on disk: fragments read back by range, atomic names, encoders loaded."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from cjepa_fast import checkpoint, load_encoder
+from cjepa_fast.ema import Fragment
+from cjepa_fast.vit import Encoder
+
+
+def stored_in_pieces(folder, weight: torch.Tensor, cuts: list[int]) -> checkpoint.Stored:
+    """A checkpoint of one parameter, cut as ranks would cut it."""
+    folder.mkdir()
+    (folder / "state.json").write_text(json.dumps({"step": 1, "world_size": len(cuts) - 1}))
+    pieces = list(itertools.pairwise(cuts))
+    for rank, (a, b) in enumerate(pieces):
+        name = f"shard_{rank:05d}_of_{len(pieces):05d}.safetensors"
+        save_file({f"master/x@{a}": weight[a:b].clone()}, folder / name)
+    return checkpoint.Stored(folder)
+
+
+@pytest.mark.parametrize("cuts", [[0, 10], [0, 3, 10], [0, 1, 2, 9, 10]])
+def test_any_run_is_read_from_any_cut(tmp_path, cuts):
+    weight = torch.randn(10)
+    stored = stored_in_pieces(tmp_path / "step_00000001", weight, cuts)
+    assert torch.equal(stored.whole("master", "x"), weight)
+    for start in range(10):
+        for end in range(start + 1, 11):
+            fragment = Fragment("x", start, torch.full((end - start,), float("nan")))
+            stored.read_into("master", fragment)
+            assert torch.equal(fragment.values, weight[start:end])
+
+
+def test_a_parameter_that_is_not_there_is_named(tmp_path):
+    stored = stored_in_pieces(tmp_path / "step_00000001", torch.randn(10), [0, 4, 10])
+    with pytest.raises(ValueError, match=r"no master of encoder\.norm"):
+        stored.whole("master", "encoder.norm")
+    with pytest.raises(ValueError, match="x has 5 values at 5"):
+        stored.read_into("master", Fragment("x", 5, torch.empty(7)))
+
+
+def test_what_was_not_renamed_does_not_exist(tmp_path):
+    steps = tmp_path / "checkpoints"
+    for name in ("step_00000005", ".step_00000009.partial", "step_00000007"):
+        (steps / name).mkdir(parents=True)
+    (steps / "step_00000005" / "state.json").write_text("{}")
+    (steps / ".step_00000009.partial" / "state.json").write_text("{}")
+    assert checkpoint.latest(tmp_path) == steps / "step_00000005"
+    assert checkpoint.find(tmp_path, None) is None
+    assert checkpoint.find(tmp_path, "auto") == steps / "step_00000005"
+    assert checkpoint.find(tmp_path, str(steps / "step_00000005")) == steps / "step_00000005"
+    assert checkpoint.find(tmp_path / "new", "auto") is None
+    with pytest.raises(FileNotFoundError, match="new"):
+        checkpoint.find(tmp_path, str(tmp_path / "new"))
+
+
+def test_write_text_is_whole_or_absent(tmp_path):
+    path = tmp_path / "latest"
+    for text in ("step_1\n", "step_2\n"):
+        checkpoint.write_text(path, text)
+        assert path.read_text() == text
+    assert [p.name for p in tmp_path.iterdir()] == ["latest"]
+
+
+@pytest.fixture
+def saved_encoder(tmp_path):
+    encoder = Encoder(32, 8, 24, 2, 3)
+    save_file(encoder.state_dict(), tmp_path / "encoder.safetensors")
+    described = {**encoder.architecture, "mean": [0.1, 0.2, 0.3], "std": [1.0, 1.0, 1.0]}
+    (tmp_path / "encoder.json").write_text(json.dumps(described))
+    return encoder
+
+
+def test_load_encoder_gives_the_module_back(tmp_path, saved_encoder):
+    images = torch.randn(2, 3, 32, 32)
+    for path in (tmp_path, tmp_path / "encoder.safetensors"):
+        loaded = load_encoder(path)
+        assert not loaded.training and loaded.mean == (0.1, 0.2, 0.3)
+        assert torch.equal(loaded(images), saved_encoder(images))
+
+
+def test_load_encoder_says_what_is_wrong(tmp_path, saved_encoder):
+    with pytest.raises(ValueError, match="teacher"):
+        load_encoder(tmp_path, "teacher")
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        load_encoder(tmp_path / "nothing")
+    weights = saved_encoder.state_dict()
+    weights["blocks.7.norm1.bias"] = weights.pop("norm.bias")
+    save_file(weights, tmp_path / "encoder.safetensors")
+    with pytest.raises(ValueError, match=r"blocks\.7\.norm1\.bias.*norm\.bias"):
+        load_encoder(tmp_path)
+
+
+def test_a_run_that_goes_back_sets_its_later_checkpoints_aside(tmp_path):
+    steps = tmp_path / "checkpoints"
+    for step in (1, 2, 3):
+        (steps / f"step_{step:08d}").mkdir(parents=True)
+        (steps / f"step_{step:08d}" / "state.json").write_text(str(step))
+    moved = checkpoint.set_aside_later_than(tmp_path, 1)
+    assert [path.name for path in moved] == [
+        "abandoned_1_step_00000002",
+        "abandoned_1_step_00000003",
+    ]
+    assert (moved[1] / "state.json").read_text() == "3"
+    assert checkpoint.latest(tmp_path).name == "step_00000001"

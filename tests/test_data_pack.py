@@ -1,0 +1,145 @@
+"""Packing: nothing lost, nothing changed, resumed, verified."""
+
+import hashlib
+import io
+import json
+
+import broken_images as made
+import pytest
+from PIL import Image
+
+from cjepa_fast.data import listing, pack
+from cjepa_fast.data.sources import open_images
+
+
+@pytest.fixture
+def packed(tmp_path):
+    def run(**options):
+        said = []
+        options = {"shard_size": 7, "workers": 2} | options
+        left_out = pack.pack(tmp_path / "set", tmp_path / "out", cache=tmp_path / "cache",
+                             log=said.append, **options)  # fmt: skip
+        return left_out, said
+
+    return run
+
+
+def contents(images):
+    """{hash of the bytes: class name} of a set."""
+    digest = [hashlib.sha256(images.read_original(i)).hexdigest() for i in range(len(images))]
+    return {d: images.classes[k] for d, k in zip(digest, images.labels.tolist(), strict=True)}
+
+
+def test_bytes_labels_and_classes_survive(tmp_path, packed):
+    root = made.good_folder(tmp_path / "set", 20, classes=3)
+    made.write(root / "c1" / "a.b.png.jpg", made.encoded(made.picture(77), "PNG"))
+    left_out, said = packed()
+    assert left_out == [] and said == []
+    before = open_images(root, cache=tmp_path / "cache")
+    after = open_images(tmp_path / "out", cache=tmp_path / "cache")
+    assert contents(before) == contents(after) and len(after) == 21
+    assert len(list((tmp_path / "out").glob("*.tar"))) == 3
+    assert sum(after.name(i).endswith(".png") for i in range(21)) == 1
+    first = [after.labels[i].item() for i in range(7)]
+    assert len(set(first)) > 1  # shuffled: a folder's order would begin with one class
+    record = json.loads((tmp_path / "out" / "shard-000000.json").read_text())
+    assert all(name.startswith("c") for name in record["names"].values())
+
+
+def test_broken_images_are_left_out_and_named(tmp_path, packed):
+    root = made.good_folder(tmp_path / "set", 10)
+    at_once, later = made.break_folder(root)
+    left_out, said = packed()
+    assert {name for name, _ in left_out} == at_once | later
+    assert len(said) == len(at_once) + len(later)
+    assert len(open_images(tmp_path / "out", cache=tmp_path / "cache")) == 10
+    again, _ = packed()
+    assert sorted(again) == sorted(left_out)
+
+
+def test_unlabelled_folder(tmp_path, packed):
+    made.write(tmp_path / "set" / "a.jpg", made.encoded(made.picture(0)))
+    packed()
+    assert open_images(tmp_path / "out", cache=tmp_path / "cache").labels is None
+    assert not (tmp_path / "out" / "classes.txt").exists()
+
+
+def test_interrupted_run_goes_on(tmp_path, packed, monkeypatch):
+    made.good_folder(tmp_path / "set", 20)
+    verify, calls = pack._verify, []
+
+    def interrupted(tar, hashes, pool):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(tar)
+        verify(tar, hashes, pool)
+
+    monkeypatch.setattr(pack, "_verify", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        packed()
+    out = tmp_path / "out"
+    assert len(list(out.glob("*.tar"))) == 2
+    monkeypatch.setattr(pack, "_verify", verify)
+    kept = {tar: tar.stat().st_mtime_ns for tar in out.glob("*.tar")}
+    packed()
+    assert len(list(out.glob("*.tar"))) == 3 and not list(out.glob("*.tmp"))
+    assert all(tar.stat().st_mtime_ns == time for tar, time in kept.items())
+    assert len(open_images(out, cache=tmp_path / "cache")) == 20
+
+
+def test_the_same_images_give_the_same_shards(tmp_path, packed):
+    made.good_folder(tmp_path / "set", 9)
+    packed(workers=1)
+    first = {t.name: t.read_bytes() for t in (tmp_path / "out").glob("*.tar")}
+    (tmp_path / "out").rename(tmp_path / "before")
+    packed(workers=3)
+    assert first == {t.name: t.read_bytes() for t in (tmp_path / "out").glob("*.tar")}
+
+
+def test_other_settings_or_images_are_refused(tmp_path, packed):
+    root = made.good_folder(tmp_path / "set", 9)
+    packed()
+    with pytest.raises(ValueError, match="shard_size 7 there, 5 now"):
+        packed(shard_size=5)
+    made.write(root / "c0" / "new.jpg", made.encoded(made.picture(50)))
+    with pytest.raises(ValueError, match="another packing"):
+        packed()
+    with pytest.raises(ValueError, match="at least 1"):
+        packed(shard_size=0)
+
+
+def test_short_side_shrinks_large_images_alone(tmp_path, packed):
+    turned = made.encoded(made.picture(1, 80, 120), exif=made.exif(6))
+    made.write(tmp_path / "set" / "a" / "large.jpg", turned)
+    made.write(tmp_path / "set" / "a" / "small.jpg", made.encoded(made.picture(2, 30, 35)))
+    packed(short_side=40, quality=80)
+    after = open_images(tmp_path / "out", cache=tmp_path / "cache")
+    assert sorted(after.sizes_N2.tolist()) == [[30, 35], [60, 40]]
+    for i in range(2):
+        image = Image.open(io.BytesIO(after.read_original(i)))
+        assert image.getexif().get(0x0112, 1) == 1 and image.size == tuple(after.sizes_N2[i][::-1])
+
+
+def test_what_does_not_read_back_is_refused(tmp_path, packed, monkeypatch):
+    made.good_folder(tmp_path / "set", 5)
+    members = listing.members
+
+    def damaged(tar):
+        with open(tar, "r+b") as file:  # a disk that forgets
+            file.seek(600)
+            file.write(b"\0" * 50)
+        return members(tar)
+
+    monkeypatch.setattr(listing, "members", damaged)
+    with pytest.raises(ValueError, match="do not read back"):
+        packed()
+    assert not list((tmp_path / "out").glob("*.tar"))
+
+
+def test_command_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    made.good_folder(tmp_path / "set", 5)
+    assert pack.main([str(tmp_path / "set"), str(tmp_path / "out"), "--shard-size", "2"]) == 0
+    assert "3 shards" in capsys.readouterr().out
+    assert pack.main([str(tmp_path / "nothing"), str(tmp_path / "out")]) == 2
+    assert "does not exist" in capsys.readouterr().err

@@ -1,0 +1,118 @@
+"""`python -m cjepa_fast.eval`: the numbers it prints and writes, and one line for what is wrong."""
+
+import json
+import shutil
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import save_file
+
+from cjepa_fast import config as configuration
+from cjepa_fast.data.sources import open_images
+from cjepa_fast.eval import features, knn
+from cjepa_fast.eval.__main__ import labelled_sides, main
+from cjepa_fast.vit import Encoder
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tiny.write_images(tmp_path / "images", count=60, classes=3)
+
+
+@pytest.fixture
+def run(tmp_path, data, seed):
+    """A run's folder as training leaves it, with random weights."""
+    run = tmp_path / "run"
+    run.mkdir()
+    config = configuration.load(str(tiny.write_config(tmp_path, eval={"crop": 1.0, "k": 5})))
+    (run / "config.json").write_text(config.to_json())
+    encoder = Encoder(image_size=24, patch_size=4, width=24, depth=2, heads=3)
+    normalisation = {"mean": config.data.mean, "std": config.data.std}
+    for name in ("encoder", "context_encoder"):
+        weights = {key: p.contiguous() for key, p in encoder.state_dict().items()}
+        save_file(weights, run / f"{name}.safetensors")
+        (run / f"{name}.json").write_text(json.dumps({**encoder.architecture, **normalisation}))
+    return run
+
+
+def test_knn_writes_what_the_parts_compute(run, data, tmp_path, capsys):
+    out = tmp_path / "deep" / "knn.json"
+    test = shutil.copytree(data, tmp_path / "copy")
+    options = ["--k", "3", "--untrained", "--pixels", "--json", str(out)]
+    assert main(["knn", str(run), "--data", str(data), "--test", str(test), *options]) == 0
+    rows = {row["encoder"]: row for row in json.loads(out.read_text())["rows"]}
+    assert list(rows) == ["raw pixels", "mean colour", "untrained", "trained"]
+
+    from cjepa_fast import load_encoder
+
+    images = open_images(data)
+    found, _ = features.extract(load_encoder(run), images)
+    expected = knn.top1(found, images.labels, found, images.labels, k=3)
+    assert rows["trained"]["top1"] == pytest.approx(expected, abs=2)
+    assert rows["trained"]["train_images"] == rows["trained"]["test_images"] == 60
+    printed = capsys.readouterr().out
+    assert f"{rows['trained']['top1']:.2f}" in printed and "60+60" in printed
+
+
+def test_linear_and_a_limit_of_images(run, data, tmp_path):
+    out = tmp_path / "linear.json"
+    options = ["--max-train", "21", "--json", str(out)]
+    assert main(["linear", str(run), "--data", str(data), *options]) == 0
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["train_images"] == 21
+    assert 0 <= row["top1"] <= 100
+
+
+def test_without_a_test_set_the_two_sides_share_no_image(data):
+    (train, train_keep), (test, test_keep) = labelled_sides(str(data), None, None)
+    assert train is test
+    assert sorted([*train_keep.tolist(), *test_keep.tolist()]) == list(range(60))
+    _, (_, again) = labelled_sides(str(data), None, 10)
+    assert torch.equal(again, test_keep)
+
+
+def test_the_untrained_encoder_is_the_same_each_time(run, data, tmp_path):
+    tops = []
+    for name in ("a.json", "b.json"):
+        torch.rand(1)
+        out = tmp_path / name
+        main(["knn", str(run), "--data", str(data), "--untrained", "--json", str(out)])
+        rows = json.loads(out.read_text())["rows"]
+        tops.append([row["top1"] for row in rows if row["encoder"] == "untrained"])
+    assert tops[0] == tops[1]
+
+
+def test_pictures(run, data, tmp_path):
+    attention = ["attention", str(run), "--images", str(data), "--count", "2"]
+    masks = ["masks", str(run), "--images", str(data), "--count", "2"]
+    for name, command in (("a.png", attention), ("m.png", masks)):
+        assert main([*command, "--out", str(tmp_path / name)]) == 0
+        assert (tmp_path / name).stat().st_size > 5_000
+
+
+def test_what_is_wrong_is_said_in_one_line(run, data, tmp_path, capsys):
+    unlabelled = tmp_path / "unlabelled"
+    unlabelled.mkdir()
+    for i, path in enumerate(sorted(data.rglob("*.jpg"))[:4]):
+        shutil.copy(path, unlabelled / f"{i}.jpg")
+    one = tmp_path / "one" / "class"
+    one.mkdir(parents=True)
+    shutil.copy(unlabelled / "0.jpg", one / "0.jpg")
+    cases = {
+        "no labels": ["knn", str(run), "--data", str(unlabelled)],
+        "splitting its 1 images": ["knn", str(run), "--data", str(one.parent)],
+        "does not exist": ["knn", str(run), "--data", str(tmp_path / "absent")],
+        "nowhere": ["knn", str(tmp_path / "nowhere"), "--data", str(data)],
+        "same classes": ["knn", str(run), "--data", str(data), "--test", str(one.parent)],
+        "k = 500": ["knn", str(run), "--data", str(data), "--k", "500"],
+        "no such run": ["curves", str(tmp_path / "nowhere"), "--out", "c.png"],
+        "no config.json": ["masks", str(tmp_path / "nowhere"), "--out", "m.png"],
+        "cannot draw": ["masks", str(run), "--images", str(data), "--out", "m.docx"],
+    }
+    for expected, command in cases.items():
+        assert main(command) == 2, command
+        said = capsys.readouterr().err
+        assert expected in said and said.startswith("error: ")
+        assert len(said.splitlines()) == 1, said

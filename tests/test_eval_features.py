@@ -1,0 +1,97 @@
+"""Features of a set: the mean of the encoder's tokens, of the right pixels, at the right place."""
+
+import io
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from cjepa_fast.data.sources import open_images
+from cjepa_fast.eval import features
+from cjepa_fast.vit import Encoder
+
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+
+
+@pytest.fixture
+def images(tmp_path):
+    tiny.write_images(tmp_path / "images", count=14)
+    return open_images(tmp_path / "images", cache=tmp_path / "index")
+
+
+@pytest.fixture
+def encoder(seed):
+    encoder = Encoder(image_size=24, patch_size=8, width=24, depth=2, heads=3).eval()
+    encoder.mean, encoder.std = MEAN, STD
+    return encoder
+
+
+def by_hand(encoder, images, i: int) -> torch.Tensor:
+    """Pillow instead of DALI: centre square, resized, normalised; tokens averaged."""
+    picture = Image.open(io.BytesIO(images.read(i))).convert("RGB")
+    side = min(picture.size)
+    left, top = (picture.width - side) / 2, (picture.height - side) / 2
+    size = (encoder.image_size,) * 2
+    picture = picture.resize(size, Image.BILINEAR, box=(left, top, left + side, top + side))
+    x = torch.tensor(np.asarray(picture)).permute(2, 0, 1) / 255
+    x = (x - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+    with torch.no_grad():
+        return encoder(x[None])[0].mean(0)
+
+
+def test_features_are_the_mean_of_the_tokens_of_each_image(encoder, images):
+    """Pillow and DALI decode and resize a little apart: far less than two images differ."""
+    found, place = features.extract(encoder, images, batch_size=4)
+    assert place.tolist() == list(range(14))
+    assert found.shape == (14, 24) and found.dtype == torch.float32
+    theirs = torch.stack([by_hand(encoder, images, i) for i in range(14)])
+    assert torch.cdist(found, theirs).argmin(1).tolist() == list(range(14))
+    assert (found - theirs).norm() < 0.1 * (theirs - theirs.mean(0)).norm()
+
+
+def test_a_part_of_the_set_has_the_same_features(encoder, images):
+    whole, _ = features.extract(encoder, images, batch_size=14)
+    keep = torch.tensor([1, 5, 6, 13])
+    some, place = features.extract(encoder, images, keep=keep, batch_size=3)
+    assert torch.equal(place, keep)
+    torch.testing.assert_close(some, whole[keep], rtol=1e-5, atol=1e-5)
+
+
+def test_bf16_is_near_and_not_the_same(encoder, images):
+    exact, _ = features.extract(encoder, images)
+    rough, _ = features.extract(encoder, images, bf16=True)
+    assert 0 < (rough - exact).norm() / exact.norm() < 0.05
+
+
+def test_an_image_that_cannot_be_read_keeps_the_others_in_place(encoder, images, tmp_path):
+    whole, _ = features.extract(encoder, images)
+    name = images.name(3)
+    path = tmp_path / "images" / name
+    path.write_bytes(path.read_bytes()[:40].ljust(path.stat().st_size, b"\0"))
+    found, place = features.extract(encoder, images, batch_size=4)
+    assert place.tolist() == [i for i in range(14) if i != 3]
+    torch.testing.assert_close(found, whole[place], rtol=1e-4, atol=1e-4)
+
+
+class Named:
+    def __init__(self, names):
+        self.names = names
+
+    def __len__(self):
+        return len(self.names)
+
+    def name(self, i):
+        return self.names[i]
+
+
+def test_the_split_is_by_name_and_about_a_fifth(seed):
+    names = [f"class/{n}.jpg" for n in torch.randperm(10_000).tolist()]
+    train, test = features.split_by_name(Named(names))
+    assert sorted([*train.tolist(), *test.tolist()]) == list(range(10_000))
+    assert 1_850 < len(test) < 2_150  # binomial: 2,000 with a standard deviation of 40
+    side = {names[i] for i in test}
+    fewer = sorted(names)[::2]
+    _, again = features.split_by_name(Named(fewer))
+    assert {fewer[i] for i in again} == side & set(fewer)

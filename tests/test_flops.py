@@ -1,0 +1,95 @@
+"""The counted work against published figures, and against torch's own counter."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from cjepa_fast.flops import patch_embedding_flop, step_gflop
+from cjepa_fast.predictor import Predictor
+from cjepa_fast.vit import MODELS, Encoder
+
+# GFLOP an image: target forward, context and predictor forward + backward, total; counted apart
+# for I-JEPA's step at batch 128, where the context is cut to K and the blocks have P patches.
+# (model, image size, patch, predictor depth, K, P, target, context, predictor, total)
+COUNTED = [
+    ("vit_tiny", 224, 16, 6, 50.2, 33.4, 2.49, 1.78, 22.14, 26.4),
+    ("vit_small", 224, 16, 6, 50.2, 33.4, 9.15, 6.76, 22.22, 38.1),
+    ("vit_base", 224, 16, 6, 50.2, 33.4, 34.9, 26.3, 22.4, 83.6),
+    ("vit_large", 224, 16, 12, 50.2, 33.4, 122.5, 92.3, 44.6, 259),
+    ("vit_huge", 224, 14, 12, 68.4, 44.2, 333, 261, 60.9, 656),
+    ("vit_huge", 448, 16, 12, 226.7, 136.8, 1089, 885, 217, 2190),
+]
+
+
+@pytest.mark.parametrize("row", COUNTED, ids=lambda row: f"{row[0]}_{row[1]}")
+def test_work_of_the_standard_models(row):
+    model, image_size, patch, depth, k, p, target, context, predictor, total = row
+    work = step_gflop(
+        image_size=image_size,
+        patch_size=patch,
+        **MODELS[model],
+        predictor_width=384,
+        predictor_depth=depth,
+        context_k=k,
+        targets_m=4,
+        targets_p=p,
+    )
+    # I-JEPA embeds all N patches of the context image and then gathers; here only K are embedded.
+    spared = (image_size // patch) ** 2 - k
+    work["context"] += 2 * patch_embedding_flop(spared, patch, MODELS[model]["width"]) / 1e9
+    expected = {"target": target, "context": context, "predictor": predictor, "total": total}
+    assert work == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("model", "image_size", "patch", "k", "p", "total"),
+    [("vit_base", 224, 16, 81.8, 33.4, 109), ("vit_huge", 224, 14, 110.1, 44.2, 841)],
+)
+def test_work_with_the_whole_context(model, image_size, patch, k, p, total):
+    work = step_gflop(
+        image_size=image_size,
+        patch_size=patch,
+        **MODELS[model],
+        predictor_width=384,
+        predictor_depth=6 if model == "vit_base" else 12,
+        context_k=k,
+        targets_m=4,
+        targets_p=p,
+    )
+    assert work["total"] == pytest.approx(total, rel=0.01)
+
+
+@pytest.mark.parametrize("mlp_ratio", [4.0, 48 / 11])
+def test_agrees_with_torchs_counter(mlp_ratio):
+    """Exactly, since both count the matrix products alone. No two sizes are equal."""
+    batch, m, k, p = 2, 3, 7, 5
+    sizes = {"width": 44, "depth": 3, "heads": 2, "mlp_ratio": mlp_ratio}
+    encoder = Encoder(40, 5, **sizes, attention="plain")
+    predictor = Predictor(44, encoder.grid, width=24, depth=2, heads=2, mlp_ratio=3.0)
+    images = torch.randn(batch, 3, 40, 40)
+    context_idx = torch.stack([torch.randperm(64)[:k] for _ in range(batch)])
+    target_idx = torch.stack([torch.randperm(64)[: m * p].view(m, p) for _ in range(batch)])
+    counts = {}
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        encoder(images)
+    counts["target"] = counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        context = encoder(images, context_idx)
+        context.sum().backward()
+    counts["context"] = counter.get_total_flops()
+    leaf = context.detach().requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        predictor(leaf, context_idx, target_idx).square().sum().backward()
+    counts["predictor"] = counter.get_total_flops()
+    work = step_gflop(
+        **encoder.architecture,
+        predictor_width=24,
+        predictor_depth=2,
+        context_k=k,
+        targets_m=m,
+        targets_p=p,
+        predictor_mlp_ratio=3.0,
+    )
+    for part, count in counts.items():
+        assert work[part] * 1e9 * batch == pytest.approx(count, rel=1e-9), part
+    assert work["total"] == pytest.approx(sum(work[part] for part in counts))

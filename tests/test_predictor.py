@@ -1,0 +1,119 @@
+"""The predictor: one sequence for each target block, and what each may depend on."""
+
+import pytest
+import torch
+from test_vit import block_shapes
+
+from cjepa_fast.predictor import Predictor
+from cjepa_fast.vit import MODELS, sincos_positions
+
+
+@pytest.fixture
+def predictor(seed) -> Predictor:
+    return Predictor(encoder_width=12, grid=(4, 4), width=16, depth=2, heads=4).double().eval()
+
+
+@pytest.fixture
+def inputs(predictor) -> list[torch.Tensor]:
+    """Context tokens (2, 5, 12), their places (2, 5), targets (2, 3, 4), overlapping."""
+    context = torch.randn(2, 5, 12, dtype=torch.float64)
+    places = torch.stack([torch.randperm(16)[:5] for _ in range(2)])
+    targets = torch.stack(
+        [torch.stack([torch.randperm(16)[:4] for _ in range(3)]) for _ in range(2)]
+    )
+    return [context, places, targets]
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.allclose(a, b, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_names_and_shapes_are_those_of_ijepa(name):
+    size = MODELS[name]
+    with torch.device("meta"):
+        predictor = Predictor(size["width"], (16, 16), 384, 3, size["heads"])
+    wanted = {
+        "mask_token": (1, 1, 384),
+        "predictor_pos_embed": (1, 256, 384),
+        "predictor_embed.weight": (384, size["width"]),
+        "predictor_embed.bias": (384,),
+        "predictor_norm.weight": (384,),
+        "predictor_norm.bias": (384,),
+        "predictor_proj.weight": (size["width"], 384),
+        "predictor_proj.bias": (size["width"],),
+    }
+    for i in range(3):
+        wanted |= block_shapes(f"predictor_blocks.{i}", 384, 4 * 384)
+    assert {n: tuple(p.shape) for n, p in predictor.state_dict().items()} == wanted
+    trained = {n for n, p in predictor.named_parameters() if p.requires_grad}
+    assert trained == wanted.keys() - {"predictor_pos_embed"}
+    assert {b.attn.heads for b in predictor.predictor_blocks} == {size["heads"]}
+
+
+def test_initialisation(seed):
+    predictor = Predictor(192, (3, 5), 1024, 1, 4)
+    assert torch.equal(predictor.predictor_pos_embed[0], sincos_positions(3, 5, 1024))
+    assert predictor.mask_token.std().item() == pytest.approx(0.02, rel=0.2)
+    assert predictor.predictor_norm.eps == 1e-6
+
+
+def test_one_token_for_each_target_patch(predictor, inputs):
+    assert predictor(*inputs).shape == (2, 3, 4, 12)
+
+
+def test_index_types_agree(predictor, inputs):
+    context, places, targets = inputs
+    assert torch.equal(predictor(context, places.int(), targets.int()), predictor(*inputs))
+
+
+def test_blocks_of_an_image_do_not_see_each_other(predictor, inputs):
+    context, places, targets = inputs
+    before = predictor(*inputs)
+    changed = targets.clone()
+    changed[:, 1] = (changed[:, 1] + 1) % 16
+    after = predictor(context, places, changed)
+    assert same(after[:, [0, 2]], before[:, [0, 2]])
+    assert not same(after[:, 1], before[:, 1])
+
+
+def test_the_patches_of_a_block_see_each_other(predictor, inputs):
+    context, places, targets = inputs
+    changed = targets.clone()
+    changed[0, 0, 0] = (changed[0, 0, 0] + 1) % 16
+    assert not same(predictor(context, places, changed)[0, 0, 1:], predictor(*inputs)[0, 0, 1:])
+
+
+def test_outputs_follow_the_order_of_images_blocks_and_patches(predictor, inputs):
+    context, places, targets = inputs
+    whole = predictor(*inputs)
+    assert same(predictor(context[[1]], places[[1]], targets[[1]]), whole[[1]])
+    assert same(predictor(context, places, targets[:, [2, 0, 1]]), whole[:, [2, 0, 1]])
+    shuffled = predictor(context, places, targets[:, :, [3, 1, 0, 2]])
+    assert same(shuffled, whole[:, :, [3, 1, 0, 2]])
+
+
+def test_the_context_is_a_set_of_placed_tokens(predictor, inputs):
+    context, places, targets = inputs
+    order = [4, 2, 0, 1, 3]
+    assert same(predictor(context[:, order], places[:, order], targets), predictor(*inputs))
+    assert not same(predictor(context[:, order], places, targets), predictor(*inputs))
+
+
+def test_gradients_reach_all_but_the_positions(predictor, inputs):
+    context, places, targets = inputs
+    context.requires_grad_()
+    predictor(context, places, targets).square().sum().backward()
+    assert context.grad.abs().sum(-1).all()
+    for name, p in predictor.named_parameters():
+        if name == "predictor_pos_embed":
+            assert p.grad is None
+        else:
+            assert p.grad is not None and p.grad.any(), name
+
+
+def test_places_outside_the_grid_are_named(predictor, inputs):
+    context, places, targets = inputs
+    targets[1, 2, 3] = 16
+    with pytest.raises(IndexError, match=r"index 16 is outside 0\.\.15"):
+        predictor(context, places, targets)
