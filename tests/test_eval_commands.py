@@ -56,6 +56,14 @@ def test_knn_writes_what_the_parts_compute(run, data, tmp_path, capsys):
     assert f"{rows['trained']['top1']:.2f}" in printed and "60+60" in printed
 
 
+def test_the_run_s_settings_hold_where_the_command_names_none(run, data, tmp_path):
+    out = tmp_path / "knn.json"
+    for options, k in (([], 5), (["--k", "3"], 3)):
+        main(["knn", str(run), "--data", str(data), "--json", str(out), *options])
+        written = json.loads(out.read_text())
+        assert (written["crop"], written["k"], written["temperature"]) == (1.0, k, 0.07)
+
+
 def test_linear_and_a_limit_of_images(run, data, tmp_path):
     out = tmp_path / "linear.json"
     options = ["--max-train", "21", "--json", str(out)]

@@ -203,7 +203,7 @@ def _place(rng: np.random.Generator, picture: np.ndarray, thing: dict, light: fl
     u, v = np.tensordot((_rotation(-turn) * periods).astype(np.float32), away_2HW, 1)
     if kind not in ("disc", "ring"):  # theirs are about the middle
         u, v = u + rng.random(dtype=np.float32), v + rng.random(dtype=np.float32)
-    tone_HW = _tone(kind, u, v) - MEAN_TONE[kind]
+    tone_HW = rng.choice((-1, 1)) * (_tone(kind, u, v) - MEAN_TONE[kind])
     _paint(rng, picture[rows, columns], cover_HW, tone_HW, light)
 
 

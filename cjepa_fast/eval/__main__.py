@@ -19,8 +19,6 @@ from cjepa_fast.eval import attention, curves, features, knn, linear, pictures
 from cjepa_fast.masks import MaskSampler
 from cjepa_fast.vit import Encoder
 
-DEFAULT_CROP = 0.875  # of a run without a config.json beside it, such as a bare encoder file
-
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
@@ -39,22 +37,26 @@ def measure(args: argparse.Namespace) -> None:
     """`knn` and `linear`: a row for each encoder, on the terminal and to --json."""
     encoder = cjepa_fast.load_encoder(args.run)
     config = config_of(args.run)
-    crop = args.crop or (config.eval.crop if config else DEFAULT_CROP)
+    settings = eval_settings(config)
+    for name in ("crop", "k", "temperature"):  # the run's own, where the command line says nothing
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(settings, name))
     sides = labelled_sides(args.data, args.test, args.max_train)
     encoders = {"trained": encoder}
     if args.untrained:
         encoders["untrained"] = fresh_like(encoder, config.run.seed if config else 0)
     rows = []
     if args.pixels:
-        rows += pixel_rows(sides, crop, args)
+        rows += pixel_rows(sides, args)
     for name, each in reversed(encoders.items()):
-        rows.append({"encoder": name, **score(each, sides, crop, args)})
+        rows.append({"encoder": name, **score(each, sides, args)})
     print_table(rows, args)
     if args.json:
         path = Path(args.json)
         path.parent.mkdir(parents=True, exist_ok=True)
-        facts = {"run": str(args.run), "data": args.data, "test": args.test, "crop": crop}
-        path.write_text(json.dumps({"metric": args.metric, **facts, "rows": rows}, indent=2) + "\n")
+        named = ("metric", "run", "data", "test", "crop", "k", "temperature")
+        facts = {name: getattr(args, name) for name in named}
+        path.write_text(json.dumps({**facts, "rows": rows}, indent=2) + "\n")
 
 
 Side = tuple[ImageSet, torch.Tensor]  # a set and the positions used of it
@@ -94,13 +96,13 @@ def labelled(path: str) -> ImageSet:
     return images
 
 
-def score(encoder: Encoder, sides: tuple[Side, Side], crop: float, args) -> dict:
+def score(encoder: Encoder, sides: tuple[Side, Side], args) -> dict:
     """Percent right of the encoder's features, with and without centring for kNN."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     vectors = []
     for images, keep in sides:
         found, place = features.extract(
-            encoder, images, keep=keep, crop=crop, device=device, bf16=args.bf16,
+            encoder, images, keep=keep, crop=args.crop, device=device, bf16=args.bf16,
             batch_size=args.batch_size, threads=args.threads,
         )  # fmt: skip
         vectors += [found, images.labels[place]]
@@ -111,10 +113,10 @@ def score(encoder: Encoder, sides: tuple[Side, Side], crop: float, args) -> dict
     return {**counts, **knn.both(*vectors, k=args.k, temperature=args.temperature)}
 
 
-def pixel_rows(sides: tuple[Side, Side], crop: float, args) -> list[dict]:
+def pixel_rows(sides: tuple[Side, Side], args) -> list[dict]:
     (train, train_keep), (test, test_keep) = sides
     found = knn.pixel_baselines(
-        train, test, train_keep=train_keep, test_keep=test_keep, crop=crop, k=args.k,
+        train, test, train_keep=train_keep, test_keep=test_keep, crop=args.crop, k=args.k,
         temperature=args.temperature, threads=args.threads,
     )  # fmt: skip
     counts = {"train_images": len(train_keep), "test_images": len(test_keep)}
@@ -155,13 +157,16 @@ def config_of(run: str) -> configuration.Config | None:
     return None
 
 
+def eval_settings(config: configuration.Config | None) -> configuration.EvalSection:
+    return config.eval if config else configuration.EvalSection()
+
+
 def draw_attention(args: argparse.Namespace) -> None:
     target = cjepa_fast.load_encoder(args.run, "target")
     context = cjepa_fast.load_encoder(args.run, "context")
-    config = config_of(args.run)
     images_B3HW = pictures.load_images(
         open_images(configuration.expanded(args.images)), args.count, image_size=target.image_size,
-        mean=target.mean, std=target.std, crop=config.eval.crop if config else DEFAULT_CROP,
+        mean=target.mean, std=target.std, crop=eval_settings(config_of(args.run)).crop,
     )  # fmt: skip
     title = f"Attention of the last block: {Path(args.run).resolve().name}"
     print(attention.draw(target, context, images_B3HW, args.out, title))
@@ -200,12 +205,18 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def share(text: str) -> float:
+def above_zero(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 0 < value <= 1:
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def share(text: str) -> float:
+    if (value := above_zero(text)) > 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a share above 0 and at most 1")
     return value
 
@@ -250,10 +261,10 @@ def _measure_options(sub: argparse.ArgumentParser, metric: str) -> None:
     sub.add_argument("--batch-size", type=positive, default=128)
     sub.add_argument("--threads", type=positive, default=2, help="decoding threads")
     sub.add_argument("--json", metavar="FILE", help="write the numbers there too")
-    sub.set_defaults(command=measure, metric=metric, pixels=False)
+    sub.set_defaults(command=measure, metric=metric, pixels=False, k=None, temperature=None)
     if metric == "knn":
-        sub.add_argument("--k", type=positive, default=20)
-        sub.add_argument("--temperature", type=float, default=0.07)
+        sub.add_argument("--k", type=positive, help="neighbours; default: the run's eval.k")
+        sub.add_argument("--temperature", type=above_zero, help="default: the run's, or 0.07")
         sub.add_argument("--pixels", action="store_true", help="also raw pixels and mean colour")
 
 
