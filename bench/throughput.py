@@ -121,7 +121,7 @@ def run_steps(trainer: train.Trainer, batches, first: int, count: int) -> dict:
 def measure(config: Config, data: str, device: torch.device, steps: int, warmup: int) -> dict:
     """One row: `steps` timed steps of a configuration after `warmup` others."""
     began = time.perf_counter()
-    masks = build.build_masks(config, (config.data.image_size // config.model.patch_size,) * 2)
+    masks = build.build_masks(config)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     loader = build.build_loader(config, device, masks) if data == "jpeg" else None

@@ -53,14 +53,19 @@ def compute_dtype(config: Config) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[config.run.precision]
 
 
-def build_masks(config: Config, grid: tuple[int, int]) -> MaskSampler:
-    return MaskSampler(grid=grid, seed=config.run.seed, **config.mask.model_dump())
+def build_masks(config: Config) -> MaskSampler:
+    """Raises ConfigError for settings that leave a block empty or can never keep min_keep."""
+    side = config.data.image_size // config.model.patch_size
+    try:
+        return MaskSampler(grid=(side, side), seed=config.run.seed, **config.mask.model_dump())
+    except ValueError as error:
+        raise ConfigError(f"mask.{error}") from None
 
 
 def initialise(networks: JEPA, target: Encoder, config: Config) -> None:
     """Start from an I-JEPA checkpoint: fills encoder, predictor and target encoder."""
     encoder, predictor, average = load_ijepa(
-        config.run.init_from,
+        configuration.expanded(config.run.init_from),
         config.model.name,
         config.model.patch_size,
         config.data.image_size,

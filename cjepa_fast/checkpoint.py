@@ -3,12 +3,14 @@
 A checkpoint is a folder of safetensors files, one a process, each with the fragments it owns:
     RUN/checkpoints/step_00001000/
         shard_00000_of_00002.safetensors   master/NAME@START, exp_avg/..., exp_avg_sq/..., ema/...
-        state.json                         step, optimiser's step, config, versions, generators
+        state.json                         step, epoch, optimiser's step, config, images, versions
         encoder.json                       the encoder's architecture
-It is written under a temporary name, synced and renamed; `checkpoints/latest` names it last. So
-what bears the final name is whole. No pickle is written or read.
+The shards also hold the state of torch's generators. A checkpoint is written under a temporary
+name, synced and renamed, so what bears the final name is whole; then `checkpoints/latest` names it,
+for scripts. No pickle is written or read.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -19,7 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from cjepa_fast import __version__
@@ -28,6 +30,7 @@ from cjepa_fast.engine import Engine, rank, world_size
 from cjepa_fast.vit import Encoder
 
 FORMAT = 1
+FINAL = {"target": "encoder", "context": "context_encoder"}  # file names at the end of a run
 
 
 def save(
@@ -35,13 +38,14 @@ def save(
     step: int,
     engine: Engine,
     ema: TargetEMA,
-    config_json: str,
+    facts: dict,
     encoder_json: str,
     keep: int,
 ) -> Path:
     """Write the checkpoint of optimiser step `step` (updates done so far) below `folder`.
 
-    Every process must call it. Keeps the newest `keep` checkpoints. Returns its path.
+    facts: what else state.json is to hold ("config", "epoch", "images"). Every process must call
+    it. Keeps the newest `keep` checkpoints. Returns its path.
     """
     final = folder / f"step_{step:08d}"
     partial = folder / f".{final.name}.partial"
@@ -57,7 +61,7 @@ def save(
     _barrier()
     if rank() == 0:
         write_text(partial / "encoder.json", encoder_json)
-        write_text(partial / "state.json", json.dumps(_describe(step, engine, config_json)))
+        write_text(partial / "state.json", json.dumps(_describe(step, engine) | facts))
         if final.exists():
             set_aside(final)
         partial.rename(final)
@@ -88,13 +92,12 @@ def generator_states() -> dict[str, torch.Tensor]:
     return states
 
 
-def _describe(step: int, engine: Engine, config_json: str) -> dict:
+def _describe(step: int, engine: Engine) -> dict:
     return {
         "format": FORMAT,
         "step": step,
         "optimizer_step": engine.optimizer_step(),
         "world_size": world_size(),
-        "config": json.loads(config_json),
         "versions": {
             "cjepa_fast": __version__,
             "torch": torch.__version__,
@@ -123,6 +126,29 @@ def restore(path: Path, engine: Engine, ema: TargetEMA) -> int:
     return stored.state["step"]
 
 
+def differences(path: Path, facts: dict) -> list[str]:
+    """ "KEY: X, saved with Y" for each fact that is not as the checkpoint has it, by dotted key.
+
+    A longer run, another place or another rate of saving is no difference.
+    """
+    free = ("config.run.epochs", "config.run.dir", "config.data.path", "config.data.threads")
+    free += ("config.checkpoint", "config.telemetry", "config.eval", "config.run.init_from")
+    saved = _flat(json.loads((path / "state.json").read_text()))
+    return [
+        f"{key.removeprefix('config.')}: {value}, saved with {saved.get(key)}"
+        for key, value in _flat(facts).items()
+        if value != saved.get(key) and not key.startswith(free)
+    ]
+
+
+def _flat(tree: dict, prefix: str = "") -> dict:
+    leaves = {}
+    for key, value in tree.items():
+        inner = isinstance(value, dict) and value
+        leaves |= _flat(value, f"{prefix}{key}.") if inner else {prefix + key: value}
+    return leaves
+
+
 class Stored:
     """A checkpoint on disk: its state.json and its fragments, read by range."""
 
@@ -134,7 +160,7 @@ class Stored:
             raise FileNotFoundError(f"{path} is not a checkpoint: it has no state.json") from None
         self.runs: dict[tuple[str, str], list[tuple[int, Path, str]]] = {}
         for shard in sorted(path.glob("shard_*.safetensors")):
-            with safe_open(shard, "pt") as file:
+            with _opened(shard) as file:
                 for key in file.keys():  # noqa: SIM118 (not a dict)
                     kind, _, rest = key.partition("/")
                     name, _, start = rest.rpartition("@")
@@ -144,7 +170,7 @@ class Stored:
         if (kind, name) not in self.runs:
             raise ValueError(f"{self.path} holds no {kind} of {name}: was it saved by this model?")
         for start, shard, key in sorted(self.runs[kind, name]):
-            with safe_open(shard, "pt") as file:
+            with _opened(shard) as file:
                 yield start, file.get_tensor(key)
 
     def whole(self, kind: str, name: str) -> torch.Tensor:
@@ -173,7 +199,7 @@ class Stored:
         for device, setter in (("cpu", torch.set_rng_state), ("cuda", torch.cuda.set_rng_state)):
             for start, shard, key in self.runs.get(("generator", device), []):
                 if start == rank() and (device == "cpu" or torch.cuda.is_available()):
-                    with safe_open(shard, "pt") as file:
+                    with _opened(shard) as file:
                         setter(file.get_tensor(key))
 
     def encoder_weights(self, which: str) -> dict[str, torch.Tensor]:
@@ -184,6 +210,16 @@ class Stored:
             for stored_kind, name in self.runs
             if stored_kind == kind and name.startswith(prefix)
         }
+
+
+@contextlib.contextmanager
+def _opened(path: Path):
+    """A safetensors file. Raises ValueError where it is damaged, FileNotFoundError if missing."""
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
 
 
 def find(run: Path, resume: str | None) -> Path | None:
@@ -221,6 +257,15 @@ def set_aside_later_than(run: Path, step: int) -> list[Path]:
     return [set_aside(path) for path in complete if int(path.name.removeprefix("step_")) > step]
 
 
+def set_aside_encoders(run: Path) -> None:
+    """A run that goes on has no final encoders yet: those there become previous_*."""
+    for which in FINAL.values():
+        for suffix in (".safetensors", ".json"):
+            path = run / f"{which}{suffix}"
+            if path.exists():
+                path.replace(path.with_name(f"previous_{path.name}"))
+
+
 def _complete(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("step_*") if (p / "state.json").is_file())
 
@@ -239,32 +284,38 @@ def load_encoder(path: str | os.PathLike, which: str = "target") -> Encoder:
     """A pretrained encoder, fp32, on the CPU, in evaluation mode.
 
     path: a run's folder, a checkpoint's folder or a .safetensors file with its .json beside it.
-    which: "target" (the averaged one, used for evaluation) or "context". The module also carries
-    `mean` and `std`, the normalisation its images had. Raises FileNotFoundError or ValueError.
+    which: "target" (the averaged one, used for evaluation) or "context"; a .safetensors file holds
+    one encoder, the target's unless its name says otherwise. The module also carries `mean` and
+    `std`, the normalisation its images had. Raises FileNotFoundError or ValueError.
     """
-    if which not in ("target", "context"):
+    if which not in FINAL:
         raise ValueError(f'which={which!r}: must be "target" or "context"')
     path = Path(path)
     if path.suffix == ".safetensors":
+        if which == "context" and path.stem != FINAL["context"]:
+            raise ValueError(f"{path} holds a target encoder: give the run's folder instead")
         return _build_encoder(path.with_suffix(".json"), _read_weights(path))
+    final = path / f"{FINAL[which]}.safetensors"
+    if final.is_file():
+        return load_encoder(final, which)
     checkpoint = path if (path / "state.json").is_file() else latest(path)
-    name = "encoder" if which == "target" else "context_encoder"
-    if (path / f"{name}.safetensors").is_file():
-        return load_encoder(path / f"{name}.safetensors")
     if checkpoint is None:
-        raise FileNotFoundError(f"{path}: neither a checkpoint nor {name}.safetensors is there")
+        raise FileNotFoundError(f"{path}: neither a checkpoint nor {final.name} is there")
     return _build_encoder(checkpoint / "encoder.json", Stored(checkpoint).encoder_weights(which))
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
-    with safe_open(path, "pt") as file:
+    with _opened(path) as file:
         return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
 
 
 def _build_encoder(description: Path, weights: dict[str, torch.Tensor]) -> Encoder:
-    described = json.loads(description.read_text())
-    normalisation = {name: tuple(described.pop(name)) for name in ("mean", "std")}
-    encoder = Encoder(**described).eval()
+    try:
+        described = json.loads(description.read_text())
+        normalisation = {name: tuple(described.pop(name)) for name in ("mean", "std")}
+        encoder = Encoder(**described).eval()
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{description} does not describe an encoder: {error!r}") from error
     own = {name: p for name, p in encoder.named_parameters() if p.requires_grad or name in weights}
     if own.keys() != weights.keys():
         raise ValueError(f"{description.parent}: weights differ: {sorted(own.keys() ^ weights)}")

@@ -185,8 +185,10 @@ def find(name: str) -> Path:
 
 def configs_folder() -> Path:
     """configs/ of the source tree, or of the installed package."""
-    beside = Path(__file__).resolve().parent.parent / "configs"
-    return beside if beside.is_dir() else Path(str(resources.files("cjepa_fast.configs")))
+    root = Path(__file__).resolve().parent.parent
+    beside = root / "configs"
+    own = (root / "setup.py").is_file()  # in site-packages a folder beside us is somebody else's
+    return beside if own and beside.is_dir() else Path(str(resources.files("cjepa_fast.configs")))
 
 
 def _resolved(path: Path, seen: tuple[Path, ...] = ()) -> dict:
@@ -296,6 +298,15 @@ def _impossible(config: Config) -> Iterator[str]:
 
 
 def _impossible_sizes(config: Config) -> Iterator[str]:
+    given = {"model": ("width", "depth", "heads", "mlp_ratio"), "predictor": ("heads", "mlp_ratio")}
+    for section, keys in given.items() if config.run.init_from else ():
+        part = getattr(config, section)
+        for key in keys:
+            if getattr(part, key) != type(part).model_fields[key].default:
+                yield (
+                    f"{section}.{key} = {getattr(part, key)}: leave it out, since run.init_from "
+                    "names an I-JEPA checkpoint, which has its own"
+                )
     for section in ("model", "predictor"):
         part = getattr(config, section)
         for key, value in (("width", part.width), ("heads", part.heads)):

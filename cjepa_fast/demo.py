@@ -5,6 +5,7 @@ same command a user would give, compares kNN with what needs no learning, and dr
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import shlex
@@ -54,7 +55,10 @@ def train(run: Path, config: str, overrides: list[str]) -> int:
     command = [sys.executable, str(TRAIN), "--config", config]
     command += [part for override in sets for part in ("--set", override)]
     print(f"\n$ {shlex.join(['python', 'cjepa_fast/train.py', *command[2:]])}", flush=True)
-    return subprocess.run(command).returncode
+    training = subprocess.Popen(command)
+    while True:
+        with contextlib.suppress(KeyboardInterrupt):  # the training has it too: it saves and ends
+            return training.wait()
 
 
 def compare(run: Path) -> int:

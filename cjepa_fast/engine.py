@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from cjepa_fast.ema import Fragment
+from cjepa_fast.ema import Fragment, fragment_of
 
 T = TypeVar("T")
 
@@ -127,6 +127,7 @@ class Engine:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ):
+        initial = {n: p.detach().cpu() for n, p in model.named_parameters() if p.requires_grad}
         # lr 0: some ZeRO stages allocate Adam's state by taking a step with zero gradients.
         optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
         self._deepspeed, *_ = _deepspeed().initialize(
@@ -142,6 +143,7 @@ class Engine:
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._allocate_moments()
         self.set_optimizer_step(0)
+        self._write_masters(initial)
         self.grad_norm: torch.Tensor | float = 0.0
 
     @property
@@ -290,6 +292,12 @@ class Engine:
         return owned
 
     @torch.no_grad()
+    def _write_masters(self, weights: dict[str, torch.Tensor]) -> None:
+        """DeepSpeed takes its fp32 masters from weights it has rounded: give them their digits."""
+        for master, _ in self.state():
+            master.values.copy_(fragment_of(weights[master.name], master))
+
+    @torch.no_grad()
     def write_weights(self, weights: dict[str, torch.Tensor]) -> None:
         """Set the compute-dtype weights from whole fp32 tensors by name, after a restore."""
         for p in self._parameters:
@@ -314,6 +322,8 @@ def complete_config(
     config["bf16"] = {**config.get("bf16", {}), "enabled": precision == "bf16"}
     config.setdefault("gradient_clipping", clip)
     config.setdefault("zero_allow_untested_optimizer", True)
+    # torch's fused AdamW also serves offloaded masters: DeepSpeed's own would be compiled first
+    config.setdefault("zero_force_ds_cpu_optimizer", False)
     zero = dict(config.get("zero_optimization", {}))
     if not torch.cuda.is_available():
         zero["overlap_comm"] = False  # it needs streams

@@ -44,9 +44,18 @@ FEATURE_ROWS = 1024  # pooled target features that RankMe and the per-dimension 
 class Trainer:
     """One training: the networks under DeepSpeed, the target encoder, and the step."""
 
-    def __init__(self, config: Config, device: torch.device, steps_per_epoch: int):
+    def __init__(
+        self,
+        config: Config,
+        device: torch.device,
+        steps_per_epoch: int,
+        *,
+        images: str = "",
+        restoring: bool = False,
+    ):
+        """images: the image set's fingerprint; restoring: a checkpoint will give the weights."""
         self.config, self.device = config, device
-        self.steps_per_epoch = steps_per_epoch
+        self.steps_per_epoch, self.images = steps_per_epoch, images
         self.total_steps = config.run.epochs * steps_per_epoch
         dtype = compute_dtype(config)
         self.micro_batch, self.accumulation = configuration.micro_batches(
@@ -59,7 +68,7 @@ class Trainer:
             )
         networks = build_networks(config, dist.group.WORLD if engines.world_size() > 1 else None)
         target = copy.deepcopy(networks.encoder)
-        if config.run.init_from:
+        if config.run.init_from and not restoring:
             initialise(networks, target, config)
         self.encoder_json = json.dumps(
             {**target.architecture, "mean": config.data.mean, "std": config.data.std}, indent=2
@@ -136,13 +145,17 @@ class Trainer:
             **representation_stats(torch.cat(list(self.features))),
         }
 
+    def facts(self) -> dict:
+        """What a run that goes on from here must share, or its order of images is another."""
+        return {"config": self.config.model_dump(mode="json"), "images": self.images}
+
     def save(self, run: Path, step: int) -> Path:
         return checkpoint.save(
             run / "checkpoints",
             step,
             self.engine,
             self.ema,
-            self.config.to_json(),
+            self.facts() | {"epoch": step / self.steps_per_epoch},
             self.encoder_json,
             self.config.checkpoint.keep,
         )
@@ -169,17 +182,20 @@ def fit(trainer: Trainer, loader: Loader, telemetry: Telemetry, run: Path, start
             skipped += 1
             report_bad_step(telemetry, loader, batches, run, done, bad_in_row)
             if bad_in_row >= config.run.max_bad_steps:
-                trainer.save(run, done - bad_in_row)
+                good = done - bad_in_row
+                if engines.rank() == 0:
+                    checkpoint.set_aside_later_than(run, good)
+                trainer.save(run, good)
                 telemetry.message(
                     f"stopped: {bad_in_row} steps in a row were not finite. The last good state is "
-                    f"saved as step {done - bad_in_row}; the images are named in {run / BAD_STEPS}"
+                    f"saved as step {good}; the images are named in {run / BAD_STEPS}"
                 )
                 return 1
         telemetry.step(done, trainer.scalars(terms, batches), wait_s)
-        if telemetry.due(done):
+        stopping = stop.agreed()
+        if telemetry.due(done) or stopping:
             telemetry.log_row(trainer.details(index, skipped, loader.skipped.count))
         every = config.checkpoint.every_steps
-        stopping = stop.agreed()
         if done == total or stopping or (every and done % every == 0):
             with telemetry.pause():
                 trainer.save(run, done)
@@ -216,11 +232,18 @@ def finish(run: Path) -> None:
 
 
 def resume_command() -> str:
+    """The command line of this process, by the launcher that started it, with --resume auto."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        launcher = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"]
+    elif "LOCAL_SIZE" in os.environ:
+        launcher = ["deepspeed", "--num_gpus", os.environ["LOCAL_SIZE"]]
+    else:
+        launcher = ["python"]
     kept = [arg for arg in sys.argv[1:] if not arg.startswith("--local_rank")]
     if "--resume" in kept:
         at = kept.index("--resume")
         del kept[at : at + 2]
-    return shlex.join(["deepspeed", "cjepa_fast/train.py", *kept, "--resume", "auto"])
+    return shlex.join([*launcher, "cjepa_fast/train.py", *kept, "--resume", "auto"])
 
 
 def dry_run(trainer: Trainer, loader: Loader) -> None:
@@ -260,30 +283,38 @@ def peak_gib(device: torch.device) -> float:
 
 
 def starting_point(run: Path, resume: str | None) -> Path | None:
-    """The checkpoint to go on from. A run that is there already is never overwritten."""
-    found = checkpoint.find(run, resume)
-    held = checkpoint.latest(run)
-    if resume is None and held is not None:
+    """The checkpoint to go on from. A run that is there already is never overwritten.
+
+    Raises ConfigError for such a run, OSError where its folder cannot be made.
+    """
+    if resume is None and (run / "config.json").exists():
         raise ConfigError(
-            f"run.dir = {run}: already holds a run ({held.name}): go on with --resume auto, or "
-            "choose another with --set run.dir=FOLDER"
+            f"run.dir = {run}: already holds a run: go on with --resume auto, or choose another "
+            "with --set run.dir=FOLDER"
         )
-    return found
+    run.mkdir(parents=True, exist_ok=True)
+    return checkpoint.find(run, resume)
 
 
 def begin(config: Config, checkpointed: Path | None) -> tuple[Trainer, Loader, int]:
     """Build everything, restore a checkpoint if one is given. Returns also the step to start at."""
+    masks = build_masks(config)
     device = engines.start(config.run.seed)
-    side = config.data.image_size // config.model.patch_size
-    loader = build_loader(config, device, build_masks(config, (side, side)))
-    trainer = Trainer(config, device, loader.steps_per_epoch)
+    loader = build_loader(config, device, masks)
+    trainer = Trainer(
+        config,
+        device,
+        loader.steps_per_epoch,
+        images=loader.images.fingerprint,
+        restoring=checkpointed is not None,
+    )
     if checkpointed is None:
         return trainer, loader, 0
     return trainer, loader, checkpoint.restore(checkpointed, trainer.engine, trainer.ema)
 
 
-def open_telemetry(trainer: Trainer, run: Path, start: int) -> Telemetry:
-    """The run's folder made ready: log, configuration, no checkpoints from beyond `start`."""
+def open_telemetry(trainer: Trainer, run: Path, start: int, checkpointed: Path | None) -> Telemetry:
+    """The run's folder made ready: log, configuration, nothing from beyond `start`."""
     config, first = trainer.config, engines.rank() == 0
     telemetry = Telemetry(
         run if first else None,
@@ -298,6 +329,10 @@ def open_telemetry(trainer: Trainer, run: Path, start: int) -> Telemetry:
         checkpoint.write_text(run / "config.json", config.to_json())
         for path in checkpoint.set_aside_later_than(run, start):
             telemetry.message(f"going on from step {start}; set aside: {path}")
+        checkpoint.set_aside_encoders(run)
+        if checkpointed is not None:
+            for line in checkpoint.differences(checkpointed, trainer.facts()):
+                telemetry.message(f"resumed with another {line}")
     return telemetry
 
 
@@ -320,9 +355,10 @@ def main(argv: list[str] | None = None) -> int:
             print(config.to_json(), end="")
             return 0
         run = Path(configuration.expanded(config.run.dir))
-        trainer, loader, start = begin(
-            config, None if args.dry_run else starting_point(run, args.resume)
-        )
+        checkpointed = None if args.dry_run else starting_point(run, args.resume)
+        trainer, loader, start = begin(config, checkpointed)
+        if not args.dry_run:
+            telemetry = open_telemetry(trainer, run, start, checkpointed)
     except (ValueError, OSError) as error:  # the user's input: said, without a traceback
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
@@ -335,7 +371,6 @@ def main(argv: list[str] | None = None) -> int:
         if args.dry_run:
             dry_run(trainer, loader)
             return 0
-        telemetry = open_telemetry(trainer, run, start)
         ending.callback(telemetry.close)
         return fit(trainer, loader, telemetry, run, start)
 

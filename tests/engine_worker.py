@@ -75,6 +75,8 @@ def main() -> None:
     options = dict(option.partition("=")[::2] for option in sys.argv[5:])
     engine.start(seed=0)
     made, ema, target = build(stage, precision)
+    masters = torch.cat([owned.master.values for owned in made.state()])
+    rounded = torch.equal(masters, masters.bfloat16().float())
     rank, share = engine.rank(), BATCH // engine.world_size()
     start = 0
     if "resume" in options:
@@ -99,10 +101,11 @@ def main() -> None:
             ema.update(0.9)
         seen.append([sum(losses) / ACCUMULATION, float(made.grad_norm), applied])
         if options.get("save") == str(step + 1):
-            checkpoint.save(Path(folder) / "checkpoints", step + 1, made, ema, "{}", "{}", 1)
+            checkpoint.save(Path(folder) / "checkpoints", step + 1, made, ema, {}, "{}", 1)
     sums = whole_weights(made, ema)
     if rank == 0:
-        print(json.dumps({"steps": seen, "sums": sums, "adam": made.optimizer_step()}))
+        facts = {"adam": made.optimizer_step(), "rounded": rounded}
+        print(json.dumps({"steps": seen, "sums": sums, **facts}))
     dist.destroy_process_group()
 
 

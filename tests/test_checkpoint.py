@@ -95,6 +95,22 @@ def test_load_encoder_says_what_is_wrong(tmp_path, saved_encoder):
         load_encoder(tmp_path)
 
 
+def test_an_encoder_file_is_not_taken_for_the_other_encoder(tmp_path, saved_encoder):
+    with pytest.raises(ValueError, match="holds a target encoder"):
+        load_encoder(tmp_path / "encoder.safetensors", "context")
+
+
+def test_damaged_files_are_named(tmp_path, saved_encoder):
+    path = tmp_path / "encoder.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"encoder\.safetensors is damaged"):
+        load_encoder(tmp_path)
+    (tmp_path / "encoder.json").write_text("{}")
+    save_file(saved_encoder.state_dict(), path)
+    with pytest.raises(ValueError, match=r"encoder\.json does not describe"):
+        load_encoder(tmp_path)
+
+
 def test_a_run_that_goes_back_sets_its_later_checkpoints_aside(tmp_path):
     steps = tmp_path / "checkpoints"
     for step in (1, 2, 3):

@@ -133,6 +133,14 @@ def test_impossible_values(override, said):
     assert said in message and message.startswith(override.split("=")[0].split(".")[0])
 
 
+@pytest.mark.parametrize("key", ["model.depth", "model.mlp_ratio", "predictor.heads"])
+def test_a_checkpoint_of_ijepa_has_its_own_sizes(key):
+    section, name = key.split(".")
+    values = {"run": {"init_from": "x.pth.tar"}, section: {name: 3}}
+    with pytest.raises(ConfigError, match=f"{key} = 3.*leave it out.*run.init_from"):
+        configuration.validate(values)
+
+
 def test_all_that_is_wrong_is_said_at_once():
     message = refusal("optim.lrr=1", "run.epochs=0", "data.flip=3")
     assert len(message.splitlines()) == 3
@@ -319,7 +327,7 @@ def test_every_configuration_builds(name):
         networks = build_networks(config)
     encoder, predictor = networks.encoder, networks.predictor
     side = config.data.image_size // config.model.patch_size
-    assert encoder.grid == (side, side) == build_masks(config, encoder.grid).grid
+    assert encoder.grid == (side, side) == build_masks(config).grid
     assert predictor.predictor_pos_embed.shape == (1, side * side, config.predictor.width)
     assert {b.attn.heads for b in predictor.predictor_blocks} == {encoder.heads}
     for world_size in (1, 2, 8, 16):

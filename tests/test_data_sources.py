@@ -3,6 +3,7 @@
 import gzip
 import io
 import os
+import tarfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -188,6 +189,25 @@ def _cut_tar(path):
     shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 3])
 
 
+def _bad_header(path):
+    """tarfile takes a damaged header for the end of the archive, and so would lose the rest."""
+    made.good_shards(path, 4, shards=1)
+    shard = path / "x-00.tar"
+    with tarfile.open(shard) as tar:
+        third = tar.getmembers()[2].offset
+    whole = bytearray(shard.read_bytes())
+    whole[third + 150] ^= 255
+    shard.write_bytes(whole)
+
+
+def _cut_between_members(path):
+    made.good_shards(path, 4, shards=1)
+    shard = path / "x-00.tar"
+    with tarfile.open(shard) as tar:
+        third = tar.getmembers()[2].offset
+    shard.write_bytes(shard.read_bytes()[:third])
+
+
 def _gzipped(path):
     made.good_shards(path, 4, shards=1)
     shard = path / "x-00.tar"
@@ -203,6 +223,8 @@ def _gzipped(path):
         (lambda p: made.write(p / "a.jpg", b""), "set", ValueError, "a.jpg: empty file"),
         (_cut_tar, "set", ValueError, "x-00.tar is cut short"),
         (_cut_tar, "set/x-00.tar", ValueError, "x-00.tar is cut short"),
+        (_bad_header, "set", ValueError, "breaks off at byte"),
+        (_cut_between_members, "set", ValueError, "breaks off at byte"),
         (lambda p: made.write(p / "x.tar", b""), "set", ValueError, "x.tar is cut short"),
         (lambda p: made.write(p / "x.tar", b"text" * 999), "set", ValueError, "no plain tar"),
         (_gzipped, "set", ValueError, "gunzip -k"),

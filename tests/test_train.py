@@ -109,6 +109,29 @@ def test_a_run_is_not_overwritten(whole_run):
     assert "--resume auto" in result.stderr and "already holds a run" in result.stderr
 
 
+@pytest.mark.slow
+def test_a_finished_run_that_goes_on_says_what_changed_and_keeps_its_encoder(tmp_path):
+    config = tiny.write_config(tmp_path)
+    assert tiny.train("--config", config).returncode == 0
+    first = (tmp_path / "run" / "encoder.safetensors").read_bytes()
+    longer = ["run.epochs=3", "data.batch_size=8", "loss.vicreg.beta=0.01"]
+    sets = [part for override in longer for part in ("--set", override)]
+    result = tiny.train("--config", config, "--resume", "auto", *sets)
+    assert result.returncode == 0, result.stderr
+    told = [line for line in result.stdout.splitlines() if "resumed with another" in line]
+    assert [line.split()[3] for line in told] == ["data.batch_size:", "loss.vicreg.beta:"]
+    assert (tmp_path / "run" / "previous_encoder.safetensors").read_bytes() == first
+    assert (tmp_path / "run" / "encoder.safetensors").read_bytes() != first
+
+
+def test_a_folder_that_cannot_be_made_is_said_before_anything_is_built(tmp_path):
+    (tmp_path / "file").write_text("")
+    config = tiny.write_config(tmp_path, run={"epochs": 2, "dir": str(tmp_path / "file")})
+    result = tiny.train("--config", config)
+    assert result.returncode == 2 and result.stderr.startswith("error: ")
+    assert "file" in result.stderr and len(result.stderr.splitlines()) == 1
+
+
 def interrupted(config, number, *args) -> subprocess.CompletedProcess:
     """A run sent a signal once it has logged a step."""
     command = [sys.executable, str(TRAIN), "--config", str(config), *args]
@@ -129,7 +152,8 @@ def test_a_signal_saves_and_tells_how_to_go_on(tmp_path, number):
     assert result.returncode == 0, result.stderr
     done = json.loads((checkpoint.latest(tmp_path / "run") / "state.json").read_text())["step"]
     assert done >= 1 and f"stopped after step {done}" in result.stdout
-    assert "--resume auto" in result.stdout
+    assert "go on with: python cjepa_fast/train.py" in result.stdout
+    assert "--resume auto" in result.stdout and done in tiny.losses(tmp_path / "run")
     # The command as told, shortened, goes on from there and keeps the log whole.
     deadline = time.time() + 60
     again = interrupted(config, number, "--resume", "auto")
@@ -179,11 +203,14 @@ def test_a_bad_step_changes_nothing(tmp_path, precision, what):
 
 
 @pytest.mark.slow
-def test_too_many_bad_steps_stop_the_run_with_the_last_good_state(tmp_path):
+@pytest.mark.parametrize("every", [0, 1])  # 1: checkpoints of the bad steps push the good one out
+def test_too_many_bad_steps_stop_the_run_with_the_last_good_state(tmp_path, every):
     script = tmp_path / "poison.py"
     script.write_text(POISON)
     config = tiny.write_config(
-        tmp_path, run={"epochs": 9, "max_bad_steps": 3}, checkpoint={"every_steps": 0}
+        tmp_path,
+        run={"epochs": 9, "max_bad_steps": 3},
+        checkpoint={"every_steps": every, "keep": 1},
     )
     result = tiny.run(script, "2,3,4,5,6", "loss", "--config", config)
     assert result.returncode == 1

@@ -142,11 +142,16 @@ def members(shard: Path) -> dict[str, tuple[int, int]]:
     try:
         with tarfile.open(shard, "r:") as tar:
             found = {m.name: (m.offset_data, m.size) for m in tar if m.isreg()}
+            end = tar.offset
     except tarfile.TarError as error:
         raise ValueError(_damaged(shard, str(error))) from error
     last = max((offset + count for offset, count in found.values()), default=0)
     if last > size:
         raise ValueError(_damaged(shard, f"its members need {last} bytes, it has {size}"))
+    with open(shard, "rb") as file:  # tarfile takes a bad header, too, for the end of the archive
+        file.seek(end)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise ValueError(_damaged(shard, f"its list of members breaks off at byte {end}"))
     return found
 
 

@@ -43,7 +43,7 @@ def ensure(split: str = "train", log=print) -> Path:
 
     Safe to call from several processes at once: one renders, the others wait. A folder appears
     whole or not at all. Raises ValueError for an unknown split, OSError where nothing can be
-    written, RuntimeError where a rendering process fails.
+    written or a rendering process fails.
     """
     if split not in COUNTS:
         raise ValueError(f"no split {split!r} of the shapes set: use {' or '.join(COUNTS)}")
@@ -121,7 +121,7 @@ def _render_parallel(split: str, folder: Path) -> None:
             stack.callback(workers[-1].kill)  # an interrupted caller leaves nobody rendering
         failed = [code for code in [worker.wait() for worker in workers] if code]
     if failed:
-        raise RuntimeError(f"rendering the shapes set into {folder} failed (exit {failed[0]})")
+        raise ChildProcessError(f"rendering the shapes set into {folder} failed (exit {failed[0]})")
 
 
 def _render_shards(split: str, folder: Path, pictures: int, first: int, step: int) -> None:

@@ -12,11 +12,10 @@ from pathlib import Path
 import torch
 
 import cjepa_fast
+from cjepa_fast import build, draws
 from cjepa_fast import config as configuration
-from cjepa_fast import draws
 from cjepa_fast.data.sources import ImageSet, open_images
 from cjepa_fast.eval import attention, curves, features, knn, linear, pictures
-from cjepa_fast.masks import MaskSampler
 from cjepa_fast.vit import Encoder
 
 
@@ -180,20 +179,20 @@ def draw_masks(args: argparse.Namespace) -> None:
     config = config_of(args.run)
     if config is None:
         raise FileNotFoundError(f"{args.run}: no config.json there, so it is not a run's folder")
-    data, patch = config.data, config.model.patch_size
+    data, sampler = config.data, build.build_masks(config)
     images_B3HW = pictures.load_images(
         open_images(configuration.expanded(args.images or data.path)), args.count,
         image_size=data.image_size, mean=data.mean, std=data.std,
     )  # fmt: skip
-    grid = (data.image_size // patch,) * 2
-    sampler = MaskSampler(grid=grid, seed=config.run.seed, **config.mask.model_dump())
     masks = sampler(epoch=0, step=0, places_B=torch.arange(len(images_B3HW)))
     title = (
         f'Masks, sampler "{config.mask.sampler}", context "{config.mask.context}": '
         f"{masks.context_idx_BK.shape[1]} context patches, "
         f"{masks.target_idx_BMP.shape[1]} x {masks.target_idx_BMP.shape[2]} target patches"
     )
-    print(pictures.draw_masks(images_B3HW, data.mean, data.std, masks, grid, args.out, title))
+    print(
+        pictures.draw_masks(images_B3HW, data.mean, data.std, masks, sampler.grid, args.out, title)
+    )
 
 
 # ---------------------------------------------------------------------------------- command line
