@@ -127,6 +127,7 @@ class CheckpointSection(Section):
 class TelemetrySection(Section):
     every_steps: Count = 20
     tensorboard: bool = True
+    wandb: str | None = Field(None, description="a project of Weights & Biases; needs .[wandb]")
 
 
 class EvalSection(Section):

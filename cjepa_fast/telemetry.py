@@ -1,4 +1,4 @@
-"""What a run tells: a progress line, log.jsonl, TensorBoard scalars, GPU counters (NVML).
+"""What a run tells: a progress line, log.jsonl, TensorBoard or W&B scalars, GPU counters.
 
 Between intervals nothing here waits for the device: scalars are added up where they lie, and
 only `log_row`, once an interval, reads them. A step is counted from 1: "step 100" is the state
@@ -6,6 +6,7 @@ after 100 optimiser steps, as in the names of checkpoints.
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -29,7 +30,7 @@ class Telemetry:
     folder: RUN, made if missing; log.jsonl and tensorboard/ go there. None: silent.
     total_steps: steps of the whole run; steps_per_epoch, images_per_step: global figures.
     interval: steps between rows. start_step: steps done before (resume): rows beyond it are
-    dropped from log.jsonl, so that a resumed log has each step once.
+    dropped from log.jsonl, so that a resumed log has each step once. wandb: a project there.
     Raises ValueError for an interval below one.
     """
 
@@ -43,6 +44,7 @@ class Telemetry:
         interval: int,
         start_step: int = 0,
         tensorboard: bool = True,
+        wandb: str | None = None,
         stream: TextIO | None = None,
     ):
         if interval < 1:
@@ -57,9 +59,11 @@ class Telemetry:
         folder.mkdir(parents=True, exist_ok=True)
         kept = _drop_rows_after(folder / "log.jsonl", start_step)
         self._log = (folder / "log.jsonl").open("a", encoding="utf-8")
-        self._board = (
-            Board(folder / "tensorboard", start_step, self.message) if tensorboard else None
-        )
+        self._mirrors: list[Mirror] = []
+        if tensorboard:
+            self._mirrors.append(Board(self.message, folder / "tensorboard", start_step))
+        if wandb:
+            self._mirrors.append(WeightsAndBiases(self.message, folder, wandb))
         self._gpu = GpuCounters()
         self._before_s = kept[-1].get("time_s", 0.0) if kept else 0.0
         self._start_s = time.perf_counter()
@@ -128,8 +132,8 @@ class Telemetry:
         }
         self._log.write(json.dumps(row, allow_nan=False) + "\n")
         self._log.flush()
-        if self._board:
-            self._board.write(row)
+        for mirror in self._mirrors:
+            mirror.write(row)
         self._shown = row
         self._line.show(self._text(row))
         self._new_interval(self._step)
@@ -159,8 +163,8 @@ class Telemetry:
             return
         self._line.end()
         self._log.close()
-        if self._board:
-            self._board.close()
+        for mirror in self._mirrors:
+            mirror.close()
 
 
 class DeviceMeans:
@@ -234,41 +238,74 @@ class ProgressLine:
             self._drawn = ""
 
 
-class Board:
-    """TensorBoard scalars. Whatever goes wrong in it is said once and never stops the run."""
+class Mirror:
+    """A copy of the rows elsewhere. What goes wrong in it is said once and never stops the run."""
 
-    def __init__(self, folder: Path, start_step: int, say: Callable[[str], None]):
+    name = ""
+
+    def __init__(self, say: Callable[[str], None], *where):
         self._say, self._writer = say, None
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-
-            # events beyond the resumed step, of the run that was interrupted, are hidden
-            self._writer = SummaryWriter(str(folder), purge_step=start_step + 1)
-        except Exception as error:  # an import or a disk that fails: said, then gone without
-            self._give_up(error)
+        with self._guarded():
+            self._writer = self._open(*where)
 
     def write(self, row: dict) -> None:
-        if self._writer is None:
-            return
-        try:
-            for name, value in row.items():
-                if name != "step" and _is_number(row, name):
-                    self._writer.add_scalar(name, value, row["step"])
-            self._writer.flush()
-        except Exception as error:  # its writer thread hands any error of the disk on to here
-            self._give_up(error)
-
-    def _give_up(self, error: Exception) -> None:
-        self._writer = None
-        self._say(f"TensorBoard is off for the rest of the run: {type(error).__name__}: {error}")
+        if self._writer is not None:
+            scalars = {name: row[name] for name in row if name != "step" and _is_number(row, name)}
+            with self._guarded():
+                self._put(scalars, row["step"])
 
     def close(self) -> None:
-        if self._writer is None:
-            return
+        if self._writer is not None:
+            with self._guarded():
+                self._end()
+
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
         try:
-            self._writer.close()
-        except Exception as error:
-            self._give_up(error)
+            yield
+        except Exception as error:  # an import, a disk or a service that fails
+            self._writer = None
+            self._say(
+                f"{self.name} is off for the rest of the run: {type(error).__name__}: {error}"
+            )
+
+
+class Board(Mirror):
+    """TensorBoard scalars in `folder`."""
+
+    name = "TensorBoard"
+
+    def _open(self, folder: Path, start_step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        # events beyond the resumed step, of the run that was interrupted, are hidden
+        return SummaryWriter(str(folder), purge_step=start_step + 1)
+
+    def _put(self, scalars: dict, step: int) -> None:
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()  # its writer thread hands any error of the disk on to here
+
+    def _end(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases(Mirror):
+    """A run of a project on Weights & Biases, the same one after a resume."""
+
+    name = "Weights & Biases"
+
+    def _open(self, folder: Path, project: str):
+        import wandb
+
+        own = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+        return wandb.init(project=project, name=folder.name, dir=folder, id=own, resume="allow")
+
+    def _put(self, scalars: dict, step: int) -> None:
+        self._writer.log(scalars, step=step)
+
+    def _end(self) -> None:
+        self._writer.finish()
 
 
 class GpuCounters:

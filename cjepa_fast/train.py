@@ -324,6 +324,7 @@ def open_telemetry(trainer: Trainer, run: Path, start: int, checkpointed: Path |
         interval=config.telemetry.every_steps,
         start_step=start,
         tensorboard=config.telemetry.tensorboard,
+        wandb=config.telemetry.wandb,
     )
     if first:
         checkpoint.write_text(run / "config.json", config.to_json())

@@ -279,7 +279,7 @@ def test_a_dying_tensorboard_is_said_once_and_the_run_goes_on(tmp_path, started,
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(out._board._writer, "add_scalar", full)
+    monkeypatch.setattr(out._mirrors[0]._writer, "add_scalar", full)
     for step in (1, 2, 3):
         out.step(step, {"loss": torch.tensor(1.0)})
         out.log_row()
@@ -301,6 +301,36 @@ def test_a_tensorboard_that_cannot_start_is_said(tmp_path, started, monkeypatch,
     out.log_row()
     assert "TensorBoard is off" in stream.getvalue()
     assert len(read_log(tmp_path)) == 1
+
+
+def test_weights_and_biases_gets_the_numbers_of_each_row(tmp_path, started, monkeypatch):
+    logged, opened = [], {}
+
+    class Run:
+        log = staticmethod(lambda scalars, step: logged.append((step, scalars)))
+        finish = staticmethod(lambda: logged.append("finished"))
+
+    fake = types.ModuleType("wandb")
+    fake.init = lambda **options: opened.update(options) or Run
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for start in (0, 2):
+        out = started(tmp_path, wandb="mine", interval=1, start_step=start)
+        out.step(start + 1, {"loss": torch.tensor(2.0), "std": torch.tensor(math.nan)})
+        out.log_row({"lr": 0.5})
+        out.close()
+        opened.setdefault("first_id", opened["id"])
+    assert opened["project"] == "mine" and opened["id"] == opened["first_id"]
+    assert [entry[0] for entry in logged[::2]] == [1, 3] and logged[1] == "finished"
+    assert logged[0][1]["loss"] == 2.0 and logged[0][1]["lr"] == 0.5 and "std" not in logged[0][1]
+
+
+def test_without_its_package_weights_and_biases_is_off(tmp_path, started, monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    out = started(tmp_path, wandb="mine", stream=stream)
+    out.step(1, {"loss": torch.tensor(1.0)})
+    out.log_row()
+    assert "Weights & Biases is off" in stream.getvalue() and len(read_log(tmp_path)) == 1
 
 
 class FakeNVML(types.ModuleType):
