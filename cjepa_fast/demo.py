@@ -62,8 +62,8 @@ def train(run: Path, config: str, overrides: list[str]) -> int:
 
 
 def compare(run: Path) -> int:
-    """The table of kNN: raw pixels, mean colour, untrained encoder, trained encoder."""
-    also = ["--pixels", "--untrained", "--json", str(run / "knn.json")]
+    """kNN of raw pixels and mean colour; kNN and linear probe of untrained and trained encoder."""
+    also = ["--pixels", "--linear", "--untrained", "--json", str(run / "knn.json")]
     return evaluate(["knn", str(run), "--data", "shapes", "--test", HELD_OUT, *also])
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from cjepa_fast import config as configuration
 from cjepa_fast.data.sources import open_images
-from cjepa_fast.eval import features, knn
+from cjepa_fast.eval import features, knn, linear
 from cjepa_fast.eval.__main__ import labelled_sides, main
 from cjepa_fast.vit import Encoder
 
@@ -40,7 +40,7 @@ def run(tmp_path, data, seed):
 def test_knn_writes_what_the_parts_compute(run, data, tmp_path, capsys):
     out = tmp_path / "deep" / "knn.json"
     test = shutil.copytree(data, tmp_path / "copy")
-    options = ["--k", "3", "--untrained", "--pixels", "--json", str(out)]
+    options = ["--k", "3", "--untrained", "--pixels", "--linear", "--json", str(out)]
     assert main(["knn", str(run), "--data", str(data), "--test", str(test), *options]) == 0
     rows = {row["encoder"]: row for row in json.loads(out.read_text())["rows"]}
     assert list(rows) == ["raw pixels", "mean colour", "untrained", "trained"]
@@ -51,6 +51,8 @@ def test_knn_writes_what_the_parts_compute(run, data, tmp_path, capsys):
     found, _ = features.extract(load_encoder(run), images)
     expected = knn.top1(found, images.labels, found, images.labels, k=3)
     assert rows["trained"]["top1"] == pytest.approx(expected, abs=2)
+    probe = linear.top1(found, images.labels, found, images.labels)
+    assert rows["trained"]["linear"] == pytest.approx(probe, abs=2)
     assert rows["trained"]["train_images"] == rows["trained"]["test_images"] == 60
     printed = capsys.readouterr().out
     assert f"{rows['trained']['top1']:.2f}" in printed and "60+60" in printed

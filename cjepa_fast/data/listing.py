@@ -16,7 +16,8 @@ BAR_DELAY_S = 5  # a progress bar comes up only where indexing takes longer
 def _bar(total: int, unit: str, describe: str):
     from tqdm import tqdm
 
-    return tqdm(total=total, unit=unit, desc=describe, delay=BAR_DELAY_S, leave=False)
+    shown = {"delay": BAR_DELAY_S, "leave": False, "disable": None}  # None: off in files and pipes
+    return tqdm(total=total, unit=unit, desc=describe, **shown)
 
 
 # ------------------------------------------------------------------------------------- folders

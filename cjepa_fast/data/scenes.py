@@ -148,9 +148,9 @@ def _ground(rng: np.random.Generator, horizon: float) -> np.ndarray:
     else:
         board = (_X - SIDE / 2) / (_Y - horizon) * rng.uniform(4, 8) + rng.uniform(0, 9)
         pattern = np.sin(np.floor(board) * 12.9898) * 0.5 + 0.5 * _noise(rng, 12)
-    shade = (pattern - pattern.mean()) / pattern.std() * rng.uniform(0.06, 0.12)
+    shade = (pattern - pattern.mean()) / pattern.std() * rng.uniform(0.1, 0.18)
     hue = _noise(rng, 4)
-    return 0.5 + shade[..., None] + (hue - hue.mean())[..., None] * _tint(rng, 0.2)
+    return 0.5 + shade[..., None] + (hue - hue.mean())[..., None] * _tint(rng, 0.3)
 
 
 def _paint(rng, picture: np.ndarray, cover_HW: np.ndarray, tone_HW: np.ndarray, light: float):

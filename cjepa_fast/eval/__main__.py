@@ -109,7 +109,9 @@ def score(encoder: Encoder, sides: tuple[Side, Side], args) -> dict:
     counts = {"train_images": len(vectors[0]), "test_images": len(vectors[2])}
     if args.metric == "linear":
         return {**counts, "top1": linear.top1(*vectors)}
-    return {**counts, **knn.both(*vectors, k=args.k, temperature=args.temperature)}
+    found = knn.both(*vectors, k=args.k, temperature=args.temperature)
+    probe = {"linear": linear.top1(*vectors)} if args.linear else {}
+    return {**counts, **found, **probe}
 
 
 def pixel_rows(sides: tuple[Side, Side], args) -> list[dict]:
@@ -132,16 +134,18 @@ def fresh_like(encoder: Encoder, seed: int) -> Encoder:
 
 
 def print_table(rows: list[dict], args) -> None:
-    what = {"knn": "kNN %", "linear": "linear %"}[args.metric]
+    headings = {"top1": {"knn": "kNN %", "linear": "linear %"}[args.metric]}
+    headings |= {"top1_centred": "mean-subtracted", "linear": "linear %"}
+    shown = {key: word for key, word in headings.items() if any(key in row for row in rows)}
     wide = max(len(row["encoder"]) for row in rows)
-    centred = any("top1_centred" in row for row in rows)
-    print(f"{'encoder':{wide}s}  {'images':>14s}  {what:>8s}" + "  mean-subtracted" * centred)
+    widths = {key: max(8, len(word)) for key, word in shown.items()}
+    print(f"{'encoder':{wide}s}  {'images':>14s}", end="")
+    print("".join(f"  {word:>{widths[key]}s}" for key, word in shown.items()))
     for row in rows:
         images = f"{row['train_images']:,}+{row['test_images']:,}"
-        line = f"{row['encoder']:{wide}s}  {images:>14s}  {row['top1']:8.2f}"
-        if "top1_centred" in row:
-            line += f"  {row['top1_centred']:15.2f}"
-        print(line)
+        cells = (f"{row[key]:.2f}" if key in row else "-" for key in shown)
+        line = "".join(f"  {cell:>{widths[key]}s}" for key, cell in zip(shown, cells, strict=True))
+        print(f"{row['encoder']:{wide}s}  {images:>14s}{line}")
 
 
 # -------------------------------------------------------------------------------------- pictures
@@ -265,6 +269,7 @@ def _measure_options(sub: argparse.ArgumentParser, metric: str) -> None:
         sub.add_argument("--k", type=positive, help="neighbours; default: the run's eval.k")
         sub.add_argument("--temperature", type=above_zero, help="default: the run's, or 0.07")
         sub.add_argument("--pixels", action="store_true", help="also raw pixels and mean colour")
+        sub.add_argument("--linear", action="store_true", help="also a linear probe, on the same")
 
 
 def _picture_options(sub: argparse.ArgumentParser) -> None:

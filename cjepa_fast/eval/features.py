@@ -68,7 +68,8 @@ def image_vectors(
         dtype=torch.float32, mean=mean, std=std, threads=threads,
     )  # fmt: skip
     vectors, places = [], []
-    with tqdm(total=len(chosen), desc=title, delay=QUIET_S, leave=False, unit="image") as bar:
+    shown = {"delay": QUIET_S, "leave": False, "disable": None}  # None: off in files and pipes
+    with tqdm(total=len(chosen), desc=title, unit="image", **shown) as bar:
         for images_B3HW, index_B in batches:
             vectors.append(function(images_B3HW).float().cpu())
             places.append(index_B.clone())
