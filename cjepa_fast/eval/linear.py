@@ -13,7 +13,7 @@ def predict(
     test_mD: torch.Tensor,
     *,
     inverse_penalty: float = 0.1,
-    iterations: int = 500,
+    iterations: int = 3000,
 ) -> torch.Tensor:
     """The probe's class for each test image: (m,) int64.
 
