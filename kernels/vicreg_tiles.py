@@ -10,7 +10,13 @@ import torch
 import triton
 import triton.language as tl
 
-from cjepa_fast.kernels.launch import INTERPRET, narrow
+from cjepa_fast.kernels.launch import (
+    INTERPRET,
+    KERNEL_DTYPES,
+    TRITON_NAMES,
+    Compiled,
+    narrow,
+)
 
 Terms = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -318,18 +324,22 @@ class Config:
     stages: int
 
 
-# By the number of products: the first for matrices of at least
-# LARGE rows, the second for smaller ones.
+# By (products, Gram): the first for matrices of at least LARGE rows, the last for smaller ones. The
+# same on every architecture: each fits the registers and the shared memory of sm_80, 90 and 100.
 LARGE = 512
 MOMENT_CONFIGS = {
-    0: (Config(128, 32, 8, 2), Config(64, 32, 4, 3)),
-    1: (Config(128, 64, 8, 3), Config(64, 64, 4, 3)),
-    3: (Config(128, 32, 8, 3), Config(64, 32, 4, 3)),
+    (0, False): (Config(128, 16, 8, 3), Config(64, 32, 4, 3)),
+    (0, True): (Config(64, 32, 4, 3),),
+    (1, False): (Config(128, 64, 8, 3), Config(64, 64, 4, 3)),
+    (3, False): (Config(128, 32, 8, 3), Config(64, 32, 4, 3)),
+    (3, True): (Config(128, 32, 8, 3), Config(64, 64, 4, 3)),
 }
 GRAD_CONFIGS = {
-    0: (Config(128, 32, 8, 3), Config(64, 32, 4, 3)),
-    1: (Config(128, 64, 8, 3), Config(64, 64, 4, 3)),
-    3: (Config(128, 32, 8, 3), Config(64, 32, 4, 3)),
+    (0, False): (Config(128, 16, 8, 3), Config(64, 32, 4, 3)),
+    (0, True): (Config(128, 16, 8, 3), Config(64, 32, 4, 3)),
+    (1, False): (Config(128, 64, 8, 3), Config(64, 64, 4, 3)),
+    (3, False): (Config(128, 32, 8, 3), Config(64, 32, 4, 3)),
+    (3, True): (Config(128, 32, 8, 3), Config(64, 32, 4, 3)),
 }
 # The type and the number of parts in which the matrix is kept, by the number of products.
 MATRIX_FORMS = {0: (torch.float32, 1), 1: (torch.bfloat16, 1), 3: (torch.bfloat16, 2)}
@@ -349,8 +359,11 @@ def products_for(dtype: torch.dtype, gram: bool) -> int:
     return 1 if dtype == torch.bfloat16 and not gram else 3
 
 
-def _config(configs: dict[int, tuple[Config, ...]], products: int, size: int) -> Config:
-    return configs[products][0 if size >= LARGE else 1]
+def configs_for(
+    configs: dict[tuple[int, bool], tuple[Config, ...]], dtype: torch.dtype, gram: bool
+) -> tuple[Config, ...]:
+    """Those of MOMENT_CONFIGS or GRAD_CONFIGS that can be asked for: large to small."""
+    return configs[products_for(dtype, gram), gram]
 
 
 def _stretches(length: int, programs: int, step: int, count: int | None) -> tuple[int, int]:
@@ -396,7 +409,7 @@ def launch_moments(
     M, n, D = z.shape
     size, length = (n, D) if gram else (D, n)
     products = products_for(z.dtype, gram)
-    config = config or _config(MOMENT_CONFIGS, products, size)
+    config = config or configs_for(MOMENT_CONFIGS, z.dtype, gram)[0 if size >= LARGE else -1]
     side = triton.cdiv(size, config.block)
     tiles = side * (side + 1) // 2
     each, splits = _stretches(length, tiles * M, config.block_k, splits)
@@ -449,7 +462,7 @@ def launch_grad(
     size = matrix.shape[-1]
     gram = size != D
     products = products_for(z.dtype, gram)
-    config = config or _config(GRAD_CONFIGS, products, size)
+    config = config or configs_for(GRAD_CONFIGS, z.dtype, gram)[0 if size >= LARGE else -1]
     dz = _empty(z, M, n, D, dtype=z.dtype)
     grid = (triton.cdiv(size, config.block), triton.cdiv(D if gram else n, config.block), M)
     _grad_kernel[grid](
@@ -481,3 +494,77 @@ def fused_forward(
     squares = launch_reduce(partial, min(n, D), 1 / (n - 1), gram, matrix)
     terms = launch_finish(squares, variance, gamma, eps, gram)
     return terms, Saved(mean, variance, matrix)
+
+
+# --- ahead of time
+
+
+def _compiled(name: str, kernel, types: dict[str, str], constexprs: dict, **options) -> Compiled:
+    """Pointers by `types`, sizes and strides as multiples of 16, the rest as the launchers pass."""
+    floats = {"gamma", "eps", "scale"}
+    ragged = {"n", "splits", "pieces", "M"}
+    constexprs = {"stride_d": 1, **constexprs} if "stride_d" in kernel.arg_names else constexprs
+    signature = {
+        argument: types.get(argument) or ("fp32" if argument in floats else "i32")
+        for argument in kernel.arg_names
+        if argument not in constexprs
+    }
+    whole = {a for a, kind in signature.items() if kind == "i32"} - ragged
+    return Compiled(name, kernel, signature, constexprs, divisible=tuple(sorted(whole)), **options)
+
+
+def _of_config(
+    kind: str, kernel, config: Config, dtype: torch.dtype, gram: bool, types: dict[str, str]
+) -> Compiled:
+    tile = {"BLOCK_K": config.block_k}
+    sides = ("BLOCK",) if kind == "moment" else ("BLOCK_P", "BLOCK_Q")
+    products = products_for(dtype, gram)
+    return _compiled(
+        f"vicreg {kind} {TRITON_NAMES[dtype]} {'gram ' if gram else ''}{config.block}", kernel,
+        types, {"GRAM": gram, "PRODUCTS": products, **dict.fromkeys(sides, config.block), **tile},
+        num_warps=config.warps, num_stages=config.stages,
+        must_have=(r"wgmma|mma\.sync|tcgen05\.mma",),
+    )  # fmt: skip
+
+
+def _of_dtype(dtype: torch.dtype) -> list[Compiled]:
+    """What reads z or writes dz in `dtype`."""
+    z = f"*{TRITON_NAMES[dtype]}"
+    fp32 = ("stretch_ptr", "mean_ptr", "variance_ptr", "partial_ptr", "g_std_ptr", "g_cov_ptr")
+    types = {"z_ptr": z, "dz_ptr": z} | dict.fromkeys(fp32, "*fp32")
+    made = [
+        _compiled(f"vicreg column {z[1:]}", _column_kernel, types, COLUMNS),
+        _compiled(f"vicreg combine {z[1:]}", _combine_kernel, types, COMBINE),
+    ]
+    for gram in (False, True):
+        matrix, _ = MATRIX_FORMS[products_for(dtype, gram)]
+        types["matrix_ptr"] = f"*{TRITON_NAMES[matrix]}"
+        for kind, kernel, configs in (
+            ("moment", _moment_kernel, MOMENT_CONFIGS), ("grad", _grad_kernel, GRAD_CONFIGS),
+        ):  # fmt: skip
+            for config in configs_for(configs, dtype, gram):
+                made.append(_of_config(kind, kernel, config, dtype, gram, types))
+    return made
+
+
+def ahead_of_time() -> list[Compiled]:
+    """Every kernel in every configuration for each dtype, at sizes that are multiples of 16."""
+    made = [c for dtype in KERNEL_DTYPES for c in _of_dtype(dtype)]
+    blocks = sorted({c.block for configs in MOMENT_CONFIGS.values() for c in configs})
+    for dtype, parts in sorted({*MATRIX_FORMS.values()}, key=str):
+        types = {"matrix_ptr": f"*{TRITON_NAMES[dtype]}"}
+        types |= dict.fromkeys(("partial_ptr", "squares_ptr"), "*fp32")
+        for block in blocks:
+            for keep in (False, True):
+                constexprs = {"KEEP_DIAGONAL": keep, "PARTS": parts}
+                constexprs |= {"BLOCK": block, "BLOCK_R": REDUCED_ROWS}
+                name = f"vicreg reduce {types['matrix_ptr'][1:]} x {parts} {block}"
+                name += " keep" if keep else ""
+                made.append(_compiled(name, _reduce_kernel, types, constexprs))
+    pointers = [a for a in _finish_kernel.arg_names if a.endswith("_ptr")]
+    for gram in (False, True):
+        name = "vicreg finish" + (" gram" if gram else "")
+        constexprs = {"GRAM": gram, "BLOCK": FINISH}
+        types = dict.fromkeys(pointers, "*fp32")
+        made.append(_compiled(name, _finish_kernel, types, constexprs))
+    return made
