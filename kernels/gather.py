@@ -21,6 +21,7 @@ Nothing is added atomically, so equal inputs give equal bits. I-JEPA (arXiv 2301
 is the source of the maths.
 """
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -122,11 +123,12 @@ class Tile(NamedTuple):
     warps: int = 4
 
 
-# A tile is 4096 values: each of 128 threads then has four 16-byte loads of bf16 under way, on every
-# architecture. Copies may cut a row into tiles; a layer-norm must hold it whole, in powers of two.
+# A copy's tile is 4096 values: each of 128 threads has four 16-byte loads of bf16 under way, on any
+# architecture. It may cut a row. A layer-norm must hold whole rows, of a power of two, and two
+# tensors of them: 2048 values, and more warps for the widest.
 COPY_TILES = {width: Tile(4096 // width, width) for width in (64, 128, 256, 512)}
 ROW_TILES = {
-    width: Tile(max(4096 // width, 1), width, max(width // 1024, 4))
+    width: Tile(max(2048 // width, 1), width, min(max(width // 512, 4), 16))
     for width in (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 }
 
@@ -213,14 +215,15 @@ def _gather_backward_kernel(
     for start in range(0, S, BLOCK_S):
         s = start + tl.arange(0, BLOCK_S)
         place = tl.load(idx + image * S + s, mask=s < S, other=-1)
-        rest = tl.where(place[None, :] == n[:, None], s[None, :], S)  # S: no match
-        first = tl.min(rest, 1)
-        while tl.min(first, 0) < S:
-            keep = (first < S)[:, None] & (d < D)[None, :]
-            source = grad + (image * S + first)[:, None] * D + d[None, :]
+        inside = (place >= 0) & (place < N)
+        place = tl.where(inside, place, -1).to(tl.int32)[None, :]  # half the registers
+        match = tl.min(tl.where(place == n[:, None], s[None, :], S), 1)  # S: there is none
+        while tl.min(match, 0) < S:
+            keep = (match < S)[:, None] & (d < D)[None, :]
+            source = grad + (image * S + match)[:, None] * D + d[None, :]
             total += tl.load(source, mask=keep, other=0.0).to(tl.float32)
-            rest = tl.where(rest == first[:, None], S, rest)
-            first = tl.min(rest, 1)
+            later = (place == n[:, None]) & (s[None, :] > match[:, None])
+            match = tl.min(tl.where(later, s[None, :], S), 1)
     there = dx + (image * N + n)[:, None] * D + d[None, :]
     keep = (n < N)[:, None] & (d < D)[None, :]
     tl.store(there, narrow(total, dx.dtype.element_ty), mask=keep)
@@ -269,12 +272,12 @@ def launch_gather_backward(
     tiles = triton.cdiv(N, tile.rows)
     _gather_backward_kernel[(B * tiles, triton.cdiv(D, tile.width))](
         grad, idx, dx, tiles, S, N, D,
-        ROWS=tile.rows, WIDTH=tile.width, BLOCK_S=BLOCK_S, num_warps=tile.warps,
+        ROWS=tile.rows, WIDTH=tile.width, BLOCK_S=SEARCH // tile.rows, num_warps=tile.warps,
     )  # fmt: skip
     return dx
 
 
-BLOCK_S = 128  # indices searched at a time
+SEARCH = 2048  # comparisons of a row with an index at a time, 16 for each thread
 
 
 @torch.library.custom_op("cjepa_fast::gather", mutates_args=())
@@ -819,7 +822,8 @@ def _copies(dtype: str, tile: Tile) -> list[Compiled]:
         *gathers,
         Compiled(
             f"gather backward {name}", _gather_backward_kernel,
-            _pointers(dtype, "grad idx dx", "tiles S N D"), {**sizes, "BLOCK_S": BLOCK_S},
+            _pointers(dtype, "grad idx dx", "tiles S N D"),
+            {**sizes, "BLOCK_S": SEARCH // tile.rows},
             tile.warps, must_have=WIDE_LOADS, divisible=("D",),
         ),
         Compiled(
@@ -866,8 +870,25 @@ def _rows(dtype: str, tile: Tile) -> list[Compiled]:
     return found
 
 
+def _asserting() -> list[Compiled]:
+    """One of each kernel that checks indices, as the debug switch compiles it."""
+    chosen = [*_copies("bf16", COPY_TILES[256]), *_rows("bf16", ROW_TILES[1024])]
+    return [
+        dataclasses.replace(
+            one,
+            name=f"{one.name}, debug",
+            constexprs={**one.constexprs, "DEBUG": True},
+            must_have=("__assertfail",),
+            debug=True,
+        )
+        for one in chosen
+        if "DEBUG" in one.constexprs
+    ]
+
+
 def ahead_of_time() -> list[Compiled]:
     """Every kernel in every tile for each dtype, at a width that is a multiple of 16."""
     dtypes = [launch.TRITON_NAMES[d] for d in launch.KERNEL_DTYPES]
     copies = [c for t in dtypes for tile in COPY_TILES.values() for c in _copies(t, tile)]
-    return copies + [r for t in dtypes for tile in ROW_TILES.values() for r in _rows(t, tile)]
+    rows = [r for t in dtypes for tile in ROW_TILES.values() for r in _rows(t, tile)]
+    return copies + rows + _asserting()

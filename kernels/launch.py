@@ -52,7 +52,8 @@ class Compiled:
 
     signature: the run-time arguments, as {"x": "*bf16", "rows": "i32", "eps": "fp32"}; pointers
     count as aligned to 16 bytes, and so do the integers named in `divisible` (multiples of 16).
-    must_have: regular expressions, each of which must be found in the PTX.
+    must_have: regular expressions, each of which must be found in the PTX. debug: with device
+    assertions.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Compiled:
     num_stages: int = 3
     must_have: tuple[str, ...] = ()
     divisible: tuple[str, ...] = ()
+    debug: bool = False
 
 
 @triton.jit

@@ -1,8 +1,13 @@
 """What the tests of all kernels share: error budget, custom-op checks, repeatability."""
 
+import importlib
+import pkgutil
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
+
+from cjepa_fast import kernels
 
 # What a result may be off, of the largest value, where the eager reference happens to be exact.
 # fp32 sums in another order than eager; the narrow types' results are rounded once.
@@ -66,3 +71,14 @@ def compiles_whole(function: Callable, *args: torch.Tensor) -> None:
         results.append((out.detach(), *grads))
     for eager, traced in zip(*results, strict=True):
         torch.testing.assert_close(traced, eager)
+
+
+def modules_to_compile() -> dict[str, ModuleType]:
+    """The modules of kernels/, by name, that say what is to be compiled ahead of time."""
+    names = [info.name for info in pkgutil.iter_modules(kernels.__path__)]
+    modules = {name: importlib.import_module(f"{kernels.__name__}.{name}") for name in names}
+    return {
+        name: module
+        for name, module in modules.items()
+        if getattr(module, "ahead_of_time", None) and module.ahead_of_time.__module__.endswith(name)
+    }
