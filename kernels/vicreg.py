@@ -19,12 +19,14 @@ Precision. The mean is a pair of fp32 numbers (the first row, and the mean dista
 far beyond fp32, so that a spread of 1e-5 of the mean survives. The variances are sums of squares of
 the centred fp32 values, so std_loss and std_per_dim are fp32 for every input, and so is the
 diagonal's part of the gradient, far the larger. The off-diagonal products accumulate in fp32; into
-them the centred values enter as follows (the tests' error budget decides):
+them values enter as follows (the tests' error budget decides):
     fp32 input            three tf32 products of two halves each, 2^-21 relative
-    bf16 input            rounded to bf16, 2^-9, as the rounding of the input itself was
-    bf16 Gram, any fp16   three bf16 products of two halves each, 2^-17: the Gram's difference of
-                          squares cancels, and fp16 inputs are known to 2^-12
-The error of the Gram's cov_loss is relative to |K|^2 / D, of which cov_loss may be a small part.
+    bf16 and fp16 input   three bf16 products of two halves each, 2^-17
+    bf16, backward        one product of values rounded to bf16, 2^-9, as the gradient is itself;
+                          three for the Gram, whose difference of products cancels
+One product in bf16's forward would fail where z is coarse, its mean 100 times its spread: equal
+values then round alike, and cov_loss is off by up to 2^-7. The error of the Gram's cov_loss is
+relative to |K|^2 / D, of which cov_loss may be a small part.
 
 Bytes that must move, for b bytes an element: forward n D b twice (means, then tiles) and the matrix
 once; backward 2 n D b (z and dz) and the matrix once. Operations, 2 a multiply-add: forward
@@ -51,11 +53,11 @@ from cjepa_fast.kernels.vicreg_tiles import (
     Terms,
     empty_matrix,
     fused_forward,
+    grad_products,
     launch_columns,
     launch_grad,
     launch_moments,
     launch_reduce,
-    products_for,
 )
 
 
@@ -252,10 +254,16 @@ def _about(
 
 def _in_parts(matrix: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     """A matrix (M, D, D) in the form that backward takes for z: (M, parts, D, D)."""
-    dtype, parts = MATRIX_FORMS[products_for(z.dtype, False)] if _fused(z) else (matrix.dtype, 1)
+    dtype, parts = MATRIX_FORMS[grad_products(z.dtype, False)] if _fused(z) else (matrix.dtype, 1)
     high = matrix.to(dtype)
     halves = [high, (matrix - high).to(dtype)]
     return torch.stack(halves[:parts], dim=1)
+
+
+def _gathers(z: torch.Tensor, counts: list[int]) -> bool:
+    """Whether all ranks' z is fewer bytes than D sums in float64 and D^2 moments in fp32."""
+    D, size = z.shape[2], z.element_size()
+    return len(counts) * max(counts) * size < 8 + D * max(size, 4)
 
 
 class _GlobalTerms(torch.autograd.Function):
@@ -263,14 +271,14 @@ class _GlobalTerms(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z, gamma, eps, group):
-        _, n, D = z.shape
+        n = z.shape[1]
         counts = rows_of_ranks(n, z.device, group)
         count = sum(counts)
         if count < 2:
             raise ValueError(f"the variance needs at least 2 rows, all ranks together have {count}")
         need_grad = ctx.needs_input_grad[0]
         ctx.arguments, ctx.group, ctx.own = (gamma, eps, count), group, None
-        if len(counts) * max(counts) * z.element_size() < (D + 1) * wide(z).element_size():
+        if _gathers(z, counts):
             before = sum(counts[: group.rank()])
             ctx.own = slice(before, before + n)
             z = gathered(z, counts, group)
@@ -314,8 +322,8 @@ def vicreg_terms(
     With `group` the statistics are those of the batch concatenated over its processes, of equal or
     uneven n, and each rank's gradient is that of the sum of all ranks' losses. All of the group's
     processes must call it, and call backward. Each tells the others its n (the host waits for the
-    device once), then either z is gathered, W * n * D elements for the largest n, or the column
-    sums and second moments are reduced, D + D^2 numbers in fp32: whichever is fewer bytes.
+    device once), then either z is gathered, W * n * D elements of it for the largest n, or the
+    columns' D sums in float64 and D^2 second moments in fp32 are reduced: whichever is fewer bytes.
     Raises ValueError for fewer than two rows, whose variance is undefined.
     """
     _check(z, group)

@@ -152,8 +152,6 @@ def _moment_kernel(
             y = _load_centred(z_ptr, k[:, None], b, first_b, rest_b, n, D, stride_n, stride_d)
         if PRODUCTS == 0:
             acc = tl.dot(x, y, acc, input_precision="tf32x3")
-        elif PRODUCTS == 1:
-            acc = _bf16_dot(narrow(x, tl.bfloat16), narrow(y, tl.bfloat16), acc)
         else:
             x_high, x_low = _halves(x)
             y_high, y_low = _halves(y)
@@ -324,13 +322,13 @@ class Config:
     stages: int
 
 
-# By (products, Gram): the first for matrices of at least LARGE rows, the last for smaller ones. The
+# By (products, Gram), see moment_products and grad_products: the first for matrices of at least
+# LARGE rows, the last for smaller ones. The
 # same on every architecture: each fits the registers and the shared memory of sm_80, 90 and 100.
 LARGE = 512
 MOMENT_CONFIGS = {
     (0, False): (Config(128, 16, 8, 3), Config(64, 32, 4, 3)),
     (0, True): (Config(64, 32, 4, 3),),
-    (1, False): (Config(128, 64, 8, 3), Config(64, 64, 4, 3)),
     (3, False): (Config(128, 32, 8, 3), Config(64, 32, 4, 3)),
     (3, True): (Config(128, 32, 8, 3), Config(64, 64, 4, 3)),
 }
@@ -352,18 +350,14 @@ FINISH = 1024
 PROGRAMS = 264
 
 
-def products_for(dtype: torch.dtype, gram: bool) -> int:
-    """0: tf32 halves; 1: one bf16 product; 3: bf16 halves. The docstring above says why."""
-    if dtype == torch.float32:
-        return 0
-    return 1 if dtype == torch.bfloat16 and not gram else 3
+def moment_products(dtype: torch.dtype) -> int:
+    """0: tf32 halves; 3: bf16 halves. The docstring of vicreg says why."""
+    return 0 if dtype == torch.float32 else 3
 
 
-def configs_for(
-    configs: dict[tuple[int, bool], tuple[Config, ...]], dtype: torch.dtype, gram: bool
-) -> tuple[Config, ...]:
-    """Those of MOMENT_CONFIGS or GRAD_CONFIGS that can be asked for: large to small."""
-    return configs[products_for(dtype, gram), gram]
+def grad_products(dtype: torch.dtype, gram: bool) -> int:
+    """As for the moments, but one product of bf16 where the gradient is rounded to it as well."""
+    return 1 if dtype == torch.bfloat16 and not gram else moment_products(dtype)
 
 
 def _stretches(length: int, programs: int, step: int, count: int | None) -> tuple[int, int]:
@@ -408,8 +402,8 @@ def launch_moments(
     """
     M, n, D = z.shape
     size, length = (n, D) if gram else (D, n)
-    products = products_for(z.dtype, gram)
-    config = config or configs_for(MOMENT_CONFIGS, z.dtype, gram)[0 if size >= LARGE else -1]
+    products = moment_products(z.dtype)
+    config = config or MOMENT_CONFIGS[products, gram][0 if size >= LARGE else -1]
     side = triton.cdiv(size, config.block)
     tiles = side * (side + 1) // 2
     each, splits = _stretches(length, tiles * M, config.block_k, splits)
@@ -461,8 +455,8 @@ def launch_grad(
     mean, variance, matrix = saved
     size = matrix.shape[-1]
     gram = size != D
-    products = products_for(z.dtype, gram)
-    config = config or configs_for(GRAD_CONFIGS, z.dtype, gram)[0 if size >= LARGE else -1]
+    products = grad_products(z.dtype, gram)
+    config = config or GRAD_CONFIGS[products, gram][0 if size >= LARGE else -1]
     dz = _empty(z, M, n, D, dtype=z.dtype)
     grid = (triton.cdiv(size, config.block), triton.cdiv(D if gram else n, config.block), M)
     _grad_kernel[grid](
@@ -478,7 +472,7 @@ def empty_matrix(z: torch.Tensor, gram: bool, need_grad: bool) -> torch.Tensor:
     if not need_grad:
         return _empty(z, 0)
     size = min(z.shape[1:]) if gram else z.shape[2]
-    dtype, parts = MATRIX_FORMS[products_for(z.dtype, gram)]
+    dtype, parts = MATRIX_FORMS[grad_products(z.dtype, gram)]
     return _empty(z, z.shape[0], parts, size, size, dtype=dtype)
 
 
@@ -514,14 +508,12 @@ def _compiled(name: str, kernel, types: dict[str, str], constexprs: dict, **opti
 
 
 def _of_config(
-    kind: str, kernel, config: Config, dtype: torch.dtype, gram: bool, types: dict[str, str]
+    name: str, kernel, config: Config, sides: tuple[str, ...], types: dict[str, str], **constexprs
 ) -> Compiled:
-    tile = {"BLOCK_K": config.block_k}
-    sides = ("BLOCK",) if kind == "moment" else ("BLOCK_P", "BLOCK_Q")
-    products = products_for(dtype, gram)
+    constexprs |= dict.fromkeys(sides, config.block) | {"BLOCK_K": config.block_k}
+    gram = " gram" if constexprs["GRAM"] else ""
     return _compiled(
-        f"vicreg {kind} {TRITON_NAMES[dtype]} {'gram ' if gram else ''}{config.block}", kernel,
-        types, {"GRAM": gram, "PRODUCTS": products, **dict.fromkeys(sides, config.block), **tile},
+        f"vicreg {name}{gram} {config.block}", kernel, types, constexprs,
         num_warps=config.warps, num_stages=config.stages,
         must_have=(r"wgmma|mma\.sync|tcgen05\.mma",),
     )  # fmt: skip
@@ -529,21 +521,31 @@ def _of_config(
 
 def _of_dtype(dtype: torch.dtype) -> list[Compiled]:
     """What reads z or writes dz in `dtype`."""
-    z = f"*{TRITON_NAMES[dtype]}"
+    name = TRITON_NAMES[dtype]
     fp32 = ("stretch_ptr", "mean_ptr", "variance_ptr", "partial_ptr", "g_std_ptr", "g_cov_ptr")
-    types = {"z_ptr": z, "dz_ptr": z} | dict.fromkeys(fp32, "*fp32")
+    types = {"z_ptr": f"*{name}", "dz_ptr": f"*{name}"} | dict.fromkeys(fp32, "*fp32")
     made = [
-        _compiled(f"vicreg column {z[1:]}", _column_kernel, types, COLUMNS),
-        _compiled(f"vicreg combine {z[1:]}", _combine_kernel, types, COMBINE),
+        _compiled(f"vicreg column {name}", _column_kernel, types, COLUMNS),
+        _compiled(f"vicreg combine {name}", _combine_kernel, types, COMBINE),
     ]
     for gram in (False, True):
-        matrix, _ = MATRIX_FORMS[products_for(dtype, gram)]
-        types["matrix_ptr"] = f"*{TRITON_NAMES[matrix]}"
-        for kind, kernel, configs in (
-            ("moment", _moment_kernel, MOMENT_CONFIGS), ("grad", _grad_kernel, GRAD_CONFIGS),
-        ):  # fmt: skip
-            for config in configs_for(configs, dtype, gram):
-                made.append(_of_config(kind, kernel, config, dtype, gram, types))
+        products = moment_products(dtype)
+        for config in MOMENT_CONFIGS[products, gram]:
+            made.append(
+                _of_config(
+                    f"moment {name}", _moment_kernel, config, ("BLOCK",), types,
+                    GRAM=gram, PRODUCTS=products,
+                )
+            )  # fmt: skip
+        products = grad_products(dtype, gram)
+        types["matrix_ptr"] = f"*{TRITON_NAMES[MATRIX_FORMS[products][0]]}"
+        for config in GRAD_CONFIGS[products, gram]:
+            made.append(
+                _of_config(
+                    f"grad {name}", _grad_kernel, config, ("BLOCK_P", "BLOCK_Q"), types,
+                    GRAM=gram, PRODUCTS=products,
+                )
+            )  # fmt: skip
     return made
 
 
