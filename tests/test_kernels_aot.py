@@ -22,7 +22,7 @@ def worker(*args: str) -> subprocess.CompletedProcess:
 
 
 def test_one_configuration_of_each_gather_on_hopper():
-    done = worker("--module", "gather", "--arch", "90", "--only", "bf16 16x256")
+    done = worker("--module", "gather_tiles", "--arch", "90", "--only", "bf16 16x256")
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"^(\d+) compiled, 0 wrong$", done.stdout, re.M), done.stdout
 
@@ -40,6 +40,6 @@ def test_the_committed_table_names_every_configuration():
     """Stale after a change of kernels: `python tests/aot_worker.py --markdown` makes it anew."""
     rows = {line.split(" | ")[0].removeprefix("| ") for line in TABLE.read_text().splitlines()}
     modules = modules_to_compile()
-    assert modules.keys() >= {"gather", "ema"}
+    assert modules.keys() >= {"gather_tiles", "ema"}
     for module in modules.values():
         assert {one.name for one in module.ahead_of_time()} <= rows

@@ -9,7 +9,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_checks import check_operator, compiles_whole, same_bits, within_budget
 
-from cjepa_fast.kernels import gather, launch
+from cjepa_fast.jepa import JEPA
+from cjepa_fast.kernels import gather, gather_tiles, launch
+from cjepa_fast.loss import CJEPALoss
+from cjepa_fast.predictor import Predictor
+from cjepa_fast.vit import Encoder
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -201,22 +205,18 @@ def test_smooth_l1_on_both_sides_of_one(seed, kernel_device):
 # --- every tile, forced
 
 
-def forced(launcher: Callable, tile) -> Callable:
-    return lambda *args, **kwargs: launcher(*args, tile=tile, **kwargs)
-
-
-@pytest.mark.parametrize("tile", gather.COPY_TILES.values(), ids=str)
+@pytest.mark.parametrize("tile", gather_tiles.COPY_TILES.values(), ids=str)
 @pytest.mark.parametrize("width", [40, 136])  # within one tile's width for most; cut by others
 @pytest.mark.parametrize("name", ["gather_tokens", "embed_gather", "predictor_input"])
 def test_every_copy_tile(seed, kernel_device, monkeypatch, name, width, tile):
-    monkeypatch.setattr(gather, "copy_tile", lambda width: tile)
+    monkeypatch.setattr(gather_tiles, "copy_tile", lambda width: tile)
     check(CASES[name], tensors_of(Shape(2, 70, 9, 2, 67, width), torch.float32, kernel_device))
 
 
-@pytest.mark.parametrize("tile", gather.ROW_TILES.values(), ids=str)
+@pytest.mark.parametrize("tile", gather_tiles.ROW_TILES.values(), ids=str)
 @pytest.mark.parametrize("name", ["target_gather", "smooth_l1"])
 def test_every_row_tile(seed, kernel_device, name, tile, monkeypatch):
-    monkeypatch.setattr(gather, "row_tile", lambda width: tile)
+    monkeypatch.setattr(gather_tiles, "row_tile", lambda width: tile)
     check(CASES[name], tensors_of(Shape(2, 5, 1, 1, 3, 40), torch.float32, kernel_device))
 
 
@@ -229,13 +229,29 @@ def test_the_launchers_take_a_tile(seed, kernel_device):
     dtypes = (torch.float32, torch.float32)
     places = t["context"], t["pos"], t["token"], t["context_idx"], t["target_idx"]
     calls = [
-        (gather.launch_gather, (x, None, idx), gather.COPY_TILES[64]),
-        (gather.launch_gather_backward, (pred, idx, 7, torch.float32), gather.COPY_TILES[512]),
-        (gather.launch_predictor_input, places, gather.COPY_TILES[256]),
-        (gather.launch_predictor_input_backward, (grad, 2, 3, dtypes), gather.COPY_TILES[256]),
-        (gather.launch_target_gather, (x, idx, 1e-5), gather.ROW_TILES[128]),
-        (gather.launch_prediction_loss, (pred, x, idx, "l2", 1e-5), gather.ROW_TILES[256]),
-        (gather.launch_prediction_slope, (ones, pred, x, idx, "l2", 1e-5), gather.ROW_TILES[64]),
+        (gather_tiles.launch_gather, (x, None, idx), gather_tiles.COPY_TILES[64]),
+        (
+            gather_tiles.launch_gather_backward,
+            (pred, idx, 7, torch.float32),
+            gather_tiles.COPY_TILES[512],
+        ),
+        (gather_tiles.launch_predictor_input, places, gather_tiles.COPY_TILES[256]),
+        (
+            gather_tiles.launch_predictor_input_backward,
+            (grad, 2, 3, dtypes),
+            gather_tiles.COPY_TILES[256],
+        ),
+        (gather_tiles.launch_target_gather, (x, idx, 1e-5), gather_tiles.ROW_TILES[128]),
+        (
+            gather_tiles.launch_prediction_loss,
+            (pred, x, idx, "l2", 1e-5),
+            gather_tiles.ROW_TILES[256],
+        ),
+        (
+            gather_tiles.launch_prediction_slope,
+            (ones, pred, x, idx, "l2", 1e-5),
+            gather_tiles.ROW_TILES[64],
+        ),
     ]
     for launcher, args, tile in calls:
         torch.testing.assert_close(launcher(*args, tile=tile), launcher(*args))
@@ -243,10 +259,10 @@ def test_the_launchers_take_a_tile(seed, kernel_device):
 
 def test_the_chosen_tile_fits_the_width():
     for width in (192, 384, 768, 1024, 1280, 1408):
-        assert width % gather.copy_tile(width).width == 0
+        assert width % gather_tiles.copy_tile(width).width == 0
     for width in range(1, 2000):
-        assert gather.row_tile(width).width >= width
-        assert gather.copy_tile(width).rows * gather.copy_tile(width).width == 4096
+        assert gather_tiles.row_tile(width).width >= width
+        assert gather_tiles.copy_tile(width) in gather_tiles.COPY_TILES.values()
 
 
 # --- shapes that nobody thought of
@@ -316,21 +332,21 @@ def test_a_wrong_index_comes_out_as_nan(seed, kernel_device, wrong):
     right = t["target_idx"].flatten(1)
     idx = with_wrong(right, wrong)
     for call in (
-        lambda i: gather.launch_gather(t["x"], None, i),
-        lambda i: gather.launch_gather(t["x"], t["pos"], i),
-        lambda i: gather.launch_gather(t["pred"].flatten(1, 2), t["pos"], i, gather=False),
-        lambda i: gather.launch_target_gather(t["x"], i, 1e-5),
+        lambda i: gather_tiles.launch_gather(t["x"], None, i),
+        lambda i: gather_tiles.launch_gather(t["x"], t["pos"], i),
+        lambda i: gather_tiles.launch_gather(t["pred"].flatten(1, 2), t["pos"], i, gather=False),
+        lambda i: gather_tiles.launch_target_gather(t["x"], i, 1e-5),
     ):
         got, wanted = call(idx), call(right)
         assert got[0, 0].isnan().all()
         assert torch.equal(got.flatten(0, 1)[1:], wanted.flatten(0, 1)[1:])
     pred = t["pred"].flatten(1, 2)
-    assert gather.launch_prediction_loss(pred, t["x"], idx, "smooth_l1", 1e-5).isnan()
+    assert gather_tiles.launch_prediction_loss(pred, t["x"], idx, "smooth_l1", 1e-5).isnan()
     one = torch.ones((), device=kernel_device)
-    slope = gather.launch_prediction_slope(one, pred, t["x"], idx, "smooth_l1", 1e-5)
+    slope = gather_tiles.launch_prediction_slope(one, pred, t["x"], idx, "smooth_l1", 1e-5)
     assert slope[0, 0].isnan().all() and not slope[0, 1:].isnan().any()
     inputs = [t["context"], t["pos"], t["token"]]
-    sequences = gather.launch_predictor_input(
+    sequences = gather_tiles.launch_predictor_input(
         *inputs, with_wrong(t["context_idx"], wrong), with_wrong(t["target_idx"], wrong)
     )
     assert sequences[:2, 0].isnan().all() and sequences[0, 3].isnan().all()
@@ -357,12 +373,12 @@ def test_the_debug_switch_asserts_on_the_device(seed, monkeypatch):
     monkeypatch.setattr(launch, "DEBUG_INDICES", True)
     t = tensors_of(Shape(2, 7, 3, 2, 4, 40), torch.float32, "cpu")
     calls = {
-        "gather": lambda i: gather.launch_gather(t["x"], None, i.flatten(1)),
-        "targets": lambda i: gather.launch_target_gather(t["x"], i, 1e-5),
-        "loss": lambda i: gather.launch_prediction_loss(
+        "rows": lambda i: gather_tiles.launch_gather(t["x"], None, i.flatten(1)),
+        "targets": lambda i: gather_tiles.launch_target_gather(t["x"], i, 1e-5),
+        "loss": lambda i: gather_tiles.launch_prediction_loss(
             t["pred"].flatten(1, 2), t["x"], i, "l2", 1e-5
         ),
-        "sequences": lambda i: gather.launch_predictor_input(
+        "sequences": lambda i: gather_tiles.launch_predictor_input(
             t["context"], t["pos"], t["token"], t["context_idx"], i
         ),
     }
@@ -381,6 +397,45 @@ def test_arguments_that_do_not_fit(seed, kernel_device):
         gather.prediction_loss(t["pred"], t["x"], t["target_idx"], "huber")
     with pytest.raises(ValueError, match=r"pred is \(2, 2, 4, 39\)"):
         gather.prediction_loss(t["pred"][..., 1:], t["x"], t["target_idx"])
+
+
+# --- in the network
+
+
+def small_network() -> JEPA:
+    torch.manual_seed(0)
+    encoder = Encoder(12, 3, 16, 1, 2)
+    return JEPA(encoder, Predictor(16, encoder.grid, 8, 1, 2), CJEPALoss(beta=0.0))
+
+
+def step_of(network: JEPA, device: str, autocast: bool) -> dict[str, torch.Tensor]:
+    """The loss of a fixed batch and every gradient, by name."""
+    g = torch.Generator().manual_seed(1)
+    images = torch.randn(2, 3, 12, 12, generator=g).to(device, network.encoder.norm.weight.dtype)
+    order = torch.stack([torch.randperm(16, generator=g) for _ in range(2)]).to(device)
+    targets = torch.stack([order[:, 5:9], order[:, 7:11]], 1)  # two blocks that overlap
+    with torch.autocast(device, torch.bfloat16, enabled=autocast):
+        with torch.no_grad():
+            tokens = network.encoder(images)
+        loss = network(images, order[:, :5], targets, tokens)["loss"]
+    network.zero_grad()
+    loss.backward()
+    grads = {n: p.grad for n, p in network.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), **grads}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_network_learns_the_same(kernel_device, monkeypatch, autocast):
+    network = small_network().to(kernel_device)
+    ours = step_of(network, kernel_device, autocast)
+    monkeypatch.setattr(gather, "use_kernel", lambda *tensors: False)
+    plain = step_of(network, kernel_device, autocast)
+    exact = step_of(network.double(), kernel_device, False)
+    assert ours.keys() == plain.keys() == exact.keys() and len(ours) > 30
+    dtype = torch.bfloat16 if autocast else torch.float32
+    for name, wanted in exact.items():
+        assert name == "loss" or wanted.any()
+        within_budget(ours[name], plain[name], wanted, dtype, name)
 
 
 # --- as PyTorch's own
