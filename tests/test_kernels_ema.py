@@ -73,12 +73,12 @@ def test_momentum_one_keeps_and_zero_copies(seed, kernel_device):
     assert torch.equal(flat(target), flat(online))
 
 
-@pytest.mark.parametrize("shift", [0, 1, 2, 8])
+@pytest.mark.parametrize("shift", [0, 1, 8])
 def test_fragments_of_a_flat_buffer(seed, kernel_device, shift):
     """As ZeRO cuts them, aligned or not: each value is averaged, and none between them."""
-    sizes = [CHUNK, 17, 2 * CHUNK + 3, 1]
-    buffer, online = torch.randn(2, 5 * CHUNK, device=kernel_device)
-    copy = torch.zeros(5 * CHUNK, dtype=torch.bfloat16, device=kernel_device)
+    sizes = [CHUNK, 17, CHUNK - 1, 2 * CHUNK + 3, 1]
+    buffer, online = torch.randn(2, 6 * CHUNK, device=kernel_device)
+    copy = torch.zeros(6 * CHUNK, dtype=torch.bfloat16, device=kernel_device)
     before, touched, offset = buffer.clone(), torch.zeros_like(buffer, dtype=torch.bool), shift
     places = []
     for size in sizes:

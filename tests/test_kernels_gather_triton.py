@@ -420,7 +420,7 @@ def step_of(network: JEPA, device: str, autocast: bool) -> dict[str, torch.Tenso
         loss = network(images, order[:, :5], targets, tokens)["loss"]
     network.zero_grad()
     loss.backward()
-    grads = {n: p.grad for n, p in network.named_parameters() if p.grad is not None}
+    grads = {n: p.grad.clone() for n, p in network.named_parameters() if p.grad is not None}
     return {"loss": loss.detach(), **grads}
 
 
