@@ -172,6 +172,11 @@ def gather_tokens(x_BND: torch.Tensor, idx_BK: torch.Tensor) -> torch.Tensor:
     return gather_op(x_BND, None, idx_BK.flatten(1)).view(*idx_BK.shape, x_BND.shape[-1])
 
 
+def _one_each(x_BKD: torch.Tensor, idx_BK: torch.Tensor) -> None:
+    if idx_BK.shape != x_BKD.shape[:2]:
+        raise ValueError(f"indices {[*idx_BK.shape]} for tokens {[*x_BKD.shape]}")
+
+
 def _fixed(pos: torch.Tensor) -> bool:
     """Positions are a constant here: the kernels take no gradient for them, the definitions do."""
     return not (pos.requires_grad and torch.is_grad_enabled())
@@ -198,8 +203,10 @@ def embed_gather(
 def add_positions(x_BKD: torch.Tensor, pos_ND: torch.Tensor, idx_BK: torch.Tensor) -> torch.Tensor:
     """x[b, k] + pos[idx[b, k]]: (B, K, D), of the dtype that the sum promotes to.
 
-    Raises IndexError (on the CPU) for an index outside 0..N-1.
+    Raises ValueError for other than one index a token, IndexError (on the CPU) for an index outside
+    0..N-1.
     """
+    _one_each(x_BKD, idx_BK)
     _check(idx_BK, len(pos_ND))
     if not (use_kernel(x_BKD, pos_ND) and _fixed(pos_ND)):
         return add_positions_reference(x_BKD, pos_ND, idx_BK)
@@ -364,8 +371,10 @@ def predictor_input(
     """One sequence for each target block: [context + position, mask token + position].
 
     Returns (B*M, K+P, W), image-major: sequence b*M + m holds block m of image b. Raises
-    IndexError (on the CPU) for an index outside 0..N-1.
+    ValueError for other than one context index a token, IndexError (on the CPU) for an index
+    outside 0..N-1.
     """
+    _one_each(context_BKW, context_idx_BK)
     for idx in (context_idx_BK, target_idx_BMP):
         _check(idx, len(pos_NW))
     args = context_BKW, pos_NW, mask_token_W, context_idx_BK, target_idx_BMP

@@ -73,9 +73,9 @@ def promoted(*tensors: torch.Tensor) -> torch.dtype:
 
 
 def _on_device(idx: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """(B, ...) -> (B, S), dense."""
-    if idx.device != x.device:
-        raise ValueError(f"the indices lie on {idx.device}, the tokens on {x.device}")
+    """(B, ...) -> (B, S), dense. Raises ValueError where they are not x's, (B, ...) there too."""
+    if idx.device != x.device or len(idx) != len(x):
+        raise ValueError(f"indices {[*idx.shape]} {idx.device} for {[*x.shape]} {x.device}")
     return idx.flatten(1).contiguous()
 
 

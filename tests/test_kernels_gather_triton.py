@@ -192,6 +192,19 @@ def test_layer_norm_far_from_zero(seed, kernel_device, width):
         check(CASES[name], tensors)
 
 
+@pytest.mark.gpu
+def test_offsets_beyond_int32(seed):
+    """3 images of 2^16 tokens of width 2^14: 6 GiB, of which only the last rows are read."""
+    x = torch.zeros(3, 2**16, 2**14, dtype=torch.bfloat16, device="cuda")
+    x[:, -2:] = torch.randn(3, 2, 2**14, device="cuda")
+    idx = torch.tensor([[2**16 - 1, 2**16 - 2]] * 3, device="cuda")
+    small, near = x[:, -2:].clone(), idx - (2**16 - 2)
+    assert torch.equal(gather.gather_tokens(x, idx), small.flip(1))
+    assert torch.equal(gather.target_gather(x, idx), gather.target_gather(small, near))
+    grad = gather_tiles.launch_gather_backward(small, idx, 2**16, torch.bfloat16)
+    assert torch.equal(grad[:, -2:], small.flip(1)) and not grad[:, :-2].any()
+
+
 def test_smooth_l1_on_both_sides_of_one(seed, kernel_device):
     tensors = tensors_of(SHAPES["ragged"], torch.float32, kernel_device)
     tensors["pred"] = tensors["pred"] * 3
@@ -393,6 +406,13 @@ def test_arguments_that_do_not_fit(seed, kernel_device):
     t = tensors_of(Shape(2, 7, 3, 2, 4, 40), torch.float32, kernel_device)
     with pytest.raises(ValueError, match="6 positions for 7 patches"):
         gather.embed_gather(t["x"], t["pos"][:6], t["context_idx"])
+    places = t["context_idx"][:, :2]
+    with pytest.raises(ValueError, match=r"indices \[2, 2\] for tokens \[2, 3, 40\]"):
+        gather.add_positions(t["context"], t["pos"], places)
+    with pytest.raises(ValueError, match=r"indices \[2, 2\] for tokens \[2, 3, 40\]"):
+        gather.predictor_input(t["context"], t["pos"], t["token"], places, t["target_idx"])
+    with pytest.raises(ValueError, match=r"indices \[1, 2, 4\] cpu for \[2, 7, 40\]"):
+        gather_tiles.launch_gather(t["x"].cpu(), None, t["target_idx"][:1].cpu())
     with pytest.raises(ValueError, match="'huber'"):
         gather.prediction_loss(t["pred"], t["x"], t["target_idx"], "huber")
     with pytest.raises(ValueError, match=r"pred is \(2, 2, 4, 39\)"):
