@@ -8,11 +8,15 @@ working copy in the compute dtype, whole on every process, written from the aver
 would drift, since at momentum 0.999 most updates are below its rounding.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
+
+from cjepa_fast.kernels.ema import ema_update
 
 
 class Fragment(NamedTuple):
@@ -65,19 +69,23 @@ class TargetEMA:
 
     @torch.no_grad()
     def update(self, momentum: float) -> None:
-        """One step of the average, after the optimiser's."""
-        if self.fragments:
-            torch._foreach_lerp_(
-                [f.values for f in self.fragments], [m.values for m in self.masters], 1 - momentum
-            )
-        self.write_working_copy()
+        """One step of the average, after the optimiser's, and its working copy."""
+        masters = [m.values for m in self.masters]
+        with self._completed_by_others():
+            ema_update([f.values for f in self.fragments], masters, momentum, self._working)
 
     @torch.no_grad()
     def write_working_copy(self) -> None:
         """Cast the average into the module's weights, completed from the other processes."""
+        with self._completed_by_others():
+            if self.fragments:
+                torch._foreach_copy_(self._working, [f.values for f in self.fragments])
+
+    @contextlib.contextmanager
+    def _completed_by_others(self) -> Iterator[None]:
+        """Within it this process writes its share of the working copy, the others theirs."""
         if self.group is not None:
             self._flat.zero_()  # each value has one owner: a sum of it and zeros is exact
-        if self.fragments:
-            torch._foreach_copy_(self._working, [f.values for f in self.fragments])
+        yield
         if self.group is not None:
             dist.all_reduce(self._flat, group=self.group)

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from cjepa_fast.kernels.gather import target_gather
+from cjepa_fast.kernels.gather import prediction_loss
 from cjepa_fast.loss import CJEPALoss, Terms
 
 
@@ -33,5 +33,5 @@ class JEPA(nn.Module):
         """The loss and its terms, 0-d by name. target_tokens: the target encoder's output."""
         context = self.encoder(images_B3HW, context_idx_BK)
         predicted = self.predictor(context, context_idx_BK, target_idx_BMP)
-        targets = target_gather(target_tokens_BND, target_idx_BMP)
-        return self.loss(predicted, targets, context, target_tokens_BND, self.projector)
+        jepa = prediction_loss(predicted, target_tokens_BND, target_idx_BMP, self.loss.prediction)
+        return self.loss.with_vicreg(jepa, predicted, context, target_tokens_BND, self.projector)

@@ -84,8 +84,23 @@ class CJEPALoss:
         target_tokens_BND: torch.Tensor,
         project: nn.Module | None = None,
     ) -> Terms:
-        """0-d tensors by name, at least fp32: loss (with gradient), jepa, sim, std, cov."""
+        """0-d tensors by name, at least fp32: loss (with gradient), jepa, sim, std, cov.
+
+        targets: the layer-normed tokens, gathered. The trainer never writes them: it takes jepa
+        from kernels.gather.prediction_loss and the rest from `with_vicreg`.
+        """
         jepa = prediction_loss(predicted_BMPD, targets_BMPD, self.prediction)
+        return self.with_vicreg(jepa, predicted_BMPD, context_BKD, target_tokens_BND, project)
+
+    def with_vicreg(
+        self,
+        jepa: torch.Tensor,
+        predicted_BMPD: torch.Tensor,
+        context_BKD: torch.Tensor,
+        target_tokens_BND: torch.Tensor,
+        project: nn.Module | None = None,
+    ) -> Terms:
+        """The terms by name, as the call gives them, from the prediction error jepa (0-d)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.beta > 0):
             if self.beta == 0 and self.group is None and len(predicted_BMPD) < 2:
                 sim = std = cov = jepa.new_tensor(torch.nan)  # one image has no variance

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cjepa_fast.kernels.gather import gather_tokens
+from cjepa_fast.kernels.gather import add_positions, gather_tokens
 
 MODELS = {
     "vit_tiny": {"width": 192, "depth": 12, "heads": 3, "mlp_ratio": 4.0},
@@ -212,10 +212,10 @@ class Encoder(nn.Module):
         """Patch tokens with their positions, before the blocks: (B, K or N, D)."""
         patches = patchify(images_B3HW, self.patch_size)
         positions = self.positions(*(size // self.patch_size for size in images_B3HW.shape[-2:]))
-        if context_idx_BK is not None:
-            patches = gather_tokens(patches, context_idx_BK)
-            positions = positions[context_idx_BK]
-        return self.patch_embed(patches) + positions
+        if context_idx_BK is None:
+            return self.patch_embed(patches) + positions
+        chosen = gather_tokens(patches, context_idx_BK)  # so that these alone are embedded
+        return add_positions(self.patch_embed(chosen), positions, context_idx_BK)
 
     def forward(
         self, images_B3HW: torch.Tensor, context_idx_BK: torch.Tensor | None = None

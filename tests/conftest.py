@@ -1,5 +1,6 @@
 """What every test gets: a fresh seed, few threads, and no GPU test without a GPU."""
 
+import contextlib
 import os
 import random
 from pathlib import Path
@@ -12,6 +13,8 @@ HAS_CUDA = torch.cuda.is_available()
 if not HAS_CUDA:
     # DeepSpeed picks its accelerator at import, here and in the processes that tests start.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # Triton reads this at its import: its kernels can then run here (fixture `kernel_device`).
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 # Processes that tests start share the cores; the tests' own process may use two.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(min(2, os.cpu_count() or 1))
@@ -44,3 +47,19 @@ def real_images() -> Path:
     if not path:
         pytest.skip("CJEPA_REAL_IMAGES names no folder or shards of real images")
     return Path(path)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def kernel_device(request) -> str:
+    """Where the Triton kernels run: the interpreter where there is no GPU, else CUDA.
+
+    What torch.empty returns is filled with NaN meanwhile, so that a value never written shows.
+    """
+    from cjepa_fast.kernels import launch
+
+    if request.param == "cpu" and not launch.INTERPRETING:
+        pytest.skip("Triton compiles here: the same test runs on the GPU")
+    torch.use_deterministic_algorithms(True, warn_only=True)  # poisons fresh memory
+    with launch.interpreted() if request.param == "cpu" else contextlib.nullcontext():
+        yield request.param
+    torch.use_deterministic_algorithms(False)

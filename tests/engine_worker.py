@@ -1,9 +1,11 @@
 """Train a tiny C-JEPA for a few steps and print what came out, as one JSON line on rank 0.
 
-engine_worker.py STAGE PRECISION STEPS FOLDER [save=STEP] [resume] [nan=STEP]
-The global batch of each step is the same for every number of processes.
+engine_worker.py STAGE PRECISION STEPS FOLDER [save=STEP] [resume] [nan=STEP] [kernels]
+The global batch of each step is the same for every number of processes. With `kernels` the Triton
+kernels run, in the interpreter.
 """
 
+import contextlib
 import copy
 import json
 import sys
@@ -16,6 +18,7 @@ from torch import nn
 from cjepa_fast import checkpoint, engine, optim
 from cjepa_fast.ema import TargetEMA
 from cjepa_fast.jepa import JEPA
+from cjepa_fast.kernels import launch
 from cjepa_fast.loss import CJEPALoss
 from cjepa_fast.predictor import Predictor
 from cjepa_fast.vit import Encoder
@@ -110,4 +113,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with launch.interpreted() if "kernels" in sys.argv else contextlib.nullcontext():
+        main()

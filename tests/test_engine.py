@@ -8,6 +8,7 @@ import tiny
 import torch
 
 from cjepa_fast.engine import complete_config
+from cjepa_fast.kernels import launch
 
 WORKER = tiny.ROOT / "tests" / "engine_worker.py"
 STEPS = 6
@@ -78,6 +79,15 @@ def test_a_nan_on_one_process_is_skipped_on_both(tmp_path, stage, precision):
     assert all(math.isfinite(total) for total in result["sums"].values())
     assert all(math.isfinite(step[0]) for i, step in enumerate(result["steps"]) if i != 2)
     assert result["adam"] == STEPS - 1
+
+
+@pytest.mark.multiprocess
+@pytest.mark.skipif(not launch.INTERPRETING, reason="Triton compiles here: every test runs kernels")
+@pytest.mark.parametrize("stage", [0, 3])
+def test_the_engine_trains_with_the_kernels(single, tmp_path, stage):
+    """The gathers, the loss, VICReg and the average, on two processes, in the interpreter."""
+    two = work(stage, "fp32", tmp_path, "kernels", processes=2)
+    assert_agree(single("fp32"), two, "fp32")
 
 
 @pytest.mark.slow

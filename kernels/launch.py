@@ -1,0 +1,77 @@
+"""What the kernels share: when they run, how they round, and what is compiled ahead of time."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+# TRITON_INTERPRET=1, set before triton is first imported: kernels then run in numpy, on the CPU.
+INTERPRETING = bool(triton.knobs.runtime.interpret)
+INTERPRET = tl.constexpr(INTERPRETING)
+# CJEPA_DEBUG_INDICES=1: kernels assert on the device that every index lies in its table.
+DEBUG_INDICES = os.environ.get("CJEPA_DEBUG_INDICES", "0") == "1"
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TRITON_NAMES = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
+    torch.int32: "i32", torch.int64: "i64",
+}  # fmt: skip
+
+_on_cpu = False
+
+
+def use_kernel(*tensors: torch.Tensor) -> bool:
+    """Whether kernels take these tensors: on CUDA, of a dtype they compute in (never float64)."""
+    return (tensors[0].is_cuda or _on_cpu) and all(t.dtype in KERNEL_DTYPES for t in tensors)
+
+
+@contextlib.contextmanager
+def interpreted() -> Iterator[None]:
+    """Within it kernels run on CPU tensors too, in Triton's interpreter: for tests.
+
+    Raises RuntimeError in a process that was not started with TRITON_INTERPRET=1.
+    """
+    global _on_cpu
+    if not INTERPRETING:
+        raise RuntimeError("set TRITON_INTERPRET=1 before triton is imported")
+    before, _on_cpu = _on_cpu, True
+    try:
+        yield
+    finally:
+        _on_cpu = before
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel in one configuration, to be compiled without a GPU.
+
+    signature: the run-time arguments, as {"x": "*bf16", "rows": "i32", "eps": "fp32"}; pointers
+    count as aligned to 16 bytes, and so do the integers named in `divisible` (multiples of 16).
+    must_have: regular expressions, each of which must be found in the PTX. debug: with device
+    assertions.
+    """
+
+    name: str
+    kernel: Any  # a triton JITFunction
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
+    must_have: tuple[str, ...] = ()
+    divisible: tuple[str, ...] = ()
+    debug: bool = False
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """fp32 x in `dtype`, rounded to nearest even: the interpreter's own cast to bf16 truncates."""
+    if INTERPRET and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) << 16
+        x = tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
+    return x.to(dtype)

@@ -1,0 +1,132 @@
+"""Compile every kernel in every configuration without a GPU, and report what came out.
+
+    aot_worker.py [--module gather ...] [--arch 80 90 100] [--only TEXT] [--json F] [--markdown F]
+
+A process of its own, since one that interprets kernels cannot compile them. Exits with 1 where a
+kernel spills, needs more shared memory or registers than the device has, or lacks an instruction
+that it must have; the report names it.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import triton
+from kernel_checks import modules_to_compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+# Bytes of shared memory that a program may have (CUDA C++ Programming Guide, compute capabilities).
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+REGISTER_FILE = 65536  # 4-byte registers of a multiprocessor, on all of these
+
+
+def compiled(one, arch: int):
+    """Triton's compilation of a launch.Compiled for sm_`arch`."""
+    names = one.kernel.arg_names
+    signature = {n: one.signature.get(n, "constexpr") for n in names}
+    aligned = {n for n, kind in signature.items() if kind.startswith("*")} | set(one.divisible)
+    attrs = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in aligned}
+    source = ASTSource(one.kernel, signature, one.constexprs, attrs)
+    options = {"num_warps": one.num_warps, "num_stages": one.num_stages, "debug": one.debug}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def usage(cubin: bytes) -> dict[str, int]:
+    """Registers a thread and bytes of stack (spills) a thread, as the assembler wrote them."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [BIN / "cuobjdump", "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text))
+    return {"registers": int(found["REG"]), "spills": int(found["STACK"]) + int(found["LOCAL"])}
+
+
+def report(one, arch: int) -> dict:
+    """One row: what the kernel takes on sm_`arch`, and what is wrong with it."""
+    made = compiled(one, arch)
+    row = {"name": one.name, "arch": arch, "warps": one.num_warps, **usage(made.asm["cubin"])}
+    row["shared"] = made.metadata.shared
+    row["found"] = sorted(
+        {m.group() for p in one.must_have for m in re.finditer(p, made.asm["ptx"])}
+    )
+    wrong = [f"no {p}" for p in one.must_have if not re.search(p, made.asm["ptx"])]
+    # A debug build keeps a stack for the assertion's call.
+    wrong += [f"{row['spills']} bytes of spills"] * (row["spills"] > 0 and not one.debug)
+    wrong += [f"{row['shared']} bytes of shared memory"] * (row["shared"] > SHARED[arch])
+    wrong += ["too many registers"] * (row["registers"] * 32 * one.num_warps > REGISTER_FILE)
+    return row | {"wrong": wrong}
+
+
+def kernels(chosen: list[str] | None, only: str) -> list:
+    modules = modules_to_compile()
+    made = [one for name in chosen or modules for one in modules[name].ahead_of_time()]
+    assert len({one.name for one in made}) == len(made), "two of one name"
+    return [one for one in made if only in one.name]
+
+
+def markdown(rows: list[dict]) -> str:
+    """A line a kernel and configuration, a column an architecture."""
+    archs = sorted({row["arch"] for row in rows})
+    heads = [f"sm_{arch}" for arch in archs]
+    lines = [
+        "# Kernels compiled ahead of time",
+        "",
+        f"Triton {triton.__version__}, by `python tests/aot_worker.py --markdown"
+        " bench/results/aot.md`: no GPU is needed. For each architecture: registers a thread,"
+        " bytes of spills (none), KiB of shared memory a program, and the instructions that must"
+        " be there.",
+        "",
+        f"| kernel, dtype, configuration | warps | {' | '.join(heads)} |",
+        f"|---|---|{'---|' * len(archs)}",
+    ]
+    by_name: dict[str, dict[int, dict]] = {}
+    for row in rows:
+        by_name.setdefault(row["name"], {})[row["arch"]] = row
+    for name, found in by_name.items():
+        cells = [_cell(found[arch]) if arch in found else "" for arch in archs]
+        warps = next(iter(found.values()))["warps"]
+        lines.append(f"| {name} | {warps} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(row: dict) -> str:
+    sizes = f"{row['registers']} / {row['spills']} / {row['shared'] / 1024:.1f}"
+    return f"{sizes}; {', '.join(f'`{i}`' for i in row['found'])}" if row["found"] else sizes
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--module", nargs="+", help="of kernels/; without it, all")
+    parser.add_argument("--arch", nargs="+", type=int, default=sorted(SHARED), choices=SHARED)
+    parser.add_argument("--only", default="", help="kernels whose name has this text")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--markdown", type=Path)
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    chosen = kernels(args.module, args.only)
+    rows = [report(one, arch) for one in chosen for arch in args.arch]
+    wrong = [row for row in rows if row["wrong"]]
+    if args.json:
+        args.json.write_text(json.dumps(rows), encoding="utf-8")
+    if args.markdown:
+        args.markdown.parent.mkdir(parents=True, exist_ok=True)
+        args.markdown.write_text(markdown(rows), encoding="utf-8")
+    for row in wrong:
+        print(f"{row['name']} on sm_{row['arch']}: {'; '.join(row['wrong'])}")
+    print(f"{len(rows)} compiled, {len(wrong)} wrong")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

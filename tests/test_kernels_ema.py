@@ -1,0 +1,323 @@
+"""The average and AdamW in one pass, against PyTorch's own: every value, and no other."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from kernel_checks import check_operator, same_bits, within_budget
+
+from cjepa_fast.kernels import ema
+from cjepa_fast.kernels.ema import CHUNK
+
+# Less than a chunk, just one, one value more and less, several, prime, a matrix, a scalar, nothing.
+SHAPES = [(5,), (CHUNK,), (CHUNK + 1,), (CHUNK - 1,), (2 * CHUNK + 7,), (1009,), (33, 70), (), (0,)]
+FEW = [(5,), (CHUNK + 1,), (3, 7)]  # the interpreter takes tens of milliseconds a chunk
+COPIES = [None, torch.bfloat16, torch.float16, torch.float32]
+# Of the weights or gradients, and of the copies.
+DTYPES = [
+    (torch.float32, None), (torch.bfloat16, torch.bfloat16),
+    (torch.float32, torch.float16), (torch.bfloat16, torch.float32),
+]  # fmt: skip
+
+
+def randoms(device: str, shapes=SHAPES, dtype=torch.float32) -> list[torch.Tensor]:
+    return [torch.randn(s).to(device, dtype) for s in shapes]
+
+
+def clones(tensors: list[torch.Tensor], dtype=None) -> list[torch.Tensor]:
+    return [t.detach().to(dtype or t.dtype, copy=True) for t in tensors]
+
+
+def empties(tensors: list[torch.Tensor], dtype: torch.dtype | None) -> list[torch.Tensor]:
+    """NaN where never written; no list without a dtype."""
+    return [torch.full_like(t, math.nan, dtype=dtype) for t in tensors] if dtype else []
+
+
+def flat(tensors: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([t.flatten() for t in tensors])
+
+
+# --- ema_update
+
+
+@pytest.mark.parametrize(("weights", "copy"), DTYPES)
+@pytest.mark.parametrize("momentum", [0.996, 0.3])  # lerp's two formulas
+def test_average_within_the_error_budget(seed, kernel_device, momentum, weights, copy):
+    start, online = randoms(kernel_device), randoms(kernel_device, dtype=weights)
+    ours, eager, exact = clones(start), clones(start), clones(start, torch.float64)
+    copies = empties(start, copy)
+    ema.ema_update(ours, online, momentum, copies)
+    ema.ema_update_reference(eager, online, momentum)
+    ema.ema_update_reference(exact, clones(online, torch.float64), momentum)
+    within_budget(flat(ours), flat(eager), flat(exact), torch.float32)
+    for copied, wanted in zip(copies, ours, strict=bool(copies)):
+        assert torch.equal(copied, wanted.to(copy))
+
+
+def test_the_definition_is_the_average():
+    start, online = randoms("cpu", dtype=torch.float64), randoms("cpu", dtype=torch.float64)
+    target = clones(start)
+    ema.ema_update(target, online, 0.9)
+    for t, s, w in zip(target, start, online, strict=True):
+        torch.testing.assert_close(t, 0.9 * s + 0.1 * w, rtol=1e-13, atol=1e-13)
+
+
+def test_momentum_one_keeps_and_zero_copies(seed, kernel_device):
+    start, online = randoms(kernel_device), randoms(kernel_device)
+    target = clones(start)
+    ema.ema_update(target, online, 1.0)
+    assert torch.equal(flat(target), flat(start))
+    ema.ema_update(target, online, 0.0)
+    assert torch.equal(flat(target), flat(online))
+
+
+@pytest.mark.parametrize("shift", [0, 1, 8])
+def test_fragments_of_a_flat_buffer(seed, kernel_device, shift):
+    """As ZeRO cuts them, aligned or not: each value is averaged, and none between them."""
+    sizes = [CHUNK, 17, CHUNK - 1, 2 * CHUNK + 3, 1]
+    buffer, online = torch.randn(2, 6 * CHUNK, device=kernel_device)
+    copy = torch.zeros(6 * CHUNK, dtype=torch.bfloat16, device=kernel_device)
+    before, touched, offset = buffer.clone(), torch.zeros_like(buffer, dtype=torch.bool), shift
+    places = []
+    for size in sizes:
+        places.append(slice(offset, offset + size))
+        touched[places[-1]] = True
+        offset += size + 13
+    ema.ema_update(
+        [buffer[p] for p in places], [online[p] for p in places], 0.5, [copy[p] for p in places]
+    )
+    torch.testing.assert_close(buffer[touched], (before + online)[touched] / 2)
+    assert torch.equal(buffer[~touched], before[~touched])
+    assert torch.equal(copy[touched], buffer[touched].bfloat16()) and not copy[~touched].any()
+
+
+@given(
+    sizes=st.lists(st.integers(0, 2 * CHUNK), min_size=1, max_size=3),
+    momentum=st.floats(0, 1),
+    copy=st.sampled_from(COPIES),
+)
+@settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_any_sizes(seed, kernel_device, sizes, momentum, copy):
+    shapes = [(size,) for size in sizes]
+    start, online = randoms(kernel_device, shapes), randoms(kernel_device, shapes)
+    ours, eager, exact = clones(start), clones(start), clones(start, torch.float64)
+    copies = empties(start, copy)
+    ema.ema_update(ours, online, momentum, copies)
+    ema.ema_update_reference(eager, online, momentum)
+    ema.ema_update_reference(exact, clones(online, torch.float64), momentum)
+    within_budget(flat(ours), flat(eager), flat(exact), torch.float32)
+    assert not copies or torch.equal(flat(copies), flat(ours).to(copy))
+
+
+def test_nothing_to_average(kernel_device):
+    ema.ema_update([], [], 0.9)
+    ema.ema_update([torch.empty(0, device=kernel_device)] * 2, [torch.empty(0)] * 2, 0.9)
+
+
+def test_lists_that_the_kernel_cannot_take_go_by_the_definition(seed, kernel_device):
+    """Transposed, of two dtypes, and float64."""
+    matrix = torch.randn(6, 5, device=kernel_device).t()
+    vector = torch.randn(4, device=kernel_device)
+    for target, online in (
+        ([matrix], [torch.randn(5, 6, device=kernel_device)]),
+        ([vector, vector.clone()], [vector.bfloat16() * 3, vector * 2]),
+        ([vector.double()], [vector.double() * 2]),
+    ):
+        wanted = clones(target)
+        ema.ema_update_reference(wanted, online, 0.9)
+        copies = empties(target, torch.bfloat16)
+        ema.ema_update(target, online, 0.9, copies)
+        assert torch.equal(flat(target), flat(wanted))
+        assert torch.equal(flat(copies), flat(wanted).bfloat16())
+
+
+def test_the_tables_follow_the_tensors(seed, kernel_device):
+    """Made once for the same tensors, anew for others of the same shapes."""
+    target, online = randoms(kernel_device, [(7,), (9,)]), randoms(kernel_device, [(7,), (9,)])
+    first = ema.tables(target, online)
+    assert ema.tables(target, online)[0] is first[0]
+    moved = clones(target)
+    assert ema.tables(moved, online)[0] is not first[0]
+    ema.ema_update(target, online, 0.5)
+    ema.ema_update(moved, online, 0.5)
+    assert torch.equal(flat(moved), flat(target))
+
+
+def test_lists_that_do_not_match():
+    a, b = torch.randn(3), torch.randn(4)
+    with pytest.raises(ValueError, match="other shapes"):
+        ema.ema_update([a], [b], 0.9)
+    with pytest.raises(ValueError, match="other shapes"):
+        ema.ema_update([a], [a], 0.9, [b])
+    with pytest.raises(ValueError, match="other shapes"):
+        ema.ema_update([a, b], [a], 0.9)
+    with pytest.raises(ValueError, match="no weights"):
+        ema.ema_update([a], [], 0.9)
+
+
+# --- adamw_ema_step
+
+SETTINGS = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.04}
+
+
+def torch_steps(params, grads, target, dtype, lr, momentum, **settings) -> dict:
+    """torch.optim.AdamW, then lerp, for a gradient list a step: everything, by name."""
+    params = [p.to(dtype, copy=True).requires_grad_() for p in params]
+    target = clones(target, dtype)
+    optimiser = torch.optim.AdamW(params, lr=lr, **settings)
+    for now in grads:
+        for p, g in zip(params, now, strict=True):
+            p.grad = g.to(dtype)
+        optimiser.step()
+        for t, p in zip(target, params, strict=True):
+            t.lerp_(p.detach(), 1 - momentum)
+    states = [optimiser.state[p] for p in params]
+    return {
+        "params": flat(params).detach(),
+        "exp_avgs": flat([s["exp_avg"] for s in states]),
+        "exp_avg_sqs": flat([s["exp_avg_sq"] for s in states]),
+        "target": flat(target),
+    }
+
+
+def our_steps(params, grads, target, dtype, lr, momentum, copy=None, **settings) -> tuple:
+    """The same by adamw_ema_step: everything by name, and the two lists of copies."""
+    params, target = clones(params, dtype), clones(target, dtype)
+    state = [[torch.zeros_like(p) for p in params] for _ in range(2)]
+    copies, target_copies = empties(params, copy), empties(params, copy)
+    for step, now in enumerate(grads, 1):
+        ema.adamw_ema_step(
+            params, now, *state, target, step=step, lr=lr, momentum=momentum,
+            copies=copies, target_copies=target_copies, **settings,
+        )  # fmt: skip
+    names = ("params", "exp_avgs", "exp_avg_sqs", "target")
+    found = {n: flat(list_) for n, list_ in zip(names, (params, *state, target), strict=True)}
+    return found, copies, target_copies
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.04])
+def test_the_definition_is_torchs_adamw_and_lerp(seed, weight_decay):
+    params, target = randoms("cpu"), randoms("cpu")
+    grads = [randoms("cpu") for _ in range(4)]
+    args = (params, grads, target, torch.float64, 1e-2, 0.9)
+    kept = {**SETTINGS, "weight_decay": weight_decay}
+    wanted = torch_steps(*args, **kept)
+    doubled = [clones(g, torch.float64) for g in grads]
+    found, _, _ = our_steps(params, doubled, *args[2:], **kept)
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize(("narrow", "copy"), DTYPES)
+def test_adamw_and_average_within_the_error_budget(seed, kernel_device, narrow, copy):
+    params, target = randoms(kernel_device, FEW), randoms(kernel_device, FEW)
+    grads = [randoms(kernel_device, FEW, narrow) for _ in range(2)]
+    found, copies, target_copies = our_steps(
+        params, grads, target, torch.float32, 1e-2, 0.99, copy, **SETTINGS
+    )
+    eager = torch_steps(params, grads, target, torch.float32, 1e-2, 0.99, **SETTINGS)
+    exact = torch_steps(params, grads, target, torch.float64, 1e-2, 0.99, **SETTINGS)
+    for name, wanted in exact.items():
+        within_budget(found[name], eager[name], wanted, torch.float32, name)
+    if copy:
+        assert torch.equal(flat(copies), found["params"].to(copy))
+        assert torch.equal(flat(target_copies), found["target"].to(copy))
+
+
+def test_one_kind_of_copy_alone(seed, kernel_device):
+    """Of the weights, or of the average: the tables then have one row less."""
+    shapes = [(5,), (CHUNK + 3,)]
+    params, grads, target = (randoms(kernel_device, shapes) for _ in range(3))
+    state = [[torch.zeros_like(p) for p in params] for _ in range(2)]
+    for name, source in (("copies", params), ("target_copies", target)):
+        copies = empties(params, torch.bfloat16)
+        ema.adamw_ema_step(
+            params, grads, *state, target, step=1, lr=1e-2, momentum=0.9, **{name: copies}
+        )
+        assert torch.equal(flat(copies), flat(source).bfloat16())
+
+
+def test_a_gradient_of_zero_moves_nothing_but_decay(seed, kernel_device):
+    """sqrt(0) + eps divides: eps 1e-8 must not be lost."""
+    params, target = randoms(kernel_device, FEW), randoms(kernel_device, FEW)
+    grads = [[torch.zeros_like(p) for p in params]]
+    found, _, _ = our_steps(params, grads, target, torch.float32, 0.1, 1.0, **SETTINGS)
+    torch.testing.assert_close(found["params"], flat(params) * (1 - 0.1 * 0.04))
+    assert torch.equal(found["target"], flat(target))
+
+
+def test_parameters_with_gradients_on_are_stepped_in_place(seed, kernel_device):
+    weight = torch.nn.Parameter(torch.randn(9, device=kernel_device))
+    before, zeros = weight.detach().clone(), [torch.zeros(9, device=kernel_device)]
+    average = weight.detach().clone()
+    args = [torch.ones(9, device=kernel_device)], zeros, clones(zeros), [average]
+    ema.adamw_ema_step([weight], *args, step=1, lr=0.1, momentum=0.5, weight_decay=0.0)
+    torch.testing.assert_close(weight.detach(), before - 0.1)  # the first step is lr's sign
+    torch.testing.assert_close(average, before - 0.05)
+
+
+def test_steps_that_cannot_be():
+    a, b = torch.zeros(3), torch.zeros(4)
+    numbers = {"lr": 1e-3, "momentum": 0.9}
+    with pytest.raises(ValueError, match="step 0"):
+        ema.adamw_ema_step([a], [a], [a], [a], [a], step=0, **numbers)
+    with pytest.raises(ValueError, match="other shapes"):
+        ema.adamw_ema_step([a], [b], [a], [a], [a], step=1, **numbers)
+    with pytest.raises(ValueError, match=r"\[1, 0, 1, 1, 1\]"):
+        ema.adamw_ema_step([a], [], [a], [a], [a], step=1, **numbers)
+
+
+# --- as PyTorch's own
+
+
+def some_lists(device: str, count: int) -> list[list[torch.Tensor]]:
+    return [randoms(device, [(5,), (3, 7)]) for _ in range(count)]
+
+
+def test_the_operators_pass_opcheck(seed, kernel_device):
+    target, online = some_lists(kernel_device, 2)
+    ops = torch.ops.cjepa_fast
+    check_operator(ops.ema_update.default, (target, online, [], 0.9))
+    copies = empties(target, torch.bfloat16)
+    check_operator(ops.ema_update.default, (target, online, copies, 0.9))
+    lists = some_lists(kernel_device, 5)
+    lists[3] = [v.abs() for v in lists[3]]
+    numbers = (3, 1e-3, 0.9, [0.9, 0.95], 1e-8, 0.04)
+    check_operator(ops.adamw_ema_step.default, (*lists, [], [], *numbers))
+    check_operator(ops.adamw_ema_step.default, (*lists, copies, clones(copies), *numbers))
+
+
+def step_of(target, online, exp_avgs, exp_avg_sqs, grads, copies) -> None:
+    ema.ema_update(target, online, 0.9, copies)
+    ema.adamw_ema_step(
+        online, grads, exp_avgs, exp_avg_sqs, target, step=2, lr=0.1, momentum=0.7, copies=copies
+    )
+
+
+def test_compiles_without_a_graph_break(seed, kernel_device):
+    lists = some_lists(kernel_device, 5)
+    lists[3] = [v.abs() for v in lists[3]]
+    lists.append(empties(lists[0], torch.bfloat16))
+    eager, traced = [clones(a) for a in lists], [clones(a) for a in lists]
+    step_of(*eager)
+    backend = "inductor" if kernel_device == "cuda" else "aot_eager"
+    torch.compile(step_of, fullgraph=True, backend=backend)(*traced)
+    for a, b in zip(eager, traced, strict=True):
+        assert torch.equal(flat(a), flat(b))
+
+
+def test_same_bits_twice(seed, kernel_device):
+    lists = some_lists(kernel_device, 5)
+    lists[3] = [v.abs() for v in lists[3]]
+    copies = empties(lists[0], torch.bfloat16)
+
+    def call() -> tuple[torch.Tensor, ...]:
+        fresh = [clones(a) for a in [*lists, copies]]
+        step_of(*fresh)
+        return tuple(flat(a) for a in fresh)
+
+    same_bits(call)
