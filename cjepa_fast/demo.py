@@ -63,7 +63,8 @@ def train(run: Path, config: str, overrides: list[str]) -> int:
 
 def compare(run: Path) -> int:
     """kNN of raw pixels and mean colour; kNN and linear probe of untrained and trained encoder."""
-    also = ["--pixels", "--linear", "--untrained", "--json", str(run / "knn.json")]
+    also = ["--max-train", "4096", "--pixels", "--linear", "--untrained"]
+    also += ["--json", str(run / "knn.json")]
     return evaluate(["knn", str(run), "--data", "shapes", "--test", HELD_OUT, *also])
 
 

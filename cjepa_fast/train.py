@@ -285,14 +285,16 @@ def peak_gib(device: torch.device) -> float:
 def starting_point(run: Path, resume: str | None) -> Path | None:
     """The checkpoint to go on from. A run that is there already is never overwritten.
 
-    Raises ConfigError for such a run, OSError where its folder cannot be made.
+    Raises ConfigError for such a run, and for a folder that cannot be made.
     """
     if resume is None and (run / "config.json").exists():
         raise ConfigError(
             f"run.dir = {run}: already holds a run: go on with --resume auto, or choose another "
             "with --set run.dir=FOLDER"
         )
-    run.mkdir(parents=True, exist_ok=True)
+    nearest = next(path for path in (run, *run.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ConfigError(f"run.dir = {run}: {nearest} is no folder that can be written to")
     return checkpoint.find(run, resume)
 
 
