@@ -132,7 +132,7 @@ def test_ensure_renders_once_and_again_when_damaged(small, monkeypatch):
 
 def test_a_failed_rendering_leaves_nothing_behind(small, monkeypatch):
     monkeypatch.setattr(shapes.sys, "executable", "/bin/false")
-    with pytest.raises(RuntimeError, match="exit 1"):
+    with pytest.raises(ChildProcessError, match="exit 1"):
         shapes.ensure("val", log=lambda text: None)
     left = [p.name for p in shapes.cache_folder().iterdir()]
     assert left == [".val.lock"]
