@@ -22,15 +22,14 @@ diagonal's part of the gradient, far the larger. The off-diagonal products accum
 them values enter as follows (the tests' error budget decides):
     fp32 input            three tf32 products of two halves each, 2^-21 relative
     bf16 and fp16 input   three bf16 products of two halves each, 2^-17
-    bf16, backward        one product of values rounded to bf16, 2^-9, as the gradient is itself;
-                          three for the Gram, whose difference of products cancels
-One product in bf16's forward would fail where z is coarse, its mean 100 times its spread: equal
-values then round alike, and cov_loss is off by up to 2^-7. The error of the Gram's cov_loss is
+One product of values rounded to bf16 would fail: forward where z is coarse, its mean 100 times its
+spread, so that equal values round alike and cov_loss is off by up to 2^-7; backward where D is
+small, so that little averages out. The error of the Gram's cov_loss is
 relative to |K|^2 / D, of which cov_loss may be a small part.
 
 Bytes that must move, for b bytes an element: forward n D b twice (means, then tiles) and the matrix
 once; backward 2 n D b (z and dz) and the matrix once. Operations, 2 a multiply-add: forward
-n D S (upper half), backward 2 n D S; three times that where three products are named above.
+n D S (upper half), backward 2 n D S; three times that by the products above.
 n = 25,088, D = 1280, bf16: 41 and 82 GFLOP against 128 MB each.
 """
 
@@ -53,11 +52,11 @@ from cjepa_fast.kernels.vicreg_tiles import (
     Terms,
     empty_matrix,
     fused_forward,
-    grad_products,
     launch_columns,
     launch_grad,
     launch_moments,
     launch_reduce,
+    products_of,
 )
 
 
@@ -254,7 +253,7 @@ def _about(
 
 def _in_parts(matrix: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     """A matrix (M, D, D) in the form that backward takes for z: (M, parts, D, D)."""
-    dtype, parts = MATRIX_FORMS[grad_products(z.dtype, False)] if _fused(z) else (matrix.dtype, 1)
+    dtype, parts = MATRIX_FORMS[products_of(z.dtype)] if _fused(z) else (matrix.dtype, 1)
     high = matrix.to(dtype)
     halves = [high, (matrix - high).to(dtype)]
     return torch.stack(halves[:parts], dim=1)

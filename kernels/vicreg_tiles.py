@@ -272,8 +272,6 @@ def _grad_kernel(
         y = tl.load(place, mask=inside, other=0.0)
         if PRODUCTS == 0:
             acc = tl.dot(x, y, acc, input_precision="tf32x3")
-        elif PRODUCTS == 1:
-            acc = _bf16_dot(narrow(x, tl.bfloat16), y, acc)
         else:
             x_high, x_low = _halves(x)
             y_low = tl.load(place + area, mask=inside, other=0.0)
@@ -322,9 +320,9 @@ class Config:
     stages: int
 
 
-# By (products, Gram), see moment_products and grad_products: the first for matrices of at least
-# LARGE rows, the last for smaller ones. The
-# same on every architecture: each fits the registers and the shared memory of sm_80, 90 and 100.
+# By (products, Gram), see products_of: the first for matrices of at least LARGE rows, the last for
+# smaller ones. The same on every architecture: each fits the registers and the shared memory of
+# sm_80, 90 and 100.
 LARGE = 512
 MOMENT_CONFIGS = {
     (0, False): (Config(128, 16, 8, 3), Config(64, 32, 4, 3)),
@@ -335,12 +333,11 @@ MOMENT_CONFIGS = {
 GRAD_CONFIGS = {
     (0, False): (Config(128, 16, 8, 3), Config(64, 32, 4, 3)),
     (0, True): (Config(128, 16, 8, 3), Config(64, 32, 4, 3)),
-    (1, False): (Config(128, 64, 8, 3), Config(64, 64, 4, 3)),
     (3, False): (Config(128, 32, 8, 3), Config(64, 32, 4, 3)),
     (3, True): (Config(128, 32, 8, 3), Config(64, 32, 4, 3)),
 }
 # The type and the number of parts in which the matrix is kept, by the number of products.
-MATRIX_FORMS = {0: (torch.float32, 1), 1: (torch.bfloat16, 1), 3: (torch.bfloat16, 2)}
+MATRIX_FORMS = {0: (torch.float32, 1), 3: (torch.bfloat16, 2)}
 COLUMNS = {"BLOCK_N": 32, "BLOCK_D": 64}
 COMBINE = {"BLOCK_S": 16, "BLOCK_D": 64}
 REDUCED_ROWS = 16
@@ -350,14 +347,9 @@ FINISH = 1024
 PROGRAMS = 264
 
 
-def moment_products(dtype: torch.dtype) -> int:
+def products_of(dtype: torch.dtype) -> int:
     """0: tf32 halves; 3: bf16 halves. The docstring of vicreg says why."""
     return 0 if dtype == torch.float32 else 3
-
-
-def grad_products(dtype: torch.dtype, gram: bool) -> int:
-    """As for the moments, but one product of bf16 where the gradient is rounded to it as well."""
-    return 1 if dtype == torch.bfloat16 and not gram else moment_products(dtype)
 
 
 def _stretches(length: int, programs: int, step: int, count: int | None) -> tuple[int, int]:
@@ -402,7 +394,7 @@ def launch_moments(
     """
     M, n, D = z.shape
     size, length = (n, D) if gram else (D, n)
-    products = moment_products(z.dtype)
+    products = products_of(z.dtype)
     config = config or MOMENT_CONFIGS[products, gram][0 if size >= LARGE else -1]
     side = triton.cdiv(size, config.block)
     tiles = side * (side + 1) // 2
@@ -455,7 +447,7 @@ def launch_grad(
     mean, variance, matrix = saved
     size = matrix.shape[-1]
     gram = size != D
-    products = grad_products(z.dtype, gram)
+    products = products_of(z.dtype)
     config = config or GRAD_CONFIGS[products, gram][0 if size >= LARGE else -1]
     dz = _empty(z, M, n, D, dtype=z.dtype)
     grid = (triton.cdiv(size, config.block), triton.cdiv(D if gram else n, config.block), M)
@@ -472,7 +464,7 @@ def empty_matrix(z: torch.Tensor, gram: bool, need_grad: bool) -> torch.Tensor:
     if not need_grad:
         return _empty(z, 0)
     size = min(z.shape[1:]) if gram else z.shape[2]
-    dtype, parts = MATRIX_FORMS[grad_products(z.dtype, gram)]
+    dtype, parts = MATRIX_FORMS[products_of(z.dtype)]
     return _empty(z, z.shape[0], parts, size, size, dtype=dtype)
 
 
@@ -528,8 +520,9 @@ def _of_dtype(dtype: torch.dtype) -> list[Compiled]:
         _compiled(f"vicreg column {name}", _column_kernel, types, COLUMNS),
         _compiled(f"vicreg combine {name}", _combine_kernel, types, COMBINE),
     ]
+    products = products_of(dtype)
+    types["matrix_ptr"] = f"*{TRITON_NAMES[MATRIX_FORMS[products][0]]}"
     for gram in (False, True):
-        products = moment_products(dtype)
         for config in MOMENT_CONFIGS[products, gram]:
             made.append(
                 _of_config(
@@ -537,8 +530,6 @@ def _of_dtype(dtype: torch.dtype) -> list[Compiled]:
                     GRAM=gram, PRODUCTS=products,
                 )
             )  # fmt: skip
-        products = grad_products(dtype, gram)
-        types["matrix_ptr"] = f"*{TRITON_NAMES[MATRIX_FORMS[products][0]]}"
         for config in GRAD_CONFIGS[products, gram]:
             made.append(
                 _of_config(

@@ -182,18 +182,18 @@ def eager_matrix(z: torch.Tensor, gram: bool) -> torch.Tensor:
     return exact_matrix(z, gram).to(z.dtype).float()
 
 
-def forced(configs: dict, products) -> list:
+def forced(configs: dict) -> list:
     """(dtype, gram, configuration) for each that can be launched, under a telling name."""
     return [
         pytest.param(dtype, gram, config, id=f"{dtype}-{'gram' if gram else 'moments'}-{config}")
         for dtype in DTYPES
         for gram in (False, True)
-        for config in configs[products(dtype, gram), gram]
+        for config in configs[vicreg_tiles.products_of(dtype), gram]
     ]
 
 
-MOMENTS = forced(vicreg_tiles.MOMENT_CONFIGS, lambda dtype, _: vicreg_tiles.moment_products(dtype))
-GRADS = forced(vicreg_tiles.GRAD_CONFIGS, vicreg_tiles.grad_products)
+MOMENTS = forced(vicreg_tiles.MOMENT_CONFIGS)
+GRADS = forced(vicreg_tiles.GRAD_CONFIGS)
 
 
 @pytest.mark.parametrize(("dtype", "gram", "config"), MOMENTS)
