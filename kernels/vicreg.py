@@ -121,7 +121,8 @@ def _plain_forward(
     x = _plain_centred(z, mean)
     if n < D:
         variance = x.square().sum(1) / (n - 1)
-        matrix = x @ x.mT / (n - 1)
+        wider = x.double()  # the Gram's gradient is a small difference; the matrix is the small one
+        matrix = (wider @ wider.mT / (n - 1)).to(x.dtype)
         squares = (matrix.square().sum() - variance.square().sum()).clamp(min=0)
     else:
         matrix = x.mT @ x / (n - 1)
@@ -142,8 +143,8 @@ def _plain_grad(
     slope_cov = 4 * scale * g_cov
     slope = torch.where(std < gamma, -scale * g_std / std, 0.0)
     if matrix.shape[1] != D:
-        slope = slope - slope_cov * variance
-        product = matrix @ x
+        slope, x = slope - slope_cov * variance, x.double()
+        product = matrix.double() @ x
     else:
         product = x @ matrix
     return product.mul_(slope_cov).add_(x.mul_(slope[:, None])).to(z.dtype)

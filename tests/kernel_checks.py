@@ -20,20 +20,17 @@ def within_budget(
     exact: torch.Tensor,
     dtype: torch.dtype,
     what: str = "result",
-    subtracted: float = 0.0,
 ) -> None:
     """Fails unless |kernel - exact| <= 2 |eager - exact| + a floor, in the largest and rms error.
 
     eager_out: the reference in the kernel's dtype; exact: the reference in float64; dtype: the
-    narrowest type the computation rounds to; subtracted: the largest value of what the result is
-    the difference from, if that is how it is computed: rounding is relative to that too.
-    NaN and infinity fail, as do other shapes and dtypes.
+    narrowest type the computation rounds to. NaN and infinity fail, as do other shapes and dtypes.
     """
     assert kernel_out.shape == exact.shape, f"{what}: {kernel_out.shape}, not {exact.shape}"
     assert kernel_out.dtype == eager_out.dtype, f"{what}: {kernel_out.dtype}"
     if exact.numel() == 0:
         return
-    scale = exact.abs().max().item() + subtracted
+    scale = exact.abs().max().item()
     for name, measure in {"largest": torch.amax, "rms": _rms}.items():
         error, eager = (measure((x.double() - exact).abs()).item() for x in (kernel_out, eager_out))
         budget = 2 * eager + FLOOR[dtype] * scale

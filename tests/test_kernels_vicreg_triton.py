@@ -59,8 +59,7 @@ def check(z: torch.Tensor, function=vicreg_terms, **arguments) -> dict:
         # std and its parts are fp32 whatever z is; cov and dz hold values rounded to z's dtype.
         dtype = torch.float32 if name in ("std", "per_dim") else z.dtype
         added = subtrahend(name, z, **arguments)
-        lost = subtracted_gradient(z, slopes[1].item()) if name == "dz" else 0.0
-        within_budget(got[name] + added, eager[name] + added, wanted + added, dtype, name, lost)
+        within_budget(got[name] + added, eager[name] + added, wanted + added, dtype, name)
         if name == "cov":  # what two halves of bf16 leave, whatever z's own rounding is
             assert (got[name] - wanted).abs() <= 2.0**-15 * (wanted + added)
     return got
@@ -75,17 +74,6 @@ def subtrahend(name: str, z: torch.Tensor, gamma: float = 1.0, eps: float = 1e-4
     if name == "cov" and n < D:
         return (z.double().var(-2).square().sum(-1).mean() / D).item()
     return gamma if name == "std" else 0.0
-
-
-def subtracted_gradient(z: torch.Tensor, slope: float) -> float:
-    """The largest value of the gradient of the variances' squares, which the Gram's dz lacks."""
-    n, D = z.shape[-2:]
-    if n >= D:
-        return 0.0
-    z = z.double()
-    off_mean, variance = z - z.mean(-2, keepdim=True), z.var(-2, keepdim=True)
-    count = z.numel() // (n * D)
-    return (slope * 4 / (D * count * (n - 1)) * variance * off_mean).abs().max().item()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
