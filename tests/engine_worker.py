@@ -115,3 +115,4 @@ def main() -> None:
 if __name__ == "__main__":
     with launch.interpreted() if "kernels" in sys.argv else contextlib.nullcontext():
         main()
+    engine.leave(0)

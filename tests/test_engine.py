@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import tiny
@@ -107,3 +109,13 @@ def test_the_users_deepspeed_json_is_kept():
     assert config["zero_optimization"].get("overlap_comm") is (
         None if torch.cuda.is_available() else False
     )
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_process_leaves_with_its_status_and_its_last_words(processes):
+    code = "from cjepa_fast import engine; print('the last words', end=''); engine.leave(3)"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True, text=True, env={**tiny.environment(), "WORLD_SIZE": processes},
+    )  # fmt: skip
+    assert (result.returncode, result.stdout) == (3, "the last words"), result.stderr
