@@ -3,11 +3,13 @@
 #
 #     PYTHON=python3 bench/gpu_gate.sh [OUT] [IMAGES]
 #
-# The tests that need a GPU, the throughput of every configuration, a short training on IMAGES (a
+# The tests that need a GPU, the kernels under compute-sanitizer where it is installed, each kernel
+# beside its definition, the throughput of every configuration, a short training on IMAGES (a
 # labelled folder or shards; also read from CJEPA_REAL_IMAGES; else the made-up shapes) that is
 # interrupted and resumed, kNN on its features, and the fast tests. A part that fails or runs out of
-# time leaves the rest be. OUT (default bench/results/gate-DATE) gets gate.log with all output,
-# summary.txt and the figures. Exits non-zero if any part failed.
+# time leaves the rest be. PARTS="tests-gpu ops" runs only those. OUT (default
+# bench/results/gate-DATE) gets gate.log with all output, summary.txt and the figures. Exits
+# non-zero if any part failed.
 #
 # Without a GPU the same parts run at toy size. Tests that start several processes are left to
 # `make test`: two processes cannot share one GPU's NCCL.
@@ -20,6 +22,7 @@ PYTHON="$(command -v "$asked")" || { echo "PYTHON=$asked: no such command" >&2; 
 OUT="${1:-bench/results/gate-$(date -u +%Y%m%d-%H%M%S)}"
 IMAGES="${2:-${CJEPA_REAL_IMAGES:-}}"
 BUDGET_S="${BUDGET_S:-580}"
+PARTS=" ${PARTS:-all} "
 export PYTHONUNBUFFERED=1
 
 mkdir -p "$OUT"
@@ -40,6 +43,7 @@ record() { # NAME RESULT SECONDS
 part() {
   local name=$1 limit=$2 began=$SECONDS status left
   shift 2
+  [[ $PARTS == " all " || $PARTS == *" $name "* ]] || return
   left=$((BUDGET_S - SECONDS))
   ((limit <= left)) || limit=$left
   if ((limit < 5)); then
@@ -57,6 +61,11 @@ part() {
   esac
   ((status == 0)) || failures=$((failures + 1))
 }
+
+# The tests that need a GPU, a file a core: most of their time is spent compiling kernels. A file
+# without such tests ends with status 5.
+gpu_tests='ls tests/test_*.py | xargs -P "$(nproc)" -I{} \
+  bash -c "\"$0\" -m pytest -q -m gpu {} || [[ \$? == 5 ]]"'
 
 # Train for SECONDS, then ask with SIGTERM: the run finishes its step, saves and exits with 0.
 train_for() { # SECONDS ARGUMENTS...
@@ -86,12 +95,14 @@ fi
 if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
   say "on a GPU"
   bench_size=(--steps 10 --warmup 4)
+  ops_size=(--seconds 0.2 --model H --widths 768 1280)
   jpeg_config=vit_b
   train_s=60 resume_s=30 knn_train=10000
 else
   say "no GPU: toy sizes"
   bench_size=(--steps 2 --warmup 1 --batch 2 --set model.width=48 --set model.depth=1
     --set model.heads=3 --set predictor.width=24 --set predictor.depth=1 --set predictor.heads=3)
+  ops_size=(--seconds 0 --no-compile --batch 2 --rows 300 --widths 96)
   jpeg_config=demo
   train_sets+=(--set data.batch_size=16 --set data.micro_batch_size=16 --set model.depth=1)
   train_s=45 resume_s=30 knn_train=500
@@ -107,7 +118,12 @@ if [[ -z $IMAGES ]]; then
 for split in ("train", "val"): shapes.ensure(split)'
 fi
 part machine 30 "$PYTHON" bench/hardware.py
-part tests-gpu 90 "$PYTHON" -m pytest -q -m gpu
+part tests-gpu 150 bash -c "$gpu_tests" "$PYTHON"
+if command -v compute-sanitizer >/dev/null; then
+  part sanitizer 60 compute-sanitizer --error-exitcode 9 "$PYTHON" bench/ops.py --no-compile \
+    --seconds 0 --model T --batch 2 --rows 300 --widths 96
+fi
+part ops 120 "$PYTHON" bench/ops.py "${ops_size[@]}" --json "$OUT/ops.json" --markdown "$OUT/ops.md"
 part throughput 280 "$PYTHON" bench/throughput.py --config "${all_configs[@]}" \
   --data synthetic "${bench_size[@]}" --json "$OUT/throughput.json"
 part from-jpeg 60 "$PYTHON" bench/throughput.py --config "$jpeg_config" --data both \

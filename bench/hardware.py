@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -26,6 +27,9 @@ PEAK_TFLOPS = {
     "A100": 312,
     "L40S": 362,
 }
+# GB/s of device memory, from the same sheets.
+PEAK_GB_PER_S = {"H200": 4800, "H100 NVL": 3900, "H100 PCIe": 2000, "H100": 3350, "B200": 8000}
+PEAK_GB_PER_S |= {"A100": 2039, "L40S": 864}
 PACKAGES = ("cjepa_fast", "torch", "triton", "deepspeed", "nvidia-dali-cuda130", "numpy")
 
 
@@ -52,16 +56,29 @@ def measured_tflops(device: torch.device, dtype: torch.dtype, seconds: float = 1
     side = 8192 if device.type == "cuda" else 1024
     a = torch.randn(side, side, device=device, dtype=dtype)
     b = torch.randn(side, side, device=device, dtype=dtype)
+    return 2 * side**3 / _median_s(lambda: a @ b, device, seconds) / 1e12
+
+
+def measured_gb_per_s(device: torch.device, seconds: float = 1.0) -> float:
+    """GB/s, read and written, of a large copy within the device's memory."""
+    source = torch.zeros(2**32 if device.type == "cuda" else 2**28, device=device, dtype=torch.int8)
+    target = torch.empty_like(source)
+    copy_s = _median_s(lambda: target.copy_(source), device, seconds)
+    return 2 * source.numel() / copy_s / 1e9
+
+
+def _median_s(work: Callable[[], object], device: torch.device, seconds: float) -> float:
+    """Seconds that `work` takes: the median over about `seconds`."""
     durations_s: list[float] = []
     for _ in range(3):
-        a @ b
+        work()
     while sum(durations_s) < seconds or len(durations_s) < 5:
         synchronize(device)
         began = time.perf_counter()
-        a @ b
+        work()
         synchronize(device)
         durations_s.append(time.perf_counter() - began)
-    return 2 * side**3 / statistics.median(durations_s) / 1e12
+    return statistics.median(durations_s)
 
 
 def synchronize(device: torch.device) -> None:

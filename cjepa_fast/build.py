@@ -17,10 +17,7 @@ from cjepa_fast.vit import MODELS, Encoder
 
 def build_networks(config: Config, group=None) -> JEPA:
     """Context encoder, predictor, projector and loss, freshly initialised in fp32."""
-    model = {**MODELS[config.model.name]}
-    own = {key: getattr(config.model, key) for key in model}
-    model |= {key: value for key, value in own.items() if value is not None}
-    attention, part = config.model.attention, config.predictor
+    model, attention, part = model_sizes(config), config.model.attention, config.predictor
     check_heads("model", model["width"], model["heads"])
     check_heads("predictor", part.width, part.heads or model["heads"])
     encoder = Encoder(config.data.image_size, config.model.patch_size, attention=attention, **model)
@@ -41,6 +38,13 @@ def build_networks(config: Config, group=None) -> JEPA:
     projector = build_projector(encoder.width, widths, group)
     loss = CJEPALoss(prediction=config.loss.prediction, group=group, **vicreg)
     return JEPA(encoder, predictor, loss, projector)
+
+
+def model_sizes(config: Config) -> dict:
+    """The encoder's width, depth, heads and mlp_ratio: its name's, but for what the file sets."""
+    sizes = {**MODELS[config.model.name]}
+    own = {key: getattr(config.model, key) for key in sizes}
+    return sizes | {key: value for key, value in own.items() if value is not None}
 
 
 def check_heads(section: str, width: int, heads: int) -> None:

@@ -28,10 +28,11 @@ import torch
 import triton
 import triton.language as tl
 
-from cjepa_fast.kernels.launch import TRITON_NAMES, Compiled, narrow, use_kernel
+from cjepa_fast.kernels.launch import TRITON_NAMES, Compiled, chosen, narrow, use_kernel
 
 Tensors = Sequence[torch.Tensor]
-CHUNK = 2048  # values a program handles: 16 of each array in each of 128 threads
+# Values a program handles: 16 of each array in each of 128 threads, or 8; see launch.chosen.
+CHUNKS = (2048, 1024)
 
 
 # --- the definitions
@@ -85,7 +86,10 @@ def adamw_ema_step_reference(
 
 @functools.lru_cache(maxsize=8)
 def _tables(
-    device: torch.device, addresses: tuple[tuple[int, ...], ...], sizes: tuple[int, ...]
+    device: torch.device,
+    addresses: tuple[tuple[int, ...], ...],
+    sizes: tuple[int, ...],
+    chunk: int,
 ) -> tuple[torch.Tensor, torch.Tensor, bool]:
     """For one list of tensors an array: where each lies, which program owns what, and alignment.
 
@@ -93,7 +97,7 @@ def _tables(
     program of each tensor. owners (programs,) int32: the tensor of each program. Aligned: every
     address is a multiple of 16 bytes, so that whole chunks load 16 bytes at a time.
     """
-    programs = [triton.cdiv(size, CHUNK) for size in sizes]
+    programs = [triton.cdiv(size, chunk) for size in sizes]
     first = [0, *itertools.accumulate(programs)][:-1]
     places = torch.tensor([*addresses, sizes, first], dtype=torch.int64).to(device)
     tensors = torch.arange(len(sizes), dtype=torch.int32)
@@ -101,14 +105,14 @@ def _tables(
     return places, owners, all(a % 16 == 0 for array in addresses for a in array)
 
 
-def tables(*arrays: Tensors) -> tuple[torch.Tensor, torch.Tensor, bool]:
+def tables(*arrays: Tensors, chunk: int) -> tuple[torch.Tensor, torch.Tensor, bool]:
     """_tables of the lists; empty lists stand for arrays that are not there.
 
     Some hundred microseconds of the host a call for a thousand tensors: to read their addresses.
     """
     present = [array for array in arrays if array]
     addresses = tuple(tuple(t.data_ptr() for t in array) for array in present)
-    return _tables(arrays[0][0].device, addresses, tuple(t.numel() for t in arrays[0]))
+    return _tables(arrays[0][0].device, addresses, tuple(t.numel() for t in arrays[0]), chunk)
 
 
 def _one_kind(array: Tensors) -> bool:
@@ -270,12 +274,15 @@ def _type(array: Tensors):
     return TYPES[array[0].dtype] if array else None
 
 
-def launch_ema(target: Tensors, online: Tensors, copies: Tensors, momentum: float) -> None:
-    places, owners, aligned = tables(target, online, copies)
+def launch_ema(
+    target: Tensors, online: Tensors, copies: Tensors, momentum: float, chunk: int | None = None
+) -> None:
+    chunk = chunk or chosen("ema_update", CHUNKS, target[0].device)
+    places, owners, aligned = tables(target, online, copies, chunk=chunk)
     if len(owners):
         _ema_kernel[(len(owners),)](
             places, owners, len(target), 1 - momentum,
-            ONLINE=_type(online), COPY=_type(copies), ALIGNED=aligned, CHUNK=CHUNK,
+            ONLINE=_type(online), COPY=_type(copies), ALIGNED=aligned, CHUNK=chunk,
         )  # fmt: skip
 
 
@@ -289,16 +296,18 @@ def launch_adamw_ema(
     betas: Sequence[float],
     eps: float,
     weight_decay: float,
+    chunk: int | None = None,
 ) -> None:
     """arrays: params, grads, exp_avgs, exp_avg_sqs, target."""
-    places, owners, aligned = tables(*arrays, copies, target_copies)
+    chunk = chunk or chosen("adamw_ema_step", CHUNKS, arrays[0][0].device)
+    places, owners, aligned = tables(*arrays, copies, target_copies, chunk=chunk)
     if len(owners):
         _adamw_ema_kernel[(len(owners),)](
             places, owners, len(arrays[0]),
             1 - lr * weight_decay, 1 - betas[0], betas[1], 1 - betas[1],
             math.sqrt(1 - betas[1] ** step), eps, lr / (1 - betas[0] ** step), 1 - momentum,
             GRAD=_type(arrays[1]), COPY=_type(copies), TARGET_COPY=_type(target_copies),
-            ALIGNED=aligned, CHUNK=CHUNK,
+            ALIGNED=aligned, CHUNK=chunk,
         )  # fmt: skip
 
 
@@ -415,23 +424,21 @@ def ahead_of_time() -> list[Compiled]:
     scalars = ["decay", "lerp1", "beta2", "square_share", "root_scale", "eps", "rate", "weight"]
     numbers = dict.fromkeys(scalars, "fp32")
     found = []
-    for aligned in (True, False):
-        for copy in (None, torch.bfloat16, torch.float16, torch.float32):
-            name = f"{'aligned' if aligned else 'unaligned'}, copy {TRITON_NAMES.get(copy)}"
-            common = {"ALIGNED": aligned, "CHUNK": CHUNK}
-            must = WIDE_LOADS if aligned else ()
-            for dtype in (torch.float32, torch.bfloat16):
-                label = f"{TRITON_NAMES[dtype]}, {name}"
-                kinds = {"COPY": TYPES.get(copy), **common}
-                found += [
-                    Compiled(
-                        f"ema_update {label}", _ema_kernel, tables | {"weight": "fp32"},
-                        {"ONLINE": TYPES[dtype], **kinds}, must_have=must,
-                    ),
-                    Compiled(
-                        f"adamw_ema_step {label}", _adamw_ema_kernel, tables | numbers,
-                        {"GRAD": TYPES[dtype], "TARGET_COPY": TYPES.get(copy), **kinds},
-                        must_have=must,
-                    ),
-                ]  # fmt: skip
+    for chunk, aligned, copy in itertools.product(CHUNKS, (True, False), (None, *TYPES)):
+        common = {"COPY": TYPES.get(copy), "ALIGNED": aligned, "CHUNK": chunk}
+        must = WIDE_LOADS if aligned else ()
+        for dtype in (torch.float32, torch.bfloat16):
+            kind = "aligned" if aligned else "unaligned"
+            label = f"{TRITON_NAMES[dtype]} {chunk}, {kind}, copy {TRITON_NAMES.get(copy)}"
+            found += [
+                Compiled(
+                    f"ema_update {label}", _ema_kernel, tables | {"weight": "fp32"},
+                    {"ONLINE": TYPES[dtype], **common}, must_have=must,
+                ),
+                Compiled(
+                    f"adamw_ema_step {label}", _adamw_ema_kernel, tables | numbers,
+                    {"GRAD": TYPES[dtype], "TARGET_COPY": TYPES.get(copy), **common},
+                    must_have=must,
+                ),
+            ]  # fmt: skip
     return found

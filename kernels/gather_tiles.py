@@ -32,25 +32,31 @@ class Tile(NamedTuple):
 
 # A copy's tile is 4096 values: each of 128 threads has four 16-byte loads of bf16 under way, on any
 # architecture. It may cut a row. A layer-norm must hold whole rows, of a power of two, and two
-# tensors of them: 2048 values, and more warps for the widest.
+# tensors of them: 2048 values, and more warps for the widest; or twice that for the usual widths.
 COPY_TILES = {width: Tile(4096 // width, width) for width in (64, 128, 256, 512)}
 ROW_TILES = {
-    width: Tile(max(2048 // width, 1), width, min(max(width // 512, 4), 16))
+    width: (Tile(max(2048 // width, 1), width, min(max(width // 512, 4), 16)),)
     for width in (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 }
-
-
+for width in (256, 512, 1024, 2048):
+    ROW_TILES[width] += (Tile(4096 // width, width, 8),)
 WIDEST = max(ROW_TILES)  # values of a row that a layer-norm here can hold
 
 
-def copy_tile(width: int) -> Tile:
-    """The widest tile that cuts `width` without a rest, or the one that covers most of it."""
+def copy_tiles(width: int) -> tuple[Tile, ...]:
+    """The tiles that cut `width` without a rest, the widest first, or the one that covers most."""
     exact = [tile for size, tile in COPY_TILES.items() if width % size == 0]
-    return exact[-1] if exact else COPY_TILES[min(512, max(64, triton.next_power_of_2(width)))]
+    most = COPY_TILES[min(512, max(64, triton.next_power_of_2(width)))]
+    return tuple(exact[::-1]) or (most,)
 
 
-def row_tile(width: int) -> Tile:
+def row_tiles(width: int) -> tuple[Tile, ...]:
     return ROW_TILES[max(64, triton.next_power_of_2(width))]
+
+
+def chosen_tile(kernel: str, tiles: tuple[Tile, ...], x: torch.Tensor) -> Tile:
+    """For a kernel over rows of x, by tuned.py or else the first."""
+    return launch.chosen(f"{kernel} {x.shape[-1]}", tiles, x.device)
 
 
 @triton.jit
@@ -154,7 +160,7 @@ def launch_gather(
     if out.numel() == 0:
         return out
     pos = x if pos is None else pos.contiguous()
-    tile = tile or copy_tile(D)
+    tile = tile or chosen_tile("gather", copy_tiles(D), x)
     grid = (triton.cdiv(B * S, tile.rows), triton.cdiv(D, tile.width))
     N = x.shape[1] if gather else len(pos)
     _gather_forward_kernel[grid](
@@ -178,7 +184,7 @@ def launch_gather_backward(
     dx = torch.empty(B, N, D, device=grad.device, dtype=dtype)
     if dx.numel() == 0:
         return dx
-    tile = tile or copy_tile(D)
+    tile = tile or chosen_tile("gather backward", copy_tiles(D), grad)
     tiles = triton.cdiv(N, tile.rows)
     _gather_backward_kernel[(B * tiles, triton.cdiv(D, tile.width))](
         grad, idx, dx, tiles, S, N, D,
@@ -275,7 +281,7 @@ def launch_target_gather(x: Rows, idx: torch.Tensor, eps: float, tile: Tile | No
     out = torch.empty(B, S, D, device=x.device, dtype=torch.float32)
     if out.numel() == 0:
         return out
-    tile = tile or row_tile(D)
+    tile = tile or chosen_tile("target_gather", row_tiles(D), x)
     _target_gather_kernel[(triton.cdiv(B * S, tile.rows),)](
         x, idx, out, B * S, S, N, D, x.stride(0), x.stride(1), eps, DEBUG=launch.DEBUG_INDICES,
         ROWS=tile.rows, WIDTH=tile.width, num_warps=tile.warps, debug=launch.DEBUG_INDICES,
@@ -289,7 +295,7 @@ def launch_prediction_loss(
     """The mean error, 0-d fp32: partial sums, then their sum, both in a fixed order."""
     pred, tokens, idx = pred.contiguous(), _layout(tokens), _on_device(idx, tokens)
     (B, S), (N, D) = idx.shape, tokens.shape[1:]
-    tile = tile or row_tile(D)
+    tile = tile or chosen_tile("prediction_loss", row_tiles(D), pred)
     programs = triton.cdiv(B * S, tile.rows) if D else 0
     partial = torch.empty(programs, device=pred.device, dtype=torch.float32)
     if programs:
@@ -316,7 +322,7 @@ def launch_prediction_slope(
     dpred = torch.empty(pred.shape, device=pred.device, dtype=pred.dtype)
     if dpred.numel() == 0:
         return dpred
-    tile = tile or row_tile(D)
+    tile = tile or chosen_tile("prediction_loss backward", row_tiles(D), pred)
     _prediction_slope_kernel[(triton.cdiv(B * S, tile.rows),)](
         upstream, pred, tokens, idx, dpred, B * S, S, N, D, tokens.stride(0), tokens.stride(1),
         eps, 1 / dpred.numel(), SMOOTH=kind == "smooth_l1", DEBUG=launch.DEBUG_INDICES,
@@ -402,7 +408,7 @@ def launch_predictor_input(
     out = torch.empty(B * M, K + P, W, device=context.device, dtype=dtype)
     if out.numel() == 0:
         return out
-    tile = tile or copy_tile(W)
+    tile = tile or chosen_tile("predictor_input", copy_tiles(W), context)
     tiles = triton.cdiv(K + P, tile.rows)
     _predictor_input_kernel[(B * tiles, triton.cdiv(W, tile.width))](
         context, pos, mask_token, places, targets, out, tiles, K, M, P, len(pos), W,
@@ -424,7 +430,7 @@ def launch_predictor_input_backward(
     sequences, L, W = grad.shape
     if grad.numel() == 0:
         return grad.new_zeros(B, K, W, dtype=dtypes[0]), grad.new_zeros(W, dtype=dtypes[1])
-    tile = tile or copy_tile(W)
+    tile = tile or chosen_tile("predictor_input backward", copy_tiles(W), grad)
     tiles = triton.cdiv(L, tile.rows)
     slots = tiles - K // tile.rows
     dcontext = torch.empty(B, K, W, device=grad.device, dtype=dtypes[0])
@@ -517,7 +523,7 @@ def _rows(dtype: str, tile: Tile) -> list[Compiled]:
 
 def _asserting() -> list[Compiled]:
     """One of each kernel that checks indices, as the debug switch compiles it."""
-    chosen = [*_copies("bf16", COPY_TILES[256]), *_rows("bf16", ROW_TILES[1024])]
+    chosen = [*_copies("bf16", COPY_TILES[256]), *_rows("bf16", ROW_TILES[1024][0])]
     return [
         dataclasses.replace(
             one,
@@ -535,5 +541,6 @@ def ahead_of_time() -> list[Compiled]:
     """Every kernel in every tile for each dtype, at a width that is a multiple of 16."""
     dtypes = [launch.TRITON_NAMES[d] for d in launch.KERNEL_DTYPES]
     copies = [c for t in dtypes for tile in COPY_TILES.values() for c in _copies(t, tile)]
-    rows = [r for t in dtypes for tile in ROW_TILES.values() for r in _rows(t, tile)]
+    tiles = [tile for found in ROW_TILES.values() for tile in found]
+    rows = [r for t in dtypes for tile in tiles for r in _rows(t, tile)]
     return copies + rows + _asserting()

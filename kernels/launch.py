@@ -1,14 +1,19 @@
 """What the kernels share: when they run, how they round, and what is compiled ahead of time."""
 
 import contextlib
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
 import triton.language as tl
+
+from cjepa_fast.kernels.tuned import TUNED
+
+T = TypeVar("T")
 
 # TRITON_INTERPRET=1, set before triton is first imported: kernels then run in numpy, on the CPU.
 INTERPRETING = bool(triton.knobs.runtime.interpret)
@@ -44,6 +49,22 @@ def interpreted() -> Iterator[None]:
         yield
     finally:
         _on_cpu = before
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """ "sm_90" and the like; "cpu" without one."""
+    if device.type != "cuda":
+        return "cpu"
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+def chosen(key: str, candidates: Sequence[T], device: torch.device) -> T:
+    """The configuration that tuned.py names for this kernel and architecture, else the first.
+
+    Another one sums in another order: the last bits are those of one architecture.
+    """
+    return candidates[TUNED.get(architecture(device), {}).get(key, 0)]
 
 
 @dataclass(frozen=True)

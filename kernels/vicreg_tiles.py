@@ -3,6 +3,7 @@
 z is (M, n, D) in any strides, fp32, bf16 or fp16. What is accumulated lies in fp32.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from cjepa_fast.kernels.launch import (
     KERNEL_DTYPES,
     TRITON_NAMES,
     Compiled,
+    chosen,
     narrow,
 )
 
@@ -320,21 +322,28 @@ class Config:
     stages: int
 
 
-# By (products, Gram), see products_of: the first for matrices of at least LARGE rows, the last for
-# smaller ones. The same on every architecture: each fits the registers and the shared memory of
-# sm_80, 90 and 100.
+# Candidates by (products, Gram, whether the matrix has at least LARGE rows), see products_of; the
+# first unless tuned.py names another. Each fits the registers and the shared memory of sm_80, 90
+# and 100.
 LARGE = 512
 MOMENT_CONFIGS = {
-    (0, False): (Config(128, 16, 8, 3), Config(64, 32, 4, 3)),
-    (0, True): (Config(64, 32, 4, 3),),
-    (3, False): (Config(128, 32, 8, 3), Config(64, 32, 4, 3)),
-    (3, True): (Config(128, 32, 8, 3), Config(64, 64, 4, 3)),
+    (0, False, True): (Config(128, 16, 8, 3), Config(64, 32, 4, 3)),
+    (0, False, False): (Config(64, 32, 4, 3), Config(128, 16, 8, 3)),
+    (0, True, True): (Config(64, 32, 4, 3), Config(64, 16, 4, 3)),
+    (0, True, False): (Config(64, 32, 4, 3), Config(64, 16, 4, 3)),
+    (3, False, True): (Config(128, 32, 8, 3), Config(64, 32, 4, 3)),
+    (3, False, False): (Config(64, 32, 4, 3), Config(128, 32, 8, 3)),
+    (3, True, True): (Config(128, 32, 8, 3), Config(64, 64, 4, 3)),
+    (3, True, False): (Config(64, 64, 4, 3), Config(128, 32, 8, 3)),
 }
 GRAD_CONFIGS = {
-    (0, False): (Config(128, 16, 8, 3), Config(64, 32, 4, 3)),
-    (0, True): (Config(128, 16, 8, 3), Config(64, 32, 4, 3)),
-    (3, False): (Config(128, 32, 8, 3), Config(64, 32, 4, 3)),
-    (3, True): (Config(128, 32, 8, 3), Config(64, 32, 4, 3)),
+    (products, gram, large): wide_first if large else wide_first[::-1]
+    for products, wide_first in (
+        (0, (Config(128, 16, 8, 3), Config(64, 32, 4, 3))),
+        (3, (Config(128, 32, 8, 3), Config(64, 32, 4, 3))),
+    )
+    for gram in (False, True)
+    for large in (False, True)
 }
 # The type and the number of parts in which the matrix is kept, by the number of products.
 MATRIX_FORMS = {0: (torch.float32, 1), 3: (torch.bfloat16, 2)}
@@ -343,13 +352,28 @@ COMBINE = {"BLOCK_S": 16, "BLOCK_D": 64}
 REDUCED_ROWS = 16
 FINISH = 1024
 # Enough programs for two on each multiprocessor of the largest GPU at hand (132). A constant, so
-# that the order of the sums, and with it the last bits, is the same on every GPU.
+# that the order of the sums, and with it the last bits, does not follow the GPU's size.
 PROGRAMS = 264
 
 
 def products_of(dtype: torch.dtype) -> int:
     """0: tf32 halves; 3: bf16 halves. The docstring of vicreg says why."""
     return 0 if dtype == torch.float32 else 3
+
+
+def candidates(kernel: str, z: torch.Tensor, gram: bool) -> tuple[str, tuple[Config, ...]]:
+    """For the "moment" or the "grad" kernel of z: tuned.py's key, and the configurations."""
+    size = z.shape[1] if gram else z.shape[2]
+    shape = products_of(z.dtype), gram, size >= LARGE
+    found = {"moment": MOMENT_CONFIGS, "grad": GRAD_CONFIGS}[kernel][shape]
+    kind = f"{TRITON_NAMES[z.dtype]}{' gram' if gram else ''} {'large' if shape[2] else 'small'}"
+    return f"vicreg {kernel} {kind}", found
+
+
+def every(configs: dict, dtype: torch.dtype, gram: bool) -> list[Config]:
+    """The candidates for z of a dtype, of small and of large matrices, each once."""
+    both = (configs[products_of(dtype), gram, large] for large in (True, False))
+    return list(dict.fromkeys(itertools.chain(*both)))
 
 
 def _stretches(length: int, programs: int, step: int, count: int | None) -> tuple[int, int]:
@@ -394,14 +418,14 @@ def launch_moments(
     """
     M, n, D = z.shape
     size, length = (n, D) if gram else (D, n)
-    products = products_of(z.dtype)
-    config = config or MOMENT_CONFIGS[products, gram][0 if size >= LARGE else -1]
+    config = config or chosen(*candidates("moment", z, gram), z.device)
     side = triton.cdiv(size, config.block)
     tiles = side * (side + 1) // 2
     each, splits = _stretches(length, tiles * M, config.block_k, splits)
     partial = _empty(z, M, splits, tiles, config.block, config.block)
     _moment_kernel[(side, side, M * splits)](
-        z, mean, partial, n, D, splits, each, M * D, *z.stride(), GRAM=gram, PRODUCTS=products,
+        z, mean, partial, n, D, splits, each, M * D, *z.stride(), GRAM=gram,
+        PRODUCTS=products_of(z.dtype),
         BLOCK=config.block, BLOCK_K=config.block_k,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
@@ -447,13 +471,12 @@ def launch_grad(
     mean, variance, matrix = saved
     size = matrix.shape[-1]
     gram = size != D
-    products = products_of(z.dtype)
-    config = config or GRAD_CONFIGS[products, gram][0 if size >= LARGE else -1]
+    config = config or chosen(*candidates("grad", z, gram), z.device)
     dz = _empty(z, M, n, D, dtype=z.dtype)
     grid = (triton.cdiv(size, config.block), triton.cdiv(D if gram else n, config.block), M)
     _grad_kernel[grid](
         z, mean, variance, matrix, g_std, g_cov, dz, n, D, M * D, size * size, gamma, eps,
-        1 / (M * D * (count - 1)), *z.stride(), GRAM=gram, PRODUCTS=products,
+        1 / (M * D * (count - 1)), *z.stride(), GRAM=gram, PRODUCTS=products_of(z.dtype),
         BLOCK_P=config.block, BLOCK_Q=config.block, BLOCK_K=config.block_k,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
@@ -505,7 +528,7 @@ def _of_config(
     constexprs |= dict.fromkeys(sides, config.block) | {"BLOCK_K": config.block_k}
     gram = " gram" if constexprs["GRAM"] else ""
     return _compiled(
-        f"vicreg {name}{gram} {config.block}", kernel, types, constexprs,
+        f"vicreg {name}{gram} {config.block}x{config.block_k}", kernel, types, constexprs,
         num_warps=config.warps, num_stages=config.stages,
         must_have=(r"wgmma|mma\.sync|tcgen05\.mma",),
     )  # fmt: skip
@@ -520,23 +543,17 @@ def _of_dtype(dtype: torch.dtype) -> list[Compiled]:
         _compiled(f"vicreg column {name}", _column_kernel, types, COLUMNS),
         _compiled(f"vicreg combine {name}", _combine_kernel, types, COMBINE),
     ]
-    products = products_of(dtype)
-    types["matrix_ptr"] = f"*{TRITON_NAMES[MATRIX_FORMS[products][0]]}"
+    types["matrix_ptr"] = f"*{TRITON_NAMES[MATRIX_FORMS[products_of(dtype)][0]]}"
     for gram in (False, True):
-        for config in MOMENT_CONFIGS[products, gram]:
-            made.append(
-                _of_config(
-                    f"moment {name}", _moment_kernel, config, ("BLOCK",), types,
-                    GRAM=gram, PRODUCTS=products,
-                )
-            )  # fmt: skip
-        for config in GRAD_CONFIGS[products, gram]:
-            made.append(
-                _of_config(
-                    f"grad {name}", _grad_kernel, config, ("BLOCK_P", "BLOCK_Q"), types,
-                    GRAM=gram, PRODUCTS=products,
-                )
-            )  # fmt: skip
+        common = {"types": types, "GRAM": gram, "PRODUCTS": products_of(dtype)}
+        made += [
+            _of_config(f"moment {name}", _moment_kernel, config, ("BLOCK",), **common)
+            for config in every(MOMENT_CONFIGS, dtype, gram)
+        ]
+        made += [
+            _of_config(f"grad {name}", _grad_kernel, config, ("BLOCK_P", "BLOCK_Q"), **common)
+            for config in every(GRAD_CONFIGS, dtype, gram)
+        ]
     return made
 
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from kernel_checks import check_operator, same_bits, within_budget
 
 from cjepa_fast.kernels import ema
-from cjepa_fast.kernels.ema import CHUNK
 
+CHUNK = ema.CHUNKS[0]
 # Less than a chunk, just one, one value more and less, several, prime, a matrix, a scalar, nothing.
 SHAPES = [(5,), (CHUNK,), (CHUNK + 1,), (CHUNK - 1,), (2 * CHUNK + 7,), (1009,), (33, 70), (), (0,)]
 FEW = [(5,), (CHUNK + 1,), (3, 7)]  # the interpreter takes tens of milliseconds a chunk
@@ -113,6 +113,24 @@ def test_any_sizes(seed, kernel_device, sizes, momentum, copy):
     assert not copies or torch.equal(flat(copies), flat(ours).to(copy))
 
 
+@pytest.mark.parametrize("chunk", ema.CHUNKS)
+def test_every_chunk(seed, kernel_device, chunk):
+    """Forced, on sizes about its own: each value is that of the default, bit for bit."""
+    shapes = [(chunk - 1,), (chunk,), (chunk + 1,), (3,)]
+    start, online = randoms(kernel_device, shapes), randoms(kernel_device, shapes)
+    forced, default, copies = clones(start), clones(start), empties(start, torch.bfloat16)
+    ema.launch_ema(forced, online, copies, 0.9, chunk=chunk)
+    ema.ema_update(default, online, 0.9)
+    assert torch.equal(flat(forced), flat(default))
+    assert torch.equal(flat(copies), flat(default).bfloat16())
+    lists = [[clones(start), online, *(clones(start) for _ in range(3))] for _ in range(2)]
+    for arrays, size in zip(lists, (chunk, CHUNK), strict=True):
+        arrays[3] = [x.square() for x in arrays[3]]
+        ema.launch_adamw_ema(arrays, (), (), 1, 0.1, 0.9, (0.9, 0.99), 1e-8, 0.1, chunk=size)
+    for one, other in zip(*lists, strict=True):
+        assert torch.equal(flat(one), flat(other))
+
+
 def test_nothing_to_average(kernel_device):
     ema.ema_update([], [], 0.9)
     ema.ema_update([torch.empty(0, device=kernel_device)] * 2, [torch.empty(0)] * 2, 0.9)
@@ -138,10 +156,10 @@ def test_lists_that_the_kernel_cannot_take_go_by_the_definition(seed, kernel_dev
 def test_the_tables_follow_the_tensors(seed, kernel_device):
     """Made once for the same tensors, anew for others of the same shapes."""
     target, online = randoms(kernel_device, [(7,), (9,)]), randoms(kernel_device, [(7,), (9,)])
-    first = ema.tables(target, online)
-    assert ema.tables(target, online)[0] is first[0]
+    first = ema.tables(target, online, chunk=8)
+    assert ema.tables(target, online, chunk=8)[0] is first[0]
     moved = clones(target)
-    assert ema.tables(moved, online)[0] is not first[0]
+    assert ema.tables(moved, online, chunk=8)[0] is not first[0]
     ema.ema_update(target, online, 0.5)
     ema.ema_update(moved, online, 0.5)
     assert torch.equal(flat(moved), flat(target))

@@ -1,5 +1,6 @@
 """The gathers' kernels against their definitions in float64: outputs, gradients, every tile."""
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -222,14 +223,14 @@ def test_smooth_l1_on_both_sides_of_one(seed, kernel_device):
 @pytest.mark.parametrize("width", [40, 136])  # within one tile's width for most; cut by others
 @pytest.mark.parametrize("name", ["gather_tokens", "embed_gather", "predictor_input"])
 def test_every_copy_tile(seed, kernel_device, monkeypatch, name, width, tile):
-    monkeypatch.setattr(gather_tiles, "copy_tile", lambda width: tile)
+    monkeypatch.setattr(gather_tiles, "copy_tiles", lambda width: (tile,))
     check(CASES[name], tensors_of(Shape(2, 70, 9, 2, 67, width), torch.float32, kernel_device))
 
 
-@pytest.mark.parametrize("tile", gather_tiles.ROW_TILES.values(), ids=str)
+@pytest.mark.parametrize("tile", itertools.chain(*gather_tiles.ROW_TILES.values()), ids=str)
 @pytest.mark.parametrize("name", ["target_gather", "smooth_l1"])
 def test_every_row_tile(seed, kernel_device, name, tile, monkeypatch):
-    monkeypatch.setattr(gather_tiles, "row_tile", lambda width: tile)
+    monkeypatch.setattr(gather_tiles, "row_tiles", lambda width: (tile,))
     check(CASES[name], tensors_of(Shape(2, 5, 1, 1, 3, 40), torch.float32, kernel_device))
 
 
@@ -254,16 +255,16 @@ def test_the_launchers_take_a_tile(seed, kernel_device):
             (grad, 2, 3, dtypes),
             gather_tiles.COPY_TILES[256],
         ),
-        (gather_tiles.launch_target_gather, (x, idx, 1e-5), gather_tiles.ROW_TILES[128]),
+        (gather_tiles.launch_target_gather, (x, idx, 1e-5), gather_tiles.ROW_TILES[128][0]),
         (
             gather_tiles.launch_prediction_loss,
             (pred, x, idx, "l2", 1e-5),
-            gather_tiles.ROW_TILES[256],
+            gather_tiles.ROW_TILES[256][0],
         ),
         (
             gather_tiles.launch_prediction_slope,
             (ones, pred, x, idx, "l2", 1e-5),
-            gather_tiles.ROW_TILES[64],
+            gather_tiles.ROW_TILES[64][0],
         ),
     ]
     for launcher, args, tile in calls:
@@ -272,10 +273,11 @@ def test_the_launchers_take_a_tile(seed, kernel_device):
 
 def test_the_chosen_tile_fits_the_width():
     for width in (192, 384, 768, 1024, 1280, 1408):
-        assert width % gather_tiles.copy_tile(width).width == 0
+        assert all(width % tile.width == 0 for tile in gather_tiles.copy_tiles(width))
+    assert [tile.width for tile in gather_tiles.copy_tiles(768)] == [256, 128, 64]
     for width in range(1, 2000):
-        assert gather_tiles.row_tile(width).width >= width
-        assert gather_tiles.copy_tile(width) in gather_tiles.COPY_TILES.values()
+        assert all(tile.width >= width for tile in gather_tiles.row_tiles(width))
+        assert set(gather_tiles.copy_tiles(width)) <= set(gather_tiles.COPY_TILES.values())
 
 
 # --- shapes that nobody thought of

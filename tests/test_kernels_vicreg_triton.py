@@ -176,7 +176,7 @@ def forced(configs: dict) -> list:
         pytest.param(dtype, gram, config, id=f"{dtype}-{'gram' if gram else 'moments'}-{config}")
         for dtype in DTYPES
         for gram in (False, True)
-        for config in configs[vicreg_tiles.products_of(dtype), gram]
+        for config in vicreg_tiles.every(configs, dtype, gram)
     ]
 
 

@@ -1,0 +1,183 @@
+"""The inputs that bench/ops.py times the kernels on, and the work that each must do.
+
+Bytes and operations are those of the kernels' docstrings. Shapes come from configs/: the model's
+tokens, and masks as its run would draw them. Letters: B images, N patches, K context patches, M
+target blocks, P patches a block, S indices of an image, D width, W predictor width, n rows.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from cjepa_fast import build
+from cjepa_fast import config as configuration
+from cjepa_fast.config import Config
+from cjepa_fast.kernels import ema, gather, vicreg
+from cjepa_fast.masks import Masks
+
+MODELS = {"T": "vit_t", "B": "vit_b", "L": "vit_l", "H": "vit_h"}
+ROWS, WIDTHS = 25_088, (384, 768, 1024, 1280, 2048, 4096, 8192)
+BF16 = 2  # bytes a value
+ADAM = {"step": 10, "lr": 1e-4, "momentum": 0.996, "weight_decay": 0.05}
+
+
+class Work(NamedTuple):
+    """What a pass must at least do: bytes to and from memory, operations (2 a multiply-add)."""
+
+    bytes: float
+    flop: float = 0.0
+
+
+class Case(NamedTuple):
+    """An op on inputs of one shape. `make` gives its arguments, on a device; the passes' work by
+    name, "backward" only where there is a gradient: that of the first argument."""
+
+    op: str
+    shape: str
+    dtype: torch.dtype
+    make: Callable[[torch.device], tuple]
+    ours: Callable[..., Any]
+    reference: Callable[..., Any]
+    work: dict[str, Work]
+
+
+def cases(models: list[str], batch: int | None, rows: int, widths: list[int]) -> list[Case]:
+    """batch: images, None for each configuration's own micro-batch."""
+    found = []
+    for model in models:
+        config = configuration.load(MODELS[model])
+        images = batch or config.data.micro_batch_size
+        masks = build.build_masks(config)(0, 0, torch.arange(images))
+        found += gathers(model, config, masks) + averages(model, config)
+        found.append(vicreg_blocks(model, config, masks))
+    return found + [vicreg_tokens(rows, width, torch.bfloat16) for width in widths]
+
+
+def normal(device: torch.device, *shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(shape, device=device, dtype=dtype)
+
+
+def wanting(x: torch.Tensor) -> torch.Tensor:
+    return x.requires_grad_()
+
+
+def pair(module, op: str) -> dict[str, Callable]:
+    """A public function of kernels/ and its definition."""
+    return {"op": op, "ours": getattr(module, op), "reference": getattr(module, f"{op}_reference")}
+
+
+def gathers(model: str, config: Config, masks: Masks) -> list[Case]:
+    """The five gathers and the prediction loss, at a model's shapes in bf16."""
+    context, targets = masks.context_idx_BK, masks.target_idx_BMP
+    (B, K), (_, M, P) = context.shape, targets.shape
+    N = (config.data.image_size // config.model.patch_size) ** 2
+    D, W = build.model_sizes(config)["width"], config.predictor.width
+    S, tokens, rows = M * P, f"{model}: {B}x{N}x{D}", B * D * BF16
+    copied = {"forward": Work(2 * K * rows), "backward": Work((K + N) * rows)}
+    sequences = Work((K + M * (K + P)) * B * W * BF16)
+
+    def made(*shapes: tuple[int, ...], idx: tuple) -> Callable[[torch.device], tuple]:
+        return lambda device: (
+            wanting(normal(device, *shapes[0])),
+            *(normal(device, *shape) for shape in shapes[1:]),
+            *(i.to(device) for i in idx),
+        )
+
+    def case(op: str, label: str, make, **work: Work) -> Case:
+        return Case(shape=label, dtype=torch.bfloat16, make=make, work=work, **pair(gather, op))
+
+    return [
+        case("gather_tokens", f"{tokens}, K {K}", made((B, N, D), idx=(context,)), **copied),
+        case("embed_gather", f"{tokens}, K {K}", made((B, N, D), (N, D), idx=(context,)), **copied),
+        case(
+            "add_positions", f"{model}: {B}x{K}x{D}", made((B, K, D), (N, D), idx=(context,)),
+            forward=copied["forward"],
+        ),
+        case(
+            "target_gather", f"{tokens}, {M}x{P}", made((B, N, D), idx=(targets,)),
+            forward=Work(B * S * D * (BF16 + 4)),
+        ),
+        case(
+            "predictor_input", f"{model}: {B}x{K}x{W}, {M}x{P}",
+            made((B, K, W), (N, W), (W,), idx=(context, targets)),
+            forward=sequences, backward=sequences,
+        ),
+        case(
+            "prediction_loss", f"{tokens}, {M}x{P}",
+            made((B, M, P, D), (B, N, D), idx=(targets,)),
+            forward=Work(2 * S * rows), backward=Work(3 * S * rows),
+        ),
+    ]  # fmt: skip
+
+
+def averages(model: str, config: Config) -> list[Case]:
+    """The two updates over all the encoder's weights, bf16 gradients and working copies."""
+    with torch.device("meta"):
+        encoder = build.build_networks(config).encoder
+    shapes = [p.shape for p in encoder.parameters() if p.requires_grad]
+    values = sum(shape.numel() for shape in shapes)
+    label = f"{model}: {values / 1e6:.0f} M in {len(shapes)}"
+
+    def lists(device: torch.device, *dtypes: torch.dtype) -> list[list[torch.Tensor]]:
+        # squares of gradients may not be negative
+        return [[normal(device, *s, dtype=d).abs_() for s in shapes] for d in dtypes]
+
+    def averaged(device: torch.device) -> tuple:
+        target, online, copies = lists(device, torch.float32, torch.float32, torch.bfloat16)
+        return target, online, 0.996, copies
+
+    fp32, bf16 = torch.float32, torch.bfloat16
+    adamw = pair(ema, "adamw_ema_step")
+    for name in ("ours", "reference"):
+        adamw[name] = _with_copies(adamw[name])
+    # 14 and 38 bytes a value: see the docstring of kernels/ema.py, here with bf16 gradients
+    return [
+        Case(
+            shape=label, dtype=fp32, make=averaged, work={"forward": Work(14 * values)},
+            **pair(ema, "ema_update"),
+        ),
+        Case(
+            shape=label, dtype=fp32,
+            make=lambda device: tuple(lists(device, fp32, bf16, fp32, fp32, fp32, bf16, bf16)),
+            work={"forward": Work(38 * values)}, **adamw,
+        ),
+    ]  # fmt: skip
+
+
+def _with_copies(step: Callable) -> Callable:
+    def run(params, grads, exp_avgs, exp_avg_sqs, target, copies, target_copies):
+        arrays = params, grads, exp_avgs, exp_avg_sqs, target
+        step(*arrays, copies=copies, target_copies=target_copies, **ADAM)
+
+    return run
+
+
+def vicreg_work(M: int, n: int, D: int, dtype: torch.dtype) -> dict[str, Work]:
+    """Of the mathematics: the matrix is S x S, S = min(n, D), half of it computed forward."""
+    S, values = min(n, D), M * n * D * dtype.itemsize
+    matrix = M * S * S * 4
+    return {
+        "forward": Work(2 * values + matrix, M * n * D * S),
+        "backward": Work(2 * values + matrix, 2 * M * n * D * S),
+    }
+
+
+def vicreg_blocks(model: str, config: Config, masks: Masks) -> Case:
+    """The default views: the predicted blocks' mean tokens, in fp32."""
+    M, B = masks.target_idx_BMP.shape[1], len(masks.target_idx_BMP)
+    D = build.model_sizes(config)["width"]
+    return vicreg_case(f"{model}: {M}x{B}x{D}", (M, B, D), torch.float32)
+
+
+def vicreg_tokens(n: int, D: int, dtype: torch.dtype) -> Case:
+    return vicreg_case(f"tokens: {n}x{D}", (n, D), dtype)
+
+
+def vicreg_case(label: str, shape: tuple[int, ...], dtype: torch.dtype) -> Case:
+    M, n, D = (1, *shape)[-3:]
+    return Case(
+        shape=label, dtype=dtype,
+        make=lambda device: (wanting(normal(device, *shape, dtype=dtype)),),
+        work=vicreg_work(M, n, D, dtype), **pair(vicreg, "vicreg_terms"),
+    )  # fmt: skip

@@ -1,0 +1,160 @@
+"""Which configuration of each kernel is the fastest on this GPU: `python bench/ops.py --tune`.
+
+Writes kernels/tuned.py, keeping what it says of other architectures. The candidates are lists in
+the kernels' files, all compiled ahead of time and tested; here they take turns on the shapes of the
+models in configs/.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from stopwatch import Stopwatch
+
+from cjepa_fast.kernels import ema, gather_tiles, launch, tuned, vicreg_tiles
+
+TABLE = Path(tuned.__file__)
+WIDTHS = (192, 384, 768, 1024, 1280, 1408)
+MARGIN = 0.97  # of the first candidate's time: less of a gain may be noise
+IMAGES, PATCHES, CONTEXT, TARGETS, PER_TARGET = 128, 256, 100, 4, 45
+HEADER = f'"""{tuned.__doc__}"""\n\n'
+
+
+class Knob(NamedTuple):
+    """A kernel at one shape: the key in tuned.py, its candidates, and a call with one of them."""
+
+    key: str
+    candidates: Sequence[Any]
+    call: Callable[[Any], Any]
+
+
+def vicreg_knobs(device: torch.device, shapes: Sequence[tuple[int, int]]) -> Iterator[Knob]:
+    """Of z (n, D): products are fp32 or bf16, the matrix n x n or D x D, small or large."""
+    for (n, D), dtype in ((s, d) for s in shapes for d in (torch.float32, torch.bfloat16)):
+        z, gram = torch.randn(1, n, D, device=device, dtype=dtype), n < D
+        mean, _ = vicreg_tiles.launch_columns(z)
+        _, saved = vicreg_tiles.fused_forward(z, 1.0, 1e-4, True)
+        one = torch.ones((), device=device)
+
+        def moments(config, z=z, mean=mean, gram=gram, matrix=saved.matrix):
+            # with their sum: smaller tiles, or more of them, leave it more to read
+            partial = vicreg_tiles.launch_moments(z, mean, gram, config)
+            vicreg_tiles.launch_reduce(partial, matrix.shape[-1], 1.0, gram, matrix)
+
+        def grad(config, z=z, saved=saved, one=one):
+            vicreg_tiles.launch_grad(z, saved, one, one, 1.0, 1e-4, z.shape[1], config)
+
+        yield Knob(*vicreg_tiles.candidates("moment", z, gram), moments)
+        yield Knob(*vicreg_tiles.candidates("grad", z, gram), grad)
+
+
+def gather_knobs(device: torch.device, images: int, width: int) -> Iterator[Knob]:
+    """Of bf16 tokens (B, N, D), positions and mask token."""
+    B, K, M, P = images, CONTEXT, TARGETS, PER_TARGET
+    g = gather_tiles
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device, dtype=torch.bfloat16)
+
+    order = torch.rand(B, PATCHES, device=device).argsort(1)
+    context, targets = order[:, :K].contiguous(), order[:, : M * P].contiguous()
+    x, pred, pos = normal(B, PATCHES, width), normal(B, M * P, width), normal(PATCHES, width)
+    kept, grad, one = (
+        x[:, :K].contiguous(),
+        normal(B * M, K + P, width),
+        x.new_ones((), dtype=torch.float32),
+    )
+    sequences = kept, pos, pos[0], context, targets.view(B, M, P)
+    errors = pred, x, targets, "smooth_l1", 1e-5
+    copied: dict[str, Callable] = {
+        "gather": lambda t: g.launch_gather(x, None, context, tile=t),
+        "gather backward": lambda t: g.launch_gather_backward(kept, context, PATCHES, x.dtype, t),
+        "predictor_input": lambda t: g.launch_predictor_input(*sequences, t),
+        "predictor_input backward": lambda t: g.launch_predictor_input_backward(
+            grad, B, K, (x.dtype, x.dtype), t
+        ),
+    }
+    rows: dict[str, Callable] = {
+        "target_gather": lambda t: g.launch_target_gather(x, targets, 1e-5, t),
+        "prediction_loss": lambda t: g.launch_prediction_loss(*errors, t),
+        "prediction_loss backward": lambda t: g.launch_prediction_slope(one, *errors, t),
+    }
+    for kernels, tiles in ((copied, g.copy_tiles(width)), (rows, g.row_tiles(width))):
+        yield from (Knob(f"{name} {width}", tiles, call) for name, call in kernels.items())
+
+
+def average_knobs(device: torch.device, shapes: Sequence[tuple[int, ...]]) -> Iterator[Knob]:
+    """Of a list of weights: fp32 masters, bf16 gradients and copies."""
+
+    def weights(dtype: torch.dtype) -> list[torch.Tensor]:
+        return [torch.rand(shape, device=device, dtype=dtype) for shape in shapes]
+
+    arrays = [weights(torch.float32) for _ in range(5)]
+    arrays[1] = weights(torch.bfloat16)
+    copies = [weights(torch.bfloat16) for _ in range(2)]
+    numbers = 10, 1e-4, 0.996, (0.9, 0.999), 1e-8, 0.05
+    yield Knob(
+        "ema_update", ema.CHUNKS,
+        lambda chunk: ema.launch_ema(arrays[4], arrays[0], copies[1], 0.996, chunk),
+    )  # fmt: skip
+    yield Knob(
+        "adamw_ema_step", ema.CHUNKS,
+        lambda chunk: ema.launch_adamw_ema(arrays, *copies, *numbers, chunk),
+    )  # fmt: skip
+
+
+def knobs(device: torch.device) -> Iterator[Knob]:
+    """All, at the sizes of a training."""
+    yield from vicreg_knobs(device, [(25_088, 1280), (25_088, 384), (1024, 4096), (128, 1280)])
+    for width in WIDTHS:
+        yield from gather_knobs(device, IMAGES, width)
+    yield from average_knobs(device, [(1280, 5120), (1280,), (1280, 1280)] * 32)
+
+
+def fastest(knob: Knob, watch: Stopwatch, seconds: float) -> tuple[int, list[float]]:
+    """The place of the fastest candidate, and the medians in microseconds."""
+    calls = {i: (lambda c=c: knob.call(c)) for i, c in enumerate(knob.candidates)}
+    for call in calls.values():  # compile, and warm up
+        call()
+    times = [median(t) for t in watch.turns(calls, seconds).values()]
+    best = min(range(len(times)), key=times.__getitem__)
+    return (best if times[best] < MARGIN * times[0] else 0), times
+
+
+def tune(found: Iterator[Knob], watch: Stopwatch, seconds: float) -> dict[str, int]:
+    """By key, the place of the fastest candidate, where that is not the first."""
+    table = {}
+    for knob in found:
+        if len(knob.candidates) < 2:
+            continue
+        best, times = fastest(knob, watch, seconds)
+        print(f"{knob.key:32s} {best}  " + "  ".join(f"{us:.1f} us" for us in times), flush=True)
+        if best:
+            table[knob.key] = best
+    return table
+
+
+def source(table: dict[str, dict[str, int]]) -> str:
+    """The text of kernels/tuned.py."""
+    named = {architecture: found for architecture, found in sorted(table.items()) if found}
+    if not named:
+        return f"{HEADER}TUNED: dict[str, dict[str, int]] = {{}}\n"
+    lines = ["TUNED: dict[str, dict[str, int]] = {"]
+    for architecture, found in named.items():
+        lines.append(f'    "{architecture}": {{')
+        lines += [f'        "{key}": {place},' for key, place in sorted(found.items())]
+        lines.append("    },")
+    return HEADER + "\n".join([*lines, "}"]) + "\n"
+
+
+def main(device: torch.device, seconds: float) -> int:
+    if device.type != "cuda":
+        print("error: --tune times kernels: it needs a CUDA device", file=sys.stderr)
+        return 2
+    found = tune(knobs(device), Stopwatch(device), seconds)
+    TABLE.write_text(source(tuned.TUNED | {launch.architecture(device): found}), encoding="utf-8")
+    print(f"written: {TABLE}")
+    return 0
