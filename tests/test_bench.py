@@ -175,7 +175,15 @@ def test_the_gate_runs_every_part_and_fails_with_any(tmp_path, failing):
     assert failed == expected[failing]
     assert (done.returncode != 0) == bool(failed)
     called = calls.read_text()
-    for needed in ("-m gpu", "ops.py", "--data both", "train.py", "--resume auto", "eval knn", "not gpu"):
+    for needed in (
+        "-m gpu",
+        "ops.py",
+        "--data both",
+        "train.py",
+        "--resume auto",
+        "eval knn",
+        "not gpu",
+    ):
         assert needed in called
     assert f"data.path={images}" in called
     for config in (tiny.ROOT / "configs").glob("*.json"):

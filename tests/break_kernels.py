@@ -1,0 +1,279 @@
+"""Break each kernel in at least five ways and see which test notices.
+
+    python tests/break_kernels.py [--only TEXT] [--markdown bench/results/breaks.md]
+
+Each break is made in a copy, one at a time, and the kernel's tests run there until the first fails.
+Exits with 1 where a break goes unnoticed, or no longer fits the source. Minutes, so not in the test
+run; to be repeated when a kernel or its tests change.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+TESTS = {
+    "vicreg_tiles": "tests/test_kernels_vicreg_triton.py",
+    "gather_tiles": "tests/test_kernels_gather_triton.py",
+    "ema": "tests/test_kernels_ema.py",
+}
+
+
+class Break(NamedTuple):
+    """In a function of a file, the first `old` becomes `new`."""
+
+    file: str
+    function: str
+    what: str
+    old: str
+    new: str
+
+
+def broken(file: str, function: str, *breaks: tuple[str, str, str]) -> list[Break]:
+    return [Break(file, function, *one) for one in breaks]
+
+
+LIVE = ("the last row dropped", "live = row < total", "live = row < total - 1")
+WIDTH = ("columns beyond the first tile", "tl.program_id(1) * WIDTH + tl.arange", "tl.arange")
+COPIES = ("one copy unsummed", "range(M)", "range(1, M)")
+KEEP = ("the last column dropped", "(d < D)[None, :]", "(d < D - 1)[None, :]")
+
+BREAKS = [
+    *broken(
+        "vicreg_tiles", "_load_centred",
+        ("mask after centring dropped", "tl.where(inside, z - first - rest, 0.0)",
+         "z - first - rest"),
+        ("second part of the mean dropped", "z - first - rest", "z - first"),
+        ("last row dropped", "rows < n", "rows < n - 1"),
+        ("last column dropped", "cols < D", "cols < D - 1"),
+    ),
+    *broken(
+        "vicreg_tiles", "_column_kernel",
+        ("divisor: a whole stretch", "/ (end - begin)", "/ per_split"),
+        ("first rows unsummed", "range(begin, end", "range(begin + BLOCK_N, end"),
+        ("last row dropped", "per_split, n)", "per_split, n - 1)"),
+        ("squares about zero", "cols, first, rest, end", "cols, first, 0.0, end"),
+        ("one block for all", "(m * tl.num_programs(1) + tl.program_id(1))", "tl.program_id(1)"),
+    ),
+    *broken(
+        "vicreg_tiles", "_combine_kernel",
+        ("mask of stretches dropped", "tl.where(inside, within + rows * away * away, 0.0)",
+         "within + rows * away * away"),
+        ("divisor n for n - 1", "/ (n - 1)", "/ n"),
+        ("first stretches unsummed", "range(0, splits", "range(BLOCK_S, splits"),
+        ("ragged stretch as a whole one", "tl.minimum(per_split, n - split * per_split)",
+         "per_split + 0 * split"),
+        ("last stretch dropped", "split < splits", "split < splits - 1"),
+    ),
+    *broken(
+        "vicreg_tiles", "_moment_kernel",
+        ("diagonal tiles missing", "if i > j", "if i >= j"),
+        ("low halves of x left out", "acc = _bf16_dot(x_low, y_high, acc)", "acc += 0.0"),
+        ("low halves of y left out", "acc = _bf16_dot(x_high, y_low, acc)", "acc += 0.0"),
+        ("last step unsummed", "tl.minimum(begin + per_split, D if GRAM else n)",
+         "tl.minimum(begin + per_split, D if GRAM else n) - BLOCK_K"),
+        ("every stretch from the start", "begin = split * per_split", "begin = 0 * split"),
+        ("one tile's place taken twice", "j * (j + 1) // 2 + i", "j * (j + 1) // 2"),
+    ),
+    *broken(
+        "vicreg_tiles", "_reduce_kernel",
+        ("row mask dropped", "(a[:, None] < size) & (b < size)", "(a[:, None] >= 0) & (b < size)"),
+        ("diagonal tile counted twice", "tl.where(i == j, 1.0, 2.0)", "2.0"),
+        ("mirror image missing", "mask=inside & (i != j)", "mask=inside & (i > j)"),
+        ("first stretch unsummed", "range(splits)", "range(1, splits)"),
+        ("last column dropped", "(b < size)", "(b < size - 1)"),
+        ("diagonal kept", "if not KEEP_DIAGONAL", "if KEEP_DIAGONAL"),
+    ),
+    *broken(
+        "vicreg_tiles", "_finish_kernel",
+        ("column mask dropped", "(std >= gamma) | (col >= D)", "std >= gamma"),
+        ("divisor without M", "tl.sum(hinge) / (M * D)", "tl.sum(hinge) / D"),
+        ("one block unsummed", "range(M)", "range(1, M)"),
+        ("last piece dropped", "lane < pieces", "lane < pieces - 1"),
+        ("the Gram's diagonal kept", "cov -= tl.sum(diagonal)", "cov -= 0.0"),
+    ),
+    *broken(
+        "vicreg_tiles", "_grad_kernel",
+        ("divisor: 2 for 4", "4 * scale", "2 * scale"),
+        ("low half of the matrix left out", "acc = _bf16_dot(x_high, y_low, acc)", "acc += 0.0"),
+        ("the Gram's diagonal kept", "slope -= slope_cov * variance", "slope -= 0.0"),
+        ("last row of the matrix dropped", "k[:, None] < size", "k[:, None] < size - 1"),
+        ("last column dropped", "(rows < n) & (cols < D)", "(rows < n) & (cols < D - 1)"),
+        ("hinge everywhere", "std < gamma, -scale", "std >= 0, -scale"),
+    ),
+    *broken(
+        "gather_tiles", "_gather_forward_kernel",
+        LIVE, WIDTH, KEEP,
+        ("index mask dropped", "keep = (live & inside)", "keep = (live & live)"),
+        ("divisor N for S", "image = row // S", "image = row // N"),
+        ("position not added", "value.to(tl.float32) + added.to(tl.float32)",
+         "value.to(tl.float32) + 0.0 * added"),
+    ),
+    *broken(
+        "gather_tiles", "_gather_backward_kernel",
+        WIDTH, KEEP,
+        ("match mask dropped", "keep = (match < S)[:, None]", "keep = (match <= S)[:, None]"),
+        ("repeated index unsummed", "total += tl.load", "total = tl.load"),
+        ("divisor of the images", "tl.program_id(0) // tiles", "tl.program_id(0) // (tiles + 1)"),
+        ("second search unmade", "range(0, S, BLOCK_S)", "range(0, BLOCK_S, BLOCK_S)"),
+        ("last index dropped", "mask=s < S,", "mask=s < S - 1,"),
+    ),
+    *broken(
+        "gather_tiles", "_target_rows",
+        ("mask beyond D dropped", "x = tl.where(real, x - mean[:, None], 0.0)",
+         "x = x - mean[:, None]"),
+        ("divisor D - 1", "tl.sum(x * x, 1) / D", "tl.sum(x * x, 1) / (D - 1)"),
+        ("second centring left out", "x - (tl.sum(x, 1) / D)[:, None]", "x"),
+        ("eps left out", "variance + eps", "variance"),
+        ("divisor N for S", "row // S", "row // N"),
+        ("wrong index unmarked", "tl.where(inside, tl.sum(x, 1) / D, NAN)", "tl.sum(x, 1) / D"),
+    ),
+    *broken("gather_tiles", "_target_gather_kernel", LIVE, KEEP),
+    *broken(
+        "gather_tiles", "_prediction_loss_kernel",
+        LIVE, KEEP,
+        ("half left out", "0.5 * square", "square"),
+        ("no difference beyond 1", "size - 0.5", "size"),
+        ("one partial sum for all", "partial + tl.program_id(0)", "partial"),
+    ),
+    *broken(
+        "gather_tiles", "_prediction_slope_kernel",
+        LIVE, KEEP,
+        ("mean left out", ".to(tl.float32) * share", ".to(tl.float32)"),
+        ("divisor of l2", "2.0 * error", "error"),
+        ("sign below -1", "error < -1.0, -1.0", "error < -1.0, 1.0"),
+        ("upstream left out", "tl.load(upstream).to(tl.float32) * share", "share"),
+    ),
+    *broken(
+        "gather_tiles", "_predictor_input_kernel",
+        WIDTH,
+        ("last row dropped", "mask=(row < K + P)[:, None]", "mask=(row < K + P - 1)[:, None]"),
+        ("one copy unwritten", "range(M)", "range(1, M)"),
+        ("first query taken for context", "(row >= K)", "(row > K)"),
+        ("targets shifted by one", "* P + row - K,", "* P + row - K - 1,"),
+        ("last column dropped", "real = (d < W)", "real = (d < W - 1)"),
+    ),
+    *broken(
+        "gather_tiles", "_predictor_input_backward_kernel",
+        WIDTH, COPIES,
+        ("first query unsummed", "(row >= K)", "(row > K)"),
+        ("first tile of queries dropped", "slot >= 0", "slot > 0"),
+        ("last row dropped", "(row < K + P)", "(row < K + P - 1)"),
+    ),
+    *broken(
+        "ema", "_lerp",
+        ("one end inexact", "new - (new - old) * (1.0 - weight)", "new - (new - old) * weight"),
+        ("half the step", "old + weight * (new - old)", "old + 0.5 * weight * (new - old)"),
+    ),
+    *broken(
+        "ema", "_range",
+        ("last value dropped", "size - start", "size - start - 1"),
+        ("a chunk too far", "(tl.program_id(0) - first) * CHUNK",
+         "(tl.program_id(0) - first) * (CHUNK + 1)"),
+    ),
+    *broken(
+        "ema", "_ema_kernel",
+        ("mask of the tail dropped", "tl.arange(0, CHUNK) < rest", "tl.full((CHUNK,), 1, tl.int1)"),
+        ("last value of the tail dropped", "CHUNK) < rest", "CHUNK) < rest - 1"),
+        ("copy written over the online", "_address(places, 2,", "_address(places, 1,"),
+    ),
+    *broken(
+        "ema", "_ema_chunk",
+        ("copy of the weights", "narrow(value, copy", "narrow(tl.load(online + at), copy"),
+        ("mask of the copy dropped", "copy.dtype.element_ty), mask=keep", "copy.dtype.element_ty)"),
+    ),
+    *broken(
+        "ema", "_adamw_ema_kernel",
+        ("one value beyond the tail", "tl.arange(0, CHUNK) < rest", "tl.arange(0, CHUNK) <= rest"),
+        ("copies exchanged", "_address(places, copies,", "_address(places, copies - 1,"),
+    ),
+    *broken(
+        "ema", "_adamw_ema_chunk",
+        ("square left out", "square_share * g * g", "square_share * g"),
+        ("bias correction left out", "tl.div_rn(tl.sqrt_rn(second), root_scale)",
+         "tl.sqrt_rn(second)"),
+        ("decay left out", "* decay - rate", "- rate"),
+        ("eps left out", ", root_scale) + eps", ", root_scale)"),
+        ("average of the old weights", "mask=keep), w, weight)",
+         "mask=keep), tl.load(param + at, mask=keep), lerp1)"),
+    ),
+]  # fmt: skip
+
+
+def source_with(one: Break) -> str:
+    """The file's text with the break in it. Raises ValueError where it does not fit."""
+    text = (ROOT / "kernels" / f"{one.file}.py").read_text()
+    start = text.index(f"def {one.function}(")
+    end = text.find("\n\n\n", start)
+    body = text[start:end]
+    if one.old not in body:
+        raise ValueError(f"{one.function} no longer holds {one.old!r}")
+    return text[:start] + body.replace(one.old, one.new, 1) + text[end:]
+
+
+def caught_by(one: Break, tree: Path) -> str | None:
+    """The first test that fails with this break in the copy, None where none does."""
+    target = tree / "kernels" / f"{one.file}.py"
+    whole = target.read_text()
+    target.write_text(source_with(one))
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider"]
+    # without PYTHONPATH the installed package would be tested, not the copy
+    environment = os.environ | {"PYTHONPATH": f"{tree}{os.pathsep}{tree / 'tests'}"}
+    try:
+        done = subprocess.run(
+            [*command, TESTS[one.file]], cwd=tree, env=environment, capture_output=True, text=True
+        )
+    finally:
+        target.write_text(whole)
+    if done.returncode == 0:
+        return None
+    found = re.search(r"^(?:FAILED|ERROR) \S+?::(\w+)", done.stdout, re.M)
+    return found.group(1) if found else f"the process ended with status {done.returncode}"
+
+
+def copied_tree(folder: Path) -> Path:
+    """A copy of what the kernels' tests need, its kernels/ imported as cjepa_fast.kernels."""
+    tree = folder / "tree"
+    tree.mkdir()
+    ignored = shutil.ignore_patterns("__pycache__", "kernels.link")
+    for name in ("cjepa_fast", "kernels", "configs", "tests"):
+        shutil.copytree(ROOT / name, tree / name, ignore=ignored, symlinks=True)
+    shutil.copy(ROOT / "pyproject.toml", tree)
+    link = tree / "cjepa_fast" / "kernels"
+    if not link.exists():
+        link.symlink_to("../kernels")
+    return tree
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", default="", help="functions whose name has this text")
+    parser.add_argument("--markdown", type=Path, metavar="FILE")
+    args = parser.parse_args()
+    lines = ["| kernel or its part | break | noticed by |", "|---|---|---|"]
+    missed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        tree = copied_tree(Path(folder))
+        for one in BREAKS:
+            if args.only not in one.function:
+                continue
+            noticed = caught_by(one, tree)
+            missed += noticed is None
+            lines.append(f"| {one.file}.{one.function} | {one.what} | {noticed or 'NOTHING'} |")
+            print(lines[-1], flush=True)
+    if args.markdown:
+        heading = "# Broken kernels and the tests that noticed\n\n`python tests/break_kernels.py"
+        heading += " --markdown bench/results/breaks.md`, each break alone.\n\n"
+        args.markdown.write_text(heading + "\n".join(lines) + "\n", encoding="utf-8")
+    print(f"{len(lines) - 2} breaks, {missed} unnoticed")
+    return int(missed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
