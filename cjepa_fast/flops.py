@@ -1,22 +1,28 @@
 """The counted work of a training step, from the sizes alone: what throughput is judged by.
 
-Counted are the matrix products of the method as written, 2 operations per multiply-add, without
-recomputation: linear layers, the two products of attention, the patch embedding of the patches
-that are embedded. Norms, softmax, GELU and the loss are left out, as is usual.
+Counted are the matrix products whose results the method reads, 2 operations per multiply-add,
+without recomputation: linear layers, the two products of attention, the patch embedding of the
+patches that are embedded; of the predictor's last block the target patches alone. Norms, softmax,
+GELU and the loss are left out, as is usual.
 
 Letters: N patches of an image, K context patches, M target blocks, P patches a block, S tokens of
 a sequence, D width.
 """
 
 
-def block_flop(tokens_s: float, width: int, mlp_ratio: float) -> float:
-    """One transformer block over one sequence, forward, in FLOP.
+def block_flop(
+    tokens_s: float, width: int, mlp_ratio: float, outputs: float | None = None
+) -> float:
+    """One transformer block over one sequence, forward, in FLOP; `outputs` tokens of it, or all.
 
-    A token costs 8 D^2 in qkv and the projection and 4 D * hidden in the MLP (24 D^2 at ratio 4);
-    the attention map and its product with v cost 4 S^2 D, whatever the number of heads.
+    A token costs 4 D^2 in its key and value; an output 4 D^2 in its query and the projection and
+    4 D * hidden in the MLP; the attention map and its product with v 4 S D an output, whatever the
+    number of heads. In all 24 S D^2 + 4 S^2 D at MLP ratio 4.
     """
     hidden = round(width * mlp_ratio)
-    return tokens_s * (8 * width**2 + 4 * width * hidden) + 4 * tokens_s**2 * width
+    outputs = tokens_s if outputs is None else outputs
+    each = 4 * width**2 + 4 * width * hidden + 4 * tokens_s * width
+    return tokens_s * 4 * width**2 + outputs * each
 
 
 def patch_embedding_flop(patches: float, patch_size: int, width: int) -> float:
@@ -47,14 +53,13 @@ def step_gflop(
     """
     del heads
     patches_n = (image_size // patch_size) ** 2
-    sequence = context_k + targets_p
     target = depth * block_flop(patches_n, width, mlp_ratio)
     target += patch_embedding_flop(patches_n, patch_size, width)
     context = 3 * depth * block_flop(context_k, width, mlp_ratio)
     context += 2 * patch_embedding_flop(context_k, patch_size, width)
-    predictor = (
-        targets_m * predictor_depth * block_flop(sequence, predictor_width, predictor_mlp_ratio)
-    )
+    block = context_k + targets_p, predictor_width, predictor_mlp_ratio
+    predictor = (predictor_depth - 1) * block_flop(*block) + block_flop(*block, outputs=targets_p)
+    predictor *= targets_m
     predictor += 2 * width * predictor_width * (context_k + targets_m * targets_p)
     parts = {"target": target, "context": context, "predictor": 3 * predictor}
     return {name: flop / 1e9 for name, flop in (parts | {"total": sum(parts.values())}).items()}

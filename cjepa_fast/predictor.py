@@ -53,7 +53,7 @@ class Predictor(nn.Module):
             context_idx_BK,
             target_idx_BMP,
         )
-        for block in self.predictor_blocks:
+        for block in self.predictor_blocks[:-1]:
             x = block(x)
-        queries = self.predictor_norm(x[:, -P:])
-        return self.predictor_proj(queries).view(B, M, P, -1)
+        queries = self.predictor_blocks[-1](x, last=P)  # what becomes of the context is not read
+        return self.predictor_proj(self.predictor_norm(queries)).view(B, M, P, -1)

@@ -102,6 +102,20 @@ def attention_map(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1)
 
 
+class QueryKeyValue(nn.Linear):
+    """The three projections of attention as one Linear of width D -> 3 D."""
+
+    def forward(
+        self, x_BSD: torch.Tensor, last: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q, k and v, each (B, S, D); q of the last tokens alone if asked, (B, last, D)."""
+        D = x_BSD.shape[-1]
+        if last is None:
+            return super().forward(x_BSD).split(D, -1)
+        q = F.linear(x_BSD[:, -last:], self.weight[:D], self.bias[:D])
+        return q, *F.linear(x_BSD, self.weight[D:], self.bias[D:]).split(D, -1)
+
+
 class Attention(nn.Module):
     def __init__(self, width: int, heads: int, backend: str = "auto"):
         super().__init__()
@@ -111,18 +125,17 @@ class Attention(nn.Module):
             flash_attention()  # to fail here, not in the first step
         self.heads = heads
         self.backend = backend
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = QueryKeyValue(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def heads_of(self, x_BSD: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """q, k and v, each (B, H, S, d)."""
-        B, S, D = x_BSD.shape
-        qkv = self.qkv(x_BSD).view(B, S, 3, self.heads, D // self.heads)
-        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    def heads_of(self, x_BSD: torch.Tensor, last: int | None = None) -> list[torch.Tensor]:
+        """q, k and v, each (B, H, S, d); q of the last tokens alone if asked."""
+        parts = self.qkv(x_BSD, last)
+        return [x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in parts]
 
-    def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
-        x_BHSd = attend(*self.heads_of(x_BSD), self.backend)
-        return self.proj(x_BHSd.transpose(1, 2).reshape(x_BSD.shape))
+    def forward(self, x_BSD: torch.Tensor, last: int | None = None) -> torch.Tensor:
+        x_BHSd = attend(*self.heads_of(x_BSD, last), self.backend)
+        return self.proj(x_BHSd.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -143,8 +156,10 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = MLP(width, round(width * mlp_ratio))
 
-    def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
-        x_BSD = x_BSD + self.attn(self.norm1(x_BSD))
+    def forward(self, x_BSD: torch.Tensor, last: int | None = None) -> torch.Tensor:
+        """All tokens, or the last ones alone, (B, last, D), having attended to all."""
+        whole, x_BSD = x_BSD, x_BSD if last is None else x_BSD[:, -last:]
+        x_BSD = x_BSD + self.attn(self.norm1(whole), last)
         return x_BSD + self.mlp(self.norm2(x_BSD))
 
 

@@ -62,6 +62,28 @@ def test_one_token_for_each_target_patch(predictor, inputs):
     assert predictor(*inputs).shape == (2, 3, 4, 12)
 
 
+def test_the_last_block_spares_the_context_and_nothing_else(predictor, inputs):
+    """Values and gradients are those of all blocks over all tokens."""
+    context, places, targets = inputs
+    context.requires_grad_()
+    upstream = torch.randn(2, 3, 4, 12, dtype=torch.float64)
+    wanted = [context, *(p for p in predictor.parameters() if p.requires_grad)]
+    spared = predictor(context, places, targets)
+    grads = torch.autograd.grad(spared, wanted, upstream)
+    last = predictor.predictor_blocks[-1]
+    whole_forward, lengths = last.forward, []
+
+    def whole(x, last):
+        lengths.append(x.shape[1])
+        return whole_forward(x)[:, -last:]
+
+    last.forward = whole
+    whole = predictor(context, places, targets)
+    assert lengths == [5 + 4] and same(spared, whole)
+    for one, other in zip(grads, torch.autograd.grad(whole, wanted, upstream), strict=True):
+        assert same(one, other)
+
+
 def test_index_types_agree(predictor, inputs):
     context, places, targets = inputs
     assert torch.equal(predictor(context, places.int(), targets.int()), predictor(*inputs))

@@ -233,7 +233,7 @@ def test_attention_maps_are_those_of_the_last_block(encoder):
     images, seen = images_of(encoder), {}
     encoder.blocks[-1].attn.qkv.register_forward_hook(lambda m, i, out: seen.update(qkv=out))
     encoder(images)
-    q, k, _ = seen["qkv"].view(3, 16, 3, 2, 8).permute(2, 0, 3, 1, 4)
+    q, k, _ = (x.view(3, 16, 2, 8).transpose(1, 2) for x in seen["qkv"])
     wanted = F.softmax(torch.einsum("bhid,bhjd->bhij", q, k) / 8**0.5, -1)
     maps = encoder.attention_maps(images)
     assert maps.shape == (3, 2, 16, 16) and not maps.requires_grad
