@@ -2,10 +2,12 @@
 
     python bench/throughput.py                                  # the demo's model, on what is here
     python bench/throughput.py --config vit_b vit_h --data both --data-path /my/images --save
+    python bench/throughput.py --config vit_b --against reference
 
 The step is train.py's own: forward, backward, update and average. Warm-up is timed apart. MFU is
 the counted work (cjepa_fast/flops.py) over the device's data-sheet bf16 rate where that is known,
-and over the rate of a large matrix product measured in the same run.
+and over the rate of a large matrix product measured in the same run. --against takes turns with the
+plain step of bench/reference.py, in fp32 and under bf16 autocast, on the same batches.
 """
 
 import argparse
@@ -29,6 +31,7 @@ from hardware import (
     provenance,
     synchronize,
 )
+from reference import ReferenceTrainer
 
 from cjepa_fast import build, train
 from cjepa_fast import config as configuration
@@ -56,6 +59,17 @@ COLUMNS = {  # heading: (key of a row, format)
     "peak GiB": ("peak_gib", "{:.2f}"),
     "build s": ("build_s", "{:.1f}"),
     "warm-up s": ("warmup_s", "{:.1f}"),
+}
+
+AGAINST_COLUMNS = {
+    "config": ("config", "{}"),
+    "step": ("step", "{}"),
+    "batch": ("batch", "{}"),
+    "step ms": ("step_ms", "{:.1f}"),
+    "p10": ("step_ms_p10", "{:.1f}"),
+    "p90": ("step_ms_p90", "{:.1f}"),
+    "images/s": ("images_per_s", "{:.1f}"),
+    "ours is faster, times": ("ours_times", "{:.2f}"),
 }
 
 
@@ -147,6 +161,47 @@ def measure(config: Config, data: str, device: torch.device, steps: int, warmup:
     }
 
 
+def measure_against(config: Config, device: torch.device, steps: int, warmup: int) -> list[dict]:
+    """A row for our step and for each way of the reference's, which take turns."""
+    masks = build.build_masks(config)
+    trainer = train.Trainer(config, device, EPOCH_STEPS)
+    sides = {
+        "ours": trainer,
+        "reference, fp32": ReferenceTrainer(trainer, autocast=False),
+        "reference, bf16 autocast": ReferenceTrainer(trainer, autocast=True),
+    }
+    batches = synthetic_batches(config, device, masks)
+    for index in range(warmup):
+        batch = next(batches)
+        for side in sides.values():
+            side.step(batch, index)
+    clock = StepClock(device)
+    synchronize(device)
+    clock.mark()
+    for index in range(warmup, warmup + steps):
+        batch = next(batches)
+        for side in sides.values():
+            side.step(batch, index)
+            clock.mark()
+    step_ms = clock.step_ms()
+    turns = {name: step_ms[i :: len(sides)] for i, name in enumerate(sides)}
+    return [against_row(name, times, turns["ours"], trainer) for name, times in turns.items()]
+
+
+def against_row(name: str, step_ms: list[float], ours_ms: list[float], trainer) -> dict:
+    median, deciles = statistics.median(step_ms), statistics.quantiles(step_ms, n=10)
+    return {
+        "step": name,
+        "batch": trainer.micro_batch,
+        "steps": len(step_ms),
+        "step_ms": median,
+        "step_ms_p10": deciles[0],
+        "step_ms_p90": deciles[-1],
+        "images_per_s": 1e3 * trainer.micro_batch / median,
+        "ours_times": median / statistics.median(ours_ms),
+    }
+
+
 def row_of(config: Config, data: str, trainer: train.Trainer, timed: dict) -> dict:
     """The figures of the timed steps."""
     step_ms, images = timed["step_ms"], trainer.micro_batch * engines.world_size()
@@ -206,6 +261,9 @@ def measure_one(name: str, args: argparse.Namespace) -> list[dict]:
     device = engines.start(config.run.seed)
     about = provenance(device)
     rows = []
+    if args.against:
+        found = measure_against(config, device, args.steps, args.warmup)
+        return [{"config": Path(name).stem} | row | about for row in found]
     for data in ("synthetic", "jpeg") if args.data == "both" else (args.data,):
         row = {"config": Path(name).stem} | measure(config, data, device, args.steps, args.warmup)
         add_mfu(row, config.run.precision, device, about["hardware"]["device"])
@@ -219,7 +277,7 @@ def measure_apart(name: str, args: argparse.Namespace) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rows.json"
         command = [sys.executable, __file__, "--config", name, "--json", str(out), "--quiet"]
-        for option in ("batch", "steps", "warmup", "data", "data_path"):
+        for option in ("batch", "steps", "warmup", "data", "data_path", "against"):
             if (value := getattr(args, option)) is not None:
                 command += [f"--{option.replace('_', '-')}", str(value)]
         command += [part for override in args.overrides for part in ("--set", override)]
@@ -229,15 +287,15 @@ def measure_apart(name: str, args: argparse.Namespace) -> list[dict]:
     return [{"config": name, "failed": f"exit status {done.returncode}"}]
 
 
-def table(rows: list[dict]) -> str:
-    lines = [list(COLUMNS)]
+def table(rows: list[dict], columns: dict[str, tuple[str, str]] = COLUMNS) -> str:
+    lines = [list(columns)]
     for row in rows:
         if "failed" in row:
-            lines.append([row["config"], row["failed"], *[""] * (len(COLUMNS) - 2)])
+            lines.append([row["config"], row["failed"], *[""] * (len(columns) - 2)])
             continue
-        cells = [(row[key], text) for key, text in COLUMNS.values()]
+        cells = [(row[key], text) for key, text in columns.values()]
         lines.append(["-" if value is None else text.format(value) for value, text in cells])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     return "\n".join(
         "  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in lines
     )
@@ -260,6 +318,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20, help="timed steps")
     parser.add_argument("--warmup", type=int, default=5, help="steps before them")
     parser.add_argument("--data", choices=("synthetic", "jpeg", "both"), default="both")
+    parser.add_argument("--against", choices=("reference",), help="take turns with that step")
     parser.add_argument("--data-path", default="shapes", metavar="SET", help="images of 'jpeg'")
     parser.add_argument("--json", metavar="FILE", help="write the rows there")
     parser.add_argument("--save", action="store_true", help=f"append them to {RESULTS.name}")
@@ -302,6 +361,9 @@ def report(rows: list[dict], args: argparse.Namespace) -> None:
     if args.save and measured:
         save(measured, RESULTS)
     if args.quiet:
+        return
+    if args.against:
+        print(table(rows, AGAINST_COLUMNS))
         return
     if measured:
         row = measured[0]

@@ -32,7 +32,12 @@ def hardware():
 
 
 @pytest.fixture(scope="module")
-def throughput(hardware):
+def reference(hardware):
+    return bench_module("reference")
+
+
+@pytest.fixture(scope="module")
+def throughput(hardware, reference):
     return bench_module("throughput")
 
 
@@ -95,6 +100,53 @@ def test_mfu_is_of_the_sheet_and_of_the_measured_product(throughput, monkeypatch
     assert row["mfu_sheet_pct"] == pytest.approx(100 * 395 / 989)
     throughput.add_mfu(row, "fp32", torch.device("cpu"), "NVIDIA H200")
     assert row["mfu_sheet_pct"] is None  # the sheet's rate is bf16's
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    """A tiny trainer in fp32 without VICReg, whose step is I-JEPA's, and its batches."""
+    from cjepa_fast import build, engine, train
+    from cjepa_fast.config import validate
+
+    sections = {"run": {"precision": "fp32"}, "loss": {"vicreg": {"beta": 0}}}
+    sections["data"] = tiny.CONFIG["data"] | {"batch_size": 8}
+    config = validate(tiny.CONFIG | {**sections, "optim": {"warmup_epochs": 0, "lr": 0.01}})
+    trainer = train.Trainer(config, engine.start(0), steps_per_epoch=10)
+    return trainer, build.build_masks(config)
+
+
+def test_the_reference_is_the_same_step(throughput, reference, trainer):
+    """Same weights, same batches: the losses of several updates agree, so that times compare."""
+    ours, masks = trainer
+    plain = reference.ReferenceTrainer(ours, autocast=False)
+    rounded = reference.ReferenceTrainer(ours, autocast=True)
+    losses = []
+    batches = throughput.synthetic_batches(ours.config, ours.device, masks)
+    for index in range(4):
+        step = next(batches)
+        terms, applied = ours.step(step, index)
+        losses.append((terms["loss"].item(), plain.step(step, index), rounded.step(step, index)))
+        assert applied
+    for exact, same, near in losses:
+        assert same == pytest.approx(exact, rel=1e-5)
+        assert near == pytest.approx(exact, rel=0.05)
+    assert losses[-1][0] < 0.9 * losses[0][0]
+    averages = zip(ours.ema.module.parameters(), plain.target.parameters(), strict=True)
+    for one, other in averages:
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_steps_take_turns_against_the_reference(throughput, trainer):
+    ours, _ = trainer
+    rows = throughput.measure_against(ours.config, ours.device, steps=3, warmup=1)
+    assert [row["step"] for row in rows] == [
+        "ours", "reference, fp32", "reference, bf16 autocast",
+    ]  # fmt: skip
+    assert rows[0]["ours_times"] == 1 and all(row["steps"] == 3 for row in rows)
+    made = {"config": "tiny"} | throughput.against_row("it", [20.0, 40.0, 30.0], [10.0] * 3, ours)
+    assert (made["step_ms"], made["ours_times"]) == (30, 3)
+    assert made["images_per_s"] == pytest.approx(8 / 0.030)
+    assert "times" in throughput.table([made], throughput.AGAINST_COLUMNS)
 
 
 def test_the_table_lines_up_and_names_failures(throughput):
