@@ -1,0 +1,270 @@
+"""Memory, time and energy of a training before it is begun.
+
+    python bench/plan.py --config vit_h.json --gpu h200 --count 16
+    python bench/plan.py --config my.json --gpu a100-80 --count 8 --images 5000000 --epochs 100
+
+Bytes of weights, gradients and optimiser follow from the parameters; those kept for the backward
+are counted by running the networks on torch's meta device, which computes nothing. The speed is the
+counted work over the data sheet's bf16 rate, at the share of it that bench/results/throughput.json
+has for this configuration on this GPU ("measured"), else at an assumed one ("predicted").
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from cjepa_fast import build
+from cjepa_fast import config as configuration
+from cjepa_fast.config import Config, ConfigError
+from cjepa_fast.flops import step_gflop
+from cjepa_fast.jepa import JEPA
+from cjepa_fast.vit import Attention
+
+RESULTS = Path(__file__).parent / "results" / "throughput.json"
+IMAGENET = 1_281_167
+ASSUMED_MFU = 0.40
+USABLE = 0.92  # of a GPU's memory, beside the context, the libraries' buffers and fragmentation
+STAGES = (0, 1, 2, 3)
+
+
+class GPU(NamedTuple):
+    """By the vendor's data sheet: dense bf16 rate, memory, power, and a part of torch's name."""
+
+    tflops: float
+    memory_gb: float
+    watts: float
+    name: str
+
+
+GPUS = {
+    "a100-40": GPU(312, 40, 400, "A100"),
+    "a100-80": GPU(312, 80, 400, "A100"),
+    "h100": GPU(989, 80, 700, "H100"),
+    "h200": GPU(989, 141, 700, "H200"),
+    "b200": GPU(2250, 180, 1000, "B200"),
+    "l40s": GPU(362, 48, 350, "L40S"),
+    "4090": GPU(165, 24, 450, "4090"),
+}
+
+
+# --- memory
+
+
+class KeptAttention(torch.autograd.Function):
+    """Attention that keeps for its backward what a fused kernel keeps: q, k, v, the output and a
+    number a query, not the map."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        out = q.clone()
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise NotImplementedError("nothing is computed here")
+
+
+def kept_bytes(networks: JEPA, batch: tuple[torch.Tensor, ...], fused_attention: bool) -> int:
+    """Bytes that one micro-batch's forward keeps for its backward, beside the parameters.
+
+    Runs the networks on the device of the batch: images, context and target indices and the target
+    encoder's tokens. Each storage counts once.
+    """
+    weights = {p.untyped_storage()._cdata for p in [*networks.parameters(), *networks.buffers()]}
+    found: dict[int, tuple[int, torch.Tensor]] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            found[storage._cdata] = storage.nbytes(), tensor  # held, so that no number comes twice
+        return tensor
+
+    heads = {name: part for name, part in networks.named_modules() if isinstance(part, Attention)}
+    plain = {name: part.forward for name, part in heads.items()}
+    if fused_attention:
+        for part in heads.values():
+            part.forward = _forward_with(part)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            terms = networks(*batch)
+    finally:
+        for name, part in heads.items():
+            part.forward = plain[name]
+    del terms
+    return sum(size for size, _ in found.values())
+
+
+def _forward_with(part: Attention):
+    def forward(x_BSD: torch.Tensor, last: int | None = None) -> torch.Tensor:
+        out = KeptAttention.apply(*part.heads_of(x_BSD, last))
+        return part.proj(out.transpose(1, 2).flatten(2))
+
+    return forward
+
+
+def meta_batch(config: Config, images: int) -> tuple[torch.Tensor, ...]:
+    """One micro-batch without values, with the masks' sizes that a run would draw."""
+    masks = build.build_masks(config)(0, 0, torch.arange(images))
+    side, width = config.data.image_size, build.model_sizes(config)["width"]
+    N = (side // config.model.patch_size) ** 2
+    shapes = (images, 3, side, side), (images, N, width)
+    pictures, tokens = (
+        torch.empty(shape, dtype=build.compute_dtype(config), device="meta") for shape in shapes
+    )
+    return pictures, masks.context_idx_BK.to("meta"), masks.target_idx_BMP.to("meta"), tokens
+
+
+def static_bytes(trained: int, encoder: int, precision: str, stage: int, count: int) -> dict:
+    """By part, what one of `count` GPUs holds whatever the batch; numbers of parameters given.
+
+    ZeRO 1 shares the optimiser's state, 2 also the gradients, 3 also the weights. Our moving
+    average is shared with the masters; its working copy is whole everywhere.
+    """
+    number = {"bf16": 2, "fp32": 4}[precision]
+    low = precision == "bf16"
+    state = count if stage >= 1 else 1
+    gradients = trained * number / (count if stage >= 2 else 1)
+    return {
+        "weights": trained * number / (count if stage == 3 else 1),
+        "gradients": gradients + (4 * trained / state if low else 0),  # the update's in fp32
+        "fp32 masters": 4 * trained / state if low else 0.0,
+        "Adam's moments": 8 * trained / state,
+        "average": 4 * encoder / state,
+        "its working copy": number * encoder,
+    }
+
+
+class Plan(NamedTuple):
+    """What a run of this configuration takes of each GPU, in bytes, by part."""
+
+    static: dict[str, float]
+    per_image: float
+    trained: int
+
+    def total(self, images: int) -> float:
+        return sum(self.static.values()) + self.per_image * images
+
+
+def plan(config: Config, stage: int, count: int) -> Plan:
+    with torch.device("meta"):
+        networks = build.build_networks(config)
+    counts = [sum(p.numel() for p in part.parameters() if p.requires_grad)
+              for part in (networks, networks.encoder)]  # fmt: skip
+    networks.to(build.compute_dtype(config))
+    per_image = kept_per_image(networks, config)
+    return Plan(static_bytes(*counts, config.run.precision, stage, count), per_image, counts[0])
+
+
+def kept_per_image(networks: JEPA, config: Config) -> float:
+    """Bytes an image, at the masks of a micro-batch as the configuration has it."""
+    images = config.data.micro_batch_size
+    return kept_bytes(networks, meta_batch(config, images), fused_attention=True) / images
+
+
+def largest_batch(found: Plan, gpu: GPU) -> int:
+    """Images a GPU that fit, 0 where the static part alone does not."""
+    room = USABLE * gpu.memory_gb * 1e9 - sum(found.static.values())
+    return max(0, int(room // found.per_image))
+
+
+# --- time
+
+
+def gflop_per_image(config: Config) -> float:
+    masks = build.build_masks(config)(0, 0, torch.arange(config.data.micro_batch_size))
+    M, P = masks.target_idx_BMP.shape[1:]
+    part = config.predictor
+    return step_gflop(
+        image_size=config.data.image_size, patch_size=config.model.patch_size,
+        **build.model_sizes(config), predictor_width=part.width, predictor_depth=part.depth,
+        predictor_mlp_ratio=part.mlp_ratio, context_k=masks.context_idx_BK.shape[1],
+        targets_m=M, targets_p=P,
+    )["total"]  # fmt: skip
+
+
+def utilisation(name: str, gpu: GPU, results: Path = RESULTS) -> tuple[float, str]:
+    """The share of the bf16 rate that this configuration reaches, and where that is from."""
+    rows = json.loads(results.read_text()) if results.exists() else []
+    found = [
+        row["mfu_sheet_pct"] / 100
+        for row in rows
+        if row.get("config") == Path(name).stem and row.get("mfu_sheet_pct")
+        and gpu.name in row["hardware"]["device"]
+    ]  # fmt: skip
+    return (max(found), "measured") if found else (ASSUMED_MFU, "predicted")
+
+
+def describe(args: argparse.Namespace, config: Config) -> str:
+    gpu = GPUS[args.gpu]
+    share, source = utilisation(args.config, gpu)
+    gflop = gflop_per_image(config)
+    epochs = args.epochs or config.run.epochs
+    images_per_s = args.count * share * gpu.tflops * 1e3 / gflop
+    hours = epochs * args.images / images_per_s / 3600
+    micro_batch, accumulation = configuration.micro_batches(
+        config.data.batch_size, args.count, config.data.micro_batch_size
+    )
+    plans = {stage: plan(config, stage, args.count) for stage in STAGES}
+    lines = [
+        f"{args.config} on {args.count} x {args.gpu}: {plans[0].trained / 1e6:.0f} M trained "
+        f"parameters, {gflop:.1f} GFLOP an image, {micro_batch} images a GPU x {accumulation}",
+        "",
+        f"GB of each GPU's {gpu.memory_gb:g}, predicted",
+        "".join([f"{'ZeRO stage':20s}", *(f"{stage:>10d}" for stage in STAGES)]),
+    ]
+    for part in plans[0].static:
+        cells = (f"{found.static[part] / 1e9:10.2f}" for found in plans.values())
+        lines.append(f"{part:20s}{''.join(cells)}")
+    kept = (f"{found.per_image * micro_batch / 1e9:10.2f}" for found in plans.values())
+    lines.append(f"{'kept for backward':20s}{''.join(kept)}")
+    totals = (f"{found.total(micro_batch) / 1e9:10.2f}" for found in plans.values())
+    lines.append(f"{'in all':20s}{''.join(totals)}")
+    largest = (f"{largest_batch(found, gpu):10d}" for found in plans.values())
+    lines.append(f"{'largest batch':20s}{''.join(largest)}")
+    own = config.deepspeed.get("zero_optimization", {}).get("stage", 0)
+    if plans[own].total(micro_batch) > USABLE * gpu.memory_gb * 1e9:
+        lines.append(f"does not fit with ZeRO stage {own}, which the configuration asks for")
+    lines += [
+        "",
+        f"MFU            {100 * share:10.1f} %  {source}",
+        f"images/s       {images_per_s:10.0f}    {source}; the exchange of gradients not counted",
+        f"hours          {hours:10.1f}    {source}: {epochs} epochs of {args.images:,} images",
+        f"GPU-hours      {hours * args.count:10.0f}    {source}",
+        f"kWh            {hours * args.count * gpu.watts / 1e3:10.0f}    {source}, at the boards' "
+        f"{gpu.watts:g} W",
+    ]
+    return "\n".join(lines)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--config", required=True, metavar="FILE", help="here or in configs/")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    parser.add_argument("--gpu", choices=GPUS, required=True)
+    parser.add_argument("--count", type=int, default=1, help="of GPUs")
+    parser.add_argument("--images", type=int, default=IMAGENET, help="of the set")
+    parser.add_argument("--epochs", type=int, help="default: the configuration's")
+    args = parser.parse_args(argv)
+    for name in ("count", "images", "epochs"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            parser.error(f"--{name} {value}: must be at least 1")
+    return args
+
+
+def main(argv: list[str]) -> int:
+    args = parse(argv)
+    try:
+        print(describe(args, configuration.load(args.config, args.overrides)))
+    except (ConfigError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,141 @@
+"""bench/plan.py: its memory against torch's own accounting, its time against the counted work."""
+
+import json
+import sys
+
+import pytest
+import tiny
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from cjepa_fast import build, engine, train
+from cjepa_fast.config import load, validate
+
+sys.path.insert(0, str(tiny.ROOT / "bench"))  # no package: its scripts import each other by name
+
+import plan
+
+DATA = tiny.CONFIG["data"] | {"batch_size": 8}
+
+
+def configured(precision: str = "fp32", **sections):
+    return validate(tiny.CONFIG | {"run": {"precision": precision}, "data": DATA} | sections)
+
+
+def real_batch(config, images: int) -> tuple[torch.Tensor, ...]:
+    pictures, _, _, tokens = plan.meta_batch(config, images)
+    masks = build.build_masks(config)(0, 0, torch.arange(images))
+    filled = (torch.randn(x.shape, dtype=x.dtype) for x in (pictures, tokens))
+    pictures, tokens = filled
+    return pictures, masks.context_idx_BK, masks.target_idx_BMP, tokens
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_is_kept_for_the_backward(precision):
+    """As torch's profiler counts it: allocated in the forward and not freed."""
+    config = configured(precision, model={"name": "vit_tiny", "patch_size": 4, "depth": 3})
+    with torch.device("meta"):
+        meta = build.build_networks(config)
+    meta.to(build.compute_dtype(config))
+    counted = plan.kept_bytes(meta, plan.meta_batch(config, 8), fused_attention=False)
+    networks = build.build_networks(config).to(build.compute_dtype(config))
+    batch = real_batch(config, 8)
+    networks(*batch)  # what is made once is made
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        terms = networks(*batch)
+    allocated = sum(event.self_cpu_memory_usage for event in profiler.key_averages())
+    assert terms["loss"].requires_grad
+    assert counted == pytest.approx(allocated, rel=0.1)
+    # The meta device keeps bf16 LayerNorm's statistics in fp32, the CPU in bf16.
+    real = plan.kept_bytes(networks, batch, fused_attention=False)
+    assert counted == pytest.approx(real, rel=0.005)
+
+
+def test_a_fused_attention_keeps_no_map():
+    """A map is B H S S; q, k, v and the output are kept either way."""
+    config = configured()
+    with torch.device("meta"):
+        networks = build.build_networks(config)
+    batch = plan.meta_batch(config, 8)
+    plain, fused = (plan.kept_bytes(networks, batch, fused_attention=f) for f in (False, True))
+    (B, K), (_, M, P) = batch[1].shape, batch[2].shape
+    heads = 3
+    maps = 4 * heads * (2 * B * K * K + B * M * (K + P) * P)  # the softmax, of two blocks and one
+    rows = 4 * heads * (2 * B * K + B * M * P)  # a number a query instead
+    scaled = 4 * (
+        2 * B * K * 24
+    )  # plain attention keeps a scaled q beside, and both take their own
+    assert plain - fused == pytest.approx(maps - rows, abs=3 * scaled)
+    assert networks(*batch)["loss"].requires_grad  # and the networks are as they were
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_is_held_whatever_the_batch(precision):
+    config = configured(precision)
+    trainer = train.Trainer(config, engine.start(0), steps_per_epoch=10)
+    counts = [sum(p.numel() for p in part.parameters() if p.requires_grad)
+              for part in (trainer.engine.module, trainer.engine.module.encoder)]  # fmt: skip
+    found = plan.static_bytes(*counts, precision, 0, 1)
+    weights = [p for p in trainer.engine.module.parameters() if p.requires_grad]
+    assert found["weights"] == sum(p.nbytes for p in weights)
+    states = trainer.engine.state()
+    assert found["Adam's moments"] == sum(m.nbytes for s in states for m in s.moments.values())
+    if precision == "bf16":
+        assert found["fp32 masters"] == sum(s.master.values.nbytes for s in states)
+    assert found["average"] == sum(f.values.nbytes for f in trainer.ema.fragments)
+    averaged = [p for n, p in trainer.ema.module.named_parameters() if n != "pos_embed"]
+    assert found["its working copy"] == sum(p.nbytes for p in averaged)
+
+
+def test_sharing_divides_what_the_stage_shares():
+    alone = plan.static_bytes(100, 60, "bf16", 0, 4)
+    shared = {stage: plan.static_bytes(100, 60, "bf16", stage, 4) for stage in (1, 2, 3)}
+    assert shared[1]["Adam's moments"] == alone["Adam's moments"] / 4
+    assert shared[1]["weights"] == alone["weights"] == 200 and shared[3]["weights"] == 50
+    assert shared[2]["gradients"] == (200 + 400) / 4 < shared[1]["gradients"] < alone["gradients"]
+    assert all(found["its working copy"] == 120 for found in shared.values())
+
+
+def test_the_largest_batch_fills_the_memory():
+    found = plan.Plan({"weights": 20e9}, 0.5e9, 1)
+    gpu = plan.GPU(100, 80, 100, "G")
+    batch = plan.largest_batch(found, gpu)
+    assert found.total(batch) <= 0.92 * 80e9 < found.total(batch + 1)
+    assert plan.largest_batch(found._replace(static={"weights": 90e9}), gpu) == 0
+
+
+def test_time_and_energy_follow_from_the_counted_work(capsys):
+    arguments = ["--config", "vit_b", "--gpu", "a100-80", "--count", "8"]
+    assert plan.main([*arguments, "--images", "1000000", "--epochs", "100"]) == 0
+    text = capsys.readouterr().out
+    rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line[:1].isalpha()}
+    gflop = plan.gflop_per_image(load("vit_b"))
+    images_per_s = 8 * 0.4 * 312e3 / gflop
+    assert float(rows["images/s"][0]) == pytest.approx(images_per_s, rel=1e-3)
+    hours = 1e8 / images_per_s / 3600
+    assert float(rows["hours"][0]) == pytest.approx(hours, abs=0.06)
+    assert float(rows["kWh"][0]) == pytest.approx(hours * 8 * 0.4, abs=0.6)
+    assert all("predicted" in line for line in text.splitlines()[-5:])
+
+
+def test_a_measured_share_takes_the_place_of_the_assumed(tmp_path):
+    results = tmp_path / "throughput.json"
+    row = {"config": "vit_b", "mfu_sheet_pct": 47.0, "hardware": {"device": "NVIDIA H200"}}
+    results.write_text(json.dumps([row, row | {"mfu_sheet_pct": None}]))
+    assert plan.utilisation("vit_b.json", plan.GPUS["h200"], results) == (0.47, "measured")
+    for name, gpu in (("vit_b", "a100-80"), ("vit_h", "h200")):
+        assert plan.utilisation(name, plan.GPUS[gpu], results) == (0.4, "predicted")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [(["--config", "vit_x"], "vit_x"), (["--config", "vit_b", "--count", "3"], "batch_size")],
+)
+def test_wrong_settings_are_told(capsys, arguments, named):
+    assert plan.main([*arguments, "--gpu", "h200"]) == 2
+    assert named in capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_said(capsys):
+    assert plan.main(["--config", "vit_g", "--gpu", "4090", "--count", "1"]) == 0
+    assert "does not fit" in capsys.readouterr().out
