@@ -5,7 +5,6 @@ that this process owns, as views. The target's average and the checkpoints are b
 """
 
 import os
-import socket
 import sys
 import warnings
 from collections.abc import Callable
@@ -30,18 +29,21 @@ def start(seed: int) -> torch.device:
     cuda = torch.cuda.is_available()
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if "RANK" not in os.environ:
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update(alone, MASTER_PORT=str(_free_port()))
+    alone = "RANK" not in os.environ
+    if alone:
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed wants it
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    backend = "nccl" if cuda else "gloo"
+    if alone and not dist.is_initialized():
+        # In memory: no port is taken, nor RANK set, which processes started from here would see.
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     deepspeed = _deepspeed()
     if not cuda:
         # Otherwise DeepSpeed compiles a shared-memory collective for over a minute; gloo serves.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False)
+    deepspeed.init_distributed(backend, verbose=False)
     torch.manual_seed(seed)
     return device
 
@@ -57,12 +59,6 @@ def leave(status: int) -> NoReturn:
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _deepspeed():

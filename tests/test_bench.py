@@ -37,7 +37,13 @@ def reference(hardware):
 
 
 @pytest.fixture(scope="module")
-def throughput(hardware, reference):
+def measure(hardware, reference):
+    bench_module("phases")
+    return bench_module("measure")
+
+
+@pytest.fixture(scope="module")
+def throughput(measure):
     return bench_module("throughput")
 
 
@@ -64,7 +70,7 @@ def test_provenance_names_what_a_repetition_needs(hardware):
     assert about["commit"] is None or len(about["commit"].removesuffix("+changes")) == 40
 
 
-def timed_row(throughput, step_ms: list[float], total_s: float) -> dict:
+def timed_row(measure, step_ms: list[float], total_s: float) -> dict:
     """row_of for a small encoder and made-up times."""
     from types import SimpleNamespace
 
@@ -76,11 +82,11 @@ def timed_row(throughput, step_ms: list[float], total_s: float) -> dict:
     trainer = SimpleNamespace(micro_batch=8, ema=SimpleNamespace(module=encoder))
     sizes = {"context_k": 9.5, "targets_m": 4, "targets_p": 6.0}
     timed = {"step_ms": step_ms, "total_s": total_s, "waited_s": total_s / 4, **sizes}
-    return throughput.row_of(config, "synthetic", trainer, timed)
+    return measure.row_of(config, "synthetic", trainer, timed)
 
 
-def test_a_rows_figures(throughput):
-    row = timed_row(throughput, [100.0, 300.0, 200.0, 400.0, 500.0], total_s=2.0)
+def test_a_rows_figures(measure):
+    row = timed_row(measure, [100.0, 300.0, 200.0, 400.0, 500.0], total_s=2.0)
     assert row["images_per_s"] == pytest.approx(8 * 5 / 2.0)
     assert (row["step_ms"], row["step_ms_p10"], row["step_ms_p90"]) == (300, 140, 460)
     assert row["data_wait_pct"] == pytest.approx(25)
@@ -92,13 +98,13 @@ def test_a_rows_figures(throughput):
     assert row["tflops"] == pytest.approx(work["total"] * 20 / 1000)
 
 
-def test_mfu_is_of_the_sheet_and_of_the_measured_product(throughput, monkeypatch):
-    monkeypatch.setattr(throughput, "measured_tflops", lambda device, dtype: 790.0)
+def test_mfu_is_of_the_sheet_and_of_the_measured_product(measure, monkeypatch):
+    monkeypatch.setattr(measure, "measured_tflops", lambda device, dtype: 790.0)
     row = {"tflops": 395.0}
-    throughput.add_mfu(row, "bf16", torch.device("cpu"), "NVIDIA H200")
+    measure.add_mfu(row, "bf16", torch.device("cpu"), "NVIDIA H200")
     assert row["mfu_matmul_pct"] == pytest.approx(50)
     assert row["mfu_sheet_pct"] == pytest.approx(100 * 395 / 989)
-    throughput.add_mfu(row, "fp32", torch.device("cpu"), "NVIDIA H200")
+    measure.add_mfu(row, "fp32", torch.device("cpu"), "NVIDIA H200")
     assert row["mfu_sheet_pct"] is None  # the sheet's rate is bf16's
 
 
@@ -115,13 +121,13 @@ def trainer(tmp_path):
     return trainer, build.build_masks(config)
 
 
-def test_the_reference_is_the_same_step(throughput, reference, trainer):
+def test_the_reference_is_the_same_step(measure, reference, trainer):
     """Same weights, same batches: the losses of several updates agree, so that times compare."""
     ours, masks = trainer
     plain = reference.ReferenceTrainer(ours, autocast=False)
     rounded = reference.ReferenceTrainer(ours, autocast=True)
     losses = []
-    batches = throughput.synthetic_batches(ours.config, ours.device, masks)
+    batches = measure.synthetic_batches(ours.config, ours.device, masks)
     for index in range(4):
         step = next(batches)
         terms, applied = ours.step(step, index)
@@ -136,17 +142,52 @@ def test_the_reference_is_the_same_step(throughput, reference, trainer):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-def test_steps_take_turns_against_the_reference(throughput, trainer):
+def test_steps_take_turns_against_the_reference(measure, throughput, trainer):
     ours, _ = trainer
-    rows = throughput.measure_against(ours.config, ours.device, steps=3, warmup=1)
+    rows = measure.measure_against(ours.config, ours.device, steps=3, warmup=1)
     assert [row["step"] for row in rows] == [
         "ours", "reference, fp32", "reference, bf16 autocast",
     ]  # fmt: skip
     assert rows[0]["ours_times"] == 1 and all(row["steps"] == 3 for row in rows)
-    made = {"config": "tiny"} | throughput.against_row("it", [20.0, 40.0, 30.0], [10.0] * 3, ours)
+    made = {"config": "tiny"} | measure.against_row("it", [20.0, 40.0, 30.0], [10.0] * 3, ours)
     assert (made["step_ms"], made["ours_times"]) == (30, 3)
     assert made["images_per_s"] == pytest.approx(8 / 0.030)
     assert "times" in throughput.table([made], throughput.AGAINST_COLUMNS)
+
+
+def test_the_phases_are_parts_of_the_step(measure, trainer):
+    ours, masks = trainer
+    phases = sys.modules["phases"].Phases(ours)
+    batches = measure.synthetic_batches(ours.config, ours.device, masks)
+    before = vars(ours.engine).keys() | vars(ours).keys() | vars(ours.ema).keys()
+    with phases.timed():
+        for index in range(3):
+            ours.step(next(batches), index)
+    names = ["target", "context", "predictor", "loss", "backward", "optimiser", "average", "rest"]
+    found = phases.median_ms()
+    assert list(found) == names and all(ms > 0 for ms in found.values())
+    assert len(phases.steps_ms) == 3
+    for step in phases.steps_ms:
+        parts = [step[name] for name in ("target", "forward", "backward", "optimiser", "average")]
+        assert sum(parts) < step["step"]
+        assert step["context"] + step["predictor"] < step["forward"]
+    assert vars(ours.engine).keys() | vars(ours).keys() | vars(ours.ema).keys() == before
+    ours.step(next(batches), 3)
+    assert len(phases.steps_ms) == 3  # it times no more
+
+
+@pytest.mark.parametrize(("text", "found"), [("8", [8]), ("8,16", [8, 16])])
+def test_batches_are_numbers(throughput, text, found):
+    assert throughput.parse(["--batch", text]).batch == found
+
+
+@pytest.mark.parametrize("text", ["0", "8,x", "auto"])
+def test_wrong_batches_are_told(throughput, capsys, text):
+    if text == "auto" and torch.cuda.is_available():
+        pytest.skip("a GPU is here, where auto is right")
+    with pytest.raises(SystemExit):
+        throughput.parse(["--batch", text])
+    assert "--batch" in capsys.readouterr().err
 
 
 def test_the_table_lines_up_and_names_failures(throughput):
@@ -182,6 +223,22 @@ def test_wrong_settings_are_told_without_a_traceback(throughput, capsys):
 
 
 @pytest.mark.slow
+def test_decoding_alone_and_a_trace(tmp_path):
+    good, out = tiny.write_config(tmp_path), tmp_path / "rows.json"
+    common = ["--config", good, "--data-path", tmp_path / "images", "--steps", "2", "--warmup", "1"]
+    script = BENCH / "throughput.py"
+    done = tiny.run(script, *common, "--data", "decode-only", "--json", out)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(out.read_text())
+    assert (row["data"], row["batch"]) == ("decode-only", 8) and row["images_per_s"] > 0
+    done = tiny.run(script, *common, "--data", "synthetic", "--profile", tmp_path / "traces")
+    assert done.returncode == 0, done.stderr
+    trace = json.loads((tmp_path / "traces" / "tiny_synthetic.json").read_text())
+    assert any(event.get("name") == "aten::addmm" for event in trace["traceEvents"])
+    assert "aten::addmm" in done.stdout and "perfetto" in done.stdout
+
+
+@pytest.mark.slow
 def test_throughput_measures_several_configs_past_a_failing_one(tmp_path):
     good = tiny.write_config(tmp_path)
     out = tmp_path / "rows.json"
@@ -197,6 +254,7 @@ def test_throughput_measures_several_configs_past_a_failing_one(tmp_path):
         assert row["images_per_s"] > 0 and row["step_ms_p10"] <= row["step_ms"]
         assert 4 <= row["context_k"] <= 36 and row["tflops"] > 0 and row["matmul_tflops"] > 0
         assert row["command"].startswith("python ") and "no_such" in row["command"]
+        assert sum(row["phases_ms"].values()) > 0
     assert failed == {"config": "no_such", "failed": "exit status 2"}
     assert "no_such" in done.stdout and "images/s" in done.stdout
 

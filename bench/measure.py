@@ -1,0 +1,261 @@
+"""What bench/throughput.py measures: steps, their phases, decoding alone, two steps taking turns.
+
+Times are the device's own on a GPU, so that the host may run ahead of it.
+"""
+
+import itertools
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from hardware import measured_tflops, peak_tflops, synchronize
+from phases import Phases
+from reference import ReferenceTrainer
+
+from cjepa_fast import build, train
+from cjepa_fast import engine as engines
+from cjepa_fast.config import Config
+from cjepa_fast.data.loader import Batch, Loader
+from cjepa_fast.flops import step_gflop
+
+RING = 8  # synthetic batches, each with masks of its own, used in turn
+EPOCH_STEPS = 1000  # of synthetic data: only the schedules see it
+PHASE_STEPS = 5  # timed by parts, after the others, since that holds a GPU up
+PROFILED_STEPS = 3
+TOP = 15  # lines of a profile's table
+
+
+class StepClock:
+    """The time of each step, by CUDA events so that the host may run ahead of the device."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.marks: list = []
+
+    def mark(self) -> None:
+        if self.device.type != "cuda":
+            self.marks.append(time.perf_counter())
+            return
+        self.marks.append(torch.cuda.Event(enable_timing=True))
+        self.marks[-1].record()
+
+    def step_ms(self) -> list[float]:
+        synchronize(self.device)
+        pairs = itertools.pairwise(self.marks)
+        if self.device.type == "cuda":
+            return [begin.elapsed_time(end) for begin, end in pairs]
+        return [1e3 * (end - begin) for begin, end in pairs]
+
+
+def synthetic_batches(config: Config, device: torch.device, masks) -> Iterator[list[Batch]]:
+    """Endless steps of one batch of noise each, with masks as a run would draw them."""
+    B, side = config.data.micro_batch_size, config.data.image_size
+    ring = []
+    for step in range(RING):
+        images = torch.randn(B, 3, side, side, device=device, dtype=build.compute_dtype(config))
+        places_B = torch.arange(B) + step * B
+        ring.append(
+            [Batch(images, masks(0, step, places_B).to(device), torch.arange(B), 0, step, 0)]
+        )
+    return itertools.cycle(ring)
+
+
+def run_steps(trainer: train.Trainer, batches, first: int, count: int) -> dict:
+    """`count` steps: their times, the seconds waited for data, and the masks' mean sizes."""
+    clock, waited_s, sizes = StepClock(trainer.device), 0.0, []
+    synchronize(trainer.device)
+    began = time.perf_counter()
+    clock.mark()
+    for index in range(first, first + count):
+        asked = time.perf_counter()
+        step = next(batches)
+        waited_s += time.perf_counter() - asked
+        trainer.step(step, index)
+        clock.mark()
+        sizes += [
+            (b.masks.context_idx_BK.shape[1], *b.masks.target_idx_BMP.shape[1:]) for b in step
+        ]
+    step_ms = clock.step_ms()
+    total_s = time.perf_counter() - began
+    k, m, p = (statistics.fmean(column) for column in zip(*sizes, strict=True))
+    return {
+        "step_ms": step_ms, "total_s": total_s, "waited_s": waited_s,
+        "context_k": k, "targets_m": round(m), "targets_p": p,
+    }  # fmt: skip
+
+
+def measure(
+    config: Config,
+    data: str,
+    device: torch.device,
+    steps: int,
+    warmup: int,
+    profile_to: Path | None = None,
+) -> dict:
+    """One row: `steps` timed steps of a configuration after `warmup` others, then its phases.
+
+    data: "synthetic" or "jpeg". profile_to: a file for a trace, as Perfetto reads it.
+    """
+    began = time.perf_counter()
+    masks = build.build_masks(config)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    loader = build.build_loader(config, device, masks) if data == "jpeg" else None
+    try:
+        trainer = train.Trainer(config, device, loader.steps_per_epoch if loader else EPOCH_STEPS)
+        if loader:
+            batches = (group for group, _ in train.steps_of(loader, 0))
+        else:
+            batches = synthetic_batches(config, device, masks)
+        synchronize(device)
+        build_s = time.perf_counter() - began
+        warm = run_steps(trainer, batches, 0, warmup)
+        timed = run_steps(trainer, batches, warmup, steps)
+        peak_gib = train.peak_gib(device)
+        parts = Phases(trainer)
+        with parts.timed():
+            run_steps(trainer, batches, warmup + steps, PHASE_STEPS)
+        if profile_to:
+            profile(trainer, batches, warmup + steps + PHASE_STEPS, profile_to)
+    finally:
+        if loader:
+            loader.close()
+    return row_of(config, data, trainer, timed) | {
+        "phases_ms": parts.median_ms(),
+        "build_s": build_s,
+        "warmup_s": warm["total_s"],
+        "first_step_s": warm["step_ms"][0] / 1e3,
+        "warmup_steps": warmup,
+        "peak_gib": peak_gib,
+    }
+
+
+def profile(trainer: train.Trainer, batches, first: int, path: Path) -> None:
+    """Write the trace of some steps and print the operations that take longest."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    order = "self_cpu_time_total"
+    if trainer.device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+        order = "self_cuda_time_total"
+    with torch.profiler.profile(activities=activities) as profiler:
+        run_steps(trainer, batches, first, PROFILED_STEPS)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(path))
+    print(profiler.key_averages().table(sort_by=order, row_limit=TOP, max_name_column_width=50))
+    print(f"trace of {PROFILED_STEPS} steps: {path} (opens in ui.perfetto.dev)")
+
+
+def measure_decoding(config: Config, device: torch.device, steps: int, warmup: int) -> dict:
+    """One row: the batches of a run as fast as they come, no step taken."""
+    masks = build.build_masks(config)
+    loader = build.build_loader(config, device, masks)
+    try:
+        return {"data": "decode-only", **decoding_row(loader, device, steps, warmup)}
+    finally:
+        loader.close()
+
+
+def decoding_row(loader: Loader, device: torch.device, steps: int, warmup: int) -> dict:
+    batches = loader.iterate(0)
+    for _ in range(warmup):
+        next(batches)
+    clock = StepClock(device)
+    clock.mark()
+    images, began = 0, time.perf_counter()
+    for _ in range(steps):
+        images += len(next(batches).images_B3HW)
+        clock.mark()
+    step_ms = clock.step_ms()
+    took_s = time.perf_counter() - began
+    return {
+        "batch": images // steps,
+        "steps": steps,
+        "images_per_s": images / took_s,
+        **spread(step_ms),
+    }
+
+
+def measure_against(config: Config, device: torch.device, steps: int, warmup: int) -> list[dict]:
+    """A row for our step and for each way of the reference's, which take turns."""
+    masks = build.build_masks(config)
+    trainer = train.Trainer(config, device, EPOCH_STEPS)
+    sides = {
+        "ours": trainer,
+        "reference, fp32": ReferenceTrainer(trainer, autocast=False),
+        "reference, bf16 autocast": ReferenceTrainer(trainer, autocast=True),
+    }
+    batches = synthetic_batches(config, device, masks)
+    for index in range(warmup):
+        batch = next(batches)
+        for side in sides.values():
+            side.step(batch, index)
+    clock = StepClock(device)
+    synchronize(device)
+    clock.mark()
+    for index in range(warmup, warmup + steps):
+        batch = next(batches)
+        for side in sides.values():
+            side.step(batch, index)
+            clock.mark()
+    step_ms = clock.step_ms()
+    turns = {name: step_ms[i :: len(sides)] for i, name in enumerate(sides)}
+    return [against_row(name, times, turns["ours"], trainer) for name, times in turns.items()]
+
+
+def against_row(name: str, step_ms: list[float], ours_ms: list[float], trainer) -> dict:
+    median = statistics.median(step_ms)
+    return {
+        "step": name,
+        "batch": trainer.micro_batch,
+        "steps": len(step_ms),
+        **spread(step_ms),
+        "images_per_s": 1e3 * trainer.micro_batch / median,
+        "ours_times": median / statistics.median(ours_ms),
+    }
+
+
+def spread(step_ms: list[float]) -> dict:
+    deciles = statistics.quantiles(step_ms, n=10, method="inclusive")
+    median = statistics.median(step_ms)
+    return {"step_ms": median, "step_ms_p10": deciles[0], "step_ms_p90": deciles[-1]}
+
+
+def row_of(config: Config, data: str, trainer: train.Trainer, timed: dict) -> dict:
+    """The figures of the timed steps."""
+    step_ms, images = timed["step_ms"], trainer.micro_batch * engines.world_size()
+    images_per_s = images * len(step_ms) / timed["total_s"]
+    part = config.predictor
+    gflop = step_gflop(
+        **trainer.ema.module.architecture,
+        predictor_width=part.width,
+        predictor_depth=part.depth,
+        predictor_mlp_ratio=part.mlp_ratio,
+        context_k=timed["context_k"],
+        targets_m=timed["targets_m"],
+        targets_p=timed["targets_p"],
+    )
+    return {
+        "data": data,
+        "batch": images,
+        "steps": len(step_ms),
+        "images_per_s": images_per_s,
+        **spread(step_ms),
+        "data_wait_pct": 100 * timed["waited_s"] / timed["total_s"],
+        "context_k": timed["context_k"],
+        "targets_p": timed["targets_p"],
+        "gflop_per_image": gflop["total"],
+        "gflop_parts": gflop,
+        "tflops": gflop["total"] * images_per_s / 1e3 / engines.world_size(),
+    }
+
+
+def add_mfu(row: dict, precision: str, device: torch.device, device_name: str) -> None:
+    """Model-flop utilisation of one device, in per cent: of its data sheet, of a plain product."""
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    row["matmul_tflops"] = measured_tflops(device, dtype)
+    row["mfu_matmul_pct"] = 100 * row["tflops"] / row["matmul_tflops"]
+    peak = peak_tflops(device_name) if precision == "bf16" else None
+    row["peak_tflops"] = peak
+    row["mfu_sheet_pct"] = 100 * row["tflops"] / peak if peak else None
