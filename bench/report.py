@@ -1,0 +1,158 @@
+"""The README's table of results, and the picture of throughput, from the files in bench/results/.
+
+    python bench/report.py            # writes both
+    python bench/report.py --check    # exits with 1 where the README says something else
+
+So no figure is typed by hand. What was not measured is said to be so.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- bench/report.py writes from here -->\n", "<!-- to here -->\n"
+UNTRAINED, TRAINED, PIXELS = "untrained", "trained", "raw pixels"
+PHASES = ("target", "context", "predictor", "loss", "backward", "optimiser", "average", "rest")
+Line = tuple[str, str, str, str]  # what, hardware, figure, where it is from
+
+
+def loaded(results: Path, name: str):
+    path = results / name
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def latest(rows: list[dict], *keys: str) -> list[dict]:
+    """The last row of each kind, kinds being told apart by these keys."""
+    return list({tuple(str(row.get(key)) for key in keys): row for row in rows}.values())
+
+
+def throughput_lines(rows: list[dict]) -> Iterator[Line]:
+    """images/s only from a GPU; of a CPU the ratio to the reference's step."""
+    for row in latest(rows, "config", "step", "batch", "data"):
+        device, where = row["hardware"]["device"], f"`{row['command']}`"
+        gpu = row["versions"]["cuda"] is not None
+        what = f"{row['config']}, batch {row['batch']}"
+        if row.get("step") == "ours":
+            continue
+        if "step" in row:
+            name = f"{what}: our step beside the plain {row['step']}"
+            yield name, device, f"{row['ours_times']:.2f} times as fast", where
+        elif gpu:
+            share = row.get("mfu_sheet_pct")
+            mfu = f", MFU {share:.1f} %" if share else ""
+            figure = f"{row['images_per_s']:.0f} images/s{mfu}"
+            yield f"{what}, {row['data']}", device, figure, where
+
+
+def encoder_of(rows: list[dict], encoder: str, **facts) -> dict:
+    return next(
+        row for row in rows
+        if row["encoder"] == encoder and all(row.get(k) == v for k, v in facts.items())
+    )  # fmt: skip
+
+
+def cifar_lines(found: dict) -> Iterator[Line]:
+    rows, where = found["rows"], "[bench/results/cifar10](bench/results/cifar10/README.md)"
+    most = max(row["train_images"] for row in rows)
+    ours, theirs = (encoder_of(rows, TRAINED, beta=b, train_images=most) for b in (0.001, 0.0))
+    fresh = encoder_of(rows, UNTRAINED, train_images=most)
+    for key, name in (("top1", "kNN"), ("linear", "linear probe")):
+        figures = ", ".join(f"{row[key]:.1f}" for row in (ours, theirs, fresh))
+        what = f"CIFAR-10, {found['epochs']} epochs: {name} of C-JEPA, I-JEPA, untrained"
+        yield what, found["hardware"]["device"], f"{figures} %", where
+
+
+def demo_lines(found: dict) -> Iterator[Line]:
+    rows, where = found["rows"], "[bench/results/demo](bench/results/demo/demo.json)"
+    ours, fresh, raw = (encoder_of(rows, name) for name in (TRAINED, UNTRAINED, PIXELS))
+    device = found["hardware"]["device"]
+    figure = f"{ours['linear']:.1f}, {fresh['linear']:.1f} %"
+    yield "`make demo`: linear probe of trained, untrained (chance 12.5)", device, figure, where
+    kinds = {"top1": "kNN", "top1_centred": "kNN, mean-subtracted,"}
+    for key, name in kinds.items():
+        figure = f"{ours[key]:.1f}, {fresh[key]:.1f}, {raw[key]:.1f} %"
+        yield f"the same: {name} of trained, untrained, raw pixels", device, figure, where
+
+
+def lines(results: Path) -> list[Line]:
+    found: list[Line] = []
+    rows = loaded(results, "throughput.json") or []
+    if not any(row["versions"]["cuda"] for row in rows):
+        found.append(
+            ("images/s and MFU of every model", "GPU", "not yet measured", "`bench/gpu_gate.sh`")
+        )
+    if loaded(results, "ops.json") is None:
+        where = "[compiled](bench/results/aot.md), [predicted](bench/results/ops_predicted.md)"
+        figure = "not yet run on one; interpreted, and compiled for sm_80, sm_90 and sm_100"
+        found.append(("Triton kernels", "GPU", figure, where))
+    found.append(("ImageNet-1K accuracy", "GPU", "not yet measured", ""))
+    found += throughput_lines(rows)
+    for name, of in (("cifar10/cifar10.json", cifar_lines), ("demo/demo.json", demo_lines)):
+        if (made := loaded(results, name)) is not None:
+            found += of(made)
+    return found
+
+
+def table(found: list[Line]) -> str:
+    rows = [("what", "hardware", "figure", "from"), ("---",) * 4, *found]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
+
+
+def with_table(readme: str, text: str) -> str:
+    """The README with its table replaced. Raises ValueError where the marks are missing."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"the README has no lines {BEGIN.strip()} and {END.strip()}")
+    return before + begin + text + end + after
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Bars of images/s, and of where a step's time goes, a bar a configuration."""
+    rows = [row for row in latest(rows, "config", "batch", "data") if row.get("phases_ms")]
+    if not rows:
+        return
+    names = [f"{row['config']}\n{row['data']}, batch {row['batch']}" for row in rows]
+    figure, (speed, parts) = plt.subplots(1, 2, figsize=(11, 1.6 + 0.55 * len(rows)), sharey=True)
+    speed.barh(names, [row["images_per_s"] for row in rows], color="#33658a")
+    speed.set_xlabel("images/s")
+    left = [0.0] * len(rows)
+    for name in PHASES:
+        share = [100 * r["phases_ms"][name] / sum(r["phases_ms"].values()) for r in rows]
+        parts.barh(names, share, left=left, label=name)
+        left = [a + b for a, b in zip(left, share, strict=True)]
+    parts.set_xlabel("% of a step")
+    parts.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=4, frameon=False)
+    speed.invert_yaxis()
+    figure.suptitle(rows[0]["hardware"]["device"])
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="compare, write nothing")
+    args = parser.parse_args(argv)
+    readme = README.read_text(encoding="utf-8")
+    fresh = with_table(readme, table(lines(RESULTS)))
+    if args.check:
+        if fresh != readme:
+            print("the README's table is stale: python bench/report.py", file=sys.stderr)
+        return int(fresh != readme)
+    README.write_text(fresh, encoding="utf-8")
+    draw(loaded(RESULTS, "throughput.json") or [], RESULTS / "throughput.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
