@@ -1,0 +1,63 @@
+"""bench/report.py: the README says what bench/results/ says, and nothing that was not measured."""
+
+import json
+import sys
+
+import pytest
+import tiny
+
+sys.path.insert(0, str(tiny.ROOT / "bench"))  # no package: its scripts import each other by name
+
+import report
+
+GPU = {"hardware": {"device": "NVIDIA H200"}, "versions": {"cuda": "13.0"}, "command": "python x"}
+CPU = {"hardware": {"device": "EPYC"}, "versions": {"cuda": None}, "command": "python y"}
+ROW = {"config": "vit_b", "data": "synthetic", "batch": 128}
+
+
+def test_the_readme_is_what_the_results_say():
+    assert report.main(["--check"]) == 0, "python bench/report.py writes it anew"
+
+
+def test_a_figure_of_the_gpu_takes_the_place_of_not_measured(tmp_path):
+    before = report.table(report.lines(tmp_path))
+    assert before.count("not yet") == 3
+    rows = [
+        ROW | GPU | {"images_per_s": 1.0, "mfu_sheet_pct": 1.0},
+        ROW | GPU | {"images_per_s": 4900.4, "mfu_sheet_pct": 42.04},
+    ]
+    (tmp_path / "throughput.json").write_text(json.dumps(rows))
+    (tmp_path / "ops.json").write_text("{}")
+    after = report.table(report.lines(tmp_path))
+    line = "| vit_b, batch 128, synthetic | NVIDIA H200 | 4900 images/s, MFU 42.0 % | `python x` |"
+    assert line in after and after.count("not yet") == 1
+    assert "| 1 images/s" not in after  # an earlier row of the same kind
+
+
+def test_of_a_cpu_only_ratios_are_told(tmp_path):
+    rows = [
+        ROW | CPU | {"images_per_s": 7.0},
+        ROW | CPU | {"step": "ours", "ours_times": 1.0},
+        ROW | CPU | {"step": "reference, fp32", "ours_times": 3.612},
+    ]
+    (tmp_path / "throughput.json").write_text(json.dumps(rows))
+    text = report.table(report.lines(tmp_path))
+    assert "beside the plain reference, fp32 | EPYC | 3.61 times as fast" in text
+    assert "7 images/s" not in text and text.count("EPYC") == 1
+
+
+def test_only_the_marked_part_of_the_readme_changes():
+    readme = f"above\n{report.BEGIN}old\n{report.END}below\n"
+    fresh = report.with_table(readme, "new\n")
+    assert fresh == f"above\n{report.BEGIN}new\n{report.END}below\n"
+    with pytest.raises(ValueError, match="writes from here"):
+        report.with_table("no marks", "new\n")
+
+
+def test_the_picture_has_a_bar_a_configuration(tmp_path):
+    phases = dict.fromkeys(report.PHASES, 2.0)
+    row = ROW | CPU | {"images_per_s": 7.0, "phases_ms": phases}
+    report.draw([row, row | {"config": "vit_t"}], tmp_path / "bars.png")
+    assert (tmp_path / "bars.png").stat().st_size > 5000
+    report.draw([ROW | CPU], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
