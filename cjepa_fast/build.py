@@ -4,6 +4,7 @@ import torch
 
 from cjepa_fast import config as configuration
 from cjepa_fast import engine as engines
+from cjepa_fast.attention import Shape, fastest
 from cjepa_fast.config import Config, ConfigError
 from cjepa_fast.data import sources
 from cjepa_fast.data.loader import Loader
@@ -38,6 +39,36 @@ def build_networks(config: Config, group=None) -> JEPA:
     projector = build_projector(encoder.width, widths, group)
     loss = CJEPALoss(prediction=config.loss.prediction, group=group, **vicreg)
     return JEPA(encoder, predictor, loss, projector)
+
+
+def choose_attention(
+    networks: JEPA, target: Encoder, config: Config, device: torch.device, micro_batch: int
+) -> dict[str, str]:
+    """For attention "auto": the fastest kernel for each network at its own lengths, set in it.
+
+    Timed on the first process and the same on all. On a CPU nothing is timed. Returns the choices.
+    """
+    if config.model.attention != "auto":
+        return {}
+    masks = build_masks(config)(0, 0, torch.arange(micro_batch))
+    K, (M, P) = masks.context_idx_BK.shape[1], masks.target_idx_BMP.shape[1:]
+    N, L = target.grid[0] * target.grid[1], K + P
+    uses = {
+        "target": (target.blocks, micro_batch, N, False),
+        "context": (networks.encoder.blocks, micro_batch, K, True),
+        "predictor": (networks.predictor.predictor_blocks, micro_batch * M, L, True),
+    }
+    choices = {}
+    for name, (blocks, sequences, length, trained) in uses.items():
+        part = blocks[0].attn
+        width = part.proj.in_features // part.heads
+        shape = Shape(sequences, part.heads, length, length, width, trained)
+        choices[name] = engines.from_first_process(
+            lambda shape=shape: fastest(shape, device, compute_dtype(config))[0]
+        )
+        for block in blocks:
+            block.attn.backend = choices[name]
+    return choices
 
 
 def model_sizes(config: Config) -> dict:

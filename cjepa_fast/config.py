@@ -79,7 +79,9 @@ class ModelSection(Section):
     depth: Count | None = None
     heads: Count | None = None
     mlp_ratio: Positive | None = None
-    attention: Literal["auto", "plain", "sdpa", "flash_attn"] = "auto"
+    attention: Literal["auto", "plain", "sdpa", "sdpa_flash", "sdpa_cudnn", "flash_attn"] = Field(
+        "auto", description="the fastest by trial on a GPU, plain on a CPU"
+    )
 
 
 class PredictorSection(Section):

@@ -88,6 +88,14 @@ def mean_over_ranks(terms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return dict(zip(terms, values / world_size(), strict=True))
 
 
+def from_first_process(make: Callable[[], T]) -> T:
+    """What make() returns on process 0, on all."""
+    made = [make() if rank() == 0 else None]
+    if world_size() > 1:
+        dist.broadcast_object_list(made, src=0)
+    return made[0]
+
+
 def first_on_each_node(make: Callable[[], T]) -> T:
     """make() on the first process of each node, then on the others, which find its caches.
 

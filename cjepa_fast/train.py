@@ -28,7 +28,14 @@ import torch.distributed as dist
 from cjepa_fast import checkpoint, optim
 from cjepa_fast import config as configuration
 from cjepa_fast import engine as engines
-from cjepa_fast.build import build_loader, build_masks, build_networks, compute_dtype, initialise
+from cjepa_fast.build import (
+    build_loader,
+    build_masks,
+    build_networks,
+    choose_attention,
+    compute_dtype,
+    initialise,
+)
 from cjepa_fast.config import Config, ConfigError
 from cjepa_fast.data.loader import Batch, Loader
 from cjepa_fast.ema import TargetEMA
@@ -76,6 +83,7 @@ class Trainer:
         self.parameters = {name: count_parameters(part) for name, part in networks.named_children()}
         networks.to(device)
         target.to(device)
+        self.attention = choose_attention(networks, target, config, device, self.micro_batch)
         self.engine = engines.Engine(
             networks,
             optim.parameter_groups(networks),
@@ -330,6 +338,9 @@ def open_telemetry(trainer: Trainer, run: Path, start: int, checkpointed: Path |
     )
     if first:
         checkpoint.write_text(run / "config.json", config.to_json())
+        if trainer.device.type == "cuda" and trainer.attention:
+            chosen = ", ".join(f"{part} {name}" for part, name in trainer.attention.items())
+            telemetry.message(f"attention: {chosen} (the fastest of those here)")
         for path in checkpoint.set_aside_later_than(run, start):
             telemetry.message(f"going on from step {start}; set aside: {path}")
         checkpoint.set_aside_encoders(run)

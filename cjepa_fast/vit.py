@@ -5,13 +5,13 @@ checkpoints load: no class token, fixed 2-D sin-cos positions, pre-norm blocks, 
 Shapes: B images, N patches, K context patches, D width, H heads, S tokens of a sequence.
 """
 
-import functools
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from cjepa_fast.attention import attend, attention_map, flash_attention
 from cjepa_fast.kernels.gather import add_positions, gather_tokens
 
 MODELS = {
@@ -66,40 +66,6 @@ class PatchEmbed(nn.Module):
 
     def forward(self, patches_BKC: torch.Tensor) -> torch.Tensor:
         return self.proj(patches_BKC)
-
-
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str) -> torch.Tensor:
-    """softmax(q k^T / sqrt(d)) v for q, k, v of shape (B, H, S, d).
-
-    "plain" writes the attention map: in bf16 on a CPU it is faster than SDPA. "sdpa" is torch's
-    fused kernel, "flash_attn" the package of that name; "auto" is sdpa on CUDA, plain elsewhere.
-    """
-    if backend == "auto":
-        backend = "sdpa" if q.is_cuda else "plain"
-    if backend == "sdpa":
-        return F.scaled_dot_product_attention(q, k, v)
-    if backend == "flash_attn":
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return flash_attention()(q, k, v).transpose(1, 2)
-    return attention_map(q, k) @ v
-
-
-@functools.cache
-def flash_attention():
-    """flash-attn's function of (B, S, H, d) tensors. Raises ValueError where it is missing."""
-    try:
-        from flash_attn import flash_attn_func
-    except ImportError as error:
-        raise ValueError(
-            f'attention = "flash_attn": the package does not load ({error}): pip install '
-            '"cjepa_fast[flash]" on a machine with CUDA, or take "auto"'
-        ) from None
-    return flash_attn_func
-
-
-def attention_map(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """(B, H, S, S): each row sums to one."""
-    return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1)
 
 
 class QueryKeyValue(nn.Linear):

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from cjepa_fast import vit
-from cjepa_fast.vit import MODELS, Encoder, attend, attention_map, patchify, sincos_positions
+from cjepa_fast.attention import attend, attention_map
+from cjepa_fast.vit import MODELS, Encoder, patchify, sincos_positions
 
 SMALL = {"image_size": 12, "patch_size": 3, "width": 16, "depth": 2, "heads": 2}
 

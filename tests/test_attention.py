@@ -1,0 +1,124 @@
+"""Attention's kernels against each other, and the choice among them."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+
+from cjepa_fast import attention, build
+from cjepa_fast.attention import Shape, attend, candidates, fastest
+from cjepa_fast.config import validate
+
+CPU = torch.device("cpu")
+
+
+def tensors(shape: Shape, device: str, dtype: torch.dtype) -> list[torch.Tensor]:
+    sizes = [(shape.sequences, shape.heads, n, shape.width)
+             for n in (shape.queries, shape.keys, shape.keys)]  # fmt: skip
+    return [torch.randn(size, device=device, dtype=dtype, requires_grad=True) for size in sizes]
+
+
+def errors(name: str, inputs: list[torch.Tensor]) -> list[float]:
+    """Of the output and of each gradient, against float64."""
+    out = attend(*inputs, name)
+    upstream = torch.linspace(-1, 1, out.shape[-1], device=out.device).to(out.dtype).expand_as(out)
+    found = [out, *torch.autograd.grad(out, inputs, upstream)]
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    true = attend(*wide, "plain")
+    wanted = [true, *torch.autograd.grad(true, wide, upstream.double())]
+    return [(f.double() - w).abs().max().item() for f, w in zip(found, wanted, strict=True)]
+
+
+@pytest.mark.parametrize("name", ["plain", "sdpa", "sdpa_flash"])
+@pytest.mark.parametrize("lengths", [(7, 7), (3, 11), (1, 1)])
+def test_backends_of_the_cpu(seed, name, lengths):
+    shape = Shape(2, 3, *lengths, 8, True)
+    inputs = tensors(shape, "cpu", torch.float32)
+    assert max(errors(name, inputs)) < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [24, 32, 64, 80, 88, 128])
+@pytest.mark.parametrize("lengths", [(196, 196), (66, 66), (36, 92)])
+def test_backends_of_the_gpu(seed, width, lengths):
+    """Each that takes the shape, in bf16: no worse than twice plain's own rounding."""
+    shape, device = Shape(4, 3, *lengths, width, True), torch.device("cuda")
+    inputs = tensors(shape, "cuda", torch.bfloat16)
+    budget = [2 * e + 1e-2 for e in errors("plain", inputs)]
+    tried = dict(attention._calls(shape, device, torch.bfloat16))
+    assert {"plain", "sdpa"} <= tried.keys()
+    for name in tried:
+        assert all(e <= b for e, b in zip(errors(name, inputs), budget, strict=True)), name
+
+
+def test_on_a_cpu_nothing_is_timed():
+    assert fastest(Shape(2, 3, 7, 7, 8, True), CPU, torch.float32) == ("plain", {})
+
+
+def test_the_fastest_that_takes_the_shape_is_chosen(monkeypatch):
+    """In turns; one that raises for this shape is left out."""
+    taken, order = {"plain": 3.0, "sdpa": 1.0, "sdpa_flash": 2.0}, []
+
+    def trial(q, k, v, name):
+        assert q.shape == (64, 3, 7, 8) and k.shape == v.shape == (64, 3, 5, 8)
+        if name == "sdpa_cudnn":
+            raise RuntimeError("No available kernel")
+        order.append(name)
+        return q * 1
+
+    def timed(call, device):
+        call()
+        return taken[order[-1]]
+
+    monkeypatch.setattr(attention, "attend", trial)
+    monkeypatch.setattr(attention, "_timed_ms", timed)
+    monkeypatch.setattr(attention, "candidates", lambda device: [*taken, "sdpa_cudnn"])
+    name, medians = fastest(Shape(500, 3, 7, 5, 8, False), CPU, torch.float32)
+    assert (name, medians) == ("sdpa", taken)
+    assert order[3:9] == [*taken, *taken]
+
+
+def test_each_network_gets_the_kernel_of_its_own_lengths(monkeypatch):
+    def by_length(shape, device, dtype):
+        assert shape.queries == shape.keys and shape.width == 8
+        return f"for {shape.queries} in {shape.sequences}, trained {shape.trained}", {}
+
+    monkeypatch.setattr(build, "fastest", by_length)
+    config = validate(tiny.CONFIG)
+    networks, target = build.build_networks(config), build.build_networks(config).encoder
+    heads = networks.predictor.predictor_blocks[0].attn
+    monkeypatch.setattr(heads.proj, "in_features", 24)
+    choices = build.choose_attention(networks, target, config, CPU, 8)
+    masks = build.build_masks(config)(0, 0, torch.arange(8))
+    K, (M, P) = masks.context_idx_BK.shape[1], masks.target_idx_BMP.shape[1:]
+    assert choices == {
+        "target": "for 36 in 8, trained False",
+        "context": f"for {K} in 8, trained True",
+        "predictor": f"for {K + P} in {8 * M}, trained True",
+    }
+    assert {block.attn.backend for block in target.blocks} == {choices["target"]}
+    assert {block.attn.backend for block in networks.encoder.blocks} == {choices["context"]}
+    pinned = validate(tiny.CONFIG | {"model": tiny.CONFIG["model"] | {"attention": "sdpa"}})
+    assert build.choose_attention(networks, target, pinned, CPU, 8) == {}
+
+
+def test_flash_attention_is_found_by_version_or_named(monkeypatch):
+    attention.flash_attention.cache_clear()
+    for module in attention.FLASH_MODULES:
+        monkeypatch.setitem(sys.modules, module, None)  # an import of it fails
+    with pytest.raises(ValueError, match=r"flash_attn\.cute.*flash_attn_interface.*pip install"):
+        attention.flash_attention()
+
+    def third(q, k, v):
+        return torch.nn.functional.scaled_dot_product_attention(
+            *(x.transpose(1, 2) for x in (q, k, v))
+        ).transpose(1, 2), "log-sum-exp"
+
+    stand_in = SimpleNamespace(flash_attn_func=third)
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", stand_in)
+    inputs = tensors(Shape(2, 3, 4, 6, 8, True), "cpu", torch.float32)
+    torch.testing.assert_close(attend(*inputs, "flash_attn"), attend(*inputs, "plain"))
+    assert candidates(CPU) == ["plain"]
+    attention.flash_attention.cache_clear()
