@@ -329,8 +329,8 @@ LARGE = 512
 MOMENT_CONFIGS = {
     (0, False, True): (Config(128, 16, 8, 3), Config(64, 32, 4, 3)),
     (0, False, False): (Config(64, 32, 4, 3), Config(128, 16, 8, 3)),
-    (0, True, True): (Config(64, 32, 4, 3), Config(64, 16, 4, 3)),
-    (0, True, False): (Config(64, 32, 4, 3), Config(64, 16, 4, 3)),
+    (0, True, True): (Config(64, 32, 4, 3),),
+    (0, True, False): (Config(64, 32, 4, 3),),
     (3, False, True): (Config(128, 32, 8, 3), Config(64, 32, 4, 3)),
     (3, False, False): (Config(64, 32, 4, 3), Config(128, 32, 8, 3)),
     (3, True, True): (Config(128, 32, 8, 3), Config(64, 64, 4, 3)),
