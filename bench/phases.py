@@ -58,11 +58,13 @@ class Phases:
         return timing
 
     def median_ms(self) -> dict[str, float]:
-        """The median of each part over the steps, and of the rest, which is in none."""
+        """The median of each part over the steps, and of the rest; empty where none was timed."""
         rows = []
         for found in self.steps_ms:
             parts = {name: found[name] for name in ("target", "context", "predictor")}
             parts["loss"] = found["forward"] - found["context"] - found["predictor"]
             parts |= {name: found[name] for name in ("backward", "optimiser", "average")}
             rows.append(parts | {"rest": found["step"] - sum(parts.values())})
-        return {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+        return {
+            name: statistics.median(row[name] for row in rows) for name in (rows[0] if rows else ())
+        }

@@ -221,7 +221,7 @@ def report(rows: list[dict], args: argparse.Namespace) -> None:
         print(f"{row['hardware']['device']}; torch {row['versions']['torch']}")
         print(f"bf16 TFLOP/s: {sheet} by data sheet, {row['matmul_tflops']:.3g} in a large product")
     print(table(rows))
-    print(phase_table([row for row in measured if "phases_ms" in row]), end="")
+    print(phase_table([row for row in measured if row.get("phases_ms")]), end="")
 
 
 def phase_table(rows: list[dict]) -> str:

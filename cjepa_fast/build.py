@@ -71,6 +71,20 @@ def choose_attention(
     return choices
 
 
+def compile_networks(networks: JEPA, target: Encoder, how: str, backend: str = "inductor") -> None:
+    """torch.compile, in place: of each block, or of the target encoder and of the rest "whole".
+
+    Whole networks fuse across blocks, take longer to compile, and are compiled anew for a few of
+    the lengths that the masks draw: mask.context "fixed" has but one.
+    """
+    if how == "whole":
+        parts = [target, networks]
+    else:
+        parts = [*target.blocks, *networks.encoder.blocks, *networks.predictor.predictor_blocks]
+    for part in parts if how != "none" else []:
+        part.compile(backend=backend)
+
+
 def model_sizes(config: Config) -> dict:
     """The encoder's width, depth, heads and mlp_ratio: its name's, but for what the file sets."""
     sizes = {**MODELS[config.model.name]}

@@ -42,6 +42,9 @@ class RunSection(Section):
     seed: Seed = 0
     epochs: Count = 300
     precision: Literal["bf16", "fp32"] = "bf16"
+    compile: Literal["none", "blocks", "whole"] = Field(
+        "none", description='torch.compile; "whole" wants mask.context "fixed"'
+    )
     max_bad_steps: Count = Field(10, description="non-finite steps in a row before the run stops")
     init_from: str | None = Field(None, description="an I-JEPA checkpoint to start from")
 

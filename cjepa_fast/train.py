@@ -33,6 +33,7 @@ from cjepa_fast.build import (
     build_masks,
     build_networks,
     choose_attention,
+    compile_networks,
     compute_dtype,
     initialise,
 )
@@ -97,6 +98,7 @@ class Trainer:
         )
         masters = self.engine.masters("encoder.")
         self.ema = TargetEMA(target, masters, dtype, self.engine.owner_group)
+        compile_networks(networks, target, config.run.compile)
         self.features: deque[torch.Tensor] = deque(maxlen=-(-FEATURE_ROWS // self.micro_batch))
 
     def step(self, batches: list[Batch], index: int) -> tuple[dict, bool]:
