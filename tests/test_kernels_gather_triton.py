@@ -227,7 +227,7 @@ def test_every_copy_tile(seed, kernel_device, monkeypatch, name, width, tile):
     check(CASES[name], tensors_of(Shape(2, 70, 9, 2, 67, width), torch.float32, kernel_device))
 
 
-@pytest.mark.parametrize("tile", itertools.chain(*gather_tiles.ROW_TILES.values()), ids=str)
+@pytest.mark.parametrize("tile", [*itertools.chain(*gather_tiles.ROW_TILES.values())], ids=str)
 @pytest.mark.parametrize("name", ["target_gather", "smooth_l1"])
 def test_every_row_tile(seed, kernel_device, name, tile, monkeypatch):
     monkeypatch.setattr(gather_tiles, "row_tiles", lambda width: (tile,))
