@@ -62,9 +62,9 @@ part() {
   ((status == 0)) || failures=$((failures + 1))
 }
 
-# The tests that need a GPU, a file a core: most of their time is spent compiling kernels. A file
-# without such tests ends with status 5.
-gpu_tests='ls tests/test_*.py | xargs -P "$(nproc)" -I{} \
+# The tests that need a GPU, a file a core: most of their time is spent compiling kernels. Status 5:
+# a file had none after all.
+gpu_tests='grep -lE "mark.gpu|kernel_device" tests/test_*.py | xargs -P "$(nproc)" -I{} \
   bash -c "\"$0\" -m pytest -q -m gpu {} || [[ \$? == 5 ]]"'
 
 # Train for SECONDS, then ask with SIGTERM: the run finishes its step, saves and exits with 0.
@@ -96,6 +96,7 @@ if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; th
   say "on a GPU"
   bench_size=(--steps 10 --warmup 4)
   ops_size=(--seconds 0.2 --model H --widths 768 1280)
+  fast_tests=(tests)
   jpeg_config=vit_b
   train_s=60 resume_s=30 knn_train=10000
 else
@@ -103,6 +104,7 @@ else
   bench_size=(--steps 2 --warmup 1 --batch 2 --set model.width=48 --set model.depth=1
     --set model.heads=3 --set predictor.width=24 --set predictor.depth=1 --set predictor.heads=3)
   ops_size=(--seconds 0 --no-compile --batch 2 --rows 300 --widths 96)
+  fast_tests=(tests/test_config.py tests/test_imports.py)
   jpeg_config=demo
   train_sets+=(--set data.batch_size=16 --set data.micro_batch_size=16 --set model.depth=1)
   train_s=45 resume_s=30 knn_train=500
@@ -132,7 +134,8 @@ TRAIN_PART=train train_for "$train_s"
 TRAIN_PART=resume train_for "$resume_s" --resume auto
 part knn 60 "$PYTHON" -m cjepa_fast.eval knn "$WORK/run" "${knn_data[@]}" --untrained \
   --max-train "$knn_train" --json "$OUT/knn.json"
-part tests-fast 300 "$PYTHON" -m pytest -q -m "not gpu and not slow and not multiprocess"
+part tests-fast 300 "$PYTHON" -m pytest -q -m "not gpu and not slow and not multiprocess" \
+  "${fast_tests[@]}"
 
 cp "$WORK/run/log.jsonl" "$OUT/train_log.jsonl" 2>/dev/null || true
 {
