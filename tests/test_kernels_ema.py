@@ -246,6 +246,21 @@ def test_adamw_and_average_within_the_error_budget(seed, kernel_device, narrow, 
         assert torch.equal(flat(target_copies), found["target"].to(copy))
 
 
+def test_adamw_leaves_what_lies_between_fragments(seed, kernel_device):
+    """As ZeRO cuts them from flat buffers: nothing beyond a fragment's last value is written."""
+    size = CHUNK + 40
+    arrays = torch.rand(5, size, device=kernel_device).unbind()
+    places, between = [slice(0, 5), slice(9, 9 + CHUNK + 1)], torch.ones(size, dtype=torch.bool)
+    for place in places:
+        between[place] = False
+    before = [array.clone() for array in arrays]
+    lists = [[array[place] for place in places] for array in arrays]
+    ema.adamw_ema_step(*lists, step=1, lr=0.1, momentum=0.5)
+    for written, (array, old) in enumerate(zip(arrays, before, strict=True)):
+        assert torch.equal(array[between], old[between])
+        assert written == 1 or not torch.equal(array[~between], old[~between])  # 1: gradients
+
+
 def test_one_kind_of_copy_alone(seed, kernel_device):
     """Of the weights, or of the average: the tables then have one row less."""
     shapes = [(5,), (CHUNK + 3,)]
