@@ -122,6 +122,7 @@ def provenance(device: torch.device) -> dict:
         "commit": commit(),
         "hardware": {
             "device": device_name(device),
+            "kind": device.type,
             "processor": processor_name(),
             "cores": len(os.sched_getaffinity(0)),
             "memory_gib": round(pages / 2**30, 1),

@@ -18,7 +18,6 @@ from cjepa_fast import build, train
 from cjepa_fast import engine as engines
 from cjepa_fast.config import Config
 from cjepa_fast.data.loader import Batch, Loader
-from cjepa_fast.flops import step_gflop
 
 RING = 8  # synthetic batches, each with masks of its own, used in turn
 EPOCH_STEPS = 1000  # of synthetic data: only the schedules see it
@@ -227,16 +226,8 @@ def row_of(config: Config, data: str, trainer: train.Trainer, timed: dict) -> di
     """The figures of the timed steps."""
     step_ms, images = timed["step_ms"], trainer.micro_batch * engines.world_size()
     images_per_s = images * len(step_ms) / timed["total_s"]
-    part = config.predictor
-    gflop = step_gflop(
-        **trainer.ema.module.architecture,
-        predictor_width=part.width,
-        predictor_depth=part.depth,
-        predictor_mlp_ratio=part.mlp_ratio,
-        context_k=timed["context_k"],
-        targets_m=timed["targets_m"],
-        targets_p=timed["targets_p"],
-    )
+    sizes = (timed[name] for name in ("context_k", "targets_m", "targets_p"))
+    gflop = build.gflop_of(config, *sizes)
     return {
         "data": data,
         "batch": images,

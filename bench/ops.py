@@ -150,9 +150,9 @@ def predict(found: list[Case]) -> str:
 
 def markdown(rows: list[dict], about: dict, rates: Rates) -> str:
     """The measured rows; a multiplication sign says how many times as fast ours is."""
-    cpu = "kernels" if about["versions"]["cuda"] and torch.cuda.is_available() else "plain paths"
+    what = "kernels" if about["hardware"]["kind"] == "cuda" else "plain paths"
     lines = [
-        f"# The {cpu} of cjepa_fast.kernels beside their definitions",
+        f"# The {what} of cjepa_fast.kernels beside their definitions",
         "",
         f"{about['hardware']['device']}; torch {about['versions']['torch']}, triton "
         f"{about['versions']['triton']}; commit {about['commit']}. Copy "

@@ -20,7 +20,6 @@ import torch
 from cjepa_fast import build
 from cjepa_fast import config as configuration
 from cjepa_fast.config import Config, ConfigError
-from cjepa_fast.flops import step_gflop
 from cjepa_fast.jepa import JEPA
 from cjepa_fast.vit import Attention
 
@@ -56,17 +55,13 @@ GPUS = {
 
 class KeptAttention(torch.autograd.Function):
     """Attention that keeps for its backward what a fused kernel keeps: q, k, v, the output and a
-    number a query, not the map."""
+    number a query, not the map. It has no backward: nothing is computed here."""
 
     @staticmethod
     def forward(ctx, q, k, v):
         out = q.clone()
         ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
         return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        raise NotImplementedError("nothing is computed here")
 
 
 def kept_bytes(networks: JEPA, batch: tuple[torch.Tensor, ...], fused_attention: bool) -> int:
@@ -178,13 +173,7 @@ def largest_batch(found: Plan, gpu: GPU) -> int:
 def gflop_per_image(config: Config) -> float:
     masks = build.build_masks(config)(0, 0, torch.arange(config.data.micro_batch_size))
     M, P = masks.target_idx_BMP.shape[1:]
-    part = config.predictor
-    return step_gflop(
-        image_size=config.data.image_size, patch_size=config.model.patch_size,
-        **build.model_sizes(config), predictor_width=part.width, predictor_depth=part.depth,
-        predictor_mlp_ratio=part.mlp_ratio, context_k=masks.context_idx_BK.shape[1],
-        targets_m=M, targets_p=P,
-    )["total"]  # fmt: skip
+    return build.gflop_of(config, masks.context_idx_BK.shape[1], M, P)["total"]
 
 
 def utilisation(name: str, gpu: GPU, results: Path = RESULTS) -> tuple[float, str]:

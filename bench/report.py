@@ -36,11 +36,16 @@ def latest(rows: list[dict], *keys: str) -> list[dict]:
     return list({tuple(str(row.get(key)) for key in keys): row for row in rows}.values())
 
 
+def on_gpu(row: dict) -> bool:
+    """Where it ran: torch's build may have CUDA on a machine that has not."""
+    return row["hardware"]["kind"] == "cuda"
+
+
 def throughput_lines(rows: list[dict]) -> Iterator[Line]:
     """images/s only from a GPU; of a CPU the ratio to the reference's step."""
     for row in latest(rows, "config", "step", "batch", "data"):
         device, where = row["hardware"]["device"], f"`{row['command']}`"
-        gpu = row["versions"]["cuda"] is not None
+        gpu = on_gpu(row)
         what = f"{row['config']}, batch {row['batch']}"
         if row.get("step") == "ours":
             continue
@@ -87,7 +92,7 @@ def demo_lines(found: dict) -> Iterator[Line]:
 def lines(results: Path) -> list[Line]:
     found: list[Line] = []
     rows = loaded(results, "throughput.json") or []
-    if not any(row["versions"]["cuda"] for row in rows):
+    if not any(on_gpu(row) for row in rows):
         found.append(
             ("images/s and MFU of every model", "GPU", "not yet measured", "`bench/gpu_gate.sh`")
         )

@@ -8,6 +8,7 @@ from cjepa_fast.attention import Shape, fastest
 from cjepa_fast.config import Config, ConfigError
 from cjepa_fast.data import sources
 from cjepa_fast.data.loader import Loader
+from cjepa_fast.flops import step_gflop
 from cjepa_fast.interop import load_ijepa
 from cjepa_fast.jepa import JEPA
 from cjepa_fast.loss import CJEPALoss, build_projector
@@ -90,6 +91,24 @@ def model_sizes(config: Config) -> dict:
     sizes = {**MODELS[config.model.name]}
     own = {key: getattr(config.model, key) for key in sizes}
     return sizes | {key: value for key, value in own.items() if value is not None}
+
+
+def gflop_of(
+    config: Config, context_k: float, targets_m: int, targets_p: float
+) -> dict[str, float]:
+    """flops.step_gflop of a configuration, at the masks' sizes given (they may be means)."""
+    part = config.predictor
+    return step_gflop(
+        image_size=config.data.image_size,
+        patch_size=config.model.patch_size,
+        **model_sizes(config),
+        predictor_width=part.width,
+        predictor_depth=part.depth,
+        predictor_mlp_ratio=part.mlp_ratio,
+        context_k=context_k,
+        targets_m=targets_m,
+        targets_p=targets_p,
+    )
 
 
 def check_heads(section: str, width: int, heads: int) -> None:

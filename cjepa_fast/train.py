@@ -35,12 +35,12 @@ from cjepa_fast.build import (
     choose_attention,
     compile_networks,
     compute_dtype,
+    gflop_of,
     initialise,
 )
 from cjepa_fast.config import Config, ConfigError
 from cjepa_fast.data.loader import Batch, Loader
 from cjepa_fast.ema import TargetEMA
-from cjepa_fast.flops import step_gflop
 from cjepa_fast.interrupt import StopRequest
 from cjepa_fast.telemetry import Telemetry, representation_stats
 from cjepa_fast.vit import count_parameters
@@ -268,11 +268,7 @@ def dry_run(trainer: Trainer, loader: Loader) -> None:
     encoder, masks = trainer.ema.module, batches[-1].masks
     K = masks.context_idx_BK.shape[1]
     M, P = masks.target_idx_BMP.shape[1:]
-    part = trainer.config.predictor
-    gflop = step_gflop(
-        **encoder.architecture, predictor_width=part.width, predictor_depth=part.depth,
-        predictor_mlp_ratio=part.mlp_ratio, context_k=K, targets_m=M, targets_p=P,
-    )  # fmt: skip
+    gflop = gflop_of(trainer.config, K, M, P)
     rows, cols = encoder.grid
     parameters = trainer.parameters
     print(f"parameters   encoder {parameters['encoder']:,}, predictor {parameters['predictor']:,}")

@@ -246,7 +246,7 @@ def copied_tree(folder: Path) -> Path:
     """A copy of what the kernels' tests need, its kernels/ imported as cjepa_fast.kernels."""
     tree = folder / "tree"
     tree.mkdir()
-    ignored = shutil.ignore_patterns("__pycache__", "kernels.link")
+    ignored = shutil.ignore_patterns("__pycache__")
     for name in ("cjepa_fast", "kernels", "configs", "tests"):
         shutil.copytree(ROOT / name, tree / name, ignore=ignored, symlinks=True)
     shutil.copy(ROOT / "pyproject.toml", tree)

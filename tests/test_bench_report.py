@@ -10,8 +10,9 @@ sys.path.insert(0, str(tiny.ROOT / "bench"))  # no package: its scripts import e
 
 import report
 
-GPU = {"hardware": {"device": "NVIDIA H200"}, "versions": {"cuda": "13.0"}, "command": "python x"}
-CPU = {"hardware": {"device": "EPYC"}, "versions": {"cuda": None}, "command": "python y"}
+CUDA_BUILD = {"versions": {"cuda": "13.0"}}  # of torch, on either machine
+GPU = {"hardware": {"device": "NVIDIA H200", "kind": "cuda"}, "command": "python x", **CUDA_BUILD}
+CPU = {"hardware": {"device": "EPYC", "kind": "cpu"}, "command": "python y", **CUDA_BUILD}
 ROW = {"config": "vit_b", "data": "synthetic", "batch": 128}
 
 
