@@ -8,9 +8,12 @@
         w <- w - lr / (1 - beta1^step) * a / (sqrt(v) / sqrt(1 - beta2^step) + eps)
 
 w, a, v, t are fp32 lists of tensors of any shapes; g is fp32 or narrower. `x_reference` is the
-definition, in torch._foreach operations, and the path on the CPU. On CUDA one launch serves the
+definition, in torch._foreach operations; a CPU averages by it too, and takes AdamW's step by
+torch's fused one, in runs of values that stay in its cache. On CUDA one launch serves the
 whole list: a table on the device holds the tensors' addresses, and a second one says to which
-tensor each program belongs. The tables are made again only when an address changes.
+tensor each program belongs. The tables are made again only when an address changes. AdamW's numbers
+(rate, bias corrections, whether to step at all) are a small tensor, so that they may be computed on
+the device, and a CUDA graph that holds the launch follows the schedules.
 
 Bytes a parameter that must move (fp32 g, bf16 copies), beside what separate passes move:
     ema_update        12, with a copy 14     (lerp 12, then a cast 6: 18)
@@ -21,7 +24,6 @@ fast as foreach, and adamw_ema_step 1.3 times; without a copy ema_update moves f
 
 import functools
 import itertools
-import math
 from collections.abc import Sequence
 
 import torch
@@ -31,8 +33,10 @@ import triton.language as tl
 from cjepa_fast.kernels.launch import TRITON_NAMES, Compiled, chosen, narrow, use_kernel
 
 Tensors = Sequence[torch.Tensor]
+Number = float | torch.Tensor  # or 0-d, on the tensors' device
 # Values a program handles: 16 of each array in each of 128 threads, or 8; see launch.chosen.
 CHUNKS = (2048, 1024)
+CACHED = 2**18  # values of each array that a CPU works through at a time: a megabyte, kept near
 
 
 # --- the definitions
@@ -56,24 +60,26 @@ def adamw_ema_step_reference(
     exp_avg_sqs: Tensors,
     target: Tensors,
     *,
-    step: int,
-    lr: float,
-    momentum: float,
+    step: Number,
+    lr: Number,
+    momentum: Number,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
-    weight_decay: float = 0.01,
+    weight_decay: Number = 0.01,
+    scale: Number = 1.0,
+    apply: bool | torch.Tensor = True,
     copies: Tensors = (),
     target_copies: Tensors = (),
 ) -> None:
-    if not params:
+    if not params or not apply:
         return
-    grads = [g.to(p.dtype) for g, p in zip(grads, params, strict=True)]
+    grads = [g.to(p.dtype) * scale for g, p in zip(grads, params, strict=True)]
     torch._foreach_mul_(params, 1 - lr * weight_decay)
     torch._foreach_lerp_(exp_avgs, grads, 1 - betas[0])
     torch._foreach_mul_(exp_avg_sqs, betas[1])
     torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - betas[1])
     root = torch._foreach_sqrt(exp_avg_sqs)
-    torch._foreach_div_(root, math.sqrt(1 - betas[1] ** step))
+    torch._foreach_div_(root, (1 - betas[1] ** step) ** 0.5)
     torch._foreach_add_(root, eps)
     torch._foreach_addcdiv_(params, exp_avgs, root, -lr / (1 - betas[0] ** step))
     if copies:
@@ -208,12 +214,14 @@ def _ema_kernel(
 
 @triton.jit
 def _adamw_ema_chunk(
-    param, grad, exp_avg, exp_avg_sq, target, copy, target_copy, keep,
-    decay, lerp1, beta2, square_share, root_scale, eps, rate, weight,
-    COPY: tl.constexpr, TARGET_COPY: tl.constexpr, CHUNK: tl.constexpr,
+    param, grad, exp_avg, exp_avg_sq, target, copy, target_copy, keep, numbers,
+    TARGET: tl.constexpr, COPY: tl.constexpr, TARGET_COPY: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     at = tl.arange(0, CHUNK)
-    g = tl.load(grad + at, mask=keep).to(tl.float32)
+    decay, lerp1 = tl.load(numbers), tl.load(numbers + 1)
+    beta2, square_share = tl.load(numbers + 2), tl.load(numbers + 3)
+    root_scale, eps, rate = tl.load(numbers + 4), tl.load(numbers + 5), tl.load(numbers + 6)
+    g = tl.load(grad + at, mask=keep).to(tl.float32) * tl.load(numbers + 8)
     first = _lerp(tl.load(exp_avg + at, mask=keep), g, lerp1)
     tl.store(exp_avg + at, first, mask=keep)
     second = tl.load(exp_avg_sq + at, mask=keep) * beta2 + square_share * g * g
@@ -221,48 +229,52 @@ def _adamw_ema_chunk(
     root = tl.div_rn(tl.sqrt_rn(second), root_scale) + eps
     w = tl.load(param + at, mask=keep) * decay - rate * tl.div_rn(first, root)
     tl.store(param + at, w, mask=keep)
-    average = _lerp(tl.load(target + at, mask=keep), w, weight)
-    tl.store(target + at, average, mask=keep)
     if COPY:
         tl.store(copy + at, narrow(w, copy.dtype.element_ty), mask=keep)
-    if TARGET_COPY:
-        tl.store(target_copy + at, narrow(average, target_copy.dtype.element_ty), mask=keep)
+    if TARGET:
+        average = _lerp(tl.load(target + at, mask=keep), w, tl.load(numbers + 7))
+        tl.store(target + at, average, mask=keep)
+        if TARGET_COPY:
+            tl.store(target_copy + at, narrow(average, target_copy.dtype.element_ty), mask=keep)
 
 
 @triton.jit
 def _adamw_ema_kernel(
-    places, owners, tensors,
-    decay, lerp1, beta2, square_share, root_scale, eps, rate, weight,
-    GRAD: tl.constexpr, COPY: tl.constexpr, TARGET_COPY: tl.constexpr,
+    places, owners, tensors, numbers,
+    GRAD: tl.constexpr, TARGET: tl.constexpr, COPY: tl.constexpr, TARGET_COPY: tl.constexpr,
     ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Arrays: param, grad (dtype GRAD), exp_avg, exp_avg_sq, target, then the copies that are."""
-    copies: tl.constexpr = 5 if COPY is None else 6
-    arrays: tl.constexpr = copies if TARGET_COPY is None else copies + 1
+    """Arrays: param, grad (dtype GRAD), exp_avg, exp_avg_sq, then of target, copy and target_copy
+    those that there are. Nothing is written where the last of the numbers is 0.
+    """
+    if tl.load(numbers + 9) == 0.0:
+        return
+    copies: tl.constexpr = 5 if TARGET else 4
+    target_copies: tl.constexpr = copies if COPY is None else copies + 1
+    arrays: tl.constexpr = target_copies if TARGET_COPY is None else target_copies + 1
     tensor, start, rest = _range(places, owners, arrays, tensors, CHUNK)
     param = _address(places, 0, tensor, tensors, start, tl.float32, ALIGNED)
     grad = _address(places, 1, tensor, tensors, start, GRAD, ALIGNED)
     exp_avg = _address(places, 2, tensor, tensors, start, tl.float32, ALIGNED)
     exp_avg_sq = _address(places, 3, tensor, tensors, start, tl.float32, ALIGNED)
-    target = _address(places, 4, tensor, tensors, start, tl.float32, ALIGNED)
-    copy, target_copy = param, target
+    target, copy, target_copy = param, param, param
+    if TARGET:
+        target = _address(places, 4, tensor, tensors, start, tl.float32, ALIGNED)
     if COPY is not None:
-        copy = _address(places, 5, tensor, tensors, start, COPY, ALIGNED)
+        copy = _address(places, copies, tensor, tensors, start, COPY, ALIGNED)
     if TARGET_COPY is not None:
-        target_copy = _address(places, copies, tensor, tensors, start, TARGET_COPY, ALIGNED)
+        target_copy = _address(places, target_copies, tensor, tensors, start, TARGET_COPY, ALIGNED)
     if rest >= CHUNK:
         _adamw_ema_chunk(
             param, grad, exp_avg, exp_avg_sq, target, copy, target_copy,
-            tl.full((CHUNK,), 1, tl.int1),
-            decay, lerp1, beta2, square_share, root_scale, eps, rate, weight,
-            COPY is not None, TARGET_COPY is not None, CHUNK,
+            tl.full((CHUNK,), 1, tl.int1), numbers,
+            TARGET, COPY is not None, TARGET_COPY is not None, CHUNK,
         )  # fmt: skip
     else:
         _adamw_ema_chunk(
             param, grad, exp_avg, exp_avg_sq, target, copy, target_copy,
-            tl.arange(0, CHUNK) < rest,
-            decay, lerp1, beta2, square_share, root_scale, eps, rate, weight,
-            COPY is not None, TARGET_COPY is not None, CHUNK,
+            tl.arange(0, CHUNK) < rest, numbers,
+            TARGET, COPY is not None, TARGET_COPY is not None, CHUNK,
         )  # fmt: skip
 
 
@@ -286,29 +298,94 @@ def launch_ema(
         )  # fmt: skip
 
 
+def adamw_numbers(
+    device: torch.device,
+    step: Number,
+    lr: Number,
+    momentum: Number,
+    betas: Sequence[float],
+    eps: float,
+    weight_decay: Number,
+    scale: Number = 1.0,
+    apply: bool | torch.Tensor = True,
+) -> torch.Tensor:
+    """What the kernel reads, fp32 (10,) on the device; without waiting for it.
+
+    (1 - lr decay, 1 - beta1, beta2, 1 - beta2, sqrt(1 - beta2^step), eps, lr / (1 - beta1^step),
+    1 - momentum, scale, apply); the kernel reads them by their places.
+    """
+    values = [
+        1 - lr * weight_decay, 1 - betas[0], betas[1], 1 - betas[1],
+        (1 - betas[1] ** step) ** 0.5, eps, lr / (1 - betas[0] ** step),
+        1 - momentum, scale, apply,
+    ]  # fmt: skip
+    if not any(isinstance(value, torch.Tensor) for value in values):
+        return torch.tensor(values, dtype=torch.float32).to(device, non_blocking=True)
+    return torch.stack([
+        value.to(torch.float32) if isinstance(value, torch.Tensor)
+        else torch.full((), value, dtype=torch.float32, device=device)
+        for value in values
+    ])  # fmt: skip
+
+
 def launch_adamw_ema(
     arrays: Sequence[Tensors],
     copies: Tensors,
     target_copies: Tensors,
-    step: int,
-    lr: float,
-    momentum: float,
-    betas: Sequence[float],
-    eps: float,
-    weight_decay: float,
+    numbers: torch.Tensor,
     chunk: int | None = None,
 ) -> None:
-    """arrays: params, grads, exp_avgs, exp_avg_sqs, target."""
+    """arrays: params, grads, exp_avgs, exp_avg_sqs, target (or none)."""
     chunk = chunk or chosen("adamw_ema_step", CHUNKS, arrays[0][0].device)
     places, owners, aligned = tables(*arrays, copies, target_copies, chunk=chunk)
     if len(owners):
         _adamw_ema_kernel[(len(owners),)](
-            places, owners, len(arrays[0]),
-            1 - lr * weight_decay, 1 - betas[0], betas[1], 1 - betas[1],
-            math.sqrt(1 - betas[1] ** step), eps, lr / (1 - betas[0] ** step), 1 - momentum,
-            GRAD=_type(arrays[1]), COPY=_type(copies), TARGET_COPY=_type(target_copies),
-            ALIGNED=aligned, CHUNK=chunk,
+            places, owners, len(arrays[0]), numbers,
+            GRAD=_type(arrays[1]), TARGET=len(arrays[4]) > 0, COPY=_type(copies),
+            TARGET_COPY=_type(target_copies), ALIGNED=aligned, CHUNK=chunk,
         )  # fmt: skip
+
+
+# --- the way on a CPU
+
+
+def _adamw_ema_cached(
+    arrays: Sequence[Tensors],
+    copies: Tensors,
+    target_copies: Tensors,
+    *,
+    step: Number,
+    lr: Number,
+    momentum: Number,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: Number,
+    scale: Number,
+    apply: bool | torch.Tensor,
+) -> None:
+    """torch's fused AdamW, the average and the copies of CACHED values before the next ones."""
+    if not apply:
+        return
+    steps = [torch.as_tensor(float(step))]
+    numbers = {
+        "lr": float(lr), "beta1": betas[0], "beta2": betas[1], "eps": eps,
+        "weight_decay": float(weight_decay), "amsgrad": False, "maximize": False,
+    }  # fmt: skip
+    lists = [*arrays, copies, target_copies]
+    for at in range(len(arrays[0])):
+        runs = [
+            array[at].detach().view(-1).split(CACHED) if array else itertools.repeat(None)
+            for array in lists
+        ]
+        for w, g, first, second, average, low, target_low in zip(*runs, strict=False):
+            g = g.float() if scale == 1 else g.float().mul_(scale)
+            torch._fused_adamw_([w], [g], [first], [second], [], steps, **numbers)
+            if low is not None:
+                low.copy_(w)
+            if average is not None:
+                average.lerp_(w, 1 - float(momentum))
+            if target_low is not None:
+                target_low.copy_(average)
 
 
 # --- the operators
@@ -336,19 +413,13 @@ def adamw_ema_step_op(
     target: Tensors,
     copies: Tensors,
     target_copies: Tensors,
-    step: int,
-    lr: float,
-    momentum: float,
-    betas: Sequence[float],
-    eps: float,
-    weight_decay: float,
+    numbers: torch.Tensor,
 ) -> None:
-    arrays = (params, grads, exp_avgs, exp_avg_sqs, target)
-    launch_adamw_ema(arrays, copies, target_copies, step, lr, momentum, betas, eps, weight_decay)
+    launch_adamw_ema((params, grads, exp_avgs, exp_avg_sqs, target), copies, target_copies, numbers)
 
 
 @adamw_ema_step_op.register_fake
-def _(params, grads, exp_avgs, exp_avg_sqs, target, copies, target_copies, *numbers):
+def _(params, grads, exp_avgs, exp_avg_sqs, target, copies, target_copies, numbers):
     return None
 
 
@@ -376,14 +447,16 @@ def adamw_ema_step(
     grads: Tensors,
     exp_avgs: Tensors,
     exp_avg_sqs: Tensors,
-    target: Tensors,
+    target: Tensors = (),
     *,
-    step: int,
-    lr: float,
-    momentum: float,
+    step: Number,
+    lr: Number,
+    momentum: Number = 1.0,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
-    weight_decay: float = 0.01,
+    weight_decay: Number = 0.01,
+    scale: Number = 1.0,
+    apply: bool | torch.Tensor = True,
     copies: Tensors = (),
     target_copies: Tensors = (),
 ) -> None:
@@ -391,26 +464,41 @@ def adamw_ema_step(
 
     All are lists of equal length and shapes: params, exp_avgs, exp_avg_sqs and target in fp32,
     grads of any float dtype; copies and target_copies (none, or one each) take params and target,
-    cast. momentum is the average's. One call serves one parameter group. Lists that the kernel
-    cannot take go by the definition. Raises ValueError for shapes that differ or a step below 1.
+    cast. Without target nothing is averaged; momentum is the average's. scale multiplies the
+    gradients; where apply is false nothing is written. Numbers may be 0-d tensors on the device,
+    which then is not waited for. One call serves one parameter group. Lists that the kernel cannot
+    take go by the definition. Raises ValueError for shapes that differ or a step below 1.
     """
-    if step < 1:
+    if not isinstance(step, torch.Tensor) and step < 1:
         raise ValueError(f"step {step}: the first is 1")
     arrays = [list(a) for a in (params, grads, exp_avgs, exp_avg_sqs, target)]
     copies, target_copies = list(copies), list(target_copies)
     _same_shapes(*arrays, copies, target_copies)
-    if any(len(array) != len(arrays[0]) for array in arrays):
-        raise ValueError(f"lists of {[len(array) for array in arrays]} tensors")
-    masters = [arrays[i] for i in (0, 2, 3, 4)]
+    lengths = [len(array) for array in arrays]
+    if lengths != [lengths[0]] * 4 + [lengths[0] if target else 0]:
+        raise ValueError(f"lists of {lengths} tensors")
+    if target_copies and not target:
+        raise ValueError("copies of an average that there is not")
+    numbers = {
+        "step": step, "lr": lr, "momentum": momentum, "betas": tuple(betas), "eps": eps,
+        "weight_decay": weight_decay, "scale": scale, "apply": apply,
+    }  # fmt: skip
+    masters = [arrays[i] for i in (0, 2, 3, 4) if arrays[i]]
     if arrays[0] and _fitting(masters, [arrays[1], copies, target_copies]):
-        adamw_ema_step_op(
-            *arrays, copies, target_copies, step, lr, momentum, list(betas), eps, weight_decay
-        )
-        return
-    adamw_ema_step_reference(
-        *arrays, step=step, lr=lr, momentum=momentum, betas=betas, eps=eps,
-        weight_decay=weight_decay, copies=copies, target_copies=target_copies,
-    )  # fmt: skip
+        device = arrays[0][0].device
+        adamw_ema_step_op(*arrays, copies, target_copies, adamw_numbers(device, **numbers))
+    elif _all_dense_fp32_on_cpu(masters, arrays[1]):
+        _adamw_ema_cached(arrays, copies, target_copies, **numbers)
+    else:
+        adamw_ema_step_reference(*arrays, **numbers, copies=copies, target_copies=target_copies)
+
+
+def _all_dense_fp32_on_cpu(masters: Sequence[Tensors], grads: Tensors) -> bool:
+    return all(t.is_contiguous() for t in grads) and all(
+        t.is_contiguous() and t.dtype == torch.float32 and t.device.type == "cpu"
+        for array in masters
+        for t in array
+    )
 
 
 # --- ahead of time
@@ -421,8 +509,6 @@ WIDE_LOADS = (r"ld\.global[\w.:]*\.v[48]\.b32", r"st\.global[\w.:]*\.v[24]\.b32"
 def ahead_of_time() -> list[Compiled]:
     """Both kernels, aligned and not, with and without copies, for fp32 and bf16 weights."""
     tables = {"places": "*i64", "owners": "*i32", "tensors": "i32"}
-    scalars = ["decay", "lerp1", "beta2", "square_share", "root_scale", "eps", "rate", "weight"]
-    numbers = dict.fromkeys(scalars, "fp32")
     found = []
     for chunk, aligned, copy in itertools.product(CHUNKS, (True, False), (None, *TYPES)):
         common = {"COPY": TYPES.get(copy), "ALIGNED": aligned, "CHUNK": chunk}
@@ -430,15 +516,22 @@ def ahead_of_time() -> list[Compiled]:
         for dtype in (torch.float32, torch.bfloat16):
             kind = "aligned" if aligned else "unaligned"
             label = f"{TRITON_NAMES[dtype]} {chunk}, {kind}, copy {TRITON_NAMES.get(copy)}"
-            found += [
+            found.append(
                 Compiled(
                     f"ema_update {label}", _ema_kernel, tables | {"weight": "fp32"},
                     {"ONLINE": TYPES[dtype], **common}, must_have=must,
-                ),
+                )
+            )  # fmt: skip
+            found += [
                 Compiled(
-                    f"adamw_ema_step {label}", _adamw_ema_kernel, tables | numbers,
-                    {"GRAD": TYPES[dtype], "TARGET_COPY": TYPES.get(copy), **common},
+                    f"adamw_ema_step {label}{'' if target else ', no average'}", _adamw_ema_kernel,
+                    tables | {"numbers": "*fp32"},
+                    {
+                        "GRAD": TYPES[dtype], "TARGET": target,
+                        "TARGET_COPY": TYPES.get(copy) if target else None, **common,
+                    },
                     must_have=must,
-                ),
+                )
+                for target in (True, False)
             ]  # fmt: skip
     return found

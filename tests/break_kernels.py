@@ -130,6 +130,7 @@ BREAKS = [
          "x = x - mean[:, None]"),
         ("divisor D - 1", "tl.sum(x * x, 1) / D", "tl.sum(x * x, 1) / (D - 1)"),
         ("second centring left out", "x - (tl.sum(x, 1) / D)[:, None]", "x"),
+        ("scale left out", " * tl.load(numbers + 8)", ""),
         ("eps left out", "variance + eps", "variance"),
         ("divisor N for S", "row // S", "row // N"),
         ("wrong index unmarked", "tl.where(inside, tl.sum(x, 1) / D, NAN)", "tl.sum(x, 1) / D"),
@@ -191,7 +192,8 @@ BREAKS = [
     *broken(
         "ema", "_adamw_ema_kernel",
         ("one value beyond the tail", "tl.arange(0, CHUNK) < rest", "tl.arange(0, CHUNK) <= rest"),
-        ("copies exchanged", "_address(places, copies,", "_address(places, copies - 1,"),
+        ("copies exchanged", "_address(places, target_copies,", "_address(places, copies,"),
+        ("a bad step taken", "if tl.load(numbers + 9) == 0.0:", "if tl.load(numbers + 9) == 2.0:"),
     ),
     *broken(
         "ema", "_adamw_ema_chunk",
@@ -199,8 +201,9 @@ BREAKS = [
         ("bias correction left out", "tl.div_rn(tl.sqrt_rn(second), root_scale)",
          "tl.sqrt_rn(second)"),
         ("decay left out", "* decay - rate", "- rate"),
+        ("scale left out", " * tl.load(numbers + 8)", ""),
         ("eps left out", ", root_scale) + eps", ", root_scale)"),
-        ("average of the old weights", "mask=keep), w, weight)",
+        ("average of the old weights", "mask=keep), w, tl.load(numbers + 7))",
          "mask=keep), tl.load(param + at, mask=keep), lerp1)"),
     ),
 ]  # fmt: skip

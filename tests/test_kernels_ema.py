@@ -124,9 +124,10 @@ def test_every_chunk(seed, kernel_device, chunk):
     assert torch.equal(flat(forced), flat(default))
     assert torch.equal(flat(copies), flat(default).bfloat16())
     lists = [[clones(start), online, *(clones(start) for _ in range(3))] for _ in range(2)]
+    numbers = ema.adamw_numbers(start[0].device, 1, 0.1, 0.9, (0.9, 0.99), 1e-8, 0.1)
     for arrays, size in zip(lists, (chunk, CHUNK), strict=True):
         arrays[3] = [x.square() for x in arrays[3]]
-        ema.launch_adamw_ema(arrays, (), (), 1, 0.1, 0.9, (0.9, 0.99), 1e-8, 0.1, chunk=size)
+        ema.launch_adamw_ema(arrays, (), (), numbers, chunk=size)
     for one, other in zip(*lists, strict=True):
         assert torch.equal(flat(one), flat(other))
 
@@ -246,6 +247,26 @@ def test_adamw_and_average_within_the_error_budget(seed, kernel_device, narrow, 
         assert torch.equal(flat(target_copies), found["target"].to(copy))
 
 
+@pytest.mark.parametrize(("narrow", "copy"), DTYPES)
+def test_the_way_on_a_cpu_within_the_error_budget(seed, monkeypatch, narrow, copy):
+    """Without kernels, in runs of 8 values: shorter tensors, whole runs, a tail."""
+    monkeypatch.setattr(ema, "CACHED", 8)
+    shapes = [(5,), (8,), (16, 3), (33,), (), (0,)]
+    params, target = randoms("cpu", shapes), randoms("cpu", shapes)
+    grads = [randoms("cpu", shapes, narrow) for _ in range(3)]
+    scaled = [[g / 2 for g in now] for now in grads]
+    found, copies, target_copies = our_steps(
+        params, grads, target, torch.float32, 1e-2, 0.99, copy, scale=0.5, **SETTINGS
+    )
+    eager = torch_steps(params, scaled, target, torch.float32, 1e-2, 0.99, **SETTINGS)
+    exact = torch_steps(params, scaled, target, torch.float64, 1e-2, 0.99, **SETTINGS)
+    for name, wanted in exact.items():
+        within_budget(found[name], eager[name], wanted, torch.float32, name)
+    if copy:
+        assert torch.equal(flat(copies), found["params"].to(copy))
+        assert torch.equal(flat(target_copies), found["target"].to(copy))
+
+
 def test_adamw_leaves_what_lies_between_fragments(seed, kernel_device):
     """As ZeRO cuts them from flat buffers: nothing beyond a fragment's last value is written."""
     size = CHUNK + 40
@@ -293,6 +314,67 @@ def test_parameters_with_gradients_on_are_stepped_in_place(seed, kernel_device):
     torch.testing.assert_close(average, before - 0.05)
 
 
+def test_without_an_average(seed, kernel_device):
+    """The weights and their copies are stepped as with one."""
+    params, grads = randoms(kernel_device, FEW), randoms(kernel_device, FEW, torch.bfloat16)
+    found = {}
+    for averaged in (True, False):
+        fresh, state = clones(params), [[torch.zeros_like(p) for p in params] for _ in range(2)]
+        copies = empties(params, torch.bfloat16)
+        target = clones(params) if averaged else ()
+        ema.adamw_ema_step(fresh, grads, *state, target, step=3, lr=0.1, copies=copies)
+        found[averaged] = [flat(array) for array in (fresh, *state, copies)]
+    for one, other in zip(found[True], found[False], strict=True):
+        assert torch.equal(one, other)
+    assert not torch.equal(found[False][0], flat(params))
+
+
+@pytest.mark.parametrize("narrow", [torch.float32, torch.bfloat16])
+def test_the_gradients_scale(seed, kernel_device, narrow):
+    """A quarter is exact in every type: as scaling them beforehand, bit for bit."""
+    params, grads = randoms(kernel_device, FEW), randoms(kernel_device, FEW, narrow)
+    found = []
+    for gradient, scale in ((grads, 0.25), ([g / 4 for g in grads], 1.0)):
+        arrays = [clones(params), gradient, *(clones(params) for _ in range(3))]
+        arrays[3] = [v.square() for v in arrays[3]]
+        before = clones(gradient)
+        ema.adamw_ema_step(*arrays, step=2, lr=0.1, momentum=0.9, scale=scale)
+        assert torch.equal(flat(gradient), flat(before))
+        found.append(flat([x for i, array in enumerate(arrays) if i != 1 for x in array]))
+    assert torch.equal(*found)
+
+
+def test_numbers_on_the_device(seed, kernel_device):
+    """Rate, decay, momentum, scale and the count of steps as 0-d tensors: the same values."""
+    params, grads = randoms(kernel_device, FEW), randoms(kernel_device, FEW)
+    numbers = {"step": 3, "lr": 0.1, "weight_decay": 0.2, "momentum": 0.7, "scale": 0.5}
+    there = {
+        k: torch.tensor(v, dtype=torch.float64, device=kernel_device) for k, v in numbers.items()
+    }
+    found = []
+    for named in (numbers, there):
+        arrays = [clones(params), grads, *(clones(params) for _ in range(3))]
+        arrays[3] = [v.square() for v in arrays[3]]
+        ema.adamw_ema_step(*arrays, **named, apply=torch.tensor(True, device=kernel_device))
+        found.append(flat([x for array in arrays for x in array]))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+def test_a_step_that_is_not_applied_writes_nothing(seed, kernel_device, tensor):
+    params = randoms(kernel_device, FEW)
+    lists = [clones(params) for _ in range(5)]
+    lists[1] = [g * math.nan for g in lists[1]]
+    copies = [empties(params, torch.bfloat16) for _ in range(2)]
+    apply = torch.tensor(False, device=kernel_device) if tensor else False
+    ema.adamw_ema_step(
+        *lists, step=1, lr=0.1, momentum=0.5, apply=apply, copies=copies[0], target_copies=copies[1]
+    )
+    for place in (0, 2, 3, 4):
+        assert torch.equal(flat(lists[place]), flat(params))
+    assert flat([*copies[0], *copies[1]]).isnan().all()
+
+
 def test_steps_that_cannot_be():
     a, b = torch.zeros(3), torch.zeros(4)
     numbers = {"lr": 1e-3, "momentum": 0.9}
@@ -302,6 +384,8 @@ def test_steps_that_cannot_be():
         ema.adamw_ema_step([a], [b], [a], [a], [a], step=1, **numbers)
     with pytest.raises(ValueError, match=r"\[1, 0, 1, 1, 1\]"):
         ema.adamw_ema_step([a], [], [a], [a], [a], step=1, **numbers)
+    with pytest.raises(ValueError, match="copies of an average"):
+        ema.adamw_ema_step([a], [a], [a], [a], step=1, target_copies=[a], **numbers)
 
 
 # --- as PyTorch's own
@@ -319,9 +403,10 @@ def test_the_operators_pass_opcheck(seed, kernel_device):
     check_operator(ops.ema_update.default, (target, online, copies, 0.9))
     lists = some_lists(kernel_device, 5)
     lists[3] = [v.abs() for v in lists[3]]
-    numbers = (3, 1e-3, 0.9, [0.9, 0.95], 1e-8, 0.04)
-    check_operator(ops.adamw_ema_step.default, (*lists, [], [], *numbers))
-    check_operator(ops.adamw_ema_step.default, (*lists, copies, clones(copies), *numbers))
+    numbers = ema.adamw_numbers(target[0].device, 3, 1e-3, 0.9, [0.9, 0.95], 1e-8, 0.04)
+    check_operator(ops.adamw_ema_step.default, (*lists, [], [], numbers))
+    check_operator(ops.adamw_ema_step.default, (*lists[:4], [], copies, [], numbers))
+    check_operator(ops.adamw_ema_step.default, (*lists, copies, clones(copies), numbers))
 
 
 def step_of(target, online, exp_avgs, exp_avg_sqs, grads, copies) -> None:
