@@ -13,7 +13,8 @@ from cjepa_fast.train import Trainer
 
 class Phases:
     """Times the parts of a Trainer's steps: target, context, predictor, loss, backward, optimiser
-    (with the exchange between processes), average. Each part is waited for, on a GPU too."""
+    (with the exchange between processes), average (0 where it is the optimiser's own pass). Each
+    part is waited for, on a GPU too."""
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
@@ -63,7 +64,8 @@ class Phases:
         for found in self.steps_ms:
             parts = {name: found[name] for name in ("target", "context", "predictor")}
             parts["loss"] = found["forward"] - found["context"] - found["predictor"]
-            parts |= {name: found[name] for name in ("backward", "optimiser", "average")}
+            parts |= {"backward": found["backward"], "average": found.get("average", 0.0)}
+            parts["optimiser"] = found["optimiser"] - parts["average"]
             rows.append(parts | {"rest": found["step"] - sum(parts.values())})
         return {
             name: statistics.median(row[name] for row in rows) for name in (rows[0] if rows else ())

@@ -1,5 +1,7 @@
 """From the configuration to the parts: networks, masks, loader."""
 
+import json
+
 import torch
 
 from cjepa_fast import config as configuration
@@ -11,8 +13,10 @@ from cjepa_fast.data.loader import Loader
 from cjepa_fast.flops import step_gflop
 from cjepa_fast.interop import load_ijepa
 from cjepa_fast.jepa import JEPA
+from cjepa_fast.local import LocalEngine
 from cjepa_fast.loss import CJEPALoss, build_projector
 from cjepa_fast.masks import MaskSampler
+from cjepa_fast.optim import parameter_groups
 from cjepa_fast.predictor import Predictor
 from cjepa_fast.vit import MODELS, Encoder
 
@@ -40,6 +44,54 @@ def build_networks(config: Config, group=None) -> JEPA:
     projector = build_projector(encoder.width, widths, group)
     loss = CJEPALoss(prediction=config.loss.prediction, group=group, **vicreg)
     return JEPA(encoder, predictor, loss, projector)
+
+
+def build_engine(
+    networks: JEPA, target: Encoder, config: Config, micro_batch: int, accumulation: int
+) -> engines.Engine | LocalEngine:
+    """By optim.implementation; networks and target, in fp32 and on the device, become its own."""
+    optim = config.optim
+    options = {
+        "accumulation": accumulation,
+        "precision": config.run.precision,
+        "clip": optim.clip,
+        "betas": optim.betas,
+        "eps": optim.eps,
+    }
+    groups = parameter_groups(networks)
+    implementation = optimizer_implementation(config)
+    if implementation == "adamw_ema":
+        return LocalEngine(networks, target, groups, **options)
+    return engines.Engine(
+        networks,
+        target,
+        groups,
+        config.deepspeed,
+        micro_batch=micro_batch,
+        implementation=implementation,
+        **options,
+    )
+
+
+def optimizer_implementation(config: Config) -> str:
+    """ "auto" resolved. Raises ConfigError for "adamw_ema" on several processes or with DeepSpeed
+    settings, which it does not read (but for a ZeRO stage: one process has nothing to shard)."""
+    asked, alone = config.optim.implementation, engines.world_size() == 1
+    zero = config.deepspeed.get("zero_optimization", {})
+    own = set(config.deepspeed) <= {"zero_optimization"} and set(zero) <= {"stage"}
+    if asked == "auto":
+        return "adamw_ema" if alone and own else "fused"
+    if asked == "adamw_ema" and not (alone and own):
+        reason = (
+            f"the deepspeed section holds more than a ZeRO stage: {json.dumps(config.deepspeed)}"
+            if alone
+            else f"there are {engines.world_size()} processes"
+        )
+        raise ConfigError(
+            f'optim.implementation = "adamw_ema": it trains on one process without DeepSpeed, but '
+            f'{reason}. Take "auto" or "fused"'
+        )
+    return asked
 
 
 def choose_attention(
@@ -118,7 +170,7 @@ def check_heads(section: str, width: int, heads: int) -> None:
 
 
 def compute_dtype(config: Config) -> torch.dtype:
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[config.run.precision]
+    return engines.DTYPES[config.run.precision]
 
 
 def build_masks(config: Config) -> MaskSampler:

@@ -25,8 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from cjepa_fast import __version__
-from cjepa_fast.ema import TargetEMA
 from cjepa_fast.engine import Engine, rank, world_size
+from cjepa_fast.local import LocalEngine
 from cjepa_fast.vit import Encoder
 
 FORMAT = 1
@@ -36,8 +36,7 @@ FINAL = {"target": "encoder", "context": "context_encoder"}  # file names at the
 def save(
     folder: Path,
     step: int,
-    engine: Engine,
-    ema: TargetEMA,
+    engine: Engine | LocalEngine,
     facts: dict,
     encoder_json: str,
     keep: int,
@@ -53,7 +52,7 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     _barrier()
-    owned = owned_tensors(engine, ema)
+    owned = owned_tensors(engine)
     owned |= generator_states()
     shard = partial / f"shard_{rank():05d}_of_{world_size():05d}.safetensors"
     save_file(owned, shard)
@@ -73,7 +72,7 @@ def save(
     return final
 
 
-def owned_tensors(engine: Engine, ema: TargetEMA) -> dict[str, torch.Tensor]:
+def owned_tensors(engine: Engine | LocalEngine) -> dict[str, torch.Tensor]:
     """The fragments this process must write, by key "KIND/NAME@START"; replicas write none."""
     tensors = {}
     if engine.sharded or rank() == 0:
@@ -81,7 +80,7 @@ def owned_tensors(engine: Engine, ema: TargetEMA) -> dict[str, torch.Tensor]:
             at = f"{owned.master.name}@{owned.master.start}"
             tensors[f"master/{at}"] = owned.master.values
             tensors |= {f"{moment}/{at}": values for moment, values in owned.moments.items()}
-        tensors |= {f"ema/{f.name}@{f.start}": f.values for f in ema.fragments}
+        tensors |= {f"ema/{f.name}@{f.start}": f.values for f in engine.ema.fragments}
     return {key: values.detach().cpu().clone() for key, values in tensors.items()}
 
 
@@ -92,7 +91,7 @@ def generator_states() -> dict[str, torch.Tensor]:
     return states
 
 
-def _describe(step: int, engine: Engine) -> dict:
+def _describe(step: int, engine: Engine | LocalEngine) -> dict:
     return {
         "format": FORMAT,
         "step": step,
@@ -106,7 +105,7 @@ def _describe(step: int, engine: Engine) -> dict:
     }
 
 
-def restore(path: Path, engine: Engine, ema: TargetEMA) -> int:
+def restore(path: Path, engine: Engine | LocalEngine) -> int:
     """Put a checkpoint's state in place and return the number of steps it had done.
 
     Raises ValueError naming the first parameter that is missing or of another size.
@@ -116,11 +115,11 @@ def restore(path: Path, engine: Engine, ema: TargetEMA) -> int:
         stored.read_into("master", owned.master)
         for moment, values in owned.moments.items():
             stored.read_into(moment, owned.master._replace(values=values))
-    for fragment in ema.fragments:
+    for fragment in engine.ema.fragments:
         stored.read_into("ema", fragment)
     names = [n for n, p in engine.module.named_parameters() if p.requires_grad]
     engine.write_weights({name: stored.whole("master", name) for name in names})
-    ema.write_working_copy()
+    engine.ema.write_working_copy()
     engine.set_optimizer_step(stored.state["optimizer_step"])
     stored.restore_generators()
     return stored.state["step"]

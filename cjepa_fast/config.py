@@ -111,6 +111,9 @@ class LossSection(Section):
 
 
 class OptimSection(Section):
+    implementation: Literal["auto", "adamw_ema", "fused", "apex", "deepspeed"] = Field(
+        "auto", description="adamw_ema (weights and average in one pass) on one process, else fused"
+    )
     lr: Positive = 1e-3
     start_lr: NonNegative = 1e-4
     final_lr: NonNegative = 1e-6

@@ -37,6 +37,7 @@ class TargetEMA:
 
     target: a copy of the encoder in fp32, moved to `dtype` here; its values start the average.
     group: the processes that together own all fragments, None where each owns them all.
+    working: the fragments' places in the module's weights.
     """
 
     def __init__(
@@ -65,21 +66,21 @@ class TargetEMA:
         for p in (parameters[name] for name in names):
             p.data = self._flat[offset : offset + p.numel()].view(p.shape)
             offset += p.numel()
-        self._working = [fragment_of(parameters[f.name].data, f) for f in self.fragments]
+        self.working = [fragment_of(parameters[f.name].data, f) for f in self.fragments]
 
     @torch.no_grad()
     def update(self, momentum: float) -> None:
         """One step of the average, after the optimiser's, and its working copy."""
         masters = [m.values for m in self.masters]
         with self._completed_by_others():
-            ema_update([f.values for f in self.fragments], masters, momentum, self._working)
+            ema_update([f.values for f in self.fragments], masters, momentum, self.working)
 
     @torch.no_grad()
     def write_working_copy(self) -> None:
         """Cast the average into the module's weights, completed from the other processes."""
         with self._completed_by_others():
             if self.fragments:
-                torch._foreach_copy_(self._working, [f.values for f in self.fragments])
+                torch._foreach_copy_(self.working, [f.values for f in self.fragments])
 
     @contextlib.contextmanager
     def _completed_by_others(self) -> Iterator[None]:

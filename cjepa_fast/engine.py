@@ -2,48 +2,39 @@
 
 `Engine.state()` lists, for whatever ZeRO stage, the fragments of the fp32 weights and Adam moments
 that this process owns, as views. The target's average and the checkpoints are built on it alone.
+One process has nothing to shard and trains without DeepSpeed: local.py.
 """
 
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from cjepa_fast.ema import Fragment, fragment_of
+from cjepa_fast.ema import Fragment, TargetEMA, fragment_of
 
 T = TypeVar("T")
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # by run.precision
 
 
 def start(seed: int) -> torch.device:
-    """Join (or, for one process, make) the process group, and seed torch. Returns the device.
+    """Join the process group of several processes, and seed torch. Returns the device.
 
-    Without a GPU the CPU and gloo take its place: DS_ACCELERATOR=cpu is set for DeepSpeed.
+    Without a GPU the CPU and gloo take its place.
     """
     cuda = torch.cuda.is_available()
-    if not cuda:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    alone = "RANK" not in os.environ
-    if alone:
-        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed wants it
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    backend = "nccl" if cuda else "gloo"
-    if alone and not dist.is_initialized():
-        # In memory: no port is taken, nor RANK set, which processes started from here would see.
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    deepspeed = _deepspeed()
-    if not cuda:
-        # Otherwise DeepSpeed compiles a shared-memory collective for over a minute; gloo serves.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(backend, verbose=False)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _deepspeed()
     torch.manual_seed(seed)
     return device
 
@@ -62,12 +53,23 @@ def leave(status: int) -> NoReturn:
 
 
 def _deepspeed():
-    """DeepSpeed, imported late (seconds) and without what does not concern the user."""
+    """DeepSpeed, imported late (seconds), without what does not concern the user, and joined."""
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if backend == "gloo":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if "RANK" not in os.environ and not dist.is_initialized():
+        # In memory: no port is taken, nor RANK set, which processes started from here would see.
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed wants it
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     # DeepSpeed 0.19 still calls collectives and amp helpers by names that torch 2.13 deprecates.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(deepspeed|torch)\.")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     import deepspeed
 
+    if backend == "gloo":
+        # Otherwise DeepSpeed compiles a shared-memory collective for over a minute; gloo serves.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(backend, verbose=False)
     return deepspeed
 
 
@@ -126,15 +128,51 @@ class OwnedState(NamedTuple):
     moments: dict[str, torch.Tensor]
 
 
-class Engine:
-    """A model under DeepSpeed with fused AdamW, taking its schedules from outside at each step.
+def masters_below(prefix: str, state: list[OwnedState]) -> list[Fragment]:
+    """The fp32 fragments of the parameters below `prefix`, their names without it."""
+    return [
+        s.master._replace(name=s.master.name[len(prefix) :])
+        for s in state
+        if s.master.name.startswith(prefix)
+    ]
 
-    groups: from optim.parameter_groups; config: the user's own DeepSpeed JSON, completed here.
+
+def adamw(implementation: str, groups: list[dict], **numbers) -> torch.optim.Optimizer:
+    """AdamW by torch ("fused"), by DeepSpeed's own kernels, or by apex. numbers: betas, eps.
+
+    Raises ValueError where the package does not load. DeepSpeed compiles its own at the first use.
+    """
+    numbers["lr"] = 0.0  # some ZeRO stages allocate Adam's state by a step with zero gradients
+    if implementation == "fused":
+        return torch.optim.AdamW(groups, fused=True, **numbers)
+    if implementation == "deepspeed":
+        _deepspeed()
+        from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+
+        of_device = FusedAdam if torch.cuda.is_available() else DeepSpeedCPUAdam
+        return of_device(groups, **numbers)
+    try:
+        from apex.optimizers import FusedAdam as ApexAdam
+    except ImportError as error:
+        raise ValueError(
+            f'optim.implementation = "apex": it does not load ({error}); the README tells how it '
+            'is built from NVIDIA\'s source; or take "fused"'
+        ) from error
+    return ApexAdam(groups, adam_w_mode=True, **numbers)
+
+
+class Engine:
+    """A model under DeepSpeed, its target's average, and the schedules taken from outside.
+
+    target: a copy of the model's encoder in fp32, moved to the compute dtype here. groups: from
+    optim.parameter_groups; config: the user's own DeepSpeed JSON, completed here. implementation:
+    see adamw.
     """
 
     def __init__(
         self,
         model: nn.Module,
+        target: nn.Module,
         groups: list[dict],
         config: dict,
         *,
@@ -144,13 +182,12 @@ class Engine:
         clip: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        implementation: str = "fused",
     ):
         initial = {n: p.detach().cpu() for n, p in model.named_parameters() if p.requires_grad}
-        # lr 0: some ZeRO stages allocate Adam's state by taking a step with zero gradients.
-        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
         self._deepspeed, *_ = _deepspeed().initialize(
             model=model,
-            optimizer=optimizer,
+            optimizer=adamw(implementation, groups, betas=betas, eps=eps),
             config=complete_config(config, micro_batch, accumulation, precision, clip),
             dist_init_required=False,
         )
@@ -162,6 +199,8 @@ class Engine:
         self._allocate_moments()
         self.set_optimizer_step(0)
         self._write_masters(initial)
+        masters = self.masters("encoder.")
+        self.ema = TargetEMA(target, masters, DTYPES[precision], self.owner_group)
         self.grad_norm: torch.Tensor | float = 0.0
 
     @property
@@ -185,8 +224,8 @@ class Engine:
         """Accumulate the gradient of one micro-batch; the mean over micro-batches and processes."""
         self._deepspeed.backward(loss)
 
-    def step(self, lr: float, weight_decay: float) -> bool:
-        """Call after each micro-batch; at the last of a step, update.
+    def step(self, lr: float, weight_decay: float, momentum: float) -> bool:
+        """Call after each micro-batch; at the last of a step, update weights and average.
 
         Returns False where a gradient was not finite: then nothing has been updated.
         """
@@ -202,7 +241,10 @@ class Engine:
         self._deepspeed.step()
         if boundary and not self._unguarded:
             self.grad_norm = self._deepspeed.get_global_grad_norm()
-        return not boundary or self._deepspeed.was_step_applied()
+        applied = not boundary or self._deepspeed.was_step_applied()
+        if boundary and applied:
+            self.ema.update(momentum)
+        return applied
 
     @property
     def _optimizer(self) -> torch.optim.Optimizer:
@@ -226,23 +268,32 @@ class Engine:
             optimised = [p for g in self._base_optimizer.param_groups for p in g["params"]]
         for p in optimised:
             state = self._base_optimizer.state[p]
-            state.setdefault("step", torch.zeros((), dtype=torch.float32, device=p.device))
+            if isinstance(self._base_optimizer, torch.optim.AdamW):
+                state.setdefault("step", torch.zeros((), dtype=torch.float32, device=p.device))
             for moment in MOMENTS:
                 if moment not in state:
                     state[moment] = torch.zeros_like(p)
 
     @property
-    def _base_optimizer(self) -> torch.optim.AdamW:
+    def _base_optimizer(self) -> torch.optim.Optimizer:
         return self._deepspeed.basic_optimizer
 
     def set_optimizer_step(self, step: int) -> None:
         """Adam's own count of updates, which decides its bias correction."""
-        for state in self._base_optimizer.state.values():
-            state["step"].fill_(step)
+        for holder in self._step_holders():
+            if isinstance(holder.get("step"), torch.Tensor):
+                holder["step"].fill_(step)
+            else:
+                holder["step"] = step
 
     def optimizer_step(self) -> int:
-        states = iter(self._base_optimizer.state.values())
-        return int(next(states)["step"])
+        return int(next(self._step_holders())["step"])
+
+    def _step_holders(self) -> Iterator[dict]:
+        """Apex counts by parameter group, the others by parameter."""
+        optimizer = self._base_optimizer
+        by_group = type(optimizer).__module__.startswith("apex")
+        yield from optimizer.param_groups if by_group else optimizer.state.values()
 
     def state(self) -> list[OwnedState]:
         """This process's share of the fp32 weights and moments; every stage's shares cover all."""
@@ -253,12 +304,7 @@ class Engine:
         return self._state_stage_0()
 
     def masters(self, prefix: str) -> list[Fragment]:
-        """The fp32 fragments of the parameters below `prefix`, their names without it."""
-        return [
-            s.master._replace(name=s.master.name[len(prefix) :])
-            for s in self.state()
-            if s.master.name.startswith(prefix)
-        ]
+        return masters_below(prefix, self.state())
 
     def _owned(self, name: str, start: int, key: nn.Parameter, offset: int, numel: int):
         """The slice [offset, offset + numel) of an optimiser's (flat) parameter and its moments."""

@@ -29,18 +29,17 @@ from cjepa_fast import checkpoint, optim
 from cjepa_fast import config as configuration
 from cjepa_fast import engine as engines
 from cjepa_fast.build import (
+    build_engine,
     build_loader,
     build_masks,
     build_networks,
     choose_attention,
     compile_networks,
-    compute_dtype,
     gflop_of,
     initialise,
 )
 from cjepa_fast.config import Config, ConfigError
 from cjepa_fast.data.loader import Batch, Loader
-from cjepa_fast.ema import TargetEMA
 from cjepa_fast.interrupt import StopRequest
 from cjepa_fast.telemetry import Telemetry, representation_stats
 from cjepa_fast.vit import count_parameters
@@ -65,7 +64,6 @@ class Trainer:
         self.config, self.device = config, device
         self.steps_per_epoch, self.images = steps_per_epoch, images
         self.total_steps = config.run.epochs * steps_per_epoch
-        dtype = compute_dtype(config)
         self.micro_batch, self.accumulation = configuration.micro_batches(
             config.data.batch_size, engines.world_size(), config.data.micro_batch_size
         )
@@ -85,19 +83,8 @@ class Trainer:
         networks.to(device)
         target.to(device)
         self.attention = choose_attention(networks, target, config, device, self.micro_batch)
-        self.engine = engines.Engine(
-            networks,
-            optim.parameter_groups(networks),
-            config.deepspeed,
-            micro_batch=self.micro_batch,
-            accumulation=self.accumulation,
-            precision=config.run.precision,
-            clip=config.optim.clip,
-            betas=config.optim.betas,
-            eps=config.optim.eps,
-        )
-        masters = self.engine.masters("encoder.")
-        self.ema = TargetEMA(target, masters, dtype, self.engine.owner_group)
+        self.engine = build_engine(networks, target, config, self.micro_batch, self.accumulation)
+        self.ema = self.engine.ema
         compile_networks(networks, target, config.run.compile)
         self.features: deque[torch.Tensor] = deque(maxlen=-(-FEATURE_ROWS // self.micro_batch))
 
@@ -115,11 +102,9 @@ class Trainer:
                 target = self.ema.module(images)
             terms = self.engine(images, masks.context_idx_BK, masks.target_idx_BMP, target)
             self.engine.backward(terms["loss"])
-            applied = self.engine.step(lr, weight_decay)
+            applied = self.engine.step(lr, weight_decay, momentum)
             self.features.append(target.mean(1))
             sums = {name: sums.get(name, 0) + term.detach() for name, term in terms.items()}
-        if applied:
-            self.ema.update(momentum)
         means = {name: total / self.accumulation for name, total in sums.items()}
         return engines.mean_over_ranks(means), applied
 
@@ -164,7 +149,6 @@ class Trainer:
             run / "checkpoints",
             step,
             self.engine,
-            self.ema,
             self.facts() | {"epoch": step / self.steps_per_epoch},
             self.encoder_json,
             self.config.checkpoint.keep,
@@ -318,7 +302,7 @@ def begin(config: Config, checkpointed: Path | None) -> tuple[Trainer, Loader, i
     )
     if checkpointed is None:
         return trainer, loader, 0
-    return trainer, loader, checkpoint.restore(checkpointed, trainer.engine, trainer.ema)
+    return trainer, loader, checkpoint.restore(checkpointed, trainer.engine)
 
 
 def open_telemetry(trainer: Trainer, run: Path, start: int, checkpointed: Path | None) -> Telemetry:

@@ -1,8 +1,8 @@
 """Train a tiny C-JEPA for a few steps and print what came out, as one JSON line on rank 0.
 
-engine_worker.py STAGE PRECISION STEPS FOLDER [save=STEP] [resume] [nan=STEP] [kernels]
-The global batch of each step is the same for every number of processes. With `kernels` the Triton
-kernels run, in the interpreter.
+engine_worker.py STAGE PRECISION STEPS FOLDER [save=STEP] [resume] [nan=STEP] [kernels] [adam=NAME]
+STAGE is ZeRO's, or "local" for the engine without DeepSpeed. The global batch of each step is the
+same for every number of processes. With `kernels` the Triton kernels run, in the interpreter.
 """
 
 import contextlib
@@ -13,12 +13,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from cjepa_fast import checkpoint, engine, optim
-from cjepa_fast.ema import TargetEMA
 from cjepa_fast.jepa import JEPA
 from cjepa_fast.kernels import launch
+from cjepa_fast.local import LocalEngine
 from cjepa_fast.loss import CJEPALoss
 from cjepa_fast.predictor import Predictor
 from cjepa_fast.vit import Encoder
@@ -39,33 +38,27 @@ def batch_of(step: int, micro: int) -> list[torch.Tensor]:
     return [images, context, targets]
 
 
-def build(stage: int, precision: str) -> tuple[engine.Engine, TargetEMA, nn.Module]:
+def build(stage: str, precision: str, adam: str) -> engine.Engine | LocalEngine:
     world = engine.world_size()
     encoder = Encoder(32, 8, 24, 2, 3)
     group = dist.group.WORLD if world > 1 else None
     # A strong VICReg term, so that statistics of a part of the batch could not go unseen.
     network = JEPA(encoder, Predictor(24, encoder.grid, 12, 1, 3), CJEPALoss(beta=0.1, group=group))
-    target = copy.deepcopy(encoder)
-    made = engine.Engine(
-        network,
-        optim.parameter_groups(network),
-        {"zero_optimization": {"stage": stage}},
-        micro_batch=BATCH // world,
-        accumulation=ACCUMULATION,
-        precision=precision,
-        clip=0.5,
-    )
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
-    return made, TargetEMA(target, made.masters("encoder."), dtype, made.owner_group), target
+    parts = network, copy.deepcopy(encoder), optim.parameter_groups(network)
+    options = {"accumulation": ACCUMULATION, "precision": precision, "clip": 0.5}
+    if stage == "local":
+        return LocalEngine(*parts, **options)
+    zero = {"zero_optimization": {"stage": int(stage)}}
+    return engine.Engine(*parts, zero, micro_batch=BATCH // world, implementation=adam, **options)
 
 
-def whole_weights(made: engine.Engine, ema: TargetEMA) -> dict[str, list[float]]:
+def whole_weights(made: engine.Engine | LocalEngine) -> dict[str, list[float]]:
     """All fp32 values, gathered from their owners: a checksum a kind that keeps every digit."""
     sums = {"master": 0.0, "exp_avg": 0.0, "exp_avg_sq": 0.0, "ema": 0.0}
     for owned in made.state():
         for kind, values in {"master": owned.master.values, **owned.moments}.items():
             sums[kind] += values.double().abs().sum()
-    for fragment in ema.fragments:
+    for fragment in made.ema.fragments:
         sums["ema"] += fragment.values.double().abs().sum()
     totals = torch.tensor([float(value) for value in sums.values()], dtype=torch.float64)
     if made.sharded:
@@ -74,16 +67,17 @@ def whole_weights(made: engine.Engine, ema: TargetEMA) -> dict[str, list[float]]
 
 
 def main() -> None:
-    stage, precision, steps, folder = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
+    stage, precision, steps, folder = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
     options = dict(option.partition("=")[::2] for option in sys.argv[5:])
     engine.start(seed=0)
-    made, ema, target = build(stage, precision)
+    made = build(stage, precision, options.get("adam", "fused"))
+    target = made.ema.module
     masters = torch.cat([owned.master.values for owned in made.state()])
     rounded = torch.equal(masters, masters.bfloat16().float())
     rank, share = engine.rank(), BATCH // engine.world_size()
     start = 0
     if "resume" in options:
-        start = checkpoint.restore(checkpoint.latest(Path(folder)), made, ema)
+        start = checkpoint.restore(checkpoint.latest(Path(folder)), made)
     seen = []
     for step in range(start, steps):
         losses = []
@@ -98,18 +92,17 @@ def main() -> None:
                 tokens = target(images)
             terms = made(images, context, targets, tokens)
             made.backward(terms["loss"])
-            applied = made.step(lr=1e-2, weight_decay=0.1)
+            applied = made.step(lr=1e-2, weight_decay=0.1, momentum=0.9)
             losses.append(engine.mean_over_ranks({"loss": terms["loss"].detach()})["loss"].item())
-        if applied:
-            ema.update(0.9)
         seen.append([sum(losses) / ACCUMULATION, float(made.grad_norm), applied])
         if options.get("save") == str(step + 1):
-            checkpoint.save(Path(folder) / "checkpoints", step + 1, made, ema, {}, "{}", 1)
-    sums = whole_weights(made, ema)
+            checkpoint.save(Path(folder) / "checkpoints", step + 1, made, {}, "{}", 1)
+    sums = whole_weights(made)
     if rank == 0:
         facts = {"adam": made.optimizer_step(), "rounded": rounded}
         print(json.dumps({"steps": seen, "sums": sums, **facts}))
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

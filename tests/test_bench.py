@@ -165,10 +165,10 @@ def test_the_phases_are_parts_of_the_step(measure, trainer):
             ours.step(next(batches), index)
     names = ["target", "context", "predictor", "loss", "backward", "optimiser", "average", "rest"]
     found = phases.median_ms()
-    assert list(found) == names and all(ms > 0 for ms in found.values())
+    assert list(found) == names and all(ms > 0 for name, ms in found.items() if name != "average")
     assert len(phases.steps_ms) == 3
     for step in phases.steps_ms:
-        parts = [step[name] for name in ("target", "forward", "backward", "optimiser", "average")]
+        parts = [step[name] for name in ("target", "forward", "backward", "optimiser")]
         assert sum(parts) < step["step"]
         assert step["context"] + step["predictor"] < step["forward"]
     assert vars(ours.engine).keys() | vars(ours).keys() | vars(ours.ema).keys() == before

@@ -60,11 +60,13 @@ def test_stages_on_two_processes_follow_one_process(single, tmp_path, stage, pre
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize(("stage", "then", "processes"), [(2, 0, 1), (1, 3, 2), (3, 2, 2)])
+@pytest.mark.parametrize(
+    ("stage", "then", "processes"), [(2, "local", 1), (1, 3, 2), (3, 2, 2), ("local", 1, 2)]
+)
 def test_a_checkpoint_resumes_under_another_stage_and_world_size(
     single, tmp_path, stage, then, processes
 ):
-    work(stage, "fp32", tmp_path, "save=3", processes=2)
+    work(stage, "fp32", tmp_path, "save=3", processes=1 if stage == "local" else 2)
     resumed = work(then, "fp32", tmp_path, "resume", processes=processes)
     whole = single("fp32")
     assert len(resumed["steps"]) == 3
@@ -73,10 +75,11 @@ def test_a_checkpoint_resumes_under_another_stage_and_world_size(
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize(
-    ("stage", "precision"), [(0, "fp32"), (0, "bf16"), (1, "bf16"), (3, "bf16")]
+    ("stage", "precision"),
+    [(0, "fp32"), (0, "bf16"), (1, "bf16"), (3, "bf16"), ("local", "bf16")],
 )
-def test_a_nan_on_one_process_is_skipped_on_both(tmp_path, stage, precision):
-    result = work(stage, precision, tmp_path, "nan=2", processes=2)
+def test_a_nan_on_one_process_is_skipped_on_all(tmp_path, stage, precision):
+    result = work(stage, precision, tmp_path, "nan=2", processes=1 if stage == "local" else 2)
     assert [step[2] for step in result["steps"]] == [True, True, False, True, True, True]
     assert all(math.isfinite(total) for total in result["sums"].values())
     assert all(math.isfinite(step[0]) for i, step in enumerate(result["steps"]) if i != 2)
@@ -90,6 +93,24 @@ def test_the_engine_trains_with_the_kernels(single, tmp_path, stage):
     """The gathers, the loss, VICReg and the average, on two processes, in the interpreter."""
     two = work(stage, "fp32", tmp_path, "kernels", processes=2)
     assert_agree(single("fp32"), two, "fp32")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_one_process_without_deepspeed_follows_it(single, tmp_path, precision):
+    local = work("local", precision, tmp_path)
+    assert_agree(single(precision), local, precision)
+    assert not local["rounded"]
+
+
+@pytest.mark.slow
+def test_deepspeeds_own_adamw_follows_torchs(single, tmp_path):
+    """It is compiled first, for over a minute."""
+    assert_agree(single("fp32"), work(0, "fp32", tmp_path, "adam=deepspeed"), "fp32")
+
+
+def test_apexs_adamw_follows_torchs(single, tmp_path):
+    pytest.importorskip("apex.optimizers", reason="apex is not installed")
+    assert_agree(single("fp32"), work(0, "fp32", tmp_path, "adam=apex"), "fp32")
 
 
 @pytest.mark.slow
