@@ -64,8 +64,9 @@ class Phases:
         for found in self.steps_ms:
             parts = {name: found[name] for name in ("target", "context", "predictor")}
             parts["loss"] = found["forward"] - found["context"] - found["predictor"]
-            parts |= {"backward": found["backward"], "average": found.get("average", 0.0)}
-            parts["optimiser"] = found["optimiser"] - parts["average"]
+            average = found.get("average", 0.0)
+            parts["backward"] = found["backward"]
+            parts |= {"optimiser": found["optimiser"] - average, "average": average}
             rows.append(parts | {"rest": found["step"] - sum(parts.values())})
         return {
             name: statistics.median(row[name] for row in rows) for name in (rows[0] if rows else ())

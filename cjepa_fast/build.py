@@ -61,7 +61,9 @@ def build_engine(
     groups = parameter_groups(networks)
     implementation = optimizer_implementation(config)
     if implementation == "adamw_ema":
-        return LocalEngine(networks, target, groups, **options)
+        return LocalEngine(
+            networks, target, groups, keep_gradients=config.run.cuda_graph, **options
+        )
     return engines.Engine(
         networks,
         target,

@@ -45,6 +45,9 @@ class RunSection(Section):
     compile: Literal["none", "blocks", "whole"] = Field(
         "none", description='torch.compile; "whole" wants mask.context "fixed"'
     )
+    cuda_graph: bool = Field(
+        False, description='record the step once and replay it; wants mask.context "fixed"'
+    )
     max_bad_steps: Count = Field(10, description="non-finite steps in a row before the run stops")
     init_from: str | None = Field(None, description="an I-JEPA checkpoint to start from")
 
@@ -301,6 +304,11 @@ def _impossible(config: Config) -> Iterator[str]:
         yield (
             f"optim.warmup_epochs = {optim.warmup_epochs:g}: longer than the run; "
             f"at most run.epochs = {config.run.epochs}"
+        )
+    if config.run.cuda_graph and mask.context != "fixed":
+        yield (
+            f'run.cuda_graph = true: mask.context = "{mask.context}" changes the shapes; '
+            'set mask.context to "fixed"'
         )
     yield from _impossible_sizes(config)
     yield from _impossible_deepspeed(config)

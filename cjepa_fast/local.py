@@ -51,7 +51,10 @@ class LocalEngine:
         clip: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        keep_gradients: bool = False,
     ):
+        """keep_gradients: in place, set to zero, as a CUDA graph wants them; else freed."""
+        self.keep_gradients = keep_gradients
         self.module, self.accumulation, self.clip = model, accumulation, clip
         self.betas, self.eps = betas, eps
         self.device = next(model.parameters()).device
@@ -105,14 +108,15 @@ class LocalEngine:
     def step(self, lr: Number, weight_decay: Number, momentum: Number) -> bool | torch.Tensor:
         """Call after each micro-batch; at the last of a step, update weights and average.
 
-        Returns whether the gradient was finite, as a 0-d tensor on CUDA; else nothing is updated.
+        Returns whether the gradient was finite, else nothing is updated: a 0-d tensor, so that
+        nobody need wait for it; True between.
         """
         self._micro_steps += 1
-        gradients = self._gradients()
+        gradients, self._sums = self._gradients(), []
         if self._micro_steps % self.accumulation:
             self._sums = gradients
+            self._clear()
             return True
-        self._sums = []
         scale = 1 / self.accumulation
         self.grad_norm = total_norm(gradients) * scale
         applied = torch.isfinite(self.grad_norm)
@@ -136,18 +140,21 @@ class LocalEngine:
                 target_copies=group.average_copies,
             )
         self._steps += applied
-        return applied if applied.is_cuda else bool(applied)
+        self._clear()
+        return applied
 
     def _gradients(self) -> Tensors:
-        """Of each parameter, flat, and taken from it; sums over micro-batches are in fp32."""
+        """Of each parameter, flat; sums over micro-batches are in fp32."""
         new = [gradient_of(p) for p in self._weights.values()]
-        self.module.zero_grad(set_to_none=True)
         if self.accumulation == 1:
             return new
         new = [g.float() for g in new]
         if self._sums:
             torch._foreach_add_(new, self._sums)
         return new
+
+    def _clear(self) -> None:
+        self.module.zero_grad(set_to_none=not self.keep_gradients)
 
     def set_optimizer_step(self, step: int) -> None:
         """Adam's count of updates, which decides its bias correction."""

@@ -28,6 +28,7 @@ import torch.distributed as dist
 from cjepa_fast import checkpoint, optim
 from cjepa_fast import config as configuration
 from cjepa_fast import engine as engines
+from cjepa_fast.bad_steps import BadSteps
 from cjepa_fast.build import (
     build_engine,
     build_loader,
@@ -40,7 +41,10 @@ from cjepa_fast.build import (
 )
 from cjepa_fast.config import Config, ConfigError
 from cjepa_fast.data.loader import Batch, Loader
+from cjepa_fast.graph import Graphed
 from cjepa_fast.interrupt import StopRequest
+from cjepa_fast.kernels.ema import Number
+from cjepa_fast.local import LocalEngine
 from cjepa_fast.telemetry import Telemetry, representation_stats
 from cjepa_fast.vit import count_parameters
 
@@ -87,26 +91,64 @@ class Trainer:
         self.ema = self.engine.ema
         compile_networks(networks, target, config.run.compile)
         self.features: deque[torch.Tensor] = deque(maxlen=-(-FEATURE_ROWS // self.micro_batch))
+        self._run = self.micro_step
+        if config.run.cuda_graph:
+            self._check_graph()
+            self._run = Graphed(self.micro_step, device)
 
-    def step(self, batches: list[Batch], index: int) -> tuple[dict, bool]:
+    def _check_graph(self) -> None:
+        """Raises ConfigError where the step cannot be recorded."""
+        refused = {
+            f"the device is {self.device}": self.device.type != "cuda",
+            f"a step is {self.accumulation} micro-batches: raise data.micro_batch_size": (
+                self.accumulation > 1
+            ),
+            "DeepSpeed steps cannot be recorded: that takes one process": (
+                not isinstance(self.engine, LocalEngine)
+            ),
+        }
+        for reason in (text for text, holds in refused.items() if holds):
+            raise ConfigError(f"run.cuda_graph = true: {reason}; or leave it out")
+
+    def step(
+        self, batches: list[Batch], index: int
+    ) -> tuple[dict[str, torch.Tensor], bool | torch.Tensor]:
         """Optimiser step number `index` (from 0) over the step's micro-batches.
 
         Returns the terms' means over the step's images, of all processes (0-d tensors by name), and
-        whether the update was applied.
+        whether the update was applied, perhaps as a tensor that nobody has waited for.
         """
-        lr, weight_decay, momentum = self.schedules(index)
+        schedules = self.schedules(index)
         sums: dict[str, torch.Tensor] = {}
         for batch in batches:
-            images, masks = batch.images_B3HW, batch.masks
-            with torch.no_grad():
-                target = self.ema.module(images)
-            terms = self.engine(images, masks.context_idx_BK, masks.target_idx_BMP, target)
-            self.engine.backward(terms["loss"])
-            applied = self.engine.step(lr, weight_decay, momentum)
-            self.features.append(target.mean(1))
-            sums = {name: sums.get(name, 0) + term.detach() for name, term in terms.items()}
+            masks = batch.masks
+            terms, features_BD, applied = self._run(
+                batch.images_B3HW, masks.context_idx_BK, masks.target_idx_BMP, *schedules
+            )
+            self.features.append(features_BD.clone())
+            sums = {name: sums.get(name, 0) + term for name, term in terms.items()}
         means = {name: total / self.accumulation for name, total in sums.items()}
         return engines.mean_over_ranks(means), applied
+
+    def micro_step(
+        self,
+        images_B3HW: torch.Tensor,
+        context_idx_BK: torch.Tensor,
+        target_idx_BMP: torch.Tensor,
+        lr: Number,
+        weight_decay: Number,
+        momentum: Number,
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor, bool | torch.Tensor]:
+        """One micro-batch, and the update after a step's last.
+
+        Returns the terms, the target's mean tokens (B, D), and what the engine's step returns.
+        """
+        with torch.no_grad():
+            target_BND = self.ema.module(images_B3HW)
+        terms = self.engine(images_B3HW, context_idx_BK, target_idx_BMP, target_BND)
+        self.engine.backward(terms["loss"])
+        applied = self.engine.step(lr, weight_decay, momentum)
+        return {name: t.detach() for name, t in terms.items()}, target_BND.mean(1), applied
 
     def schedules(self, index: int) -> tuple[float, float, float]:
         """Learning rate, weight decay and EMA momentum of step `index` (from 0)."""
@@ -167,28 +209,26 @@ def steps_of(loader: Loader, start: int) -> Iterator[tuple[list[Batch], float]]:
 def fit(trainer: Trainer, loader: Loader, telemetry: Telemetry, run: Path, start: int) -> int:
     """Train from step `start` to the end, or until asked to stop. Returns the exit status."""
     config, total = trainer.config, trainer.total_steps
-    stop, bad_in_row, skipped = StopRequest(), 0, 0
+    stop, bad = StopRequest(), BadSteps(config.run.max_bad_steps)
     for index, (batches, wait_s) in zip(range(start, total), steps_of(loader, start), strict=False):
         terms, applied = trainer.step(batches, index)
         done = index + 1
-        bad_in_row = 0 if applied else bad_in_row + 1
-        if not applied:
-            skipped += 1
-            report_bad_step(telemetry, loader, batches, run, done, bad_in_row)
-            if bad_in_row >= config.run.max_bad_steps:
-                good = done - bad_in_row
-                if engines.rank() == 0:
-                    checkpoint.set_aside_later_than(run, good)
-                trainer.save(run, good)
-                telemetry.message(
-                    f"stopped: {bad_in_row} steps in a row were not finite. The last good state is "
-                    f"saved as step {good}; the images are named in {run / BAD_STEPS}"
-                )
-                return 1
+        for step, its_batches, in_row in bad.after(done, batches, applied, last=done == total):
+            report_bad_step(telemetry, loader, its_batches, run, step, in_row)
+        if bad.too_many:
+            good = done - bad.in_row
+            if engines.rank() == 0:
+                checkpoint.set_aside_later_than(run, good)
+            trainer.save(run, good)
+            telemetry.message(
+                f"stopped: {bad.in_row} steps in a row were not finite. The last good state is "
+                f"saved as step {good}; the images are named in {run / BAD_STEPS}"
+            )
+            return 1
         telemetry.step(done, trainer.scalars(terms, batches), wait_s)
         stopping = stop.agreed()
         if telemetry.due(done) or stopping:
-            telemetry.log_row(trainer.details(index, skipped, loader.skipped.count))
+            telemetry.log_row(trainer.details(index, bad.count, loader.skipped.count))
         every = config.checkpoint.every_steps
         if done == total or stopping or (every and done % every == 0):
             with telemetry.pause():

@@ -94,7 +94,7 @@ def main() -> None:
             made.backward(terms["loss"])
             applied = made.step(lr=1e-2, weight_decay=0.1, momentum=0.9)
             losses.append(engine.mean_over_ranks({"loss": terms["loss"].detach()})["loss"].item())
-        seen.append([sum(losses) / ACCUMULATION, float(made.grad_norm), applied])
+        seen.append([sum(losses) / ACCUMULATION, float(made.grad_norm), bool(applied)])
         if options.get("save") == str(step + 1):
             checkpoint.save(Path(folder) / "checkpoints", step + 1, made, {}, "{}", 1)
     sums = whole_weights(made)

@@ -1,0 +1,141 @@
+"""The recorded step: the same losses as the step itself, and nothing in it waits for the host."""
+
+import contextlib
+import itertools
+
+import pytest
+import tiny
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cjepa_fast import build, engine, local, train
+from cjepa_fast.config import ConfigError, validate
+from cjepa_fast.data.loader import Batch
+from cjepa_fast.graph import WARM, Graphed
+from cjepa_fast.kernels import gather
+
+STEPS = WARM + 4
+
+
+def trainer_of(**run) -> tuple[train.Trainer, list[list[Batch]]]:
+    """A tiny trainer with fixed shapes, and a few steps' batches on its device."""
+    sections = {
+        "run": run,
+        "data": tiny.CONFIG["data"] | {"batch_size": 8},
+        "mask": {"min_keep": 4, "context": "fixed"},
+        "optim": {"warmup_epochs": 0, "lr": 0.01, "clip": 1.0},
+    }
+    config = validate(tiny.CONFIG | sections)
+    device = engine.start(0)
+    trainer, masks = train.Trainer(config, device, steps_per_epoch=10), build.build_masks(config)
+    dtype = build.compute_dtype(config)
+    steps = []
+    for index in range(STEPS):
+        images = torch.randn(8, 3, 24, 24, generator=torch.Generator().manual_seed(index))
+        drawn = masks(0, index, torch.arange(8) + 8 * index).to(device)
+        steps.append([Batch(images.to(device, dtype), drawn, torch.arange(8), 0, index, 0)])
+    return trainer, steps
+
+
+def test_every_call_sees_its_own_inputs(monkeypatch):
+    """Warm calls, the recording and the replays: the recorded function reads the static tensors."""
+    seen = []
+
+    def function(x, number):
+        assert x is graphed.inputs[0] and number.dtype == torch.float64
+        seen.append((x.clone(), float(number)))
+        return x.sum() * number
+
+    graphed = Graphed(function, torch.device("cpu"))
+    monkeypatch.setattr(graphed, "_beside", lambda: function(*graphed.inputs))
+    monkeypatch.setattr(graphed, "_record", lambda: setattr(graphed, "graph", Replay()))
+
+    class Replay:
+        def replay(self):
+            graphed.outputs = function(*graphed.inputs)
+
+    for call in range(STEPS):
+        result = graphed(torch.full((3,), call), call / 8)
+        assert result == 3 * call * call / 8
+    assert [int(x[0]) for x, _ in seen] == list(range(STEPS))
+    with pytest.raises(ValueError, match=r"\(3,\), not \(4,\)"):
+        graphed(torch.zeros(4), 1.0)
+
+
+class NoReading(TorchDispatchMode):
+    """Fails where a value goes to the host, or a shape depends on values."""
+
+    READING = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.__name__.partition(".")[0]
+        assert name not in self.READING, f"{name} waits for the device"
+        return function(*args, **(kwargs or {}))
+
+
+def test_nothing_in_a_step_waits_for_the_device(monkeypatch):
+    """But for what a CPU alone does: check indices, read the numbers of the optimiser's pass."""
+    passes = []
+    monkeypatch.setattr(local, "adamw_ema_step", lambda *a, **numbers: passes.append(numbers))
+    monkeypatch.setattr(gather, "_check", lambda idx, patches: None)
+    trainer, steps = trainer_of()
+    with NoReading():
+        for index, batches in enumerate(steps):
+            _, applied = trainer.step(batches, index)
+    assert isinstance(applied, torch.Tensor) and len(passes) == 4 * STEPS
+    for name in ("step", "scale", "apply"):
+        assert isinstance(passes[0][name], torch.Tensor)
+    with pytest.raises(AssertionError, match="waits for the device"), NoReading():
+        trainer.step(steps[0], 0)[1].item()
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"run": {"cuda_graph": True}}, 'mask.context to "fixed"'),
+        ({"run": {"cuda_graph": True}, "mask": {"min_keep": 4, "context": "prefix"}}, "prefix"),
+    ],
+)
+def test_a_step_whose_shapes_change_is_refused(sections, said):
+    with pytest.raises(ConfigError, match=said):
+        validate(tiny.CONFIG | sections)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_it_is_refused():
+    with pytest.raises(ConfigError, match="the device is cpu"):
+        trainer_of(cuda_graph=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graph", [False, True])
+def test_no_host_sync_in_a_step(graph):
+    trainer, steps = trainer_of(cuda_graph=graph)
+    steps = itertools.cycle(steps)
+    for index in range(WARM + 1):
+        trainer.step(next(steps), index)
+    with sync_is_an_error():
+        for index in range(WARM + 1, WARM + 4):
+            trainer.step(next(steps), index)
+
+
+@contextlib.contextmanager
+def sync_is_an_error():
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_the_recorded_step_is_the_step():
+    found = []
+    for graph in (False, True):
+        trainer, steps = trainer_of(cuda_graph=graph)
+        losses = [trainer.step(batches, i)[0]["loss"].item() for i, batches in enumerate(steps)]
+        weights = torch.cat([s.master.values for s in trainer.engine.state()])
+        found.append((losses, weights))
+    (eager, eager_weights), (recorded, recorded_weights) = found
+    assert recorded == pytest.approx(eager, rel=1e-4)
+    torch.testing.assert_close(recorded_weights, eager_weights, rtol=1e-3, atol=1e-4)
