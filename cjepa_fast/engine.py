@@ -39,6 +39,12 @@ def start(seed: int) -> torch.device:
     return device
 
 
+def part() -> None:
+    """Leave the process group, where one was joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def leave(status: int) -> NoReturn:
     """End this process with an exit status, its work done and its files closed.
 

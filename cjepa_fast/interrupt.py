@@ -5,13 +5,15 @@ import signal
 import torch
 import torch.distributed as dist
 
+from cjepa_fast.engine import world_size
+
 
 class StopRequest:
     """SIGTERM and SIGINT ask the run to end after the step; all processes agree on which."""
 
     def __init__(self):
         self._asked = torch.zeros(1, dtype=torch.int32)
-        self._group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
+        self._group = dist.new_group(backend="gloo") if world_size() > 1 else None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._ask)
 

@@ -398,11 +398,10 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:  # the user's input: said, without a traceback
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        engines.part()
         return 2
     with contextlib.ExitStack() as ending:
-        ending.callback(dist.destroy_process_group)
+        ending.callback(engines.part)
         ending.callback(loader.close)
         if args.dry_run:
             dry_run(trainer, loader)

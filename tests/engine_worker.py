@@ -101,8 +101,7 @@ def main() -> None:
     if rank == 0:
         facts = {"adam": made.optimizer_step(), "rounded": rounded}
         print(json.dumps({"steps": seen, "sums": sums, **facts}))
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    engine.part()
 
 
 if __name__ == "__main__":
