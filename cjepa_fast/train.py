@@ -113,7 +113,7 @@ class Trainer:
             images, masks = batch.images_B3HW, batch.masks
             with torch.no_grad():
                 target = self.ema.module(images)
-            terms = self.engine(images, masks.context_idx_BK, masks.target_idx_BMP, target)
+            terms = self.engine(images, masks.context, masks.target_idx_BMP, target)
             self.engine.backward(terms["loss"])
             applied = self.engine.step(lr, weight_decay)
             self.features.append(target.mean(1))
@@ -139,7 +139,7 @@ class Trainer:
         return {
             **terms,
             "grad_norm": self.engine.grad_norm,
-            "context_k": sum(m.context_idx_BK.shape[1] for m in masks) / len(masks),
+            "context_k": sum(m.context_k for m in masks) / len(masks),
             "targets_p": sum(m.target_idx_BMP.shape[2] for m in masks) / len(masks),
         }
 
@@ -266,13 +266,12 @@ def dry_run(trainer: Trainer, loader: Loader) -> None:
     if engines.rank() != 0:
         return
     encoder, masks = trainer.ema.module, batches[-1].masks
-    K = masks.context_idx_BK.shape[1]
-    M, P = masks.target_idx_BMP.shape[1:]
+    K, (M, P) = masks.context_k, masks.target_idx_BMP.shape[1:]
     gflop = gflop_of(trainer.config, K, M, P)
     rows, cols = encoder.grid
     parameters = trainer.parameters
     print(f"parameters   encoder {parameters['encoder']:,}, predictor {parameters['predictor']:,}")
-    print(f"tokens       {rows} x {cols} patches, context {K}, targets {M} x {P}")
+    print(f"tokens       {rows} x {cols} patches, context {K:g}, targets {M} x {P}")
     print("GFLOP/image  " + ", ".join(f"{name} {value:.1f}" for name, value in gflop.items()))
     print(f"memory       {peak_gib(trainer.device):.2f} GiB at the peak, {trainer.device}")
     print(
