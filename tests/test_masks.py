@@ -350,7 +350,7 @@ def test_packed_keeps_the_first_layout_and_all_of_its_context(seed):
         assert torch.equal(kept.target_idx_BMP[place], alone.target_idx_BMP[0])
         assert torch.equal(row, alone.context_idx_BK[0])
     assert kept.context_k == kept.context.tokens / 200
-    with pytest.raises(ValueError, match='"packed".*"fixed"'):
+    with pytest.raises(ValueError, match=r'"packed".*"fixed"'):
         kept.context_idx_BK  # noqa: B018
 
 

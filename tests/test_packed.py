@@ -1,19 +1,25 @@
 """mask.context "packed": the same numbers as running each image alone, whatever the padding."""
 
+from pathlib import Path
+
 import pytest
+import tiny
 import torch
 
+from cjepa_fast import build, checkpoint, engine
 from cjepa_fast.attention import attend, attend_packed
+from cjepa_fast.config import validate
+from cjepa_fast.data.loader import Batch
 from cjepa_fast.jepa import JEPA
 from cjepa_fast.loss import CJEPALoss, build_projector
 from cjepa_fast.predictor import Predictor
 from cjepa_fast.sequences import PackedContext, Sequences, pack
+from cjepa_fast.train import Trainer
 from cjepa_fast.vit import Encoder
 
 SIDE, WIDTH, N = 16, 16, 16  # pixels; 4 x 4 patches
 LENGTHS = [5, 1, 8, 3]
 B, M, P, LONGEST, LEAST = len(LENGTHS), 3, 4, 9, 1
-CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 
 
 def contexts() -> list[torch.Tensor]:
@@ -178,3 +184,35 @@ def test_packed_attention_is_that_of_each_sequence(seed, device, backend, width)
         budget = 2 * (plain.double() - right).abs().max() + floor
         assert (one.double() - right).abs().max() <= budget
     assert torch.count_nonzero(found[2][130:]) == torch.count_nonzero(found[3][130:]) == 0
+
+
+def trained(folder: Path, steps: range, from_: Path | None = None) -> tuple[list[dict], Path]:
+    """The terms of some steps on noise, and the checkpoint after them."""
+    sections = {
+        "data": tiny.CONFIG["data"] | {"batch_size": 8},
+        "mask": {"min_keep": 4, "context": "packed"},
+        "optim": {"warmup_epochs": 0, "lr": 0.01},
+    }
+    config = validate(tiny.CONFIG | sections)
+    torch.manual_seed(0)
+    trainer = Trainer(config, engine.start(0), steps_per_epoch=10, restoring=from_ is not None)
+    if from_ is not None:
+        assert checkpoint.restore(from_, trainer.engine, trainer.ema) == steps.start
+    masks, found = build.build_masks(config), []
+    for index in steps:
+        images = torch.randn(8, 3, 24, 24, generator=torch.Generator().manual_seed(index))
+        drawn = masks(0, index, torch.arange(8) + 8 * index)
+        batch = Batch(images.bfloat16(), drawn, torch.arange(8), 0, index, 0)
+        terms, applied = trainer.step([batch], index)
+        assert applied and trainer.scalars(terms, [batch])["context_k"] == drawn.context_k
+        found.append({name: term.item() for name, term in terms.items()})
+    return found, trainer.save(folder, steps.stop)
+
+
+def test_training_and_going_on_from_a_checkpoint(tmp_path):
+    """In bf16: the loss falls, and the steps after a checkpoint are the same bit for bit."""
+    whole, _ = trained(tmp_path / "whole", range(6))
+    first, held = trained(tmp_path / "first", range(4))
+    second, _ = trained(tmp_path / "second", range(4, 6), held)
+    assert first + second == whole
+    assert whole[-1]["loss"] < whole[0]["loss"]
