@@ -27,10 +27,11 @@ class Sequences:
     def lengths_S(self) -> torch.Tensor:
         return self.starts.diff()
 
-    def owners(self, tokens: int) -> torch.Tensor:
-        """The sequence of each of the T tokens: int64 (T,)."""
+    def places(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of each of the T tokens its sequence, and its place in that: int64 (T,) and int (T,)."""
         token_T = torch.arange(tokens, device=self.starts.device, dtype=self.starts.dtype)
-        return torch.searchsorted(self.starts, token_T, right=True) - 1
+        sequence_T = torch.searchsorted(self.starts, token_T, right=True) - 1
+        return sequence_T, token_T - self.starts[sequence_T]
 
     def live(self) -> torch.Tensor:
         """Which places of `padded` hold a token: bool (S, L)."""
@@ -44,15 +45,14 @@ class Sequences:
 
     def packed(self, x: torch.Tensor, tokens: int) -> torch.Tensor:
         """(S, L, ...) -> (T, ...): what `padded` did, undone."""
-        owner_T = self.owners(tokens)
-        within_T = torch.arange(tokens, device=x.device) - self.starts[owner_T]
-        return x.flatten(0, 1).index_select(0, owner_T * self.longest + within_T)
+        sequence_T, place_T = self.places(tokens)
+        return x.flatten(0, 1).index_select(0, sequence_T * self.longest + place_T)
 
     def means(self, x_TD: torch.Tensor) -> torch.Tensor:
         """The mean over the tokens of each real sequence: (real, D). A product, with no atomics."""
-        number = torch.arange(self.real, device=x_TD.device)
-        own = (self.owners(len(x_TD)) == number[:, None]).to(x_TD.dtype)
-        return own @ x_TD / self.lengths_S[: self.real, None]
+        sequence_T, _ = self.places(len(x_TD))
+        own_ST = sequence_T == torch.arange(self.real, device=x_TD.device)[:, None]
+        return own_ST.to(x_TD.dtype) @ x_TD / self.lengths_S[: self.real, None]
 
     def last(self, count: int) -> torch.Tensor:
         """Where the last `count` tokens of each real sequence stand: int64 (real * count,)."""
@@ -71,20 +71,17 @@ class Sequences:
         (M, T), then what is added, (real, M, added), all flat.
         """
         number_S = torch.arange(len(self.starts) - 1, device=self.starts.device)
-        copy_M = torch.arange(copies, device=self.starts.device)
+        copy_M, added_P = (torch.arange(n, device=self.starts.device) for n in (copies, added))
         length_S = self.lengths_S.long()
         begin_S = copies * (self.starts[:-1] + added * number_S.clamp(max=self.real))
         whole_S = length_S + added * (number_S < self.real)
         begin_SM = begin_S[:, None] + whole_S[:, None] * copy_M
-        owner_T = self.owners(tokens)
-        within_T = torch.arange(tokens, device=owner_T.device) - self.starts[owner_T]
-        copied_MT = begin_SM[owner_T].T + within_T
-        added_BMP = (begin_SM + length_S[:, None])[: self.real, :, None] + torch.arange(
-            added, device=owner_T.device
-        )
-        place = torch.cat([copied_MT.flatten(), added_BMP.flatten()])
-        starts = torch.cat([begin_SM.flatten(), begin_SM.new_full((1,), len(place))]).int()
-        return Sequences(starts, self.longest + added, self.real * copies), place
+        sequence_T, place_T = self.places(tokens)
+        copied_MT = begin_SM[sequence_T].T + place_T
+        added_BMP = (begin_SM + length_S[:, None])[: self.real, :, None] + added_P
+        where = torch.cat([copied_MT.flatten(), added_BMP.flatten()])
+        starts = torch.cat([begin_SM.flatten(), begin_SM.new_full((1,), len(where))]).int()
+        return Sequences(starts, self.longest + added, self.real * copies), where
 
 
 def evenly(count: int, length: int, device: torch.device | str = "cpu") -> Sequences:

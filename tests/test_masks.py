@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cjepa_fast.masks import Masks, MaskSampler, _levelled
+from cjepa_fast.sequences import PackedContext
 
 SIGMAS = 5.0
 COMBINATIONS = [
@@ -62,6 +63,10 @@ def mirror_sigmas(counts_N: torch.Tensor, grid: tuple[int, int], axes: list[int]
 
 def contexts_of(masks: Masks) -> list[torch.Tensor]:
     """The context of each image, (K,)."""
+    if isinstance(masks.context, PackedContext):
+        of_image_T = masks.context.rows_T[: masks.context.tokens] // masks.context.patches
+        counts = masks.context.sequences.lengths_S[: masks.context.images]
+        assert of_image_T.bincount(minlength=len(counts)).tolist() == counts.tolist()
     return [masks.context_of(b) for b in range(len(masks.target_idx_BMP))]
 
 

@@ -33,10 +33,10 @@ def test_padding_and_packing(sequences, seed):
     assert torch.equal(torch.autograd.grad(back, x, upstream)[0], upstream)
 
 
-def test_owners_and_means(sequences, seed):
+def test_places_and_means(sequences, seed):
     x = torch.randn(sum(LENGTHS), 4, dtype=torch.float64)
-    owners = [s for s, length in enumerate(LENGTHS) for _ in range(length)]
-    assert sequences.owners(len(x)).tolist() == owners
+    wanted = [(s, place) for s, length in enumerate(LENGTHS) for place in range(length)]
+    assert list(zip(*(x.tolist() for x in sequences.places(len(x))), strict=True)) == wanted
     wanted = torch.stack([piece.mean(0) for piece in pieces(x)[:REAL]])
     torch.testing.assert_close(sequences.means(x), wanted)
 
