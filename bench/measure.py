@@ -73,9 +73,7 @@ def run_steps(trainer: train.Trainer, batches, first: int, count: int) -> dict:
         waited_s += time.perf_counter() - asked
         trainer.step(step, index)
         clock.mark()
-        sizes += [
-            (b.masks.context_idx_BK.shape[1], *b.masks.target_idx_BMP.shape[1:]) for b in step
-        ]
+        sizes += [(b.masks.context_k, *b.masks.target_idx_BMP.shape[1:]) for b in step]
     step_ms = clock.step_ms()
     total_s = time.perf_counter() - began
     k, m, p = (statistics.fmean(column) for column in zip(*sizes, strict=True))

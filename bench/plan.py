@@ -64,7 +64,7 @@ class KeptAttention(torch.autograd.Function):
         return out
 
 
-def kept_bytes(networks: JEPA, batch: tuple[torch.Tensor, ...], fused_attention: bool) -> int:
+def kept_bytes(networks: JEPA, batch: tuple, fused_attention: bool) -> int:
     """Bytes that one micro-batch's forward keeps for its backward, beside the parameters.
 
     Runs the networks on the device of the batch: images, context and target indices and the target
@@ -95,14 +95,14 @@ def kept_bytes(networks: JEPA, batch: tuple[torch.Tensor, ...], fused_attention:
 
 
 def _forward_with(part: Attention):
-    def forward(x_BSD: torch.Tensor, last: int | None = None) -> torch.Tensor:
-        out = KeptAttention.apply(*part.heads_of(x_BSD, last))
+    def forward(x_BSD: torch.Tensor, last: int | None = None, packed=None) -> torch.Tensor:
+        out = KeptAttention.apply(*part.heads_of(x_BSD, last, packed))
         return part.proj(out.transpose(1, 2).flatten(2))
 
     return forward
 
 
-def meta_batch(config: Config, images: int) -> tuple[torch.Tensor, ...]:
+def meta_batch(config: Config, images: int) -> tuple:
     """One micro-batch without values, with the masks' sizes that a run would draw."""
     masks = build.build_masks(config)(0, 0, torch.arange(images))
     side, width = config.data.image_size, build.model_sizes(config)["width"]
@@ -111,7 +111,7 @@ def meta_batch(config: Config, images: int) -> tuple[torch.Tensor, ...]:
     pictures, tokens = (
         torch.empty(shape, dtype=build.compute_dtype(config), device="meta") for shape in shapes
     )
-    return pictures, masks.context_idx_BK.to("meta"), masks.target_idx_BMP.to("meta"), tokens
+    return pictures, masks.context.to("meta"), masks.target_idx_BMP.to("meta"), tokens
 
 
 def static_bytes(trained: int, encoder: int, precision: str, stage: int, count: int) -> dict:
@@ -173,7 +173,7 @@ def largest_batch(found: Plan, gpu: GPU) -> int:
 def gflop_per_image(config: Config) -> float:
     masks = build.build_masks(config)(0, 0, torch.arange(config.data.micro_batch_size))
     M, P = masks.target_idx_BMP.shape[1:]
-    return build.gflop_of(config, masks.context_idx_BK.shape[1], M, P)["total"]
+    return build.gflop_of(config, masks.context_k, M, P)["total"]
 
 
 def utilisation(name: str, gpu: GPU, results: Path = RESULTS) -> tuple[float, str]:

@@ -1,7 +1,8 @@
 """softmax(q k^T / sqrt(d)) v by several kernels behind one function, and the fastest of them here.
 
 Shapes: B sequences, H heads, S queries, T keys, d values of a head; q (B, H, S, d), k and v
-(B, H, T, d). No masks: every query sees every key.
+(B, H, T, d). No masks: every query sees every key of its sequence. `attend_packed` is for
+sequences of different lengths, end to end.
 """
 
 import functools
@@ -15,8 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from cjepa_fast.sequences import Sequences, evenly
+
 SDPA = {"sdpa_flash": SDPBackend.FLASH_ATTENTION, "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION}
 BACKENDS = ("plain", "sdpa", *SDPA, "flash_attn")
+PACKED_BACKENDS = ("plain", "sdpa_flash", "flash_attn")  # those with a variable-length kernel
 # Versions 4, 3 and 2 of flash-attn are packages of their own; the newest that loads is taken.
 FLASH_MODULES = ("flash_attn.cute", "flash_attn_interface", "flash_attn")
 TURNS = 7
@@ -43,20 +47,63 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str) -> t
     return attention_map(q, k) @ v
 
 
-def attention_map(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """(B, H, S, T): each row sums to one."""
-    return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1)
+def attention_map(
+    q: torch.Tensor, k: torch.Tensor, seen: torch.Tensor | None = None
+) -> torch.Tensor:
+    """(B, H, S, T): each row sums to one. seen: bool, broadcast to it; the other keys weigh 0."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    if seen is not None:
+        scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
+    return scores.softmax(-1)
+
+
+def attend_packed(
+    q_SHd: torch.Tensor,
+    k_THd: torch.Tensor,
+    v_THd: torch.Tensor,
+    queries: Sequences,
+    keys: Sequences,
+    backend: str,
+) -> torch.Tensor:
+    """(S, H, d): the queries of each sequence see the keys of the same sequence alone.
+
+    Here S and T count over all sequences. "flash_attn" is the package, "plain" pads to the longest;
+    every other name is torch's variable-length kernel, which is flash attention, on CUDA and in
+    half precision, which is all that it takes, and plain elsewhere.
+    """
+    lengths = queries.starts, keys.starts, queries.longest, keys.longest
+    if backend == "flash_attn":
+        names = "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"
+        named = dict(zip(names, lengths, strict=True))  # their order differs between versions
+        out = flash_attention("flash_attn_varlen_func")(q_SHd, k_THd, v_THd, **named)
+        return out[0] if isinstance(out, tuple) else out
+    if backend != "plain" and q_SHd.is_cuda and q_SHd.dtype.itemsize == 2:
+        from torch.nn.attention.varlen import varlen_attn  # seconds to import
+
+        return varlen_attn(q_SHd, k_THd, v_THd, *lengths)
+    return _plain_packed(q_SHd, k_THd, v_THd, queries, keys)
+
+
+def _plain_packed(q_SHd, k_THd, v_THd, queries: Sequences, keys: Sequences) -> torch.Tensor:
+    """By (sequence, head, longest, d); a sequence without keys must have no queries either."""
+    q = queries.padded(q_SHd).transpose(1, 2)
+    k, v = (keys.padded(x).transpose(1, 2) for x in (k_THd, v_THd))
+    out = attention_map(q, k, keys.live()[:, None, None]) @ v
+    return queries.packed(out.transpose(1, 2), len(q_SHd))
 
 
 @functools.cache
-def flash_attention() -> Callable:
-    """flash-attn's function of (B, S, H, d) tensors. Raises ValueError where it is missing."""
+def flash_attention(name: str = "flash_attn_func") -> Callable:
+    """flash-attn's function of that name: of (B, S, H, d) tensors, or of packed ones, "varlen".
+
+    Raises ValueError where it is missing.
+    """
     errors = []
-    for name in FLASH_MODULES:
+    for module in FLASH_MODULES:
         try:
-            return importlib.import_module(name).flash_attn_func
+            return getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError) as error:
-            errors.append(f"{name}: {error}")
+            errors.append(f"{module}: {error}")
     raise ValueError(
         f'attention = "flash_attn": the package does not load ({"; ".join(errors)}): pip install '
         '"cjepa_fast[flash]" on a machine with CUDA, or take "auto"'
@@ -64,7 +111,10 @@ def flash_attention() -> Callable:
 
 
 class Shape(NamedTuple):
-    """One use of attention: B sequences of S queries and T keys, and whether it is trained."""
+    """One use of attention: B sequences of S queries and T keys, and whether it is trained.
+
+    packed: the lengths are means of sequences that lie end to end.
+    """
 
     sequences: int
     heads: int
@@ -72,6 +122,7 @@ class Shape(NamedTuple):
     keys: int
     width: int  # of a head
     trained: bool
+    packed: bool = False
 
 
 def candidates(device: torch.device) -> list[str]:
@@ -110,17 +161,20 @@ def _calls(
 ) -> Iterator[tuple[str, Callable[[], object]]]:
     """A call of each candidate that takes the shape: forward, and backward where it is trained."""
     B, heads, d = min(shape.sequences, 64), shape.heads, shape.width
-    sizes = [(B, heads, length, d) for length in (shape.queries, shape.keys, shape.keys)]
+    lengths = shape.queries, shape.keys, shape.keys
+    sizes = [(B * n, heads, d) if shape.packed else (B, heads, n, d) for n in lengths]
     tensors = [
         torch.randn(size, device=device, dtype=dtype, requires_grad=shape.trained) for size in sizes
     ]
+    packing = [evenly(B, n, device) for n in lengths[:2]] if shape.packed else []
+    function = attend_packed if shape.packed else attend
 
     def call(name: str) -> None:
-        out = attend(*tensors, name)
+        out = function(*tensors, *packing, name)
         if shape.trained:
             torch.autograd.grad(out, tensors, out.detach())
 
-    found = candidates(device)
+    found = [n for n in candidates(device) if not shape.packed or n in PACKED_BACKENDS]
     for name in found:
         if len(found) > 1:
             try:

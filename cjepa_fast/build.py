@@ -106,7 +106,7 @@ def choose_attention(
     if config.model.attention != "auto":
         return {}
     masks = build_masks(config)(0, 0, torch.arange(micro_batch))
-    K, (M, P) = masks.context_idx_BK.shape[1], masks.target_idx_BMP.shape[1:]
+    K, (M, P) = round(masks.context_k), masks.target_idx_BMP.shape[1:]
     N, L = target.grid[0] * target.grid[1], K + P
     uses = {
         "target": (target.blocks, micro_batch, N, False),
@@ -117,7 +117,8 @@ def choose_attention(
     for name, (blocks, sequences, length, trained) in uses.items():
         part = blocks[0].attn
         width = part.proj.in_features // part.heads
-        shape = Shape(sequences, part.heads, length, length, width, trained)
+        packed = trained and config.mask.context == "packed"
+        shape = Shape(sequences, part.heads, length, length, width, trained, packed)
         choices[name] = engines.from_first_process(
             lambda shape=shape: fastest(shape, device, compute_dtype(config))[0]
         )
@@ -130,7 +131,7 @@ def compile_networks(networks: JEPA, target: Encoder, how: str, backend: str = "
     """torch.compile, in place: of each block, or of the target encoder and of the rest "whole".
 
     Whole networks fuse across blocks, take longer to compile, and are compiled anew for a few of
-    the lengths that the masks draw: mask.context "fixed" has but one.
+    the lengths that the masks draw: mask.context "fixed" and "packed" have but one.
     """
     if how == "whole":
         parts = [target, networks]

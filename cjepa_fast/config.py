@@ -43,10 +43,11 @@ class RunSection(Section):
     epochs: Count = 300
     precision: Literal["bf16", "fp32"] = "bf16"
     compile: Literal["none", "blocks", "whole"] = Field(
-        "none", description='torch.compile; "whole" wants mask.context "fixed"'
+        "none", description='torch.compile; "whole" wants mask.context "fixed" or "packed"'
     )
     cuda_graph: bool = Field(
-        False, description='record the step once and replay it; wants mask.context "fixed"'
+        False,
+        description='record the step once and replay it; wants mask.context "fixed" or "packed"',
     )
     max_bad_steps: Count = Field(10, description="non-finite steps in a row before the run stops")
     init_from: str | None = Field(None, description="an I-JEPA checkpoint to start from")
@@ -70,7 +71,7 @@ class DataSection(Section):
 
 class MaskSection(Section):
     sampler: Literal["uniform", "ijepa"] = "uniform"
-    context: Literal["random", "prefix", "fixed"] = "random"
+    context: Literal["random", "prefix", "fixed", "packed"] = "random"
     targets: Count = 4
     target_scale: tuple[Share, Share] = (0.15, 0.2)
     target_aspect: tuple[Positive, Positive] = (0.75, 1.5)
@@ -300,15 +301,20 @@ def _impossible(config: Config) -> Iterator[str]:
         low, high = getattr(getattr(config, section), key)
         if low > high:
             yield f"{section}.{key} = [{low}, {high}]: the first must not exceed the second"
+    if mask.context == "packed" and model.attention == "sdpa_cudnn":
+        yield (
+            'model.attention = "sdpa_cudnn": has no kernel for mask.context = "packed"; take '
+            '"auto", "sdpa_flash" or "flash_attn", or another mask.context'
+        )
     if optim.warmup_epochs > config.run.epochs:
         yield (
             f"optim.warmup_epochs = {optim.warmup_epochs:g}: longer than the run; "
             f"at most run.epochs = {config.run.epochs}"
         )
-    if config.run.cuda_graph and mask.context != "fixed":
+    if config.run.cuda_graph and mask.context not in ("fixed", "packed"):
         yield (
             f'run.cuda_graph = true: mask.context = "{mask.context}" changes the shapes; '
-            'set mask.context to "fixed"'
+            'set mask.context to "fixed" or "packed"'
         )
     yield from _impossible_sizes(config)
     yield from _impossible_deepspeed(config)

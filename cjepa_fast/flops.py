@@ -47,7 +47,9 @@ def step_gflop(
 ) -> dict[str, float]:
     """GFLOP of one image in one training step: target, context, predictor and their total.
 
-    image_size and patch_size are in pixels. context_k and targets_p may be means over batches.
+    image_size and patch_size are in pixels. context_k and targets_p may be means over batches, and
+    context_k over images ("packed"; padding is no work): attention's quadratic part is then that of
+    the mean length, too low by the share var(K) / K^2 of it, 2 % or so.
     The backward is twice the forward, but for the context's patch embedding, whose input needs no
     gradient. `heads` changes nothing; it is taken so that Encoder.architecture can be passed whole.
     """

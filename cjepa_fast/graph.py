@@ -3,7 +3,9 @@
 Not yet measured on a GPU.
 """
 
-from collections.abc import Callable
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -11,22 +13,24 @@ WARM = 3  # calls before the recording: they compile kernels and allocate what s
 
 
 class Graphed:
-    """A function of tensors and numbers on one CUDA device, recorded at its call WARM + 1.
+    """A function of tensors, dataclasses of them and floats, recorded at its call WARM + 1.
 
     Every call must bring tensors of the same shapes, and the function must not wait for the device
-    nor keep anything of one call for the next but tensors that it writes in place. Numbers become
-    0-d float64 tensors. What it returns is overwritten by the next call.
+    nor keep anything of one call for the next but tensors that it writes in place. Floats become
+    0-d float64 tensors on the device. What it returns is overwritten by the next call.
     """
 
     def __init__(self, function: Callable, device: torch.device):
         self.function, self.device = function, device
         self.calls = 0
 
-    def __call__(self, *inputs: torch.Tensor | float):
-        inputs = [torch.as_tensor(x, dtype=None if is_tensor(x) else torch.float64) for x in inputs]
+    def __call__(self, *inputs):
+        inputs = [
+            torch.tensor(x, dtype=torch.float64) if isinstance(x, float) else x for x in inputs
+        ]
         if self.calls == 0:
-            self.inputs = [torch.empty_like(x, device=self.device) for x in inputs]
-        for static, x in zip(self.inputs, inputs, strict=True):
+            self.inputs = [x.to(self.device) for x in copy.deepcopy(inputs)]
+        for static, x in zip(tensors_in(self.inputs), tensors_in(inputs), strict=True):
             if static.shape != x.shape:
                 shapes = f"{tuple(static.shape)}, not {tuple(x.shape)}"
                 raise ValueError(f"this step is recorded for tensors of {shapes}")
@@ -54,5 +58,13 @@ class Graphed:
             self.outputs = self.function(*self.inputs)
 
 
-def is_tensor(x) -> bool:
-    return isinstance(x, torch.Tensor)
+def tensors_in(x) -> Iterator[torch.Tensor]:
+    """Those of a list or dataclass, however deep."""
+    if isinstance(x, torch.Tensor):
+        yield x
+    elif isinstance(x, list):
+        for part in x:
+            yield from tensors_in(part)
+    elif dataclasses.is_dataclass(x):
+        for field in dataclasses.fields(x):
+            yield from tensors_in(getattr(x, field.name))

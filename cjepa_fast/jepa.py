@@ -5,6 +5,7 @@ from torch import nn
 
 from cjepa_fast.kernels.gather import prediction_loss
 from cjepa_fast.loss import CJEPALoss, Terms
+from cjepa_fast.sequences import PackedContext
 
 
 class JEPA(nn.Module):
@@ -26,12 +27,15 @@ class JEPA(nn.Module):
     def forward(
         self,
         images_B3HW: torch.Tensor,
-        context_idx_BK: torch.Tensor,
+        context: torch.Tensor | PackedContext,
         target_idx_BMP: torch.Tensor,
         target_tokens_BND: torch.Tensor,
     ) -> Terms:
         """The loss and its terms, 0-d by name. target_tokens: the target encoder's output."""
-        context = self.encoder(images_B3HW, context_idx_BK)
-        predicted = self.predictor(context, context_idx_BK, target_idx_BMP)
+        tokens = self.encoder(images_B3HW, context)
+        predicted = self.predictor(tokens, context, target_idx_BMP)
         jepa = prediction_loss(predicted, target_tokens_BND, target_idx_BMP, self.loss.prediction)
-        return self.loss.with_vicreg(jepa, predicted, context, target_tokens_BND, self.projector)
+        packed = context.sequences if isinstance(context, PackedContext) else None
+        return self.loss.with_vicreg(
+            jepa, predicted, tokens, target_tokens_BND, self.projector, packed
+        )

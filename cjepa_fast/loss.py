@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cjepa_fast.kernels.vicreg import centred, sum_over_ranks, vicreg_terms, wide
+from cjepa_fast.sequences import Sequences
 
 Terms = dict[str, torch.Tensor]
 
@@ -99,13 +100,19 @@ class CJEPALoss:
         context_BKD: torch.Tensor,
         target_tokens_BND: torch.Tensor,
         project: nn.Module | None = None,
+        packed: Sequences | None = None,
     ) -> Terms:
-        """The terms by name, as the call gives them, from the prediction error jepa (0-d)."""
+        """The terms by name, as the call gives them, from the prediction error jepa (0-d).
+
+        packed: the images' contexts lie end to end in context_BKD, (1, T, D), cut so.
+        """
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.beta > 0):
             if self.beta == 0 and self.group is None and len(predicted_BMPD) < 2:
                 sim = std = cov = jepa.new_tensor(torch.nan)  # one image has no variance
             else:
-                sim, std, cov = self.vicreg(predicted_BMPD, context_BKD, target_tokens_BND, project)
+                sim, std, cov = self.vicreg(
+                    predicted_BMPD, context_BKD, target_tokens_BND, project, packed
+                )
         vicreg = self.sim * sim + self.std * std + self.cov * cov
         loss = jepa + self.beta * vicreg if self.beta > 0 else jepa
         terms = {"jepa": jepa, "sim": sim, "std": std, "cov": cov}
@@ -117,13 +124,16 @@ class CJEPALoss:
         context_BKD: torch.Tensor,
         target_tokens_BND: torch.Tensor,
         project: nn.Module | None = None,
+        packed: Sequences | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """sim, std and cov of the chosen views, unweighted."""
         if self.views == "blocks":
             z_MBD = wide(predicted_BMPD).mean(2).transpose(0, 1)
             return block_terms(_projected(project, z_MBD), self.gamma, self.eps, self.group)
         if self.views == "context_target":
-            z_a = _projected(project, wide(context_BKD).mean(1))
+            context = wide(context_BKD)
+            pooled = context.mean(1) if packed is None else packed.means(context[0])
+            z_a = _projected(project, pooled)
             with torch.no_grad():
                 z_b = _projected(project, wide(target_tokens_BND).mean(1))
             std, cov, _ = vicreg_terms(z_a, self.gamma, self.eps, self.group)

@@ -3,7 +3,8 @@
 M target blocks of one size lie anywhere on the grid; the context is one large block less the
 targets. Block sizes are drawn once a step, places once an image. Every draw is a pure function of
 (seed, epoch, place) or (seed, epoch, step), so an image's layout is the same on any world size;
-only the cut of "random" and "prefix" to the batch minimum depends on the batch it lands in.
+only the cut of "random" and "prefix" to the batch minimum, and that of the rare batch of "packed"
+that exceeds its budget, depend on the batch it lands in.
 
 Shapes: B images, H x W grid cells, N = H * W, M target blocks, P patches a block, K context
 patches. Indices are row-major int64.
@@ -17,9 +18,12 @@ from functools import cached_property
 import torch
 
 from cjepa_fast import draws
+from cjepa_fast.sequences import PackedContext, pack
 
 TRIES = 20  # redraws of a layout that keeps too little, before targets are given up (released code)
 FIXED_QUANTILE = 0.1  # "fixed": this share of the images, at most, comes out short and is redrawn
+PACKED_SIGMAS = 3.0  # "packed": the budget lies so far above the mean, so 1 batch in 700 exceeds it
+TILE = 128  # rows that the large matrix products take at a time
 _ATTEMPT_SHIFT = 40  # places stay below 2^40; the bits above hold the number of the redraw
 # torch works through fewer than 2^15 elements in the calling thread. Beyond, each of some 60 small
 # steps waits for the other threads: on a busy machine 20 to 100 times the work (measured).
@@ -29,19 +33,45 @@ _CELL_BITS = 2**16 - 1  # room for a cell's number in the low bits of its random
 
 @dataclass(frozen=True)
 class Masks:
-    """context_idx_BK int64 (B, K), ascending in a row; target_idx_BMP int64 (B, M, P)."""
+    """context: int64 (B, K), ascending in a row, or packed; target_idx_BMP int64 (B, M, P)."""
 
-    context_idx_BK: torch.Tensor
+    context: torch.Tensor | PackedContext
     target_idx_BMP: torch.Tensor
+
+    @property
+    def context_idx_BK(self) -> torch.Tensor:
+        """The context where all images keep K patches. Raises ValueError where it is packed."""
+        if isinstance(self.context, PackedContext):
+            raise ValueError(
+                'context "packed": its images have contexts of different lengths; take "random" or '
+                '"fixed" for what needs them of one length'
+            )
+        return self.context
+
+    @property
+    def context_k(self) -> float:
+        """Context patches an image, on average; padding does not count."""
+        if isinstance(self.context, PackedContext):
+            return self.context.tokens / self.context.images
+        return float(self.context.shape[1])
+
+    def context_of(self, image: int) -> torch.Tensor:
+        """The context patches of one image: int64 (K,)."""
+        packed = isinstance(self.context, PackedContext)
+        return self.context.of_image(image) if packed else self.context[image]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Masks":
         return Masks(
-            self.context_idx_BK.to(device, non_blocking=non_blocking),
+            self.context.to(device, non_blocking=non_blocking),
             self.target_idx_BMP.to(device, non_blocking=non_blocking),
         )
 
     def pin_memory(self) -> "Masks":
-        return Masks(self.context_idx_BK.pin_memory(), self.target_idx_BMP.pin_memory())
+        return Masks(self.context.pin_memory(), self.target_idx_BMP.pin_memory())
+
+    def record_stream(self, stream) -> None:
+        self.context.record_stream(stream)
+        self.target_idx_BMP.record_stream(stream)
 
 
 @dataclass(frozen=True)
@@ -64,7 +94,9 @@ class MaskSampler:
       no block takes a whole side, and the last row and column are never used.
     context: "random" cuts each image to the batch minimum by a random subset; "prefix" keeps the
       first K of the row-major list, as the released code does, which favours the top of the image;
-      "fixed" keeps block sizes and K (see `fixed_context`) for the whole run, cut at random.
+      "fixed" keeps block sizes and K (see `fixed_context`) for the whole run, cut at random;
+      "packed" keeps block sizes and every context patch: the images' contexts lie end to end,
+      padded to a number of tokens that is the same for the whole run (see `budget`).
     target_scale, context_scale: block area as a share of the grid, in (0, 1].
     target_aspect: height over width of the targets. The context block has the grid's aspect, or,
       under "ijepa", is square.
@@ -88,7 +120,7 @@ class MaskSampler:
 
     def __post_init__(self):
         _choice("sampler", self.sampler, ("uniform", "ijepa"))
-        _choice("context", self.context, ("random", "prefix", "fixed"))
+        _choice("context", self.context, ("random", "prefix", "fixed", "packed"))
         _grid(self.grid, self.sampler)
         _share("target_scale", self.target_scale)
         _share("context_scale", self.context_scale)
@@ -132,12 +164,15 @@ class MaskSampler:
         blocks = self.block_sizes(epoch, step)
         shares = places_B.split(self._share_of(places_B, blocks))
         corners, contexts = zip(*(self._layouts(epoch, blocks, s) for s in shares), strict=True)
+        target_idx_BMP = _join([self._target_indices(blocks, c) for c in corners])
+        if self.context == "packed":
+            return Masks(self._packed(epoch, blocks, shares, contexts), target_idx_BMP)
         K = self._context_length(contexts)
         kept = [
             self._context_indices(epoch, s, context_BN, K)
             for s, context_BN in zip(shares, contexts, strict=True)
         ]
-        return Masks(_join(kept), _join([self._target_indices(blocks, c) for c in corners]))
+        return Masks(_join(kept), target_idx_BMP)
 
     def _share_of(self, places_B: torch.Tensor, blocks: Blocks) -> int:
         """How many images are worked through at once: on the CPU as many as stay serial."""
@@ -166,14 +201,30 @@ class MaskSampler:
         The 10 % quantile of the context patches over 2,048 layouts, or min_keep if that is more:
         nine images in ten keep their first layout, the others are redrawn.
         """
-        blocks = self._middle_blocks()
-        kept = self._context_map(blocks, *self._place(0, 0, blocks, torch.arange(2048))).sum(-1)
+        kept = self._typical_lengths
         quantile = int(kept.sort().values[int(len(kept) * FIXED_QUANTILE)])
         return max(quantile, self.needed)
 
+    @cached_property
+    def _typical_lengths(self) -> torch.Tensor:
+        """Context patches of 2,048 first layouts at the constant block sizes, whatever the seed."""
+        blocks = self._middle_blocks()
+        return self._context_map(blocks, *self._place(0, 0, blocks, torch.arange(2048))).sum(-1)
+
+    def budget(self, images: int) -> int:
+        """T of "packed" for so many images, a function of them and of the settings alone.
+
+        Three standard deviations of such a sum above its mean over 2,048 layouts, filled up to
+        whole tiles. One batch in 700 or so has more: see `_packed`.
+        """
+        typical = self._typical_lengths.clamp(min=self.needed).double()
+        tokens = images * typical.mean() + PACKED_SIGMAS * math.sqrt(images) * typical.std()
+        tile = TILE if tokens > 32 * TILE else 8
+        return math.ceil(tokens / tile) * tile
+
     def block_sizes(self, epoch: int, step: int) -> Blocks:
         """Sizes of this step's blocks, the same on every rank."""
-        if self.context == "fixed":
+        if self.context in ("fixed", "packed"):
             return self._middle_blocks()
         drawn = draws.uniforms(self.seed, draws.MASK_SIZE, epoch, torch.tensor([step]), 3)
         scale, aspect, context = drawn[0].tolist()
@@ -265,6 +316,33 @@ class MaskSampler:
         corner_BM = corners_BM2[..., 0] * self.grid[1] + corners_BM2[..., 1]
         return corner_BM[..., None] + inside.flatten()
 
+    def _packed(
+        self,
+        epoch: int,
+        blocks: Blocks,
+        shares: Sequence[torch.Tensor],
+        contexts: Sequence[torch.Tensor],
+    ) -> PackedContext:
+        """All contexts end to end.
+
+        Where they exceed the budget, the longest lose patches at random, down to one length.
+        """
+        lengths_B = _join([context_BN.sum(-1) for context_BN in contexts])
+        T = self.budget(len(lengths_B))
+        kept_B = _levelled(lengths_B, T)
+        rows, first = [], 0
+        for places_B, context_BN in zip(shares, contexts, strict=True):
+            end = first + len(places_B)
+            cut = kept_B[first:end] < lengths_B[first:end]
+            for K in kept_B[first:end][cut].unique().tolist():
+                these = (cut & (kept_B[first:end] == K)).nonzero()[:, 0]
+                subset = self._random_subset(epoch, places_B[these], context_BN[these], K)
+                context_BN.index_copy_(0, these, subset)
+            rows.append(context_BN.flatten().nonzero()[:, 0] + first * self.cells)
+            first = end
+        longest = blocks.context_h * blocks.context_w
+        return pack(_join(rows), kept_B, self.cells, T, longest, self.needed)
+
     def _context_length(self, contexts: Sequence[torch.Tensor]) -> int:
         """K: the batch minimum, or the constant of "fixed"."""
         if self.context == "fixed":
@@ -303,6 +381,21 @@ def _join(parts: list[torch.Tensor]) -> torch.Tensor:
     for place, part in zip(joined.split([len(part) for part in parts]), parts, strict=True):
         place.copy_(part)
     return joined
+
+
+def _levelled(lengths_B: torch.Tensor, budget: int) -> torch.Tensor:
+    """The lengths where they fit the budget; else the greatest lowered to one level, to just fit.
+
+    Those that stand one above it are the first of the batch.
+    """
+    if int(lengths_B.sum()) <= budget:
+        return lengths_B
+    levels = torch.arange(int(lengths_B.max()), device=lengths_B.device)
+    totals = torch.minimum(lengths_B[:, None], levels).sum(0)
+    level = int((totals <= budget).sum()) - 1
+    above = lengths_B > level
+    one_more = above & (above.cumsum(0) <= budget - totals[level])
+    return lengths_B.clamp(max=level) + one_more
 
 
 def _between(bounds: tuple[float, float], share: float) -> float:

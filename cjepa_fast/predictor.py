@@ -3,13 +3,14 @@
 A narrow ViT. Each target block has its own sequence, the context followed by one mask token for
 each of its patches (I-JEPA, arXiv 2301.08243, section 3). Parameter names are I-JEPA's.
 Shapes: B images, N patches, K context patches, M target blocks, P patches a block, D encoder
-width, W predictor width.
+width, W predictor width, T tokens of a packed context.
 """
 
 import torch
 from torch import nn
 
-from cjepa_fast.kernels.gather import predictor_input
+from cjepa_fast.kernels.gather import add_positions, predictor_input
+from cjepa_fast.sequences import PackedContext, Sequences
 from cjepa_fast.vit import Block, frozen_positions, init_weights
 
 
@@ -41,19 +42,37 @@ class Predictor(nn.Module):
     def forward(
         self,
         context_BKD: torch.Tensor,
-        context_idx_BK: torch.Tensor,
+        context: torch.Tensor | PackedContext,
         target_idx_BMP: torch.Tensor,
     ) -> torch.Tensor:
-        """Predicted tokens of every target patch: (B, M, P, D)."""
+        """Predicted tokens of every target patch: (B, M, P, D).
+
+        context: the places of the context's tokens, int64 (B, K); packed for tokens (1, T, D).
+        """
         B, M, P = target_idx_BMP.shape
-        x = predictor_input(
-            self.predictor_embed(context_BKD),
-            self.predictor_pos_embed[0],
-            self.mask_token[0, 0],
-            context_idx_BK,
-            target_idx_BMP,
-        )
+        made = self._packed_input if isinstance(context, PackedContext) else self._input
+        x, packed = made(self.predictor_embed(context_BKD), context, target_idx_BMP)
         for block in self.predictor_blocks[:-1]:
-            x = block(x)
-        queries = self.predictor_blocks[-1](x, last=P)  # what becomes of the context is not read
+            x = block(x, packed=packed)
+        # What becomes of the context is not read.
+        queries = self.predictor_blocks[-1](x, last=P, packed=packed)
         return self.predictor_proj(self.predictor_norm(queries)).view(B, M, P, -1)
+
+    def _input(
+        self, x_BKW: torch.Tensor, context_idx_BK: torch.Tensor, target_idx_BMP: torch.Tensor
+    ) -> tuple[torch.Tensor, None]:
+        positions, token = self.predictor_pos_embed[0], self.mask_token[0, 0]
+        return predictor_input(x_BKW, positions, token, context_idx_BK, target_idx_BMP), None
+
+    def _packed_input(
+        self, x_1TW: torch.Tensor, context: PackedContext, target_idx_BMP: torch.Tensor
+    ) -> tuple[torch.Tensor, Sequences]:
+        """The same sequences packed, (1, M * (T + B * P), W), and where they begin."""
+        M, P = target_idx_BMP.shape[1:]
+        positions, T = self.predictor_pos_embed[0], x_1TW.shape[1]
+        placed_TW = add_positions(x_1TW, positions, context.idx_T[None])[0]
+        queries = self.mask_token[0, 0] + positions[target_idx_BMP.flatten()]
+        sequences, place = context.sequences.copied(T, M, P)
+        tokens = torch.cat([placed_TW] * M + [queries])
+        # Each token has one place, so the backward reads every row once and adds none by chance.
+        return torch.empty_like(tokens).index_copy_(0, place, tokens)[None], sequences

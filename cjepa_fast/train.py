@@ -45,6 +45,7 @@ from cjepa_fast.graph import Graphed
 from cjepa_fast.interrupt import StopRequest
 from cjepa_fast.kernels.ema import Number
 from cjepa_fast.local import LocalEngine
+from cjepa_fast.masks import Masks
 from cjepa_fast.telemetry import Telemetry, representation_stats
 from cjepa_fast.vit import count_parameters
 
@@ -121,10 +122,7 @@ class Trainer:
         schedules = self.schedules(index)
         sums: dict[str, torch.Tensor] = {}
         for batch in batches:
-            masks = batch.masks
-            terms, features_BD, applied = self._run(
-                batch.images_B3HW, masks.context_idx_BK, masks.target_idx_BMP, *schedules
-            )
+            terms, features_BD, applied = self._run(batch.images_B3HW, batch.masks, *schedules)
             self.features.append(features_BD.clone())
             sums = {name: sums.get(name, 0) + term for name, term in terms.items()}
         means = {name: total / self.accumulation for name, total in sums.items()}
@@ -133,8 +131,7 @@ class Trainer:
     def micro_step(
         self,
         images_B3HW: torch.Tensor,
-        context_idx_BK: torch.Tensor,
-        target_idx_BMP: torch.Tensor,
+        masks: Masks,
         lr: Number,
         weight_decay: Number,
         momentum: Number,
@@ -145,7 +142,7 @@ class Trainer:
         """
         with torch.no_grad():
             target_BND = self.ema.module(images_B3HW)
-        terms = self.engine(images_B3HW, context_idx_BK, target_idx_BMP, target_BND)
+        terms = self.engine(images_B3HW, masks.context, masks.target_idx_BMP, target_BND)
         self.engine.backward(terms["loss"])
         applied = self.engine.step(lr, weight_decay, momentum)
         return {name: t.detach() for name, t in terms.items()}, target_BND.mean(1), applied
@@ -166,7 +163,7 @@ class Trainer:
         return {
             **terms,
             "grad_norm": self.engine.grad_norm,
-            "context_k": sum(m.context_idx_BK.shape[1] for m in masks) / len(masks),
+            "context_k": sum(m.context_k for m in masks) / len(masks),
             "targets_p": sum(m.target_idx_BMP.shape[2] for m in masks) / len(masks),
         }
 
@@ -290,13 +287,12 @@ def dry_run(trainer: Trainer, loader: Loader) -> None:
     if engines.rank() != 0:
         return
     encoder, masks = trainer.ema.module, batches[-1].masks
-    K = masks.context_idx_BK.shape[1]
-    M, P = masks.target_idx_BMP.shape[1:]
+    K, (M, P) = masks.context_k, masks.target_idx_BMP.shape[1:]
     gflop = gflop_of(trainer.config, K, M, P)
     rows, cols = encoder.grid
     parameters = trainer.parameters
     print(f"parameters   encoder {parameters['encoder']:,}, predictor {parameters['predictor']:,}")
-    print(f"tokens       {rows} x {cols} patches, context {K}, targets {M} x {P}")
+    print(f"tokens       {rows} x {cols} patches, context {K:g}, targets {M} x {P}")
     print("GFLOP/image  " + ", ".join(f"{name} {value:.1f}" for name, value in gflop.items()))
     print(f"memory       {peak_gib(trainer.device):.2f} GiB at the peak, {trainer.device}")
     print(

@@ -2,7 +2,8 @@
 
 Parameter names and maths are I-JEPA's (Assran et al. 2023, arXiv 2301.08243), so that its
 checkpoints load: no class token, fixed 2-D sin-cos positions, pre-norm blocks, exact GELU.
-Shapes: B images, N patches, K context patches, D width, H heads, S tokens of a sequence.
+Shapes: B images, N patches, K context patches, D width, H heads, S tokens of a sequence. Packed
+sequences (sequences.py) are one row of S = T tokens, B = 1, of which only attention sees the cuts.
 """
 
 import math
@@ -11,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cjepa_fast.attention import attend, attention_map, flash_attention
+from cjepa_fast.attention import attend, attend_packed, attention_map, flash_attention
 from cjepa_fast.kernels.gather import add_positions, gather_tokens
+from cjepa_fast.sequences import PackedContext, Sequences
 
 MODELS = {
     "vit_tiny": {"width": 192, "depth": 12, "heads": 3, "mlp_ratio": 4.0},
@@ -68,17 +70,22 @@ class PatchEmbed(nn.Module):
         return self.proj(patches_BKC)
 
 
+def last_of(x_BSD: torch.Tensor, last: int, packed: Sequences | None) -> torch.Tensor:
+    """The last tokens of each sequence: (B, last, D), or packed again, (1, real * last, D)."""
+    return x_BSD[:, -last:] if packed is None else x_BSD.index_select(1, packed.last(last))
+
+
 class QueryKeyValue(nn.Linear):
     """The three projections of attention as one Linear of width D -> 3 D."""
 
     def forward(
-        self, x_BSD: torch.Tensor, last: int | None = None
+        self, x_BSD: torch.Tensor, last: int | None = None, packed: Sequences | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q, k and v, each (B, S, D); q of the last tokens alone if asked, (B, last, D)."""
         D = x_BSD.shape[-1]
         if last is None:
             return super().forward(x_BSD).split(D, -1)
-        q = F.linear(x_BSD[:, -last:], self.weight[:D], self.bias[:D])
+        q = F.linear(last_of(x_BSD, last, packed), self.weight[:D], self.bias[:D])
         return q, *F.linear(x_BSD, self.weight[D:], self.bias[D:]).split(D, -1)
 
 
@@ -94,14 +101,22 @@ class Attention(nn.Module):
         self.qkv = QueryKeyValue(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def heads_of(self, x_BSD: torch.Tensor, last: int | None = None) -> list[torch.Tensor]:
+    def heads_of(
+        self, x_BSD: torch.Tensor, last: int | None = None, packed: Sequences | None = None
+    ) -> list[torch.Tensor]:
         """q, k and v, each (B, H, S, d); q of the last tokens alone if asked."""
-        parts = self.qkv(x_BSD, last)
+        parts = self.qkv(x_BSD, last, packed)
         return [x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in parts]
 
-    def forward(self, x_BSD: torch.Tensor, last: int | None = None) -> torch.Tensor:
-        x_BHSd = attend(*self.heads_of(x_BSD, last), self.backend)
-        return self.proj(x_BHSd.transpose(1, 2).flatten(2))
+    def forward(
+        self, x_BSD: torch.Tensor, last: int | None = None, packed: Sequences | None = None
+    ) -> torch.Tensor:
+        q, k, v = self.heads_of(x_BSD, last, packed)
+        if packed is None:
+            return self.proj(attend(q, k, v, self.backend).transpose(1, 2).flatten(2))
+        queries = packed if last is None else packed.of_last(last)
+        rows = (x_1HSd[0].transpose(0, 1) for x_1HSd in (q, k, v))
+        return self.proj(attend_packed(*rows, queries, packed, self.backend).flatten(1)[None])
 
 
 class MLP(nn.Module):
@@ -122,10 +137,12 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = MLP(width, round(width * mlp_ratio))
 
-    def forward(self, x_BSD: torch.Tensor, last: int | None = None) -> torch.Tensor:
+    def forward(
+        self, x_BSD: torch.Tensor, last: int | None = None, packed: Sequences | None = None
+    ) -> torch.Tensor:
         """All tokens, or the last ones alone, (B, last, D), having attended to all."""
-        whole, x_BSD = x_BSD, x_BSD if last is None else x_BSD[:, -last:]
-        x_BSD = x_BSD + self.attn(self.norm1(whole), last)
+        whole, x_BSD = x_BSD, x_BSD if last is None else last_of(x_BSD, last, packed)
+        x_BSD = x_BSD + self.attn(self.norm1(whole), last, packed)
         return x_BSD + self.mlp(self.norm2(x_BSD))
 
 
@@ -189,22 +206,37 @@ class Encoder(nn.Module):
         table = F.interpolate(table, size=(rows, cols), mode="bicubic", align_corners=False)
         return table.permute(0, 2, 3, 1).reshape(rows * cols, self.width).to(self.pos_embed.dtype)
 
-    def embed(self, images_B3HW: torch.Tensor, context_idx_BK: torch.Tensor | None) -> torch.Tensor:
-        """Patch tokens with their positions, before the blocks: (B, K or N, D)."""
+    def embed(
+        self, images_B3HW: torch.Tensor, context: torch.Tensor | PackedContext | None
+    ) -> torch.Tensor:
+        """Patch tokens with their positions, before the blocks, in the shape of `forward`."""
         patches = patchify(images_B3HW, self.patch_size)
         positions = self.positions(*(size // self.patch_size for size in images_B3HW.shape[-2:]))
-        if context_idx_BK is None:
+        if context is None:
             return self.patch_embed(patches) + positions
-        chosen = gather_tokens(patches, context_idx_BK)  # so that these alone are embedded
-        return add_positions(self.patch_embed(chosen), positions, context_idx_BK)
+        rows = idx = context
+        if isinstance(context, PackedContext):  # all images' patches as those of one
+            patches, rows, idx = (
+                patches.flatten(0, 1)[None],
+                context.rows_T[None],
+                context.idx_T[None],
+            )
+        chosen = gather_tokens(patches, rows)  # so that these alone are embedded
+        return add_positions(self.patch_embed(chosen), positions, idx)
 
     def forward(
-        self, images_B3HW: torch.Tensor, context_idx_BK: torch.Tensor | None = None
+        self,
+        images_B3HW: torch.Tensor,
+        context: torch.Tensor | PackedContext | None = None,
     ) -> torch.Tensor:
-        """Tokens of all patches (B, N, D), or of the chosen ones (B, K, D), after the last norm."""
-        x = self.embed(images_B3HW, context_idx_BK)
+        """Tokens of all patches (B, N, D), or of the context's, after the last norm.
+
+        context: int64 (B, K), for (B, K, D), or packed, for (1, T, D).
+        """
+        packed = context.sequences if isinstance(context, PackedContext) else None
+        x = self.embed(images_B3HW, context)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, packed=packed)
         return self.norm(x)
 
     @torch.no_grad()

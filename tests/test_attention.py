@@ -1,15 +1,18 @@
 """Attention's kernels against each other, and the choice among them."""
 
+import inspect
 import sys
 from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
+from torch.nn.attention.varlen import varlen_attn
 
 from cjepa_fast import attention, build
-from cjepa_fast.attention import Shape, attend, candidates, fastest
+from cjepa_fast.attention import Shape, attend, attend_packed, candidates, fastest
 from cjepa_fast.config import validate
+from cjepa_fast.sequences import evenly
 
 CPU = torch.device("cpu")
 
@@ -80,19 +83,58 @@ def test_the_fastest_that_takes_the_shape_is_chosen(monkeypatch):
     assert order[3:9] == [*taken, *taken]
 
 
-def test_each_network_gets_the_kernel_of_its_own_lengths(monkeypatch):
+def test_packed_sequences_are_timed_by_the_kernels_that_take_them(monkeypatch):
+    tried = []
+
+    def trial(q, k, v, queries, keys, name):
+        assert q.shape == (64 * 7, 3, 8) and k.shape == v.shape == (64 * 5, 3, 8)
+        assert (len(queries.starts), queries.longest, keys.longest) == (65, 7, 5)
+        tried.append(name)
+        return q * 1
+
+    monkeypatch.setattr(attention, "attend_packed", trial)
+    monkeypatch.setattr(attention, "candidates", lambda device: attention.BACKENDS)
+    _, medians = fastest(Shape(500, 3, 7, 5, 8, False, packed=True), CPU, torch.float32)
+    assert set(medians) == set(tried) == {"plain", "sdpa_flash", "flash_attn"}
+
+
+def test_packed_sequences_reach_the_kernels_by_the_right_names(monkeypatch):
+    """flash-attn's versions order their arguments differently; torch's are given by place."""
+    order = ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
+    assert list(inspect.signature(varlen_attn).parameters)[:7] == order
+    queries, keys = evenly(3, 2), evenly(3, 4)
+    inputs = [torch.randn(int(s.starts[-1]), 2, 8) for s in (queries, keys, keys)]
+
+    def varlen(q, k, v, **named):
+        starts, longest = (queries.starts, keys.starts), (2, 4)
+        assert (named["cu_seqlens_q"], named["cu_seqlens_k"]) == starts
+        assert (named["max_seqlen_q"], named["max_seqlen_k"]) == longest
+        return attend_packed(q, k, v, queries, keys, "plain"), "log-sum-exp"
+
+    attention.flash_attention.cache_clear()
+    stand_in = SimpleNamespace(flash_attn_varlen_func=varlen)
+    for module in attention.FLASH_MODULES:
+        monkeypatch.setitem(sys.modules, module, stand_in)
+    out = attend_packed(*inputs, queries, keys, "flash_attn")
+    assert torch.equal(out, attend_packed(*inputs, queries, keys, "plain"))
+    attention.flash_attention.cache_clear()
+
+
+@pytest.mark.parametrize("context", ["random", "packed"])
+def test_each_network_gets_the_kernel_of_its_own_lengths(monkeypatch, context):
     def by_length(shape, device, dtype):
+        assert shape.packed == (context == "packed" and shape.trained)
         assert shape.queries == shape.keys and shape.width == 8
         return f"for {shape.queries} in {shape.sequences}, trained {shape.trained}", {}
 
     monkeypatch.setattr(build, "fastest", by_length)
-    config = validate(tiny.CONFIG)
+    config = validate(tiny.CONFIG | {"mask": {"min_keep": 4, "context": context}})
     networks, target = build.build_networks(config), build.build_networks(config).encoder
     heads = networks.predictor.predictor_blocks[0].attn
     monkeypatch.setattr(heads.proj, "in_features", 24)
     choices = build.choose_attention(networks, target, config, CPU, 8)
     masks = build.build_masks(config)(0, 0, torch.arange(8))
-    K, (M, P) = masks.context_idx_BK.shape[1], masks.target_idx_BMP.shape[1:]
+    K, (M, P) = round(masks.context_k), masks.target_idx_BMP.shape[1:]
     assert choices == {
         "target": "for 36 in 8, trained False",
         "context": f"for {K} in 8, trained True",

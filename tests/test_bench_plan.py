@@ -27,13 +27,16 @@ def real_batch(config, images: int) -> tuple[torch.Tensor, ...]:
     masks = build.build_masks(config)(0, 0, torch.arange(images))
     filled = (torch.randn(x.shape, dtype=x.dtype) for x in (pictures, tokens))
     pictures, tokens = filled
-    return pictures, masks.context_idx_BK, masks.target_idx_BMP, tokens
+    return pictures, masks.context, masks.target_idx_BMP, tokens
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_what_is_kept_for_the_backward(precision):
+@pytest.mark.parametrize(
+    ("precision", "context"), [("fp32", "random"), ("bf16", "random"), ("fp32", "packed")]
+)
+def test_what_is_kept_for_the_backward(precision, context):
     """As torch's profiler counts it: allocated in the forward and not freed."""
-    config = configured(precision, model={"name": "vit_tiny", "patch_size": 4, "depth": 3})
+    model = {"name": "vit_tiny", "patch_size": 4, "depth": 3}
+    config = configured(precision, model=model, mask={"min_keep": 4, "context": context})
     with torch.device("meta"):
         meta = build.build_networks(config)
     meta.to(build.compute_dtype(config))

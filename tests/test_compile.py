@@ -39,7 +39,12 @@ def losses(context: str, how: str) -> tuple[list[float], int]:
 
 
 @pytest.mark.parametrize(
-    ("context", "how", "most"), [("fixed", "whole", 2), ("random", "blocks", 8)]
+    ("context", "how", "most"),
+    [
+        ("fixed", "whole", 2),
+        pytest.param("packed", "whole", 2, marks=pytest.mark.slow),
+        ("random", "blocks", 8),
+    ],
 )
 def test_compiled_steps_are_the_same(context, how, most):
     eager, none = losses(context, "none")

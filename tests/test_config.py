@@ -62,7 +62,7 @@ def write(tmp_path, monkeypatch):
             "model.name=vit_hug",
             ['model.name = "vit_hug"', "'vit_giant'", "did you mean 'vit_huge'"],
         ),
-        ("mask.context=prefx", ["'random', 'prefix' or 'fixed'", "did you mean 'prefix'"]),
+        ("mask.context=prefx", ["'prefix', 'fixed' or 'packed'", "did you mean 'prefix'"]),
         ("mask.sampler=zzz", ['mask.sampler = "zzz"', "'uniform' or 'ijepa'"]),
     ],
 )
@@ -131,6 +131,14 @@ def test_wrong_types(override, said):
 def test_impossible_values(override, said):
     message = refusal(override)
     assert said in message and message.startswith(override.split("=")[0].split(".")[0])
+
+
+def test_packed_contexts_want_a_kernel_of_varying_lengths():
+    both = ["mask.context=packed", "model.attention=sdpa_cudnn"]
+    with pytest.raises(ConfigError, match=r'model\.attention = "sdpa_cudnn".*"packed".*"auto"'):
+        load("vit_t", both)
+    for override in both:
+        load("vit_t", [override])
 
 
 @pytest.mark.parametrize("key", ["model.depth", "model.mlp_ratio", "predictor.heads"])

@@ -71,11 +71,12 @@ def test_attention_and_masks_are_drawn(encoder, tmp_path):
             assert np.asarray(image.convert("L")).std() > 10  # not an empty sheet
 
 
-def test_the_masks_picture_shows_the_context_and_hides_the_rest(seed):
+@pytest.mark.parametrize("kind", ["random", "packed"])
+def test_the_masks_picture_shows_the_context_and_hides_the_rest(seed, kind):
     picture = np.random.default_rng(seed).random((32, 32, 3)).astype(np.float32) * 0.5
-    masks = MaskSampler(grid=(4, 4), min_keep=2)(0, 0, torch.arange(1))
+    masks = MaskSampler(grid=(4, 4), context=kind, min_keep=2)(0, 0, torch.arange(1))
     _, context, both, *blocks = pictures._views(picture, masks, 0, (4, 4))
-    seen = pictures.covered(masks.context_idx_BK[0], (4, 4), (32, 32))
+    seen = pictures.covered(masks.context_of(0), (4, 4), (32, 32))
     assert np.array_equal((context == picture).all(-1), seen)
     assert np.array_equal(both[seen], picture[seen])  # no target lies over the context
     for block, idx_P in zip(blocks, masks.target_idx_BMP[0], strict=True):

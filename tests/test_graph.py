@@ -13,16 +13,17 @@ from cjepa_fast.config import ConfigError, validate
 from cjepa_fast.data.loader import Batch
 from cjepa_fast.graph import WARM, Graphed
 from cjepa_fast.kernels import gather
+from cjepa_fast.masks import Masks
 
 STEPS = WARM + 4
 
 
-def trainer_of(**run) -> tuple[train.Trainer, list[list[Batch]]]:
+def trainer_of(context: str = "fixed", **run) -> tuple[train.Trainer, list[list[Batch]]]:
     """A tiny trainer with fixed shapes, and a few steps' batches on its device."""
     sections = {
         "run": run,
         "data": tiny.CONFIG["data"] | {"batch_size": 8},
-        "mask": {"min_keep": 4, "context": "fixed"},
+        "mask": {"min_keep": 4, "context": context},
         "optim": {"warmup_epochs": 0, "lr": 0.01, "clip": 1.0},
     }
     config = validate(tiny.CONFIG | sections)
@@ -41,8 +42,9 @@ def test_every_call_sees_its_own_inputs(monkeypatch):
     """Warm calls, the recording and the replays: the recorded function reads the static tensors."""
     seen = []
 
-    def function(x, number):
+    def function(x, masks, number):
         assert x is graphed.inputs[0] and number.dtype == torch.float64
+        assert torch.equal(masks.context, x) and torch.equal(masks.target_idx_BMP, x + 1)
         seen.append((x.clone(), float(number)))
         return x.sum() * number
 
@@ -55,11 +57,12 @@ def test_every_call_sees_its_own_inputs(monkeypatch):
             graphed.outputs = function(*graphed.inputs)
 
     for call in range(STEPS):
-        result = graphed(torch.full((3,), call), call / 8)
+        x = torch.full((3,), call)
+        result = graphed(x, Masks(x, x + 1), call / 8)
         assert result == 3 * call * call / 8
     assert [int(x[0]) for x, _ in seen] == list(range(STEPS))
     with pytest.raises(ValueError, match=r"\(3,\), not \(4,\)"):
-        graphed(torch.zeros(4), 1.0)
+        graphed(torch.zeros(4), Masks(x, x), 1.0)
 
 
 class NoReading(TorchDispatchMode):
@@ -73,12 +76,13 @@ class NoReading(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_nothing_in_a_step_waits_for_the_device(monkeypatch):
+@pytest.mark.parametrize("context", ["fixed", "packed", "random"])
+def test_nothing_in_a_step_waits_for_the_device(monkeypatch, context):
     """But for what a CPU alone does: check indices, read the numbers of the optimiser's pass."""
     passes = []
     monkeypatch.setattr(local, "adamw_ema_step", lambda *a, **numbers: passes.append(numbers))
     monkeypatch.setattr(gather, "_check", lambda idx, patches: None)
-    trainer, steps = trainer_of()
+    trainer, steps = trainer_of(context)
     with NoReading():
         for index, batches in enumerate(steps):
             _, applied = trainer.step(batches, index)
@@ -92,7 +96,7 @@ def test_nothing_in_a_step_waits_for_the_device(monkeypatch):
 @pytest.mark.parametrize(
     ("sections", "said"),
     [
-        ({"run": {"cuda_graph": True}}, 'mask.context to "fixed"'),
+        ({"run": {"cuda_graph": True}}, 'mask.context to "fixed" or "packed"'),
         ({"run": {"cuda_graph": True}, "mask": {"min_keep": 4, "context": "prefix"}}, "prefix"),
     ],
 )
@@ -108,9 +112,10 @@ def test_without_a_gpu_it_is_refused():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("context", ["fixed", "packed"])
 @pytest.mark.parametrize("graph", [False, True])
-def test_no_host_sync_in_a_step(graph):
-    trainer, steps = trainer_of(cuda_graph=graph)
+def test_no_host_sync_in_a_step(graph, context):
+    trainer, steps = trainer_of(context, cuda_graph=graph)
     steps = itertools.cycle(steps)
     for index in range(WARM + 1):
         trainer.step(next(steps), index)
@@ -129,10 +134,11 @@ def sync_is_an_error():
 
 
 @pytest.mark.gpu
-def test_the_recorded_step_is_the_step():
+@pytest.mark.parametrize("context", ["fixed", "packed"])
+def test_the_recorded_step_is_the_step(context):
     found = []
     for graph in (False, True):
-        trainer, steps = trainer_of(cuda_graph=graph)
+        trainer, steps = trainer_of(context, cuda_graph=graph)
         losses = [trainer.step(batches, i)[0]["loss"].item() for i, batches in enumerate(steps)]
         weights = torch.cat([s.master.values for s in trainer.engine.state()])
         found.append((losses, weights))

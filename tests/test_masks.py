@@ -8,13 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cjepa_fast.masks import Masks, MaskSampler
+from cjepa_fast.masks import Masks, MaskSampler, _levelled
+from cjepa_fast.sequences import PackedContext
 
 SIGMAS = 5.0
 COMBINATIONS = [
     (sampler, context)
     for sampler in ("uniform", "ijepa")
-    for context in ("random", "prefix", "fixed")
+    for context in ("random", "prefix", "fixed", "packed")
 ]
 # Released code, measured (reference numbers of the project): mean patches a target, then mean
 # context patches at each batch. The 28 x 28 row is the mean of few steps: its own error is near
@@ -60,17 +61,25 @@ def mirror_sigmas(counts_N: torch.Tensor, grid: tuple[int, int], axes: list[int]
     return chi_square_sigmas(statistic, pairs)
 
 
+def contexts_of(masks: Masks) -> list[torch.Tensor]:
+    """The context of each image, (K,)."""
+    if isinstance(masks.context, PackedContext):
+        of_image_T = masks.context.rows_T[: masks.context.tokens] // masks.context.patches
+        counts = masks.context.sequences.lengths_S[: masks.context.images]
+        assert of_image_T.bincount(minlength=len(counts)).tolist() == counts.tolist()
+    return [masks.context_of(b) for b in range(len(masks.target_idx_BMP))]
+
+
 def check(masks: Masks, grid: tuple[int, int], targets: int) -> None:
     """What holds for all masks in which no target had to be given up."""
     H, W = grid
-    context, target = masks.context_idx_BK, masks.target_idx_BMP
-    assert context.dtype == target.dtype == torch.int64
-    assert context.min() >= 0 and context.max() < H * W
-    assert (context.diff(dim=1) > 0).all(), "context must ascend, without repeats"
-    used = torch.zeros(len(context), H * W, dtype=torch.bool)
-    used.scatter_(1, target.flatten(1), True)
-    assert not used.gather(1, context).any(), "context inside a target"
-    assert target.shape[:2] == (len(context), targets)
+    contexts, target = contexts_of(masks), masks.target_idx_BMP
+    assert target.dtype == torch.int64 and target.shape[1] == targets
+    for context, hidden in zip(contexts, target, strict=True):
+        assert context.dtype == torch.int64
+        assert context.min() >= 0 and context.max() < H * W
+        assert (context.diff() > 0).all(), "context must ascend, without repeats"
+        assert not torch.isin(context, hidden).any(), "context inside a target"
     rows, cols = target // W, target % W
     height = int(rows[0, 0].max() - rows[0, 0].min()) + 1
     width = int(cols[0, 0].max() - cols[0, 0].min()) + 1
@@ -225,17 +234,20 @@ def test_an_image_keeps_its_layout_on_any_world_size(seed, sampler, context, ran
     parts = [masks_of(2, 4, share) for share in places.chunk(ranks)]
     targets = torch.cat([part.target_idx_BMP for part in parts])
     assert torch.equal(targets, whole.target_idx_BMP)
-    rows = [row for part in parts for row in part.context_idx_BK]
-    for row, full in zip(rows, whole.context_idx_BK, strict=True):
-        assert torch.isin(full, row).all()  # the smaller batch cuts less of the same context
-        assert context != "fixed" or torch.equal(full, row)
+    rows = [row for part in parts for row in contexts_of(part)]
+    batches = [whole, *parts] if context == "packed" else []
+    cut = any(m.context.tokens == len(m.context.rows_T) for m in batches)  # as 1 in 700 is
+    for row, full in zip(rows, contexts_of(whole), strict=True):
+        if not cut:
+            assert torch.isin(full, row).all()  # the smaller batch cuts less of the same context
+            assert context not in ("fixed", "packed") or torch.equal(full, row)
 
 
 @pytest.mark.parametrize(("sampler", "context"), COMBINATIONS)
 def test_masks_are_pure(seed, sampler, context):
     def draw(seed=seed, epoch=1, step=3):
         masks = MaskSampler((14, 14), sampler, context, seed=seed)(epoch, step, torch.arange(64))
-        return masks.context_idx_BK, masks.target_idx_BMP
+        return torch.cat(contexts_of(masks)), masks.target_idx_BMP
 
     state = torch.get_rng_state()
     first = draw()
@@ -308,25 +320,90 @@ def test_fixed_shapes_never_change(seed, sampler, side):
     assert all(m.context_idx_BK.shape[1] < K for m in many(cut, 5, 128))  # missed by 1 in 10^5
 
 
-def test_fixed_redraws_about_one_image_in_ten(seed):
-    """An image keeps its first layout unless that came out short."""
-    fixed = MaskSampler((14, 14), "uniform", "fixed", seed=seed)
-    middle = fixed.block_sizes(0, 0)
-    area = middle.target_h * middle.target_w / 196 + 1e-9
+def same_blocks_as(constant: MaskSampler) -> MaskSampler:
+    """ "random" with the block sizes that "fixed" and "packed" keep."""
+    middle = constant.block_sizes(0, 0)
+    area = middle.target_h * middle.target_w / constant.cells + 1e-9
     aspect = middle.target_h / middle.target_w
-    wide = middle.context_h * middle.context_w / 196 + 1e-9
-    same_blocks = MaskSampler(
-        (14, 14),
+    wide = middle.context_h * middle.context_w / constant.cells + 1e-9
+    same = MaskSampler(
+        constant.grid,
         target_scale=(area, area),
         target_aspect=(aspect, aspect),
         context_scale=(wide, wide),
-        seed=seed,
+        seed=constant.seed,
     )
-    assert same_blocks.block_sizes(0, 0) == middle
+    assert same.block_sizes(0, 0) == middle
+    return same
+
+
+def test_fixed_redraws_about_one_image_in_ten(seed):
+    """An image keeps its first layout unless that came out short."""
+    fixed = MaskSampler((14, 14), "uniform", "fixed", seed=seed)
     places = torch.arange(4000)
-    first, kept = same_blocks(0, 0, places), fixed(0, 0, places)
+    first, kept = same_blocks_as(fixed)(0, 0, places), fixed(0, 0, places)
     moved = (first.target_idx_BMP != kept.target_idx_BMP).any(-1).any(-1).double().mean().item()
     assert 0.06 < moved < 0.12
+
+
+def test_packed_keeps_the_first_layout_and_all_of_its_context(seed):
+    packed = MaskSampler((14, 14), "uniform", "packed", seed=seed)
+    first, places = same_blocks_as(packed), torch.arange(200)
+    kept = packed(0, 0, places)
+    for place, row in zip(places, contexts_of(kept), strict=True):
+        alone = first(0, 0, place[None])
+        assert torch.equal(kept.target_idx_BMP[place], alone.target_idx_BMP[0])
+        assert torch.equal(row, alone.context_idx_BK[0])
+    assert kept.context_k == kept.context.tokens / 200
+    with pytest.raises(ValueError, match=r'"packed".*"fixed"'):
+        kept.context_idx_BK  # noqa: B018
+
+
+@pytest.mark.parametrize("sampler", ["uniform", "ijepa"])
+@pytest.mark.parametrize(("side", "batch"), [(8, 16), (14, 32), (16, 2)])
+def test_packed_shapes_never_change_and_little_is_padding(seed, sampler, side, batch):
+    masks_of = MaskSampler((side, side), sampler, "packed", seed=seed)
+    drawn = list(many(masks_of, 200, batch))
+    parts = [(m.context.rows_T, m.context.sequences.starts, m.target_idx_BMP) for m in drawn]
+    assert len({tuple(part.shape for part in found) for found in parts}) == 1
+    assert len({(m.context.sequences.longest, m.context.images) for m in drawn}) == 1
+    T = MaskSampler((side, side), sampler, "packed", seed=seed + 1).budget(batch)
+    assert all(len(m.context.rows_T) == T == m.context.sequences.starts[-1] for m in drawn)
+    assert sum(m.context.tokens == T for m in drawn) <= 6  # 0.3 are to be expected
+    mean = sum(m.context.tokens for m in drawn) / len(drawn)
+    assert T - 8 - 6 * 0.3 * mean / batch**0.5 < mean < T  # an image's spread: 0.3 of it at most
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9])
+def test_over_the_budget_the_longest_are_cut_at_random(seed, monkeypatch, share):
+    masks_of = MaskSampler((14, 14), "uniform", "packed", seed=seed)
+    places = torch.arange(400)  # more than are worked through at once
+    whole = contexts_of(masks_of(1, 2, places))
+    T = int(share * sum(map(len, whole)))
+    monkeypatch.setattr(MaskSampler, "budget", lambda self, images: T)
+    cut = masks_of(1, 2, places)
+    rows = contexts_of(cut)
+    assert cut.context.tokens == T == len(cut.context.rows_T) == sum(map(len, rows))
+    level = max(map(len, rows))
+    ranks = []
+    for row, full in zip(rows, whole, strict=True):
+        assert torch.isin(row, full).all() and (row.diff() > 0).all()
+        assert len(row) == len(full) < level or level - 1 <= len(row) <= level
+        if len(row) < len(full):
+            ranks.append(torch.searchsorted(full, row).double() / (len(full) - 1))
+    assert abs(torch.cat(ranks).mean().item() - 0.5) < 0.02  # not the first of the list
+    again = masks_of(1, 2, places)
+    assert torch.equal(again.context.rows_T, cut.context.rows_T)
+
+
+@settings(max_examples=50, deadline=None)
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=12), share=st.floats(0, 1))
+def test_lengths_are_lowered_to_one_level(lengths, share):
+    budget = round(len(lengths) + share * (sum(lengths) + 5 - len(lengths)))
+    kept = _levelled(torch.tensor(lengths), budget).tolist()
+    assert sum(kept) == min(budget, sum(lengths)) and min(kept) >= 1
+    level = max(kept)
+    assert all(k == n < level or level - 1 <= k <= min(n, level) for k, n in zip(kept, lengths))  # noqa: B905
 
 
 @pytest.mark.parametrize(("sampler", "context"), COMBINATIONS)
@@ -335,9 +412,9 @@ def test_min_keep_is_kept_even_where_targets_must_be_given_up(seed, sampler, con
     needed = 20 + (sampler == "ijepa")
     given_up = 0
     for masks in many(hard, 10, 32):
-        assert masks.context_idx_BK.shape[1] >= needed
-        idx = masks.context_idx_BK[:, :, None, None] == masks.target_idx_BMP[:, None]
-        given_up += int(idx.any(-1).any(-1).any(-1).sum())
+        for row, hidden in zip(contexts_of(masks), masks.target_idx_BMP, strict=True):
+            assert len(row) >= needed
+            given_up += int(torch.isin(row, hidden).any())
     assert given_up > 0
 
 
@@ -364,7 +441,7 @@ def test_images_that_keep_enough_are_left_alone(seed):
     ("change", "words"),
     [
         ({"sampler": "ijpea"}, ["sampler 'ijpea'", "uniform", "ijepa"]),
-        ({"context": "first"}, ["context 'first'", "random", "prefix", "fixed"]),
+        ({"context": "first"}, ["context 'first'", "random", "prefix", "fixed", "packed"]),
         ({"grid": (0, 14)}, ["grid (0, 14)"]),
         ({"grid": (1, 14), "sampler": "ijepa"}, ["grid (1, 14)", "at least 2"]),
         ({"grid": (300, 300)}, ["grid (300, 300)", "65535"]),
@@ -416,10 +493,16 @@ def test_any_setting_gives_masks_or_is_refused(
     except ValueError:
         return
     masks = sampler(1, 2, torch.arange(batch))
-    assert masks.context_idx_BK.shape[1] >= min_keep
-    assert (masks.context_idx_BK.diff(dim=1) > 0).all()
-    for idx in (masks.context_idx_BK, masks.target_idx_BMP):
-        assert idx.min() >= 0 and idx.max() < rows * cols and len(idx) == batch
+    contexts = contexts_of(masks)
+    assert min(len(row) for row in contexts) >= min_keep
+    assert all((row.diff() > 0).all() for row in contexts)
+    assert len(contexts) == len(masks.target_idx_BMP) == batch
+    for idx in (*contexts, masks.target_idx_BMP):
+        assert idx.min() >= 0 and idx.max() < rows * cols
+    if sampler.context == "packed":
+        starts = masks.context.sequences.starts
+        assert starts[-1] == len(masks.context.rows_T) == sampler.budget(batch)
+        assert 0 <= starts.diff().min() <= starts.diff().max() <= masks.context.sequences.longest
     assert masks.target_idx_BMP.shape[1] == targets and masks.target_idx_BMP.shape[2] > 0
 
 
@@ -430,7 +513,8 @@ def test_a_gpu_draws_the_same_masks(seed, sampler, context):
     on_cpu = masks_of(0, 5, torch.arange(64))
     on_gpu = masks_of(0, 5, torch.arange(64), device="cuda")
     copied = on_cpu.pin_memory().to("cuda", non_blocking=True)
-    for name in ("context_idx_BK", "target_idx_BMP"):
-        assert getattr(on_gpu, name).is_cuda
-        assert torch.equal(getattr(on_gpu, name).cpu(), getattr(on_cpu, name))
-        assert torch.equal(getattr(copied, name), getattr(on_gpu, name))
+    for masks in (on_gpu, copied):
+        assert masks.target_idx_BMP.is_cuda
+        assert torch.equal(masks.target_idx_BMP.cpu(), on_cpu.target_idx_BMP)
+        for row, wanted in zip(contexts_of(masks), contexts_of(on_cpu), strict=True):
+            assert row.is_cuda and torch.equal(row.cpu(), wanted)

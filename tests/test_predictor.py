@@ -73,7 +73,7 @@ def test_the_last_block_spares_the_context_and_nothing_else(predictor, inputs):
     last = predictor.predictor_blocks[-1]
     whole_forward, lengths = last.forward, []
 
-    def whole(x, last):
+    def whole(x, last, packed):
         lengths.append(x.shape[1])
         return whole_forward(x)[:, -last:]
 

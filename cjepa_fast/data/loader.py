@@ -287,5 +287,4 @@ def _claim(batch: Batch, stream) -> None:
     """Tell the allocator that `stream` uses memory which the loader's stream allocated."""
     batch.images_B3HW.record_stream(stream)
     if batch.masks is not None:
-        batch.masks.context_idx_BK.record_stream(stream)
-        batch.masks.target_idx_BMP.record_stream(stream)
+        batch.masks.record_stream(stream)

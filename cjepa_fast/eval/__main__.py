@@ -191,7 +191,7 @@ def draw_masks(args: argparse.Namespace) -> None:
     masks = sampler(epoch=0, step=0, places_B=torch.arange(len(images_B3HW)))
     title = (
         f'Masks, sampler "{config.mask.sampler}", context "{config.mask.context}": '
-        f"{masks.context_idx_BK.shape[1]} context patches, "
+        f"{masks.context_k:g} context patches, "
         f"{masks.target_idx_BMP.shape[1]} x {masks.target_idx_BMP.shape[2]} target patches"
     )
     print(

@@ -70,7 +70,7 @@ def draw_masks(
 def _views(picture_HW3: np.ndarray, masks: Masks, b: int, grid) -> list[np.ndarray]:
     shape = picture_HW3.shape[:2]
     hidden = np.full_like(picture_HW3, 0.92)
-    context = covered(masks.context_idx_BK[b].cpu(), grid, shape)[..., None]
+    context = covered(masks.context_of(b).cpu(), grid, shape)[..., None]
     blocks = [covered(idx_P.cpu(), grid, shape)[..., None] for idx_P in masks.target_idx_BMP[b]]
     both = np.where(context, picture_HW3, hidden)
     for block, colour in zip(blocks, _colours(len(blocks)), strict=True):
