@@ -7,12 +7,12 @@ They are drawn on the CPU, in the loader's own thread.
 
 import argparse
 import itertools
-import json
 import statistics
 import sys
 import time
 from pathlib import Path
 
+import files
 import hardware
 import torch
 
@@ -63,8 +63,7 @@ def main(argv: list[str]) -> int:
             f"images in {row['ms']:.2f} ms ({row['ms_p10']:.2f}-{row['ms_p90']:.2f})"
         )
     if args.json:
-        about = hardware.provenance(torch.device("cpu"))
-        args.json.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+        files.write({**hardware.provenance(torch.device("cpu")), "rows": rows}, args.json)
     return 0
 
 
