@@ -310,32 +310,41 @@ STAND_IN = """#!/bin/sh
 # Stands in for Python: notes how it was called; fails where the test asks for it.
 echo "$@" >> "$CALLS"
 case "$*" in
-  *"not torch.cuda"*) exit 1 ;;
+  *"not torch.cuda"*) exit "$NO_GPU" ;;
   *$FAILING*) exit 3 ;;
 esac
 """
 
 
+BY_THROUGHPUT = ["models", "others", "decode", "from-jpeg", "profile"]
+
+
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@pytest.mark.parametrize("no_gpu", ["0", "1"])
 @pytest.mark.parametrize("failing", ["nothing", "throughput.py", "--resume"])
-def test_the_gate_runs_every_part_and_fails_with_any(tmp_path, failing):
+def test_the_gate_runs_every_part_and_fails_with_any(tmp_path, failing, no_gpu):
     python, calls, out = tmp_path / "python", tmp_path / "calls", tmp_path / "out"
     python.write_text(STAND_IN)
     python.chmod(0o755)
     env = os.environ | {"PYTHON": str(python), "CALLS": str(calls), "FAILING": failing}
     images = str(tmp_path)
     gate = ["bash", str(BENCH / "gpu_gate.sh"), str(out), images]
+    env["NO_GPU"] = no_gpu
     done = subprocess.run(gate, env=env, capture_output=True, text=True, timeout=100)
     summary = (out / "summary.txt").read_text()
     failed = [line.split()[0] for line in summary.splitlines() if "FAILED" in line]
-    expected = {"nothing": [], "throughput.py": ["throughput", "from-jpeg"], "--resume": ["resume"]}
+    expected = {"nothing": [], "throughput.py": BY_THROUGHPUT, "--resume": ["resume"]}
     assert failed == expected[failing]
     assert (done.returncode != 0) == bool(failed)
     called = calls.read_text()
     for needed in (
         "-m gpu",
+        "attention.py",
+        "--against reference",
         "ops.py",
+        "--data decode-only",
         "--data both",
+        "--profile",
         "train.py",
         "--resume auto",
         "eval knn",
@@ -343,8 +352,10 @@ def test_the_gate_runs_every_part_and_fails_with_any(tmp_path, failing):
     ):
         assert needed in called
     assert f"data.path={images}" in called
+    timed = " ".join(line for line in called.splitlines() if "--data synthetic" in line).split()
     for config in (tiny.ROOT / "configs").glob("*.json"):
-        assert config.stem in called
+        assert no_gpu == "1" or config.stem in timed
+    assert ("model.width=48" in timed) == (no_gpu == "1")  # toy size
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
@@ -354,7 +365,9 @@ def test_the_gate_starts_no_part_without_time(tmp_path):
     python.chmod(0o755)
     env = os.environ | {"PYTHON": str(python), "CALLS": str(calls), "FAILING": "nothing"}
     gate = ["bash", str(BENCH / "gpu_gate.sh"), str(out)]
-    done = subprocess.run(gate, env=env | {"BUDGET_S": "0"}, capture_output=True, timeout=100)
+    done = subprocess.run(
+        gate, env=env | {"BUDGET_S": "0", "NO_GPU": "1"}, capture_output=True, timeout=100
+    )
     assert done.returncode == 1
     assert "train.py" not in calls.read_text()
     assert "no time was left" in Path(out / "summary.txt").read_text()
