@@ -193,8 +193,7 @@ def describe(args: argparse.Namespace, config: Config) -> str:
     plans = {stage: plan(config, stage, args.count) for stage in STAGES}
     lines = [
         f"{args.config} on {args.count} x {args.gpu}: {plans[0].trained / 1e6:.0f} M trained "
-        f"parameters, {gflop:.1f} GFLOP an image (counted), {micro_batch} images a GPU x "
-        f"{accumulation}",
+        f"parameters, {gflop:.1f} GFLOP an image, {micro_batch} images a GPU x {accumulation}",
         "",
         f"GB of each GPU's {gpu.memory_gb:g}, predicted",
         "".join([f"{'ZeRO stage':20s}", *(f"{stage:>10d}" for stage in STAGES)]),
