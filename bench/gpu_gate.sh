@@ -108,7 +108,7 @@ else
   toy=(--batch 2 --set model.width=48 --set model.depth=1 --set model.heads=3
     --set predictor.width=24 --set predictor.depth=1 --set predictor.heads=3)
   bench_size=(--steps 2 --warmup 1 "${toy[@]}")
-  attention_size=("${toy[@]}")
+  attention_size=(--config demo vit_t "${toy[@]}")
   models=(vit_t vit_h)
   profiled=(vit_b)
   ops_size=(--seconds 0 --no-compile --batch 2 --rows 300 --widths 96)
