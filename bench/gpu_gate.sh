@@ -3,13 +3,14 @@
 #
 #     PYTHON=python3 bench/gpu_gate.sh [OUT] [IMAGES]
 #
-# The tests that need a GPU, the kernels under compute-sanitizer where it is installed, each kernel
-# beside its definition, the throughput of every configuration, a short training on IMAGES (a
-# labelled folder or shards; also read from CJEPA_REAL_IMAGES; else the made-up shapes) that is
-# interrupted and resumed, kNN on its features, and the fast tests. A part that fails or runs out of
-# time leaves the rest be. PARTS="tests-gpu ops" runs only those. OUT (default
-# bench/results/gate-DATE) gets gate.log with all output, summary.txt and the figures. Exits
-# non-zero if any part failed.
+# The tests that need a GPU, every kernel for attention, the models' throughput and memory beside the
+# reference step's, that of the other configurations, each kernel beside its definition, decoding
+# alone, a run from JPEG files, a profile, a short training on IMAGES (a labelled folder or shards;
+# also read from CJEPA_REAL_IMAGES; else the made-up shapes) that is interrupted and resumed, kNN on
+# its features, the kernels under compute-sanitizer where it is installed, and the fast tests. A part
+# that fails or runs out of time leaves the rest be. PARTS="tests-gpu ops" runs only those. OUT
+# (default bench/results/gate-DATE) gets gate.log with all output, summary.txt and the figures, which
+# `python bench/report.py --collect OUT` takes over. Exits non-zero if any part failed.
 #
 # Without a GPU the same parts run at toy size. Tests that start several processes are left to
 # `make test`: two processes cannot share one GPU's NCCL.
@@ -62,10 +63,10 @@ part() {
   ((status == 0)) || failures=$((failures + 1))
 }
 
-# The tests that need a GPU, a file a core: most of their time is spent compiling kernels. Status 5:
-# a file had none after all.
-gpu_tests='grep -lE "mark.gpu|kernel_device" tests/test_*.py | xargs -P "$(nproc)" -I{} \
-  bash -c "\"$0\" -m pytest -q -m gpu {} || [[ \$? == 5 ]]"'
+# A test file a core, since most of their time is spent compiling or importing. Status 5: a file had
+# no test of the kind.
+each_file='xargs -P "$(nproc)" -I{} bash -c "\"$0\" -m pytest -q -m \"$1\" {} || [[ \$? == 5 ]]"'
+gpu_tests="grep -lE 'mark.gpu|kernel_device' tests/test_*.py | $each_file"
 
 # Train for SECONDS, then ask with SIGTERM: the run finishes its step, saves and exits with 0.
 train_for() { # SECONDS ARGUMENTS...
@@ -76,10 +77,11 @@ train_for() { # SECONDS ARGUMENTS...
     --set telemetry.every_steps=5 "${train_sets[@]}" "$@"
 }
 
-all_configs=(demo)
+models=(vit_t vit_s vit_b vit_l vit_h)
+other_configs=(demo)
 for file in configs/*.json; do
   name=$(basename "$file" .json)
-  [[ $name == demo ]] || all_configs+=("$name")
+  [[ " ${models[*]} ${other_configs[*]} " == *" $name "* ]] || other_configs+=("$name")
 done
 
 if [[ -n $IMAGES ]]; then
@@ -95,16 +97,22 @@ fi
 if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
   say "on a GPU"
   bench_size=(--steps 10 --warmup 4)
+  attention_size=()
+  profiled=(vit_b vit_h)
   ops_size=(--seconds 0.2 --model H --widths 768 1280)
-  fast_tests=(tests)
+  fast_tests="ls tests/test_*.py"
   jpeg_config=vit_b
-  train_s=60 resume_s=30 knn_train=10000
+  train_s=40 resume_s=25 knn_train=10000
 else
   say "no GPU: toy sizes"
-  bench_size=(--steps 2 --warmup 1 --batch 2 --set model.width=48 --set model.depth=1
-    --set model.heads=3 --set predictor.width=24 --set predictor.depth=1 --set predictor.heads=3)
+  toy=(--batch 2 --set model.width=48 --set model.depth=1 --set model.heads=3
+    --set predictor.width=24 --set predictor.depth=1 --set predictor.heads=3)
+  bench_size=(--steps 2 --warmup 1 "${toy[@]}")
+  attention_size=(--config demo vit_t "${toy[@]}")
+  models=(vit_t vit_h)
+  profiled=(vit_b)
   ops_size=(--seconds 0 --no-compile --batch 2 --rows 300 --widths 96)
-  fast_tests=(tests/test_config.py tests/test_imports.py)
+  fast_tests="echo tests/test_config.py tests/test_imports.py | xargs -n 1"
   jpeg_config=demo
   train_sets+=(--set data.batch_size=16 --set data.micro_batch_size=16 --set model.depth=1)
   train_s=45 resume_s=30 knn_train=500
@@ -120,22 +128,29 @@ if [[ -z $IMAGES ]]; then
 for split in ("train", "val"): shapes.ensure(split)'
 fi
 part machine 30 "$PYTHON" bench/hardware.py
-part tests-gpu 150 bash -c "$gpu_tests" "$PYTHON"
-if command -v compute-sanitizer >/dev/null; then
-  part sanitizer 60 compute-sanitizer --error-exitcode 9 "$PYTHON" bench/ops.py --no-compile \
-    --seconds 0 --model T --batch 2 --rows 300 --widths 96
-fi
+part tests-gpu 150 bash -c "$gpu_tests" "$PYTHON" gpu
+part attention 60 "$PYTHON" bench/attention.py "${attention_size[@]}" --json "$OUT/attention.json"
+part models 200 "$PYTHON" bench/throughput.py --config "${models[@]}" --data synthetic \
+  --against reference "${bench_size[@]}" --json "$OUT/throughput_models.json" --plot "$OUT/models.png"
+part others 150 "$PYTHON" bench/throughput.py --config "${other_configs[@]}" \
+  --data synthetic "${bench_size[@]}" --json "$OUT/throughput_others.json"
 part ops 120 "$PYTHON" bench/ops.py "${ops_size[@]}" --json "$OUT/ops.json" --markdown "$OUT/ops.md"
-part throughput 280 "$PYTHON" bench/throughput.py --config "${all_configs[@]}" \
-  --data synthetic "${bench_size[@]}" --json "$OUT/throughput.json"
+part decode 40 "$PYTHON" bench/throughput.py --config "$jpeg_config" --data decode-only \
+  --data-path "${IMAGES:-shapes}" "${bench_size[@]}" --json "$OUT/throughput_decode.json"
 part from-jpeg 60 "$PYTHON" bench/throughput.py --config "$jpeg_config" --data both \
   --data-path "${IMAGES:-shapes}" "${bench_size[@]}" --json "$OUT/throughput_jpeg.json"
+part profile 60 "$PYTHON" bench/throughput.py --config "${profiled[@]}" --data synthetic \
+  "${bench_size[@]}" --profile "$OUT"
 TRAIN_PART=train train_for "$train_s"
 TRAIN_PART=resume train_for "$resume_s" --resume auto
 part knn 60 "$PYTHON" -m cjepa_fast.eval knn "$WORK/run" "${knn_data[@]}" --untrained \
   --max-train "$knn_train" --json "$OUT/knn.json"
-part tests-fast 300 "$PYTHON" -m pytest -q -m "not gpu and not slow and not multiprocess" \
-  "${fast_tests[@]}"
+if command -v compute-sanitizer >/dev/null; then
+  part sanitizer 60 compute-sanitizer --error-exitcode 9 "$PYTHON" bench/ops.py --no-compile \
+    --seconds 0 --model T --batch 2 --rows 300 --widths 96
+fi
+part tests-fast 120 bash -c "$fast_tests | $each_file" "$PYTHON" \
+  "not gpu and not slow and not multiprocess"
 
 cp "$WORK/run/log.jsonl" "$OUT/train_log.jsonl" 2>/dev/null || true
 {

@@ -110,7 +110,10 @@ def commit() -> str | None:
 
 
 def own_command() -> str:
-    return shlex.join(["python", *sys.argv])
+    from cjepa_fast.train import launcher  # slow to import
+
+    kept = [arg for arg in sys.argv if not arg.startswith("--local_rank")]
+    return shlex.join([*launcher(), *kept])
 
 
 def provenance(device: torch.device) -> dict:

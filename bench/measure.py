@@ -3,6 +3,7 @@
 Times are the device's own on a GPU, so that the host may run ahead of it.
 """
 
+import gc
 import itertools
 import statistics
 import time
@@ -10,8 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from hardware import measured_tflops, peak_tflops, synchronize
+from masks import calls_ms
+from memory import Kept, peak_bytes
 from phases import Phases
+from power import PowerMeter, power_figures
 from reference import ReferenceTrainer
 
 from cjepa_fast import build, train
@@ -22,6 +27,7 @@ from cjepa_fast.data.loader import Batch, Loader
 RING = 8  # synthetic batches, each with masks of its own, used in turn
 EPOCH_STEPS = 1000  # of synthetic data: only the schedules see it
 PHASE_STEPS = 5  # timed by parts, after the others, since that holds a GPU up
+AHEAD_BATCHES, MASK_CALLS = 5, 20  # timed of what is made ahead of the step
 PROFILED_STEPS = 3
 TOP = 15  # lines of a profile's table
 
@@ -95,11 +101,11 @@ def measure(
 
     data: "synthetic" or "jpeg". profile_to: a file for a trace, as Perfetto reads it.
     """
+    forget(device)
     began = time.perf_counter()
     masks = build.build_masks(config)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
     loader = build.build_loader(config, device, masks) if data == "jpeg" else None
+    meter = PowerMeter()
     try:
         trainer = train.Trainer(config, device, loader.steps_per_epoch if loader else EPOCH_STEPS)
         if loader:
@@ -109,7 +115,8 @@ def measure(
         synchronize(device)
         build_s = time.perf_counter() - began
         warm = run_steps(trainer, batches, 0, warmup)
-        timed = run_steps(trainer, batches, warmup, steps)
+        with meter.running():
+            timed = run_steps(trainer, batches, warmup, steps)
         peak_gib = train.peak_gib(device)
         parts = Phases(trainer)
         if config.run.compile != "whole":  # whose parts are not called one by one
@@ -117,17 +124,52 @@ def measure(
                 run_steps(trainer, batches, warmup + steps, PHASE_STEPS)
         if profile_to:
             profile(trainer, batches, warmup + steps + PHASE_STEPS, profile_to)
+        ahead_ms = made_ahead_ms(config, device, masks, loader)
     finally:
         if loader:
             loader.close()
+    most = zip(*on_all_ranks((timed["total_s"], peak_gib)), strict=True)
+    timed["total_s"], peak_gib = map(max, most)
+    images = steps * trainer.micro_batch * engines.world_size()
     return row_of(config, data, trainer, timed) | {
+        **power_figures(on_all_ranks(meter.found), images),
         "phases_ms": parts.median_ms(),
+        "ahead_ms": ahead_ms,
         "build_s": build_s,
         "warmup_s": warm["total_s"],
         "first_step_s": warm["step_ms"][0] / 1e3,
         "warmup_steps": warmup,
         "peak_gib": peak_gib,
     }
+
+
+def forget(device: torch.device) -> None:
+    """Give back the memory of what was measured before, so that the peak is the next one's own."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def on_all_ranks(value) -> list:
+    """What every process gives, in their order."""
+    values = [value] * engines.world_size()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def made_ahead_ms(
+    config: Config, device: torch.device, masks, loader: Loader | None
+) -> dict[str, float]:
+    """Median milliseconds a batch of what the loader's thread makes beside the step, each alone."""
+    found = {}
+    if loader:
+        loader.close()  # its iteration so far; a new one begins
+        full = config.data.prefetch + 1  # batches that lie ready at the start
+        found["decode"] = decoding_row(loader, device, AHEAD_BATCHES, full)["step_ms"]
+    found["masks"] = statistics.median(calls_ms(masks, config.data.micro_batch_size, MASK_CALLS))
+    return found
 
 
 def profile(trainer: train.Trainer, batches, first: int, path: Path) -> None:
@@ -167,16 +209,18 @@ def decoding_row(loader: Loader, device: torch.device, steps: int, warmup: int) 
         clock.mark()
     step_ms = clock.step_ms()
     took_s = time.perf_counter() - began
+    found = on_all_ranks((images, took_s))
     return {
-        "batch": images // steps,
+        "batch": sum(images for images, _ in found) // steps,
         "steps": steps,
-        "images_per_s": images / took_s,
+        "images_per_s": sum(images / took_s for images, took_s in found),
         **spread(step_ms),
     }
 
 
 def measure_against(config: Config, device: torch.device, steps: int, warmup: int) -> list[dict]:
     """A row for our step and for each way of the reference's, which take turns."""
+    forget(device)
     masks = build.build_masks(config)
     trainer = train.Trainer(config, device, EPOCH_STEPS)
     sides = {
@@ -199,7 +243,11 @@ def measure_against(config: Config, device: torch.device, steps: int, warmup: in
             clock.mark()
     step_ms = clock.step_ms()
     turns = {name: step_ms[i :: len(sides)] for i, name in enumerate(sides)}
-    return [against_row(name, times, turns["ours"], trainer) for name, times in turns.items()]
+    rows = []
+    for name, side in sides.items():
+        row = against_row(name, turns[name], turns["ours"], trainer)
+        rows.append(row | step_memory(side, batch, warmup + steps))
+    return rows
 
 
 def against_row(name: str, step_ms: list[float], ours_ms: list[float], trainer) -> dict:
@@ -212,6 +260,16 @@ def against_row(name: str, step_ms: list[float], ours_ms: list[float], trainer) 
         "images_per_s": 1e3 * trainer.micro_batch / median,
         "ours_times": median / statistics.median(ours_ms),
     }
+
+
+def step_memory(side: train.Trainer | ReferenceTrainer, batches: list[Batch], index: int) -> dict:
+    """GiB that a step's forward keeps for its backward beside the weights, and that a step holds
+    at its peak beyond what is held between steps."""
+    kept = Kept(side.engine.module if isinstance(side, train.Trainer) else side.networks)
+    with kept.counting():
+        side.step(batches, index)
+    peak = peak_bytes(lambda: side.step(batches, index + 1), side.device)
+    return {"kept_gib": kept.bytes / 2**30, "step_gib": peak / 2**30}
 
 
 def spread(step_ms: list[float]) -> dict:

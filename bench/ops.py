@@ -225,7 +225,8 @@ def main(argv: list[str]) -> int:
         print(f"{case.op}, {case.shape}", file=sys.stderr, flush=True)
         rows += measure(case, device, rates, seconds=args.seconds, compiled=not args.no_compile)
         gc.collect()
-        written(json.dumps({**about, "rates": rates, "rows": rows}, indent=1) + "\n", args.json)
+        made = {**about, "batch": args.batch, "rates": rates, "rows": rows}
+        written(json.dumps(made, indent=1) + "\n", args.json)
     text = markdown(rows, about, rates)
     written(text, args.markdown)
     print(text, end="")

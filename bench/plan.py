@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from memory import Kept
 
 from cjepa_fast import build
 from cjepa_fast import config as configuration
@@ -68,30 +69,21 @@ def kept_bytes(networks: JEPA, batch: tuple, fused_attention: bool) -> int:
     """Bytes that one micro-batch's forward keeps for its backward, beside the parameters.
 
     Runs the networks on the device of the batch: images, context and target indices and the target
-    encoder's tokens. Each storage counts once.
+    encoder's tokens.
     """
-    weights = {p.untyped_storage()._cdata for p in [*networks.parameters(), *networks.buffers()]}
-    found: dict[int, tuple[int, torch.Tensor]] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            found[storage._cdata] = storage.nbytes(), tensor  # held, so that no number comes twice
-        return tensor
-
     heads = {name: part for name, part in networks.named_modules() if isinstance(part, Attention)}
     plain = {name: part.forward for name, part in heads.items()}
     if fused_attention:
         for part in heads.values():
             part.forward = _forward_with(part)
+    kept = Kept(networks)
     try:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            terms = networks(*batch)
+        with kept.counting():
+            networks(*batch)
     finally:
         for name, part in heads.items():
             part.forward = plain[name]
-    del terms
-    return sum(size for size, _ in found.values())
+    return kept.bytes
 
 
 def _forward_with(part: Attention):

@@ -138,7 +138,8 @@ class ReferenceTrainer:
         self.predictor.load_state_dict(ours.predictor.state_dict())
         self.target = copy.deepcopy(self.encoder)
         self.target.load_state_dict(average.state_dict())
-        groups = optim.parameter_groups(nn.ModuleList([self.encoder, self.predictor]))
+        self.networks = nn.ModuleList([self.encoder, self.predictor])
+        groups = optim.parameter_groups(self.networks)
         config = trainer.config.optim
         self.optimizer = torch.optim.AdamW(groups, betas=config.betas, eps=config.eps)
 

@@ -2,6 +2,7 @@
 
     python bench/report.py            # writes both
     python bench/report.py --check    # exits with 1 where the README says something else
+    python bench/report.py --collect bench/results/gate-DATE    # first takes over what a GPU gave
 
 So no figure is typed by hand. What was not measured is said to be so.
 """
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import files
 import matplotlib
 
 matplotlib.use("Agg")
@@ -23,6 +25,9 @@ README = ROOT / "README.md"
 BEGIN, END = "<!-- bench/report.py writes from here -->\n", "<!-- to here -->\n"
 UNTRAINED, TRAINED, PIXELS = "untrained", "trained", "raw pixels"
 PHASES = ("target", "context", "predictor", "loss", "backward", "optimiser", "average", "rest")
+# Of a folder of bench/gpu_gate.sh: what is appended to a list here, what takes a file's place.
+APPENDED, REPLACED = "throughput*.json", ("ops.json", "attention.json")
+SIZES = ("model.", "predictor.", "data.image_size")  # overrides after which a model is another
 Line = tuple[str, str, str, str]  # what, hardware, figure, where it is from
 
 
@@ -43,7 +48,9 @@ def on_gpu(row: dict) -> bool:
 
 def throughput_lines(rows: list[dict]) -> Iterator[Line]:
     """images/s only from a GPU; of a CPU the ratio to the reference's step."""
-    for row in latest(rows, "config", "step", "batch", "data"):
+    rows = latest(rows, "config", "step", "batch", "data")
+    names = list(dict.fromkeys(row["config"] for row in rows))
+    for row in sorted(rows, key=lambda row: names.index(row["config"])):
         device, where = row["hardware"]["device"], f"`{row['command']}`"
         gpu = on_gpu(row)
         what = f"{row['config']}, batch {row['batch']}"
@@ -122,11 +129,12 @@ def with_table(readme: str, text: str) -> str:
     return before + begin + text + end + after
 
 
-def draw(rows: list[dict], path: Path) -> None:
-    """Bars of images/s, and of where a step's time goes, a bar a configuration."""
+def draw(rows: list[dict], path: Path) -> bool:
+    """Bars of images/s, and of where a step's time goes, a bar a configuration. False, and nothing
+    is written, where no row has phases."""
     rows = [row for row in latest(rows, "config", "batch", "data") if row.get("phases_ms")]
     if not rows:
-        return
+        return False
     names = [f"{row['config']}\n{row['data']}, batch {row['batch']}" for row in rows]
     figure, (speed, parts) = plt.subplots(1, 2, figsize=(11, 1.6 + 0.55 * len(rows)), sharey=True)
     speed.barh(names, [row["images_per_s"] for row in rows], color="#33658a")
@@ -142,12 +150,50 @@ def draw(rows: list[dict], path: Path) -> None:
     figure.suptitle(rows[0]["hardware"]["device"])
     figure.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(figure)
+    return True
+
+
+def at_full_size(row: dict) -> bool:
+    """Whether a row is a GPU's, and of a configuration's own sizes."""
+    return on_gpu(row) and not any(text.startswith(SIZES) for text in row.get("overrides", ()))
+
+
+def collect(folder: Path, results: Path) -> list[str]:
+    """Take over what the gate measured on a GPU, each row once; says what was taken.
+
+    Raises ValueError where the folder holds nothing of a GPU at full size.
+    """
+    said = []
+    kept = loaded(results, "throughput.json") or []
+    for path in sorted(folder.glob(APPENDED)):
+        rows = [row for row in loaded(folder, path.name) if "failed" not in row]
+        new = [row for row in rows if at_full_size(row) and row not in kept]
+        if new:
+            kept += new
+            said.append(f"{path.name}: {len(new)} of {len(rows)} rows appended")
+    if said:
+        files.write(kept, results / "throughput.json")
+    for name in REPLACED:
+        found = loaded(folder, name)
+        if found and at_full_size(found) and found["batch"] is None:  # None: each model's own
+            files.write(found, results / name)
+            said.append(f"{name}: {len(found['rows'])} rows, in place of those before")
+    if not said:
+        raise ValueError(f"{folder}: holds no new figures of a GPU at a configuration's own sizes")
+    return said
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true", help="compare, write nothing")
+    parser.add_argument("--collect", type=Path, metavar="FOLDER", help="a gate's, with its figures")
     args = parser.parse_args(argv)
+    if args.collect:
+        try:
+            print("\n".join(collect(args.collect, RESULTS)))
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
     readme = README.read_text(encoding="utf-8")
     fresh = with_table(readme, table(lines(RESULTS)))
     if args.check:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from hardware import synchronize
+from memory import peak_bytes
 
 FLUSH_BYTES = 2**30  # more than any cache; written in 0.2 ms, in which the host gets ahead
 
@@ -46,10 +47,4 @@ class Stopwatch:
 
     def peak_mib(self, call: Callable[[], Any]) -> float | None:
         """The most memory a call holds beyond what was held before; None on the CPU."""
-        if not self.cuda:
-            return None
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
+        return peak_bytes(call, self.device) / 2**20 if self.cuda else None

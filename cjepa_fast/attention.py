@@ -127,8 +127,11 @@ class Shape(NamedTuple):
 
 def candidates(device: torch.device) -> list[str]:
     """What may be the fastest: on a CPU plain alone, so that a run's bits do not hang on timing."""
-    if device.type != "cuda":
-        return ["plain"]
+    return installed() if device.type == "cuda" else ["plain"]
+
+
+def installed() -> list[str]:
+    """Every backend whose package is here; whether its kernel takes a shape is seen by trial."""
     return [name for name in BACKENDS if name != "flash_attn" or _flash_loads()]
 
 

@@ -13,32 +13,41 @@ ORDER, CROP, FLIP, COLOUR, MASK_SIZE, MASK_PLACE, MASK_KEEP, SUBSTITUTE = range(
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
+_WORD = 2**64 - 1
 
 
 def _signed(value: int) -> int:
     """The 64-bit pattern of `value` as a Python int that fits a torch int64."""
-    value &= 2**64 - 1
+    value &= _WORD
     return value - 2**64 if value >= 2**63 else value
 
 
 def _shift(x: torch.Tensor, bits: int) -> torch.Tensor:
     """Logical right shift: torch's `>>` on int64 copies the sign bit."""
-    return (x >> bits) & (2 ** (64 - bits) - 1)
+    return (x >> bits).bitwise_and_(2 ** (64 - bits) - 1)
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
-    x = x + _signed(_GOLDEN)
-    x = (x ^ _shift(x, 30)) * _signed(_MIX_1)
-    x = (x ^ _shift(x, 27)) * _signed(_MIX_2)
-    return x ^ _shift(x, 31)
+    x = x + _signed(_GOLDEN)  # a tensor of its own, so that the rest may be in place
+    x.bitwise_xor_(_shift(x, 30)).mul_(_signed(_MIX_1))
+    x.bitwise_xor_(_shift(x, 27)).mul_(_signed(_MIX_2))
+    return x.bitwise_xor_(_shift(x, 31))
+
+
+def _mixed(x: int) -> int:
+    """`_mix` of a number, which as a tensor of one takes 100 times as long."""
+    x = (x + _GOLDEN) & _WORD
+    x = (x ^ (x >> 30)) * _MIX_1 & _WORD
+    x = (x ^ (x >> 27)) * _MIX_2 & _WORD
+    return x ^ (x >> 31)
 
 
 def bits(seed: int, stream: int, epoch: int, places: torch.Tensor) -> torch.Tensor:
     """64 random bits a place: int64 in the shape of `places` (int64, any device)."""
-    key = _mix(torch.tensor(_signed(seed), dtype=torch.int64, device=places.device))
+    key = _mixed(seed)
     for part in (stream, epoch):
-        key = _mix(key ^ part)
-    return _mix(_mix(key ^ places))
+        key = _mixed(key ^ part)
+    return _mix(_mix(places ^ _signed(key)))
 
 
 def uniforms(

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 
 from cjepa_fast import draws
@@ -300,15 +301,17 @@ class MaskSampler:
     def _cover(self, corners_BX2: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """Cells that any of X blocks with these corners covers: bool (B, H, W)."""
         H, W = self.grid
-        cells = torch.arange(max(H, W), device=corners_BX2.device)
-        row_BXH = cells[:H] - corners_BX2[..., :1]
-        col_BXW = cells[:W] - corners_BX2[..., 1:]
-        rows = (row_BXH >= 0) & (row_BXH < height)
-        cols = (col_BXW >= 0) & (col_BXW < width)
-        covered = rows.new_zeros(len(rows), H, W)
-        for x in range(rows.shape[1]):  # a few blocks: (B, X, H, W) would be X times the memory
-            covered |= rows[:, x, :, None] & cols[:, x, None, :]
-        return covered
+        cells = torch.arange(max(H, W), device=corners_BX2.device)[:, None]
+        # Images last: the innermost loop is then long, which takes a third of the time.
+        top_XB, left_XB = corners_BX2.permute(2, 1, 0)
+        row_XHB = cells[:H] - top_XB[:, None]
+        col_XWB = cells[:W] - left_XB[:, None]
+        rows = (row_XHB >= 0) & (row_XHB < height)
+        cols = (col_XWB >= 0) & (col_XWB < width)
+        covered_HWB = rows.new_zeros(H, W, len(corners_BX2))
+        for row_HB, col_WB in zip(rows, cols, strict=True):  # all at once: X times the memory
+            covered_HWB |= row_HB[:, None] & col_WB
+        return covered_HWB.permute(2, 0, 1)
 
     def _target_indices(self, blocks: Blocks, corners_BM2: torch.Tensor) -> torch.Tensor:
         cells = torch.arange(max(self.grid), device=corners_BM2.device)
@@ -372,7 +375,14 @@ class MaskSampler:
         keys = draws.bits(self.seed, draws.MASK_KEEP, epoch, places_B[:, None] * N + cells_N)
         keys = (keys & ~_CELL_BITS) | cells_N
         keys.masked_fill_(~context_BN, torch.iinfo(torch.int64).max)
-        return keys <= keys.kthvalue(K, dim=1, keepdim=True).values
+        return keys <= _kth_smallest(keys, K)
+
+
+def _kth_smallest(keys_BN: torch.Tensor, k: int) -> torch.Tensor:
+    """(B, 1). On a CPU by numpy, in a tenth of the time of torch's kthvalue."""
+    if keys_BN.device.type != "cpu":
+        return keys_BN.kthvalue(k, dim=1, keepdim=True).values
+    return torch.from_numpy(np.partition(keys_BN.numpy(), k - 1, axis=1)[:, k - 1 : k])
 
 
 def _join(parts: list[torch.Tensor]) -> torch.Tensor:

@@ -308,6 +308,13 @@ class WeightsAndBiases(Mirror):
         self._writer.finish()
 
 
+COUNTERS = {
+    "gpu_power_w": lambda nvml, gpu: nvml.nvmlDeviceGetPowerUsage(gpu) / 1000,  # from mW
+    "gpu_util": lambda nvml, gpu: nvml.nvmlDeviceGetUtilizationRates(gpu).gpu / 100,
+    "gpu_mem_gib": lambda nvml, gpu: nvml.nvmlDeviceGetMemoryInfo(gpu).used / 2**30,
+}
+
+
 class GpuCounters:
     """Power (W), utilisation (share 0..1) and memory in use (GiB) of this process's GPU, by NVML.
 
@@ -331,19 +338,14 @@ class GpuCounters:
             return
         self._nvml = pynvml
 
-    def read(self) -> dict[str, float]:
-        nvml = self._nvml
-        if nvml is None:
-            return {}
-        counters = {
-            "gpu_power_w": lambda: nvml.nvmlDeviceGetPowerUsage(self._handle) / 1000,  # mW
-            "gpu_util": lambda: nvml.nvmlDeviceGetUtilizationRates(self._handle).gpu / 100,
-            "gpu_mem_gib": lambda: nvml.nvmlDeviceGetMemoryInfo(self._handle).used / 2**30,
-        }
-        values = {}
-        for name, counter in counters.items():
-            with contextlib.suppress(nvml.NVMLError):
-                values[name] = counter()
+    def read(self, counters: dict[str, Callable] | None = None) -> dict[str, float]:
+        """By name, what each counter gives, called with (NVML, the GPU's handle)."""
+        values: dict[str, float] = {}
+        if self._nvml is None:
+            return values
+        for name, counter in (counters or COUNTERS).items():
+            with contextlib.suppress(self._nvml.NVMLError):
+                values[name] = counter(self._nvml, self._handle)
         return values
 
 

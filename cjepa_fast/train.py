@@ -262,19 +262,22 @@ def finish(run: Path) -> None:
         checkpoint.write_encoder(run / "context_encoder.safetensors", "context", final)
 
 
+def launcher() -> list[str]:
+    """The command that started this process and its like."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"]
+    if "LOCAL_SIZE" in os.environ:
+        return ["deepspeed", "--num_gpus", os.environ["LOCAL_SIZE"]]
+    return ["python"]
+
+
 def resume_command() -> str:
     """The command line of this process, by the launcher that started it, with --resume auto."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        launcher = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"]
-    elif "LOCAL_SIZE" in os.environ:
-        launcher = ["deepspeed", "--num_gpus", os.environ["LOCAL_SIZE"]]
-    else:
-        launcher = ["python"]
     kept = [arg for arg in sys.argv[1:] if not arg.startswith("--local_rank")]
     if "--resume" in kept:
         at = kept.index("--resume")
         del kept[at : at + 2]
-    return shlex.join([*launcher, "cjepa_fast/train.py", *kept, "--resume", "auto"])
+    return shlex.join([*launcher(), "cjepa_fast/train.py", *kept, "--resume", "auto"])
 
 
 def dry_run(trainer: Trainer, loader: Loader) -> None:

@@ -121,6 +121,16 @@ def test_time_and_energy_follow_from_the_counted_work(capsys):
     assert all("predicted" in line for line in text.splitlines()[-5:])
 
 
+@pytest.mark.parametrize("gpu", ["a100-40", "a100-80", "h100", "h200", "b200", "l40s", "4090"])
+def test_every_gpu_is_planned_for_and_every_figure_says_where_it_is_from(tmp_path, capsys, gpu):
+    arguments = ["--config", str(tiny.write_config(tmp_path)), "--gpu", gpu, "--count", "2"]
+    assert plan.main(arguments) == 0
+    head, memory, times = capsys.readouterr().out.split("\n\n")
+    assert f"2 x {gpu}" in head and "predicted" in memory.splitlines()[0]
+    assert "largest batch" in memory and "kWh" in times
+    assert all("predicted" in line or "measured" in line for line in times.splitlines())
+
+
 def test_a_measured_share_takes_the_place_of_the_assumed(tmp_path):
     results = tmp_path / "throughput.json"
     row = {"config": "vit_b", "mfu_sheet_pct": 47.0, "hardware": {"device": "NVIDIA H200"}}

@@ -62,3 +62,52 @@ def test_the_picture_has_a_bar_a_configuration(tmp_path):
     assert (tmp_path / "bars.png").stat().st_size > 5000
     report.draw([ROW | CPU], tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
+
+
+def gate_folder(folder, **rows):
+    """A gate's results: by file's name, rows."""
+    for name, found in rows.items():
+        (folder / f"{name}.json").write_text(json.dumps(found))
+    return folder
+
+
+def test_a_gates_figures_are_taken_over_once(tmp_path):
+    results, gate = tmp_path / "results", tmp_path / "gate"
+    results.mkdir(), gate.mkdir()
+    old = ROW | CPU | {"images_per_s": 7.0}
+    (results / "throughput.json").write_text(json.dumps([old]))
+    full = ROW | GPU | {"images_per_s": 4900.4, "mfu_sheet_pct": 42.04, "overrides": ["run.seed=1"]}
+    turn = ROW | GPU | {"step": "reference, bf16 autocast", "ours_times": 2.61, "overrides": []}
+    refused = [
+        full | CPU,
+        full | {"overrides": ["model.width=48"]},
+        full | {"overrides": ["predictor.depth=1"]},
+        {"config": "vit_g", "failed": "exit status 1"},
+    ]
+    made = GPU | {"batch": None, "rows": [{"op": "gather_tokens"}]}
+    gate_folder(gate, throughput_models=[full, turn], throughput_others=refused, ops=made)
+    gate_folder(gate, attention=made | {"batch": 2})
+    said = report.collect(gate, results)
+    assert json.loads((results / "throughput.json").read_text()) == [old, full, turn]
+    assert json.loads((results / "ops.json").read_text()) == made
+    assert not (results / "attention.json").exists() and len(said) == 2
+    text = report.table(report.lines(results))
+    assert "| vit_b, batch 128, synthetic | NVIDIA H200 | 4900 images/s, MFU 42.0 % |" in text
+    assert "beside the plain reference, bf16 autocast | NVIDIA H200 | 2.61 times as fast" in text
+    report.collect(gate, results)
+    assert json.loads((results / "throughput.json").read_text()) == [old, full, turn]
+
+
+def test_figures_of_a_cpu_or_at_toy_size_are_refused(tmp_path):
+    gate_folder(tmp_path, throughput=[ROW | CPU, ROW | GPU | {"overrides": ["model.depth=1"]}])
+    with pytest.raises(ValueError, match="no new figures of a GPU"):
+        report.collect(tmp_path, tmp_path)
+
+
+def test_the_lines_of_a_configuration_stand_together(tmp_path):
+    speed = ROW | GPU | {"images_per_s": 1.0}
+    turn = ROW | GPU | {"step": "reference, fp32", "ours_times": 2.0}
+    rows = [speed, speed | {"config": "vit_t"}, turn]
+    (tmp_path / "throughput.json").write_text(json.dumps(rows))
+    named = [line[0].split(",")[0] for line in report.lines(tmp_path) if line[0].startswith("vit")]
+    assert named == ["vit_b", "vit_b", "vit_t"]

@@ -123,3 +123,15 @@ def test_seeds_of_any_size_and_sign_work():
     place = torch.arange(4)
     for value in (0, -1, 2**63 - 1, 2**63, 2**64 - 1):
         assert draws.uniforms(value, 0, 0, place, 1).shape == (4, 1)
+
+
+def test_the_draws_are_those_of_every_version():
+    """A run that is resumed after an update sees the crops and masks it would have seen."""
+    wanted = {
+        0: [-9003888528628206464, 6156377923772705684],
+        -5: [1467778823434112221, -8616512978671933524],
+        2**63: [8299965747072494096, -2901585770277141401],
+    }
+    for value, numbers in wanted.items():
+        found = draws.bits(value, draws.CROP, 7, torch.tensor([0, 2**40 + 1]))
+        assert found.tolist() == numbers

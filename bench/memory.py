@@ -1,0 +1,52 @@
+"""What a step takes of memory: what its forward keeps for the backward, and its peak."""
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Kept:
+    """Bytes that forwards keep for their backward beside the weights, each storage once."""
+
+    def __init__(self, *networks: nn.Module):
+        tensors = itertools.chain(
+            *(n.parameters() for n in networks), *(n.buffers() for n in networks)
+        )
+        self._weights = {tensor.untyped_storage()._cdata for tensor in tensors}
+        self.bytes = 0
+
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[None]:
+        """Counts the forwards within it."""
+        found: dict[int, tuple[int, torch.Tensor]] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._weights:
+                # the tensor is held, so that no storage's number comes twice
+                found[storage._cdata] = storage.nbytes(), tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            yield
+        self.bytes = sum(size for size, _ in found.values())
+
+
+def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
+    """The most that a call holds at once beyond what was held before it, by torch's account."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
+    cpu = torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[cpu], profile_memory=True) as profiler:
+        call()
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(itertools.accumulate((size for _, size in changes), initial=0))
