@@ -32,6 +32,7 @@ from cjepa_fast.build import (
     build_loader,
     build_masks,
     build_networks,
+    check_target_precision,
     choose_attention,
     compile_networks,
     compute_dtype,
@@ -42,6 +43,7 @@ from cjepa_fast.config import Config, ConfigError
 from cjepa_fast.data.loader import Batch, Loader
 from cjepa_fast.ema import TargetEMA
 from cjepa_fast.interrupt import StopRequest
+from cjepa_fast.streams import TargetStream
 from cjepa_fast.telemetry import Telemetry, representation_stats
 from cjepa_fast.vit import count_parameters
 
@@ -63,6 +65,7 @@ class Trainer:
     ):
         """images: the image set's fingerprint; restoring: a checkpoint will give the weights."""
         self.config, self.device = config, device
+        check_target_precision(config, device)
         self.steps_per_epoch, self.images = steps_per_epoch, images
         self.total_steps = config.run.epochs * steps_per_epoch
         dtype = compute_dtype(config)
@@ -97,8 +100,12 @@ class Trainer:
             eps=config.optim.eps,
         )
         masters = self.engine.masters("encoder.")
-        self.ema = TargetEMA(target, masters, dtype, self.engine.owner_group)
+        fp8 = config.model.target_precision == "fp8"
+        self.ema = TargetEMA(target, masters, dtype, self.engine.owner_group, fp8)
         compile_networks(networks, target, config.run.compile)
+        self.target = target
+        if config.run.target_stream and device.type == "cuda":
+            self.target = TargetStream(target, networks.predictor, device)
         self.features: deque[torch.Tensor] = deque(maxlen=-(-FEATURE_ROWS // self.micro_batch))
 
     def step(self, batches: list[Batch], index: int) -> tuple[dict, bool]:
@@ -112,7 +119,7 @@ class Trainer:
         for batch in batches:
             images, masks = batch.images_B3HW, batch.masks
             with torch.no_grad():
-                target = self.ema.module(images)
+                target = self.target(images)
             terms = self.engine(images, masks.context_idx_BK, masks.target_idx_BMP, target)
             self.engine.backward(terms["loss"])
             applied = self.engine.step(lr, weight_decay)
@@ -339,6 +346,8 @@ def open_telemetry(trainer: Trainer, run: Path, start: int, checkpointed: Path |
         if trainer.device.type == "cuda" and trainer.attention:
             chosen = ", ".join(f"{part} {name}" for part, name in trainer.attention.items())
             telemetry.message(f"attention: {chosen} (the fastest of those here)")
+        if trainer.device.type == "cpu" and config.model.target_precision == "fp8":
+            telemetry.message("model.target_precision fp8: right on a CPU, but slower than bf16")
         for path in checkpoint.set_aside_later_than(run, start):
             telemetry.message(f"going on from step {start}; set aside: {path}")
         checkpoint.set_aside_encoders(run)

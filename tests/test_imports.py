@@ -16,7 +16,7 @@ ASSEMBLERS = {
     "cjepa_fast.build", "cjepa_fast.train", "cjepa_fast.demo", "cjepa_fast.eval.__main__",
 }  # fmt: skip
 # The maths: plain arguments only, and nothing of data, engine, files or display.
-MATHS = {"draws", "masks", "vit", "predictor", "loss", "optim", "ema", "flops", "attention"}
+MATHS = {"draws", "masks", "vit", "predictor", "loss", "optim", "ema", "flops", "attention", "fp8"}
 THIRD_PARTY = {
     "torch", "numpy", "nvidia", "deepspeed", "pydantic", "safetensors", "tensorboard", "tqdm",
     "matplotlib", "PIL", "sklearn", "pynvml", "triton", "flash_attn", "apex", "wandb",
