@@ -4,12 +4,12 @@
 #     PYTHON=python3 bench/gpu_gate.sh [OUT] [IMAGES]
 #
 # The tests that need a GPU, the kernels under compute-sanitizer where it is installed, each kernel
-# beside its definition, the throughput of every configuration, a short training on IMAGES (a
-# labelled folder or shards; also read from CJEPA_REAL_IMAGES; else the made-up shapes) that is
-# interrupted and resumed, kNN on its features, and the fast tests. A part that fails or runs out of
-# time leaves the rest be. PARTS="tests-gpu ops" runs only those. OUT (default
-# bench/results/gate-DATE) gets gate.log with all output, summary.txt and the figures. Exits
-# non-zero if any part failed.
+# beside its definition, the target in fp8 and on its own stream, the throughput of every
+# configuration, a short training on IMAGES (a labelled folder or shards; also read from
+# CJEPA_REAL_IMAGES; else the made-up shapes) that is interrupted and resumed, kNN on its features,
+# and the fast tests. A part that fails or runs out of time leaves the rest be. PARTS="tests-gpu ops"
+# runs only those. OUT (default bench/results/gate-DATE) gets gate.log with all output, summary.txt
+# and the figures. Exits non-zero if any part failed.
 #
 # Without a GPU the same parts run at toy size. Tests that start several processes are left to
 # `make test`: two processes cannot share one GPU's NCCL.
@@ -96,6 +96,7 @@ if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; th
   say "on a GPU"
   bench_size=(--steps 10 --warmup 4)
   ops_size=(--seconds 0.2 --model H --widths 768 1280)
+  fp8_size=(--seconds 2)
   fast_tests=(tests)
   jpeg_config=vit_b
   train_s=60 resume_s=30 knn_train=10000
@@ -104,6 +105,7 @@ else
   bench_size=(--steps 2 --warmup 1 --batch 2 --set model.width=48 --set model.depth=1
     --set model.heads=3 --set predictor.width=24 --set predictor.depth=1 --set predictor.heads=3)
   ops_size=(--seconds 0 --no-compile --batch 2 --rows 300 --widths 96)
+  fp8_size=(--seconds 0)
   fast_tests=(tests/test_config.py tests/test_imports.py)
   jpeg_config=demo
   train_sets+=(--set data.batch_size=16 --set data.micro_batch_size=16 --set model.depth=1)
@@ -126,8 +128,12 @@ if command -v compute-sanitizer >/dev/null; then
     --seconds 0 --model T --batch 2 --rows 300 --widths 96
 fi
 part ops 120 "$PYTHON" bench/ops.py "${ops_size[@]}" --json "$OUT/ops.json" --markdown "$OUT/ops.md"
+part fp8 60 "$PYTHON" bench/fp8.py "${fp8_size[@]}" --json "$OUT/fp8.json"
 part throughput 280 "$PYTHON" bench/throughput.py --config "${all_configs[@]}" \
   --data synthetic "${bench_size[@]}" --json "$OUT/throughput.json"
+part target 60 "$PYTHON" bench/throughput.py --config vit_b vit_h --data synthetic \
+  "${bench_size[@]}" --set model.target_precision=fp8 --set run.target_stream=true \
+  --json "$OUT/throughput_target.json"
 part from-jpeg 60 "$PYTHON" bench/throughput.py --config "$jpeg_config" --data both \
   --data-path "${IMAGES:-shapes}" "${bench_size[@]}" --json "$OUT/throughput_jpeg.json"
 TRAIN_PART=train train_for "$train_s"

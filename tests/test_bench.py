@@ -281,13 +281,19 @@ def test_the_gate_runs_every_part_and_fails_with_any(tmp_path, failing):
     done = subprocess.run(gate, env=env, capture_output=True, text=True, timeout=100)
     summary = (out / "summary.txt").read_text()
     failed = [line.split()[0] for line in summary.splitlines() if "FAILED" in line]
-    expected = {"nothing": [], "throughput.py": ["throughput", "from-jpeg"], "--resume": ["resume"]}
+    expected = {
+        "nothing": [],
+        "throughput.py": ["throughput", "target", "from-jpeg"],
+        "--resume": ["resume"],
+    }
     assert failed == expected[failing]
     assert (done.returncode != 0) == bool(failed)
     called = calls.read_text()
     for needed in (
         "-m gpu",
         "ops.py",
+        "bench/fp8.py",
+        "--set model.target_precision=fp8 --set run.target_stream=true",
         "--data both",
         "train.py",
         "--resume auto",
