@@ -13,7 +13,7 @@ import torch
 from cjepa_fast import build
 from cjepa_fast import config as configuration
 from cjepa_fast.config import Config
-from cjepa_fast.kernels import ema, gather, vicreg
+from cjepa_fast.kernels import ema, fp8, gather, vicreg
 from cjepa_fast.masks import Masks
 
 MODELS = {"T": "vit_t", "B": "vit_b", "L": "vit_l", "H": "vit_h"}
@@ -50,6 +50,7 @@ def cases(models: list[str], batch: int | None, rows: int, widths: list[int]) ->
         images = batch or config.data.micro_batch_size
         masks = build.build_masks(config)(0, 0, torch.arange(images))
         found += gathers(model, config, masks) + averages(model, config)
+        found += quantisations(model, config, images)
         found.append(vicreg_blocks(model, config, masks))
     return found + [vicreg_tokens(rows, width, torch.bfloat16) for width in widths]
 
@@ -143,6 +144,44 @@ def averages(model: str, config: Config) -> list[Case]:
             work={"forward": Work(38 * values)}, **adamw,
         ),
     ]  # fmt: skip
+
+
+def quantisations(model: str, config: Config, images: int) -> list[Case]:
+    """What the target's forward in fp8 does beside its products: of all tokens, from bf16."""
+    sizes = build.model_sizes(config)
+    tokens, D = images * (config.data.image_size // config.model.patch_size) ** 2, sizes["width"]
+    hidden = round(D * sizes["mlp_ratio"])
+
+    def case(op: str, width: int, make) -> Case:
+        return Case(
+            shape=f"{model}: {tokens}x{width}", dtype=torch.bfloat16, make=make,
+            work={"forward": Work(tokens * width * (BF16 + 1))}, **pair(fp8, op),
+        )  # fmt: skip
+
+    return [
+        case("quantise_rows", D, lambda device: (normal(device, tokens, D),)),
+        case(
+            "quantise_norm", D,
+            lambda device: (normal(device, tokens, D), *normal(device, 2, D), 1e-6),
+        ),
+        case("quantise_gelu", hidden, lambda device: (normal(device, tokens, hidden),)),
+        averaged_rows(model, D, sizes["depth"]),
+    ]  # fmt: skip
+
+
+def averaged_rows(model: str, D: int, depth: int) -> Case:
+    """The average of one square matrix a block, and its rows in 8 bits."""
+
+    def make(device: torch.device) -> tuple:
+        target, online = (normal(device, depth, D, D, dtype=torch.float32) for _ in range(2))
+        rows = [fp8.quantise_rows(t) for t in target]
+        values, scales = [r.values for r in rows], [r.scales for r in rows]
+        return list(target), list(online), 0.996, values, scales
+
+    return Case(
+        shape=f"{model}: {depth}x{D}x{D}", dtype=torch.float32, make=make,
+        work={"forward": Work(13 * depth * D**2)}, **pair(ema, "ema_update_rows"),
+    )  # fmt: skip
 
 
 def _with_copies(step: Callable) -> Callable:

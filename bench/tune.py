@@ -96,9 +96,10 @@ def average_knobs(device: torch.device, shapes: Sequence[tuple[int, ...]]) -> It
     arrays[1] = weights(torch.bfloat16)
     copies = [weights(torch.bfloat16) for _ in range(2)]
     numbers = ema.adamw_numbers(device, 10, 1e-4, 0.996, (0.9, 0.999), 1e-8, 0.05)
+    weight = ema.on_device([0.004], device)
     yield Knob(
         "ema_update", ema.CHUNKS,
-        lambda chunk: ema.launch_ema(arrays[4], arrays[0], copies[1], 0.996, chunk),
+        lambda chunk: ema.launch_ema(arrays[4], arrays[0], copies[1], weight, chunk),
     )  # fmt: skip
     yield Knob(
         "adamw_ema_step", ema.CHUNKS,

@@ -6,6 +6,7 @@ import torch
 
 from cjepa_fast import config as configuration
 from cjepa_fast import engine as engines
+from cjepa_fast import fp8
 from cjepa_fast.attention import Shape, fastest
 from cjepa_fast.config import Config, ConfigError
 from cjepa_fast.data import sources
@@ -57,6 +58,7 @@ def build_engine(
         "clip": optim.clip,
         "betas": optim.betas,
         "eps": optim.eps,
+        "fp8": config.model.target_precision == "fp8",
     }
     groups = parameter_groups(networks)
     implementation = optimizer_implementation(config)
@@ -139,6 +141,24 @@ def compile_networks(networks: JEPA, target: Encoder, how: str, backend: str = "
         parts = [*target.blocks, *networks.encoder.blocks, *networks.predictor.predictor_blocks]
     for part in parts if how != "none" else []:
         part.compile(backend=backend)
+
+
+def check_target_precision(config: Config, device: torch.device) -> None:
+    """Raises ConfigError where the target encoder cannot compute in the precision asked for."""
+    if config.model.target_precision != "fp8":
+        return
+    sizes = model_sizes(config)
+    hidden = round(sizes["width"] * sizes["mlp_ratio"])
+    for key, value in (("width", sizes["width"]), ("width * mlp_ratio", hidden)):
+        if value % fp8.MULTIPLE:
+            raise ConfigError(
+                f"model.{key} = {value}: must be a multiple of {fp8.MULTIPLE} for "
+                'model.target_precision = "fp8"'
+            )
+    try:
+        fp8.check_device(device)
+    except ValueError as error:
+        raise ConfigError(f'model.target_precision = "fp8": {error}; take "bf16"') from None
 
 
 def model_sizes(config: Config) -> dict:

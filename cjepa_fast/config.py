@@ -49,6 +49,9 @@ class RunSection(Section):
         False,
         description='record the step once and replay it; wants mask.context "fixed" or "packed"',
     )
+    target_stream: bool = Field(
+        False, description="on a GPU: the target's forward beside the context encoder's"
+    )
     max_bad_steps: Count = Field(10, description="non-finite steps in a row before the run stops")
     init_from: str | None = Field(None, description="an I-JEPA checkpoint to start from")
 
@@ -88,6 +91,9 @@ class ModelSection(Section):
     mlp_ratio: Positive | None = None
     attention: Literal["auto", "plain", "sdpa", "sdpa_flash", "sdpa_cudnn", "flash_attn"] = Field(
         "auto", description="the fastest by trial on a GPU, plain on a CPU"
+    )
+    target_precision: Literal["bf16", "fp8"] = Field(
+        "bf16", description="of the target's products; fp8 wants run.precision bf16 and sm_89"
     )
 
 
@@ -315,6 +321,16 @@ def _impossible(config: Config) -> Iterator[str]:
         yield (
             f'run.cuda_graph = true: mask.context = "{mask.context}" changes the shapes; '
             'set mask.context to "fixed" or "packed"'
+        )
+    if model.target_precision == "fp8" and config.run.precision != "bf16":
+        yield (
+            f'model.target_precision = "fp8": not with run.precision = "{config.run.precision}"; '
+            'set that to "bf16"'
+        )
+    if config.run.target_stream and config.run.compile == "whole":
+        yield (
+            'run.target_stream = true: not with run.compile = "whole", which leaves no place '
+            'between predictor and loss to wait at; take "blocks" or "none"'
         )
     yield from _impossible_sizes(config)
     yield from _impossible_deepspeed(config)

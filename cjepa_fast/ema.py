@@ -5,7 +5,8 @@
 A process keeps the fp32 average of the fragments of the encoder whose fp32 masters it owns: all
 under ZeRO-0, its share under the higher stages. The module that computes the targets holds a
 working copy in the compute dtype, whole on every process, written from the average: a bf16 average
-would drift, since at momentum 0.999 most updates are below its rounding.
+would drift, since at momentum 0.999 most updates are below its rounding. In fp8 the working copy of
+the blocks' matrices is in 8 bits: of the average rounded to bf16, on one process and on many.
 """
 
 import contextlib
@@ -16,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from cjepa_fast.kernels.ema import ema_update
+from cjepa_fast.fp8 import linears_to_8_bits
+from cjepa_fast.kernels.ema import Number, ema_update, ema_update_rows
 
 
 class Fragment(NamedTuple):
@@ -36,8 +38,10 @@ class TargetEMA:
     """Averages `masters` (fragments of the encoder's fp32 weights) into the target module.
 
     target: a copy of the encoder in fp32, moved to `dtype` here; its values start the average.
-    group: the processes that together own all fragments, None where each owns them all.
-    working: the fragments' places in the module's weights.
+    group: the processes that together own all fragments, None where each owns them all. fp8: the
+    blocks compute in 8 bits, dtype is bf16.
+    Of each fragment `cast` has the average, its master, and its place in the module's weights; in
+    8 bits, `by_row` has the blocks' matrices instead, as average, master and layer.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class TargetEMA:
         masters: list[Fragment],
         dtype: torch.dtype,
         group: dist.ProcessGroup | None = None,
+        fp8: bool = False,
     ):
         self.masters = masters
         self.group = group
@@ -54,33 +59,61 @@ class TargetEMA:
             Fragment(m.name, m.start, fragment_of(parameters[m.name].data, m).float().clone())
             for m in masters
         ]
-        trained = [name for name, p in parameters.items() if p.requires_grad]
+        trained = {name: p for name, p in parameters.items() if p.requires_grad}
         self.module = target.to(dtype).requires_grad_(False).eval()
-        self._flatten(trained)
+        matrices = linears_to_8_bits(self.module) if fp8 else {}
+        # A share may cut rows: those are quantised when all processes have completed them.
+        by_row = matrices if group is None else {}
+        self._late = [] if by_row else [(trained[name], m) for name, m in matrices.items()]
+        self._flatten({name: p for name, p in trained.items() if name not in by_row})
+        pairs = list(zip(self.fragments, masters, strict=True))
+        self.by_row = [(a, m, by_row[a.name]) for a, m in pairs if a.name in by_row]
+        self.cast = [
+            (a, m, fragment_of(trained[a.name].data, a)) for a, m in pairs if a.name not in by_row
+        ]
 
-    def _flatten(self, names: list[str]) -> None:
+    def _flatten(self, weights: dict[str, nn.Parameter]) -> None:
         """Lay the averaged weights in one buffer, so that one collective completes them all."""
-        parameters = dict(self.module.named_parameters())
-        self._flat = torch.cat([parameters[name].data.flatten() for name in names])
+        self._flat = torch.cat([p.data.flatten() for p in weights.values()])
         offset = 0
-        for p in (parameters[name] for name in names):
+        for p in weights.values():
             p.data = self._flat[offset : offset + p.numel()].view(p.shape)
             offset += p.numel()
-        self.working = [fragment_of(parameters[f.name].data, f) for f in self.fragments]
 
     @torch.no_grad()
     def update(self, momentum: float) -> None:
         """One step of the average, after the optimiser's, and its working copy."""
-        masters = [m.values for m in self.masters]
         with self._completed_by_others():
-            ema_update([f.values for f in self.fragments], masters, momentum, self.working)
+            ema_update(*self._lists(), momentum, [working for _, _, working in self.cast])
+        self.update_rows(momentum)
+
+    def _lists(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Averages and masters of what is cast."""
+        return [a.values for a, _, _ in self.cast], [m.values for _, m, _ in self.cast]
+
+    @torch.no_grad()
+    def update_rows(self, momentum: Number) -> None:
+        """The average of the matrices in 8 bits, and those, by row: none in another precision."""
+        if self.by_row:
+            averages, masters, layers = zip(*self.by_row, strict=True)
+            values = [layer.weight.data for layer in layers]
+            ema_update_rows(
+                [a.values.view_as(v) for a, v in zip(averages, values, strict=True)],
+                [m.values.view_as(v) for m, v in zip(masters, values, strict=True)],
+                momentum,
+                values,
+                [layer.scales for layer in layers],
+            )
 
     @torch.no_grad()
     def write_working_copy(self) -> None:
         """Cast the average into the module's weights, completed from the other processes."""
         with self._completed_by_others():
-            if self.fragments:
-                torch._foreach_copy_(self.working, [f.values for f in self.fragments])
+            if self.cast:
+                working = [place for _, _, place in self.cast]
+                torch._foreach_copy_(working, self._lists()[0])
+            for average, _, layer in self.by_row:
+                layer.write(average.values.to(self._flat.dtype))
 
     @contextlib.contextmanager
     def _completed_by_others(self) -> Iterator[None]:
@@ -90,3 +123,5 @@ class TargetEMA:
         yield
         if self.group is not None:
             dist.all_reduce(self._flat, group=self.group)
+            for weight, layer in self._late:
+                layer.write(weight.data)

@@ -172,7 +172,7 @@ class Engine:
 
     target: a copy of the model's encoder in fp32, moved to the compute dtype here. groups: from
     optim.parameter_groups; config: the user's own DeepSpeed JSON, completed here. implementation:
-    see adamw.
+    see adamw. fp8: of the target.
     """
 
     def __init__(
@@ -188,6 +188,7 @@ class Engine:
         clip: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        fp8: bool = False,
         implementation: str = "fused",
     ):
         initial = {n: p.detach().cpu() for n, p in model.named_parameters() if p.requires_grad}
@@ -206,7 +207,7 @@ class Engine:
         self.set_optimizer_step(0)
         self._write_masters(initial)
         masters = self.masters("encoder.")
-        self.ema = TargetEMA(target, masters, DTYPES[precision], self.owner_group)
+        self.ema = TargetEMA(target, masters, DTYPES[precision], self.owner_group, fp8)
         self.grad_norm: torch.Tensor | float = 0.0
 
     @property

@@ -23,12 +23,18 @@ class Group(NamedTuple):
     encoder's, copies where the weights are their own masters."""
 
     decay: bool
-    place: slice  # among all parameters, as the groups have them in turn
+    names: list[str]
     masters: Tensors
     moments: tuple[Tensors, ...]
     average: Tensors
     copies: Tensors
     average_copies: Tensors
+
+
+def split(names: list[str], chosen: set[str]) -> list[list[str]]:
+    """Those chosen and the others, what there is of both."""
+    parts = [n for n in names if n in chosen], [n for n in names if n not in chosen]
+    return [part for part in parts if part]
 
 
 class LocalEngine:
@@ -51,52 +57,52 @@ class LocalEngine:
         clip: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        fp8: bool = False,
         keep_gradients: bool = False,
     ):
-        """keep_gradients: in place, set to zero, as a CUDA graph wants them; else freed."""
+        """fp8: of the target. keep_gradients: in place, set to zero, as a CUDA graph wants them;
+        else freed."""
         self.keep_gradients = keep_gradients
         self.module, self.accumulation, self.clip = model, accumulation, clip
         self.betas, self.eps = betas, eps
         self.device = next(model.parameters()).device
         names = {id(p): name for name, p in model.named_parameters()}
         self._weights = {names[id(p)]: p for group in groups for p in group["params"]}
-        self._state = [
-            OwnedState(
+        self._state = {
+            name: OwnedState(
                 Fragment(name, 0, p.detach().view(-1)),
                 {moment: torch.zeros_like(p.detach()).view(-1) for moment in MOMENTS},
             )
             for name, p in self._weights.items()
-        ]
+        }
         model.to(DTYPES[precision])  # in fp32 the weights remain the masters
-        self.ema = TargetEMA(target, self.masters("encoder."), DTYPES[precision])
-        self._groups = list(self._grouped(groups))
+        self.ema = TargetEMA(target, self.masters("encoder."), DTYPES[precision], fp8=fp8)
+        averaged = {f"encoder.{a.name}" for a, _, _ in self.ema.cast}
+        self._groups = [
+            self._group(group["decay"], part)
+            for group in groups
+            for part in split([names[id(p)] for p in group["params"]], averaged)
+        ]
         self._steps = torch.zeros((), dtype=torch.float64, device=self.device)
         self._micro_steps = 0
-        self._sums: Tensors = []
+        self._sums: dict[str, torch.Tensor] = {}
         self.grad_norm: torch.Tensor | float = 0.0
 
-    def _grouped(self, groups: list[dict]):
-        averaged = {
-            f"encoder.{f.name}": (f.values, copy)
-            for f, copy in zip(self.ema.fragments, self.ema.working, strict=True)
-        }
-        end = 0
-        for group in groups:
-            place = slice(end, end + len(group["params"]))
-            end = place.stop
-            state = self._state[place]
-            masters = [s.master.values for s in state]
-            copies = [p.data.view(-1) for p in group["params"]]
-            average = [averaged[s.master.name] for s in state if s.master.name in averaged]
-            yield Group(
-                group["decay"],
-                place,
-                masters,
-                tuple([s.moments[moment] for s in state] for moment in MOMENTS),
-                [values for values, _ in average],
-                copies if copies[0].dtype != torch.float32 else [],
-                [copy for _, copy in average],
-            )
+    def _group(self, decay: bool, names: list[str]) -> Group:
+        averaged = {f"encoder.{a.name}": (a.values, copy) for a, _, copy in self.ema.cast}
+        state = [self._state[name] for name in names]
+        pairs = [averaged[name] for name in names if name in averaged]
+        masters = [s.master.values for s in state]
+        copies = [self._weights[name].data.view(-1) for name in names]
+        return Group(
+            decay,
+            names,
+            masters,
+            tuple([s.moments[moment] for s in state] for moment in MOMENTS),
+            [values for values, _ in pairs],
+            copies if copies[0].data_ptr() != masters[0].data_ptr() else [],
+            [copy for _, copy in pairs],
+        )
 
     def __call__(self, *args, **kwargs):
         return self.module(*args, **kwargs)
@@ -112,20 +118,20 @@ class LocalEngine:
         nobody need wait for it; True between.
         """
         self._micro_steps += 1
-        gradients, self._sums = self._gradients(), []
+        gradients, self._sums = self._gradients(), {}
         if self._micro_steps % self.accumulation:
             self._sums = gradients
             self._clear()
             return True
         scale = 1 / self.accumulation
-        self.grad_norm = total_norm(gradients) * scale
+        self.grad_norm = total_norm(list(gradients.values())) * scale
         applied = torch.isfinite(self.grad_norm)
         if self.clip:
             scale = scale * (self.clip / (self.grad_norm + 1e-6)).clamp(max=1)
         for group in self._groups:
             adamw_ema_step(
                 group.masters,
-                gradients[group.place],
+                [gradients[name] for name in group.names],
                 *group.moments,
                 group.average,
                 step=self._steps + 1,
@@ -139,19 +145,21 @@ class LocalEngine:
                 copies=group.copies,
                 target_copies=group.average_copies,
             )
+        # In 8 bits the matrices are averaged apart; a momentum of 1 leaves them as they are.
+        self.ema.update_rows(1 - applied.double() * (1 - momentum))
         self._steps += applied
         self._clear()
         return applied
 
-    def _gradients(self) -> Tensors:
+    def _gradients(self) -> dict[str, torch.Tensor]:
         """Of each parameter, flat; sums over micro-batches are in fp32."""
-        new = [gradient_of(p) for p in self._weights.values()]
+        new = {name: gradient_of(p) for name, p in self._weights.items()}
         if self.accumulation == 1:
             return new
-        new = [g.float() for g in new]
-        if self._sums:
-            torch._foreach_add_(new, self._sums)
-        return new
+        return {
+            name: g.float() + self._sums[name] if self._sums else g.float()
+            for name, g in new.items()
+        }
 
     def _clear(self) -> None:
         self.module.zero_grad(set_to_none=not self.keep_gradients)
@@ -165,10 +173,10 @@ class LocalEngine:
 
     def state(self) -> list[OwnedState]:
         """The fp32 weights and moments, whole, as views."""
-        return self._state
+        return list(self._state.values())
 
     def masters(self, prefix: str) -> list[Fragment]:
-        return masters_below(prefix, self._state)
+        return masters_below(prefix, self.state())
 
     @torch.no_grad()
     def write_weights(self, weights: dict[str, torch.Tensor]) -> None:

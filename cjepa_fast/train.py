@@ -34,6 +34,7 @@ from cjepa_fast.build import (
     build_loader,
     build_masks,
     build_networks,
+    check_target_precision,
     choose_attention,
     compile_networks,
     gflop_of,
@@ -46,6 +47,7 @@ from cjepa_fast.interrupt import StopRequest
 from cjepa_fast.kernels.ema import Number
 from cjepa_fast.local import LocalEngine
 from cjepa_fast.masks import Masks
+from cjepa_fast.streams import TargetStream
 from cjepa_fast.telemetry import Telemetry, representation_stats
 from cjepa_fast.vit import count_parameters
 
@@ -67,6 +69,7 @@ class Trainer:
     ):
         """images: the image set's fingerprint; restoring: a checkpoint will give the weights."""
         self.config, self.device = config, device
+        check_target_precision(config, device)
         self.steps_per_epoch, self.images = steps_per_epoch, images
         self.total_steps = config.run.epochs * steps_per_epoch
         self.micro_batch, self.accumulation = configuration.micro_batches(
@@ -91,6 +94,9 @@ class Trainer:
         self.engine = build_engine(networks, target, config, self.micro_batch, self.accumulation)
         self.ema = self.engine.ema
         compile_networks(networks, target, config.run.compile)
+        self.target = target
+        if config.run.target_stream and device.type == "cuda":
+            self.target = TargetStream(target, networks.predictor, device)
         self.features: deque[torch.Tensor] = deque(maxlen=-(-FEATURE_ROWS // self.micro_batch))
         self._run = self.micro_step
         if config.run.cuda_graph:
@@ -141,7 +147,7 @@ class Trainer:
         Returns the terms, the target's mean tokens (B, D), and what the engine's step returns.
         """
         with torch.no_grad():
-            target_BND = self.ema.module(images_B3HW)
+            target_BND = self.target(images_B3HW)
         terms = self.engine(images_B3HW, masks.context, masks.target_idx_BMP, target_BND)
         self.engine.backward(terms["loss"])
         applied = self.engine.step(lr, weight_decay, momentum)
@@ -362,6 +368,8 @@ def open_telemetry(trainer: Trainer, run: Path, start: int, checkpointed: Path |
         if trainer.device.type == "cuda" and trainer.attention:
             chosen = ", ".join(f"{part} {name}" for part, name in trainer.attention.items())
             telemetry.message(f"attention: {chosen} (the fastest of those here)")
+        if trainer.device.type == "cpu" and config.model.target_precision == "fp8":
+            telemetry.message("model.target_precision fp8: right on a CPU, but slower than bf16")
         for path in checkpoint.set_aside_later_than(run, start):
             telemetry.message(f"going on from step {start}; set aside: {path}")
         checkpoint.set_aside_encoders(run)

@@ -1,6 +1,7 @@
 """The target's exponential moving average, alone or with AdamW, in one pass over all parameters.
 
     ema_update        t <- m t + (1 - m) w, and optionally the copy of t in another dtype
+    ema_update_rows   the same of matrices, and each row of t in 8 bits with its scale (fp8.py)
     adamw_ema_step    AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) as torch.optim.AdamW
                       computes it, then the above:
         w <- (1 - lr * decay) w
@@ -17,8 +18,9 @@ the device, and a CUDA graph that holds the launch follows the schedules.
 
 Bytes a parameter that must move (fp32 g, bf16 copies), beside what separate passes move:
     ema_update        12, with a copy 14     (lerp 12, then a cast 6: 18)
+    ema_update_rows   13                     (lerp 12, a cast 6, then quantised 3: 21)
     adamw_ema_step    36, with copies of w and t 40  (AdamW 28, lerp 12, two casts 12: 52)
-Both are bound by bytes. So a copy in the same pass is predicted to make ema_update 1.29 times as
+All are bound by bytes. So a copy in the same pass is predicted to make ema_update 1.29 times as
 fast as foreach, and adamw_ema_step 1.3 times; without a copy ema_update moves foreach's bytes.
 """
 
@@ -30,6 +32,8 @@ import torch
 import triton
 import triton.language as tl
 
+from cjepa_fast.kernels.fp8 import E4M3, TO_E4M3, quantise_rows_reference, quantised
+from cjepa_fast.kernels.gather_tiles import WIDEST, row_tiles
 from cjepa_fast.kernels.launch import TRITON_NAMES, Compiled, chosen, narrow, use_kernel
 
 Tensors = Sequence[torch.Tensor]
@@ -43,14 +47,24 @@ CACHED = 2**18  # values of each array that a CPU works through at a time: a meg
 
 
 def ema_update_reference(
-    target: Tensors, online: Tensors, momentum: float, copies: Tensors = ()
+    target: Tensors, online: Tensors, momentum: Number, copies: Tensors = ()
 ) -> None:
     if not target:
         return
     online = [w.to(t.dtype) for w, t in zip(online, target, strict=True)]
-    torch._foreach_lerp_(target, online, 1 - momentum)
+    torch._foreach_lerp_(target, online, 1 - float(momentum))
     if copies:
         torch._foreach_copy_(copies, target)
+
+
+def ema_update_rows_reference(
+    target: Tensors, online: Tensors, momentum: Number, values: Tensors, scales: Tensors
+) -> None:
+    ema_update_reference(target, online, momentum)
+    for t, value, scale in zip(target, values, scales, strict=True):
+        rows = quantise_rows_reference(t.bfloat16())
+        value.copy_(rows.values)
+        scale.copy_(rows.scales)
 
 
 def adamw_ema_step_reference(
@@ -182,7 +196,7 @@ def _ema_chunk(
 ):  # fmt: skip
     at = tl.arange(0, CHUNK)
     value = tl.load(target + at, mask=keep)
-    value = _lerp(value, tl.load(online + at, mask=keep).to(tl.float32), weight)
+    value = _lerp(value, tl.load(online + at, mask=keep).to(tl.float32), tl.load(weight))
     tl.store(target + at, value, mask=keep)
     if COPY:
         tl.store(copy + at, narrow(value, copy.dtype.element_ty), mask=keep)
@@ -210,6 +224,30 @@ def _ema_kernel(
     else:
         keep = tl.arange(0, CHUNK) < rest
         _ema_chunk(target, online, copy, weight, keep, COPY is not None, CHUNK)
+
+
+@triton.jit
+def _ema_rows_kernel(
+    places, owners, tensors, weight,
+    ONLINE: tl.constexpr, ALIGNED: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """One row of COLS values. Arrays: target (fp32), online (ONLINE), values (e4m3), scales (fp32).
+
+    The row is rounded to bf16 first: so are the weights of processes that complete each other's.
+    """
+    tensor, start, _ = _range(places, owners, 4, tensors, COLS)
+    col = tl.arange(0, WIDTH)[None, :]
+    keep = col < COLS
+    target = _address(places, 0, tensor, tensors, start, tl.float32, ALIGNED) + col
+    online = _address(places, 1, tensor, tensors, start, ONLINE, ALIGNED) + col
+    new = tl.load(online, mask=keep, other=0.0).to(tl.float32)
+    average = _lerp(tl.load(target, mask=keep, other=0.0), new, tl.load(weight))
+    tl.store(target, average, mask=keep)
+    value, scale = quantised(narrow(average, tl.bfloat16).to(tl.float32))
+    values = _address(places, 2, tensor, tensors, start, tl.float8e4nv, ALIGNED)
+    tl.store(values + col, value, mask=keep)
+    scales = _address(places, 3, tensor, tensors, start // COLS, tl.float32, False)
+    tl.store(scales + tl.arange(0, 1), scale)
 
 
 @triton.jit
@@ -287,15 +325,30 @@ def _type(array: Tensors):
 
 
 def launch_ema(
-    target: Tensors, online: Tensors, copies: Tensors, momentum: float, chunk: int | None = None
+    target: Tensors,
+    online: Tensors,
+    copies: Tensors,
+    weight: torch.Tensor,
+    chunk: int | None = None,
 ) -> None:
     chunk = chunk or chosen("ema_update", CHUNKS, target[0].device)
     places, owners, aligned = tables(target, online, copies, chunk=chunk)
     if len(owners):
         _ema_kernel[(len(owners),)](
-            places, owners, len(target), 1 - momentum,
+            places, owners, len(target), weight,
             ONLINE=_type(online), COPY=_type(copies), ALIGNED=aligned, CHUNK=chunk,
         )  # fmt: skip
+
+
+def on_device(values: Sequence[Number], device: torch.device) -> torch.Tensor:
+    """Numbers and 0-d tensors as one fp32 tensor, without waiting for the device."""
+    if not any(isinstance(value, torch.Tensor) for value in values):
+        return torch.tensor(values, dtype=torch.float32).to(device, non_blocking=True)
+    return torch.stack([
+        value.to(torch.float32) if isinstance(value, torch.Tensor)
+        else torch.full((), value, dtype=torch.float32, device=device)
+        for value in values
+    ])  # fmt: skip
 
 
 def adamw_numbers(
@@ -319,13 +372,24 @@ def adamw_numbers(
         (1 - betas[1] ** step) ** 0.5, eps, lr / (1 - betas[0] ** step),
         1 - momentum, scale, apply,
     ]  # fmt: skip
-    if not any(isinstance(value, torch.Tensor) for value in values):
-        return torch.tensor(values, dtype=torch.float32).to(device, non_blocking=True)
-    return torch.stack([
-        value.to(torch.float32) if isinstance(value, torch.Tensor)
-        else torch.full((), value, dtype=torch.float32, device=device)
-        for value in values
-    ])  # fmt: skip
+    return on_device(values, device)
+
+
+def launch_ema_rows(
+    target: Tensors, online: Tensors, values: Tensors, scales: Tensors, weight: torch.Tensor
+) -> None:
+    """One launch for each width of rows."""
+    arrays = target, online, values, scales
+    for width in {t.shape[1]: None for t in target if t.numel()}:
+        which = [i for i, t in enumerate(target) if t.shape[1] == width]
+        lists = [[array[i] for i in which] for array in arrays]
+        places, owners, aligned = tables(*lists, chunk=width)
+        tile = row_tiles(width)[0]
+        _ema_rows_kernel[(len(owners),)](
+            places, owners, len(which), weight,
+            ONLINE=_type(online), ALIGNED=aligned, COLS=width, WIDTH=tile.width,
+            num_warps=tile.warps,
+        )  # fmt: skip
 
 
 def launch_adamw_ema(
@@ -392,12 +456,25 @@ def _adamw_ema_cached(
 
 
 @torch.library.custom_op("cjepa_fast::ema_update", mutates_args={"target", "copies"})
-def ema_update_op(target: Tensors, online: Tensors, copies: Tensors, momentum: float) -> None:
-    launch_ema(target, online, copies, momentum)
+def ema_update_op(target: Tensors, online: Tensors, copies: Tensors, weight: torch.Tensor) -> None:
+    launch_ema(target, online, copies, weight)
 
 
 @ema_update_op.register_fake
-def _(target, online, copies, momentum):
+def _(target, online, copies, weight):
+    return None
+
+
+@torch.library.custom_op("cjepa_fast::ema_update_rows", mutates_args={"target", "values", "scales"})
+def ema_update_rows_op(
+    target: Tensors, online: Tensors, values: Tensors, scales: Tensors, weight: torch.Tensor
+) -> None:
+    """values: as bytes, since PyTorch's checks of an operator do arithmetic, and e4m3 has none."""
+    launch_ema_rows(target, online, values, scales, weight)
+
+
+@ema_update_rows_op.register_fake
+def _(target, online, values, scales, weight):
     return None
 
 
@@ -424,7 +501,7 @@ def _(params, grads, exp_avgs, exp_avg_sqs, target, copies, target_copies, numbe
 
 
 @torch.no_grad()
-def ema_update(target: Tensors, online: Tensors, momentum: float, copies: Tensors = ()) -> None:
+def ema_update(target: Tensors, online: Tensors, momentum: Number, copies: Tensors = ()) -> None:
     """target <- momentum * target + (1 - momentum) * online, in place; copies <- target, cast.
 
     Lists of equal length and shapes, on one device; target is fp32, online of any float dtype,
@@ -436,9 +513,33 @@ def ema_update(target: Tensors, online: Tensors, momentum: float, copies: Tensor
     if target and not online:
         raise ValueError(f"{len(target)} averages of no weights")
     if target and _fitting([target], [online, copies]):
-        ema_update_op(target, online, copies, momentum)
+        ema_update_op(target, online, copies, on_device([1 - momentum], target[0].device))
     else:
         ema_update_reference(target, online, momentum, copies)
+
+
+@torch.no_grad()
+def ema_update_rows(
+    target: Tensors, online: Tensors, momentum: Number, values: Tensors, scales: Tensors
+) -> None:
+    """ema_update of matrices, in place; values, scales <- the rows of target, rounded to bf16, in
+    8 bits, as fp8.quantise_rows gives them: (rows, C) e4m3 and (rows, 1) fp32 for each matrix.
+
+    Lists as ema_update takes them. Raises ValueError for other shapes or types of the copies.
+    """
+    target, online, values, scales = list(target), list(online), list(values), list(scales)
+    _same_shapes(target, online, values)
+    _same_shapes([t[:, :1] for t in target], scales)
+    if not len(target) == len(online) == len(values) == len(scales):
+        raise ValueError(f"lists of {[len(a) for a in (target, online, values, scales)]} tensors")
+    if {v.dtype for v in values} - {E4M3} or {s.dtype for s in scales} - {torch.float32}:
+        raise ValueError("the copies must be e4m3 values and fp32 scales")
+    held = _one_kind(values) and all(t.shape[1] <= WIDEST for t in target)
+    if target and held and _fitting([target, scales], [online]):
+        weight = on_device([1 - momentum], target[0].device)
+        ema_update_rows_op(target, online, [v.view(torch.uint8) for v in values], scales, weight)
+    else:
+        ema_update_rows_reference(target, online, momentum, values, scales)
 
 
 @torch.no_grad()
@@ -518,7 +619,7 @@ def ahead_of_time() -> list[Compiled]:
             label = f"{TRITON_NAMES[dtype]} {chunk}, {kind}, copy {TRITON_NAMES.get(copy)}"
             found.append(
                 Compiled(
-                    f"ema_update {label}", _ema_kernel, tables | {"weight": "fp32"},
+                    f"ema_update {label}", _ema_kernel, tables | {"weight": "*fp32"},
                     {"ONLINE": TYPES[dtype], **common}, must_have=must,
                 )
             )  # fmt: skip
@@ -534,4 +635,17 @@ def ahead_of_time() -> list[Compiled]:
                 )
                 for target in (True, False)
             ]  # fmt: skip
-    return found
+    return found + [_rows_compiled(width, d) for width in ROWS for d in TYPES]
+
+
+ROWS = (768, 1280, 5120, 6144)  # of vit_base and of the largest models
+
+
+def _rows_compiled(width: int, dtype: torch.dtype) -> Compiled:
+    tile = row_tiles(width)[0]
+    return Compiled(
+        f"ema_update_rows {TRITON_NAMES[dtype]} {width}", _ema_rows_kernel,
+        {"places": "*i64", "owners": "*i32", "tensors": "i32", "weight": "*fp32"},
+        {"ONLINE": TYPES[dtype], "ALIGNED": True, "COLS": width, "WIDTH": tile.width},
+        num_warps=tile.warps, must_have=(*WIDE_LOADS, TO_E4M3), since=89,
+    )  # fmt: skip

@@ -24,7 +24,7 @@ DEBUG_INDICES = os.environ.get("CJEPA_DEBUG_INDICES", "0") == "1"
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TRITON_NAMES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
-    torch.int32: "i32", torch.int64: "i64",
+    torch.int32: "i32", torch.int64: "i64", torch.float8_e4m3fn: "fp8e4nv",
 }  # fmt: skip
 
 _on_cpu = False
@@ -74,7 +74,7 @@ class Compiled:
     signature: the run-time arguments, as {"x": "*bf16", "rows": "i32", "eps": "fp32"}; pointers
     count as aligned to 16 bytes, and so do the integers named in `divisible` (multiples of 16).
     must_have: regular expressions, each of which must be found in the PTX. debug: with device
-    assertions.
+    assertions. since: the first architecture that has its instructions, as 89.
     """
 
     name: str
@@ -86,13 +86,29 @@ class Compiled:
     must_have: tuple[str, ...] = ()
     divisible: tuple[str, ...] = ()
     debug: bool = False
+    since: int = 80
 
 
 @triton.jit
 def narrow(x, dtype: tl.constexpr):
-    """fp32 x in `dtype`, rounded to nearest even: the interpreter's own cast to bf16 truncates."""
+    """fp32 x in `dtype`, rounded to nearest even.
+
+    The interpreter's own cast to bf16 truncates; its cast to e4m3 truncates too, knows no NaN, and
+    gives NaN's bits to 480, the number that they would be.
+    """
     if INTERPRET and dtype == tl.bfloat16:
-        bits = x.to(tl.uint32, bitcast=True)
-        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) << 16
-        x = tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
+        x = _rounded(x, 16)
+    if INTERPRET and dtype == tl.float8e4nv:
+        # below 2^-6 values are multiples of 2^-9, as fp32 is between 2^14 and 2^15
+        x = tl.where(tl.abs(x) < 0.015625, (x + 24576.0) - 24576.0, _rounded(x, 20))
+        x = tl.where(x == x, x, 480.0)
     return x.to(dtype)
+
+
+@triton.jit
+def _rounded(x, DROPPED: tl.constexpr):
+    """fp32 x without its last DROPPED bits, rounded to nearest even; NaN stays as it is."""
+    bits = x.to(tl.uint32, bitcast=True)
+    half = (1 << (DROPPED - 1)) - 1
+    rounded = ((bits + half + ((bits >> DROPPED) & 1)) >> DROPPED) << DROPPED
+    return tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)

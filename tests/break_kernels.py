@@ -22,6 +22,7 @@ TESTS = {
     "vicreg_tiles": "tests/test_kernels_vicreg_triton.py",
     "gather_tiles": "tests/test_kernels_gather_triton.py",
     "ema": "tests/test_kernels_ema.py",
+    "fp8": "tests/test_kernels_fp8.py",
 }
 
 
@@ -188,6 +189,38 @@ BREAKS = [
         "ema", "_ema_chunk",
         ("copy of the weights", "narrow(value, copy", "narrow(tl.load(online + at), copy"),
         ("mask of the copy dropped", "copy.dtype.element_ty), mask=keep", "copy.dtype.element_ty)"),
+    ),
+    *broken(
+        "ema", "_ema_rows_kernel",
+        ("last value of a row dropped", "col < COLS", "col < COLS - 1"),
+        ("not rounded to bf16", "narrow(average, tl.bfloat16).to(tl.float32)", "average"),
+        ("one scale for all rows", "start // COLS", "0 * start"),
+        ("8 bits of the weights", "narrow(average, tl", "narrow(new, tl"),
+    ),
+    *broken(
+        "fp8", "quantised",
+        ("half the range", "tl.div_rn(LARGEST, largest)", "tl.div_rn(0.5 * LARGEST, largest)"),
+        ("scale upside down", "tl.div_rn(largest, LARGEST)", "tl.div_rn(LARGEST, largest)"),
+        ("zeros unsafe", "tl.maximum(tl.max(tl.abs(value), 1), SMALLEST)",
+         "tl.max(tl.abs(value), 1)"),
+        ("maximum of the positive", "tl.max(tl.abs(value), 1)", "tl.max(value, 1)"),
+    ),
+    *broken(
+        "fp8", "_normed",
+        ("mask beyond C dropped", "tl.where(real, value - (tl.sum(value, 1) / C)[:, None], 0.0)",
+         "value - (tl.sum(value, 1) / C)[:, None]"),
+        ("divisor C - 1", "tl.sum(value * value, 1) / C", "tl.sum(value * value, 1) / (C - 1)"),
+        ("eps left out", "/ C + eps", "/ C"),
+        ("shift left out", "+ shift[None, :]", "+ 0.0 * shift[None, :]"),
+        ("gain left out", "value * gain[None, :]", "value"),
+    ),
+    *broken(
+        "fp8", "_quantise_kernel",
+        ("last row dropped", "keep = (row < rows)", "keep = (row < rows - 1)"),
+        ("last column dropped", "(col < C)[None, :]", "(col < C - 1)[None, :]"),
+        ("erf of x itself", "tl.erf(value * ROOT_HALF)", "tl.erf(value)"),
+        ("GELU twice as large", "0.5 * value * (1.0", "value * (1.0"),
+        ("last scale dropped", "mask=row < rows)", "mask=row < rows - 1)"),
     ),
     *broken(
         "ema", "_adamw_ema_kernel",

@@ -342,6 +342,8 @@ def test_the_gate_runs_every_part_and_fails_with_any(tmp_path, failing, no_gpu):
         "attention.py",
         "--against reference",
         "ops.py",
+        "bench/fp8.py",
+        "--set model.target_precision=fp8 --set run.target_stream=true",
         "--data decode-only",
         "--data both",
         "--profile",

@@ -28,13 +28,16 @@ def test_every_public_op_is_there_and_ours_is_the_reference(cases):
     assert names == {
         "gather_tokens", "embed_gather", "add_positions", "target_gather", "predictor_input",
         "prediction_loss", "ema_update", "adamw_ema_step", "vicreg_terms",
+        "quantise_rows", "quantise_norm", "quantise_gelu", "ema_update_rows",
     }  # fmt: skip
     for case in cases:
-        if case.op.endswith(("update", "step")):
+        if case.op.startswith(("ema", "adamw")):
             continue  # in place
         torch.manual_seed(0)
         inputs = case.make(CPU)
         found, wanted = case.ours(*inputs), case.reference(*inputs)
+        if case.op.startswith("quantise"):
+            found, wanted = found.wide(), wanted.wide()
         torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
 
 

@@ -141,6 +141,21 @@ def test_packed_contexts_want_a_kernel_of_varying_lengths():
         load("vit_t", [override])
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "said"),
+    [
+        ("model.target_precision=fp8", "run.precision=fp32", "; set that to"),
+        ("run.target_stream=true", "run.compile=whole", '; take "blocks"'),
+    ],
+)
+def test_settings_that_exclude_each_other(one, other, said):
+    load("demo.json", [one])
+    message = refusal(one, other)
+    key, value = other.split("=")
+    assert message.startswith(one.split("=")[0]) and said in message
+    assert f'not with {key} = "{value}"' in message
+
+
 @pytest.mark.parametrize("key", ["model.depth", "model.mlp_ratio", "predictor.heads"])
 def test_a_checkpoint_of_ijepa_has_its_own_sizes(key):
     section, name = key.split(".")

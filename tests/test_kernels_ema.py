@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from kernel_checks import check_operator, same_bits, within_budget
 
 from cjepa_fast.kernels import ema
+from cjepa_fast.kernels.fp8 import quantise_rows_reference
 
 CHUNK = ema.CHUNKS[0]
 # Less than a chunk, just one, one value more and less, several, prime, a matrix, a scalar, nothing.
@@ -119,7 +120,8 @@ def test_every_chunk(seed, kernel_device, chunk):
     shapes = [(chunk - 1,), (chunk,), (chunk + 1,), (3,)]
     start, online = randoms(kernel_device, shapes), randoms(kernel_device, shapes)
     forced, default, copies = clones(start), clones(start), empties(start, torch.bfloat16)
-    ema.launch_ema(forced, online, copies, 0.9, chunk=chunk)
+    weight = ema.on_device([1 - 0.9], start[0].device)
+    ema.launch_ema(forced, online, copies, weight, chunk=chunk)
     ema.ema_update(default, online, 0.9)
     assert torch.equal(flat(forced), flat(default))
     assert torch.equal(flat(copies), flat(default).bfloat16())
@@ -176,6 +178,85 @@ def test_lists_that_do_not_match():
         ema.ema_update([a, b], [a], 0.9)
     with pytest.raises(ValueError, match="no weights"):
         ema.ema_update([a], [], 0.9)
+
+
+# --- ema_update_rows
+
+# Rows of two widths, one value, a width of no power of two, and no rows.
+MATRICES = [(5, 48), (3, 100), (1, 1), (7, 48), (0, 48)]
+
+
+def eight_bit(shapes, device: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Copies to be written, NaN before."""
+    values = [torch.full(s, math.nan, device=device).to(torch.float8_e4m3fn) for s in shapes]
+    return values, [torch.full((s[0], 1), math.nan, device=device) for s in shapes]
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("momentum", [0.996, 0.3, 1.0])
+def test_rows_are_the_average_and_its_bf16_copy_in_8_bits(seed, kernel_device, momentum, weights):
+    """The average is ema_update's bit for bit, the rest what quantise_rows makes of its copy."""
+    start = randoms(kernel_device, MATRICES)
+    online = randoms(kernel_device, MATRICES, weights)
+    ours, plain, copies = clones(start), clones(start), empties(start, torch.bfloat16)
+    values, scales = eight_bit(MATRICES, kernel_device)
+    ema.ema_update_rows(ours, online, momentum, values, scales)
+    ema.ema_update(plain, online, momentum, copies)
+    assert torch.equal(flat(ours), flat(plain))
+    for copied, value, scale in zip(copies, values, scales, strict=True):
+        wanted = quantise_rows_reference(copied)
+        assert torch.equal(value.float(), wanted.values.float())
+        assert torch.equal(scale, wanted.scales)
+
+
+def test_rows_follow_their_definition(seed, kernel_device):
+    start, online = randoms(kernel_device, MATRICES), randoms(kernel_device, MATRICES)
+    found = []
+    for update in (ema.ema_update_rows, ema.ema_update_rows_reference):
+        target, (values, scales) = clones(start), eight_bit(MATRICES, kernel_device)
+        update(target, online, 0.75, values, scales)  # exact in fp32 at both formulas of lerp
+        found.append((flat(scales), flat([v.float() for v in values])))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.13, atol=1e-6)  # one step of e4m3
+
+
+def test_rows_between_others_are_left_alone(seed, kernel_device):
+    buffer, online = torch.randn(2, 4, 9, 48, device=kernel_device)
+    values, scales = eight_bit([(9, 48)], kernel_device)
+    before = buffer.clone()
+    ema.ema_update_rows([buffer[1]], [online[1]], 0.5, values, scales)
+    assert torch.equal(buffer[[0, 2, 3]], before[[0, 2, 3]])
+    torch.testing.assert_close(buffer[1], (before[1] + online[1]) / 2)
+
+
+def test_rows_that_do_not_match():
+    t, (values, scales) = torch.randn(3, 16), eight_bit([(3, 16)], "cpu")
+    ema.ema_update_rows([], [], 0.9, [], [])
+    with pytest.raises(ValueError, match="other shapes"):
+        ema.ema_update_rows([t], [t], 0.9, values, [torch.ones(3)])
+    with pytest.raises(ValueError, match=r"\[1, 1, 0, 1\]"):
+        ema.ema_update_rows([t], [t], 0.9, [], scales)
+    with pytest.raises(ValueError, match="e4m3"):
+        ema.ema_update_rows([t], [t], 0.9, [t.clone()], scales)
+
+
+def test_rows_pass_opcheck_and_compile(seed, kernel_device):
+    shapes = [(5, 48), (3, 7)]
+    target, online = randoms(kernel_device, shapes), randoms(kernel_device, shapes)
+    values, scales = eight_bit(shapes, kernel_device)
+    lists = clones(target), online, [v.view(torch.uint8) for v in values], scales
+    check_operator(
+        torch.ops.cjepa_fast.ema_update_rows.default,
+        (*lists, ema.on_device([0.1], scales[0].device)),
+    )
+    found = []
+    backend = "inductor" if kernel_device == "cuda" else "aot_eager"
+    traced = torch.compile(ema.ema_update_rows, fullgraph=True, backend=backend)
+    for update in (ema.ema_update_rows, traced):
+        averaged, (values, scales) = clones(target), eight_bit(shapes, kernel_device)
+        update(averaged, online, 0.9, values, scales)
+        found.append([flat(averaged), flat([v.float() for v in values]), flat(scales)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 # --- adamw_ema_step
@@ -398,9 +479,10 @@ def some_lists(device: str, count: int) -> list[list[torch.Tensor]]:
 def test_the_operators_pass_opcheck(seed, kernel_device):
     target, online = some_lists(kernel_device, 2)
     ops = torch.ops.cjepa_fast
-    check_operator(ops.ema_update.default, (target, online, [], 0.9))
+    weight = ema.on_device([0.1], target[0].device)
+    check_operator(ops.ema_update.default, (target, online, [], weight))
     copies = empties(target, torch.bfloat16)
-    check_operator(ops.ema_update.default, (target, online, copies, 0.9))
+    check_operator(ops.ema_update.default, (target, online, copies, weight))
     lists = some_lists(kernel_device, 5)
     lists[3] = [v.abs() for v in lists[3]]
     numbers = ema.adamw_numbers(target[0].device, 3, 1e-3, 0.9, [0.9, 0.95], 1e-8, 0.04)

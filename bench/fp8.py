@@ -1,0 +1,138 @@
+"""The target encoder in fp8 beside bf16: how far off its features are, and how fast it is.
+
+    python bench/fp8.py                         # vit_b, vit_l and vit_h; at toy size on a CPU
+    python bench/fp8.py --encoder runs/vit_h --json fp8.json
+
+The error is that of all tokens against bf16, relative, of smooth random images; "bf16" is bf16's
+own against fp32. Without --encoder the weights are untrained, and a trained encoder's features are
+what counts. The variants take turns on one micro-batch; a figure is the median.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import hardware
+import torch
+import torch.nn.functional as F
+from stopwatch import Stopwatch
+
+from cjepa_fast import build, fp8, load_encoder
+from cjepa_fast import config as configuration
+from cjepa_fast.attention import Shape, fastest
+from cjepa_fast.flops import block_flop
+from cjepa_fast.vit import Encoder
+
+TOY = ["data.image_size=64", "model.patch_size=16", "model.width=48", "model.heads=3"]
+TOY += ["model.depth=2", "data.micro_batch_size=2"]
+CHECKED = 8  # images whose features are compared
+
+
+def encoders(
+    names: list[str], trained: str | None, toy: bool
+) -> Iterator[tuple[str, Encoder, int]]:
+    """Name, encoder and images a micro-batch."""
+    if trained:
+        yield trained, load_encoder(trained), 2 if toy else 128
+        return
+    for name in names:
+        config = configuration.load(name, TOY if toy else [])
+        torch.manual_seed(0)
+        yield name, build.build_networks(config).encoder, config.data.micro_batch_size
+
+
+def pictures(count: int, side: int, device: torch.device) -> torch.Tensor:
+    coarse = torch.randn(count, 3, side // 8, side // 8, device=device)
+    return F.interpolate(coarse, size=side, mode="bicubic")
+
+
+def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+@torch.no_grad()
+def row_of(name: str, encoder: Encoder, batch: int, device: torch.device, seconds: float) -> dict:
+    encoder = encoder.to(device).eval()
+    images = pictures(batch, encoder.image_size, device).bfloat16()
+    some = images[:CHECKED]
+    exact, plain = encoder(some.float()), copy.deepcopy(encoder).bfloat16()
+    N, heads = encoder.grid[0] * encoder.grid[1], encoder.heads
+    shape = Shape(batch, heads, N, N, encoder.width // heads, False)
+    backend, _ = fastest(shape, device, torch.bfloat16)
+    for block in plain.blocks:
+        block.attn.backend = backend
+    narrow = copy.deepcopy(plain)
+    fp8.linears_to_8_bits(narrow)
+    wanted = plain(some)
+    errors = {"bf16": relative(wanted, exact), "fp8": relative(narrow(some), wanted)}
+
+    def with_fast_sums() -> None:
+        fp8.FAST_SUMS = True
+        narrow(images)
+        fp8.FAST_SUMS = False
+
+    calls = {
+        "bf16": lambda: plain(images),
+        "fp8": lambda: narrow(images),
+        "fp8, fast sums": with_fast_sums,
+    }
+    for call in calls.values():  # compile, and warm up
+        call()
+        call()
+    times = Stopwatch(device).turns(calls, seconds)
+    ms = {variant: statistics.median(us) / 1e3 for variant, us in times.items()}
+    flop = batch * encoder.depth * block_flop(N, encoder.width, encoder.mlp_ratio)
+    return {
+        "encoder": name, "batch": batch, "tokens": N, "attention": backend, "errors": errors,
+        "ms": ms, "tflops": {variant: flop / t / 1e9 for variant, t in ms.items()},
+        "speedup": {variant: ms["bf16"] / t for variant, t in ms.items() if variant != "bf16"},
+    }  # fmt: skip
+
+
+def table(rows: list[dict], about: dict) -> str:
+    lines = [
+        f"{about['hardware']['device']}; torch {about['versions']['torch']}; `{about['command']}`",
+        "",
+        "| encoder | images | error of bf16 % | of fp8 % | bf16 ms | fp8 ms | × bf16 | fast sums × "
+        "| fp8 TFLOP/s |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        errors, ms, speedup = row["errors"], row["ms"], row["speedup"]
+        cells = [row["encoder"], str(row["batch"])]
+        cells += [f"{100 * errors[name]:.2f}" for name in ("bf16", "fp8")]
+        cells += [f"{ms[name]:.2f}" for name in ("bf16", "fp8")]
+        cells += [f"{speedup[name]:.2f}" for name in ("fp8", "fp8, fast sums")]
+        lines.append(f"| {' | '.join(cells)} | {row['tflops']['fp8']:.4g} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--config", nargs="+", default=["vit_b", "vit_l", "vit_h"])
+    parser.add_argument("--encoder", metavar="RUN", help="a trained one instead, as load_encoder's")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of timing an encoder, about")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    args = parser.parse_args(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        fp8.check_device(device)
+        found = encoders(args.config, args.encoder, device.type == "cpu")
+        rows = [row_of(*one, device, args.seconds) for one in found]
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    about = hardware.provenance(device)
+    print(table(rows, about))
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

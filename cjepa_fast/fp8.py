@@ -1,0 +1,114 @@
+"""The linear layers of an encoder that takes no gradient, in 8 bits: weights and inputs by row.
+
+    y = x W^T + b  ~  (x8 W8^T) * (scale of the token) * (scale of the output) + b
+
+x8 and W8 are e4m3 (kernels/fp8.py); the sums are fp32, the result bf16. qkv, proj, fc1 and fc2 of
+the blocks are replaced; the norm before qkv and fc1 and the GELU before fc2 write 8 bits at once.
+The patch embedding, the attention, the residual and the last norm stay bf16.
+
+Each operand is off by 2.4 % of itself in the mean square, so a product by 3.4 %, whatever the
+scales: e4m3 has 4 significant bits.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cjepa_fast.kernels.fp8 import Rows, quantise_gelu, quantise_norm, quantise_rows
+
+MULTIPLE = 16  # of which every width must be one, for a GPU's product
+OLDEST = (8, 9)  # compute capability with 8-bit products
+FAST_SUMS = False  # True: sums of fewer bits than fp32's in the tensor cores
+
+
+def product_reference(x: Rows, weight: Rows, bias: torch.Tensor) -> torch.Tensor:
+    out = F.linear(x.values.float(), weight.values.float()) * x.scales * weight.scales.T
+    return (out + bias.float()).bfloat16()
+
+
+def product(x: Rows, weight: Rows, bias: torch.Tensor) -> torch.Tensor:
+    """x (..., C) times weight (O, C), plus bias (O,) in bf16: (..., O) in bf16."""
+    if not x.values.is_cuda:
+        return product_reference(x, weight, bias)
+    out = torch._scaled_mm(
+        x.values.flatten(0, -2),
+        weight.values.t(),
+        x.scales.flatten(0, -2),
+        weight.scales.t(),
+        bias=bias,
+        out_dtype=torch.bfloat16,
+        use_fast_accum=FAST_SUMS,
+    )
+    return out.view(*x.values.shape[:-1], -1)
+
+
+class Linear8(nn.Module):
+    """A Linear with its weight in 8 bits: `weight` (O, C) e4m3, `scales` (O, 1) fp32, `bias`."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        rows = quantise_rows(linear.weight.data)
+        self.weight = nn.Parameter(rows.values, requires_grad=False)
+        self.register_buffer("scales", rows.scales)
+        self.bias = linear.bias
+
+    def write(self, weight: torch.Tensor) -> None:
+        """Take another weight, of bf16 values, into the same memory."""
+        rows = quantise_rows(weight.view_as(self.weight))
+        self.weight.data.copy_(rows.values)
+        self.scales.copy_(rows.scales)
+
+    def forward(self, x: torch.Tensor | Rows) -> torch.Tensor:
+        rows = x if isinstance(x, Rows) else quantise_rows(x)
+        return product(rows, Rows(self.weight, self.scales), self.bias)
+
+
+class QueryKeyValue8(Linear8):
+    """q, k and v of all tokens, as vit.QueryKeyValue gives them."""
+
+    def forward(self, x: Rows, last: None = None, packed: None = None) -> tuple[torch.Tensor, ...]:
+        return super().forward(x).chunk(3, -1)
+
+
+class Norm8(nn.Module):
+    """A LayerNorm whose output is in 8 bits."""
+
+    def __init__(self, norm: nn.LayerNorm):
+        super().__init__()
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+
+    def forward(self, x: torch.Tensor) -> Rows:
+        return quantise_norm(x, self.weight, self.bias, self.eps)
+
+
+class MLP8(nn.Module):
+    def __init__(self, mlp: nn.Module):
+        super().__init__()
+        self.fc1, self.fc2 = Linear8(mlp.fc1), Linear8(mlp.fc2)
+
+    def forward(self, x: Rows) -> torch.Tensor:
+        return self.fc2(quantise_gelu(self.fc1(x)))
+
+
+def linears_to_8_bits(encoder: nn.Module) -> dict[str, Linear8]:
+    """Replace the linear layers of an encoder's blocks, in place: the new ones, by weight's name.
+
+    The encoder must be in bf16 and takes no gradient from here on.
+    """
+    for block in encoder.blocks:
+        block.norm1, block.norm2 = Norm8(block.norm1), Norm8(block.norm2)
+        block.attn.qkv = QueryKeyValue8(block.attn.qkv)
+        block.attn.proj = Linear8(block.attn.proj)
+        block.mlp = MLP8(block.mlp)
+    layers = {name: layer for name, layer in encoder.named_modules() if isinstance(layer, Linear8)}
+    return {f"{name}.weight": layer for name, layer in layers.items()}
+
+
+def check_device(device: torch.device) -> None:
+    """Raises ValueError for a GPU without 8-bit products. A CPU computes them in fp32."""
+    if device.type != "cuda":
+        return
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < OLDEST:
+        name = torch.cuda.get_device_name(device)
+        raise ValueError(f"{name} is sm_{major}{minor}, and 8-bit products begin with sm_89")

@@ -1,0 +1,200 @@
+"""Rows in 8-bit floating point: values in e4m3 and an fp32 scale a row.
+
+    quantise_rows    values[r] = e4m3(x[r] * 448 / m[r]), scales[r] = m[r] / 448, m[r] = max |x[r]|
+    quantise_norm    the same of layer_norm(x[r]) * weight + bias
+    quantise_gelu    the same of gelu(x[r]) = x[r] (1 + erf(x[r] / sqrt 2)) / 2
+
+448 is e4m3's largest value, and a row below 1e-12 counts as one of 1e-12, so that zeros are safe.
+values * scales is off by 1/16 of a value at most, 2.4 % of it in the mean square. All is computed
+in fp32 and rounded once. A row that is not finite comes out with NaN, and so does its product.
+
+`x_reference` is the definition, and the path on the CPU; on CUDA (sm_89 and newer have e4m3) one
+kernel serves all three. The averaged weights' rows are quantised in kernels/ema.py, by `quantised`.
+
+Bytes a value that must move, of x in bf16: 3. Apart, the norm or GELU would move 4 more.
+"""
+
+import itertools
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from cjepa_fast.kernels.gather_tiles import ROW_TILES, WIDE_LOADS, WIDEST, Tile, row_tiles
+from cjepa_fast.kernels.launch import KERNEL_DTYPES, TRITON_NAMES, Compiled, narrow, use_kernel
+
+E4M3 = torch.float8_e4m3fn
+LARGEST = tl.constexpr(448.0)
+SMALLEST = tl.constexpr(1e-12)  # that a row's maximum counts as
+ROOT_HALF = tl.constexpr(0.5**0.5)
+
+
+class Rows(NamedTuple):
+    """A tensor (..., C) in 8 bits: values (..., C) e4m3 and scales (..., 1) fp32."""
+
+    values: torch.Tensor
+    scales: torch.Tensor
+
+    def wide(self) -> torch.Tensor:
+        """What it stands for, (..., C) fp32."""
+        return self.values.float() * self.scales
+
+
+# --- the definitions
+
+
+def quantise_rows_reference(x_RC: torch.Tensor) -> Rows:
+    x_RC = x_RC.float()
+    largest = x_RC.abs().amax(-1, keepdim=True).clamp(min=SMALLEST.value)
+    top = torch.full_like(largest, LARGEST.value)  # by a number PyTorch does not divide exactly
+    return Rows((x_RC * (top / largest)).to(E4M3), largest / top)
+
+
+def quantise_norm_reference(
+    x_RC: torch.Tensor, weight_C: torch.Tensor, bias_C: torch.Tensor, eps: float
+) -> Rows:
+    x_RC, weight_C, bias_C = x_RC.float(), weight_C.float(), bias_C.float()
+    return quantise_rows_reference(F.layer_norm(x_RC, weight_C.shape, weight_C, bias_C, eps))
+
+
+def quantise_gelu_reference(x_RC: torch.Tensor) -> Rows:
+    return quantise_rows_reference(F.gelu(x_RC.float()))
+
+
+# --- the kernel
+
+
+@triton.jit
+def quantised(value):
+    """fp32 rows (ROWS, WIDTH), zero where nothing is: their e4m3 values, and scales (ROWS,)."""
+    largest = tl.maximum(tl.max(tl.abs(value), 1), SMALLEST)
+    values = narrow(value * tl.div_rn(LARGEST, largest)[:, None], tl.float8e4nv)
+    return values, tl.div_rn(largest, LARGEST)
+
+
+@triton.jit
+def _normed(value, weight, bias, col, C, eps):
+    """layer_norm of fp32 rows that are zero from column C on, and so is the result."""
+    real = (col < C)[None, :]
+    value = tl.where(real, value - (tl.sum(value, 1) / C)[:, None], 0.0)
+    value *= tl.rsqrt(tl.sum(value * value, 1) / C + eps)[:, None]
+    gain = tl.load(weight + col, mask=col < C, other=0.0).to(tl.float32)
+    shift = tl.load(bias + col, mask=col < C, other=0.0).to(tl.float32)
+    return value * gain[None, :] + shift[None, :]
+
+
+@triton.jit
+def _quantise_kernel(
+    x, weight, bias, values, scales, rows, C, eps,
+    FIRST: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """ROWS whole rows of x, dense; FIRST: what is done to them before, "norm", "gelu" or None."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    col = tl.arange(0, WIDTH)
+    keep = (row < rows)[:, None] & (col < C)[None, :]
+    at = row.to(tl.int64)[:, None] * C + col[None, :]
+    value = tl.load(x + at, mask=keep, other=0.0).to(tl.float32)
+    if FIRST == "norm":
+        value = _normed(value, weight, bias, col, C, eps)
+    if FIRST == "gelu":
+        value = 0.5 * value * (1.0 + tl.erf(value * ROOT_HALF))
+    value, scale = quantised(value)
+    tl.store(values + at, value, mask=keep)
+    tl.store(scales + row, scale, mask=row < rows)
+
+
+def launch_quantise(
+    x: torch.Tensor,
+    first: str | None = None,
+    affine: tuple[torch.Tensor, torch.Tensor] | None = None,
+    eps: float = 0.0,
+    tile: Tile | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    x, C = x.contiguous(), x.shape[-1]
+    values = torch.empty_like(x, dtype=E4M3)
+    scales = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+    rows, tile = scales.numel(), tile or row_tiles(C)[0]
+    weight, bias = (w.contiguous() for w in affine or (x, x))
+    if rows:
+        _quantise_kernel[(triton.cdiv(rows, tile.rows),)](
+            x, weight, bias, values, scales, rows, C, eps,
+            FIRST=first, ROWS=tile.rows, WIDTH=tile.width, num_warps=tile.warps,
+        )  # fmt: skip
+    return values, scales
+
+
+# --- the operators
+
+
+@torch.library.custom_op("cjepa_fast::quantise_rows", mutates_args=())
+def quantise_rows_op(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return launch_quantise(x)
+
+
+@torch.library.custom_op("cjepa_fast::quantise_norm", mutates_args=())
+def quantise_norm_op(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return launch_quantise(x, "norm", (weight, bias), eps)
+
+
+@torch.library.custom_op("cjepa_fast::quantise_gelu", mutates_args=())
+def quantise_gelu_op(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return launch_quantise(x, "gelu")
+
+
+@quantise_rows_op.register_fake
+@quantise_norm_op.register_fake
+@quantise_gelu_op.register_fake
+def _(x, *others):
+    return x.new_empty(x.shape, dtype=E4M3), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+
+
+def _takes(x: torch.Tensor, *others: torch.Tensor) -> bool:
+    return use_kernel(x, *others) and x.shape[-1] <= WIDEST
+
+
+@torch.no_grad()
+def quantise_rows(x_RC: torch.Tensor) -> Rows:
+    """x in 8 bits by row; it may have any leading dimensions. Takes no gradient."""
+    return Rows(*quantise_rows_op(x_RC)) if _takes(x_RC) else quantise_rows_reference(x_RC)
+
+
+@torch.no_grad()
+def quantise_norm(
+    x_RC: torch.Tensor, weight_C: torch.Tensor, bias_C: torch.Tensor, eps: float
+) -> Rows:
+    """layer_norm(x) * weight + bias, in 8 bits by row. Takes no gradient."""
+    args = x_RC, weight_C, bias_C, eps
+    return Rows(*quantise_norm_op(*args)) if _takes(*args[:3]) else quantise_norm_reference(*args)
+
+
+@torch.no_grad()
+def quantise_gelu(x_RC: torch.Tensor) -> Rows:
+    """gelu(x), the exact one, in 8 bits by row. Takes no gradient."""
+    return Rows(*quantise_gelu_op(x_RC)) if _takes(x_RC) else quantise_gelu_reference(x_RC)
+
+
+# --- ahead of time
+
+TO_E4M3 = r"cvt\.rn\.satfinite\.e4m3x2\.f32"
+
+
+def ahead_of_time() -> list[Compiled]:
+    """The kernel in every tile for each dtype, before it nothing, the norm and the GELU."""
+    pointers = {"values": "*fp8e4nv", "scales": "*fp32", "rows": "i32", "C": "i32", "eps": "fp32"}
+    found = []
+    for dtype in (TRITON_NAMES[d] for d in KERNEL_DTYPES):
+        inputs = dict.fromkeys(("x", "weight", "bias"), f"*{dtype}")
+        tiles = [tiles[0] for tiles in ROW_TILES.values()]
+        found += [
+            Compiled(
+                f"quantise {first or 'rows'} {dtype} {tile.rows}x{tile.width}", _quantise_kernel,
+                inputs | pointers, {"FIRST": first, "ROWS": tile.rows, "WIDTH": tile.width},
+                num_warps=tile.warps, must_have=(*WIDE_LOADS, TO_E4M3), divisible=("C",), since=89,
+            )
+            for tile, first in itertools.product(tiles, (None, "norm", "gelu"))
+        ]  # fmt: skip
+    return found
