@@ -85,6 +85,12 @@ class ModelSection(Section):
     attention: Literal["auto", "plain", "sdpa", "sdpa_flash", "sdpa_cudnn", "flash_attn"] = Field(
         "auto", description="the fastest by trial on a GPU, plain on a CPU"
     )
+    residual: Literal["bf16", "fp32"] = Field(
+        "bf16", description="dtype of the stream between the blocks, where run.precision is bf16"
+    )
+    checkpointing: Literal["none", "norm_gelu", "selective", "full"] = Field(
+        "none", description="what is computed again in the backward, to save memory: see vit.Block"
+    )
 
 
 class PredictorSection(Section):
@@ -92,6 +98,9 @@ class PredictorSection(Section):
     depth: Count = 12
     heads: Count | None = Field(None, description="null: the encoder's")
     mlp_ratio: Positive = 4.0
+    mode: Literal["per_target", "one_pass"] = Field(
+        "per_target", description='"one_pass" runs the context once an image: other maths'
+    )
 
 
 class VICRegSection(Section):

@@ -6,12 +6,14 @@ Shapes: B images, N patches, K context patches, D width, H heads, S tokens of a 
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from cjepa_fast.attention import attend, attention_map, flash_attention
+from cjepa_fast.attention import attend, attend_by_block, attention_map, flash_attention
 from cjepa_fast.kernels.gather import add_positions, gather_tokens
 
 MODELS = {
@@ -21,6 +23,14 @@ MODELS = {
     "vit_large": {"width": 1024, "depth": 24, "heads": 16, "mlp_ratio": 4.0},
     "vit_huge": {"width": 1280, "depth": 32, "heads": 16, "mlp_ratio": 4.0},
     "vit_giant": {"width": 1408, "depth": 40, "heads": 16, "mlp_ratio": 48 / 11},
+}
+
+# The parts of a trained block that run again in the backward, by policy: see Block.
+RECOMPUTED = {
+    "none": (),
+    "norm_gelu": ("heads", "hidden", "output"),
+    "selective": ("heads", "mlp"),
+    "full": ("block",),
 }
 
 
@@ -68,6 +78,14 @@ class PatchEmbed(nn.Module):
         return self.proj(patches_BKC)
 
 
+class Norm(nn.LayerNorm):
+    """LayerNorm in the dtype of the residual stream; its output has the dtype of its weights."""
+
+    def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
+        affine = self.weight.to(x_BSD.dtype), self.bias.to(x_BSD.dtype)
+        return F.layer_norm(x_BSD, self.normalized_shape, *affine, self.eps).to(self.weight.dtype)
+
+
 class QueryKeyValue(nn.Linear):
     """The three projections of attention as one Linear of width D -> 3 D."""
 
@@ -99,34 +117,109 @@ class Attention(nn.Module):
         parts = self.qkv(x_BSD, last)
         return [x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in parts]
 
-    def forward(self, x_BSD: torch.Tensor, last: int | None = None) -> torch.Tensor:
-        x_BHSd = attend(*self.heads_of(x_BSD, last), self.backend)
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        target_blocks: tuple[int, int] | None = None,
+    ) -> torch.Tensor:
+        """(B, S, D) from `heads_of`; target_blocks (M, P): see attention.attend_by_block."""
+        if target_blocks is None:
+            x_BHSd = attend(q, k, v, self.backend)
+        else:
+            x_BHSd = attend_by_block(q, k, v, *target_blocks, self.backend)
         return self.proj(x_BHSd.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
+    """The two layers of Block's MLP, which runs them apart."""
+
     def __init__(self, width: int, hidden: int):
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
 
-    def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
-        return self.fc2(F.gelu(self.fc1(x_BSD)))
+
+def _keep_products():
+    """For checkpoint: the contexts in which the outputs of matrix products stay."""
+    aten = torch.ops.aten
+    return create_selective_checkpoint_contexts([aten.addmm.default, aten.mm.default])
 
 
 class Block(nn.Module):
-    def __init__(self, width: int, heads: int, mlp_ratio: float, backend: str = "auto"):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attn = Attention(width, heads, backend)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = MLP(width, round(width * mlp_ratio))
+    """x + attention(norm1(x)), and to that the MLP of its norm2; sums in the dtype of x.
 
-    def forward(self, x_BSD: torch.Tensor, last: int | None = None) -> torch.Tensor:
-        """All tokens, or the last ones alone, (B, last, D), having attended to all."""
-        whole, x_BSD = x_BSD, x_BSD if last is None else x_BSD[:, -last:]
-        x_BSD = x_BSD + self.attn(self.norm1(whole), last)
-        return x_BSD + self.mlp(self.norm2(x_BSD))
+    checkpointing says what is kept for the backward, given here in values a token at MLP ratio 4,
+    beside the maps or sums of attention. The rest is computed again there, to the same bits.
+      "none": all that autograd asks for, 16 D;
+      "norm_gelu": all but the outputs of LayerNorm and GELU, 10 D. No product runs twice (but the
+        queries of a predictor's last block, where nothing is compiled);
+      "selective": x, q, k, v, attention's output and the sum after it, 6 D. fc1 runs twice: 1/9 of
+        the products of forward and backward more, attention's left out;
+      "full": x alone, D. All but fc2 runs twice, attention too: 2/9 more.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_ratio: float,
+        backend: str = "auto",
+        checkpointing: str = "none",
+    ):
+        super().__init__()
+        self.norm1 = Norm(width, eps=1e-6)
+        self.attn = Attention(width, heads, backend)
+        self.norm2 = Norm(width, eps=1e-6)
+        self.mlp = MLP(width, round(width * mlp_ratio))
+        self.recomputed = RECOMPUTED[checkpointing]
+
+    def forward(
+        self,
+        x_BSD: torch.Tensor,
+        last: int | None = None,
+        target_blocks: tuple[int, int] | None = None,
+    ) -> torch.Tensor:
+        """All tokens, or the last ones alone, (B, last, D), having attended to all.
+
+        target_blocks (M, P): attended to as attention.attend_by_block says.
+        """
+        return self._run("block", self._forward, x_BSD, last, target_blocks)
+
+    def _run(self, part: str, function: Callable, *args) -> torch.Tensor:
+        """function(*args). Of a part that is recomputed only the arguments are kept.
+
+        It runs again until all is there that its own backward asks for: a Linear at its end does
+        not. A compiler would have it run where the next part's backward asks for its output, so it
+        is told to keep that.
+        """
+        if part not in self.recomputed:
+            return function(*args)
+        options = {}
+        if part in ("heads", "hidden") and torch.compiler.is_compiling():
+            options["context_fn"] = _keep_products
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, **options)
+
+    def _forward(
+        self, x_BSD: torch.Tensor, last: int | None, target_blocks: tuple[int, int] | None
+    ) -> torch.Tensor:
+        heads = self._run("heads", self._heads, x_BSD, last)
+        x_BSD = x_BSD if last is None else x_BSD[:, -last:]
+        x_BSD = x_BSD + self.attn(*heads, target_blocks)
+        return x_BSD + self._run("mlp", self._mlp, x_BSD)
+
+    def _heads(self, x_BSD: torch.Tensor, last: int | None) -> list[torch.Tensor]:
+        return self.attn.heads_of(self.norm1(x_BSD), last)
+
+    def _mlp(self, x_BSD: torch.Tensor) -> torch.Tensor:
+        return self._run("output", self._output, self._run("hidden", self._hidden, x_BSD))
+
+    def _hidden(self, x_BSD: torch.Tensor) -> torch.Tensor:
+        return self.mlp.fc1(self.norm2(x_BSD))
+
+    def _output(self, hidden_BSX: torch.Tensor) -> torch.Tensor:
+        return self.mlp.fc2(F.gelu(hidden_BSX))
 
 
 def init_weights(module: nn.Module, std: float = 0.02) -> None:
@@ -148,6 +241,8 @@ class Encoder(nn.Module):
     """A ViT over the patches of an image, or over a chosen subset of them.
 
     image_size and patch_size are in pixels; the grid is (image_size // patch_size) squared.
+    residual: "fp32" keeps the stream between the blocks in fp32 where the weights are bf16; the
+    products and the output stay bf16. checkpointing: see Block.
     Raises ValueError when the image is no multiple of the patch or the width none of the heads.
     """
 
@@ -160,6 +255,8 @@ class Encoder(nn.Module):
         heads: int,
         mlp_ratio: float = 4.0,
         attention: str = "auto",
+        residual: str = "bf16",
+        checkpointing: str = "none",
     ):
         super().__init__()
         if image_size % patch_size:
@@ -168,11 +265,14 @@ class Encoder(nn.Module):
             )
         self.image_size, self.patch_size, self.width = image_size, patch_size, width
         self.depth, self.heads, self.mlp_ratio = depth, heads, mlp_ratio
+        self.residual = residual
         self.grid = (image_size // patch_size,) * 2
         self.patch_embed = PatchEmbed(patch_size, width)
         self.pos_embed = frozen_positions(*self.grid, width)
-        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, attention) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.blocks = nn.ModuleList(
+            Block(width, heads, mlp_ratio, attention, checkpointing) for _ in range(depth)
+        )
+        self.norm = Norm(width, eps=1e-6)
         self.apply(init_weights)
 
     @property
@@ -193,6 +293,7 @@ class Encoder(nn.Module):
         """Patch tokens with their positions, before the blocks: (B, K or N, D)."""
         patches = patchify(images_B3HW, self.patch_size)
         positions = self.positions(*(size // self.patch_size for size in images_B3HW.shape[-2:]))
+        positions = stream_of(positions, self.residual)
         if context_idx_BK is None:
             return self.patch_embed(patches) + positions
         chosen = gather_tokens(patches, context_idx_BK)  # so that these alone are embedded
@@ -216,6 +317,11 @@ class Encoder(nn.Module):
         last = self.blocks[-1]
         q, k, _ = last.attn.heads_of(last.norm1(x))
         return attention_map(q, k)
+
+
+def stream_of(positions: torch.Tensor, residual: str) -> torch.Tensor:
+    """The positions in the residual stream's dtype: what is added to them takes it, and so on."""
+    return positions.float() if residual == "fp32" else positions
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -80,23 +80,26 @@ def test_the_fastest_that_takes_the_shape_is_chosen(monkeypatch):
     assert order[3:9] == [*taken, *taken]
 
 
-def test_each_network_gets_the_kernel_of_its_own_lengths(monkeypatch):
+@pytest.mark.parametrize("mode", ["per_target", "one_pass"])
+def test_each_network_gets_the_kernel_of_its_own_lengths(monkeypatch, mode):
     def by_length(shape, device, dtype):
-        assert shape.queries == shape.keys and shape.width == 8
-        return f"for {shape.queries} in {shape.sequences}, trained {shape.trained}", {}
+        assert shape.width == 8
+        lengths = f"{shape.queries} x {shape.keys}"
+        return f"for {lengths} in {shape.sequences}, trained {shape.trained}", {}
 
     monkeypatch.setattr(build, "fastest", by_length)
-    config = validate(tiny.CONFIG)
+    config = validate(tiny.CONFIG | {"predictor": tiny.CONFIG["predictor"] | {"mode": mode}})
     networks, target = build.build_networks(config), build.build_networks(config).encoder
     heads = networks.predictor.predictor_blocks[0].attn
     monkeypatch.setattr(heads.proj, "in_features", 24)
     choices = build.choose_attention(networks, target, config, CPU, 8)
     masks = build.build_masks(config)(0, 0, torch.arange(8))
     K, (M, P) = masks.context_idx_BK.shape[1], masks.target_idx_BMP.shape[1:]
+    own = P if mode == "one_pass" else K + P
     assert choices == {
-        "target": "for 36 in 8, trained False",
-        "context": f"for {K} in 8, trained True",
-        "predictor": f"for {K + P} in {8 * M}, trained True",
+        "target": "for 36 x 36 in 8, trained False",
+        "context": f"for {K} x {K} in 8, trained True",
+        "predictor": f"for {own} x {K + P} in {8 * M}, trained True",
     }
     assert {block.attn.backend for block in target.blocks} == {choices["target"]}
     assert {block.attn.backend for block in networks.encoder.blocks} == {choices["context"]}
