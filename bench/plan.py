@@ -4,22 +4,28 @@
     python bench/plan.py --config my.json --gpu a100-80 --count 8 --images 5000000 --epochs 100
 
 Bytes of weights, gradients and optimiser follow from the parameters; those kept for the backward
-are counted by running the networks on torch's meta device, which computes nothing. The speed is the
-counted work over the data sheet's bf16 rate, at the share of it that bench/results/throughput.json
-has for this configuration on this GPU ("measured"), else at an assumed one ("predicted").
+are counted by running the networks on torch's meta device, which computes nothing. What lives for a
+moment within the backward, as a block's part that model.checkpointing computes again, is not.
+The speed is the counted work, and what is computed again, over the data sheet's bf16 rate, at the
+share of it that bench/results/throughput.json has for this configuration on this GPU ("measured"),
+else at an assumed one ("predicted").
 """
 
 import argparse
+import contextlib
 import json
 import sys
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
 
 from cjepa_fast import build
 from cjepa_fast import config as configuration
 from cjepa_fast.config import Config, ConfigError
+from cjepa_fast.flops import recomputed_gflop, step_gflop
 from cjepa_fast.jepa import JEPA
 from cjepa_fast.vit import Attention
 
@@ -79,27 +85,16 @@ def kept_bytes(networks: JEPA, batch: tuple[torch.Tensor, ...], fused_attention:
             found[storage._cdata] = storage.nbytes(), tensor  # held, so that no number comes twice
         return tensor
 
-    heads = {name: part for name, part in networks.named_modules() if isinstance(part, Attention)}
-    plain = {name: part.forward for name, part in heads.items()}
-    if fused_attention:
-        for part in heads.values():
-            part.forward = _forward_with(part)
-    try:
+    with contextlib.ExitStack() as patches:
+        if fused_attention:
+            fused = mock.patch.object(F, "scaled_dot_product_attention", KeptAttention.apply)
+            patches.enter_context(fused)
+            for part in networks.modules():
+                if isinstance(part, Attention):
+                    patches.enter_context(mock.patch.object(part, "backend", "sdpa"))
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            terms = networks(*batch)
-    finally:
-        for name, part in heads.items():
-            part.forward = plain[name]
-    del terms
+            networks(*batch)
     return sum(size for size, _ in found.values())
-
-
-def _forward_with(part: Attention):
-    def forward(x_BSD: torch.Tensor, last: int | None = None) -> torch.Tensor:
-        out = KeptAttention.apply(*part.heads_of(x_BSD, last))
-        return part.proj(out.transpose(1, 2).flatten(2))
-
-    return forward
 
 
 def meta_batch(config: Config, images: int) -> tuple[torch.Tensor, ...]:
@@ -170,10 +165,13 @@ def largest_batch(found: Plan, gpu: GPU) -> int:
 # --- time
 
 
-def gflop_per_image(config: Config) -> float:
+def gflop_per_image(config: Config) -> tuple[float, float]:
+    """What is counted, and what the backward computes again beside."""
     masks = build.build_masks(config)(0, 0, torch.arange(config.data.micro_batch_size))
     M, P = masks.target_idx_BMP.shape[1:]
-    return build.gflop_of(config, masks.context_idx_BK.shape[1], M, P)["total"]
+    sizes = build.counted_sizes(config, masks.context_idx_BK.shape[1], M, P)
+    again = recomputed_gflop(config.model.checkpointing, **sizes)
+    return step_gflop(**sizes)["total"], again
 
 
 def utilisation(name: str, gpu: GPU, results: Path = RESULTS) -> tuple[float, str]:
@@ -191,9 +189,9 @@ def utilisation(name: str, gpu: GPU, results: Path = RESULTS) -> tuple[float, st
 def describe(args: argparse.Namespace, config: Config) -> str:
     gpu = GPUS[args.gpu]
     share, source = utilisation(args.config, gpu)
-    gflop = gflop_per_image(config)
+    gflop, again = gflop_per_image(config)
     epochs = args.epochs or config.run.epochs
-    images_per_s = args.count * share * gpu.tflops * 1e3 / gflop
+    images_per_s = args.count * share * gpu.tflops * 1e3 / (gflop + again)
     hours = epochs * args.images / images_per_s / 3600
     micro_batch, accumulation = configuration.micro_batches(
         config.data.batch_size, args.count, config.data.micro_batch_size
@@ -221,6 +219,7 @@ def describe(args: argparse.Namespace, config: Config) -> str:
     lines += [
         "",
         f"MFU            {100 * share:10.1f} %  {source}",
+        f"computed again {again:10.1f} GFLOP an image, by model.checkpointing",
         f"images/s       {images_per_s:10.0f}    {source}; the exchange of gradients not counted",
         f"hours          {hours:10.1f}    {source}: {epochs} epochs of {args.images:,} images",
         f"GPU-hours      {hours * args.count:10.0f}    {source}",
