@@ -1,8 +1,9 @@
 """Train a tiny C-JEPA for a few steps and print what came out, as one JSON line on rank 0.
 
-engine_worker.py STAGE PRECISION STEPS FOLDER [save=STEP] [resume] [nan=STEP] [kernels]
+engine_worker.py STAGE PRECISION STEPS FOLDER [save=STEP] [resume] [nan=STEP] [kernels] [full]
 The global batch of each step is the same for every number of processes. With `kernels` the Triton
-kernels run, in the interpreter.
+kernels run, in the interpreter. With `full` the blocks are computed again in the backward, from
+weights that stage 3 has given up in between.
 """
 
 import contextlib
@@ -39,17 +40,20 @@ def batch_of(step: int, micro: int) -> list[torch.Tensor]:
     return [images, context, targets]
 
 
-def build(stage: int, precision: str) -> tuple[engine.Engine, TargetEMA, nn.Module]:
+def build(stage: int, precision: str, full: bool) -> tuple[engine.Engine, TargetEMA, nn.Module]:
     world = engine.world_size()
-    encoder = Encoder(32, 8, 24, 2, 3)
+    recompute = {"checkpointing": "full" if full else "none"}
+    zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if full else {})
+    encoder = Encoder(32, 8, 24, 2, 3, **recompute)
     group = dist.group.WORLD if world > 1 else None
     # A strong VICReg term, so that statistics of a part of the batch could not go unseen.
-    network = JEPA(encoder, Predictor(24, encoder.grid, 12, 1, 3), CJEPALoss(beta=0.1, group=group))
+    predictor = Predictor(24, encoder.grid, 12, 1, 3, **recompute)
+    network = JEPA(encoder, predictor, CJEPALoss(beta=0.1, group=group))
     target = copy.deepcopy(encoder)
     made = engine.Engine(
         network,
         optim.parameter_groups(network),
-        {"zero_optimization": {"stage": stage}},
+        {"zero_optimization": zero},
         micro_batch=BATCH // world,
         accumulation=ACCUMULATION,
         precision=precision,
@@ -77,7 +81,7 @@ def main() -> None:
     stage, precision, steps, folder = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
     options = dict(option.partition("=")[::2] for option in sys.argv[5:])
     engine.start(seed=0)
-    made, ema, target = build(stage, precision)
+    made, ema, target = build(stage, precision, "full" in options)
     masters = torch.cat([owned.master.values for owned in made.state()])
     rounded = torch.equal(masters, masters.bfloat16().float())
     rank, share = engine.rank(), BATCH // engine.world_size()
