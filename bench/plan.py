@@ -4,23 +4,29 @@
     python bench/plan.py --config my.json --gpu a100-80 --count 8 --images 5000000 --epochs 100
 
 Bytes of weights, gradients and optimiser follow from the parameters; those kept for the backward
-are counted by running the networks on torch's meta device, which computes nothing. The speed is the
-counted work over the data sheet's bf16 rate, at the share of it that bench/results/throughput.json
-has for this configuration on this GPU ("measured"), else at an assumed one ("predicted").
+are counted by running the networks on torch's meta device, which computes nothing. What lives for a
+moment within the backward, as a block's part that model.checkpointing computes again, is not.
+The speed is the counted work, and what is computed again, over the data sheet's bf16 rate, at the
+share of it that bench/results/throughput.json has for this configuration on this GPU ("measured"),
+else at an assumed one ("predicted").
 """
 
 import argparse
+import contextlib
 import json
 import sys
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from memory import Kept
 
 from cjepa_fast import build
 from cjepa_fast import config as configuration
 from cjepa_fast.config import Config, ConfigError
+from cjepa_fast.flops import recomputed_gflop, step_gflop
 from cjepa_fast.jepa import JEPA
 from cjepa_fast.vit import Attention
 
@@ -71,27 +77,17 @@ def kept_bytes(networks: JEPA, batch: tuple, fused_attention: bool) -> int:
     Runs the networks on the device of the batch: images, context and target indices and the target
     encoder's tokens.
     """
-    heads = {name: part for name, part in networks.named_modules() if isinstance(part, Attention)}
-    plain = {name: part.forward for name, part in heads.items()}
-    if fused_attention:
-        for part in heads.values():
-            part.forward = _forward_with(part)
     kept = Kept(networks)
-    try:
-        with kept.counting():
-            networks(*batch)
-    finally:
-        for name, part in heads.items():
-            part.forward = plain[name]
+    with contextlib.ExitStack() as patches:
+        if fused_attention:
+            fused = mock.patch.object(F, "scaled_dot_product_attention", KeptAttention.apply)
+            patches.enter_context(fused)
+            for part in networks.modules():
+                if isinstance(part, Attention):
+                    patches.enter_context(mock.patch.object(part, "backend", "sdpa"))
+        patches.enter_context(kept.counting())
+        networks(*batch)
     return kept.bytes
-
-
-def _forward_with(part: Attention):
-    def forward(x_BSD: torch.Tensor, last: int | None = None, packed=None) -> torch.Tensor:
-        out = KeptAttention.apply(*part.heads_of(x_BSD, last, packed))
-        return part.proj(out.transpose(1, 2).flatten(2))
-
-    return forward
 
 
 def meta_batch(config: Config, images: int) -> tuple:
@@ -110,7 +106,8 @@ def static_bytes(trained: int, encoder: int, precision: str, stage: int, count: 
     """By part, what one of `count` GPUs holds whatever the batch; numbers of parameters given.
 
     ZeRO 1 shares the optimiser's state, 2 also the gradients, 3 also the weights. Our moving
-    average is shared with the masters; its working copy is whole everywhere.
+    average is shared with the masters; its working copy is whole everywhere. DeepSpeed's update
+    takes fp32 gradients; one GPU's, without it, reads them as they are.
     """
     number = {"bf16": 2, "fp32": 4}[precision]
     low = precision == "bf16"
@@ -118,7 +115,7 @@ def static_bytes(trained: int, encoder: int, precision: str, stage: int, count: 
     gradients = trained * number / (count if stage >= 2 else 1)
     return {
         "weights": trained * number / (count if stage == 3 else 1),
-        "gradients": gradients + (4 * trained / state if low else 0),  # the update's in fp32
+        "gradients": gradients + (4 * trained / state if low and count > 1 else 0),
         "fp32 masters": 4 * trained / state if low else 0.0,
         "Adam's moments": 8 * trained / state,
         "average": 4 * encoder / state,
@@ -162,10 +159,13 @@ def largest_batch(found: Plan, gpu: GPU) -> int:
 # --- time
 
 
-def gflop_per_image(config: Config) -> float:
+def gflop_per_image(config: Config) -> tuple[float, float]:
+    """What is counted, and what the backward computes again beside."""
     masks = build.build_masks(config)(0, 0, torch.arange(config.data.micro_batch_size))
     M, P = masks.target_idx_BMP.shape[1:]
-    return build.gflop_of(config, masks.context_k, M, P)["total"]
+    sizes = build.counted_sizes(config, masks.context_k, M, P)
+    again = recomputed_gflop(config.model.checkpointing, **sizes)
+    return step_gflop(**sizes)["total"], again
 
 
 def utilisation(name: str, gpu: GPU, results: Path = RESULTS) -> tuple[float, str]:
@@ -183,9 +183,9 @@ def utilisation(name: str, gpu: GPU, results: Path = RESULTS) -> tuple[float, st
 def describe(args: argparse.Namespace, config: Config) -> str:
     gpu = GPUS[args.gpu]
     share, source = utilisation(args.config, gpu)
-    gflop = gflop_per_image(config)
+    gflop, again = gflop_per_image(config)
     epochs = args.epochs or config.run.epochs
-    images_per_s = args.count * share * gpu.tflops * 1e3 / gflop
+    images_per_s = args.count * share * gpu.tflops * 1e3 / (gflop + again)
     hours = epochs * args.images / images_per_s / 3600
     micro_batch, accumulation = configuration.micro_batches(
         config.data.batch_size, args.count, config.data.micro_batch_size
@@ -213,6 +213,7 @@ def describe(args: argparse.Namespace, config: Config) -> str:
     lines += [
         "",
         f"MFU            {100 * share:10.1f} %  {source}",
+        f"computed again {again:10.1f}    predicted, GFLOP an image, by model.checkpointing",
         f"images/s       {images_per_s:10.0f}    {source}; the exchange of gradients not counted",
         f"hours          {hours:10.1f}    {source}: {epochs} epochs of {args.images:,} images",
         f"GPU-hours      {hours * args.count:10.0f}    {source}",

@@ -92,6 +92,31 @@ def _plain_packed(q_SHd, k_THd, v_THd, queries: Sequences, keys: Sequences) -> t
     return queries.packed(out.transpose(1, 2), len(q_SHd))
 
 
+def attend_by_block(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, M: int, P: int, backend: str
+) -> torch.Tensor:
+    """As `attend`, where a sequence is a context and then the tokens of M blocks of P.
+
+    A token of the context sees the context, one of a block the context and its own block. k and v
+    are (B, H, K + M P, d); q is as long, or of the M P tokens of the blocks alone. No mask is made:
+    the context's keys are repeated for each block, so that every backend serves.
+    """
+    K = k.shape[2] - M * P
+
+    def by_block(x: torch.Tensor) -> torch.Tensor:
+        return x[:, :, -M * P :].unflatten(2, (M, P)).transpose(1, 2)  # (B, M, H, P, d)
+
+    def seen(x: torch.Tensor) -> torch.Tensor:
+        context = x[:, None, :, :K].expand(-1, M, -1, -1, -1)
+        return torch.cat([context, by_block(x)], 3).flatten(0, 1)
+
+    blocks = attend(by_block(q).flatten(0, 1), seen(k), seen(v), backend)
+    blocks = blocks.unflatten(0, (-1, M)).transpose(1, 2).flatten(2, 3)
+    if q.shape[2] == M * P:
+        return blocks
+    return torch.cat([attend(*(x[:, :, :K] for x in (q, k, v)), backend), blocks], 2)
+
+
 @functools.cache
 def flash_attention(name: str = "flash_attn_func") -> Callable:
     """flash-attn's function of that name: of (B, S, H, d) tensors, or of packed ones, "varlen".

@@ -24,10 +24,11 @@ from cjepa_fast.vit import MODELS, Encoder
 
 def build_networks(config: Config, group=None) -> JEPA:
     """Context encoder, predictor, projector and loss, freshly initialised in fp32."""
-    model, attention, part = model_sizes(config), config.model.attention, config.predictor
+    model, part = model_sizes(config), config.predictor
+    options = config.model.model_dump(include={"attention", "residual", "checkpointing"})
     check_heads("model", model["width"], model["heads"])
     check_heads("predictor", part.width, part.heads or model["heads"])
-    encoder = Encoder(config.data.image_size, config.model.patch_size, attention=attention, **model)
+    encoder = Encoder(config.data.image_size, config.model.patch_size, **model, **options)
     encoder.mean, encoder.std = config.data.mean, config.data.std
     predictor = Predictor(
         encoder.width,
@@ -36,7 +37,8 @@ def build_networks(config: Config, group=None) -> JEPA:
         part.depth,
         part.heads or encoder.heads,
         part.mlp_ratio,
-        attention,
+        mode=part.mode,
+        **options,
     )
     vicreg = config.loss.vicreg.model_dump()
     widths = vicreg.pop("projector")
@@ -110,17 +112,18 @@ def choose_attention(
     masks = build_masks(config)(0, 0, torch.arange(micro_batch))
     K, (M, P) = round(masks.context_k), masks.target_idx_BMP.shape[1:]
     N, L = target.grid[0] * target.grid[1], K + P
+    own = P if config.predictor.mode == "one_pass" else L  # queries of a call
     uses = {
-        "target": (target.blocks, micro_batch, N, False),
-        "context": (networks.encoder.blocks, micro_batch, K, True),
-        "predictor": (networks.predictor.predictor_blocks, micro_batch * M, L, True),
+        "target": (target.blocks, micro_batch, N, N, False),
+        "context": (networks.encoder.blocks, micro_batch, K, K, True),
+        "predictor": (networks.predictor.predictor_blocks, micro_batch * M, own, L, True),
     }
     choices = {}
-    for name, (blocks, sequences, length, trained) in uses.items():
+    for name, (blocks, sequences, queries, keys, trained) in uses.items():
         part = blocks[0].attn
         width = part.proj.in_features // part.heads
         packed = trained and config.mask.context == "packed"
-        shape = Shape(sequences, part.heads, length, length, width, trained, packed)
+        shape = Shape(sequences, part.heads, queries, keys, width, trained, packed)
         choices[name] = engines.from_first_process(
             lambda shape=shape: fastest(shape, device, compute_dtype(config))[0]
         )
@@ -172,18 +175,23 @@ def gflop_of(
     config: Config, context_k: float, targets_m: int, targets_p: float
 ) -> dict[str, float]:
     """flops.step_gflop of a configuration, at the masks' sizes given (they may be means)."""
+    return step_gflop(**counted_sizes(config, context_k, targets_m, targets_p))
+
+
+def counted_sizes(config: Config, context_k: float, targets_m: int, targets_p: float) -> dict:
+    """What the functions of flops.py ask for."""
     part = config.predictor
-    return step_gflop(
-        image_size=config.data.image_size,
-        patch_size=config.model.patch_size,
-        **model_sizes(config),
-        predictor_width=part.width,
-        predictor_depth=part.depth,
-        predictor_mlp_ratio=part.mlp_ratio,
-        context_k=context_k,
-        targets_m=targets_m,
-        targets_p=targets_p,
-    )
+    return model_sizes(config) | {
+        "image_size": config.data.image_size,
+        "patch_size": config.model.patch_size,
+        "predictor_width": part.width,
+        "predictor_depth": part.depth,
+        "predictor_mlp_ratio": part.mlp_ratio,
+        "predictor_mode": part.mode,
+        "context_k": context_k,
+        "targets_m": targets_m,
+        "targets_p": targets_p,
+    }
 
 
 def check_heads(section: str, width: int, heads: int) -> None:

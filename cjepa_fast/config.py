@@ -95,6 +95,12 @@ class ModelSection(Section):
     target_precision: Literal["bf16", "fp8"] = Field(
         "bf16", description="of the target's products; fp8 wants run.precision bf16 and sm_89"
     )
+    residual: Literal["bf16", "fp32"] = Field(
+        "bf16", description="dtype of the stream between the blocks, where run.precision is bf16"
+    )
+    checkpointing: Literal["none", "norm_gelu", "selective", "full"] = Field(
+        "none", description="what is computed again in the backward, to save memory: see vit.Block"
+    )
 
 
 class PredictorSection(Section):
@@ -102,6 +108,9 @@ class PredictorSection(Section):
     depth: Count = 12
     heads: Count | None = Field(None, description="null: the encoder's")
     mlp_ratio: Positive = 4.0
+    mode: Literal["per_target", "one_pass"] = Field(
+        "per_target", description='"one_pass" runs the context once an image: other maths'
+    )
 
 
 class VICRegSection(Section):
@@ -331,6 +340,11 @@ def _impossible(config: Config) -> Iterator[str]:
         yield (
             'run.target_stream = true: not with run.compile = "whole", which leaves no place '
             'between predictor and loss to wait at; take "blocks" or "none"'
+        )
+    if config.predictor.mode == "one_pass" and mask.context == "packed":
+        yield (
+            'predictor.mode = "one_pass": not with mask.context = "packed", which cuts '
+            'its sequences another way; take "fixed" or "random"'
         )
     yield from _impossible_sizes(config)
     yield from _impossible_deepspeed(config)

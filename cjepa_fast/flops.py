@@ -3,26 +3,68 @@
 Counted are the matrix products whose results the method reads, 2 operations per multiply-add,
 without recomputation: linear layers, the two products of attention, the patch embedding of the
 patches that are embedded; of the predictor's last block the target patches alone. Norms, softmax,
-GELU and the loss are left out, as is usual.
+GELU and the loss are left out, as is usual. What model.checkpointing runs again is counted apart.
 
 Letters: N patches of an image, K context patches, M target blocks, P patches a block, S tokens of
 a sequence, D width.
 """
 
+import functools
+from collections.abc import Callable
+
 
 def block_flop(
-    tokens_s: float, width: int, mlp_ratio: float, outputs: float | None = None
+    tokens_s: float,
+    width: int,
+    mlp_ratio: float,
+    outputs: float | None = None,
+    pairs: float | None = None,
 ) -> float:
     """One transformer block over one sequence, forward, in FLOP; `outputs` tokens of it, or all.
 
     A token costs 4 D^2 in its key and value; an output 4 D^2 in its query and the projection and
-    4 D * hidden in the MLP; the attention map and its product with v 4 S D an output, whatever the
-    number of heads. In all 24 S D^2 + 4 S^2 D at MLP ratio 4.
+    4 D * hidden in the MLP; the attention map and its product with v 4 D a pair of query and key
+    that meet, whatever the number of heads: all S keys an output, or `pairs` in all. Together
+    24 S D^2 + 4 S^2 D at MLP ratio 4.
     """
-    hidden = round(width * mlp_ratio)
     outputs = tokens_s if outputs is None else outputs
-    each = 4 * width**2 + 4 * width * hidden + 4 * tokens_s * width
-    return tokens_s * 4 * width**2 + outputs * each
+    pairs = outputs * tokens_s if pairs is None else pairs
+    each = 4 * width**2 + 4 * width * round(width * mlp_ratio)
+    return tokens_s * 4 * width**2 + outputs * each + pairs * 4 * width
+
+
+def recomputed_block_flop(
+    checkpointing: str,
+    tokens_s: float,
+    width: int,
+    mlp_ratio: float,
+    outputs: float | None = None,
+    pairs: float | None = None,
+) -> float:
+    """What of block_flop runs again in the backward, by the policies of vit.Block."""
+    outputs = tokens_s if outputs is None else outputs
+    fc1 = fc2 = 2 * outputs * width * round(width * mlp_ratio)
+    whole = block_flop(tokens_s, width, mlp_ratio, outputs, pairs)
+    return {"none": 0, "norm_gelu": 0, "selective": fc1, "full": whole - fc2}[checkpointing]
+
+
+def predictor_blocks_flop(
+    flop: Callable[..., float],
+    mode: str,
+    width: int,
+    mlp_ratio: float,
+    depth: int,
+    context_k: float,
+    targets_m: int,
+    targets_p: float,
+) -> float:
+    """`flop`, block_flop or the like, over the predictor's blocks and the sequences of an image."""
+    K, M, P = context_k, targets_m, targets_p
+    if mode == "per_target":
+        block = functools.partial(flop, K + P, width, mlp_ratio)
+        return M * ((depth - 1) * block() + block(outputs=P))
+    block, pairs = functools.partial(flop, K + M * P, width, mlp_ratio), M * P * (K + P)
+    return (depth - 1) * block(pairs=K**2 + pairs) + block(outputs=M * P, pairs=pairs)
 
 
 def patch_embedding_flop(patches: float, patch_size: int, width: int) -> float:
@@ -44,6 +86,7 @@ def step_gflop(
     targets_m: int,
     targets_p: float,
     predictor_mlp_ratio: float = 4.0,
+    predictor_mode: str = "per_target",
 ) -> dict[str, float]:
     """GFLOP of one image in one training step: target, context, predictor and their total.
 
@@ -59,9 +102,35 @@ def step_gflop(
     target += patch_embedding_flop(patches_n, patch_size, width)
     context = 3 * depth * block_flop(context_k, width, mlp_ratio)
     context += 2 * patch_embedding_flop(context_k, patch_size, width)
-    block = context_k + targets_p, predictor_width, predictor_mlp_ratio
-    predictor = (predictor_depth - 1) * block_flop(*block) + block_flop(*block, outputs=targets_p)
-    predictor *= targets_m
+    narrow = predictor_width, predictor_mlp_ratio, predictor_depth
+    masks = context_k, targets_m, targets_p
+    predictor = predictor_blocks_flop(block_flop, predictor_mode, *narrow, *masks)
     predictor += 2 * width * predictor_width * (context_k + targets_m * targets_p)
     parts = {"target": target, "context": context, "predictor": 3 * predictor}
     return {name: flop / 1e9 for name, flop in (parts | {"total": sum(parts.values())}).items()}
+
+
+def recomputed_gflop(
+    checkpointing: str,
+    *,
+    width: int,
+    depth: int,
+    mlp_ratio: float,
+    predictor_width: int,
+    predictor_depth: int,
+    context_k: float,
+    targets_m: int,
+    targets_p: float,
+    predictor_mlp_ratio: float = 4.0,
+    predictor_mode: str = "per_target",
+    **_,
+) -> float:
+    """GFLOP of one image in one training step beyond step_gflop's, of the same sizes.
+
+    They are run, but not counted as useful: see vit.Block for the policies.
+    """
+    again = functools.partial(recomputed_block_flop, checkpointing)
+    narrow = predictor_width, predictor_mlp_ratio, predictor_depth
+    masks = context_k, targets_m, targets_p
+    predictor = predictor_blocks_flop(again, predictor_mode, *narrow, *masks)
+    return (depth * again(context_k, width, mlp_ratio) + predictor) / 1e9

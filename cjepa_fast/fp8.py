@@ -66,7 +66,7 @@ class Linear8(nn.Module):
 class QueryKeyValue8(Linear8):
     """q, k and v of all tokens, as vit.QueryKeyValue gives them."""
 
-    def forward(self, x: Rows, last: None = None, packed: None = None) -> tuple[torch.Tensor, ...]:
+    def forward(self, x: Rows, last: None = None, layout: None = None) -> tuple[torch.Tensor, ...]:
         return super().forward(x).chunk(3, -1)
 
 

@@ -8,6 +8,7 @@ Shapes: x (..., C), weight (D, C), bias (D,); the result is (..., D).
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 try:
     _fused = torch.ops.mkldnn._linear_pointwise.default
@@ -59,3 +60,8 @@ def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     if not torch.is_grad_enabled() and _fusable(x, weight, bias):
         return _fused(x, weight, bias, "gelu", [], "none")
     return F.gelu(linear(x, weight, bias))
+
+
+class Linear(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self.weight, self.bias)

@@ -1,7 +1,8 @@
 """The predictor: from the context's tokens and the targets' positions to the targets' tokens.
 
 A narrow ViT. Each target block has its own sequence, the context followed by one mask token for
-each of its patches (I-JEPA, arXiv 2301.08243, section 3). Parameter names are I-JEPA's.
+each of its patches (I-JEPA, arXiv 2301.08243, section 3), or all share one. Parameter names are
+I-JEPA's.
 Shapes: B images, N patches, K context patches, M target blocks, P patches a block, D encoder
 width, W predictor width, T tokens of a packed context.
 """
@@ -10,12 +11,20 @@ import torch
 from torch import nn
 
 from cjepa_fast.kernels.gather import add_positions, predictor_input
+from cjepa_fast.linear import Linear
 from cjepa_fast.sequences import PackedContext, Sequences
-from cjepa_fast.vit import Block, frozen_positions, init_weights
+from cjepa_fast.vit import Block, Norm, frozen_positions, init_weights, stream_of
 
 
 class Predictor(nn.Module):
-    """heads follow the encoder's; grid is the encoder's (rows, cols)."""
+    """heads follow the encoder's; grid is the encoder's (rows, cols).
+
+    mode "one_pass" runs the context once instead of once a target block: one sequence an image, in
+    which a mask token sees the context and the mask tokens of its own block, and the context itself
+    alone. With one block the outputs are those of "per_target"; with more it is other maths, since
+    there the context sees the mask tokens from the second block on. Never the default without
+    evidence that it learns as well. residual and checkpointing: see vit.Encoder and vit.Block.
+    """
 
     def __init__(
         self,
@@ -26,16 +35,20 @@ class Predictor(nn.Module):
         heads: int,
         mlp_ratio: float = 4.0,
         attention: str = "auto",
+        residual: str = "bf16",
+        checkpointing: str = "none",
+        mode: str = "per_target",
     ):
         super().__init__()
-        self.predictor_embed = nn.Linear(encoder_width, width)
+        self.residual, self.mode = residual, mode
+        self.predictor_embed = Linear(encoder_width, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.predictor_pos_embed = frozen_positions(*grid, width)
         self.predictor_blocks = nn.ModuleList(
-            Block(width, heads, mlp_ratio, attention) for _ in range(depth)
+            Block(width, heads, mlp_ratio, attention, checkpointing) for _ in range(depth)
         )
-        self.predictor_norm = nn.LayerNorm(width, eps=1e-6)
-        self.predictor_proj = nn.Linear(width, encoder_width)
+        self.predictor_norm = Norm(width, eps=1e-6)
+        self.predictor_proj = Linear(width, encoder_width)
         self.apply(init_weights)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
@@ -50,29 +63,44 @@ class Predictor(nn.Module):
         context: the places of the context's tokens, int64 (B, K); packed for tokens (1, T, D).
         """
         B, M, P = target_idx_BMP.shape
+        x = self.predictor_embed(context_BKD)
+        positions = stream_of(self.predictor_pos_embed[0], self.residual)
         made = self._packed_input if isinstance(context, PackedContext) else self._input
-        x, packed = made(self.predictor_embed(context_BKD), context, target_idx_BMP)
+        x, length, layout = made(x, positions, context, target_idx_BMP)
         for block in self.predictor_blocks[:-1]:
-            x = block(x, packed=packed)
+            x = block(x, layout=layout)
         # What becomes of the context is not read.
-        queries = self.predictor_blocks[-1](x, last=P, packed=packed)
+        queries = self.predictor_blocks[-1](x, last=length, layout=layout)
         return self.predictor_proj(self.predictor_norm(queries)).view(B, M, P, -1)
 
     def _input(
-        self, x_BKW: torch.Tensor, context_idx_BK: torch.Tensor, target_idx_BMP: torch.Tensor
-    ) -> tuple[torch.Tensor, None]:
-        positions, token = self.predictor_pos_embed[0], self.mask_token[0, 0]
-        return predictor_input(x_BKW, positions, token, context_idx_BK, target_idx_BMP), None
+        self,
+        x_BKW: torch.Tensor,
+        positions_NW: torch.Tensor,
+        context_idx_BK: torch.Tensor,
+        target_idx_BMP: torch.Tensor,
+    ) -> tuple[torch.Tensor, int, tuple[int, int] | None]:
+        """The sequences, how many mask tokens each has, and what attention must know of them."""
+        B, M, P = target_idx_BMP.shape
+        layout = None
+        if self.mode == "one_pass":
+            target_idx_BMP, layout = target_idx_BMP.reshape(B, 1, M * P), (M, P)
+        token, length = self.mask_token[0, 0], target_idx_BMP.shape[-1]
+        x = predictor_input(x_BKW, positions_NW, token, context_idx_BK, target_idx_BMP)
+        return x, length, layout
 
     def _packed_input(
-        self, x_1TW: torch.Tensor, context: PackedContext, target_idx_BMP: torch.Tensor
-    ) -> tuple[torch.Tensor, Sequences]:
-        """The same sequences packed, (1, M * (T + B * P), W), and where they begin."""
+        self,
+        x_1TW: torch.Tensor,
+        positions_NW: torch.Tensor,
+        context: PackedContext,
+        target_idx_BMP: torch.Tensor,
+    ) -> tuple[torch.Tensor, int, Sequences]:
+        """The same of packed sequences: (1, M * (T + B * P), W), P, and where they begin."""
         M, P = target_idx_BMP.shape[1:]
-        positions, T = self.predictor_pos_embed[0], x_1TW.shape[1]
-        placed_TW = add_positions(x_1TW, positions, context.idx_T[None])[0]
-        queries = self.mask_token[0, 0] + positions[target_idx_BMP.flatten()]
-        sequences, place = context.sequences.copied(T, M, P)
+        placed_TW = add_positions(x_1TW, positions_NW, context.idx_T[None])[0]
+        queries = self.mask_token[0, 0] + positions_NW[target_idx_BMP.flatten()]
+        sequences, place = context.sequences.copied(x_1TW.shape[1], M, P)
         tokens = torch.cat([placed_TW] * M + [queries])
         # Each token has one place, so the backward reads every row once and adds none by chance.
-        return torch.empty_like(tokens).index_copy_(0, place, tokens)[None], sequences
+        return torch.empty_like(tokens).index_copy_(0, place, tokens)[None], P, sequences

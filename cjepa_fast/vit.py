@@ -7,14 +7,27 @@ sequences (sequences.py) are one row of S = T tokens, B = 1, of which only atten
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from cjepa_fast.attention import attend, attend_packed, attention_map, flash_attention
+from cjepa_fast.attention import (
+    attend,
+    attend_by_block,
+    attend_packed,
+    attention_map,
+    flash_attention,
+)
 from cjepa_fast.kernels.gather import add_positions, gather_tokens
+from cjepa_fast.linear import Linear, linear, linear_gelu
 from cjepa_fast.sequences import PackedContext, Sequences
+
+# What attention must know of a row: one sequence; or several packed; or (M, P), a context and then
+# M blocks of P tokens, as attention.attend_by_block sees them.
+Layout = None | Sequences | tuple[int, int]
 
 MODELS = {
     "vit_tiny": {"width": 192, "depth": 12, "heads": 3, "mlp_ratio": 4.0},
@@ -23,6 +36,14 @@ MODELS = {
     "vit_large": {"width": 1024, "depth": 24, "heads": 16, "mlp_ratio": 4.0},
     "vit_huge": {"width": 1280, "depth": 32, "heads": 16, "mlp_ratio": 4.0},
     "vit_giant": {"width": 1408, "depth": 40, "heads": 16, "mlp_ratio": 48 / 11},
+}
+
+# The parts of a trained block that run again in the backward, by policy: see Block.
+RECOMPUTED = {
+    "none": (),
+    "norm_gelu": ("heads", "hidden", "output"),
+    "selective": ("heads", "mlp"),
+    "full": ("block",),
 }
 
 
@@ -58,7 +79,7 @@ class PatchProjection(nn.Conv2d):
     """A patch-sized convolution as a matrix product, so that chosen patches alone are embedded."""
 
     def forward(self, patches_BKC: torch.Tensor) -> torch.Tensor:
-        return F.linear(patches_BKC, self.weight.flatten(1), self.bias)
+        return linear(patches_BKC, self.weight.flatten(1), self.bias)
 
 
 class PatchEmbed(nn.Module):
@@ -70,23 +91,33 @@ class PatchEmbed(nn.Module):
         return self.proj(patches_BKC)
 
 
-def last_of(x_BSD: torch.Tensor, last: int, packed: Sequences | None) -> torch.Tensor:
+class Norm(nn.LayerNorm):
+    """LayerNorm in the dtype of the residual stream; its output has the dtype of its weights."""
+
+    def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
+        affine = self.weight.to(x_BSD.dtype), self.bias.to(x_BSD.dtype)
+        return F.layer_norm(x_BSD, self.normalized_shape, *affine, self.eps).to(self.weight.dtype)
+
+
+def last_of(x_BSD: torch.Tensor, last: int, layout: Layout) -> torch.Tensor:
     """The last tokens of each sequence: (B, last, D), or packed again, (1, real * last, D)."""
-    return x_BSD[:, -last:] if packed is None else x_BSD.index_select(1, packed.last(last))
+    if isinstance(layout, Sequences):
+        return x_BSD.index_select(1, layout.last(last))
+    return x_BSD[:, -last:]
 
 
-class QueryKeyValue(nn.Linear):
+class QueryKeyValue(Linear):
     """The three projections of attention as one Linear of width D -> 3 D."""
 
     def forward(
-        self, x_BSD: torch.Tensor, last: int | None = None, packed: Sequences | None = None
+        self, x_BSD: torch.Tensor, last: int | None = None, layout: Layout = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q, k and v, each (B, S, D); q of the last tokens alone if asked, (B, last, D)."""
         D = x_BSD.shape[-1]
         if last is None:
             return super().forward(x_BSD).split(D, -1)
-        q = F.linear(last_of(x_BSD, last, packed), self.weight[:D], self.bias[:D])
-        return q, *F.linear(x_BSD, self.weight[D:], self.bias[D:]).split(D, -1)
+        q = linear(last_of(x_BSD, last, layout), self.weight[:D], self.bias[:D])
+        return q, *linear(x_BSD, self.weight[D:], self.bias[D:]).split(D, -1)
 
 
 class Attention(nn.Module):
@@ -99,51 +130,125 @@ class Attention(nn.Module):
         self.heads = heads
         self.backend = backend
         self.qkv = QueryKeyValue(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.proj = Linear(width, width)
 
     def heads_of(
-        self, x_BSD: torch.Tensor, last: int | None = None, packed: Sequences | None = None
+        self, x_BSD: torch.Tensor, last: int | None = None, layout: Layout = None
     ) -> list[torch.Tensor]:
         """q, k and v, each (B, H, S, d); q of the last tokens alone if asked."""
-        parts = self.qkv(x_BSD, last, packed)
+        parts = self.qkv(x_BSD, last, layout)
         return [x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in parts]
 
     def forward(
-        self, x_BSD: torch.Tensor, last: int | None = None, packed: Sequences | None = None
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        last: int | None = None,
+        layout: Layout = None,
     ) -> torch.Tensor:
-        q, k, v = self.heads_of(x_BSD, last, packed)
-        if packed is None:
-            return self.proj(attend(q, k, v, self.backend).transpose(1, 2).flatten(2))
-        queries = packed if last is None else packed.of_last(last)
-        rows = (x_1HSd[0].transpose(0, 1) for x_1HSd in (q, k, v))
-        return self.proj(attend_packed(*rows, queries, packed, self.backend).flatten(1)[None])
+        """(B, S, D) from what `heads_of` gave, asked for the same."""
+        if isinstance(layout, Sequences):
+            queries = layout if last is None else layout.of_last(last)
+            rows = (x_1HSd[0].transpose(0, 1) for x_1HSd in (q, k, v))
+            return self.proj(attend_packed(*rows, queries, layout, self.backend).flatten(1)[None])
+        if layout is None:
+            x_BHSd = attend(q, k, v, self.backend)
+        else:
+            x_BHSd = attend_by_block(q, k, v, *layout, self.backend)
+        return self.proj(x_BHSd.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
     def __init__(self, width: int, hidden: int):
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
 
     def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
-        return self.fc2(F.gelu(self.fc1(x_BSD)))
+        return self.fc2(linear_gelu(x_BSD, self.fc1.weight, self.fc1.bias))
+
+    def output(self, hidden_BSX: torch.Tensor) -> torch.Tensor:
+        """What follows fc1."""
+        return self.fc2(F.gelu(hidden_BSX))
+
+
+def _keep_products():
+    """For checkpoint: the contexts in which the outputs of matrix products stay."""
+    aten = torch.ops.aten
+    return create_selective_checkpoint_contexts([aten.addmm.default, aten.mm.default])
 
 
 class Block(nn.Module):
-    def __init__(self, width: int, heads: int, mlp_ratio: float, backend: str = "auto"):
+    """x + attention(norm1(x)), and to that the MLP of its norm2; sums in the dtype of x.
+
+    checkpointing says what is kept for the backward, given here in values a token at MLP ratio 4,
+    beside the maps or sums of attention. The rest is computed again there, to the same bits.
+      "none": all that autograd asks for, 16 D;
+      "norm_gelu": all but the outputs of LayerNorm and GELU, 10 D. No product runs twice (but the
+        queries of a predictor's last block, where nothing is compiled);
+      "selective": x, q, k, v, attention's output and the sum after it, 6 D. fc1 runs twice: 1/9 of
+        the products of forward and backward more, attention's left out;
+      "full": x alone, D. All but fc2 runs twice, attention too: 2/9 more.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_ratio: float,
+        backend: str = "auto",
+        checkpointing: str = "none",
+    ):
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.norm1 = Norm(width, eps=1e-6)
         self.attn = Attention(width, heads, backend)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.norm2 = Norm(width, eps=1e-6)
         self.mlp = MLP(width, round(width * mlp_ratio))
+        self.recomputed = RECOMPUTED[checkpointing]
 
     def forward(
-        self, x_BSD: torch.Tensor, last: int | None = None, packed: Sequences | None = None
+        self,
+        x_BSD: torch.Tensor,
+        last: int | None = None,
+        layout: Layout = None,
     ) -> torch.Tensor:
-        """All tokens, or the last ones alone, (B, last, D), having attended to all."""
-        whole, x_BSD = x_BSD, x_BSD if last is None else last_of(x_BSD, last, packed)
-        x_BSD = x_BSD + self.attn(self.norm1(whole), last, packed)
-        return x_BSD + self.mlp(self.norm2(x_BSD))
+        """All tokens, or the last of each sequence alone, (B, last, D), having attended to all."""
+        return self._run("block", self._forward, x_BSD, last, layout)
+
+    def _recomputes(self, part: str) -> bool:
+        return part in self.recomputed and torch.is_grad_enabled()
+
+    def _run(self, part: str, function: Callable, *args) -> torch.Tensor:
+        """function(*args). Of a part that is recomputed only the arguments are kept.
+
+        It runs again until all is there that its own backward asks for: a Linear at its end does
+        not. A compiler would have it run where the next part's backward asks for its output, so it
+        is told to keep that.
+        """
+        if not self._recomputes(part):
+            return function(*args)
+        options = {}
+        if part in ("heads", "hidden") and torch.compiler.is_compiling():
+            options["context_fn"] = _keep_products
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, **options)
+
+    def _forward(self, x_BSD: torch.Tensor, last: int | None, layout: Layout) -> torch.Tensor:
+        heads = self._run("heads", self._heads, x_BSD, last, layout)
+        x_BSD = x_BSD if last is None else last_of(x_BSD, last, layout)
+        x_BSD = x_BSD + self.attn(*heads, last, layout)
+        return x_BSD + self._run("mlp", self._mlp, x_BSD)
+
+    def _heads(self, x_BSD: torch.Tensor, last: int | None, layout: Layout) -> list[torch.Tensor]:
+        return self.attn.heads_of(self.norm1(x_BSD), last, layout)
+
+    def _mlp(self, x_BSD: torch.Tensor) -> torch.Tensor:
+        if not self._recomputes("hidden"):
+            return self.mlp(self.norm2(x_BSD))
+        return self._run("output", self.mlp.output, self._run("hidden", self._hidden, x_BSD))
+
+    def _hidden(self, x_BSD: torch.Tensor) -> torch.Tensor:
+        return self.mlp.fc1(self.norm2(x_BSD))
 
 
 def init_weights(module: nn.Module, std: float = 0.02) -> None:
@@ -165,6 +270,8 @@ class Encoder(nn.Module):
     """A ViT over the patches of an image, or over a chosen subset of them.
 
     image_size and patch_size are in pixels; the grid is (image_size // patch_size) squared.
+    residual: "fp32" keeps the stream between the blocks in fp32 where the weights are bf16; the
+    products and the output stay bf16. checkpointing: see Block.
     Raises ValueError when the image is no multiple of the patch or the width none of the heads.
     """
 
@@ -177,6 +284,8 @@ class Encoder(nn.Module):
         heads: int,
         mlp_ratio: float = 4.0,
         attention: str = "auto",
+        residual: str = "bf16",
+        checkpointing: str = "none",
     ):
         super().__init__()
         if image_size % patch_size:
@@ -185,11 +294,14 @@ class Encoder(nn.Module):
             )
         self.image_size, self.patch_size, self.width = image_size, patch_size, width
         self.depth, self.heads, self.mlp_ratio = depth, heads, mlp_ratio
+        self.residual = residual
         self.grid = (image_size // patch_size,) * 2
         self.patch_embed = PatchEmbed(patch_size, width)
         self.pos_embed = frozen_positions(*self.grid, width)
-        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, attention) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.blocks = nn.ModuleList(
+            Block(width, heads, mlp_ratio, attention, checkpointing) for _ in range(depth)
+        )
+        self.norm = Norm(width, eps=1e-6)
         self.apply(init_weights)
 
     @property
@@ -212,6 +324,7 @@ class Encoder(nn.Module):
         """Patch tokens with their positions, before the blocks, in the shape of `forward`."""
         patches = patchify(images_B3HW, self.patch_size)
         positions = self.positions(*(size // self.patch_size for size in images_B3HW.shape[-2:]))
+        positions = stream_of(positions, self.residual)
         if context is None:
             return self.patch_embed(patches) + positions
         rows = idx = context
@@ -236,7 +349,7 @@ class Encoder(nn.Module):
         packed = context.sequences if isinstance(context, PackedContext) else None
         x = self.embed(images_B3HW, context)
         for block in self.blocks:
-            x = block(x, packed=packed)
+            x = block(x, layout=packed)
         return self.norm(x)
 
     @torch.no_grad()
@@ -248,6 +361,11 @@ class Encoder(nn.Module):
         last = self.blocks[-1]
         q, k, _ = last.attn.heads_of(last.norm1(x))
         return attention_map(q, k)
+
+
+def stream_of(positions: torch.Tensor, residual: str) -> torch.Tensor:
+    """The positions in the residual stream's dtype: what is added to them takes it, and so on."""
+    return positions.float() if residual == "fp32" else positions
 
 
 def count_parameters(module: nn.Module) -> int:

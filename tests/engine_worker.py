@@ -1,8 +1,10 @@
 """Train a tiny C-JEPA for a few steps and print what came out, as one JSON line on rank 0.
 
-engine_worker.py STAGE PRECISION STEPS FOLDER [save=STEP] [resume] [nan=STEP] [kernels] [adam=NAME]
-STAGE is ZeRO's, or "local" for the engine without DeepSpeed. The global batch of each step is the
-same for every number of processes. With `kernels` the Triton kernels run, in the interpreter.
+engine_worker.py STAGE PRECISION STEPS FOLDER [OPTION ...]: save=STEP resume nan=STEP kernels
+adam=NAME full. STAGE is ZeRO's, or "local" for the engine without DeepSpeed. The global batch of
+each step is the same for every number of processes. With `kernels` the Triton kernels run, in the
+interpreter. With `full` the blocks are computed again in the backward, from weights that stage 3
+has given up in between.
 """
 
 import contextlib
@@ -38,18 +40,23 @@ def batch_of(step: int, micro: int) -> list[torch.Tensor]:
     return [images, context, targets]
 
 
-def build(stage: str, precision: str, adam: str) -> engine.Engine | LocalEngine:
+def build(stage: str, precision: str, adam: str, full: bool) -> engine.Engine | LocalEngine:
     world = engine.world_size()
-    encoder = Encoder(32, 8, 24, 2, 3)
+    recompute = {"checkpointing": "full" if full else "none"}
+    encoder = Encoder(32, 8, 24, 2, 3, **recompute)
     group = dist.group.WORLD if world > 1 else None
     # A strong VICReg term, so that statistics of a part of the batch could not go unseen.
-    network = JEPA(encoder, Predictor(24, encoder.grid, 12, 1, 3), CJEPALoss(beta=0.1, group=group))
+    predictor = Predictor(24, encoder.grid, 12, 1, 3, **recompute)
+    network = JEPA(encoder, predictor, CJEPALoss(beta=0.1, group=group))
     parts = network, copy.deepcopy(encoder), optim.parameter_groups(network)
     options = {"accumulation": ACCUMULATION, "precision": precision, "clip": 0.5}
     if stage == "local":
         return LocalEngine(*parts, **options)
-    zero = {"zero_optimization": {"stage": int(stage)}}
-    return engine.Engine(*parts, zero, micro_batch=BATCH // world, implementation=adam, **options)
+    zero = {"stage": int(stage)} | ({"stage3_param_persistence_threshold": 0} if full else {})
+    settings = {"zero_optimization": zero}
+    return engine.Engine(
+        *parts, settings, micro_batch=BATCH // world, implementation=adam, **options
+    )
 
 
 def whole_weights(made: engine.Engine | LocalEngine) -> dict[str, list[float]]:
@@ -70,7 +77,7 @@ def main() -> None:
     stage, precision, steps, folder = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
     options = dict(option.partition("=")[::2] for option in sys.argv[5:])
     engine.start(seed=0)
-    made = build(stage, precision, options.get("adam", "fused"))
+    made = build(stage, precision, options.get("adam", "fused"), "full" in options)
     target = made.ema.module
     masters = torch.cat([owned.master.values for owned in made.state()])
     rounded = torch.equal(masters, masters.bfloat16().float())

@@ -120,25 +120,31 @@ def test_packed_sequences_reach_the_kernels_by_the_right_names(monkeypatch):
     attention.flash_attention.cache_clear()
 
 
-@pytest.mark.parametrize("context", ["random", "packed"])
-def test_each_network_gets_the_kernel_of_its_own_lengths(monkeypatch, context):
+@pytest.mark.parametrize(
+    ("context", "mode"),
+    [("random", "per_target"), ("random", "one_pass"), ("packed", "per_target")],
+)
+def test_each_network_gets_the_kernel_of_its_own_lengths(monkeypatch, context, mode):
     def by_length(shape, device, dtype):
-        assert shape.packed == (context == "packed" and shape.trained)
-        assert shape.queries == shape.keys and shape.width == 8
-        return f"for {shape.queries} in {shape.sequences}, trained {shape.trained}", {}
+        assert shape.packed == (context == "packed" and shape.trained) and shape.width == 8
+        lengths = f"{shape.queries} x {shape.keys}"
+        return f"for {lengths} in {shape.sequences}, trained {shape.trained}", {}
 
     monkeypatch.setattr(build, "fastest", by_length)
-    config = validate(tiny.CONFIG | {"mask": {"min_keep": 4, "context": context}})
+    predictor = tiny.CONFIG["predictor"] | {"mode": mode}
+    mask = {"min_keep": 4, "context": context}
+    config = validate(tiny.CONFIG | {"predictor": predictor, "mask": mask})
     networks, target = build.build_networks(config), build.build_networks(config).encoder
     heads = networks.predictor.predictor_blocks[0].attn
     monkeypatch.setattr(heads.proj, "in_features", 24)
     choices = build.choose_attention(networks, target, config, CPU, 8)
     masks = build.build_masks(config)(0, 0, torch.arange(8))
     K, (M, P) = round(masks.context_k), masks.target_idx_BMP.shape[1:]
+    own = P if mode == "one_pass" else K + P
     assert choices == {
-        "target": "for 36 in 8, trained False",
-        "context": f"for {K} in 8, trained True",
-        "predictor": f"for {K + P} in {8 * M}, trained True",
+        "target": "for 36 x 36 in 8, trained False",
+        "context": f"for {K} x {K} in 8, trained True",
+        "predictor": f"for {own} x {K + P} in {8 * M}, trained True",
     }
     assert {block.attn.backend for block in target.blocks} == {choices["target"]}
     assert {block.attn.backend for block in networks.encoder.blocks} == {choices["context"]}

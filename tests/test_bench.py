@@ -316,7 +316,7 @@ esac
 """
 
 
-BY_THROUGHPUT = ["models", "others", "decode", "from-jpeg", "profile"]
+BY_THROUGHPUT = ["models", "others", "target", "decode", "from-jpeg", "profile"]
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")

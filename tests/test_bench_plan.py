@@ -1,6 +1,7 @@
 """bench/plan.py: its memory against torch's own accounting, its time against the counted work."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -31,12 +32,24 @@ def real_batch(config, images: int) -> tuple[torch.Tensor, ...]:
 
 
 @pytest.mark.parametrize(
-    ("precision", "context"), [("fp32", "random"), ("bf16", "random"), ("fp32", "packed")]
+    ("precision", "model", "predictor", "context"),
+    [
+        ("fp32", {}, {}, "random"),
+        ("bf16", {}, {}, "random"),
+        ("fp32", {}, {}, "packed"),
+        ("bf16", {"residual": "fp32"}, {}, "random"),
+        ("bf16", {"checkpointing": "norm_gelu"}, {"mode": "one_pass"}, "random"),
+        ("fp32", {"checkpointing": "selective"}, {}, "random"),
+        ("bf16", {"checkpointing": "selective", "residual": "fp32"}, {"depth": 3}, "random"),
+        ("bf16", {"checkpointing": "full"}, {"depth": 3, "mode": "one_pass"}, "random"),
+    ],
 )
-def test_what_is_kept_for_the_backward(precision, context):
+def test_what_is_kept_for_the_backward(precision, model, predictor, context):
     """As torch's profiler counts it: allocated in the forward and not freed."""
-    model = {"name": "vit_tiny", "patch_size": 4, "depth": 3}
-    config = configured(precision, model=model, mask={"min_keep": 4, "context": context})
+    model = {"name": "vit_tiny", "patch_size": 4, "depth": 3} | model
+    predictor = tiny.CONFIG["predictor"] | predictor
+    mask = {"min_keep": 4, "context": context}
+    config = configured(precision, model=model, predictor=predictor, mask=mask)
     with torch.device("meta"):
         meta = build.build_networks(config)
     meta.to(build.compute_dtype(config))
@@ -48,10 +61,26 @@ def test_what_is_kept_for_the_backward(precision, context):
         terms = networks(*batch)
     allocated = sum(event.self_cpu_memory_usage for event in profiler.key_averages())
     assert terms["loss"].requires_grad
+    # the CPU's smooth-L1 leaves its mean in the storage of the errors
+    allocated -= terms["jepa"].untyped_storage().nbytes()
     assert counted == pytest.approx(allocated, rel=0.1)
     # The meta device keeps bf16 LayerNorm's statistics in fp32, the CPU in bf16.
     real = plan.kept_bytes(networks, batch, fused_attention=False)
     assert counted == pytest.approx(real, rel=0.005)
+
+
+def test_each_policy_keeps_less_than_the_one_before():
+    """And with an fp32 stream each keeps more. In bf16, under a fused attention."""
+    kept = {}
+    for residual in ("bf16", "fp32"):
+        for policy in ("none", "norm_gelu", "selective", "full"):
+            model = tiny.CONFIG["model"] | {"residual": residual, "checkpointing": policy}
+            kept[residual, policy] = plan.plan(configured("bf16", model=model), 0, 1).per_image
+    for residual in ("bf16", "fp32"):
+        sizes = [size for (of, _), size in kept.items() if of == residual]
+        assert sizes == sorted(set(sizes), reverse=True), residual
+    for policy in ("none", "norm_gelu", "selective", "full"):
+        assert kept["fp32", policy] > kept["bf16", policy]
 
 
 def test_a_fused_attention_keeps_no_map():
@@ -70,6 +99,7 @@ def test_a_fused_attention_keeps_no_map():
     )  # plain attention keeps a scaled q beside, and both take their own
     assert plain - fused == pytest.approx(maps - rows, abs=3 * scaled)
     assert networks(*batch)["loss"].requires_grad  # and the networks are as they were
+    assert {block.attn.backend for block in networks.encoder.blocks} == {"auto"}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -85,6 +115,7 @@ def test_what_is_held_whatever_the_batch(precision):
     assert found["Adam's moments"] == sum(m.nbytes for s in states for m in s.moments.values())
     if precision == "bf16":
         assert found["fp32 masters"] == sum(s.master.values.nbytes for s in states)
+    assert found["gradients"] == found["weights"]
     assert found["average"] == sum(f.values.nbytes for f in trainer.ema.fragments)
     averaged = [p for n, p in trainer.ema.module.named_parameters() if n != "pos_embed"]
     assert found["its working copy"] == sum(p.nbytes for p in averaged)
@@ -112,13 +143,19 @@ def test_time_and_energy_follow_from_the_counted_work(capsys):
     assert plan.main([*arguments, "--images", "1000000", "--epochs", "100"]) == 0
     text = capsys.readouterr().out
     rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line[:1].isalpha()}
-    gflop = plan.gflop_per_image(load("vit_b"))
+    gflop, again = plan.gflop_per_image(load("vit_b"))
+    assert again == 0
     images_per_s = 8 * 0.4 * 312e3 / gflop
     assert float(rows["images/s"][0]) == pytest.approx(images_per_s, rel=1e-3)
     hours = 1e8 / images_per_s / 3600
     assert float(rows["hours"][0]) == pytest.approx(hours, abs=0.06)
     assert float(rows["kWh"][0]) == pytest.approx(hours * 8 * 0.4, abs=0.6)
-    assert all("predicted" in line for line in text.splitlines()[-5:])
+    assert all("predicted" in line for line in text.splitlines()[-4:])
+    override = ["--set", "model.checkpointing=full"]
+    again = plan.gflop_per_image(load("vit_b", override[1:]))[1]
+    assert plan.main([*arguments, *override]) == 0
+    slower = re.search(r"images/s +(\d+)", capsys.readouterr().out)[1]
+    assert float(slower) == pytest.approx(images_per_s * gflop / (gflop + again), rel=1e-3)
 
 
 @pytest.mark.parametrize("gpu", ["a100-40", "a100-80", "h100", "h200", "b200", "l40s", "4090"])

@@ -87,6 +87,13 @@ def test_a_nan_on_one_process_is_skipped_on_all(tmp_path, stage, precision):
 
 
 @pytest.mark.multiprocess
+@pytest.mark.parametrize("stage", [2, 3])
+def test_blocks_computed_again_follow_plain_training(single, tmp_path, stage):
+    two = work(stage, "fp32", tmp_path, "full", processes=2)
+    assert_agree(single("fp32"), two, "fp32")
+
+
+@pytest.mark.multiprocess
 @pytest.mark.skipif(not launch.INTERPRETING, reason="Triton compiles here: every test runs kernels")
 @pytest.mark.parametrize("stage", [0, 3])
 def test_the_engine_trains_with_the_kernels(single, tmp_path, stage):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from cjepa_fast.flops import block_flop, patch_embedding_flop, step_gflop
+from cjepa_fast.flops import block_flop, patch_embedding_flop, recomputed_gflop, step_gflop
 from cjepa_fast.predictor import Predictor
 from cjepa_fast.vit import MODELS, Encoder
 
@@ -73,13 +73,34 @@ def test_the_unread_part_is_that_of_the_published_shares():
     assert unread_gflop(68.4, 44.2) / 656 == pytest.approx(0.004, abs=0.001)
 
 
-@pytest.mark.parametrize("mlp_ratio", [4.0, 48 / 11])
-def test_agrees_with_torchs_counter(mlp_ratio):
+def test_one_pass_spares_45_percent_of_the_predictor():
+    """Of H/14 at the context and targets of batch 128 (the output's projection is not spared)."""
+    sizes = {"predictor_width": 384, "predictor_depth": 12, "context_k": 68.4, "targets_m": 4}
+    sizes |= {"image_size": 224, "patch_size": 14, **MODELS["vit_huge"], "targets_p": 44.2}
+    modes = [step_gflop(**sizes, predictor_mode=m)["predictor"] for m in ("per_target", "one_pass")]
+    assert 1 - modes[1] / modes[0] == pytest.approx(0.45, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("mlp_ratio", "mode", "policy"),
+    [
+        (4.0, "per_target", "none"),
+        (48 / 11, "per_target", "none"),
+        (4.0, "one_pass", "none"),
+        (4.0, "per_target", "norm_gelu"),
+        (48 / 11, "per_target", "selective"),
+        (4.0, "per_target", "full"),
+        (4.0, "one_pass", "selective"),
+        (48 / 11, "one_pass", "full"),
+    ],
+)
+def test_agrees_with_torchs_counter(mlp_ratio, mode, policy):
     """Exactly, since both count the matrix products alone. No two sizes are equal."""
     batch, m, k, p = 2, 3, 7, 5
     sizes = {"width": 44, "depth": 3, "heads": 2, "mlp_ratio": mlp_ratio}
-    encoder = Encoder(40, 5, **sizes, attention="plain")
-    predictor = Predictor(44, encoder.grid, width=24, depth=2, heads=2, mlp_ratio=3.0)
+    options = {"attention": "plain", "checkpointing": policy}
+    encoder = Encoder(40, 5, **sizes, **options)
+    predictor = Predictor(44, encoder.grid, 24, 2, 2, mlp_ratio=3.0, mode=mode, **options)
     images = torch.randn(batch, 3, 40, 40)
     context_idx = torch.stack([torch.randperm(64)[:k] for _ in range(batch)])
     target_idx = torch.stack([torch.randperm(64)[: m * p].view(m, p) for _ in range(batch)])
@@ -95,15 +116,21 @@ def test_agrees_with_torchs_counter(mlp_ratio):
     with FlopCounterMode(display=False) as counter:
         predictor(leaf, context_idx, target_idx).square().sum().backward()
     counts["predictor"] = counter.get_total_flops()
-    work = step_gflop(
-        **encoder.architecture,
-        predictor_width=24,
-        predictor_depth=2,
-        context_k=k,
-        targets_m=m,
-        targets_p=p,
-        predictor_mlp_ratio=3.0,
-    )
-    for part, count in counts.items():
-        assert work[part] * 1e9 * batch == pytest.approx(count, rel=1e-9), part
-    assert work["total"] == pytest.approx(sum(work[part] for part in counts))
+    sizes = encoder.architecture | {
+        "predictor_width": 24,
+        "predictor_depth": 2,
+        "context_k": k,
+        "targets_m": m,
+        "targets_p": p,
+        "predictor_mlp_ratio": 3.0,
+        "predictor_mode": mode,
+    }
+    work = step_gflop(**sizes)
+    assert work["total"] == pytest.approx(work["target"] + work["context"] + work["predictor"])
+    if policy == "none":
+        for part, count in counts.items():
+            assert work[part] * 1e9 * batch == pytest.approx(count, rel=1e-9), part
+    again = recomputed_gflop(policy, **sizes) * 1e9
+    if policy in ("norm_gelu", "selective"):
+        again += m * p * 2 * 24**2  # the last block's queries, as vit.Block says: not counted
+    assert work["total"] * 1e9 + again == pytest.approx(sum(counts.values()) / batch, rel=1e-9)

@@ -18,6 +18,7 @@ ASSEMBLERS = {
 # The maths: plain arguments only, and nothing of data, engine, files or display.
 MATHS = {
     "draws", "masks", "sequences", "vit", "predictor", "loss", "optim", "ema", "flops", "attention",
+    "linear",
     "fp8",
 }  # fmt: skip
 THIRD_PARTY = {

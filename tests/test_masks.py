@@ -263,7 +263,8 @@ def test_the_masks_are_those_of_every_version():
     """A run that is resumed after an update sees the masks it would have seen."""
     context = [19804155, 12438358, 31130476, 15470753, 11494563, 13017977]
     target = [127212368, 127212368, 125682920, 62709428, 62709428, 111535944]
-    for names, *wanted in zip(COMBINATIONS, context, target, strict=True):
+    combinations = [names for names in COMBINATIONS if "packed" not in names]
+    for names, *wanted in zip(combinations, context, target, strict=True):
         masks = MaskSampler((9, 9), *names, seed=11, min_keep=20)(2, 3, torch.arange(40))
         cells = masks.context_idx_BK.flatten(), masks.target_idx_BMP.flatten()
         assert [int((c * torch.arange(1, len(c) + 1)).sum()) for c in cells] == wanted, names

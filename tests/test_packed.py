@@ -197,7 +197,7 @@ def trained(folder: Path, steps: range, from_: Path | None = None) -> tuple[list
     torch.manual_seed(0)
     trainer = Trainer(config, engine.start(0), steps_per_epoch=10, restoring=from_ is not None)
     if from_ is not None:
-        assert checkpoint.restore(from_, trainer.engine, trainer.ema) == steps.start
+        assert checkpoint.restore(from_, trainer.engine) == steps.start
     masks, found = build.build_masks(config), []
     for index in steps:
         images = torch.randn(8, 3, 24, 24, generator=torch.Generator().manual_seed(index))

@@ -2,15 +2,18 @@
 
 import pytest
 import torch
-from test_vit import block_shapes
+import torch.nn.functional as F
+from test_vit import block_shapes, stream_dtypes
 
 from cjepa_fast.predictor import Predictor
 from cjepa_fast.vit import MODELS, sincos_positions
 
+SIZES = {"encoder_width": 12, "grid": (4, 4), "width": 16, "heads": 4}
 
-@pytest.fixture
-def predictor(seed) -> Predictor:
-    return Predictor(encoder_width=12, grid=(4, 4), width=16, depth=2, heads=4).double().eval()
+
+@pytest.fixture(params=["per_target", "one_pass"])
+def predictor(seed, request) -> Predictor:
+    return Predictor(**SIZES, depth=2, mode=request.param).double().eval()
 
 
 @pytest.fixture
@@ -73,13 +76,14 @@ def test_the_last_block_spares_the_context_and_nothing_else(predictor, inputs):
     last = predictor.predictor_blocks[-1]
     whole_forward, lengths = last.forward, []
 
-    def whole(x, last, packed):
+    def whole(x, last, layout):
         lengths.append(x.shape[1])
-        return whole_forward(x)[:, -last:]
+        return whole_forward(x, None, layout)[:, -last:]
 
     last.forward = whole
     whole = predictor(context, places, targets)
-    assert lengths == [5 + 4] and same(spared, whole)
+    assert lengths == [5 + 4 if predictor.mode == "per_target" else 5 + 3 * 4]
+    assert same(spared, whole)
     for one, other in zip(grads, torch.autograd.grad(whole, wanted, upstream), strict=True):
         assert same(one, other)
 
@@ -139,3 +143,56 @@ def test_places_outside_the_grid_are_named(predictor, inputs):
     targets[1, 2, 3] = 16
     with pytest.raises(IndexError, match=r"index 16 is outside 0\.\.15"):
         predictor(context, places, targets)
+
+
+def masked_prediction(predictor: Predictor, context, places, targets) -> torch.Tensor:
+    """The one-pass predictor by its definition: a mask over one sequence, every token computed."""
+    (B, K), (M, P) = places.shape, targets.shape[1:]
+    table = predictor.predictor_pos_embed[0]
+    seen_tokens = predictor.predictor_embed(context) + table[places]
+    mask_tokens = predictor.mask_token + table[targets.flatten(1)]
+    x = torch.cat([seen_tokens, mask_tokens], 1)
+    owner = torch.cat([torch.zeros(K), torch.arange(1, M + 1).repeat_interleave(P)])  # 0: context
+    allowed = (owner[None, :] == 0) | (owner[:, None] == owner[None, :])
+    for block in predictor.predictor_blocks:
+        q, k, v = block.attn.qkv(block.norm1(x))
+        q, k, v = (y.view(B, -1, 4, 4).transpose(1, 2) for y in (q, k, v))
+        scores = (q @ k.mT / 4**0.5).masked_fill(~allowed, -torch.inf)
+        x = x + block.attn.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        x = x + block.mlp.fc2(F.gelu(block.mlp.fc1(block.norm2(x))))
+    return predictor.predictor_proj(predictor.predictor_norm(x[:, K:])).view(B, M, P, -1)
+
+
+@pytest.mark.parametrize("backend", ["plain", "sdpa"])
+@pytest.mark.parametrize("depth", [1, 3])
+def test_one_pass_is_attention_under_a_mask(seed, inputs, depth, backend):
+    """Values and every gradient."""
+    one_pass = Predictor(**SIZES, depth=depth, attention=backend, mode="one_pass").double()
+    context, places, targets = inputs
+    context.requires_grad_()
+    upstream = torch.randn(2, 3, 4, 12, dtype=torch.float64)
+    wrt = [context, *(p for p in one_pass.parameters() if p.requires_grad)]
+    results = []
+    for predict in (one_pass, lambda *a: masked_prediction(one_pass, *a)):
+        out = predict(context, places, targets)
+        results.append([out, *torch.autograd.grad(out, wrt, upstream)])
+    for got, wanted in zip(*results, strict=True):
+        assert same(got, wanted)
+
+
+@pytest.mark.parametrize(("depth", "equal"), [(1, True), (2, False)])
+def test_one_pass_is_other_maths_from_the_second_block_on(seed, inputs, depth, equal):
+    """With one block the context's keys have not seen a mask token in either mode."""
+    predictor = Predictor(**SIZES, depth=depth).double()
+    per_target = predictor(*inputs)
+    predictor.mode = "one_pass"
+    assert same(predictor(*inputs), per_target) is equal
+
+
+@pytest.mark.parametrize("mode", ["per_target", "one_pass"])
+def test_the_residual_stream_is_fp32_and_the_products_are_not(seed, mode):
+    predictor = Predictor(**SIZES, depth=2, residual="fp32", mode=mode).bfloat16()
+    inputs = torch.randn(1, 2, 12).bfloat16(), torch.tensor([[0, 9]]), torch.tensor([[[3], [4]]])
+    wide, low = torch.float32, torch.bfloat16
+    assert stream_dtypes(predictor, *inputs) == {(wide, wide), (wide, low)}
+    assert predictor(*inputs).dtype == low
