@@ -195,7 +195,14 @@ class Engine:
         self._deepspeed, *_ = _deepspeed().initialize(
             model=model,
             optimizer=adamw(implementation, groups, betas=betas, eps=eps),
-            config=complete_config(config, micro_batch, accumulation, precision, clip),
+            config=complete_config(
+                config,
+                micro_batch,
+                accumulation,
+                precision,
+                clip,
+                sum(p.numel() for group in groups for p in group["params"]),
+            ),
             dist_init_required=False,
         )
         self.stage = self._deepspeed.zero_optimization_stage()
@@ -383,9 +390,9 @@ class Engine:
 
 
 def complete_config(
-    config: dict, micro_batch: int, accumulation: int, precision: str, clip: float
+    config: dict, micro_batch: int, accumulation: int, precision: str, clip: float, trained: int
 ) -> dict:
-    """The user's DeepSpeed JSON with what the other sections decide."""
+    """The user's DeepSpeed JSON with what the other sections decide. trained: parameters."""
     config = {key: value for key, value in config.items() if value != "auto"}
     config["train_micro_batch_size_per_gpu"] = micro_batch
     config["gradient_accumulation_steps"] = accumulation
@@ -398,5 +405,7 @@ def complete_config(
     zero = dict(config.get("zero_optimization", {}))
     if not torch.cuda.is_available():
         zero["overlap_comm"] = False  # it needs streams
+    # DeepSpeed allocates a bucket whole, by default for 5e8 values: no more than there are.
+    zero.setdefault("reduce_bucket_size", min(trained, 500_000_000))
     config["zero_optimization"] = zero
     return config

@@ -252,14 +252,12 @@ def _ema_rows_kernel(
 
 @triton.jit
 def _adamw_ema_chunk(
-    param, grad, exp_avg, exp_avg_sq, target, copy, target_copy, keep, numbers,
+    param, grad, exp_avg, exp_avg_sq, target, copy, target_copy, keep,
+    decay, lerp1, beta2, square_share, root_scale, eps, rate, weight, scale,
     TARGET: tl.constexpr, COPY: tl.constexpr, TARGET_COPY: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     at = tl.arange(0, CHUNK)
-    decay, lerp1 = tl.load(numbers), tl.load(numbers + 1)
-    beta2, square_share = tl.load(numbers + 2), tl.load(numbers + 3)
-    root_scale, eps, rate = tl.load(numbers + 4), tl.load(numbers + 5), tl.load(numbers + 6)
-    g = tl.load(grad + at, mask=keep).to(tl.float32) * tl.load(numbers + 8)
+    g = tl.load(grad + at, mask=keep).to(tl.float32) * scale
     first = _lerp(tl.load(exp_avg + at, mask=keep), g, lerp1)
     tl.store(exp_avg + at, first, mask=keep)
     second = tl.load(exp_avg_sq + at, mask=keep) * beta2 + square_share * g * g
@@ -270,7 +268,7 @@ def _adamw_ema_chunk(
     if COPY:
         tl.store(copy + at, narrow(w, copy.dtype.element_ty), mask=keep)
     if TARGET:
-        average = _lerp(tl.load(target + at, mask=keep), w, tl.load(numbers + 7))
+        average = _lerp(tl.load(target + at, mask=keep), w, weight)
         tl.store(target + at, average, mask=keep)
         if TARGET_COPY:
             tl.store(target_copy + at, narrow(average, target_copy.dtype.element_ty), mask=keep)
@@ -302,16 +300,22 @@ def _adamw_ema_kernel(
         copy = _address(places, copies, tensor, tensors, start, COPY, ALIGNED)
     if TARGET_COPY is not None:
         target_copy = _address(places, target_copies, tensor, tensors, start, TARGET_COPY, ALIGNED)
+    decay, lerp1 = tl.load(numbers), tl.load(numbers + 1)
+    beta2, square_share = tl.load(numbers + 2), tl.load(numbers + 3)
+    root_scale, eps, rate = tl.load(numbers + 4), tl.load(numbers + 5), tl.load(numbers + 6)
+    weight, scale = tl.load(numbers + 7), tl.load(numbers + 8)
     if rest >= CHUNK:
         _adamw_ema_chunk(
             param, grad, exp_avg, exp_avg_sq, target, copy, target_copy,
-            tl.full((CHUNK,), 1, tl.int1), numbers,
+            tl.full((CHUNK,), 1, tl.int1),
+            decay, lerp1, beta2, square_share, root_scale, eps, rate, weight, scale,
             TARGET, COPY is not None, TARGET_COPY is not None, CHUNK,
         )  # fmt: skip
     else:
         _adamw_ema_chunk(
             param, grad, exp_avg, exp_avg_sq, target, copy, target_copy,
-            tl.arange(0, CHUNK) < rest, numbers,
+            tl.arange(0, CHUNK) < rest,
+            decay, lerp1, beta2, square_share, root_scale, eps, rate, weight, scale,
             TARGET, COPY is not None, TARGET_COPY is not None, CHUNK,
         )  # fmt: skip
 

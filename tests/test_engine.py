@@ -129,11 +129,13 @@ def test_stages_on_one_process_follow_plain_training(single, tmp_path, stage):
 
 def test_the_users_deepspeed_json_is_kept():
     own = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 7}, "train_batch_size": "auto"}
-    config = complete_config(own, micro_batch=4, accumulation=2, precision="bf16", clip=1.0)
+    options = {"micro_batch": 4, "accumulation": 2, "precision": "bf16", "clip": 1.0, "trained": 9}
+    config = complete_config(own, **options)
     assert config["zero_optimization"]["reduce_bucket_size"] == 7
     assert config["train_micro_batch_size_per_gpu"] == 4
     assert config["gradient_accumulation_steps"] == 2 and "train_batch_size" not in config
     assert config["bf16"]["enabled"] is True and config["gradient_clipping"] == 1.0
+    assert complete_config({}, **options)["zero_optimization"]["reduce_bucket_size"] == 9
     assert config["zero_optimization"].get("overlap_comm") is (
         None if torch.cuda.is_available() else False
     )
