@@ -5,6 +5,8 @@ that this process owns, as views. The target's average and the checkpoints are b
 One process has nothing to shard and trains without DeepSpeed: local.py.
 """
 
+import contextlib
+import ctypes
 import os
 import sys
 import warnings
@@ -33,10 +35,25 @@ def start(seed: int) -> torch.device:
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         _deepspeed()
     torch.manual_seed(seed)
     return device
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep what a step frees for the next one, where it is glibc.
+
+    By default each large tensor is mapped anew and its pages are zeroed as they are first written:
+    near a tenth of a small model's step on two cores (measured).
+    """
+    trim_threshold, mmap_threshold, most = -1, -3, 32 * 2**20  # malloc.h; glibc takes no more
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(mmap_threshold, most)
+        mallopt(trim_threshold, 2**31 - 1)
 
 
 def part() -> None:
