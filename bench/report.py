@@ -82,6 +82,15 @@ def cifar_lines(found: dict) -> Iterator[Line]:
         figures = ", ".join(f"{row[key]:.1f}" for row in (ours, theirs, fresh))
         what = f"CIFAR-10, {found['epochs']} epochs: {name} of C-JEPA, I-JEPA, untrained"
         yield what, found["hardware"]["device"], f"{figures} %", where
+    if longer := found.get("longer"):
+        ours, fresh = (
+            encoder_of(longer["rows"], name, train_images=most) for name in (TRAINED, UNTRAINED)
+        )
+        figures = ", ".join(
+            f"{row[key]:.1f}" for key in ("top1", "linear") for row in (ours, fresh)
+        )
+        what = f"CIFAR-10, {longer['epochs']} epochs: kNN of C-JEPA, untrained; linear of both"
+        yield what, found["hardware"]["device"], f"{figures} %", where
 
 
 def demo_lines(found: dict) -> Iterator[Line]:
