@@ -218,9 +218,24 @@ def decoding_row(loader: Loader, device: torch.device, steps: int, warmup: int) 
     }
 
 
+def check_comparable(config: Config) -> None:
+    """Raises ValueError for what the plain step does not do: times of other maths say nothing."""
+    for key, value, own in (
+        ("predictor.mode", config.predictor.mode, "per_target"),
+        ("model.target_precision", config.model.target_precision, "bf16"),
+    ):
+        if value != own:
+            raise ValueError(
+                f'{key} = "{value}": the reference\'s step is that of "{own}"; compare with that'
+            )
+    if config.mask.context == "packed":
+        raise ValueError('mask.context = "packed": the reference cuts contexts; compare "fixed"')
+
+
 def measure_against(config: Config, device: torch.device, steps: int, warmup: int) -> list[dict]:
     """A row for our step and for each way of the reference's, which take turns."""
     forget(device)
+    check_comparable(config)
     masks = build.build_masks(config)
     trainer = train.Trainer(config, device, EPOCH_STEPS)
     sides = {

@@ -161,6 +161,18 @@ def test_the_masks_time_is_of_the_calls_asked_for():
     assert len(calls) == 5 + masks.WARMUP and calls[2][2].tolist() == [8, 9, 10, 11]
 
 
+@pytest.mark.parametrize(
+    "override",
+    ["predictor.mode=one_pass", "model.target_precision=fp8", "mask.context=packed"],
+)
+def test_other_maths_are_not_compared_with_the_reference(override):
+    from cjepa_fast.config import load
+
+    with pytest.raises(ValueError, match=override.partition("=")[0]):
+        measure.check_comparable(load("vit_b", [override]))
+    measure.check_comparable(load("vit_b"))
+
+
 def test_the_phases_are_parts_of_the_step(trainer):
     ours, masks = trainer
     parts = phases.Phases(ours)
