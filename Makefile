@@ -6,6 +6,8 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --constraint constraints.txt
 STAMP := $(VENV)/.installed
 FAST := not slow and not multiprocess and not gpu
+# A file of tests is one worker's; tests/conftest.py says how many there are.
+WORKERS := --dist loadfile -n auto
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -21,12 +23,12 @@ demo: $(STAMP) ## train a small ViT on a made-up picture set in minutes, and dra
 	@$(RUN) -m cjepa_fast.demo
 
 test: $(STAMP) ## every test that this machine can run
-	@$(RUN) -m pytest
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest $(WORKERS)
 
 check: $(STAMP) ## ruff, then the fast tests
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
-	@$(RUN) -m pytest -q -m "$(FAST)"
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -q -m "$(FAST)" $(WORKERS)
 
 format: $(STAMP) ## let ruff mend and format the code
 	@$(RUN) -m ruff check --fix .

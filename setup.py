@@ -45,7 +45,7 @@ setup(
     extras_require={
         "flash": ["flash-attn"],
         "wandb": ["wandb"],
-        "dev": ["ruff", "pytest", "pytest-timeout", "hypothesis"],
+        "dev": ["ruff", "pytest", "pytest-timeout", "pytest-xdist", "hypothesis"],
     },
     entry_points={"console_scripts": ["cjepa-eval = cjepa_fast.eval.__main__:main"]},
 )

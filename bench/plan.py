@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from memory import Kept
 
-from cjepa_fast import build
+from cjepa_fast import build, vit
 from cjepa_fast import config as configuration
 from cjepa_fast.config import Config, ConfigError
 from cjepa_fast.flops import recomputed_gflop, step_gflop
@@ -82,6 +82,8 @@ def kept_bytes(networks: JEPA, batch: tuple, fused_attention: bool) -> int:
         if fused_attention:
             fused = mock.patch.object(F, "scaled_dot_product_attention", KeptAttention.apply)
             patches.enter_context(fused)
+            packed = mock.patch.object(vit, "attend_packed", lambda *a: KeptAttention.apply(*a[:3]))
+            patches.enter_context(packed)
             for part in networks.modules():
                 if isinstance(part, Attention):
                     patches.enter_context(mock.patch.object(part, "backend", "sdpa"))

@@ -20,6 +20,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """Of `-n auto`: a core each, four at most; one where there is a GPU, which they would share."""
+    return 1 if torch.cuda.is_available() else min(os.cpu_count() or 1, 4)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if HAS_CUDA:
         return

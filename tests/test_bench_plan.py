@@ -121,6 +121,17 @@ def test_what_is_held_whatever_the_batch(precision):
     assert found["its working copy"] == sum(p.nbytes for p in averaged)
 
 
+def test_packed_contexts_keep_no_maps_either():
+    """More tokens an image than "random" leaves, so more is kept, but no map."""
+    kept = {}
+    for context in ("random", "packed"):
+        config = configured("bf16", mask={"min_keep": 4, "context": context})
+        with torch.device("meta"):
+            networks = build.build_networks(config).bfloat16()
+        kept[context] = plan.kept_per_image(networks, config)
+    assert 1 < kept["packed"] / kept["random"] < 2.5
+
+
 def test_sharing_divides_what_the_stage_shares():
     alone = plan.static_bytes(100, 60, "bf16", 0, 4)
     shared = {stage: plan.static_bytes(100, 60, "bf16", stage, 4) for stage in (1, 2, 3)}
