@@ -15,9 +15,9 @@ if not HAS_CUDA:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # Triton reads this at its import: its kernels can then run here (fixture `kernel_device`).
     os.environ.setdefault("TRITON_INTERPRET", "1")
-# Processes that tests start share the cores; the tests' own process may use two.
+# Processes that tests start share the cores, as do the workers of `-n`; one alone may use two.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 
 
 def pytest_xdist_auto_num_workers() -> int:

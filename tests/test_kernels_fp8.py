@@ -122,6 +122,7 @@ def test_zeros_and_tiny_rows_are_safe(kernel_device):
     assert not fp8.quantise_norm(x, zeros, zeros, EPS).wide().any()
 
 
+@pytest.mark.filterwarnings("ignore:.*(NaN|invalid value):RuntimeWarning")  # of the interpreter
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_stays_so(kernel_device, wrong):
     """In its own row: the others are as without it."""
