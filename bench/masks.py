@@ -19,7 +19,7 @@ import torch
 from cjepa_fast.masks import MaskSampler
 
 GRIDS = (14, 16)  # of B/16 and of H/14 at 224 pixels
-SAMPLERS, CONTEXTS = ("uniform", "ijepa"), ("random", "prefix", "fixed")
+SAMPLERS, CONTEXTS = ("uniform", "ijepa"), ("random", "prefix", "fixed", "packed")
 WARMUP = 3
 
 

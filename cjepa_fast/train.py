@@ -215,8 +215,9 @@ def fit(trainer: Trainer, loader: Loader, telemetry: Telemetry, run: Path, start
     stop, bad = StopRequest(), BadSteps(config.run.max_bad_steps)
     for index, (batches, wait_s) in zip(range(start, total), steps_of(loader, start), strict=False):
         terms, applied = trainer.step(batches, index)
-        done = index + 1
-        for step, its_batches, in_row in bad.after(done, batches, applied, last=done == total):
+        done, stopping = index + 1, stop.agreed()
+        last = done == total or stopping
+        for step, its_batches, in_row in bad.after(done, batches, applied, last):
             report_bad_step(telemetry, loader, its_batches, run, step, in_row)
         if bad.too_many:
             good = done - bad.in_row
@@ -229,11 +230,10 @@ def fit(trainer: Trainer, loader: Loader, telemetry: Telemetry, run: Path, start
             )
             return 1
         telemetry.step(done, trainer.scalars(terms, batches), wait_s)
-        stopping = stop.agreed()
         if telemetry.due(done) or stopping:
             telemetry.log_row(trainer.details(index, bad.count, loader.skipped.count))
         every = config.checkpoint.every_steps
-        if done == total or stopping or (every and done % every == 0):
+        if last or (every and done % every == 0):
             with telemetry.pause():
                 trainer.save(run, done)
         if stopping and done < total:

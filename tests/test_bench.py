@@ -272,7 +272,7 @@ def test_decoding_alone_and_a_trace(tmp_path):
     assert done.returncode == 0, done.stderr
     trace = json.loads((tmp_path / "traces" / "tiny_synthetic.json").read_text())
     assert any(event.get("name") == "aten::mm" for event in trace["traceEvents"])
-    assert "aten::addmm" in done.stdout and "perfetto" in done.stdout
+    assert "aten::" in done.stdout and "perfetto" in done.stdout
 
 
 @pytest.mark.slow
