@@ -131,7 +131,6 @@ BREAKS = [
          "x = x - mean[:, None]"),
         ("divisor D - 1", "tl.sum(x * x, 1) / D", "tl.sum(x * x, 1) / (D - 1)"),
         ("second centring left out", "x - (tl.sum(x, 1) / D)[:, None]", "x"),
-        ("scale left out", ".to(tl.float32) * scale", ".to(tl.float32)"),
         ("eps left out", "variance + eps", "variance"),
         ("divisor N for S", "row // S", "row // N"),
         ("wrong index unmarked", "tl.where(inside, tl.sum(x, 1) / D, NAN)", "tl.sum(x, 1) / D"),
