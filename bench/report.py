@@ -210,7 +210,9 @@ def main(argv: list[str]) -> int:
             print("the README's table is stale: python bench/report.py", file=sys.stderr)
         return int(fresh != readme)
     README.write_text(fresh, encoding="utf-8")
-    draw(loaded(RESULTS, "throughput.json") or [], RESULTS / "throughput.png")
+    rows = loaded(RESULTS, "throughput.json") or []
+    # Of a shared CPU only ratios are told.
+    draw([row for row in rows if on_gpu(row)], RESULTS / "throughput.png")
     return 0
 
 

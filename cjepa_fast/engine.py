@@ -46,8 +46,7 @@ def start(seed: int) -> torch.device:
 def keep_freed_memory() -> None:
     """Have the C library keep what a step frees for the next one, where it is glibc.
 
-    By default each large tensor is mapped anew and its pages are zeroed as they are first written:
-    near a tenth of a small model's step on two cores (measured).
+    By default each large tensor is mapped anew, and its pages are zeroed as they are first written.
     """
     trim_threshold, mmap_threshold, most = -1, -3, 32 * 2**20  # malloc.h; glibc takes no more
     with contextlib.suppress(OSError, AttributeError):

@@ -6,6 +6,7 @@ compute-dtype copies of weights and average. Whether a gradient is finite is dec
 and nobody waits for it.
 """
 
+from collections.abc import Container
 from typing import NamedTuple
 
 import torch
@@ -31,7 +32,7 @@ class Group(NamedTuple):
     average_copies: Tensors
 
 
-def split(names: list[str], chosen: set[str]) -> list[list[str]]:
+def split(names: list[str], chosen: Container[str]) -> list[list[str]]:
     """Those chosen and the others, what there is of both."""
     parts = [n for n in names if n in chosen], [n for n in names if n not in chosen]
     return [part for part in parts if part]
@@ -77,9 +78,9 @@ class LocalEngine:
         }
         model.to(DTYPES[precision])  # in fp32 the weights remain the masters
         self.ema = TargetEMA(target, self.masters("encoder."), DTYPES[precision], fp8=fp8)
-        averaged = {f"encoder.{a.name}" for a, _, _ in self.ema.cast}
+        averaged = {f"encoder.{a.name}": (a.values, copy) for a, _, copy in self.ema.cast}
         self._groups = [
-            self._group(group["decay"], part)
+            self._group(group["decay"], part, averaged)
             for group in groups
             for part in split([names[id(p)] for p in group["params"]], averaged)
         ]
@@ -88,8 +89,10 @@ class LocalEngine:
         self._sums: dict[str, torch.Tensor] = {}
         self.grad_norm: torch.Tensor | float = 0.0
 
-    def _group(self, decay: bool, names: list[str]) -> Group:
-        averaged = {f"encoder.{a.name}": (a.values, copy) for a, _, copy in self.ema.cast}
+    def _group(
+        self, decay: bool, names: list[str], averaged: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    ) -> Group:
+        """averaged: by name, the average and its copy of the weights that have one."""
         state = [self._state[name] for name in names]
         pairs = [averaged[name] for name in names if name in averaged]
         masters = [s.master.values for s in state]
