@@ -122,14 +122,15 @@ def test_what_is_held_whatever_the_batch(precision):
 
 
 def test_packed_contexts_keep_no_maps_either():
-    """More tokens an image than "random" leaves, so more is kept, but no map."""
-    kept = {}
-    for context in ("random", "packed"):
-        config = configured("bf16", mask={"min_keep": 4, "context": context})
-        with torch.device("meta"):
-            networks = build.build_networks(config).bfloat16()
-        kept[context] = plan.kept_per_image(networks, config)
-    assert 1 < kept["packed"] / kept["random"] < 2.5
+    """A fused kernel keeps a number a query; the plain way, a map of each padded sequence."""
+    config = configured("bf16", mask={"min_keep": 4, "context": "packed"})
+    with torch.device("meta"):
+        networks = build.build_networks(config).bfloat16()
+    batch = plan.meta_batch(config, 8)
+    fused, plain = (plan.kept_bytes(networks, batch, fused_attention=f) for f in (True, False))
+    sequences, heads = batch[1].sequences, networks.encoder.heads
+    maps = 2 * heads * (len(sequences.starts) - 1) * sequences.longest**2  # of one block, bf16
+    assert plain - fused > maps * len(networks.encoder.blocks)
 
 
 def test_sharing_divides_what_the_stage_shares():
