@@ -7,7 +7,7 @@ __all__ = ["load_encoder"]
 def __getattr__(name: str):
     # Loaded on first use, so that `import cjepa_fast` does not import torch.
     if name == "load_encoder":
-        from cjepa_fast.checkpoint import load_encoder
+        from cjepa_fast.encoders import load_encoder
 
         return load_encoder
     raise AttributeError(f"module 'cjepa_fast' has no attribute {name!r}")

@@ -5,75 +5,84 @@ A checkpoint is a folder of safetensors files, one a process, each with the frag
         shard_00000_of_00002.safetensors   master/NAME@START, exp_avg/..., exp_avg_sq/..., ema/...
         state.json                         step, epoch, optimiser's step, config, images, versions
         encoder.json                       the encoder's architecture
-The shards also hold the state of torch's generators. A checkpoint is written under a temporary
-name, synced and renamed, so what bears the final name is whole; then `checkpoints/latest` names it,
-for scripts. No pickle is written or read.
+        manifest.json                      each file's size and SHA-256
+The shards also hold the state of torch's generators. All is written under a temporary name, the
+manifest last, synced and renamed (saver.py): what has no manifest is no checkpoint, and what the
+manifest does not bear out is refused by name. No pickle is written or read.
 """
 
 import contextlib
+import hashlib
 import itertools
 import json
 import os
 import platform
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from cjepa_fast import __version__
 from cjepa_fast.engine import Engine, rank, world_size
 from cjepa_fast.local import LocalEngine
-from cjepa_fast.vit import Encoder
 
-FORMAT = 1
-FINAL = {"target": "encoder", "context": "context_encoder"}  # file names at the end of a run
+FORMAT = 2
+MANIFEST = "manifest.json"
 
 
-def save(
-    folder: Path,
-    step: int,
-    engine: Engine | LocalEngine,
-    facts: dict,
-    encoder_json: str,
-    keep: int,
-) -> Path:
-    """Write the checkpoint of optimiser step `step` (updates done so far) below `folder`.
+class Receipt(NamedTuple):
+    """What a file must be: its name in the checkpoint's folder, its size and its SHA-256."""
 
-    facts: what else state.json is to hold ("config", "epoch", "images"). Every process must call
-    it. Keeps the newest `keep` checkpoints. Returns its path.
-    """
-    final = folder / f"step_{step:08d}"
-    partial = folder / f".{final.name}.partial"
-    if rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    _barrier()
-    owned = owned_tensors(engine)
-    owned |= generator_states()
-    shard = partial / f"shard_{rank():05d}_of_{world_size():05d}.safetensors"
-    save_file(owned, shard)
-    sync_file(shard)
-    _barrier()
-    if rank() == 0:
-        write_text(partial / "encoder.json", encoder_json)
-        write_text(partial / "state.json", json.dumps(_describe(step, engine) | facts))
-        if final.exists():
-            set_aside(final)
-        partial.rename(final)
-        sync_file(folder)
-        write_text(folder / "latest", final.name + "\n")
-        for old in _complete(folder)[:-keep]:
-            shutil.rmtree(old)
-    _barrier()
-    return final
+    name: str
+    bytes: int
+    sha256: str
+
+
+def receipt(path: Path) -> Receipt:
+    return Receipt(path.name, path.stat().st_size, sha256(path))
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_manifest(folder: Path, shards: list[Receipt]) -> None:
+    """Of the shards, and of the other files there. Without it the folder is no checkpoint."""
+    receipts = shards + [receipt(folder / name) for name in ("encoder.json", "state.json")]
+    files = {name: {"bytes": size, "sha256": digest} for name, size, digest in receipts}
+    write_text(folder / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1))
+
+
+def damage(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
+    """What the manifest does not bear out, a line a file; of every `parts`-th file only."""
+    try:
+        files = sorted(json.loads((checkpoint / MANIFEST).read_text())["files"].items())
+        return [
+            f"{checkpoint / name} {problem}"
+            for name, facts in files[part::parts]
+            if (problem := _damage_of(checkpoint / name, **facts))
+        ]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        return [f"{checkpoint / MANIFEST} cannot be read: {error!r}"]
+
+
+def _damage_of(path: Path, bytes: int, sha256: str) -> str | None:
+    if not path.is_file():
+        return "is missing"
+    if path.stat().st_size != bytes:
+        return f"has {path.stat().st_size} bytes, and was written with {bytes}"
+    return None if receipt(path).sha256 == sha256 else "is damaged: its checksum has changed"
 
 
 def owned_tensors(engine: Engine | LocalEngine) -> dict[str, torch.Tensor]:
-    """The fragments this process must write, by key "KIND/NAME@START"; replicas write none."""
+    """The fragments this process must write, by key "KIND/NAME@START", as they live in the engine;
+    replicas write none."""
     tensors = {}
     if engine.sharded or rank() == 0:
         for owned in engine.state():
@@ -81,7 +90,7 @@ def owned_tensors(engine: Engine | LocalEngine) -> dict[str, torch.Tensor]:
             tensors[f"master/{at}"] = owned.master.values
             tensors |= {f"{moment}/{at}": values for moment, values in owned.moments.items()}
         tensors |= {f"ema/{f.name}@{f.start}": f.values for f in engine.ema.fragments}
-    return {key: values.detach().cpu().clone() for key, values in tensors.items()}
+    return {key: values.detach() for key, values in tensors.items()}
 
 
 def generator_states() -> dict[str, torch.Tensor]:
@@ -91,7 +100,8 @@ def generator_states() -> dict[str, torch.Tensor]:
     return states
 
 
-def _describe(step: int, engine: Engine | LocalEngine) -> dict:
+def describe(step: int, engine: Engine | LocalEngine) -> dict:
+    """What state.json says beside the run's own facts."""
     return {
         "format": FORMAT,
         "step": step,
@@ -105,8 +115,8 @@ def _describe(step: int, engine: Engine | LocalEngine) -> dict:
     }
 
 
-def restore(path: Path, engine: Engine | LocalEngine) -> int:
-    """Put a checkpoint's state in place and return the number of steps it had done.
+def restore(path: Path, engine: Engine | LocalEngine) -> dict:
+    """Put a checkpoint's state in place and return its state.json.
 
     Raises ValueError naming the first parameter that is missing or of another size.
     """
@@ -122,22 +132,34 @@ def restore(path: Path, engine: Engine | LocalEngine) -> int:
     engine.ema.write_working_copy()
     engine.set_optimizer_step(stored.state["optimizer_step"])
     stored.restore_generators()
-    return stored.state["step"]
+    return stored.state
 
 
-def differences(path: Path, facts: dict) -> list[str]:
-    """ "KEY: X, saved with Y" for each fact that is not as the checkpoint has it, by dotted key.
+# Of these another value changes no number of the training but its rounding.
+HARMLESS = tuple(
+    f"config.{key}"
+    for key in (
+        *("checkpoint", "deepspeed", "eval", "telemetry", "data.path", "data.threads"),
+        *("data.prefetch", "data.hw_decoder_load", "data.micro_batch_size", "model.attention"),
+        *("model.checkpointing", "optim.implementation", "run.dir", "run.init_from"),
+        *("run.compile", "run.cuda_graph", "run.target_stream", "run.max_bad_steps"),
+        *("run.on_spike", "run.spike_z", "run.timeout_s"),
+    )
+)
 
-    A longer run, another place or another rate of saving is no difference.
+
+def differences(saved: dict, facts: dict) -> tuple[list[str], list[str]]:
+    """ "KEY: X, saved with Y" for each fact that is not as a checkpoint's state.json has it.
+
+    Those that change nothing but rounding, and those that make it another training.
     """
-    free = ("config.run.epochs", "config.run.dir", "config.data.path", "config.data.threads")
-    free += ("config.checkpoint", "config.telemetry", "config.eval", "config.run.init_from")
-    saved = _flat(json.loads((path / "state.json").read_text()))
-    return [
-        f"{key.removeprefix('config.')}: {value}, saved with {saved.get(key)}"
-        for key, value in _flat(facts).items()
-        if value != saved.get(key) and not key.startswith(free)
-    ]
+    old, new = _flat(saved), _flat(facts)
+    changed = {key: value for key, value in new.items() if value != old.get(key)}
+    lines: tuple[list[str], list[str]] = [], []
+    for key, value in changed.items():
+        told = f"{key.removeprefix('config.')}: {value}, saved with {old.get(key)}"
+        lines[not key.startswith(HARMLESS)].append(told)
+    return lines
 
 
 def _flat(tree: dict, prefix: str = "") -> dict:
@@ -148,18 +170,22 @@ def _flat(tree: dict, prefix: str = "") -> dict:
     return leaves
 
 
+def state_of(path: Path) -> dict:
+    """A checkpoint's state.json."""
+    try:
+        return json.loads((path / "state.json").read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is not a checkpoint: it has no state.json") from None
+
+
 class Stored:
-    """A checkpoint on disk: its state.json and its fragments, read by range."""
+    """A checkpoint on disk: its state and its fragments, read by range."""
 
     def __init__(self, path: Path):
-        self.path = path
-        try:
-            self.state = json.loads((path / "state.json").read_text())
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{path} is not a checkpoint: it has no state.json") from None
+        self.path, self.state = path, state_of(path)
         self.runs: dict[tuple[str, str], list[tuple[int, Path, str]]] = {}
         for shard in sorted(path.glob("shard_*.safetensors")):
-            with _opened(shard) as file:
+            with opened(shard) as file:
                 for key in file.keys():  # noqa: SIM118 (not a dict)
                     kind, _, rest = key.partition("/")
                     name, _, start = rest.rpartition("@")
@@ -169,7 +195,7 @@ class Stored:
         if (kind, name) not in self.runs:
             raise ValueError(f"{self.path} holds no {kind} of {name}: was it saved by this model?")
         for start, shard, key in sorted(self.runs[kind, name]):
-            with _opened(shard) as file:
+            with opened(shard) as file:
                 yield start, file.get_tensor(key)
 
     def whole(self, kind: str, name: str) -> torch.Tensor:
@@ -198,7 +224,7 @@ class Stored:
         for device, setter in (("cpu", torch.set_rng_state), ("cuda", torch.cuda.set_rng_state)):
             for start, shard, key in self.runs.get(("generator", device), []):
                 if start == rank() and (device == "cpu" or torch.cuda.is_available()):
-                    with _opened(shard) as file:
+                    with opened(shard) as file:
                         setter(file.get_tensor(key))
 
     def encoder_weights(self, which: str) -> dict[str, torch.Tensor]:
@@ -212,7 +238,7 @@ class Stored:
 
 
 @contextlib.contextmanager
-def _opened(path: Path):
+def opened(path: Path):
     """A safetensors file. Raises ValueError where it is damaged, FileNotFoundError if missing."""
     try:
         with safe_open(path, "pt") as file:
@@ -221,26 +247,31 @@ def _opened(path: Path):
         raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
 
 
-def find(run: Path, resume: str | None) -> Path | None:
-    """The checkpoint to resume from: "auto" is the run's latest, if any; else a path.
+def candidates(run: Path, resume: str | None) -> list[Path]:
+    """The checkpoints to resume from, the first that is whole: "auto" is the run's, newest first;
+    else a path, to one or to another run. None where nothing is to be resumed, or nothing there.
 
     Raises FileNotFoundError for a path that holds none.
     """
     if resume is None:
-        return None
-    if resume == "auto":
-        return latest(run)
+        return []
     path = Path(resume)
-    found = path if (path / "state.json").is_file() else latest(path)
-    if found is None:
-        raise FileNotFoundError(f"--resume {resume}: no checkpoint there")
+    found = newest_first(run if resume == "auto" else path)
+    if resume != "auto" and not found:
+        if not (path / "state.json").is_file():
+            raise FileNotFoundError(f"--resume {resume}: no checkpoint there")
+        return [path]
     return found
 
 
+def newest_first(run: Path) -> list[Path]:
+    """The checkpoints of a run folder, whole or damaged."""
+    return _complete(run / "checkpoints")[::-1]
+
+
 def latest(run: Path) -> Path | None:
-    """The newest whole checkpoint of a run folder, or None."""
-    complete = _complete(run / "checkpoints")
-    return complete[-1] if complete else None
+    """The newest checkpoint of a run folder, or None."""
+    return next(iter(newest_first(run)), None)
 
 
 def set_aside(checkpoint: Path) -> Path:
@@ -253,76 +284,15 @@ def set_aside(checkpoint: Path) -> Path:
 def set_aside_later_than(run: Path, step: int) -> list[Path]:
     """What a run that goes on from an earlier step leaves behind: it is a branch of its own."""
     complete = _complete(run / "checkpoints")
-    return [set_aside(path) for path in complete if int(path.name.removeprefix("step_")) > step]
-
-
-def set_aside_encoders(run: Path) -> None:
-    """A run that goes on has no final encoders yet: those there become previous_*."""
-    for which in FINAL.values():
-        for suffix in (".safetensors", ".json"):
-            path = run / f"{which}{suffix}"
-            if path.exists():
-                path.replace(path.with_name(f"previous_{path.name}"))
+    return [set_aside(path) for path in complete if step_of(path) > step]
 
 
 def _complete(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("step_*") if (p / "state.json").is_file())
+    return sorted(p for p in folder.glob("step_*") if (p / MANIFEST).is_file())
 
 
-def write_encoder(path: Path, which: str, checkpoint: Path) -> None:
-    """Write one encoder of a checkpoint as PATH.safetensors with PATH.json beside it."""
-    encoder = load_encoder(checkpoint, which)
-    partial = path.with_suffix(".partial")
-    save_file({k: v.contiguous() for k, v in encoder.state_dict().items()}, partial)
-    sync_file(partial)
-    write_text(path.with_suffix(".json"), (checkpoint / "encoder.json").read_text())
-    partial.rename(path.with_suffix(".safetensors"))
-
-
-def load_encoder(path: str | os.PathLike, which: str = "target") -> Encoder:
-    """A pretrained encoder, fp32, on the CPU, in evaluation mode.
-
-    path: a run's folder, a checkpoint's folder or a .safetensors file with its .json beside it.
-    which: "target" (the averaged one, used for evaluation) or "context"; a .safetensors file holds
-    one encoder, the target's unless its name says otherwise. The module also carries `mean` and
-    `std`, the normalisation its images had. Raises FileNotFoundError or ValueError.
-    """
-    if which not in FINAL:
-        raise ValueError(f'which={which!r}: must be "target" or "context"')
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        if which == "context" and path.stem != FINAL["context"]:
-            raise ValueError(f"{path} holds a target encoder: give the run's folder instead")
-        return _build_encoder(path.with_suffix(".json"), _read_weights(path))
-    final = path / f"{FINAL[which]}.safetensors"
-    if final.is_file():
-        return load_encoder(final, which)
-    checkpoint = path if (path / "state.json").is_file() else latest(path)
-    if checkpoint is None:
-        raise FileNotFoundError(f"{path}: neither a checkpoint nor {final.name} is there")
-    return _build_encoder(checkpoint / "encoder.json", Stored(checkpoint).encoder_weights(which))
-
-
-def _read_weights(path: Path) -> dict[str, torch.Tensor]:
-    with _opened(path) as file:
-        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-
-
-def _build_encoder(description: Path, weights: dict[str, torch.Tensor]) -> Encoder:
-    try:
-        described = json.loads(description.read_text())
-        normalisation = {name: tuple(described.pop(name)) for name in ("mean", "std")}
-        encoder = Encoder(**described).eval()
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{description} does not describe an encoder: {error!r}") from error
-    own = {name: p for name, p in encoder.named_parameters() if p.requires_grad or name in weights}
-    if own.keys() != weights.keys():
-        raise ValueError(f"{description.parent}: weights differ: {sorted(own.keys() ^ weights)}")
-    with torch.no_grad():
-        for name, p in own.items():
-            p.copy_(weights[name].view(p.shape))
-    encoder.mean, encoder.std = normalisation["mean"], normalisation["std"]
-    return encoder
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -340,8 +310,3 @@ def sync_file(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _barrier() -> None:
-    if world_size() > 1:
-        dist.barrier()

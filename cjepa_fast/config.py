@@ -52,7 +52,11 @@ class RunSection(Section):
     target_stream: bool = Field(
         False, description="on a GPU: the target's forward beside the context encoder's"
     )
-    max_bad_steps: Count = Field(10, description="non-finite steps in a row before the run stops")
+    max_bad_steps: Count = Field(10, description="skipped steps in a row before the run stops")
+    on_spike: Literal["log", "skip", "rewind"] = Field(
+        "log", description="of the loss or the gradient's norm: tell, skip the update, or go back"
+    )
+    spike_z: Positive = Field(8.0, description="standard deviations above the last 128 steps")
     init_from: str | None = Field(None, description="an I-JEPA checkpoint to start from")
 
 
@@ -148,7 +152,9 @@ class OptimSection(Section):
 
 class CheckpointSection(Section):
     every_steps: Whole = Field(1000, description="0: only at the end")
-    keep: Count = 2
+    every_minutes: NonNegative = Field(0, description="besides; 0: not by the clock")
+    keep: Count = Field(2, description="of the newest")
+    keep_every_epochs: Whole = Field(0, description="saved and kept for good besides; 0: none")
 
 
 class TelemetrySection(Section):

@@ -7,6 +7,8 @@ One process has nothing to shard and trains without DeepSpeed: local.py.
 
 import contextlib
 import ctypes
+import functools
+import math
 import os
 import sys
 import warnings
@@ -57,6 +59,7 @@ def keep_freed_memory() -> None:
 
 def part() -> None:
     """Leave the process group, where one was joined."""
+    _beside_the_gpus.cache_clear()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -112,11 +115,42 @@ def mean_over_ranks(terms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return dict(zip(terms, values / world_size(), strict=True))
 
 
+def from_all(mine: T) -> list[T]:
+    """Every process's object, by rank."""
+    if world_size() == 1:
+        return [mine]
+    gathered: list = [None] * world_size()
+    dist.all_gather_object(gathered, mine, group=_beside_the_gpus())
+    return gathered
+
+
+def any_of(*flags: bool) -> tuple[bool, ...]:
+    """Of each flag, whether it is set on any process; no GPU waits for it."""
+    if world_size() == 1:
+        return flags
+    set_anywhere = torch.tensor(flags, dtype=torch.int32)
+    dist.all_reduce(set_anywhere, dist.ReduceOp.MAX, group=_beside_the_gpus())
+    return tuple(map(bool, set_anywhere))
+
+
+@functools.cache
+def _beside_the_gpus() -> dist.ProcessGroup:
+    """All processes, for small matters on the CPU."""
+    return dist.new_group(backend="gloo")
+
+
 def from_first_process(make: Callable[[], T]) -> T:
-    """What make() returns on process 0, on all."""
-    made = [make() if rank() == 0 else None]
+    """What make() returns on process 0, on all; a ValueError or OSError of it is raised on all."""
+    made: list = [None, None]
+    if rank() == 0:
+        try:
+            made[0] = make()
+        except (ValueError, OSError) as error:
+            made[1] = error
     if world_size() > 1:
-        dist.broadcast_object_list(made, src=0)
+        dist.broadcast_object_list(made, src=0, group=_beside_the_gpus())
+    if made[1] is not None:
+        raise made[1]
     return made[0]
 
 
@@ -133,11 +167,7 @@ def first_on_each_node(make: Callable[[], T]) -> T:
                 made = make()
             except (ValueError, OSError) as caught:
                 error = caught
-        errors = [error]
-        if world_size() > 1:
-            errors = [None] * world_size()
-            dist.all_gather_object(errors, error)
-        for found in errors:
+        for found in from_all(error):
             if found is not None:
                 raise found
     return made
@@ -232,6 +262,11 @@ class Engine:
         masters = self.masters("encoder.")
         self.ema = TargetEMA(target, masters, DTYPES[precision], self.owner_group, fp8)
         self.grad_norm: torch.Tensor | float = 0.0
+        self.before_update: Callable[[], None] = lambda: None
+        self._accumulation = accumulation
+        self._loss: torch.Tensor | float = 0.0  # summed over micro-batches
+        self._limits = (math.inf, math.inf)
+        self._refuse_by_norm()
 
     @property
     def module(self) -> nn.Module:
@@ -252,38 +287,80 @@ class Engine:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate the gradient of one micro-batch; the mean over micro-batches and processes."""
+        self._loss = self._loss + loss.detach()
         self._deepspeed.backward(loss)
+
+    def limit(self, loss: float, grad_norm: float) -> None:
+        """From now on, a step above either is not applied."""
+        self._limits = (loss, grad_norm)
 
     def step(self, lr: float, weight_decay: float, momentum: float) -> bool:
         """Call after each micro-batch; at the last of a step, update weights and average.
 
-        Returns False where a gradient was not finite: then nothing has been updated.
+        Returns False where a gradient was not finite or above a limit: then nothing is updated.
+        before_update is called before anything of the state changes.
         """
         boundary = self._deepspeed.is_gradient_accumulation_boundary()
         for group in self._optimizer.param_groups:
             group["lr"] = lr
             group["weight_decay"] = weight_decay if group["decay"] else 0.0
-        if boundary and self._unguarded:
-            self.grad_norm = nn.utils.get_total_norm([p.grad for p in self._parameters])
-            if not torch.isfinite(self.grad_norm):
+        if not boundary:
+            self._deepspeed.step()
+            return True
+        self.before_update()
+        self._refused = self._loss_is_above()
+        if self.stage == 0:
+            self.grad_norm = total_norm([p.grad for p in self._parameters if p.grad is not None])
+            if self._refuses(self.grad_norm):
                 self._end_window_without_update()
                 return False
+        self._norm_judged = None
         self._deepspeed.step()
-        if boundary and not self._unguarded:
-            self.grad_norm = self._deepspeed.get_global_grad_norm()
-        applied = not boundary or self._deepspeed.was_step_applied()
-        if boundary and applied:
+        if self.stage > 0:
+            self.grad_norm = self._norm_judged or self._deepspeed.get_global_grad_norm()
+        applied = self._deepspeed.was_step_applied()
+        if applied:
             self.ema.update(momentum)
         return applied
+
+    def _loss_is_above(self) -> bool:
+        """Whether the step's mean loss, of all processes, is above its limit."""
+        loss, self._loss = self._loss, 0.0
+        if self._limits[0] == math.inf:
+            return False
+        mean = mean_over_ranks({"loss": loss / self._accumulation})["loss"]
+        return bool(mean > self._limits[0])
+
+    def _refuses(self, grad_norm: float | torch.Tensor) -> bool:
+        return self._refused or not grad_norm <= min(
+            self._limits[1], torch.finfo(torch.float32).max
+        )
+
+    def _refuse_by_norm(self) -> None:
+        """The higher stages learn their gradients' norm in the midst of a step, which they skip
+        where that is not finite: a norm above the limit is handed on as such."""
+        if self.stage == 0:
+            return
+        name = "_get_norm_groups" if self.stage == 3 else "scaled_global_norm"
+        original = getattr(self._optimizer, name)
+
+        def judged():
+            norms = original()
+            if not self._refused and self._limits[1] == math.inf:
+                return norms
+            parts = norms if isinstance(norms, list) else [norms]
+            parts = [torch.as_tensor(part, device=self.device) for part in parts]
+            self._norm_judged = float(torch.linalg.vector_norm(torch.stack(parts)))
+            if not self._refuses(self._norm_judged):
+                return norms
+            infinite = torch.full_like(parts[0], math.inf)
+            return [infinite] if isinstance(norms, list) else infinite
+
+        setattr(self._optimizer, name, judged)
 
     @property
     def _optimizer(self) -> torch.optim.Optimizer:
         return self._deepspeed.optimizer
-
-    @property
-    def _unguarded(self) -> bool:
-        """Plain fp32 without ZeRO is the one mode in which DeepSpeed lets a NaN step through."""
-        return isinstance(self._optimizer, torch.optim.Optimizer)
 
     def _end_window_without_update(self) -> None:
         """Drop the gradients and let DeepSpeed begin the next accumulation window."""
@@ -403,6 +480,12 @@ class Engine:
             start = rank() * share.ds_numel
             part = whole.flatten()[start : start + share.ds_numel]
             share.data[: len(part)].copy_(part)
+
+
+def total_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
+    """The 2-norm of them all, 0-d fp32, summed in fp32 whatever their dtype."""
+    norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def complete_config(

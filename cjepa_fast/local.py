@@ -6,14 +6,14 @@ compute-dtype copies of weights and average. Whether a gradient is finite is dec
 and nobody waits for it.
 """
 
-from collections.abc import Container
+from collections.abc import Callable, Container
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from cjepa_fast.ema import Fragment, TargetEMA
-from cjepa_fast.engine import DTYPES, MOMENTS, OwnedState, masters_below
+from cjepa_fast.engine import DTYPES, MOMENTS, OwnedState, masters_below, total_norm
 from cjepa_fast.kernels.ema import Number, adamw_ema_step
 
 Tensors = list[torch.Tensor]
@@ -88,6 +88,9 @@ class LocalEngine:
         self._micro_steps = 0
         self._sums: dict[str, torch.Tensor] = {}
         self.grad_norm: torch.Tensor | float = 0.0
+        self.before_update: Callable[[], None] = lambda: None
+        self._loss: torch.Tensor | float = 0.0  # summed over micro-batches
+        self._limits = torch.full((2,), torch.inf, dtype=torch.float64, device=self.device)
 
     def _group(
         self, decay: bool, names: list[str], averaged: dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -112,13 +115,19 @@ class LocalEngine:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate the gradient of one micro-batch."""
+        self._loss = self._loss + loss.detach()
         loss.backward()
+
+    def limit(self, loss: float, grad_norm: float) -> None:
+        """From now on, a step above either is not applied."""
+        self._limits.copy_(torch.tensor([loss, grad_norm], dtype=torch.float64), non_blocking=True)
 
     def step(self, lr: Number, weight_decay: Number, momentum: Number) -> bool | torch.Tensor:
         """Call after each micro-batch; at the last of a step, update weights and average.
 
-        Returns whether the gradient was finite, else nothing is updated: a 0-d tensor, so that
-        nobody need wait for it; True between.
+        Returns whether the gradient was finite and within limits, else nothing is updated: a 0-d
+        tensor, so that nobody need wait for it; True between. before_update is called before
+        anything of the state changes.
         """
         self._micro_steps += 1
         gradients, self._sums = self._gradients(), {}
@@ -126,9 +135,12 @@ class LocalEngine:
             self._sums = gradients
             self._clear()
             return True
+        self.before_update()
         scale = 1 / self.accumulation
         self.grad_norm = total_norm(list(gradients.values())) * scale
-        applied = torch.isfinite(self.grad_norm)
+        seen = torch.stack([(self._loss * scale).double(), self.grad_norm.double()])
+        applied = torch.isfinite(self.grad_norm) & ~(seen > self._limits).any()
+        self._loss = 0.0
         if self.clip:
             scale = scale * (self.clip / (self.grad_norm + 1e-6)).clamp(max=1)
         for group in self._groups:
@@ -191,9 +203,3 @@ class LocalEngine:
 def gradient_of(p: nn.Parameter) -> torch.Tensor:
     """Flat; zeros for a parameter that the loss does not reach."""
     return torch.zeros_like(p).view(-1) if p.grad is None else p.grad.reshape(-1)
-
-
-def total_norm(gradients: Tensors) -> torch.Tensor:
-    """The 2-norm of them all, 0-d fp32, summed in fp32 whatever their dtype."""
-    norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
-    return torch.linalg.vector_norm(torch.stack(norms))

@@ -57,8 +57,10 @@ class Telemetry:
         self._line = ProgressLine(stream or sys.stdout)
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
         kept = _drop_rows_after(folder / "log.jsonl", start_step)
-        self._log = (folder / "log.jsonl").open("a", encoding="utf-8")
+        self._log = Lines(self.message, folder / "log.jsonl")
+        self._events: dict[str, Lines] = {}
         self._mirrors: list[Mirror] = []
         if tensorboard:
             self._mirrors.append(Board(self.message, folder / "tensorboard", start_step))
@@ -130,8 +132,7 @@ class Telemetry:
             **{name: _number(value) for name, value in (extra or {}).items()},
             **self._gpu.read(),
         }
-        self._log.write(json.dumps(row, allow_nan=False) + "\n")
-        self._log.flush()
+        self._log.write(row)
         for mirror in self._mirrors:
             mirror.write(row)
         self._shown = row
@@ -157,14 +158,53 @@ class Telemetry:
         if not self.silent:
             self._line.message(text)
 
+    def event(self, file: str, row: dict, text: str) -> None:
+        """Say what happened, and add it to a JSONL file of that name in the run's folder."""
+        if self.silent:
+            return
+        self.message(text)
+        if file not in self._events:
+            self._events[file] = Lines(self.message, self._folder / file)
+        self._events[file].write(row)
+
+    def back_to(self, step: int) -> None:
+        """The run has gone back to an earlier step: rows beyond it are dropped from the log."""
+        if not self.silent:
+            _drop_rows_after(self._folder / "log.jsonl", step)
+            self._new_interval(step)
+
     def close(self) -> None:
         """Finish the line and the files; may be called twice."""
         if self.silent:
             return
         self._line.end()
-        self._log.close()
         for mirror in self._mirrors:
             mirror.close()
+
+
+class Lines:
+    """A JSONL file that is added to. What a full disk refuses is said, kept, and written later."""
+
+    def __init__(self, say: Callable[[str], None], path: Path):
+        self._say, self._path = say, path
+        self._waiting: list[str] = []
+
+    def write(self, row: dict) -> None:
+        self._waiting.append(json.dumps(row, allow_nan=False) + "\n")
+        try:
+            with open(self._path, "a", encoding="utf-8") as file:
+                whole = file.tell()
+                try:
+                    file.writelines(self._waiting)
+                    file.flush()
+                except OSError:
+                    os.truncate(self._path, whole)  # no torn line stays
+                    raise
+        except OSError as error:
+            if len(self._waiting) == 1:
+                self._say(f"WARNING: {self._path} cannot be written ({error}); trying again later")
+        else:
+            self._waiting.clear()
 
 
 class DeviceMeans:

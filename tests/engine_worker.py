@@ -13,6 +13,7 @@ import json
 import sys
 from pathlib import Path
 
+import tiny
 import torch
 import torch.distributed as dist
 
@@ -84,7 +85,7 @@ def main() -> None:
     rank, share = engine.rank(), BATCH // engine.world_size()
     start = 0
     if "resume" in options:
-        start = checkpoint.restore(checkpoint.latest(Path(folder)), made)
+        start = checkpoint.restore(checkpoint.latest(Path(folder)), made)["step"]
     seen = []
     for step in range(start, steps):
         losses = []
@@ -103,7 +104,7 @@ def main() -> None:
             losses.append(engine.mean_over_ranks({"loss": terms["loss"].detach()})["loss"].item())
         seen.append([sum(losses) / ACCUMULATION, float(made.grad_norm), bool(applied)])
         if options.get("save") == str(step + 1):
-            checkpoint.save(Path(folder) / "checkpoints", step + 1, made, {}, "{}", 1)
+            tiny.save(Path(folder), made, step + 1)
     sums = whole_weights(made)
     if rank == 0:
         facts = {"adam": made.optimizer_step(), "rounded": rounded}

@@ -47,15 +47,18 @@ def test_what_was_not_renamed_does_not_exist(tmp_path):
     steps = tmp_path / "checkpoints"
     for name in ("step_00000005", ".step_00000009.partial", "step_00000007"):
         (steps / name).mkdir(parents=True)
-    (steps / "step_00000005" / "state.json").write_text("{}")
-    (steps / ".step_00000009.partial" / "state.json").write_text("{}")
-    assert checkpoint.latest(tmp_path) == steps / "step_00000005"
-    assert checkpoint.find(tmp_path, None) is None
-    assert checkpoint.find(tmp_path, "auto") == steps / "step_00000005"
-    assert checkpoint.find(tmp_path, str(steps / "step_00000005")) == steps / "step_00000005"
-    assert checkpoint.find(tmp_path / "new", "auto") is None
+    five = steps / "step_00000005"
+    for folder in (five, steps / ".step_00000009.partial"):
+        (folder / "state.json").write_text("{}")
+        (folder / "manifest.json").write_text("{}")
+    assert checkpoint.latest(tmp_path) == five
+    assert checkpoint.candidates(tmp_path, None) == []
+    assert checkpoint.candidates(tmp_path, "auto") == [five]
+    assert checkpoint.candidates(tmp_path / "other", str(tmp_path)) == [five]
+    assert checkpoint.candidates(tmp_path, str(five)) == [five]
+    assert checkpoint.candidates(tmp_path / "new", "auto") == []
     with pytest.raises(FileNotFoundError, match="new"):
-        checkpoint.find(tmp_path, str(tmp_path / "new"))
+        checkpoint.candidates(tmp_path, str(tmp_path / "new"))
 
 
 def test_write_text_is_whole_or_absent(tmp_path):
@@ -115,11 +118,11 @@ def test_a_run_that_goes_back_sets_its_later_checkpoints_aside(tmp_path):
     steps = tmp_path / "checkpoints"
     for step in (1, 2, 3):
         (steps / f"step_{step:08d}").mkdir(parents=True)
-        (steps / f"step_{step:08d}" / "state.json").write_text(str(step))
+        (steps / f"step_{step:08d}" / "manifest.json").write_text(str(step))
     moved = checkpoint.set_aside_later_than(tmp_path, 1)
     assert [path.name for path in moved] == [
         "abandoned_1_step_00000002",
         "abandoned_1_step_00000003",
     ]
-    assert (moved[1] / "state.json").read_text() == "3"
+    assert (moved[1] / "manifest.json").read_text() == "3"
     assert checkpoint.latest(tmp_path).name == "step_00000001"

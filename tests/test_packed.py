@@ -197,7 +197,7 @@ def trained(folder: Path, steps: range, from_: Path | None = None) -> tuple[list
     torch.manual_seed(0)
     trainer = Trainer(config, engine.start(0), steps_per_epoch=10, restoring=from_ is not None)
     if from_ is not None:
-        assert checkpoint.restore(from_, trainer.engine) == steps.start
+        assert checkpoint.restore(from_, trainer.engine)["step"] == steps.start
     masks, found = build.build_masks(config), []
     for index in steps:
         images = torch.randn(8, 3, 24, 24, generator=torch.Generator().manual_seed(index))
@@ -206,7 +206,7 @@ def trained(folder: Path, steps: range, from_: Path | None = None) -> tuple[list
         terms, applied = trainer.step([batch], index)
         assert applied and trainer.scalars(terms, [batch])["context_k"] == drawn.context_k
         found.append({name: term.item() for name, term in terms.items()})
-    return found, trainer.save(folder, steps.stop)
+    return found, tiny.save(folder, trainer.engine, steps.stop)
 
 
 def test_training_and_going_on_from_a_checkpoint(tmp_path):

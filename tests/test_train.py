@@ -116,10 +116,14 @@ def test_a_finished_run_that_goes_on_says_what_changed_and_keeps_its_encoder(tmp
     first = (tmp_path / "run" / "encoder.safetensors").read_bytes()
     longer = ["run.epochs=3", "data.batch_size=8", "loss.vicreg.beta=0.01"]
     sets = [part for override in longer for part in ("--set", override)]
-    result = tiny.train("--config", config, "--resume", "auto", *sets)
+    refused = tiny.train("--config", config, "--resume", "auto", *sets)
+    assert refused.returncode == 2 and "--accept-changes" in refused.stderr
+    assert "run.epochs: 3, saved with 2" in refused.stderr
+    result = tiny.train("--config", config, "--resume", "auto", "--accept-changes", *sets)
     assert result.returncode == 0, result.stderr
     told = [line for line in result.stdout.splitlines() if "resumed with another" in line]
-    assert [line.split()[3] for line in told] == ["data.batch_size:", "loss.vicreg.beta:"]
+    changed = ["run.epochs:", "data.batch_size:", "loss.vicreg.beta:"]
+    assert [line.split()[3] for line in told] == changed
     assert (tmp_path / "run" / "previous_encoder.safetensors").read_bytes() == first
     assert (tmp_path / "run" / "encoder.safetensors").read_bytes() != first
 

@@ -64,6 +64,16 @@ def train(*args, processes: int = 1):
     return run(ROOT / "cjepa_fast" / "train.py", *args, processes=processes)
 
 
+def save(folder: Path, engine, step: int, encoder_json: str = "{}") -> Path:
+    """An engine's checkpoint in a run's folder, written at once; every process calls it."""
+    from cjepa_fast.saver import Saver
+
+    saver = Saver(folder / "checkpoints", engine, encoder_json, keep=9)
+    saver.begin(step, {})
+    saver.finish()
+    return folder / "checkpoints" / f"step_{step:08d}"
+
+
 def losses(run_folder: Path) -> dict[int, tuple]:
     """The loss and its terms by step, from log.jsonl."""
     rows = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]

@@ -1,0 +1,78 @@
+"""The encoders that a run leaves, and the way they are loaded from it or from a checkpoint."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from cjepa_fast.checkpoint import Stored, latest, opened, sync_file, write_text
+from cjepa_fast.vit import Encoder
+
+FINAL = {"target": "encoder", "context": "context_encoder"}  # file names at the end of a run
+
+
+def write_encoder(path: Path, which: str, checkpoint: Path) -> None:
+    """Write one encoder of a checkpoint as PATH.safetensors with PATH.json beside it."""
+    encoder = load_encoder(checkpoint, which)
+    partial = path.with_suffix(".partial")
+    save_file({k: v.contiguous() for k, v in encoder.state_dict().items()}, partial)
+    sync_file(partial)
+    write_text(path.with_suffix(".json"), (checkpoint / "encoder.json").read_text())
+    partial.rename(path.with_suffix(".safetensors"))
+
+
+def load_encoder(path: str | os.PathLike, which: str = "target") -> Encoder:
+    """A pretrained encoder, fp32, on the CPU, in evaluation mode.
+
+    path: a run's folder, a checkpoint's folder or a .safetensors file with its .json beside it.
+    which: "target" (the averaged one, used for evaluation) or "context"; a .safetensors file holds
+    one encoder, the target's unless its name says otherwise. The module also carries `mean` and
+    `std`, the normalisation its images had. Raises FileNotFoundError or ValueError.
+    """
+    if which not in FINAL:
+        raise ValueError(f'which={which!r}: must be "target" or "context"')
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        if which == "context" and path.stem != FINAL["context"]:
+            raise ValueError(f"{path} holds a target encoder: give the run's folder instead")
+        return _build_encoder(path.with_suffix(".json"), _read_weights(path))
+    final = path / f"{FINAL[which]}.safetensors"
+    if final.is_file():
+        return load_encoder(final, which)
+    checkpoint = path if (path / "state.json").is_file() else latest(path)
+    if checkpoint is None:
+        raise FileNotFoundError(f"{path}: neither a checkpoint nor {final.name} is there")
+    return _build_encoder(checkpoint / "encoder.json", Stored(checkpoint).encoder_weights(which))
+
+
+def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+    with opened(path) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+
+
+def _build_encoder(description: Path, weights: dict[str, torch.Tensor]) -> Encoder:
+    try:
+        described = json.loads(description.read_text())
+        normalisation = {name: tuple(described.pop(name)) for name in ("mean", "std")}
+        encoder = Encoder(**described).eval()
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{description} does not describe an encoder: {error!r}") from error
+    own = {name: p for name, p in encoder.named_parameters() if p.requires_grad or name in weights}
+    if own.keys() != weights.keys():
+        raise ValueError(f"{description.parent}: weights differ: {sorted(own.keys() ^ weights)}")
+    with torch.no_grad():
+        for name, p in own.items():
+            p.copy_(weights[name].view(p.shape))
+    encoder.mean, encoder.std = normalisation["mean"], normalisation["std"]
+    return encoder
+
+
+def set_aside(run: Path) -> None:
+    """A run that goes on has no final encoders yet: those there become previous_*."""
+    for which in FINAL.values():
+        for suffix in (".safetensors", ".json"):
+            path = run / f"{which}{suffix}"
+            if path.exists():
+                path.replace(path.with_name(f"previous_{path.name}"))

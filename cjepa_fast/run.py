@@ -1,0 +1,229 @@
+"""A run: step after step, saved, judged, stopped or gone back, until it is done."""
+
+import contextlib
+import itertools
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from cjepa_fast import checkpoint, encoders
+from cjepa_fast import engine as engines
+from cjepa_fast.data.loader import Batch, Loader
+from cjepa_fast.interrupt import StopRequest
+from cjepa_fast.outcomes import BadSteps, Outcome, Outcomes, Spikes
+from cjepa_fast.saver import Saver
+from cjepa_fast.telemetry import Telemetry
+from cjepa_fast.trainer import Trainer
+
+BAD_STEPS = "bad_steps.jsonl"
+MOST_REWINDS = 3  # to one checkpoint
+
+
+def steps_of(loader: Loader, start: int) -> Iterator[tuple[list[Batch], float]]:
+    """For each optimiser step from `start`: its micro-batches and the seconds waited for them."""
+    with contextlib.closing(loader.iterate(start)) as batches:
+        while True:
+            began = time.perf_counter()
+            group = list(itertools.islice(batches, loader.accumulation))
+            yield group, time.perf_counter() - began
+
+
+class Run:
+    """Of `folder`, from where a checkpoint's `state` (its state.json) left it, or from the start.
+
+    go_on_with: the command line that resumes it, for the user.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        loader: Loader,
+        telemetry: Telemetry,
+        folder: Path,
+        state: dict | None = None,
+        go_on_with: str = "",
+    ):
+        self.trainer, self.loader, self.telemetry = trainer, loader, telemetry
+        self.folder, self.go_on_with = folder, go_on_with
+        self.config = trainer.config
+        own = self.config.checkpoint
+        self.period = own.keep_every_epochs * trainer.steps_per_epoch  # of what is kept for good
+        self.saver = Saver(
+            folder / "checkpoints",
+            trainer.engine,
+            trainer.encoder_json,
+            keep=own.keep,
+            keep_period=self.period,
+            say=telemetry.message,
+        )
+        self.stop = StopRequest()
+        self.saved_s = time.monotonic()
+        self.rewinds = [-1, 0]  # to which step, how often
+        progress = (state or {}).get("progress", {})
+        self.data_offset = progress.get("data_offset", 0)  # steps whose images were passed over
+        self._go_on_from(state or {"step": 0})
+        self.bad = BadSteps(self.config.run.max_bad_steps, progress.get("skipped_steps", 0))
+        self.skipped_images = progress.get("skipped_images", 0)  # before this start
+
+    def _go_on_from(self, state: dict) -> None:
+        self.done = state["step"]
+        self.outcomes = Outcomes()
+        self.spikes = Spikes(self.config.run.spike_z, state.get("progress", {}).get("spikes"))
+        self._limit()
+
+    def go(self) -> int:
+        """Train to the end, or until asked to stop. Returns the exit status."""
+        status = None
+        while status is None:
+            steps = steps_of(self.loader, self.done + self.data_offset)
+            with contextlib.closing(steps):
+                status = self._stretch(steps)
+        return status
+
+    def _stretch(self, steps: Iterator[tuple[list[Batch], float]]) -> int | None:
+        """Steps up to the end of the run, or until it has gone back: then None."""
+        trainer, telemetry = self.trainer, self.telemetry
+        for batches, wait_s in steps:
+            terms, applied = trainer.step(batches, self.done)
+            self.done += 1
+            stopping, writing, minutes_up = engines.any_of(
+                self.stop.asked, self.saver.busy, self._minutes_are_up()
+            )
+            if not writing:
+                self.saver.settle()
+            last = self.done == trainer.total_steps or stopping
+            new = self.outcomes.after(
+                self.done, batches, applied, terms["loss"], trainer.engine.grad_norm
+            )
+            for outcome in itertools.chain(new, self._rest(last)):
+                if self._judge(outcome) and self._rewound(outcome.step):
+                    return None
+            if self.bad.too_many:
+                return self._give_up()
+            self._limit()
+            telemetry.step(self.done, trainer.scalars(terms, batches), wait_s)
+            if telemetry.due(self.done) or stopping:
+                telemetry.log_row(self._details())
+            if last or minutes_up or self._save_is_due():
+                self._save()
+            if last:
+                return self._end()
+        raise AssertionError("the loader is endless")
+
+    def _rest(self, last: bool) -> Iterator[Outcome]:
+        """The outcomes still on their way, where an end hangs on them."""
+        if last or self.bad.too_many:
+            yield from self.outcomes.rest()
+
+    def _details(self) -> dict:
+        return self.trainer.details(self.done - 1, self.bad.count, self._all_skipped_images())
+
+    def _all_skipped_images(self) -> int:
+        return self.skipped_images + sum(engines.from_all(self.loader.skipped.count))
+
+    def _judge(self, outcome: Outcome) -> bool:
+        """Tell and write down, with its images, a step that was not applied or stands out.
+
+        Returns whether it is a spike to go back from.
+        """
+        spike = self.spikes.judge(outcome)
+        self.bad.note(outcome.applied)
+        if outcome.applied and not spike:
+            return False
+        text = f"step {outcome.step} " + (f"is a spike: {spike}" if spike else "was not finite")
+        if not outcome.applied:
+            text += f": update and average skipped ({self.bad.in_row} in a row)"
+        names = [self.loader.images.name(int(i)) for b in outcome.batches for i in b.index_B]
+        row = {
+            "step": outcome.step,
+            "applied": outcome.applied,
+            "images": list(itertools.chain(*engines.from_all(names))),
+        }
+        self.telemetry.event(BAD_STEPS, row, text)
+        return spike is not None and self.config.run.on_spike == "rewind"
+
+    def _limit(self) -> None:
+        if self.config.run.on_spike == "skip":
+            self.trainer.engine.limit(*self.spikes.limits())
+
+    def _rewound(self, spike: int) -> bool:
+        """Go back to the newest checkpoint before step `spike`; its images are passed over."""
+        self.saver.finish()
+        good = engines.from_first_process(lambda: self._newest_before(spike))
+        if good is None:
+            self.telemetry.message(f"no checkpoint before step {spike} to go back to: going on")
+            return False
+        step = checkpoint.step_of(good)
+        self.rewinds = [step, self.rewinds[1] + 1 if self.rewinds[0] == step else 1]
+        if self.rewinds[1] > MOST_REWINDS:
+            self.telemetry.message(f"went back to step {step} {MOST_REWINDS} times: going on")
+            return False
+        if engines.rank() == 0:
+            checkpoint.set_aside_later_than(self.folder, step)
+        passed_over = self.done - step
+        state = checkpoint.restore(good, self.trainer.engine)
+        self.data_offset += passed_over
+        self._go_on_from(state)
+        self.telemetry.back_to(step)
+        self.telemetry.message(
+            f"went back to step {step}; the images of the {passed_over} steps after it are passed "
+            "over"
+        )
+        return True
+
+    def _newest_before(self, step: int) -> Path | None:
+        found = checkpoint.newest_first(self.folder)
+        return next(
+            (p for p in found if checkpoint.step_of(p) < step and not checkpoint.damage(p)), None
+        )
+
+    def _save_is_due(self) -> bool:
+        periods = (self.config.checkpoint.every_steps, self.period)
+        return any(period and self.done % period == 0 for period in periods)
+
+    def _minutes_are_up(self) -> bool:
+        minutes = self.config.checkpoint.every_minutes
+        return 0 < minutes * 60 <= time.monotonic() - self.saved_s
+
+    def _save(self) -> None:
+        with self.telemetry.pause():
+            self.saved_s = time.monotonic()
+            self.saver.begin(self.done, self._facts())
+
+    def _facts(self) -> dict:
+        return self.trainer.facts() | {
+            "epoch": self.done / self.trainer.steps_per_epoch,
+            "progress": {
+                "skipped_steps": self.bad.count,
+                "skipped_images": self._all_skipped_images(),
+                "data_offset": self.data_offset,
+                "spikes": self.spikes.history,
+            },
+        }
+
+    def _give_up(self) -> int:
+        """After too many bad steps: nothing has changed since the last good one."""
+        self.done -= self.bad.in_row
+        self.saver.finish()
+        if engines.rank() == 0:
+            checkpoint.set_aside_later_than(self.folder, self.done)
+        self._save()
+        saved = self.saver.finish()
+        state = f"The last good state is saved as step {self.done}" if saved else "Not saved"
+        self.telemetry.message(
+            f"stopped: {self.bad.in_row} steps in a row could not be applied. {state}; the images "
+            f"are named in {self.folder / BAD_STEPS}"
+        )
+        return 1
+
+    def _end(self) -> int:
+        """Of a run that is done, or was asked to stop."""
+        saved = self.saver.finish()
+        if self.done < self.trainer.total_steps:
+            self.telemetry.message(f"stopped after step {self.done}; go on with: {self.go_on_with}")
+        elif saved and engines.rank() == 0:
+            final = checkpoint.latest(self.folder)
+            encoders.write_encoder(self.folder / "encoder.safetensors", "target", final)
+            encoders.write_encoder(self.folder / "context_encoder.safetensors", "context", final)
+            self.telemetry.message(f"done: {self.folder / 'encoder.safetensors'}")
+        return 0 if saved or engines.rank() else 1

@@ -1,0 +1,210 @@
+"""Checkpoints written while the training goes on.
+
+    begin     the step after it starts at once; meanwhile a thread copies the state, which a forward
+              and a backward only read, and writes it; the next update waits for the copy alone
+    settle    after each step: once every process has written, the first one adds the manifest and
+              gives the folder its name, in a thread of its own
+    finish    the same, waited for
+
+What cannot be written (a full disk, a value that is not finite) is said and taken away: the
+training goes on, and the checkpoints there stay.
+"""
+
+import json
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from cjepa_fast import checkpoint
+from cjepa_fast.checkpoint import Receipt
+from cjepa_fast.engine import Engine, from_all, rank, world_size
+from cjepa_fast.local import LocalEngine
+
+
+class Snapshot:
+    """A copy on the host of tensors that are about to change, in memory kept for the next one."""
+
+    def __init__(self):
+        self._buffers: dict[str, torch.Tensor] = {}
+        self._copied_on_host = threading.Event()
+        self._copied_from_gpu: torch.cuda.Event | None = None
+        self._waited = True
+
+    def begin(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Copies from a GPU are put on a stream of their own; those on the host wait for copy()."""
+        self._tensors, self._waited = tensors, False
+        self._copied_on_host.clear()
+        for key, values in tensors.items():
+            if key not in self._buffers:
+                self._buffers[key] = torch.empty(
+                    values.shape, dtype=values.dtype, pin_memory=torch.cuda.is_available()
+                )
+        on_gpu = [key for key, values in tensors.items() if values.is_cuda]
+        if on_gpu:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for key in on_gpu:
+                    self._buffers[key].copy_(tensors[key], non_blocking=True)
+            self._copied_from_gpu = stream.record_event()
+
+    def copy(self) -> dict[str, torch.Tensor]:
+        """In the thread: the copy, whole. The tensors may change from here on."""
+        try:
+            for key, values in self._tensors.items():
+                if not values.is_cuda:
+                    self._buffers[key].copy_(values)
+        finally:
+            self._copied_on_host.set()
+        if self._copied_from_gpu is not None:
+            self._copied_from_gpu.synchronize()
+        return {key: self._buffers[key] for key in self._tensors}
+
+    def wait(self) -> None:
+        """Before the tensors change; a GPU's own queue waits, not the host."""
+        if self._waited:
+            return
+        self._waited = True
+        self._copied_on_host.wait()
+        if self._copied_from_gpu is not None:
+            torch.cuda.current_stream().wait_event(self._copied_from_gpu)
+
+
+class Saver:
+    """Saves an engine's state below `folder`; every process makes one and calls it alike.
+
+    keep: of the newest checkpoints; besides, each whose step is a multiple of `keep_period` (0:
+    none). say: called on the first process with what the user should know.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        engine: Engine | LocalEngine,
+        encoder_json: str,
+        *,
+        keep: int,
+        keep_period: int = 0,
+        say: Callable[[str], None] = print,
+    ):
+        self.folder, self.keep, self.keep_period = folder, keep, keep_period
+        self._engine, self._encoder_json, self._say = engine, encoder_json, say
+        self._snapshot = Snapshot()
+        engine.before_update = self._snapshot.wait
+        self._writing: threading.Thread | None = None
+        self._naming: threading.Thread | None = None
+        self._failure: str | None = None  # of the naming thread
+        self._step: int | None = None
+        self._saved: int | None = None  # the last step that came through, on the first process
+        for left in folder.glob(".step_*.partial") if rank() == 0 else ():
+            shutil.rmtree(left, ignore_errors=True)
+
+    @property
+    def busy(self) -> bool:
+        """Whether this process's thread is still writing."""
+        return self._writing is not None and self._writing.is_alive()
+
+    def begin(self, step: int, facts: dict) -> None:
+        """Save the state of optimiser step `step` (updates done so far).
+
+        facts: what else state.json is to hold ("config", "epoch", "images", ...).
+        """
+        self.finish()
+        self._step = step
+        self._state = checkpoint.describe(step, self._engine) | facts
+        self._partial = self.folder / f".step_{step:08d}.partial"
+        self._outcome: Receipt | str = ""
+        self._snapshot.begin(checkpoint.owned_tensors(self._engine))
+        generators = checkpoint.generator_states()
+        self._writing = threading.Thread(
+            target=self._write, args=(generators,), name="checkpoint", daemon=True
+        )
+        self._writing.start()
+
+    def settle(self) -> None:
+        """Once no process is busy: name what all have written, or say why it failed."""
+        if self._naming is not None and not self._naming.is_alive():
+            self._named()
+        if self._writing is None:
+            return
+        self._writing.join()
+        self._writing = None
+        outcomes = from_all(self._outcome)
+        if rank() != 0:
+            return
+        failures = [outcome for outcome in outcomes if isinstance(outcome, str)]
+        if failures:
+            self._fail(failures[0])
+            return
+        self._naming = threading.Thread(target=self._name, args=(outcomes,), daemon=True)
+        self._naming.start()
+
+    def finish(self) -> bool:
+        """Wait until what was begun is settled and named. Returns, on the first process, whether
+        the last save came through."""
+        self.settle()
+        if self._naming is not None:
+            self._named()
+        return self._saved == self._step
+
+    def _named(self) -> None:
+        self._naming.join()
+        self._naming = None
+        if self._failure:
+            self._fail(self._failure)
+
+    def _write(self, generators: dict[str, torch.Tensor]) -> None:
+        """In a thread: this process's shard."""
+        try:
+            tensors = self._snapshot.copy()
+            _check_finite(tensors)
+            self._partial.mkdir(parents=True, exist_ok=True)
+            shard = self._partial / f"shard_{rank():05d}_of_{world_size():05d}.safetensors"
+            save_file(tensors | generators, shard)
+            checkpoint.sync_file(shard)
+            self._outcome = checkpoint.receipt(shard)
+        except Exception as error:  # whatever it is, it is said, and the training goes on
+            self._outcome = f"process {rank()}: {error}"
+
+    def _name(self, receipts: list[Receipt]) -> None:
+        """In a thread of the first process: the rest of the files, the manifest, the final name."""
+        final = self.folder / f"step_{self._step:08d}"
+        self._failure = None
+        try:
+            checkpoint.write_text(self._partial / "encoder.json", self._encoder_json)
+            checkpoint.write_text(self._partial / "state.json", json.dumps(self._state))
+            checkpoint.write_manifest(self._partial, receipts)
+            checkpoint.sync_file(self._partial)
+            if final.exists():
+                checkpoint.set_aside(final)
+            self._partial.rename(final)
+            checkpoint.sync_file(self.folder)
+            checkpoint.write_text(self.folder / "latest", final.name + "\n")
+            self._saved = self._step
+            self._prune()
+        except OSError as error:
+            self._failure = str(error)
+
+    def _prune(self) -> None:
+        for old in checkpoint.newest_first(self.folder.parent)[self.keep :]:
+            if not self.keep_period or checkpoint.step_of(old) % self.keep_period:
+                shutil.rmtree(old)
+
+    def _fail(self, reason: str) -> None:
+        shutil.rmtree(self._partial, ignore_errors=True)
+        good = checkpoint.latest(self.folder.parent)
+        self._say(
+            f"WARNING: the checkpoint of step {self._step} could not be saved: {reason}. The last "
+            f"good one is {good or 'none'}; the training goes on"
+        )
+
+
+def _check_finite(tensors: dict[str, torch.Tensor]) -> None:
+    """Raises ValueError naming the first tensor with a value that is not finite."""
+    for key, values in tensors.items():
+        if not torch.isfinite(values).all():
+            raise ValueError(f"{key.partition('@')[0]} holds values that are not finite")
