@@ -161,6 +161,8 @@ class TelemetrySection(Section):
     every_steps: Count = 20
     tensorboard: bool = True
     wandb: str | None = Field(None, description="a project of Weights & Biases; needs .[wandb]")
+    rankme_floor: NonNegative = Field(2.0, description="of the target's features; below: warned of")
+    feature_std_floor: NonNegative = Field(0.02, description="the same, of their mean std")
 
 
 class EvalSection(Section):

@@ -4,13 +4,15 @@
 
 A process keeps the fp32 average of the fragments of the encoder whose fp32 masters it owns: all
 under ZeRO-0, its share under the higher stages. The module that computes the targets holds a
-working copy in the compute dtype, whole on every process, written from the average: a bf16 average
-would drift, since at momentum 0.999 most updates are below its rounding. In fp8 the working copy of
-the blocks' matrices is in 8 bits: of the average rounded to bf16, on one process and on many.
+working copy in the compute dtype, written from the average: a bf16 average would drift, since at
+momentum 0.999 most updates are below its rounding. The copy is whole on every process, but under
+ZeRO-3, where it is partitioned as the encoder's weights are and gathered as the forward comes to
+them. In fp8 the working copy of the blocks' matrices is in 8 bits: of the average rounded to bf16,
+on one process and on many, and always whole.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -34,12 +36,22 @@ def fragment_of(tensor: torch.Tensor, like: Fragment) -> torch.Tensor:
     return tensor.view(-1)[like.start : like.start + len(like.values)]
 
 
+def whole_place(weight: nn.Parameter, fragment: Fragment) -> torch.Tensor:
+    return fragment_of(weight.data, fragment)
+
+
+Place = Callable[[nn.Parameter, Fragment], torch.Tensor]
+Partition = Callable[[nn.Module], Place]
+
+
 class TargetEMA:
     """Averages `masters` (fragments of the encoder's fp32 weights) into the target module.
 
     target: a copy of the encoder in fp32, moved to `dtype` here; its values start the average.
     group: the processes that together own all fragments, None where each owns them all. fp8: the
-    blocks compute in 8 bits, dtype is bf16.
+    blocks compute in 8 bits, dtype is bf16. partition: splits a module's weights among the
+    processes, each to write what it owns: it returns where a fragment of a weight is then to be
+    written.
     Of each fragment `cast` has the average, its master, and its place in the module's weights; in
     8 bits, `by_row` has the blocks' matrices instead, as average, master and layer.
     """
@@ -51,9 +63,10 @@ class TargetEMA:
         dtype: torch.dtype,
         group: dist.ProcessGroup | None = None,
         fp8: bool = False,
+        partition: Partition | None = None,
     ):
         self.masters = masters
-        self.group = group
+        self.group = None if partition else group
         parameters = dict(target.named_parameters())
         self.fragments = [
             Fragment(m.name, m.start, fragment_of(parameters[m.name].data, m).float().clone())
@@ -65,12 +78,14 @@ class TargetEMA:
         # A share may cut rows: those are quantised when all processes have completed them.
         by_row = matrices if group is None else {}
         self._late = [] if by_row else [(trained[name], m) for name, m in matrices.items()]
-        self._flatten({name: p for name, p in trained.items() if name not in by_row})
+        if partition:
+            place = partition(self.module)
+        else:
+            self._flatten({name: p for name, p in trained.items() if name not in by_row})
+            place = whole_place
         pairs = list(zip(self.fragments, masters, strict=True))
         self.by_row = [(a, m, by_row[a.name]) for a, m in pairs if a.name in by_row]
-        self.cast = [
-            (a, m, fragment_of(trained[a.name].data, a)) for a, m in pairs if a.name not in by_row
-        ]
+        self.cast = [(a, m, place(trained[a.name], a)) for a, m in pairs if a.name not in by_row]
 
     def _flatten(self, weights: dict[str, nn.Parameter]) -> None:
         """Lay the averaged weights in one buffer, so that one collective completes them all."""

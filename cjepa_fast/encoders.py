@@ -7,7 +7,15 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from cjepa_fast.checkpoint import Stored, latest, opened, sync_file, write_text
+from cjepa_fast.checkpoint import (
+    Stored,
+    damage,
+    latest,
+    opened,
+    sha256,
+    sync_file,
+    write_text,
+)
 from cjepa_fast.vit import Encoder
 
 FINAL = {"target": "encoder", "context": "context_encoder"}  # file names at the end of a run
@@ -19,7 +27,9 @@ def write_encoder(path: Path, which: str, checkpoint: Path) -> None:
     partial = path.with_suffix(".partial")
     save_file({k: v.contiguous() for k, v in encoder.state_dict().items()}, partial)
     sync_file(partial)
-    write_text(path.with_suffix(".json"), (checkpoint / "encoder.json").read_text())
+    described = json.loads((checkpoint / "encoder.json").read_text())
+    described["sha256"] = sha256(partial)
+    write_text(path.with_suffix(".json"), json.dumps(described, indent=2))
     partial.rename(path.with_suffix(".safetensors"))
 
 
@@ -37,13 +47,15 @@ def load_encoder(path: str | os.PathLike, which: str = "target") -> Encoder:
     if path.suffix == ".safetensors":
         if which == "context" and path.stem != FINAL["context"]:
             raise ValueError(f"{path} holds a target encoder: give the run's folder instead")
-        return _build_encoder(path.with_suffix(".json"), _read_weights(path))
+        return _build_encoder(path.with_suffix(".json"), _read_weights(path), path)
     final = path / f"{FINAL[which]}.safetensors"
     if final.is_file():
         return load_encoder(final, which)
     checkpoint = path if (path / "state.json").is_file() else latest(path)
     if checkpoint is None:
         raise FileNotFoundError(f"{path}: neither a checkpoint nor {final.name} is there")
+    if damaged := damage(checkpoint):
+        raise ValueError("\n".join([*damaged, "give another checkpoint of the run instead"]))
     return _build_encoder(checkpoint / "encoder.json", Stored(checkpoint).encoder_weights(which))
 
 
@@ -52,13 +64,19 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
         return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
 
 
-def _build_encoder(description: Path, weights: dict[str, torch.Tensor]) -> Encoder:
+def _build_encoder(
+    description: Path, weights: dict[str, torch.Tensor], file: Path | None = None
+) -> Encoder:
+    """file: where the weights are from, if the description may have its checksum."""
     try:
         described = json.loads(description.read_text())
+        checksum = described.pop("sha256", None)
         normalisation = {name: tuple(described.pop(name)) for name in ("mean", "std")}
         encoder = Encoder(**described).eval()
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"{description} does not describe an encoder: {error!r}") from error
+    if file and checksum not in (None, sha256(file)):
+        raise ValueError(f"{file} is damaged: it has not the checksum that {description.name} has")
     own = {name: p for name, p in encoder.named_parameters() if p.requires_grad or name in weights}
     if own.keys() != weights.keys():
         raise ValueError(f"{description.parent}: weights differ: {sorted(own.keys() ^ weights)}")

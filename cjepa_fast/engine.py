@@ -6,6 +6,7 @@ One process has nothing to shard and trains without DeepSpeed: local.py.
 """
 
 import contextlib
+import copy
 import ctypes
 import functools
 import math
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from cjepa_fast.ema import Fragment, TargetEMA, fragment_of
+from cjepa_fast.ema import Fragment, Place, TargetEMA, fragment_of
 
 T = TypeVar("T")
 
@@ -238,17 +239,12 @@ class Engine:
         implementation: str = "fused",
     ):
         initial = {n: p.detach().cpu() for n, p in model.named_parameters() if p.requires_grad}
+        trained = sum(p.numel() for group in groups for p in group["params"])
+        self._config = complete_config(config, micro_batch, accumulation, precision, clip, trained)
         self._deepspeed, *_ = _deepspeed().initialize(
             model=model,
             optimizer=adamw(implementation, groups, betas=betas, eps=eps),
-            config=complete_config(
-                config,
-                micro_batch,
-                accumulation,
-                precision,
-                clip,
-                sum(p.numel() for group in groups for p in group["params"]),
-            ),
+            config=copy.deepcopy(self._config),
             dist_init_required=False,
         )
         self.stage = self._deepspeed.zero_optimization_stage()
@@ -260,7 +256,14 @@ class Engine:
         self.set_optimizer_step(0)
         self._write_masters(initial)
         masters = self.masters("encoder.")
-        self.ema = TargetEMA(target, masters, DTYPES[precision], self.owner_group, fp8)
+        self.ema = TargetEMA(
+            target,
+            masters,
+            DTYPES[precision],
+            self.owner_group,
+            fp8,
+            self._partition if self.stage == 3 and self.sharded and not fp8 else None,
+        )
         self.grad_norm: torch.Tensor | float = 0.0
         self.before_update: Callable[[], None] = lambda: None
         self._accumulation = accumulation
@@ -281,6 +284,26 @@ class Engine:
     def owner_group(self) -> dist.ProcessGroup | None:
         """The processes that together own the whole fp32 state; None where each has it all."""
         return dist.group.WORLD if self.sharded else None
+
+    def _partition(self, target: nn.Module) -> Place:
+        """Under ZeRO-3: the target's weights shared out as the encoder's, gathered in its forward.
+
+        No weight is kept whole: the small ones would be stale after an update of the average.
+        """
+        zero = {**self._config["zero_optimization"], "stage3_param_persistence_threshold": 0}
+        dropped = ("offload_optimizer", "offload_param")
+        zero = {key: value for key, value in zero.items() if key not in dropped}
+        kept = {key: self._config[key] for key in ("train_micro_batch_size_per_gpu", "bf16")}
+        _deepspeed().initialize(
+            model=target, config={**kept, "zero_optimization": zero}, dist_init_required=False
+        )
+
+        def place(weight: nn.Parameter, fragment: Fragment) -> torch.Tensor:
+            share = weight.ds_tensor
+            first = fragment.start - rank() * share.ds_numel
+            return share.data[first : first + len(fragment.values)]
+
+        return place
 
     def __call__(self, *args, **kwargs):
         return self._deepspeed(*args, **kwargs)

@@ -17,6 +17,7 @@ from cjepa_fast.trainer import Trainer
 
 BAD_STEPS = "bad_steps.jsonl"
 MOST_REWINDS = 3  # to one checkpoint
+LEAST_FEATURES = 64  # images, before a collapse is believed
 
 
 def steps_of(loader: Loader, start: int) -> Iterator[tuple[list[Batch], float]]:
@@ -58,6 +59,7 @@ class Run:
         )
         self.stop = StopRequest()
         self.saved_s = time.monotonic()
+        self.told_of_collapse = False
         self.rewinds = [-1, 0]  # to which step, how often
         progress = (state or {}).get("progress", {})
         self.data_offset = progress.get("data_offset", 0)  # steps whose images were passed over
@@ -73,6 +75,8 @@ class Run:
 
     def go(self) -> int:
         """Train to the end, or until asked to stop. Returns the exit status."""
+        if self.done >= self.trainer.total_steps:  # it had been finished
+            return self._end()
         status = None
         while status is None:
             steps = steps_of(self.loader, self.done + self.data_offset)
@@ -103,7 +107,7 @@ class Run:
             self._limit()
             telemetry.step(self.done, trainer.scalars(terms, batches), wait_s)
             if telemetry.due(self.done) or stopping:
-                telemetry.log_row(self._details())
+                self._warn_of_collapse(telemetry.log_row(self._details()))
             if last or minutes_up or self._save_is_due():
                 self._save()
             if last:
@@ -120,6 +124,28 @@ class Run:
 
     def _all_skipped_images(self) -> int:
         return self.skipped_images + sum(engines.from_all(self.loader.skipped.count))
+
+    def _warn_of_collapse(self, row: dict | None) -> None:
+        """Once, where the target's features of many images come out nearly alike."""
+        own = self.config.telemetry
+        seen = sum(map(len, self.trainer.features))
+        if row is None or self.told_of_collapse or seen < LEAST_FEATURES:
+            return
+        floors = {"rankme": own.rankme_floor, "feature_std": own.feature_std_floor}
+        low = [f"{k} {row[k]:.3g}, floor {v:g}" for k, v in floors.items() if (row[k] or 0) < v]
+        if low:
+            self.told_of_collapse = True
+            optim, beta = self.config.optim, self.config.loss.vicreg.beta
+            cause = (
+                "loss.vicreg.beta is 0: nothing holds their variance up; 0.001 does"
+                if beta == 0
+                else f"optim.lr = {optim.lr:g} too high, optim.momentum = {optim.momentum:g} too "
+                f"low, or loss.vicreg.beta = {beta:g} too small or too large"
+            )
+            self.telemetry.message(
+                f"WARNING: the target's features are collapsing ({'; '.join(low)}; over the last "
+                f"{seen} images at step {row['step']}). Likely: {cause}"
+            )
 
     def _judge(self, outcome: Outcome) -> bool:
         """Tell and write down, with its images, a step that was not applied or stands out.

@@ -100,8 +100,6 @@ class Saver:
         self._failure: str | None = None  # of the naming thread
         self._step: int | None = None
         self._saved: int | None = None  # the last step that came through, on the first process
-        for left in folder.glob(".step_*.partial") if rank() == 0 else ():
-            shutil.rmtree(left, ignore_errors=True)
 
     @property
     def busy(self) -> bool:
@@ -175,6 +173,7 @@ class Saver:
         final = self.folder / f"step_{self._step:08d}"
         self._failure = None
         try:
+            self._drop_what_another_start_left(receipts)
             checkpoint.write_text(self._partial / "encoder.json", self._encoder_json)
             checkpoint.write_text(self._partial / "state.json", json.dumps(self._state))
             checkpoint.write_manifest(self._partial, receipts)
@@ -189,10 +188,20 @@ class Saver:
         except OSError as error:
             self._failure = str(error)
 
+    def _drop_what_another_start_left(self, receipts: list[Receipt]) -> None:
+        """One that was killed in a save of this step, perhaps on another number of processes, or of
+        an earlier one."""
+        for path in self._partial.iterdir():
+            if path.name not in {receipt.name for receipt in receipts}:
+                path.unlink()
+        for left in self.folder.glob(".step_*.partial"):
+            if left.name < self._partial.name:
+                shutil.rmtree(left)
+
     def _prune(self) -> None:
         for old in checkpoint.newest_first(self.folder.parent)[self.keep :]:
             if not self.keep_period or checkpoint.step_of(old) % self.keep_period:
-                shutil.rmtree(old)
+                shutil.rmtree(old, ignore_errors=True)
 
     def _fail(self, reason: str) -> None:
         shutil.rmtree(self._partial, ignore_errors=True)

@@ -1,15 +1,18 @@
-"""Train a tiny C-JEPA for a few steps and print what came out, as one JSON line on rank 0.
+"""Train a tiny C-JEPA for a few steps and print what came out, as one JSON line a run on rank 0.
 
-engine_worker.py STAGE PRECISION STEPS FOLDER [OPTION ...]: save=STEP resume nan=STEP kernels
-adam=NAME full. STAGE is ZeRO's, or "local" for the engine without DeepSpeed. The global batch of
-each step is the same for every number of processes. With `kernels` the Triton kernels run, in the
+engine_worker.py RUN[,RUN ...] STEPS FOLDER [OPTION ...]: save=STEP resume nan=STEP spike=STEP
+kernels adam=NAME full bug=NAME. A RUN is STAGE:PRECISION. STAGE is ZeRO's, "3offload" with the
+optimiser's state on the CPU, or "local" for the engine without DeepSpeed. The global batch of each
+step is the same for every number of processes. With `kernels` the Triton kernels run, in the
 interpreter. With `full` the blocks are computed again in the backward, from weights that stage 3
-has given up in between.
+has given up in between. Bugs: "local" statistics of VICReg, gradients "scale"d by the processes.
 """
 
 import contextlib
 import copy
+import itertools
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -18,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from cjepa_fast import checkpoint, engine, optim
+from cjepa_fast.ema import Fragment
 from cjepa_fast.jepa import JEPA
 from cjepa_fast.kernels import launch
 from cjepa_fast.local import LocalEngine
@@ -41,74 +45,122 @@ def batch_of(step: int, micro: int) -> list[torch.Tensor]:
     return [images, context, targets]
 
 
-def build(stage: str, precision: str, adam: str, full: bool) -> engine.Engine | LocalEngine:
+def build(stage: str, precision: str, options: dict) -> engine.Engine | LocalEngine:
     world = engine.world_size()
-    recompute = {"checkpointing": "full" if full else "none"}
+    recompute = {"checkpointing": "full" if "full" in options else "none"}
+    torch.manual_seed(0)
     encoder = Encoder(32, 8, 24, 2, 3, **recompute)
-    group = dist.group.WORLD if world > 1 else None
+    group = dist.group.WORLD if world > 1 and options.get("bug") != "local" else None
     # A strong VICReg term, so that statistics of a part of the batch could not go unseen.
     predictor = Predictor(24, encoder.grid, 12, 1, 3, **recompute)
     network = JEPA(encoder, predictor, CJEPALoss(beta=0.1, group=group))
     parts = network, copy.deepcopy(encoder), optim.parameter_groups(network)
-    options = {"accumulation": ACCUMULATION, "precision": precision, "clip": 0.5}
+    settings = {"accumulation": ACCUMULATION, "precision": precision, "clip": 0.5}
     if stage == "local":
-        return LocalEngine(*parts, **options)
-    zero = {"stage": int(stage)} | ({"stage3_param_persistence_threshold": 0} if full else {})
-    settings = {"zero_optimization": zero}
-    return engine.Engine(
-        *parts, settings, micro_batch=BATCH // world, implementation=adam, **options
-    )
+        return LocalEngine(*parts, **settings)
+    zero = {"stage": int(stage[0])}
+    if "full" in options:
+        zero["stage3_param_persistence_threshold"] = 0
+    if "offload" in stage:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    adam = options.get("adam", "fused")
+    zero = {"zero_optimization": zero}
+    return engine.Engine(*parts, zero, micro_batch=BATCH // world, implementation=adam, **settings)
 
 
-def whole_weights(made: engine.Engine | LocalEngine) -> dict[str, list[float]]:
-    """All fp32 values, gathered from their owners: a checksum a kind that keeps every digit."""
-    sums = {"master": 0.0, "exp_avg": 0.0, "exp_avg_sq": 0.0, "ema": 0.0}
-    for owned in made.state():
-        for kind, values in {"master": owned.master.values, **owned.moments}.items():
-            sums[kind] += values.double().abs().sum()
-    for fragment in made.ema.fragments:
-        sums["ema"] += fragment.values.double().abs().sum()
-    totals = torch.tensor([float(value) for value in sums.values()], dtype=torch.float64)
-    if made.sharded:
-        dist.all_reduce(totals)
-    return dict(zip(sums, totals.tolist(), strict=True))
+def whole(fragments: list[Fragment]) -> dict[str, torch.Tensor]:
+    """Every parameter's values, put together from all processes' fragments."""
+    pieces: dict[str, dict[int, torch.Tensor]] = {}
+    own = [(f.name, f.start, f.values.cpu()) for f in fragments]
+    for name, start, values in itertools.chain(*engine.from_all(own)):
+        pieces.setdefault(name, {})[start] = values
+    return {name: torch.cat([found[at] for at in sorted(found)]) for name, found in pieces.items()}
 
 
-def main() -> None:
-    stage, precision, steps, folder = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
-    options = dict(option.partition("=")[::2] for option in sys.argv[5:])
-    engine.start(seed=0)
-    made = build(stage, precision, options.get("adam", "fused"), "full" in options)
+def kinds(made: engine.Engine | LocalEngine) -> dict[str, dict[str, torch.Tensor]]:
+    """All fp32 values by kind and parameter."""
+    state = made.state()
+    moments = {
+        kind: whole([owned.master._replace(values=owned.moments[kind]) for owned in state])
+        for kind in engine.MOMENTS
+    }
+    masters = whole([owned.master for owned in state])
+    return {"master": masters, **moments, "ema": whole(made.ema.fragments)}
+
+
+def working_copy(target: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The target's weights as its forward has them, gathered under ZeRO-3."""
+    weights = dict(target.named_parameters())
+    shared_out = [p for p in weights.values() if hasattr(p, "ds_tensor")]
+    gathered = contextlib.nullcontext()
+    if shared_out:
+        import deepspeed
+
+        gathered = deepspeed.zero.GatheredParameters(shared_out)
+    with gathered:
+        return {name: p.detach().flatten().cpu().clone() for name, p in weights.items()}
+
+
+def train(stage: str, precision: str, steps: int, folder: Path, options: dict) -> dict:
+    made = build(stage, precision, options)
     target = made.ema.module
+    dtype = engine.DTYPES[precision]
     masters = torch.cat([owned.master.values for owned in made.state()])
     rounded = torch.equal(masters, masters.bfloat16().float())
     rank, share = engine.rank(), BATCH // engine.world_size()
     start = 0
     if "resume" in options:
-        start = checkpoint.restore(checkpoint.latest(Path(folder)), made)["step"]
-    seen = []
+        start = checkpoint.restore(checkpoint.latest(folder), made)["step"]
+    average, exact, seen = whole(made.ema.fragments), True, []
     for step in range(start, steps):
         losses = []
         for micro in range(ACCUMULATION):
             images, context, targets = (
                 x[rank * share : (rank + 1) * share] for x in batch_of(step, micro)
             )
-            images = images.to(next(target.parameters()).dtype)
+            images = images.to(dtype)
             if options.get("nan") == str(step) and rank == engine.world_size() - 1:
                 images[0] = float("nan")
             with torch.no_grad():
                 tokens = target(images)
             terms = made(images, context, targets, tokens)
-            made.backward(terms["loss"])
+            scale = engine.world_size() if options.get("bug") == "scale" else 1
+            if options.get("spike") == str(step):
+                made.limit(loss=math.inf, grad_norm=1e-6)
+            made.backward(terms["loss"] / scale)
             applied = made.step(lr=1e-2, weight_decay=0.1, momentum=0.9)
             losses.append(engine.mean_over_ranks({"loss": terms["loss"].detach()})["loss"].item())
+        made.limit(loss=math.inf, grad_norm=math.inf)
         seen.append([sum(losses) / ACCUMULATION, float(made.grad_norm), bool(applied)])
+        if applied:  # the average as one process alone would keep it
+            online = whole(made.masters("encoder."))
+            for name, values in average.items():
+                values.lerp_(online[name], 1 - 0.9)
         if options.get("save") == str(step + 1):
-            tiny.save(Path(folder), made, step + 1)
-    sums = whole_weights(made)
-    if rank == 0:
-        facts = {"adam": made.optimizer_step(), "rounded": rounded}
-        print(json.dumps({"steps": seen, "sums": sums, **facts}))
+            stored = checkpoint.Stored(tiny.save(folder, made, step + 1))
+            exact &= all(torch.equal(stored.whole("ema", n), v) for n, v in average.items())
+    found = kinds(made)
+    copies = working_copy(target)
+    exact &= all(torch.equal(v, found["ema"][name]) for name, v in average.items())
+    exact &= all(torch.equal(v.to(dtype), copies[name]) for name, v in average.items())
+    sums = {
+        kind: sum(float(v.double().abs().sum()) for v in values.values())
+        for kind, values in found.items()
+    }
+    whole_copies = sum(p.numel() for p in target.parameters())
+    facts = {"adam": made.optimizer_step(), "rounded": rounded, "average_exact": exact}
+    return {"steps": seen, "sums": sums, "target_values_held": whole_copies, **facts}
+
+
+def main() -> None:
+    runs, steps, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+    options = dict(option.partition("=")[::2] for option in sys.argv[4:])
+    engine.start(seed=0)
+    for run in runs.split(","):
+        stage, precision = run.split(":")
+        result = train(stage, precision, steps, folder, options)
+        if engine.rank() == 0:
+            print(json.dumps(result), flush=True)
     engine.part()
 
 

@@ -13,28 +13,28 @@ from cjepa_fast.engine import complete_config
 from cjepa_fast.kernels import launch
 
 WORKER = tiny.ROOT / "tests" / "engine_worker.py"
-STEPS = 6
+STEPS, MANY = 6, 20
 # Sums of thousands of values taken in another order: fp32 rounding, and that of bf16 gradients.
 AGREE = {"fp32": 2e-6, "bf16": 5e-3}
 
 
-def work(stage, precision, folder, *options, processes=1) -> dict:
-    result = tiny.run(WORKER, stage, precision, STEPS, folder, *options, processes=processes)
+def work(runs: list[str], folder, *options, processes=1, steps=STEPS) -> list[dict]:
+    """What each run, "STAGE:PRECISION", came to; they share their processes."""
+    result = tiny.run(WORKER, ",".join(runs), steps, folder, *options, processes=processes)
     assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(result.stdout.splitlines()[-1])
+    lines = [line for line in result.stdout.splitlines() if line.startswith("{")]
+    return [json.loads(line) for line in lines]
 
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory):
-    """What one process without ZeRO does, by precision, made once."""
-    made = {}
-
-    def result(precision: str) -> dict:
-        if precision not in made:
-            made[precision] = work(0, precision, tmp_path_factory.mktemp(precision))
-        return made[precision]
-
-    return result
+    """What one process without ZeRO does, by precision, made once: 20 steps and the first 6."""
+    runs = ["0:fp32", "0:bf16"]
+    folder = tmp_path_factory.mktemp("single")
+    return {
+        steps: dict(zip(("fp32", "bf16"), work(runs, folder, steps=steps), strict=True))
+        for steps in (STEPS, MANY)
+    }
 
 
 def assert_agree(one: dict, other: dict, precision: str) -> None:
@@ -46,85 +46,116 @@ def assert_agree(one: dict, other: dict, precision: str) -> None:
     for kind, total in one["sums"].items():
         factor = 1 if kind in ("master", "ema") else 20  # the moments are of the gradients
         assert math.isclose(total, other["sums"][kind], rel_tol=factor * bound), kind
-    assert one["adam"] == other["adam"] == STEPS
+    assert one["adam"] == other["adam"]
+
+
+def assert_stages_follow(single: dict, folder, stages: list[str], *options, processes: int) -> None:
+    """Of every stage: the trajectory is one process's, the average an unsharded one's, exactly."""
+    runs = [f"{stage}:{precision}" for stage in stages for precision in AGREE]
+    made = work(runs, folder, *options, processes=processes, steps=MANY)
+    for run, result in zip(runs, made, strict=True):
+        stage, precision = run.split(":")
+        assert_agree(single[MANY][precision], result, precision)
+        assert result["steps"][-1][0] < result["steps"][0][0]
+        assert not result["rounded"]  # the fp32 weights start with all their digits, in bf16 too
+        assert result["average_exact"], run  # in memory, in the working copy and read from disk
+        whole_target = result["target_values_held"] > 0
+        assert whole_target != (stage[0] == "3" and processes > 1)
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_stages_on_two_processes_follow_one_process(single, tmp_path, stage, precision):
-    two = work(stage, precision, tmp_path, processes=2)
-    assert_agree(single(precision), two, precision)
-    assert two["steps"][-1][0] < two["steps"][0][0]
-    assert not two["rounded"]  # the fp32 weights start with all their digits, in bf16 too
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_every_stage_on_many_processes_follows_one(single, tmp_path, processes):
+    stages = ["0", "1", "2", "3", "3offload"]
+    assert_stages_follow(single, tmp_path, stages, f"save={MANY // 2}", processes=processes)
+
+
+@pytest.mark.slow
+def test_every_stage_on_one_process_follows_plain_training(single, tmp_path):
+    """DeepSpeed steps with zero gradients to allocate Adam's state: that must leave no trace."""
+    assert_stages_follow(single, tmp_path, ["1", "2", "3", "local"], processes=1)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("bug", ["local", "scale"])
+def test_wrong_statistics_or_gradients_would_be_seen(single, tmp_path, bug):
+    """VICReg over a process's own images, and gradients divided twice: what the bounds must see."""
+    for result in work(["0:fp32", "3:fp32"], tmp_path, f"bug={bug}", processes=2):
+        with pytest.raises(AssertionError):
+            assert_agree(single[STEPS]["fp32"], result, "fp32")
 
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize(
-    ("stage", "then", "processes"), [(2, "local", 1), (1, 3, 2), (3, 2, 2), ("local", 1, 2)]
+    ("stage", "then", "processes"),
+    [
+        *(("2", "local", 1), ("1", "3", 2), ("3", "2", 2), ("local", "1", 2)),
+        pytest.param("1", "3", 4, marks=pytest.mark.slow),
+    ],
 )
 def test_a_checkpoint_resumes_under_another_stage_and_world_size(
     single, tmp_path, stage, then, processes
 ):
-    work(stage, "fp32", tmp_path, "save=3", processes=1 if stage == "local" else 2)
-    resumed = work(then, "fp32", tmp_path, "resume", processes=processes)
-    whole = single("fp32")
-    assert len(resumed["steps"]) == 3
-    assert_agree({**whole, "steps": whole["steps"][3:]}, resumed, "fp32")
+    half = STEPS // 2
+    first = 1 if stage == "local" else 2
+    work([f"{stage}:fp32"], tmp_path, f"save={half}", processes=first, steps=half)
+    (resumed,) = work([f"{then}:fp32"], tmp_path, "resume", processes=processes)
+    whole = single[STEPS]["fp32"]
+    assert len(resumed["steps"]) == half and resumed["average_exact"]
+    assert_agree({**whole, "steps": whole["steps"][half:]}, resumed, "fp32")
+
+
+SKIPPING = ["0:fp32", "0:bf16", "1:bf16", "2:fp32", "3:bf16", "3offload:fp32"]
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize(
-    ("stage", "precision"),
-    [(0, "fp32"), (0, "bf16"), (1, "bf16"), (3, "bf16"), ("local", "bf16")],
-)
-def test_a_nan_on_one_process_is_skipped_on_all(tmp_path, stage, precision):
-    result = work(stage, precision, tmp_path, "nan=2", processes=1 if stage == "local" else 2)
-    assert [step[2] for step in result["steps"]] == [True, True, False, True, True, True]
-    assert all(math.isfinite(total) for total in result["sums"].values())
-    assert all(math.isfinite(step[0]) for i, step in enumerate(result["steps"]) if i != 2)
-    assert result["adam"] == STEPS - 1
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("fault", ["nan", "spike"])
+def test_a_bad_step_is_skipped_on_all(tmp_path, fault, processes):
+    """An image of NaNs on one process; a gradient above its limit."""
+    runs = SKIPPING if processes == 2 else ["local:fp32", "local:bf16"]
+    for run, result in zip(
+        runs, work(runs, tmp_path, f"{fault}=2", processes=processes), strict=True
+    ):
+        assert [step[2] for step in result["steps"]] == [True, True, False, True, True, True], run
+        assert all(math.isfinite(total) for total in result["sums"].values())
+        assert all(math.isfinite(step[0]) for i, step in enumerate(result["steps"]) if i != 2)
+        assert math.isfinite(result["steps"][2][1]) == (fault == "spike")  # the norm is told
+        assert result["adam"] == STEPS - 1 and result["average_exact"]
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("stage", [2, 3])
-def test_blocks_computed_again_follow_plain_training(single, tmp_path, stage):
-    two = work(stage, "fp32", tmp_path, "full", processes=2)
-    assert_agree(single("fp32"), two, "fp32")
+def test_blocks_computed_again_follow_plain_training(single, tmp_path):
+    for result in work(["2:fp32", "3:fp32"], tmp_path, "full", processes=2):
+        assert_agree(single[STEPS]["fp32"], result, "fp32")
 
 
 @pytest.mark.multiprocess
 @pytest.mark.skipif(not launch.INTERPRETING, reason="Triton compiles here: every test runs kernels")
-@pytest.mark.parametrize("stage", [0, 3])
-def test_the_engine_trains_with_the_kernels(single, tmp_path, stage):
+def test_the_engine_trains_with_the_kernels(single, tmp_path):
     """The gathers, the loss, VICReg and the average, on two processes, in the interpreter."""
-    two = work(stage, "fp32", tmp_path, "kernels", processes=2)
-    assert_agree(single("fp32"), two, "fp32")
+    for result in work(["0:fp32", "3:fp32"], tmp_path, "kernels", processes=2):
+        assert_agree(single[STEPS]["fp32"], result, "fp32")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_one_process_without_deepspeed_follows_it(single, tmp_path, precision):
-    local = work("local", precision, tmp_path)
-    assert_agree(single(precision), local, precision)
-    assert not local["rounded"]
+    (local,) = work([f"local:{precision}"], tmp_path)
+    assert_agree(single[STEPS][precision], local, precision)
+    assert not local["rounded"] and local["adam"] == STEPS
 
 
 @pytest.mark.slow
 def test_deepspeeds_own_adamw_follows_torchs(single, tmp_path):
     """It is compiled first, for over a minute."""
-    assert_agree(single("fp32"), work(0, "fp32", tmp_path, "adam=deepspeed"), "fp32")
+    (own,) = work(["0:fp32"], tmp_path, "adam=deepspeed")
+    assert_agree(single[STEPS]["fp32"], own, "fp32")
 
 
 def test_apexs_adamw_follows_torchs(single, tmp_path):
     pytest.importorskip("apex.optimizers", reason="apex is not installed")
-    assert_agree(single("fp32"), work(0, "fp32", tmp_path, "adam=apex"), "fp32")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_stages_on_one_process_follow_plain_training(single, tmp_path, stage):
-    """DeepSpeed steps with zero gradients to allocate Adam's state: that must leave no trace."""
-    assert_agree(single("fp32"), work(stage, "fp32", tmp_path), "fp32")
+    (own,) = work(["0:fp32"], tmp_path, "adam=apex")
+    assert_agree(single[STEPS]["fp32"], own, "fp32")
 
 
 def test_the_users_deepspeed_json_is_kept():

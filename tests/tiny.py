@@ -66,11 +66,13 @@ def train(*args, processes: int = 1):
 
 def save(folder: Path, engine, step: int, encoder_json: str = "{}") -> Path:
     """An engine's checkpoint in a run's folder, written at once; every process calls it."""
+    from cjepa_fast.engine import from_all
     from cjepa_fast.saver import Saver
 
     saver = Saver(folder / "checkpoints", engine, encoder_json, keep=9)
     saver.begin(step, {})
     saver.finish()
+    from_all(None)  # the first process has named it
     return folder / "checkpoints" / f"step_{step:08d}"
 
 
