@@ -107,9 +107,9 @@ def meta_batch(config: Config, images: int) -> tuple:
 def static_bytes(trained: int, encoder: int, precision: str, stage: int, count: int) -> dict:
     """By part, what one of `count` GPUs holds whatever the batch; numbers of parameters given.
 
-    ZeRO 1 shares the optimiser's state, 2 also the gradients, 3 also the weights. Our moving
-    average is shared with the masters; its working copy is whole everywhere. DeepSpeed's update
-    takes fp32 gradients; one GPU's, without it, reads them as they are.
+    ZeRO 1 shares the optimiser's state, 2 also the gradients, 3 also the weights and the average's
+    working copy. Our moving average is shared with the masters. DeepSpeed's update takes fp32
+    gradients; one GPU's, without it, reads them as they are.
     """
     number = {"bf16": 2, "fp32": 4}[precision]
     low = precision == "bf16"
@@ -121,7 +121,7 @@ def static_bytes(trained: int, encoder: int, precision: str, stage: int, count: 
         "fp32 masters": 4 * trained / state if low else 0.0,
         "Adam's moments": 8 * trained / state,
         "average": 4 * encoder / state,
-        "its working copy": number * encoder,
+        "its working copy": number * encoder / (count if stage == 3 else 1),
     }
 
 

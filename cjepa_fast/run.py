@@ -235,7 +235,7 @@ class Run:
             checkpoint.set_aside_later_than(self.folder, self.done)
         self._save()
         saved = self.saver.finish()
-        state = f"The last good state is saved as step {self.done}" if saved else "Not saved"
+        state = f"The last good state is saved as step {self.done}" if saved else "See above"
         self.telemetry.message(
             f"stopped: {self.bad.in_row} steps in a row could not be applied. {state}; the images "
             f"are named in {self.folder / BAD_STEPS}"

@@ -1,11 +1,11 @@
 """Train a tiny C-JEPA for a few steps and print what came out, as one JSON line a run on rank 0.
 
 engine_worker.py RUN[,RUN ...] STEPS FOLDER [OPTION ...]: save=STEP resume nan=STEP spike=STEP
-kernels adam=NAME full bug=NAME. A RUN is STAGE:PRECISION. STAGE is ZeRO's, "3offload" with the
-optimiser's state on the CPU, or "local" for the engine without DeepSpeed. The global batch of each
-step is the same for every number of processes. With `kernels` the Triton kernels run, in the
-interpreter. With `full` the blocks are computed again in the backward, from weights that stage 3
-has given up in between. Bugs: "local" statistics of VICReg, gradients "scale"d by the processes.
+weight=STEP kernels adam=NAME full bug=NAME. A RUN is STAGE:PRECISION. STAGE is ZeRO's, "3offload"
+with the optimiser's state on the CPU, or "local" for the engine without DeepSpeed. The global batch
+of each step is the same for every number of processes. With `kernels` the Triton kernels run, in
+the interpreter. With `full` the blocks are computed again in the backward, from weights that stage
+3 has given up in between. Bugs: "local" statistics of VICReg, gradients "scale"d by the processes.
 """
 
 import contextlib
@@ -119,6 +119,9 @@ def train(stage: str, precision: str, steps: int, folder: Path, options: dict) -
                 x[rank * share : (rank + 1) * share] for x in batch_of(step, micro)
             )
             images = images.to(dtype)
+            if options.get("weight") == str(step) and rank == engine.world_size() - 1:
+                p = made.module.encoder.norm.weight
+                (p if p.numel() else p.ds_tensor).data[0] = float("nan")
             if options.get("nan") == str(step) and rank == engine.world_size() - 1:
                 images[0] = float("nan")
             with torch.no_grad():

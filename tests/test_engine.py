@@ -125,6 +125,17 @@ def test_a_bad_step_is_skipped_on_all(tmp_path, fault, processes):
 
 
 @pytest.mark.multiprocess
+def test_a_weight_that_is_not_finite_on_one_process_stops_all_updates(tmp_path):
+    """In the working copy, which no skipped step mends: the state stays what it was."""
+    results = work(SKIPPING, tmp_path, "weight=2", processes=2)
+    for run, result in zip(SKIPPING, results, strict=True):
+        assert [step[2] for step in result["steps"]] == [True] * 2 + [False] * 4, run
+        assert result["adam"] == 2
+        if not run.endswith("0:fp32"):  # whose weights are their own masters
+            assert all(math.isfinite(total) for total in result["sums"].values()), run
+
+
+@pytest.mark.multiprocess
 def test_blocks_computed_again_follow_plain_training(single, tmp_path):
     for result in work(["2:fp32", "3:fp32"], tmp_path, "full", processes=2):
         assert_agree(single[STEPS]["fp32"], result, "fp32")
