@@ -212,3 +212,30 @@ def test_a_full_disk_stops_no_training(tmp_path, capfd):
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
         assert run(config, "--resume", "auto") == 0
         assert list(tiny.losses(disk / "run")) == list(range(1, 7))
+
+
+@pytest.mark.multiprocess
+def test_a_run_goes_on_on_another_number_of_processes_and_another_stage(tmp_path):
+    """The same images in the same order, to fp32 rounding the same losses; what would change the
+    maths is refused, with the way out."""
+    sections = {
+        "run": {"epochs": 3, "precision": "fp32"},
+        "mask": {"min_keep": 4, "context": "fixed"},  # "random" cuts contexts by micro-batch
+        "checkpoint": {"every_steps": 3, "keep": 9},
+        "loss": {"vicreg": {"beta": 0.1}},
+    }
+    config = tiny.write_config(tmp_path, **sections)
+    assert run(config) == 0
+    held = tmp_path / "run" / "checkpoints" / "step_00000003"
+    elsewhere = ["--resume", held, "--set", f"run.dir={tmp_path / 'two'}"]
+    elsewhere += ["--set", 'deepspeed={"zero_optimization":{"stage":3}}']
+    refused = tiny.train("--config", config, *elsewhere, processes=2)
+    assert refused.returncode != 0
+    assert "images a VICReg statistic: 16, saved with 8" in refused.stderr
+    elsewhere += ["--set", "data.micro_batch_size=4"]
+    resumed = tiny.train("--config", config, *elsewhere, processes=2)
+    assert resumed.returncode == 0, resumed.stderr
+    one, two = tiny.losses(tmp_path / "run"), tiny.losses(tmp_path / "two")
+    assert list(two) == [4, 5, 6]
+    for step, terms in two.items():
+        assert terms == pytest.approx(one[step], rel=2e-5, abs=1e-7)

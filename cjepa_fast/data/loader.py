@@ -92,7 +92,7 @@ class Loader:
         self.accumulation = global_batch // (world_size * micro_batch)
         self.skipped = Skipped(images, log)
         self._global_batch, self._micro_batch = global_batch, micro_batch
-        self._first = rank * (global_batch // world_size)
+        self._rank, self._world_size = rank, world_size
         self._scale, self._ratio, self._colour = crop_scale, crop_ratio, colour
         self._seed, self._masks, self._prefetch = seed, masks, prefetch
         self._device = _with_index(torch.device(device))
@@ -122,7 +122,10 @@ class Loader:
         for overall in itertools.count(start_step):
             epoch, step = divmod(overall, self.steps_per_epoch)
             for micro in range(self.accumulation):
-                first = step * self._global_batch + self._first + micro * self._micro_batch
+                # All ranks' shares lie side by side, so that the images which share VICReg's
+                # statistics are the same on any number of ranks.
+                share = micro * self._world_size + self._rank
+                first = step * self._global_batch + share * self._micro_batch
                 places_B = torch.arange(first, first + self._micro_batch)
                 index_B = self.order(epoch)[places_B].numpy()
                 place = _Place(epoch, step, micro, places_B)
