@@ -52,7 +52,8 @@ def images(request, tmp_path):
 
 
 def test_world_sizes_share_one_global_order(images):
-    """Each step's images, concatenated by rank, are the same for 1, 2 and 3 ranks, to the bit."""
+    """Each step's images are the same for 1, 2 and 3 ranks, to the bit; a micro-batch of all ranks
+    is a run of places."""
     whole = take(loader(images, micro_batch=12), 4)
     for world_size in (2, 3):
         ranks = [
@@ -61,7 +62,7 @@ def test_world_sizes_share_one_global_order(images):
         accumulation = 6 // world_size
         for k, want in enumerate(whole):
             parts = [r[k * accumulation : (k + 1) * accumulation] for r in ranks]
-            joined = [batch for part in parts for batch in part]
+            joined = [batch for micro in zip(*parts, strict=True) for batch in micro]
             assert indices(joined) == want.index_B.tolist()
             assert torch.equal(torch.cat([b.images_B3HW for b in joined]), want.images_B3HW)
             assert (
@@ -131,9 +132,9 @@ def test_masks_are_made_with_the_batch(images):
         return sampler(epoch, step, places_B)
 
     batches = take(loader(images, rank=1, world_size=2, masks=masks), 4)
-    assert [s[:3] for s in seen[:2]] == [(0, 0, [6, 7]), (0, 0, [8, 9])]
-    assert seen[9][:3] == (1, 0, [6, 7]) and {s[3] for s in seen} == {"loader"}
-    want = sampler(0, 0, torch.tensor([6, 7]))
+    assert [s[:3] for s in seen[:2]] == [(0, 0, [2, 3]), (0, 0, [6, 7])]
+    assert seen[9][:3] == (1, 0, [2, 3]) and {s[3] for s in seen} == {"loader"}
+    want = sampler(0, 0, torch.tensor([2, 3]))
     assert torch.equal(batches[0].masks.context_idx_BK, want.context_idx_BK)
     assert torch.equal(batches[0].masks.target_idx_BMP, want.target_idx_BMP)
 
@@ -201,7 +202,8 @@ def test_stand_ins_come_from_the_dropped_tail_on_any_rank_and_after_resume(broke
     assert holes >= 4
     ranks = [take(loader(images, 18, 3, rank=r, world_size=2, **options), 24) for r in range(2)]
     for step in range(24):
-        parts = [batch for rank in ranks for batch in rank[step * 3 : step * 3 + 3]]
+        micros = zip(*(rank[step * 3 : step * 3 + 3] for rank in ranks), strict=True)
+        parts = [batch for micro in micros for batch in micro]
         joined = torch.cat([part.images_B3HW for part in parts])
         assert torch.equal(joined, batches[step].images_B3HW)
     for start in (1, 7, 13, 20):
