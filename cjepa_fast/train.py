@@ -41,6 +41,7 @@ from cjepa_fast.build import (
     initialise,
 )
 from cjepa_fast.config import Config, ConfigError
+from cjepa_fast.data.batches import ImagesGone
 from cjepa_fast.data.loader import Batch, Loader
 from cjepa_fast.graph import Graphed
 from cjepa_fast.interrupt import StopRequest
@@ -414,7 +415,12 @@ def main(argv: list[str] | None = None) -> int:
             dry_run(trainer, loader)
             return 0
         ending.callback(telemetry.close)
-        return fit(trainer, loader, telemetry, run, start)
+        try:
+            return fit(trainer, loader, telemetry, run, start)
+        except ImagesGone as error:
+            back = f"Once they are back, go on with: {resume_command()}"
+            print(f"error: {error}. {back}", file=sys.stderr, flush=True)
+            return 1
 
 
 if __name__ == "__main__":

@@ -149,6 +149,9 @@ def _walk(shard: Path) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
+                if member.isreg() and not 0 <= member.size <= size - member.offset_data:
+                    claim = f"{member.name} claims {member.size} bytes, the file has {size}"
+                    raise ValueError(_damaged(shard, claim))
                 if why := _refusal(member):
                     refused[member.name] = why
                 elif member.isreg():
@@ -156,9 +159,6 @@ def _walk(shard: Path) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
             end = tar.offset
     except tarfile.TarError as error:
         raise ValueError(_damaged(shard, str(error))) from error
-    last = max((offset + count for offset, count in found.values()), default=0)
-    if last > size:
-        raise ValueError(_damaged(shard, f"its members need {last} bytes, it has {size}"))
     with open(shard, "rb") as file:  # tarfile takes a bad header, too, for the end of the archive
         file.seek(end)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):

@@ -87,26 +87,32 @@ def write_images(folder: Path) -> Path:
     return folder
 
 
-def drive(folder: Path, images: Path, moments: list[Moment], processes: int = 1) -> Driven:
-    """A run struck at each of the moments, one a start, and then left alone until it is done."""
-    folder.mkdir()
+def write_config(folder: Path, images: Path) -> list:
+    """The arguments that train there."""
     config = tiny.write_config(
         folder,
         run={"epochs": STEPS // 2},
         data={"path": str(images)},
         checkpoint={"every_steps": EVERY, "keep": 2},
     )
+    return ["--config", config]
+
+
+def drive(folder: Path, images: Path, moments: list[Moment], processes: int = 1) -> Driven:
+    """A run struck at each of the moments, one a start, and then left alone until it is done."""
+    folder.mkdir()
+    config = write_config(folder, images)
     starts = []
     for number, moment in enumerate([*moments, None]):
         resume = ["--resume", "auto"] if number else []
-        starts.append(start(folder, number, moment, ["--config", config, *resume], processes))
+        starts.append(start(folder, number, moment, [*config, *resume], processes))
         if moment is None:
             assert starts[-1].status == 0, starts[-1].said
     return Driven(folder / "run", starts)
 
 
 def start(
-    folder: Path, number: int, moment: Moment | None, arguments: list, processes: int
+    folder: Path, number: int, moment: Moment | None, arguments: list, processes: int = 1
 ) -> Start:
     said = folder / f"said.{number}"
     command = [sys.executable, RECORDER, folder, number, moment or "-", *arguments]
@@ -143,7 +149,7 @@ def strike(moment: Moment, launcher: subprocess.Popen, halted: Path, said: Path)
 
 
 def rows_of(file: Path) -> dict[int, dict]:
-    """By step; a last line that a kill has torn is left out."""
+    """By step; none where the process never came so far. A kill may have torn the last line."""
     if not file.exists():
         return {}
     lines = file.read_text().split("\n")[:-1]

@@ -1,10 +1,10 @@
-"""A run that is killed and goes on is, bit for bit, the run that was never killed."""
+"""A run that is killed, or loses its images, and goes on is, bit for bit, the undisturbed run."""
 
 import functools
 
 import harness
 import pytest
-from harness import Moment, assert_same, drive, some_moments
+from harness import Driven, Moment, assert_same, drive, some_moments, start
 
 
 @pytest.fixture(scope="module")
@@ -20,15 +20,19 @@ def whole(tmp_path_factory, images):
 
 
 @pytest.mark.slow
-def test_killed_in_a_save_and_in_the_loader_and_asked_to_stop_in_a_save(tmp_path, images, whole):
-    moments = [
-        Moment("disk", after=4, nth=3),
-        Moment("disk", after=6, nth=2, act=harness.ask_to_stop),
-        Moment("read", after=9, nth=5),
-    ]
+def test_killed_in_a_save_and_in_the_loader(tmp_path, images, whole):
+    moments = [Moment("disk", after=4, nth=3), Moment("read", after=9, nth=5)]
     struck = drive(tmp_path / "run", images, moments)
-    assert [start.status for start in struck.starts] == [-9, 0, -9, 0]
-    assert "go on with" in struck.starts[1].said
+    assert [one.status for one in struck.starts] == [-9, -9, 0]
+    assert_same(struck, whole(1))
+
+
+@pytest.mark.slow
+def test_asked_to_stop_in_a_save(tmp_path, images, whole):
+    moment = Moment("disk", after=6, nth=2, act=harness.ask_to_stop)
+    struck = drive(tmp_path / "run", images, [moment])
+    assert [one.status for one in struck.starts] == [0, 0]
+    assert "go on with" in struck.starts[0].said and 6 <= struck.starts[0].steps[-1] < 16
     assert_same(struck, whole(1))
 
 
@@ -38,6 +42,25 @@ def test_one_of_two_processes_killed(tmp_path, images, whole):
     struck = drive(tmp_path / "run", images, moments, processes=2)
     assert struck.starts[0].status not in (0, -9)  # the launcher's own: the other did not hang
     assert_same(struck, whole(2))
+
+
+@pytest.mark.slow
+def test_images_that_go_away_and_come_back(tmp_path, images, whole):
+    away = images.with_name("away")
+
+    def take_away(launcher, pid):
+        images.rename(away)
+
+    config = harness.write_config(tmp_path, images)
+    try:
+        lost = start(tmp_path, 0, Moment("read", after=5, nth=3, act=take_away), config)
+    finally:
+        away.rename(images)
+    found = start(tmp_path, 1, None, [*config, "--resume", "auto"])
+    assert (lost.status, found.status) == (1, 0) and "Traceback" not in lost.said
+    told = next(line for line in lost.said.splitlines() if line.startswith("error: "))
+    assert told.startswith("error: class_") and str(images) in told and "--resume auto" in told
+    assert_same(Driven(tmp_path / "run", [lost, found]), whole(1))
 
 
 @pytest.mark.faults
