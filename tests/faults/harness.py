@@ -115,26 +115,31 @@ def start(
     folder: Path, number: int, moment: Moment | None, arguments: list, processes: int = 1
 ) -> Start:
     said = folder / f"said.{number}"
-    command = [sys.executable, RECORDER, folder, number, moment or "-", *arguments]
-    if processes > 1:
-        command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [RECORDER, folder, number, moment or "-", *arguments]
+    launcher = launch(command, processes, said)
+    try:
+        if moment is not None:
+            strike(moment, launcher, folder / f"halted.{number}", said)
+        status = launcher.wait(HANG_S)
+    finally:
+        if launcher.poll() is None:
+            kill_all(launcher, launcher.pid)
+    rows = [rows_of(folder / f"rows.{number}.{rank}") for rank in range(processes)]
+    return Start(moment, status, said.read_text(), rows)
+
+
+def launch(command: list, processes: int, said: Path) -> subprocess.Popen:
+    """A script with its arguments on so many processes; both its outputs go to the file `said`."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    words = [sys.executable, *(launcher if processes > 1 else []), *command]
     with open(said, "w") as file:
-        launcher = subprocess.Popen(
-            [str(part) for part in command],
+        return subprocess.Popen(
+            [str(word) for word in words],
             stdout=file,
             stderr=subprocess.STDOUT,
             env=tiny.environment() | {"CUDA_VISIBLE_DEVICES": ""},  # bit for bit holds on the CPU
             cwd=tiny.ROOT,
         )
-        try:
-            if moment is not None:
-                strike(moment, launcher, folder / f"halted.{number}", said)
-            status = launcher.wait(HANG_S)
-        finally:
-            if launcher.poll() is None:
-                kill_all(launcher, launcher.pid)
-    rows = [rows_of(folder / f"rows.{number}.{rank}") for rank in range(processes)]
-    return Start(moment, status, said.read_text(), rows)
 
 
 def strike(moment: Moment, launcher: subprocess.Popen, halted: Path, said: Path) -> None:
