@@ -112,6 +112,15 @@ def mean_over_ranks(terms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return dict(zip(terms, values / world_size(), strict=True))
 
 
+def sum_over_ranks(count: int, device: torch.device) -> int:
+    """A count, added up over all processes."""
+    if world_size() == 1:
+        return count
+    total = torch.tensor(count, device=device)
+    dist.all_reduce(total)
+    return int(total)
+
+
 def from_first_process(make: Callable[[], T]) -> T:
     """What make() returns on process 0, on all."""
     made = [make() if rank() == 0 else None]

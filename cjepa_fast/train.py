@@ -175,14 +175,17 @@ class Trainer:
         }
 
     def details(self, index: int, skipped_steps: int, skipped_images: int) -> dict:
-        """What is logged of a single step, at the end of a telemetry interval."""
+        """What is logged of a single step, at the end of a telemetry interval.
+
+        skipped_images: by this process; every process must call this.
+        """
         lr, weight_decay, momentum = self.schedules(index)
         return {
             "lr": lr,
             "weight_decay": weight_decay,
             "momentum": momentum,
             "skipped_steps": skipped_steps,
-            "skipped_images": skipped_images,
+            "skipped_images": engines.sum_over_ranks(skipped_images, self.device),
             **representation_stats(torch.cat(list(self.features))),
         }
 

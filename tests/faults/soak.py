@@ -9,6 +9,7 @@ counts for each of the two. What each start said lies in --folder.
 """
 
 import argparse
+import contextlib
 import os
 import random
 import statistics
@@ -106,7 +107,7 @@ class Run:
     """A training of so many steps below `folder`, started as often as it takes."""
 
     def __init__(self, folder: Path, images: Path, epochs: int, every: int):
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True)
         self.folder, self.starts, self.kills = folder, 0, 0
         self.stretches: list[Stretch] = []
         self.config = tiny.write_config(
@@ -141,7 +142,8 @@ class Run:
             workers = self._sample(launcher, stretches)
             if not killed and workers and time.monotonic() - began > kill_after_s:
                 killed = True
-                draw.choice([kill_all, kill_one])(launcher, draw.choice(workers))
+                with contextlib.suppress(psutil.Error, ProcessLookupError):  # it has just ended
+                    draw.choice([kill_all, kill_one])(launcher, draw.choice(workers))
             time.sleep(SAMPLE_S)
         self.starts += 1
         self.kills += killed
@@ -153,14 +155,10 @@ class Run:
     def _sample(self, launcher: subprocess.Popen, stretches: dict[int, Stretch]) -> list[int]:
         """Note a sample of each training process; returns their ids."""
         workers = []
-        for process in psutil.Process(launcher.pid).children(recursive=True):
-            try:
-                rank = process.environ().get("RANK")
+        for process in psutil.Process(launcher.pid).children():
+            with contextlib.suppress(psutil.Error, OSError, KeyError):  # it begins, or has ended
+                name = f"{self.folder.name} {self.starts}, process {process.environ()['RANK']}"
                 sample = sampled(process)
-            except (psutil.Error, OSError):  # it has just ended
-                continue
-            if rank is not None:
-                name = f"{self.folder.name} {self.starts}, process {rank}"
                 stretches.setdefault(process.pid, Stretch(name)).samples.append(sample)
                 workers.append(process.pid)
         return workers

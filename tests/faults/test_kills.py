@@ -6,6 +6,9 @@ import harness
 import pytest
 from harness import Driven, Moment, assert_same, drive, some_moments, start
 
+from cjepa_fast import draws
+from cjepa_fast.telemetry import read_log
+
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
@@ -42,6 +45,21 @@ def test_one_of_two_processes_killed(tmp_path, images, whole):
     struck = drive(tmp_path / "run", images, moments, processes=2)
     assert struck.starts[0].status not in (0, -9)  # the launcher's own: the other did not hang
     assert_same(struck, whole(2))
+
+
+@pytest.mark.multiprocess
+def test_skipped_images_are_counted_over_all_processes(images, whole):
+    """An epoch has a hole where the broken image is not in its dropped tail."""
+    listed = sorted(path.relative_to(images) for path in images.rglob("*.jpg"))
+    broken = [path.name for path in listed].index("tables.jpg")
+    places = [
+        draws.permutation(0, epoch, len(listed)).tolist().index(broken)
+        for epoch in range(harness.STEPS // 2)
+    ]
+    holes = [place for place in places if place < 32]
+    assert {place % 16 // 8 for place in holes} == {0, 1}  # on both processes
+    counted = read_log(whole(2).run)[-1]["skipped_images"]
+    assert len(holes) <= counted <= len(holes) + 2  # the loaders read ahead
 
 
 @pytest.mark.slow
