@@ -5,13 +5,13 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --constraint constraints.txt
 STAMP := $(VENV)/.installed
-FAST := not slow and not multiprocess and not gpu
+FAST := not slow and not multiprocess and not gpu and not faults
 # A file of tests is one worker's; tests/conftest.py says how many there are.
 WORKERS := --dist loadfile -n auto
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test check format bench clean
+.PHONY: help install demo test faults check format bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1|/p' $(MAKEFILE_LIST) | \
@@ -23,7 +23,10 @@ demo: $(STAMP) ## train a small ViT on a made-up picture set in minutes, and dra
 	@$(RUN) -m cjepa_fast.demo
 
 test: $(STAMP) ## every test that this machine can run
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest $(WORKERS)
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not faults" $(WORKERS)
+
+faults: $(STAMP) ## kill runs at 20 moments, on 1 and 2 processes, and compare them with whole ones
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest tests/faults
 
 check: $(STAMP) ## ruff, then the fast tests
 	@$(RUN) -m ruff check .

@@ -10,8 +10,10 @@ import hashlib
 import json
 import math
 import os
+import queue
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +23,8 @@ import torch
 
 REFRESH_S = 0.5  # on a terminal the line is redrawn no oftener than this
 RATE_MEMORY = 0.7  # weight of the past in the moving average of the step time behind the ETA
+ROWS_WAITING = 500  # for a service that does not answer, before it is given up
+ANSWER_S = 60.0  # that a service has for the last rows when the run ends
 TERMS = ("jepa", "sim", "std", "cov")  # the loss's terms on the progress line
 
 
@@ -61,11 +65,11 @@ class Telemetry:
         kept = _drop_rows_after(folder / "log.jsonl", start_step)
         self._log = Lines(self.message, folder / "log.jsonl")
         self._events: dict[str, Lines] = {}
-        self._mirrors: list[Mirror] = []
+        self._mirrors: list[Mirror | Aside] = []
         if tensorboard:
             self._mirrors.append(Board(self.message, folder / "tensorboard", start_step))
         if wandb:
-            self._mirrors.append(WeightsAndBiases(self.message, folder, wandb))
+            self._mirrors.append(Aside(WeightsAndBiases, self.message, folder, wandb))
         self._gpu = GpuCounters()
         self._before_s = kept[-1].get("time_s", 0.0) if kept else 0.0
         self._start_s = time.perf_counter()
@@ -310,6 +314,45 @@ class Mirror:
             )
 
 
+class Aside:
+    """A mirror in a thread of its own: a service that hangs there holds nobody up."""
+
+    def __init__(self, mirror: type[Mirror], say: Callable[[str], None], *where):
+        self._name, self._say, self._on = mirror.name, say, True
+        self._rows: queue.Queue[dict | None] = queue.Queue(ROWS_WAITING)  # None: the end
+        self._thread = threading.Thread(
+            target=self._serve, args=(mirror, *where), name=mirror.name, daemon=True
+        )
+        self._thread.start()
+
+    def _serve(self, mirror: type[Mirror], *where) -> None:
+        served = mirror(self._end_with, *where)
+        while (row := self._rows.get()) is not None:
+            served.write(row)
+        served.close()
+
+    def write(self, row: dict | None) -> None:
+        try:
+            self._rows.put_nowait(row)
+        except queue.Full:
+            self._give_up()
+
+    def close(self) -> None:
+        self.write(None)
+        if self._on:
+            self._thread.join(ANSWER_S)
+            if self._thread.is_alive():
+                self._give_up()
+
+    def _give_up(self) -> None:
+        self._end_with(f"{self._name} is off for the rest of the run: it does not answer")
+
+    def _end_with(self, text: str) -> None:
+        if self._on:  # said once, however it ends
+            self._on = False
+            self._say(text)
+
+
 class Board(Mirror):
     """TensorBoard scalars in `folder`."""
 
@@ -318,10 +361,13 @@ class Board(Mirror):
     def _open(self, folder: Path, start_step: int):
         from torch.utils.tensorboard import SummaryWriter
 
+        self._folder = folder
         # events beyond the resumed step, of the run that was interrupted, are hidden
         return SummaryWriter(str(folder), purge_step=start_step + 1)
 
     def _put(self, scalars: dict, step: int) -> None:
+        if not self._folder.is_dir():  # the open file would take rows that nobody will find
+            raise NotADirectoryError(f"{self._folder} is gone")
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()  # its writer thread hands any error of the disk on to here
@@ -338,6 +384,8 @@ class WeightsAndBiases(Mirror):
     def _open(self, folder: Path, project: str):
         import wandb
 
+        # beyond this even the interpreter's end would wait (wandb's pull request 11737)
+        os.environ.setdefault("WANDB_FINISH_TIMEOUT", str(ANSWER_S))
         own = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
         return wandb.init(project=project, name=folder.name, dir=folder, id=own, resume="allow")
 

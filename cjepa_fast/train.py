@@ -25,6 +25,7 @@ from cjepa_fast import config as configuration
 from cjepa_fast import engine as engines
 from cjepa_fast.build import build_loader, build_masks, gflop_of
 from cjepa_fast.config import Config, ConfigError
+from cjepa_fast.data.batches import ImagesGone
 from cjepa_fast.data.loader import Loader
 from cjepa_fast.run import Run, steps_of
 from cjepa_fast.telemetry import Telemetry
@@ -230,7 +231,12 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         ending.callback(lock.release)
         ending.callback(telemetry.close)
-        return Run(trainer, loader, telemetry, run, state, resume_command()).go()
+        try:
+            return Run(trainer, loader, telemetry, run, state, resume_command()).go()
+        except ImagesGone as error:
+            back = f"Once they are back, go on with: {resume_command()}"
+            print(f"error: {error}. {back}", file=sys.stderr, flush=True)
+            return 1
 
 
 if __name__ == "__main__":

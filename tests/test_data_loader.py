@@ -185,8 +185,8 @@ def test_broken_files_never_stop_an_epoch(broken):
 
 def test_stand_ins_come_from_the_dropped_tail_on_any_rank_and_after_resume(broken):
     images, later = broken
-    (images._root / "c1" / "0003.jpg").unlink()
-    made.write(images._root / "c0" / "0004.jpg", b"\xff\xd8 shrunk")
+    (images.root / "c1" / "0003.jpg").unlink()
+    made.write(images.root / "c0" / "0004.jpg", b"\xff\xd8 shrunk")
     bad = bad_indices(images, later | {"c1/0003.jpg", "c0/0004.jpg"})
     assert len(bad) == 4
     options = {"seed": 9}

@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+import threading
 import types
 
 import pytest
@@ -330,7 +331,65 @@ def test_without_its_package_weights_and_biases_is_off(tmp_path, started, monkey
     out = started(tmp_path, wandb="mine", stream=stream)
     out.step(1, {"loss": torch.tensor(1.0)})
     out.log_row()
+    out.close()
     assert "Weights & Biases is off" in stream.getvalue() and len(read_log(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("where", ["init", "log", "finish"])
+@pytest.mark.parametrize("fault", ["raises", "hangs"])
+def test_a_dead_service_holds_nobody_up_and_is_said_once(
+    tmp_path, started, monkeypatch, where, fault
+):
+    over = threading.Event()
+
+    def fail(*_, **__):
+        if fault == "raises":
+            raise ConnectionError("no route to host")
+        over.wait(60)
+
+    run = types.SimpleNamespace(log=lambda *_, **__: None, finish=lambda: None)
+    fake = types.ModuleType("wandb")
+    fake.init = lambda **_: run
+    setattr(fake if where == "init" else run, where, fail)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(telemetry, "ANSWER_S", 0.2 if fault == "hangs" else 60)
+    stream = io.StringIO()
+    out = started(tmp_path, wandb="mine", stream=stream, interval=1)
+    for step in range(1, 41):
+        out.step(step, {"loss": torch.tensor(1.0)})
+        out.log_row()
+    out.close()
+    out.close()
+    over.set()
+    assert len(read_log(tmp_path)) == 40
+    assert stream.getvalue().count("Weights & Biases is off") == 1
+    assert ("no route to host" if fault == "raises" else "does not answer") in stream.getvalue()
+
+
+def test_a_service_that_hangs_long_is_given_up_before_the_end(tmp_path, started, monkeypatch):
+    over, stream = threading.Event(), io.StringIO()
+    fake = types.ModuleType("wandb")
+    fake.init = lambda **_: over.wait(60)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(telemetry, "ROWS_WAITING", 5)
+    out = started(tmp_path, wandb="mine", stream=stream, interval=1)
+    for step in range(1, 8):
+        assert ("is off" in stream.getvalue()) == (step > 6)
+        out.step(step, {"loss": torch.tensor(1.0)})
+        out.log_row()
+    over.set()
+
+
+def test_a_tensorboard_folder_that_goes_away_is_said_once(tmp_path, started):
+    stream = io.StringIO()
+    out = started(tmp_path, tensorboard=True, interval=1, stream=stream)
+    for step in (1, 2, 3):
+        if step == 2:
+            (tmp_path / "tensorboard").rename(tmp_path / "moved")
+            (tmp_path / "tensorboard").write_text("a file")
+        out.step(step, {"loss": torch.tensor(1.0)})
+        out.log_row()
+    assert stream.getvalue().count("TensorBoard is off") == 1 and len(read_log(tmp_path)) == 3
 
 
 class FakeNVML(types.ModuleType):

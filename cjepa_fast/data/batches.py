@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,21 +22,29 @@ READ_AHEAD = 2  # batches whose bytes are being read beside those inside DALI
 
 
 class Skipped:
-    """Images that turned out bad while reading or decoding: `count` holes, each name once."""
+    """Images that turned out bad while reading or decoding: `count` holes, each name once.
+
+    Beyond NAMES_LOGGED only the first of a shard is told, so that no shard goes bad unsaid.
+    """
 
     def __init__(self, images: ImageSet, log: Callable[[str], None]):
         self._images, self._log = images, log
         self.count = 0
         self.reasons: dict[int, str] = {}
+        self._shards: set[Path | None] = {None}
+        self._all_named = True
 
     def note(self, i: int, reason: str) -> None:
         if i in self.reasons:
             return
         self.reasons[i] = reason
-        if len(self.reasons) <= NAMES_LOGGED:
+        shard = self._images.shard(i)
+        if len(self.reasons) <= NAMES_LOGGED or shard not in self._shards:
             self._log(f"bad image skipped: {self._images.name(i)}: {reason}")
-        elif len(self.reasons) == NAMES_LOGGED + 1:
+        elif self._all_named:
+            self._all_named = False
             self._log("more bad images are skipped without being named here")
+        self._shards.add(shard)
 
     @property
     def names(self) -> list[tuple[str, str]]:
@@ -63,6 +72,10 @@ class Work:
 
 # Given the work and the place b of a bad image: fills the hole, or returns False to drop it.
 Mend = Callable[[Work, int, Decoder], bool]
+
+
+class ImagesGone(RuntimeError):
+    """Nothing can be read in the place of a bad image: the message names images and set."""
 
 
 def read_one(images: ImageSet, i: int) -> bytes | OSError:

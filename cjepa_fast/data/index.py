@@ -21,7 +21,7 @@ import numpy as np
 
 from cjepa_fast.data import formats
 
-VERSION = 1  # of the cached file; raise it when the check or the layout changes
+VERSION = 2  # of the cached file; raise it when the check or the layout changes
 CHUNK = 256  # images a task
 UNLABELLED = -1
 ENTRY = np.dtype(
@@ -131,6 +131,19 @@ def pread_exactly(fd: int, count: int, offset: int) -> bytes:
         if not more:
             raise OSError(f"ends after {len(data)} of {count} bytes: changed since it was indexed")
         data += more
+    return data
+
+
+def stamp(status: os.stat_result) -> tuple[int, int]:
+    """What changes where a file is written to, or another takes its place: size and time."""
+    return status.st_size, status.st_mtime_ns
+
+
+def read_unchanged(fd: int, indexed: tuple[int, int], count: int, offset: int) -> bytes:
+    """pread_exactly of a file whose stamp is as it was when it was indexed, else OSError."""
+    data = pread_exactly(fd, count, offset)
+    if stamp(os.fstat(fd)) != indexed:  # after the read, so that no write slips in between
+        raise OSError("changed since it was indexed")
     return data
 
 

@@ -139,21 +139,38 @@ def split_key(name: str) -> tuple[str, str]:
 
 def members(shard: Path) -> dict[str, tuple[int, int]]:
     """{name: (offset, size)} of a shard's regular members. Raises ValueError on a damaged tar."""
+    return _walk(shard)[0]
+
+
+def _walk(shard: Path) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
+    """(members that can be read, {name: why} of those that are refused). Nothing is unpacked."""
     size = shard.stat().st_size
+    found, refused = {}, {}
     try:
         with tarfile.open(shard, "r:") as tar:
-            found = {m.name: (m.offset_data, m.size) for m in tar if m.isreg()}
+            for member in tar:
+                if member.isreg() and not 0 <= member.size <= size - member.offset_data:
+                    claim = f"{member.name} claims {member.size} bytes, the file has {size}"
+                    raise ValueError(_damaged(shard, claim))
+                if why := _refusal(member):
+                    refused[member.name] = why
+                elif member.isreg():
+                    found[member.name] = member.offset_data, member.size
             end = tar.offset
     except tarfile.TarError as error:
         raise ValueError(_damaged(shard, str(error))) from error
-    last = max((offset + count for offset, count in found.values()), default=0)
-    if last > size:
-        raise ValueError(_damaged(shard, f"its members need {last} bytes, it has {size}"))
     with open(shard, "rb") as file:  # tarfile takes a bad header, too, for the end of the archive
         file.seek(end)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise ValueError(_damaged(shard, f"its list of members breaks off at byte {end}"))
-    return found
+    return found, refused
+
+
+def _refusal(member: tarfile.TarInfo) -> str:
+    """Why a member is not read; "" where nothing speaks against it."""
+    if member.name.startswith("/") or ".." in member.name.split("/"):
+        return "its path leaves the shard's folder"
+    return "a link, not a file" if member.issym() or member.islnk() else ""
 
 
 def _damaged(shard: Path, why: str) -> str:
@@ -165,7 +182,7 @@ def _damaged(shard: Path, why: str) -> str:
 
 def index_shards(shards: list[Path], cache, pool: ThreadPoolExecutor, log):
     """([Table a shard], classes from classes.txt beside the first, else None)."""
-    stamps = [(s.stat().st_size, s.stat().st_mtime_ns) for s in shards]
+    stamps = [index.stamp(s.stat()) for s in shards]
     files = [index.cache_file(s, cache) for s in shards]
     tables = list(pool.map(index.load, files))
     stale = [k for k, t in enumerate(tables) if t is None or t.stamp != stamps[k]]
@@ -174,12 +191,12 @@ def index_shards(shards: list[Path], cache, pool: ThreadPoolExecutor, log):
         for one in pool.map(lambda k: _list_shard(shards[k]), stale):
             listed.append(one)
             bar.update()
-    total = sum(len(names) for names, _ in listed)
+    total = sum(len(names) for names, *_ in listed)
     with _bar(total, "image", "checking images") as bar:
-        for k, (names, entries_N) in zip(stale, listed, strict=True):
+        for k, (names, entries_N, refused) in zip(stale, listed, strict=True):
             open_fd = lambda _, shard=shards[k]: os.open(shard, os.O_RDONLY)  # noqa: E731
-            todo = np.arange(len(names))
-            reasons = index.check_all(open_fd, entries_N, todo, pool, bar)
+            todo = np.setdiff1d(np.arange(len(names)), list(refused))
+            reasons = refused | index.check_all(open_fd, entries_N, todo, pool, bar)
             tables[k] = index.Table.of(names, entries_N, reasons, stamps[k])
             _keep(files[k], tables[k], log)
     listed_classes = shards[0].parent / "classes.txt"
@@ -187,22 +204,26 @@ def index_shards(shards: list[Path], cache, pool: ThreadPoolExecutor, log):
     return tables, [c.strip() for c in classes if c.strip()] if classes else None
 
 
-def _list_shard(shard: Path) -> tuple[list[bytes], np.ndarray]:
-    found = members(shard)
-    images = [n for n in found if f".{split_key(n)[1].lower()}" in formats.EXTENSIONS]
+def _list_shard(shard: Path) -> tuple[list[bytes], np.ndarray, dict[int, str]]:
+    """(names of the images, entries_N still to be checked, {i: why refused})."""
+    found, refused = _walk(shard)
+    every = [*found, *(name for name in refused if name not in found)]
+    images = [n for n in every if f".{split_key(n)[1].lower()}" in formats.EXTENSIONS]
     if not images:
         raise ValueError(
-            f"{shard} holds no image ({len(found)} members, none named KEY with one of "
+            f"{shard} holds no image ({len(every)} members, none named KEY with one of "
             f"{', '.join(formats.EXTENSIONS)}): leave it out of the pattern or pack it again"
         )
     entries_N = np.zeros(len(images), index.ENTRY)
-    entries_N["offset"], entries_N["length"] = np.array([found[n] for n in images]).T
+    entries_N["offset"], entries_N["length"] = np.array([found.get(n, (0, 0)) for n in images]).T
     fd = os.open(shard, os.O_RDONLY)
     try:
         entries_N["label"] = [_label(fd, found.get(f"{split_key(n)[0]}.cls")) for n in images]
     finally:
         os.close(fd)
-    return [os.fsencode(n) for n in images], entries_N
+    reasons = {i: refused[name] for i, name in enumerate(images) if name not in found}
+    entries_N["kind"][list(reasons)] = formats.UNUSABLE
+    return [os.fsencode(n) for n in images], entries_N, reasons
 
 
 def _label(fd: int, where: tuple[int, int] | None) -> int:

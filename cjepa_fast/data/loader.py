@@ -19,7 +19,7 @@ import torch
 
 from cjepa_fast import draws
 from cjepa_fast.data import crops
-from cjepa_fast.data.batches import Skipped, Work, decode, read_one
+from cjepa_fast.data.batches import ImagesGone, Skipped, Work, decode, read_one
 from cjepa_fast.data.pipeline import Decoder, Feed, Look
 from cjepa_fast.data.sources import ImageSet
 from cjepa_fast.masks import Masks
@@ -150,16 +150,18 @@ class Loader:
         """Fill the hole at b: with an image of the epoch's dropped tail, else of the whole epoch.
 
         Candidates are drawn by (seed, epoch, place) and the first good one stays, so any rank and
-        any restart choose the same. Raises RuntimeError if none is good.
+        any restart choose the same. Raises ImagesGone if none is good.
         """
         place: _Place = work.tag
         draw_1T = draws.uniforms(self._seed, draws.SUBSTITUTE, place.epoch,
                                  place.places_B[b : b + 1], STAND_IN_TRIES)  # fmt: skip
         order_N = self.order(place.epoch)
         tail = order_N[self.steps_per_epoch * self._global_batch :]
-        pool = tail if len(tail) else order_N
+        pools = (tail if len(tail) else order_N), order_N  # a short tail may be bad itself
+        halves = zip(pools, draw_1T[0].chunk(2), strict=True)
+        drawn_T = torch.cat([pool[(draw * len(pool)).long()] for pool, draw in halves])
         hole = self.images.name(int(work.index_B[b]))
-        for candidate in pool[(draw_1T[0] * len(pool)).long()].tolist():
+        for candidate in drawn_T.tolist():
             data = read_one(self.images, candidate)
             if isinstance(data, OSError):
                 self.skipped.note(candidate, f"cannot be read ({data.strerror or data})")
@@ -172,9 +174,9 @@ class Loader:
             if decoder.decodes(work.feed, b):
                 return True
             self.skipped.note(candidate, "cannot be decoded")
-        raise RuntimeError(
+        raise ImagesGone(
             f"{hole} cannot be used, and none of {STAND_IN_TRIES} other images drawn for its "
-            "place can: are the files still there?"
+            f"place can: are the files still there? They were in {self.images.root}"
         )
 
     def _batches(self, start_step: int) -> Iterator[Batch]:

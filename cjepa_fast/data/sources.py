@@ -27,13 +27,14 @@ OPEN_SHARDS = 256  # shards kept open; a process may hold 1,024 files, and other
 class ImageSet:
     """The usable images of a set, in a fixed order. Reading is thread-safe.
 
-    labels: int64 (n,) or None where not every image has one; classes: their names or None;
-    sizes_N2: int32 (n, 2) height and width, upright; skipped: (name, reason) of the unusable;
-    fingerprint: hash of names and sizes in bytes, the same wherever the set lies.
+    root: what was opened, as it was named; labels: int64 (n,) or None where not every image has
+    one; classes: their names or None; sizes_N2: int32 (n, 2) height and width, upright; skipped:
+    (name, reason) of the unusable; fingerprint: hash of names and sizes in bytes, the same wherever
+    the set lies.
     """
 
     def __init__(self, root: Path, shards: list[Path], tables: list[index.Table], classes):
-        self._root, self._shards, self._tables = root, shards, tables
+        self.root, self._shards, self._tables = root, shards, tables
         usable = [np.flatnonzero(t.entries_N["kind"] != formats.UNUSABLE) for t in tables]
         self._table_N = np.repeat(np.arange(len(tables), dtype=np.int32), [len(u) for u in usable])
         self._row_N = np.concatenate(usable).astype(np.int32)
@@ -63,6 +64,10 @@ class ImageSet:
         name = os.fsdecode(self._tables[table].name(row))
         return f"{self._shards[table].name}/{name}" if self._shards else name
 
+    def shard(self, i: int) -> Path | None:
+        """The shard that image i lies in, None in a folder."""
+        return self._shards[int(self._table_N[i])] if self._shards else None
+
     def read(self, i: int) -> bytes:
         """Bytes that DALI decodes to upright RGB. Raises OSError if they cannot be had."""
         data = self.read_original(i)
@@ -77,10 +82,11 @@ class ImageSet:
         where = int(entry["length"]), int(entry["offset"])
         if self._shards:
             return self._read_shard(table, *where)
-        fd = os.open(os.path.join(os.fsencode(self._root), self._tables[0].name(self._row_N[i])),
+        indexed = int(entry["length"]), int(entry["mtime_ns"])
+        fd = os.open(os.path.join(os.fsencode(self.root), self._tables[0].name(self._row_N[i])),
                      os.O_RDONLY)  # fmt: skip
         try:
-            return index.pread_exactly(fd, *where)
+            return index.read_unchanged(fd, indexed, *where)
         finally:
             os.close(fd)
 
@@ -95,7 +101,7 @@ class ImageSet:
             else:
                 keep = True
         try:
-            return index.pread_exactly(fd, count, offset)
+            return index.read_unchanged(fd, self._tables[table].stamp, count, offset)
         finally:
             if not keep:
                 os.close(fd)
@@ -105,7 +111,7 @@ class ImageSet:
         table, ext = int(self._table_N[i]), ext.lstrip(".")
         name = os.fsdecode(self._tables[table].name(int(self._row_N[i])))
         if not self._shards:
-            path = (self._root / name).with_suffix(f".{ext}")
+            path = (self.root / name).with_suffix(f".{ext}")
             return path.read_bytes() if path.is_file() else None
         if table not in self._members:
             self._members[table] = listing.members(self._shards[table])
