@@ -3,17 +3,15 @@
 import shlex
 from collections.abc import Iterator
 
-import torch
-
 SIGNS = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 BELOW_SELECTIVE = ("none", "norm_gelu")  # settings of model.checkpointing
 
 
 def is_meant(error: BaseException) -> bool:
     """Whether memory was short, of the GPU (also outside torch's allocator) or of the machine."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
+    if isinstance(error, RuntimeError):  # torch.OutOfMemoryError is one too
+        return any(sign in str(error) for sign in SIGNS)
+    return isinstance(error, MemoryError)
 
 
 def advice(

@@ -69,8 +69,10 @@ def find_stuck(beats: Iterable[Beat]) -> str:
     fewest = min(beat.marks for beat in there)
     behind = [beat for beat in there if beat.marks == fewest]
     if len(behind) < len(there):
-        return f"{names(behind)} got stuck, and the others wait"
-    return f"{names(there)} got stuck" + ", all at the same place" * (len(there) > 1)
+        others = " and the others wait"
+    else:
+        others = ", all at the same place" * (len(there) > 1)
+    return f"{names(behind)} got stuck{others} (if it is only slow: a larger run.timeout_s)"
 
 
 def names(beats: list[Beat]) -> str:

@@ -53,7 +53,7 @@ class World:
         for _ in range(int(seconds)):
             verdicts = self._tick(silent)
             if verdicts:
-                return verdicts | self._tick(silent)
+                return self._tick(silent) | verdicts
         return {}
 
     def _tick(self, silent: tuple) -> dict[int, str]:
@@ -124,7 +124,7 @@ def test_the_one_behind_is_stuck_and_not_those_that_wait_for_it():
     assert not world.go_on(TIMEOUT_S - 5)
     verdicts = world.go_on(9)
     first, *places = verdicts[0].splitlines()
-    assert first.startswith("rank 1 (host") and "got stuck, and the others wait" in first
+    assert first.startswith("rank 1 (host") and "got stuck and the others wait (if" in first
     assert "rank 1" in places[0] and "step 9, waiting for data for 6" in places[0]
     assert "rank 0" in places[1] and "rank 2" in places[1] and "in the step" in places[1]
     assert verdicts[1] == verdicts[2] == verdicts[0]
@@ -251,7 +251,7 @@ def test_a_loader_that_hangs_ends_a_run_of_one_process(tmp_path):
     config = tiny.write_config(tmp_path, run={"epochs": 10000, "timeout_s": 5})
     result = tiny.run(script, 0, "--config", config)
     assert result.returncode == 1
-    assert "error: rank 0 (host" in result.stderr and "got stuck\n" in result.stderr
+    assert "error: rank 0 (host" in result.stderr and "got stuck (if" in result.stderr
     assert "step 6, waiting for data" in result.stderr
     assert f"go on from {checkpoint.latest(tmp_path / 'run')} with: python" in result.stderr
     assert_stack_of_the_loader(tmp_path, 0)
@@ -267,11 +267,11 @@ def test_a_loader_that_hangs_on_one_of_two_is_told_from_who_waits(tmp_path):
         pids = [run.pid_of(0), run.pid_of(1)]
         assert run.wait() != 0
     said = run.err.read_text()
-    assert f"error: rank 1 (host {os.uname().nodename}, pid {pids[1]}) got stuck, and" in said
+    assert f"error: rank 1 (host {os.uname().nodename}, pid {pids[1]}) got stuck and" in said
     assert f"pid {pids[1]}): step 6, waiting for data" in said
     assert f"pid {pids[0]}): step 6, in the step" in said
     assert_stack_of_the_loader(tmp_path, 1)
-    assert "in all_reduce" in (tmp_path / "run" / "stacks_rank_0.txt").read_text()
+    assert "distributed_c10d.py" in (tmp_path / "run" / "stacks_rank_0.txt").read_text()
 
 
 JUMPS = """
@@ -328,3 +328,9 @@ def test_an_error_on_one_of_two_is_told_by_the_other(tmp_path):
     said = run.err.read_text()
     assert "error: no sign of life from rank 1" in said
     assert "failed (RuntimeError: the disk of rank 1 is gone)" in said
+
+
+@pytest.mark.parametrize("module", ["watchdog", "telemetry", "train", "interrupt"])
+def test_what_measures_and_judges_never_asks_for_the_time_of_day(module):
+    source = (tiny.ROOT / "cjepa_fast" / f"{module}.py").read_text()
+    assert "time.time" not in source and "datetime.now" not in source
