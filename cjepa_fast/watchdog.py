@@ -5,6 +5,9 @@ them as heartbeats, in the store at which the processes met. Process 0 reads all
 judges; the others read its own, with its verdict in it, and judge it alone. A heartbeat is a sign
 of life if it has changed. How long ago that was is told by a clock that each process lets go on for
 itself, and that stands still while the process is stopped: nobody's time of day is read.
+
+A main thread that waits for NCCL or for the GPU leaves the interpreter to these threads; torch's
+own watchdog of NCCL is left as it is. Not yet measured on a GPU.
 """
 
 import faulthandler
@@ -23,7 +26,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 BEAT_S = 1.0  # between two heartbeats, and between two looks at them
-GONE_S = 60.0  # without a sign of life (or the timeout, if that is shorter) a process is gone
+GONE_S = 60.0  # without a sign of life (half the timeout, if less) a process is gone, not stuck
 HASTE_S = 10.0  # the same once one has failed or lost a connection: launchers then wait for 30 s
 START, STARTING_STEPS = 3, 3  # times the timeout, until these have been done: kernels are compiled
 LAST_WORDS_S = 3.0  # for what may hang too: a disk, a store
@@ -166,7 +169,7 @@ class Watchdog:
         if self.beats[0].verdict:
             return self.beats[0].verdict  # process 0 has judged
         hasty = any(beat.state in (CUT_OFF, FAILED) for beat in self.beats.values())
-        gone_s = min(self.timeout_s, HASTE_S if hasty else GONE_S)
+        gone_s = min(self.timeout_s / 2, HASTE_S if hasty else GONE_S)
         still_s = {r: self.clock_s - changed_s for r, changed_s in self._changed_s.items()}
         judged = [self.beats[r] for r in self.judged]
         found = find_gone(judged, still_s, gone_s) or (self.rank == 0 and find_stuck(judged))

@@ -24,19 +24,21 @@ DEADLINE_S = 240  # only bounds a hang
 class Launched:
     """with Launched("torchrun", 2, script, args, folder) as run: its processes end with the block.
 
-    stdout and stderr go to files in `folder`.
+    stdout and stderr go to files in `folder`. On the CPU, with gloo, everywhere: how soon NCCL
+    itself ends a process whose peer is gone is not yet measured on a GPU.
     """
 
     def __init__(self, launcher: str, processes: int, script: Path, args: list, folder: Path):
         self.mark = f"LAUNCHED={uuid.uuid4().hex}"
         name, _, value = self.mark.partition("=")
+        own = {name: value, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
         self.deadline = time.monotonic() + DEADLINE_S
         self.out, self.err = folder / "stdout", folder / "stderr"
         command = [*LAUNCHERS[launcher], NUMBER[launcher], str(processes), script, *args]
         with self.out.open("w") as out, self.err.open("w") as err:
             self.launcher = subprocess.Popen(
                 [str(part) for part in command], stdout=out, stderr=err, cwd=tiny.ROOT,
-                env=tiny.environment() | {name: value},
+                env=tiny.environment() | own,
             )  # fmt: skip
 
     def __enter__(self):

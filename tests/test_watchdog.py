@@ -31,10 +31,10 @@ TIMEOUT_S = 600
 class World:
     """Watchdogs of several processes over one store, without threads; a tick is a second."""
 
-    def __init__(self, size: int):
+    def __init__(self, size: int, timeout_s: float = TIMEOUT_S):
         self.store = FakeStore()
         self.dogs = [
-            Watchdog(TIMEOUT_S, rank=r, world_size=size, connect=lambda: self.store)
+            Watchdog(timeout_s, rank=r, world_size=size, connect=lambda: self.store)
             for r in range(size)
         ]
 
@@ -84,6 +84,14 @@ def test_a_process_without_heartbeats_is_named_by_all_others():
     assert f"no sign of life from rank 2 (host {world.dogs[2].host}, pid {os.getpid()})" in first
     assert "rank 2" in places[0] and "last heard of" in places[0] and "step 4" in places[0]
     assert "rank 0" in places[1] and "rank 1" in places[1] and "last heard" not in places[1]
+
+
+def test_a_short_timeout_takes_the_silent_for_gone_before_the_waiting_for_stuck():
+    world = World(2, timeout_s=20)
+    world.warm_up()
+    world.go_on(1)
+    world.mark("waiting for data", 9)  # the last thing that either does
+    assert "no sign of life from rank 1" in world.go_on(25, silent=(1,))[0].splitlines()[0]
 
 
 def test_a_process_that_never_came_is_named():
