@@ -57,6 +57,9 @@ class RunSection(Section):
         "log", description="of the loss or the gradient's norm: tell, skip the update, or go back"
     )
     spike_z: Positive = Field(8.0, description="standard deviations above the last 128 steps")
+    timeout_s: NonNegative = Field(
+        600, description="without progress before the run ends and says where it hangs; 0: never"
+    )
     init_from: str | None = Field(None, description="an I-JEPA checkpoint to start from")
 
 

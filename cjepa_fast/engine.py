@@ -14,6 +14,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import NamedTuple, NoReturn, TypeVar
 
 import torch
@@ -27,11 +28,13 @@ T = TypeVar("T")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # by run.precision
 
+_group_options: dict[str, timedelta] = {}  # of every process group, by start()
 
-def start(seed: int) -> torch.device:
+
+def start(seed: int, timeout_s: float = 0) -> torch.device:
     """Join the process group of several processes, and seed torch. Returns the device.
 
-    Without a GPU the CPU and gloo take its place.
+    Without a GPU the CPU and gloo take its place. timeout_s: of the collectives; 0: by default.
     """
     cuda = torch.cuda.is_available()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -40,6 +43,8 @@ def start(seed: int) -> torch.device:
         torch.cuda.set_device(device)
     else:
         keep_freed_memory()
+    if timeout_s:
+        _group_options["timeout"] = timedelta(seconds=timeout_s)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         _deepspeed()
     torch.manual_seed(seed)
@@ -95,7 +100,7 @@ def _deepspeed():
     if backend == "gloo":
         # Otherwise DeepSpeed compiles a shared-memory collective for over a minute; gloo serves.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(backend, verbose=False)
+    deepspeed.init_distributed(backend, verbose=False, **_group_options)
     return deepspeed
 
 
@@ -137,7 +142,7 @@ def any_of(*flags: bool) -> tuple[bool, ...]:
 @functools.cache
 def _beside_the_gpus() -> dist.ProcessGroup:
     """All processes, for small matters on the CPU."""
-    return dist.new_group(backend="gloo")
+    return dist.new_group(backend="gloo", **_group_options)
 
 
 def from_first_process(make: Callable[[], T]) -> T:

@@ -14,6 +14,7 @@ from cjepa_fast.outcomes import BadSteps, Outcome, Outcomes, Spikes
 from cjepa_fast.saver import Saver
 from cjepa_fast.telemetry import Telemetry
 from cjepa_fast.trainer import Trainer
+from cjepa_fast.watchdog import Watchdog
 
 BAD_STEPS = "bad_steps.jsonl"
 MOST_REWINDS = 3  # to one checkpoint
@@ -40,11 +41,13 @@ class Run:
         trainer: Trainer,
         loader: Loader,
         telemetry: Telemetry,
+        watch: Watchdog,
         folder: Path,
         state: dict | None = None,
         go_on_with: str = "",
     ):
         self.trainer, self.loader, self.telemetry = trainer, loader, telemetry
+        self.watch = watch
         self.folder, self.go_on_with = folder, go_on_with
         self.config = trainer.config
         own = self.config.checkpoint
@@ -87,7 +90,9 @@ class Run:
     def _stretch(self, steps: Iterator[tuple[list[Batch], float]]) -> int | None:
         """Steps up to the end of the run, or until it has gone back: then None."""
         trainer, telemetry = self.trainer, self.telemetry
+        self.watch.mark("waiting for data", self.done + 1)
         for batches, wait_s in steps:
+            self.watch.mark("in the step")
             terms, applied = trainer.step(batches, self.done)
             self.done += 1
             stopping, writing, minutes_up = engines.any_of(
@@ -112,6 +117,7 @@ class Run:
                 self._save()
             if last:
                 return self._end()
+            self.watch.mark("waiting for data", self.done + 1)
         raise AssertionError("the loader is endless")
 
     def _rest(self, last: bool) -> Iterator[Outcome]:
@@ -174,6 +180,7 @@ class Run:
 
     def _rewound(self, spike: int) -> bool:
         """Go back to the newest checkpoint before step `spike`; its images are passed over."""
+        self.watch.mark("going back")
         self.saver.finish()
         good = engines.from_first_process(lambda: self._newest_before(spike))
         if good is None:
@@ -212,6 +219,7 @@ class Run:
         return 0 < minutes * 60 <= time.monotonic() - self.saved_s
 
     def _save(self) -> None:
+        self.watch.mark("saving")
         with self.telemetry.pause():
             self.saved_s = time.monotonic()
             self.saver.begin(self.done, self._facts())
@@ -244,6 +252,7 @@ class Run:
 
     def _end(self) -> int:
         """Of a run that is done, or was asked to stop."""
+        self.watch.mark("writing the last checkpoint and the encoders")
         saved = self.saver.finish()
         if self.done < self.trainer.total_steps:
             self.telemetry.message(f"stopped after step {self.done}; go on with: {self.go_on_with}")

@@ -17,10 +17,11 @@ import os
 import resource
 import shlex
 import time
+from collections.abc import Iterator
 
 import torch
 
-from cjepa_fast import checkpoint, encoders, lock
+from cjepa_fast import checkpoint, encoders, lock, out_of_memory, watchdog
 from cjepa_fast import config as configuration
 from cjepa_fast import engine as engines
 from cjepa_fast.build import build_loader, build_masks, gflop_of
@@ -30,6 +31,7 @@ from cjepa_fast.data.loader import Loader
 from cjepa_fast.run import Run, steps_of
 from cjepa_fast.telemetry import Telemetry
 from cjepa_fast.trainer import Trainer
+from cjepa_fast.watchdog import Watchdog
 
 
 def launcher() -> list[str]:
@@ -48,6 +50,45 @@ def resume_command() -> str:
         at = kept.index("--resume")
         del kept[at : at + 2]
     return shlex.join([*launcher(), "cjepa_fast/train.py", *kept, "--resume", "auto"])
+
+
+def how_to_go_on(run: Path) -> str:
+    """For the end of a run that failed: the checkpoint, if any, and the command."""
+    last = checkpoint.latest(run)
+    return f"go on from {last} with: {resume_command()}" if last else "no checkpoint is there yet"
+
+
+def watchdog_of(config: Config, run: Path) -> Watchdog:
+    rank, world_size = engines.rank(), engines.world_size()
+    return Watchdog(
+        config.run.timeout_s,
+        advice=lambda: f"stacks of all threads: {run / 'stacks_rank_*.txt'}; {how_to_go_on(run)}",
+        stacks=run / f"stacks_rank_{rank}.txt",
+        rank=rank,
+        world_size=world_size,
+        connect=watchdog.meeting_point if world_size > 1 else None,
+    )
+
+
+def memory_advice(error: Exception, config: Config, args: argparse.Namespace, run: Path) -> str:
+    """What was too large, and the ways out."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))  # their group has been left
+    micro_batch, _ = configuration.micro_batches(
+        config.data.batch_size, processes, config.data.micro_batch_size
+    )
+    advice = out_of_memory.advice(
+        error,
+        rank=int(os.environ.get("RANK", "0")),
+        processes=processes,
+        micro_batch=micro_batch,
+        smallest=2 if config.loss.vicreg.beta > 0 and processes == 1 else 1,
+        checkpointing=config.model.checkpointing,
+        stage=config.deepspeed.get("zero_optimization", {}).get("stage", 0),
+        command_line=["--config", args.config, *(f"--set={o}" for o in args.overrides)],
+    )
+    if args.dry_run or checkpoint.latest(run) is None:
+        return advice
+    return f"{advice}\n{how_to_go_on(run)}"
 
 
 def dry_run(trainer: Trainer, loader: Loader) -> None:
@@ -121,11 +162,10 @@ def first_whole(found: list[Path], resume: str | None) -> Path | None:
 
 
 def begin(
-    config: Config, found: list[Path], args: argparse.Namespace
+    config: Config, device: torch.device, found: list[Path], args: argparse.Namespace
 ) -> tuple[Trainer, Loader, dict | None]:
     """Build everything, restore the checkpoint to go on from, if any. Returns also its state."""
     masks = build_masks(config)
-    device = engines.start(config.run.seed)
     checkpointed = first_whole(engines.from_first_process(lambda: found), args.resume)
     loader = build_loader(config, device, masks)
     trainer = Trainer(
@@ -206,37 +246,57 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse(sys.argv[1:] if argv is None else argv)
+@contextlib.contextmanager
+def input_errors() -> Iterator[None]:
+    """What is wrong with the user's input becomes a ConfigError: said, without a traceback."""
     try:
-        config = configuration.load(args.config, args.overrides)
-        if args.print_config:
-            print(config.to_json(), end="")
-            return 0
-        run = Path(configuration.expanded(config.run.dir))
-        found = [] if args.dry_run else starting_points(run, args.resume)
-        trainer, loader, state = begin(config, found, args)
-        if not args.dry_run:
-            telemetry = open_telemetry(trainer, run, state, args.resume)
-    except (ValueError, OSError) as error:  # the user's input: said, without a traceback
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        engines.part()
-        return 2
+        yield
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from error
+
+
+def pretrain(config: Config, run: Path, args: argparse.Namespace) -> int:
+    """All of a run, or of a dry one. Returns the exit status."""
     with contextlib.ExitStack() as ending:
         ending.callback(engines.part)
-        ending.callback(loader.close)
+        with input_errors():
+            found = [] if args.dry_run else starting_points(run, args.resume)
+            device = engines.start(config.run.seed, watchdog.START * config.run.timeout_s)
+            watch = ending.enter_context(watchdog_of(config, run))
+            trainer, loader, state = begin(config, device, found, args)
+            ending.callback(loader.close)
+            if not args.dry_run:
+                ending.callback(lock.release)
+                telemetry = open_telemetry(trainer, run, state, args.resume)
         if args.dry_run:
             dry_run(trainer, loader)
             return 0
-        ending.callback(lock.release)
         ending.callback(telemetry.close)
-        try:
-            return Run(trainer, loader, telemetry, run, state, resume_command()).go()
-        except ImagesGone as error:
-            back = f"Once they are back, go on with: {resume_command()}"
-            print(f"error: {error}. {back}", file=sys.stderr, flush=True)
-            return 1
+        return Run(trainer, loader, telemetry, watch, run, state, resume_command()).go()
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(sys.argv[1:] if argv is None else argv)
+    try:
+        with input_errors():
+            config = configuration.load(args.config, args.overrides)
+            run = Path(configuration.expanded(config.run.dir))
+        if args.print_config:
+            print(config.to_json(), end="")
+            return 0
+        return pretrain(config, run, args)
+    except ConfigError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+    except ImagesGone as error:
+        back = f"Once they are back, go on with: {resume_command()}"
+        print(f"error: {error}. {back}", file=sys.stderr, flush=True)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory.is_meant(error):
+            raise
+        print(f"error: {memory_advice(error, config, args, run)}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -1,0 +1,91 @@
+"""A run of several processes by a launcher, to be disturbed from outside while it goes on."""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import tiny
+
+TRAIN = tiny.ROOT / "cjepa_fast" / "train.py"
+LAUNCHERS = {
+    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone"],
+    "deepspeed": [str(Path(sys.prefix, "bin", "deepspeed"))],
+}
+NUMBER = {"torchrun": "--nproc_per_node", "deepspeed": "--num_gpus"}
+DEADLINE_S = 240  # only bounds a hang
+
+
+class Launched:
+    """with Launched("torchrun", 2, script, args, folder) as run: its processes end with the block.
+
+    stdout and stderr go to files in `folder`. On the CPU, with gloo, everywhere: how soon NCCL
+    itself ends a process whose peer is gone is not yet measured on a GPU.
+    """
+
+    def __init__(self, launcher: str, processes: int, script: Path, args: list, folder: Path):
+        self.mark = f"LAUNCHED={uuid.uuid4().hex}"
+        name, _, value = self.mark.partition("=")
+        own = {name: value, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+        self.deadline = time.monotonic() + DEADLINE_S
+        self.out, self.err = folder / "stdout", folder / "stderr"
+        command = [*LAUNCHERS[launcher], NUMBER[launcher], str(processes), script, *args]
+        with self.out.open("w") as out, self.err.open("w") as err:
+            self.launcher = subprocess.Popen(
+                [str(part) for part in command], stdout=out, stderr=err, cwd=tiny.ROOT,
+                env=tiny.environment() | own,
+            )  # fmt: skip
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None:
+        for pid in self.alive():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.launcher.wait()
+
+    def alive(self, *more: str) -> list[int]:
+        """Its processes that have `more` ("RANK=1") in their environment too."""
+        return [pid for pid in _numbers() if {self.mark, *more} <= _environment(pid)]
+
+    def pid_of(self, rank: int) -> int:
+        found = [pid for pid in self.alive(f"RANK={rank}") if _parent(pid) in self.alive()]
+        return min(found)  # what it started itself is younger
+
+    def wait_for_step(self, step: int) -> None:
+        while not re.search(rf"^step {step}/", self.out.read_text(), re.MULTILINE):
+            assert self.launcher.poll() is None, self.err.read_text()[-5000:]
+            self._pause()
+
+    def wait(self) -> int:
+        """The launcher's exit status, once all has ended."""
+        while self.launcher.poll() is None or self.alive():
+            self._pause()
+        return self.launcher.returncode
+
+    def _pause(self) -> None:
+        assert time.monotonic() < self.deadline, self.err.read_text()[-5000:]
+        time.sleep(0.1)
+
+
+def _numbers() -> list[int]:
+    return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+
+
+def _environment(pid: int) -> set[str]:
+    """Empty for a process that is gone, is another user's or waits for its parent to take note."""
+    with contextlib.suppress(OSError):
+        return set(Path(f"/proc/{pid}/environ").read_text(errors="replace").split("\0"))
+    return set()
+
+
+def _parent(pid: int) -> int:
+    with contextlib.suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return 0
