@@ -293,10 +293,12 @@ class Engine:
     def _partition(self, target: nn.Module) -> Place:
         """Under ZeRO-3: the target's weights shared out as the encoder's, gathered in its forward.
 
-        No weight is kept whole: the small ones would be stale after an update of the average.
+        Of no weight a second copy is kept, nor the small ones whole: an update of the average would
+        leave those as they were.
         """
         zero = {**self._config["zero_optimization"], "stage3_param_persistence_threshold": 0}
-        dropped = ("offload_optimizer", "offload_param")
+        dropped = ("offload_optimizer", "offload_param", "zero_hpz_partition_size")
+        dropped += ("zero_quantized_weights",)
         zero = {key: value for key, value in zero.items() if key not in dropped}
         kept = {key: self._config[key] for key in ("train_micro_batch_size_per_gpu", "bf16")}
         _deepspeed().initialize(
