@@ -5,10 +5,11 @@
 #
 # The tests that need a GPU, every kernel for attention, the models' throughput and memory beside the
 # reference step's, that of the other configurations, each kernel beside its definition, the target
-# in fp8 and on its own stream, decoding alone, a run from JPEG files, a profile, a short training on
-# IMAGES (a labelled folder or shards; also read from CJEPA_REAL_IMAGES; else the made-up shapes) that
-# is interrupted and resumed, kNN on its features, the kernels under compute-sanitizer where it is
-# installed, and the fast tests. A part that fails or runs out of time leaves the rest be.
+# in fp8 and on its own stream, what a checkpoint costs the step, decoding alone, a run from JPEG
+# files, a profile, a short training on IMAGES (a labelled folder or shards; also read from
+# CJEPA_REAL_IMAGES; else the made-up shapes) that is interrupted and resumed, kNN on its features,
+# the kernels under compute-sanitizer where it is installed, and the fast tests. A part that fails
+# or runs out of time leaves the rest be.
 # PARTS="tests-gpu ops" runs only those. OUT (default bench/results/gate-DATE) gets gate.log with all
 # output, summary.txt and the figures, which `python bench/report.py --collect OUT` takes over. Exits
 # non-zero if any part failed.
@@ -102,6 +103,7 @@ if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; th
   profiled=(vit_b vit_h)
   ops_size=(--seconds 0.2 --model H --widths 768 1280)
   fp8_size=(--seconds 2)
+  saving_size=(--config vit_h --batch 128)
   fast_tests="ls tests/test_*.py"
   jpeg_config=vit_b
   train_s=40 resume_s=25 knn_train=10000
@@ -115,6 +117,7 @@ else
   profiled=(vit_b)
   ops_size=(--seconds 0 --no-compile --batch 2 --rows 300 --widths 96)
   fp8_size=(--seconds 0)
+  saving_size=(--config demo --batch 2 --saves 1)
   fast_tests="echo tests/test_config.py tests/test_imports.py | xargs -n 1"
   jpeg_config=demo
   train_sets+=(--set data.batch_size=16 --set data.micro_batch_size=16 --set model.depth=1)
@@ -142,6 +145,8 @@ part fp8 60 "$PYTHON" bench/fp8.py "${fp8_size[@]}" --json "$OUT/fp8.json"
 part target 60 "$PYTHON" bench/throughput.py --config vit_b vit_h --data synthetic \
   "${bench_size[@]}" --set model.target_precision=fp8 --set run.target_stream=true \
   --json "$OUT/throughput_target.json"
+part saving 60 "$PYTHON" bench/saving.py "${saving_size[@]}" --folder "$WORK" \
+  --json "$OUT/saving.json"
 part decode 40 "$PYTHON" bench/throughput.py --config "$jpeg_config" --data decode-only \
   --data-path "${IMAGES:-shapes}" "${bench_size[@]}" --json "$OUT/throughput_decode.json"
 part from-jpeg 60 "$PYTHON" bench/throughput.py --config "$jpeg_config" --data both \
