@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from cjepa_fast.launchers import launcher
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # Dense bf16 TFLOP/s of the vendors' data sheets, by a part of the device's name; first match wins.
@@ -110,8 +112,6 @@ def commit() -> str | None:
 
 
 def own_command() -> str:
-    from cjepa_fast.train import launcher  # slow to import
-
     kept = [arg for arg in sys.argv if not arg.startswith("--local_rank")]
     return shlex.join([*launcher(), *kept])
 

@@ -15,7 +15,6 @@ import contextlib
 import itertools
 import os
 import resource
-import shlex
 import time
 from collections.abc import Iterator
 
@@ -28,28 +27,11 @@ from cjepa_fast.build import build_loader, build_masks, gflop_of
 from cjepa_fast.config import Config, ConfigError
 from cjepa_fast.data.batches import ImagesGone
 from cjepa_fast.data.loader import Loader
+from cjepa_fast.launchers import resume_command
 from cjepa_fast.run import Run, steps_of
 from cjepa_fast.telemetry import Telemetry
 from cjepa_fast.trainer import Trainer
 from cjepa_fast.watchdog import Watchdog
-
-
-def launcher() -> list[str]:
-    """The command that started this process and its like."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        return ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"]
-    if "LOCAL_SIZE" in os.environ:
-        return ["deepspeed", "--num_gpus", os.environ["LOCAL_SIZE"]]
-    return ["python"]
-
-
-def resume_command() -> str:
-    """The command line of this process, by the launcher that started it, with --resume auto."""
-    kept = [arg for arg in sys.argv[1:] if not arg.startswith("--local_rank")]
-    if "--resume" in kept:
-        at = kept.index("--resume")
-        del kept[at : at + 2]
-    return shlex.join([*launcher(), "cjepa_fast/train.py", *kept, "--resume", "auto"])
 
 
 def how_to_go_on(run: Path) -> str:

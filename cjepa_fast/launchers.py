@@ -1,0 +1,54 @@
+"""Who started these processes, and the command that does it again."""
+
+import os
+import shlex
+import sys
+
+MEETING_POINT = ("MASTER_ADDR", "MASTER_PORT")
+
+
+def launcher() -> list[str]:
+    """The command that started this process and its like, up to the script's name.
+
+    In capitals stands what no environment tells: the deepspeed launcher's hostfile, and the rank of
+    each node where a torchrun is started.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        nodes = os.environ["GROUP_WORLD_SIZE"]
+        command = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"]
+        joined = [f"--nnodes={nodes}", "--node_rank=NODE_RANK"]
+    elif "LOCAL_SIZE" in os.environ:
+        nodes = os.environ.get("CROSS_SIZE", "1")
+        command = ["deepspeed", "--num_gpus", os.environ["LOCAL_SIZE"]]
+        joined = [f"--num_nodes={nodes}", "--hostfile=HOSTFILE"]
+    elif _by_srun():
+        return ["srun", *_slurm_sizes(), "scripts/slurm_task.sh", "python"]
+    else:
+        return ["python"]
+    if nodes == "1":
+        return command
+    return [*command, *joined, *(f"--{name.lower()}={os.environ[name]}" for name in MEETING_POINT)]
+
+
+def resume_command() -> str:
+    """The command line that goes on with this process's training, by the launcher it came from."""
+    kept = [arg for arg in sys.argv[1:] if not arg.startswith("--local_rank")]
+    while "--resume" in kept:
+        at = kept.index("--resume")
+        del kept[at : at + 2]
+    if _by_srun():  # the batch script itself says --resume auto
+        return shlex.join(["sbatch", *_slurm_sizes(), "scripts/train.sbatch", *kept])
+    return shlex.join([*launcher(), "cjepa_fast/train.py", *kept, "--resume", "auto"])
+
+
+def _by_srun() -> bool:
+    """Whether scripts/slurm_task.sh numbered this process: a shell inside a job has no RANK."""
+    by_another = "TORCHELASTIC_RUN_ID" in os.environ or "LOCAL_SIZE" in os.environ
+    return {"RANK", "SLURM_PROCID"} <= os.environ.keys() and not by_another
+
+
+def _slurm_sizes() -> list[str]:
+    nodes, gpus = int(os.environ["SLURM_JOB_NUM_NODES"]), os.environ.get("SLURM_GPUS_PER_NODE")
+    each = int(os.environ["SLURM_NTASKS"]) // nodes
+    of_gpus = [f"--gpus-per-node={gpus}"] if gpus else []
+    return [f"--nodes={nodes}", f"--ntasks-per-node={each}", *of_gpus]
