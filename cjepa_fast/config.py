@@ -26,6 +26,41 @@ Whole = Annotated[int, Field(ge=0)]
 
 MODEL_NAMES = ("vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge", "vit_giant")
 
+OWN_OPTIMISER = "brings an optimiser of its own, whose state could not be saved; leave it out"
+NVME = 'what lies on a disk can be neither averaged nor saved; take "cpu"'
+# Keys of DeepSpeed's JSON that engine.py cannot live with, the values that are harmless, and why.
+# Found by training with each against training without (DeepSpeed 0.19), or in DeepSpeed's source.
+REFUSED_OF_DEEPSPEED: dict[str, tuple[tuple, str]] = {
+    "zero_optimization.mics_shard_size": (
+        (None,),
+        "DeepSpeed has MiCS no longer; take zero_hpz_partition_size, the GPUs of a node",
+    ),
+    "zero_optimization.round_robin_gradients": (
+        (None, False),
+        "several processes then train to other weights; leave it out",
+    ),
+    "zero_optimization.compute_grad_norm": (
+        (None, True),
+        "the gradient's norm is what bad steps are told by; leave it out",
+    ),
+    "zero_optimization.zero_quantized_nontrainable_weights": (
+        (None, False),
+        "the positions are such weights, and would be kept in 8 bits; leave it out",
+    ),
+    "zero_optimization.offload_optimizer.device": ((None, "none", "cpu"), NVME),
+    "zero_optimization.offload_param.device": ((None, "none", "cpu"), NVME),
+    "zero_optimization.offload_optimizer.ratio": (
+        (None, 1),
+        "a part of the update on the GPU wants DeepSpeed's own CPU Adam; leave it out",
+    ),
+    "zero_optimization.offload_optimizer.super_offload": ((None, False), OWN_OPTIMISER),
+    "zero_optimization.zenflow": ((None,), OWN_OPTIMISER),
+    "bf16.bf16_master_weights_and_grads": (
+        (None, False),
+        "weights and average would lose their digits; leave it out",
+    ),
+}
+
 
 class ConfigError(ValueError):
     """The message is for the user, whole: no traceback is needed."""
@@ -402,6 +437,17 @@ def _impossible_deepspeed(config: Config) -> Iterator[str]:
             yield f"deepspeed.{key} = {json.dumps(value)}: must be an object, as DeepSpeed has it"
         elif key == "fp16" and value.get("enabled") is True:
             yield "deepspeed.fp16.enabled = true: set run.precision (bf16 or fp32) instead"
+    for key, (allowed, reason) in REFUSED_OF_DEEPSPEED.items():
+        value = _at(config.deepspeed, key)
+        if value not in allowed:
+            yield f"deepspeed.{key} = {json.dumps(value)}: {reason}"
+
+
+def _at(values: Any, path: str) -> Any:
+    """The value at a dotted path, None where there is none."""
+    for part in path.split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    return values
 
 
 def micro_batches(batch_size: int, world_size: int, limit: int) -> tuple[int, int]:

@@ -510,6 +510,8 @@ class Engine:
             start = rank() * share.ds_numel
             part = whole.flatten()[start : start + share.ds_numel]
             share.data[: len(part)].copy_(part)
+        if self.stage == 3:
+            self._optimizer.invalidate_secondary_tensor()  # zero_hpz_partition_size's second copies
 
 
 def total_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
@@ -521,7 +523,10 @@ def total_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
 def complete_config(
     config: dict, micro_batch: int, accumulation: int, precision: str, clip: float, trained: int
 ) -> dict:
-    """The user's DeepSpeed JSON with what the other sections decide. trained: parameters."""
+    """The user's DeepSpeed JSON with what the other sections decide. trained: parameters.
+
+    Raises ValueError for groups within nodes that the processes do not divide into.
+    """
     config = {key: value for key, value in config.items() if value != "auto"}
     config["train_micro_batch_size_per_gpu"] = micro_batch
     config["gradient_accumulation_steps"] = accumulation
@@ -534,7 +539,16 @@ def complete_config(
     zero = dict(config.get("zero_optimization", {}))
     if not torch.cuda.is_available():
         zero["overlap_comm"] = False  # it needs streams
-    # DeepSpeed allocates a bucket whole, by default for 5e8 values: no more than there are.
-    zero.setdefault("reduce_bucket_size", min(trained, 500_000_000))
+    elif world_size() > 1:
+        zero.setdefault("overlap_comm", True)
+    # A bucket is reduced once it is full, so several must fill in one backward for the reduction
+    # and the backward to overlap: not DeepSpeed's 5e8 values, which are allocated whole.
+    zero.setdefault("reduce_bucket_size", min(trained, 50_000_000))
+    within_nodes = min(zero.get("zero_hpz_partition_size", 1), world_size())
+    if within_nodes > 1 and world_size() % within_nodes:
+        raise ValueError(
+            f"deepspeed.zero_optimization.zero_hpz_partition_size = {within_nodes}: must divide "
+            f"the {world_size()} processes; take the GPUs of a node"
+        )
     config["zero_optimization"] = zero
     return config

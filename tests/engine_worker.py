@@ -1,11 +1,12 @@
 """Train a tiny C-JEPA for a few steps and print what came out, as one JSON line a run on rank 0.
 
 engine_worker.py RUN[,RUN ...] STEPS FOLDER [OPTION ...]: save=STEP resume nan=STEP spike=STEP
-weight=STEP kernels adam=NAME full bug=NAME. A RUN is STAGE:PRECISION. STAGE is ZeRO's, "3offload"
-with the optimiser's state on the CPU, or "local" for the engine without DeepSpeed. The global batch
-of each step is the same for every number of processes. With `kernels` the Triton kernels run, in
-the interpreter. With `full` the blocks are computed again in the backward, from weights that stage
-3 has given up in between. Bugs: "local" statistics of VICReg, gradients "scale"d by the processes.
+weight=STEP kernels adam=NAME full zero=JSON bug=NAME. A RUN is STAGE:PRECISION. STAGE is ZeRO's,
+"3offload" with the optimiser's state on the CPU, or "local" for the engine without DeepSpeed. The
+global batch of each step is the same for every number of processes. With `kernels` the Triton
+kernels run, in the interpreter. With `full` the blocks are computed again in the backward, from
+weights that stage 3 has given up in between. `zero` is laid over DeepSpeed's zero_optimization.
+Bugs: "local" statistics of VICReg, gradients "scale"d by the processes.
 """
 
 import contextlib
@@ -64,7 +65,7 @@ def build(stage: str, precision: str, options: dict) -> engine.Engine | LocalEng
     if "offload" in stage:
         zero["offload_optimizer"] = {"device": "cpu"}
     adam = options.get("adam", "fused")
-    zero = {"zero_optimization": zero}
+    zero = {"zero_optimization": zero | json.loads(options.get("zero", "{}"))}
     return engine.Engine(*parts, zero, micro_batch=BATCH // world, implementation=adam, **settings)
 
 
