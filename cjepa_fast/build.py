@@ -1,6 +1,7 @@
 """From the configuration to the parts: networks, masks, loader."""
 
 import json
+import socket
 
 import torch
 
@@ -228,10 +229,23 @@ def initialise(networks: JEPA, target: Encoder, config: Config) -> None:
     target.load_state_dict(average.state_dict())
 
 
+def check_same_images(path: str, images: sources.ImageSet) -> None:
+    """Raises ConfigError where this process's image set is not the first's, on another node."""
+    host = socket.gethostname()
+    found = engines.from_all((images.fingerprint, f"{len(images):,} images on {host}"))
+    for fingerprint, where in found:
+        if fingerprint != found[0][0]:
+            raise ConfigError(
+                f"data.path = {path}: names another set there than here: {found[0][1]}, {where}; "
+                "give all nodes the same files, by a shared folder or copies"
+            )
+
+
 def build_loader(config: Config, device: torch.device, masks: MaskSampler) -> Loader:
     data = config.data
     path = configuration.expanded(data.path)
     images = engines.first_on_each_node(lambda: sources.open_images(path))
+    check_same_images(path, images)
     micro_batch, _ = configuration.micro_batches(
         data.batch_size, engines.world_size(), data.micro_batch_size
     )

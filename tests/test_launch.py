@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import tiny
 from test_train import same_weights
@@ -21,6 +22,7 @@ from cjepa_fast import checkpoint, launchers
 
 SCRIPTS = tiny.ROOT / "scripts"
 TRAIN = tiny.ROOT / "cjepa_fast" / "train.py"
+PIPED = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 
 # --- SLURM
 
@@ -88,10 +90,8 @@ def cluster(tmp_path) -> dict[str, str]:
 
 
 def submitted(folder: Path, environment: dict, *args) -> subprocess.Popen:
-    return subprocess.Popen(
-        ["bash", SCRIPTS / "train.sbatch", *map(str, args)], env=environment, cwd=folder,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    command = ["bash", SCRIPTS / "train.sbatch", *map(str, args)]
+    return subprocess.Popen(command, env=environment, cwd=folder, **PIPED)
 
 
 def wait_for(condition, process: subprocess.Popen) -> None:
@@ -223,10 +223,46 @@ def torchrun(*options: str, config: Path) -> list[str]:
     return [*command, str(TRAIN), "--config", str(config)]
 
 
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_torchrun_starts_again_where_a_process_died(tmp_path):
+    """Without the variable the second attempt finds the first one's ports in the shared store."""
+    config = tiny.write_config(tmp_path, run={"epochs": 50}, checkpoint={"every_steps": 5})
+    options = ["--nproc_per_node=2", "--max-restarts=2", "--rdzv_backend=c10d"]
+    command = torchrun(*options, f"--rdzv_endpoint=127.0.0.1:{free_port()}", config=config)
+    own = on_the_cpu() | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    with subprocess.Popen([*command, "--resume", "auto"], env=own, **PIPED) as job:
+        wait_for(lambda: checkpoint.latest(tmp_path / "run"), job)
+        psutil.Process(job.pid).children()[-1].kill()
+        out, err = job.communicate(timeout=240)
+    assert job.returncode == 0 and "done: " in out, err
+    assert "exitcode: -9" in err
+    assert list(tiny.losses(tmp_path / "run")) == list(range(1, 101))
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_nodes_that_have_other_images_are_refused(tmp_path):
+    config = tiny.write_config(tmp_path, data={"path": "$IMAGES_OF_NODE", "batch_size": 16})
+    tiny.write_images(tmp_path / "fewer", count=39)
+    meeting = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1"]
+    meeting += [f"--master_port={free_port()}"]
+    nodes = [
+        subprocess.Popen(
+            torchrun(*meeting, f"--node_rank={n}", config=config),
+            env=on_the_cpu() | {"IMAGES_OF_NODE": str(tmp_path / folder)}, **PIPED,
+        )
+        for n, folder in enumerate(("images", "fewer"))
+    ]  # fmt: skip
+    said = [node.communicate(timeout=240)[1] for node in nodes]
+    assert all(node.returncode for node in nodes)
+    assert "names another set there than here: 40 images on" in said[0] and ", 39 images" in said[0]
+    assert not (tmp_path / "run").exists()
+
+
 def train_on_nodes(commands: list[list[str]], environment: dict) -> list[str]:
     """Run a command a node, all at once. Returns what each printed."""
-    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    nodes = [subprocess.Popen(command, env=environment, **piped) for command in commands]
+    nodes = [subprocess.Popen(command, env=environment, **PIPED) for command in commands]
     try:
         printed = [node.communicate(timeout=240) for node in nodes]
     finally:
