@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -157,6 +158,13 @@ def test_scripts_are_bash(script):
     checked = subprocess.run(["bash", "-n", SCRIPTS / script], capture_output=True, text=True)
     assert checked.returncode == 0, checked.stderr
     assert os.access(SCRIPTS / script, os.X_OK)
+
+
+def test_the_page_on_nodes_names_only_what_exists():
+    text = (tiny.ROOT / "docs" / "multi_node.md").read_text()
+    for path in re.findall(r"\b(?:cjepa_fast|bench|scripts|tests)/\w+\.(?:py|sh|sbatch)", text):
+        assert (tiny.ROOT / path).is_file(), path
+    assert len(text.splitlines()) < 150
 
 
 # --- the command that goes on
