@@ -26,7 +26,7 @@ BEGIN, END = "<!-- bench/report.py writes from here -->\n", "<!-- to here -->\n"
 UNTRAINED, TRAINED, PIXELS = "untrained", "trained", "raw pixels"
 PHASES = ("target", "context", "predictor", "loss", "backward", "optimiser", "average", "rest")
 # Of a folder of bench/gpu_gate.sh: what is appended to a list here, what takes a file's place.
-APPENDED, REPLACED = "throughput*.json", ("ops.json", "attention.json")
+APPENDED, REPLACED = "throughput*.json", ("ops.json", "attention.json", "saving.json")
 SIZES = ("model.", "predictor.", "data.image_size")  # overrides after which a model is another
 Line = tuple[str, str, str, str]  # what, hardware, figure, where it is from
 
@@ -184,7 +184,7 @@ def collect(folder: Path, results: Path) -> list[str]:
         files.write(kept, results / "throughput.json")
     for name in REPLACED:
         found = loaded(folder, name)
-        if found and at_full_size(found) and found["batch"] is None:  # None: each model's own
+        if found and at_full_size(found) and found.get("batch") is None:  # None: each model's own
             files.write(found, results / name)
             said.append(f"{name}: {len(found['rows'])} rows, in place of those before")
     if not said:
