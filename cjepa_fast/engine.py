@@ -301,9 +301,10 @@ class Engine:
         dropped += ("zero_quantized_weights",)
         zero = {key: value for key, value in zero.items() if key not in dropped}
         kept = {key: self._config[key] for key in ("train_micro_batch_size_per_gpu", "bf16")}
-        _deepspeed().initialize(
-            model=target, config={**kept, "zero_optimization": zero}, dist_init_required=False
-        )
+        with _without_second_copies():
+            _deepspeed().initialize(
+                model=target, config={**kept, "zero_optimization": zero}, dist_init_required=False
+            )
 
         def place(weight: nn.Parameter, fragment: Fragment) -> torch.Tensor:
             share = weight.ds_tensor
@@ -512,6 +513,19 @@ class Engine:
             share.data[: len(part)].copy_(part)
         if self.stage == 3:
             self._optimizer.invalidate_secondary_tensor()  # zero_hpz_partition_size's second copies
+
+
+@contextlib.contextmanager
+def _without_second_copies() -> Iterator[None]:
+    """A model set up within it keeps none, though another has zero_hpz_partition_size: DeepSpeed
+    takes the group of that from any model's settings for all."""
+    from deepspeed.utils import groups
+
+    made, groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = groups._ZERO_PARAM_INTRA_PARALLEL_GROUP, None
+    try:
+        yield
+    finally:
+        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = made
 
 
 def total_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
