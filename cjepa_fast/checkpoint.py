@@ -288,7 +288,11 @@ def set_aside_later_than(run: Path, step: int) -> list[Path]:
 
 
 def _complete(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("step_*") if (p / MANIFEST).is_file())
+    return sorted(
+        p
+        for p in folder.glob("step_*")
+        if p.name.removeprefix("step_").isdecimal() and (p / MANIFEST).is_file()
+    )
 
 
 def step_of(checkpoint: Path) -> int:

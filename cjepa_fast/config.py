@@ -55,6 +55,11 @@ REFUSED_OF_DEEPSPEED: dict[str, tuple[tuple, str]] = {
     ),
     "zero_optimization.offload_optimizer.super_offload": ((None, False), OWN_OPTIMISER),
     "zero_optimization.zenflow": ((None,), OWN_OPTIMISER),
+    "gradient_clipping": ((None,), "set optim.clip instead"),
+    "bf16.check_grad_overflow": (
+        (None, True),
+        "a step with a NaN would be applied; leave it out",
+    ),
     "bf16.bf16_master_weights_and_grads": (
         (None, False),
         "weights and average would lose their digits; leave it out",

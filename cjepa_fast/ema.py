@@ -67,6 +67,7 @@ class TargetEMA:
     ):
         self.masters = masters
         self.group = None if partition else group
+        self._partitioned = partition is not None
         parameters = dict(target.named_parameters())
         self.fragments = [
             Fragment(m.name, m.start, fragment_of(parameters[m.name].data, m).float().clone())
@@ -101,6 +102,7 @@ class TargetEMA:
         with self._completed_by_others():
             ema_update(*self._lists(), momentum, [working for _, _, working in self.cast])
         self.update_rows(momentum)
+        self._wait_where_partitioned()
 
     def _lists(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Averages and masters of what is cast."""
@@ -129,6 +131,12 @@ class TargetEMA:
                 torch._foreach_copy_(working, self._lists()[0])
             for average, _, layer in self.by_row:
                 layer.write(average.values.to(self._flat.dtype))
+        self._wait_where_partitioned()
+
+    def _wait_where_partitioned(self) -> None:
+        """DeepSpeed gathers on a stream of its own, which does not wait for this one's writing."""
+        if self._partitioned and any(place.is_cuda for _, _, place in self.cast):
+            torch.cuda.current_stream().synchronize()
 
     @contextlib.contextmanager
     def _completed_by_others(self) -> Iterator[None]:

@@ -381,7 +381,9 @@ class Engine:
                 return norms
             parts = norms if isinstance(norms, list) else [norms]
             parts = [torch.as_tensor(part, device=self.device) for part in parts]
-            self._norm_judged = float(torch.linalg.vector_norm(torch.stack(parts)))
+            stacked = torch.stack(parts)
+            invalid = not (stacked >= 0).all()  # DeepSpeed writes -1 for what is not finite
+            self._norm_judged = math.inf if invalid else float(torch.linalg.vector_norm(stacked))
             if not self._refuses(self._norm_judged):
                 return norms
             infinite = torch.full_like(parts[0], math.inf)
@@ -502,6 +504,8 @@ class Engine:
     @torch.no_grad()
     def write_weights(self, weights: dict[str, torch.Tensor]) -> None:
         """Set the compute-dtype weights from whole fp32 tensors by name, after a restore."""
+        if self.stage == 3:  # the small ones are kept whole after a step
+            self._optimizer._partition_all_parameters()
         for p in self._parameters:
             whole = weights[self._names[id(p)]]
             if self.stage < 3:

@@ -12,10 +12,12 @@ _held: list = []  # open files: a lock lasts as long as its file
 
 
 def take(run: Path) -> None:
-    """Make the folder and hold it until this process ends, or until release().
+    """Make the folder and hold it, if it is not yet held, until release() or the process's end.
 
     Raises ValueError naming the process that holds it. A file system without locks lets all in.
     """
+    if _held:
+        return
     run.mkdir(parents=True, exist_ok=True)
     file = open(run / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (it stays open)
     try:

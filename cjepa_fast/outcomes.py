@@ -77,8 +77,8 @@ class Outcomes:
 class BadSteps:
     """Steps that were not applied. count: of the run so far; in_row: the latest ones."""
 
-    def __init__(self, most_in_row: int, count: int = 0):
-        self.most_in_row, self.count, self.in_row = most_in_row, count, 0
+    def __init__(self, most_in_row: int, count: int = 0, in_row: int = 0):
+        self.most_in_row, self.count, self.in_row = most_in_row, count, in_row
 
     @property
     def too_many(self) -> bool:
@@ -122,7 +122,7 @@ class Spikes:
         found = []
         for name, limit in zip(self._seen, self.limits(), strict=True):
             value, values = getattr(outcome, name), self._seen[name]
-            if value > limit:
+            if limit < value < math.inf:
                 mean, std = _mean_and_std(values)
                 found.append(
                     f"{name} {value:.4g} is {(value - mean) / std:.1f} standard deviations above "

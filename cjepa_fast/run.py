@@ -2,7 +2,9 @@
 
 import contextlib
 import itertools
+import math
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,11 +65,15 @@ class Run:
         self.stop = StopRequest()
         self.saved_s = time.monotonic()
         self.told_of_collapse = False
-        self.rewinds = [-1, 0]  # to which step, how often
+        self.rewinds: Counter[int] = Counter()  # by step
         progress = (state or {}).get("progress", {})
         self.data_offset = progress.get("data_offset", 0)  # steps whose images were passed over
         self._go_on_from(state or {"step": 0})
-        self.bad = BadSteps(self.config.run.max_bad_steps, progress.get("skipped_steps", 0))
+        self.bad = BadSteps(
+            self.config.run.max_bad_steps,
+            progress.get("skipped_steps", 0),
+            progress.get("skipped_in_row", 0),
+        )
         self.skipped_images = progress.get("skipped_images", 0)  # before this start
 
     def _go_on_from(self, state: dict) -> None:
@@ -101,10 +107,11 @@ class Run:
             if not writing:
                 self.saver.settle()
             last = self.done == trainer.total_steps or stopping
+            saving = last or minutes_up or self._save_is_due()
             new = self.outcomes.after(
                 self.done, batches, applied, terms["loss"], trainer.engine.grad_norm
             )
-            for outcome in itertools.chain(new, self._rest(last)):
+            for outcome in itertools.chain(new, self._rest(saving)):
                 if self._judge(outcome) and self._rewound(outcome.step):
                     return None
             if self.bad.too_many:
@@ -113,16 +120,16 @@ class Run:
             telemetry.step(self.done, trainer.scalars(terms, batches), wait_s)
             if telemetry.due(self.done) or stopping:
                 self._warn_of_collapse(telemetry.log_row(self._details()))
-            if last or minutes_up or self._save_is_due():
+            if saving:
                 self._save()
             if last:
                 return self._end()
             self.watch.mark("waiting for data", self.done + 1)
         raise AssertionError("the loader is endless")
 
-    def _rest(self, last: bool) -> Iterator[Outcome]:
-        """The outcomes still on their way, where an end hangs on them."""
-        if last or self.bad.too_many:
+    def _rest(self, wanted: bool) -> Iterator[Outcome]:
+        """The outcomes still on their way, where they are wanted: in a save, or for an end."""
+        if wanted or self.bad.too_many:
             yield from self.outcomes.rest()
 
     def _details(self) -> dict:
@@ -138,7 +145,8 @@ class Run:
         if row is None or self.told_of_collapse or seen < LEAST_FEATURES:
             return
         floors = {"rankme": own.rankme_floor, "feature_std": own.feature_std_floor}
-        low = [f"{k} {row[k]:.3g}, floor {v:g}" for k, v in floors.items() if (row[k] or 0) < v]
+        known = {name: floor for name, floor in floors.items() if row[name] is not None}
+        low = [f"{k} {row[k]:.3g}, floor {v:g}" for k, v in known.items() if row[k] < v]
         if low:
             self.told_of_collapse = True
             optim, beta = self.config.optim, self.config.loss.vicreg.beta
@@ -162,7 +170,12 @@ class Run:
         self.bad.note(outcome.applied)
         if outcome.applied and not spike:
             return False
-        text = f"step {outcome.step} " + (f"is a spike: {spike}" if spike else "was not finite")
+        if spike:
+            text = f"step {outcome.step} is a spike: {spike}"
+        elif math.isfinite(outcome.loss) and math.isfinite(outcome.grad_norm):
+            text = f"step {outcome.step} was above the limit of spikes"
+        else:
+            text = f"step {outcome.step} was not finite"
         if not outcome.applied:
             text += f": update and average skipped ({self.bad.in_row} in a row)"
         names = [self.loader.images.name(int(i)) for b in outcome.batches for i in b.index_B]
@@ -184,13 +197,13 @@ class Run:
         self.saver.finish()
         good = engines.from_first_process(lambda: self._newest_before(spike))
         if good is None:
-            self.telemetry.message(f"no checkpoint before step {spike} to go back to: going on")
+            self.telemetry.message(
+                f"no checkpoint before step {spike} that has not been gone back to {MOST_REWINDS} "
+                "times: going on"
+            )
             return False
         step = checkpoint.step_of(good)
-        self.rewinds = [step, self.rewinds[1] + 1 if self.rewinds[0] == step else 1]
-        if self.rewinds[1] > MOST_REWINDS:
-            self.telemetry.message(f"went back to step {step} {MOST_REWINDS} times: going on")
-            return False
+        self.rewinds[step] += 1
         if engines.rank() == 0:
             checkpoint.set_aside_later_than(self.folder, step)
         passed_over = self.done - step
@@ -205,10 +218,10 @@ class Run:
         return True
 
     def _newest_before(self, step: int) -> Path | None:
-        found = checkpoint.newest_first(self.folder)
-        return next(
-            (p for p in found if checkpoint.step_of(p) < step and not checkpoint.damage(p)), None
-        )
+        for path in checkpoint.newest_first(self.folder):
+            if checkpoint.step_of(path) < step and not checkpoint.damage(path):
+                return path if self.rewinds[checkpoint.step_of(path)] < MOST_REWINDS else None
+        return None
 
     def _save_is_due(self) -> bool:
         periods = (self.config.checkpoint.every_steps, self.period)
@@ -224,11 +237,17 @@ class Run:
             self.saved_s = time.monotonic()
             self.saver.begin(self.done, self._facts())
 
+    def _is_saved(self) -> bool:
+        """Whether this state is, as the first process sees it."""
+        last = checkpoint.latest(self.folder) if engines.rank() == 0 else None
+        return last is not None and checkpoint.step_of(last) == self.done
+
     def _facts(self) -> dict:
         return self.trainer.facts() | {
             "epoch": self.done / self.trainer.steps_per_epoch,
             "progress": {
                 "skipped_steps": self.bad.count,
+                "skipped_in_row": self.bad.in_row,
                 "skipped_images": self._all_skipped_images(),
                 "data_offset": self.data_offset,
                 "spikes": self.spikes.history,
@@ -241,8 +260,10 @@ class Run:
         self.saver.finish()
         if engines.rank() == 0:
             checkpoint.set_aside_later_than(self.folder, self.done)
-        self._save()
-        saved = self.saver.finish()
+        saved = self._is_saved()
+        if not engines.any_of(saved)[0]:
+            self._save()
+            saved = self.saver.finish()
         state = f"The last good state is saved as step {self.done}" if saved else "See above"
         self.telemetry.message(
             f"stopped: {self.bad.in_row} steps in a row could not be applied. {state}; the images "
@@ -253,6 +274,8 @@ class Run:
     def _end(self) -> int:
         """Of a run that is done, or was asked to stop."""
         self.watch.mark("writing the last checkpoint and the encoders")
+        if not engines.any_of(self.saver.pending or self._is_saved())[0]:
+            self._save()  # a finished run's checkpoint, in another folder
         saved = self.saver.finish()
         if self.done < self.trainer.total_steps:
             self.telemetry.message(f"stopped after step {self.done}; go on with: {self.go_on_with}")

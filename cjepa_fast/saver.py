@@ -41,7 +41,7 @@ class Snapshot:
         for key, values in tensors.items():
             if key not in self._buffers:
                 self._buffers[key] = torch.empty(
-                    values.shape, dtype=values.dtype, pin_memory=torch.cuda.is_available()
+                    values.shape, dtype=values.dtype, pin_memory=values.is_cuda
                 )
         on_gpu = [key for key, values in tensors.items() if values.is_cuda]
         if on_gpu:
@@ -100,6 +100,11 @@ class Saver:
         self._failure: str | None = None  # of the naming thread
         self._step: int | None = None
         self._saved: int | None = None  # the last step that came through, on the first process
+
+    @property
+    def pending(self) -> bool:
+        """Whether a save has been begun that is not settled, on all processes alike."""
+        return self._writing is not None
 
     @property
     def busy(self) -> bool:
@@ -173,6 +178,7 @@ class Saver:
         final = self.folder / f"step_{self._step:08d}"
         self._failure = None
         try:
+            self._check_all_are_here(receipts)
             self._drop_what_another_start_left(receipts)
             checkpoint.write_text(self._partial / "encoder.json", self._encoder_json)
             checkpoint.write_text(self._partial / "state.json", json.dumps(self._state))
@@ -182,11 +188,20 @@ class Saver:
                 checkpoint.set_aside(final)
             self._partial.rename(final)
             checkpoint.sync_file(self.folder)
-            checkpoint.write_text(self.folder / "latest", final.name + "\n")
             self._saved = self._step
             self._prune()
-        except OSError as error:
+        except Exception as error:  # said by the main thread
             self._failure = str(error)
+
+    def _check_all_are_here(self, receipts: list[Receipt]) -> None:
+        """Raises OSError where the processes do not write into one folder."""
+        for name, size, _ in receipts:
+            path = self._partial / name
+            if not path.is_file() or path.stat().st_size != size:
+                raise OSError(
+                    f"{path}, written by another process, is not to be seen here: run.dir must be "
+                    "a folder that all nodes share"
+                )
 
     def _drop_what_another_start_left(self, receipts: list[Receipt]) -> None:
         """One that was killed in a save of this step, perhaps on another number of processes, or of
@@ -201,14 +216,16 @@ class Saver:
     def _prune(self) -> None:
         for old in checkpoint.newest_first(self.folder.parent)[self.keep :]:
             if not self.keep_period or checkpoint.step_of(old) % self.keep_period:
-                shutil.rmtree(old, ignore_errors=True)
+                # No longer a checkpoint, whatever comes between: the next save clears it away.
+                gone = old.rename(self.folder / f".{old.name}.partial")
+                shutil.rmtree(gone, ignore_errors=True)
 
     def _fail(self, reason: str) -> None:
         shutil.rmtree(self._partial, ignore_errors=True)
         good = checkpoint.latest(self.folder.parent)
         self._say(
             f"WARNING: the checkpoint of step {self._step} could not be saved: {reason}. The last "
-            f"good one is {good or 'none'}; the training goes on"
+            f"good one is {good or 'none'}"
         )
 
 

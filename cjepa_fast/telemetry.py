@@ -174,7 +174,10 @@ class Telemetry:
     def back_to(self, step: int) -> None:
         """The run has gone back to an earlier step: rows beyond it are dropped from the log."""
         if not self.silent:
-            _drop_rows_after(self._folder / "log.jsonl", step)
+            try:
+                _drop_rows_after(self._folder / "log.jsonl", step)
+            except OSError as error:
+                self.message(f"WARNING: {self._folder}/log.jsonl keeps rows beyond {step}: {error}")
             self._new_interval(step)
 
     def close(self) -> None:

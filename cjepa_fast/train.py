@@ -144,11 +144,19 @@ def first_whole(found: list[Path], resume: str | None) -> Path | None:
 
 
 def begin(
-    config: Config, device: torch.device, found: list[Path], args: argparse.Namespace
+    config: Config, device: torch.device, run: Path, args: argparse.Namespace
 ) -> tuple[Trainer, Loader, dict | None]:
     """Build everything, restore the checkpoint to go on from, if any. Returns also its state."""
+
+    def found() -> list[Path]:
+        if args.dry_run:
+            return []
+        if run.is_dir():  # nobody else writes there from here on
+            lock.take(run)
+        return starting_points(run, args.resume)
+
     masks = build_masks(config)
-    checkpointed = first_whole(engines.from_first_process(lambda: found), args.resume)
+    checkpointed = first_whole(engines.from_first_process(found), args.resume)
     loader = build_loader(config, device, masks)
     trainer = Trainer(
         config,
@@ -242,13 +250,12 @@ def pretrain(config: Config, run: Path, args: argparse.Namespace) -> int:
     with contextlib.ExitStack() as ending:
         ending.callback(engines.part)
         with input_errors():
-            found = [] if args.dry_run else starting_points(run, args.resume)
             device = engines.start(config.run.seed, watchdog.START * config.run.timeout_s)
             watch = ending.enter_context(watchdog_of(config, run))
-            trainer, loader, state = begin(config, device, found, args)
+            ending.callback(lock.release)
+            trainer, loader, state = begin(config, device, run, args)
             ending.callback(loader.close)
             if not args.dry_run:
-                ending.callback(lock.release)
                 telemetry = open_telemetry(trainer, run, state, args.resume)
         if args.dry_run:
             dry_run(trainer, loader)

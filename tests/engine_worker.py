@@ -1,12 +1,13 @@
 """Train a tiny C-JEPA for a few steps and print what came out, as one JSON line a run on rank 0.
 
-engine_worker.py RUN[,RUN ...] STEPS FOLDER [OPTION ...]: save=STEP resume nan=STEP spike=STEP
-weight=STEP kernels adam=NAME full zero=JSON bug=NAME. A RUN is STAGE:PRECISION. STAGE is ZeRO's,
-"3offload" with the optimiser's state on the CPU, or "local" for the engine without DeepSpeed. The
-global batch of each step is the same for every number of processes. With `kernels` the Triton
-kernels run, in the interpreter. With `full` the blocks are computed again in the backward, from
-weights that stage 3 has given up in between. `zero` is laid over DeepSpeed's zero_optimization.
-Bugs: "local" statistics of VICReg, gradients "scale"d by the processes.
+engine_worker.py RUN[,RUN ...] STEPS FOLDER [OPTION ...]: save=STEP resume again nan=STEP
+spike=STEP weight=STEP kernels adam=NAME full zero=JSON bug=NAME. A RUN is STAGE:PRECISION. STAGE is
+ZeRO's, "3offload" with the optimiser's state on the CPU, or "local" for the engine without
+DeepSpeed. The global batch of each step is the same for every number of processes. With `again` the
+run goes back, in the end, to what it saved. With `kernels` the Triton kernels run, in the
+interpreter. With `full` the blocks are computed again in the backward, from weights that stage 3
+has given up in between. `zero` is laid over DeepSpeed's zero_optimization. Bugs: "local" statistics
+of VICReg, gradients "scale"d by the processes.
 """
 
 import contextlib
@@ -109,11 +110,18 @@ def train(stage: str, precision: str, steps: int, folder: Path, options: dict) -
     masters = torch.cat([owned.master.values for owned in made.state()])
     rounded = torch.equal(masters, masters.bfloat16().float())
     rank, share = engine.rank(), BATCH // engine.world_size()
-    start = 0
+    start, exact, seen = 0, True, []
     if "resume" in options:
         start = checkpoint.restore(checkpoint.latest(folder), made)["step"]
-    average, exact, seen = whole(made.ema.fragments), True, []
-    for step in range(start, steps):
+    average = whole(made.ema.fragments)
+    order = list(range(start, steps))
+    if "again" in options:
+        order += [-1, *range(int(options["save"]), steps)]
+    for step in order:
+        if step < 0:
+            checkpoint.restore(checkpoint.latest(folder), made)
+            average = whole(made.ema.fragments)
+            continue
         losses = []
         for micro in range(ACCUMULATION):
             images, context, targets = (

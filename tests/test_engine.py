@@ -105,6 +105,15 @@ def test_a_checkpoint_resumes_under_another_stage_and_world_size(
     assert_agree({**whole, "steps": whole["steps"][half:]}, resumed, "fp32")
 
 
+@pytest.mark.multiprocess
+def test_a_training_that_goes_back_repeats_its_steps(tmp_path):
+    """From a checkpoint restored in its midst: whatever a stage keeps besides is put back too."""
+    runs = ["0:bf16", "1:fp32", "3:fp32", "3:bf16", "3offload:fp32"]
+    for run, result in zip(runs, work(runs, tmp_path, "save=3", "again", processes=2), strict=True):
+        assert len(result["steps"]) == STEPS + 3 and result["average_exact"], run
+        assert result["steps"][STEPS:] == result["steps"][3:STEPS], run
+
+
 SKIPPING = ["0:fp32", "0:bf16", "1:bf16", "2:fp32", "3:bf16", "3offload:fp32"]
 
 

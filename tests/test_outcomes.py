@@ -80,7 +80,8 @@ def test_a_spike_stands_out_upwards_and_only_among_enough_steps():
     assert judged([*calm[:-1], 9.0])[0] == []
     assert judged([*calm, 9.0])[0] == [LEAST + 1]
     assert judged([*calm, -9.0])[0] == []
-    assert judged([*calm, math.nan, 9.0])[0] == [LEAST + 2]  # a NaN is none, and leaves no trace
+    # What is not finite is none, and leaves no trace.
+    assert judged([*calm, math.nan, math.inf, 9.0])[0] == [LEAST + 3]
 
 
 def test_a_spike_is_told_with_its_numbers():

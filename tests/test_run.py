@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -10,8 +11,9 @@ import sys
 import pytest
 import test_saver
 import tiny
+import torch
 
-from cjepa_fast import checkpoint, lock, train
+from cjepa_fast import checkpoint, lock, train, trainer
 from cjepa_fast.jepa import JEPA
 from cjepa_fast.trainer import Trainer
 
@@ -98,6 +100,13 @@ def test_a_second_run_in_the_same_folder_is_refused(finished, capfd):
     assert run(config, "--resume", "auto") == 0
 
 
+def test_a_finished_run_can_be_taken_over_into_another_folder(finished, tmp_path):
+    config, folder = finished
+    assert run(config, "--resume", folder, "--set", f"run.dir={tmp_path / 'other'}") == 0
+    same = [(path / "encoder.safetensors").read_bytes() for path in (folder, tmp_path / "other")]
+    assert same[0] == same[1]
+
+
 SPIKY = {"run": {"epochs": 30, "spike_z": 50.0}, "telemetry": {"every_steps": 1}}
 SPIKE = 45  # steps; two micro-batches each
 
@@ -163,6 +172,14 @@ def test_a_spike_is_gone_back_from_and_its_images_passed_over(tmp_path, spike, c
     assert list(losses) == list(range(1, 61)) and max(loss[0] for loss in losses.values()) < 100
     state = checkpoint.state_of(checkpoint.latest(tmp_path / "run"))
     assert state["progress"]["data_offset"] == 5 and state["optimizer_step"] == 60
+
+
+def test_features_that_are_not_finite_are_no_collapse(tmp_path, capfd, monkeypatch):
+    stats = {"feature_std": torch.tensor(math.nan), "rankme": torch.tensor(math.nan)}
+    monkeypatch.setattr(trainer, "representation_stats", lambda features: stats)
+    monkeypatch.setattr("cjepa_fast.run.LEAST_FEATURES", 1)
+    assert run(tiny.write_config(tmp_path)) == 0
+    assert "collapsing" not in capfd.readouterr().out
 
 
 def test_collapse_is_warned_of_once_with_its_numbers(tmp_path, capfd):

@@ -118,7 +118,7 @@ def test_some_are_kept_by_number_and_some_for_good(tmp_path, made):
     save.finish()
     kept = [checkpoint.step_of(path) for path in checkpoint.newest_first(tmp_path)]
     assert kept == [11, 10, 8, 4]
-    assert (tmp_path / "checkpoints" / "latest").read_text() == "step_00000011\n"
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 4
 
 
 def test_what_a_killed_save_left_does_no_harm(tmp_path, made):
@@ -136,10 +136,30 @@ def test_what_a_killed_save_left_does_no_harm(tmp_path, made):
     assert save.finish()
     assert torch.equal(stored(tmp_path, 3), torch.arange(10.0))
     assert sorted(path.name for path in folder.iterdir()) == [
-        "latest",
         "step_00000001",
         "step_00000003",
     ]
+
+
+def test_processes_that_do_not_share_a_folder_are_told(tmp_path, made, monkeypatch):
+    _, save, said = made
+    elsewhere = checkpoint.Receipt("shard_00001_of_00002.safetensors", 9, "")
+    monkeypatch.setattr(saver, "from_all", lambda mine: [mine, elsewhere])
+    save.begin(1, {})
+    assert not save.finish() and "run.dir must be a folder that all nodes share" in said[0]
+
+
+def test_a_copy_of_the_users_is_left_alone(tmp_path, made):
+    _, save, _ = made
+    save.begin(1, {})
+    save.finish()
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(folder / "step_00000001", folder / "step_00000001_mine")
+    for step in range(2, 6):
+        save.begin(step, {})
+    assert save.finish() and (folder / "step_00000001_mine" / "manifest.json").is_file()
+    assert [p.name for p in checkpoint.newest_first(tmp_path)] == ["step_00000005", "step_00000004"]
+    assert checkpoint.set_aside_later_than(tmp_path, 5) == []
 
 
 def flip_a_bit(path):
