@@ -129,12 +129,12 @@ class Run:
     def result(self) -> Path:
         return self.folder / "run"
 
-    def until_done(self, draw: random.Random, mean_gap_s: float | None = None) -> None:
-        """Train to the end, killed each time about such a gap is over; None: left alone."""
+    def until_done(self, draw: random.Random, kills: int = 0, mean_gap_s: float = 0) -> None:
+        """Train to the end, killed so often at most, each time about such a gap is over."""
         began, done = time.monotonic(), False
         while not done:
-            gap_s = mean_gap_s * draw.uniform(0.3, 1.7) if mean_gap_s else float("inf")
-            done = self._start(gap_s, draw)
+            gap_s = mean_gap_s * draw.uniform(0.3, 1.7)
+            done = self._start(gap_s if self.kills < kills else float("inf"), draw)
         self.minutes = (time.monotonic() - began) / 60
 
     def _start(self, kill_after_s: float, draw: random.Random) -> bool:
@@ -231,7 +231,7 @@ than {FLAT_PCT:g} % and open descriptors not at all: {flat} of {len(judged)}.
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=float, default=120, help="of each of the two runs")
-    parser.add_argument("--kills", type=int, help="about how many (default: one in 12 minutes)")
+    parser.add_argument("--kills", type=int, help="at most (default: one in 12 minutes)")
     parser.add_argument("--context", default="fixed", help="mask.context (see above)")
     parser.add_argument("--seed", type=int, default=0, help="of the kills")
     parser.add_argument("--out", type=Path, default=Path("bench/results/soak.md"))
@@ -250,7 +250,7 @@ def main() -> None:
         print(f"{rate:.0f} steps a minute: {whole.steps} steps", flush=True)
         kills = given.kills or max(2, round(given.minutes / 12))
         draw = random.Random(given.seed)
-        struck.until_done(draw, 60 * given.minutes / (kills + 1))
+        struck.until_done(draw, kills, 60 * given.minutes / (kills + 1))
         whole.until_done(draw)
         text = report(struck, whole)
     given.out.write_text(text)
