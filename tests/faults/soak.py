@@ -5,7 +5,9 @@
 Trains a tiny model for about that long while processes are killed at random and the run goes on
 with `--resume auto`, saving about every minute; then the same run undisturbed, which takes about as
 long again. Memory and open descriptors of every training process are sampled all along. --minutes
-counts for each of the two. What each start said lies in --folder.
+counts for each of the two. What each start said lies in --folder. The contexts are of one length:
+with mask.context "random" oneDNN keeps kernels for each length that it meets, which took 450 MiB
+here and came in for as long as lengths were new, so that nothing smaller could be seen.
 """
 
 import argparse
@@ -41,7 +43,9 @@ JUDGED_S = 60  # after the warm-up: of a shorter stretch no growth is told
 FLAT_PCT = 2.0
 COLUMNS = ("start, process", "minutes", "USS MiB after warm-up", "at the end", "%", "MiB/h")
 COLUMNS += ("RSS MiB after warm-up", "%", "PSS %", "descriptors", "flat")
-TRIAL_STEPS = 400  # that tell how many a minute there are
+IMAGES, BATCH = 500, 32
+STEPS_PER_EPOCH = IMAGES // BATCH
+TRIAL_EPOCHS = 30  # that tell how many steps a minute there are
 
 
 class Sample(NamedTuple):
@@ -106,14 +110,17 @@ class Stretch:
 class Run:
     """A training of so many steps below `folder`, started as often as it takes."""
 
-    def __init__(self, folder: Path, images: Path, epochs: int, every: int):
+    def __init__(self, folder: Path, images: Path, epochs: int, every: int, context: str):
         folder.mkdir(parents=True)
-        self.folder, self.starts, self.kills = folder, 0, 0
+        self.folder, self.every, self.context = folder, every, context
+        self.steps = epochs * STEPS_PER_EPOCH
+        self.minutes, self.starts, self.kills = 0.0, 0, 0
         self.stretches: list[Stretch] = []
         self.config = tiny.write_config(
             folder,
             run={"epochs": epochs},
-            data={"path": str(images), "batch_size": 32, "micro_batch_size": 8},
+            data={"path": str(images), "batch_size": BATCH, "micro_batch_size": 8},
+            mask={"context": context},
             checkpoint={"every_steps": every},
             telemetry={"every_steps": 20, "tensorboard": True},
         )
@@ -122,13 +129,13 @@ class Run:
     def result(self) -> Path:
         return self.folder / "run"
 
-    def until_done(self, draw: random.Random, mean_gap_s: float | None) -> float:
-        """Train to the end, killed each time such a gap is over. Returns the minutes it took."""
+    def until_done(self, draw: random.Random, kills: int = 0, mean_gap_s: float = 0) -> None:
+        """Train to the end, killed so often at most, each time about such a gap is over."""
         began, done = time.monotonic(), False
         while not done:
-            gap_s = mean_gap_s * draw.uniform(0.3, 1.7) if mean_gap_s else float("inf")
-            done = self._start(gap_s, draw)
-        return (time.monotonic() - began) / 60
+            gap_s = mean_gap_s * draw.uniform(0.3, 1.7)
+            done = self._start(gap_s if self.kills < kills else float("inf"), draw)
+        self.minutes = (time.monotonic() - began) / 60
 
     def _start(self, kill_after_s: float, draw: random.Random) -> bool:
         """One start; whether the training came to its end."""
@@ -164,9 +171,9 @@ class Run:
         return workers
 
 
-def steps_per_minute(folder: Path, images: Path, per_epoch: int) -> float:
-    trial = Run(folder, images, TRIAL_STEPS // per_epoch, 0)
-    trial.until_done(random.Random(0), None)
+def steps_per_minute(folder: Path, images: Path, context: str) -> float:
+    trial = Run(folder, images, TRIAL_EPOCHS, 0, context)
+    trial.until_done(random.Random(0))
     rows = read_log(trial.result)
     half = rows[len(rows) // 2 :]
     return 60 * (half[-1]["step"] - half[0]["step"]) / (half[-1]["time_s"] - half[0]["time_s"])
@@ -190,7 +197,7 @@ def row(stretch: Stretch) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def report(struck: Run, whole: Run, minutes: tuple[float, float], steps: int, every: int) -> str:
+def report(struck: Run, whole: Run) -> str:
     """Markdown. The final states are compared here: AssertionError names the first difference."""
     about = hardware.provenance(torch.device("cpu"))
     versions = ", ".join(f"{k} {v}" for k, v in about["versions"].items() if v)
@@ -201,13 +208,14 @@ def report(struck: Run, whole: Run, minutes: tuple[float, float], steps: int, ev
 
 {about["hardware"]["device"]}; {versions}; commit {about["commit"]}. `{about["command"]}`
 
-{PROCESSES} processes, {steps} steps, a save every {every}, 12 broken files in the set. At the end
-weights, moments and average of both runs are equal, bit for bit.
+{PROCESSES} processes, mask.context "{whole.context}", {whole.steps} steps, a save every
+{whole.every}, 12 broken files in the set. At the end weights, moments and average of both runs are
+equal, bit for bit.
 
-| run | minutes | steps | kills | starts |
-|---|---|---|---|---|
-| struck | {minutes[0]:.1f} | {steps} | {struck.kills} | {struck.starts} |
-| undisturbed | {minutes[1]:.1f} | {steps} | {whole.kills} | {whole.starts} |
+| run | minutes | kills | starts |
+|---|---|---|---|
+| struck | {struck.minutes:.1f} | {struck.kills} | {struck.starts} |
+| undisturbed | {whole.minutes:.1f} | {whole.kills} | {whole.starts} |
 
 Memory of each process that lived {JUDGED_S} s beyond its warm-up (the first third of its life, at
 most {WARM_UP_S} s): medians of the first and of the last tenth of its samples, one in
@@ -223,26 +231,28 @@ than {FLAT_PCT:g} % and open descriptors not at all: {flat} of {len(judged)}.
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=float, default=120, help="of each of the two runs")
-    parser.add_argument("--kills", type=int, help="about how many (default: one in 12 minutes)")
+    parser.add_argument("--kills", type=int, help="at most (default: one in 12 minutes)")
+    parser.add_argument("--context", default="fixed", help="mask.context (see above)")
     parser.add_argument("--seed", type=int, default=0, help="of the kills")
     parser.add_argument("--out", type=Path, default=Path("bench/results/soak.md"))
     parser.add_argument("--folder", type=Path, help="for the runs (default: a temporary one)")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.folder or Path(temporary)
-        images = tiny.write_images(folder / "images", 500)
+        images = tiny.write_images(folder / "images", IMAGES)
         broken_images.break_folder(images, "class_0")
-        per_epoch = 502 // 32
-        rate = steps_per_minute(folder / "trial", images, per_epoch)
-        epochs, every = max(1, round(given.minutes * rate / per_epoch)), max(1, round(rate))
-        print(f"{rate:.0f} steps a minute: {epochs * per_epoch} steps", flush=True)
-        struck = Run(folder / "struck", images, epochs, every)
-        whole = Run(folder / "undisturbed", images, epochs, every)
+        rate = steps_per_minute(folder / "trial", images, given.context)
+        epochs = max(1, round(given.minutes * rate / STEPS_PER_EPOCH))
+        struck, whole = (
+            Run(folder / name, images, epochs, max(1, round(rate)), given.context)
+            for name in ("struck", "undisturbed")
+        )
+        print(f"{rate:.0f} steps a minute: {whole.steps} steps", flush=True)
         kills = given.kills or max(2, round(given.minutes / 12))
-        gap_s = 60 * given.minutes / (kills + 1)
         draw = random.Random(given.seed)
-        minutes = struck.until_done(draw, gap_s), whole.until_done(draw, None)
-        text = report(struck, whole, minutes, epochs * per_epoch, every)
+        struck.until_done(draw, kills, 60 * given.minutes / (kills + 1))
+        whole.until_done(draw)
+        text = report(struck, whole)
     given.out.write_text(text)
     print(text)
 
