@@ -256,7 +256,8 @@ class Run:
 
     def _give_up(self) -> int:
         """After too many bad steps: nothing has changed since the last good one."""
-        self.done -= self.bad.in_row
+        in_row, self.bad.in_row = self.bad.in_row, 0
+        self.done -= in_row
         self.saver.finish()
         if engines.rank() == 0:
             checkpoint.set_aside_later_than(self.folder, self.done)
@@ -266,7 +267,7 @@ class Run:
             saved = self.saver.finish()
         state = f"The last good state is saved as step {self.done}" if saved else "See above"
         self.telemetry.message(
-            f"stopped: {self.bad.in_row} steps in a row could not be applied. {state}; the images "
+            f"stopped: {in_row} steps in a row could not be applied. {state}; the images "
             f"are named in {self.folder / BAD_STEPS}"
         )
         return 1

@@ -1,6 +1,7 @@
 """What befalls a run: damaged checkpoints, spikes, collapse, a full disk, a second run."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -105,6 +106,28 @@ def test_a_finished_run_can_be_taken_over_into_another_folder(finished, tmp_path
     assert run(config, "--resume", folder, "--set", f"run.dir={tmp_path / 'other'}") == 0
     same = [(path / "encoder.safetensors").read_bytes() for path in (folder, tmp_path / "other")]
     assert same[0] == same[1]
+
+
+def test_a_run_that_gave_up_gives_up_again_at_the_same_step(tmp_path, capfd, monkeypatch):
+    """From step 3 on nothing is finite; a checkpoint of each step, the bad ones too."""
+    whole = Trainer.step
+
+    def poisoned(self, batches, index):
+        if index >= 2:
+            batches = [
+                dataclasses.replace(b, images_B3HW=b.images_B3HW * math.nan) for b in batches
+            ]
+        return whole(self, batches, index)
+
+    monkeypatch.setattr(Trainer, "step", poisoned)
+    config = tiny.write_config(
+        tmp_path, run={"epochs": 9, "max_bad_steps": 3}, checkpoint={"every_steps": 1, "keep": 2}
+    )
+    for resume in ([], ["--resume", "auto"]):
+        assert run(config, *resume) == 1
+        assert "The last good state is saved as step 2;" in capfd.readouterr().out
+        state = checkpoint.state_of(checkpoint.latest(tmp_path / "run"))
+        assert (state["step"], state["optimizer_step"]) == (2, 2)
 
 
 SPIKY = {"run": {"epochs": 30, "spike_z": 50.0}, "telemetry": {"every_steps": 1}}

@@ -6,8 +6,8 @@ Trains a tiny model for about that long while processes are killed at random and
 with `--resume auto`, saving about every minute; then the same run undisturbed, which takes about as
 long again. Memory and open descriptors of every training process are sampled all along. --minutes
 counts for each of the two. What each start said lies in --folder. The contexts are of one length:
-with mask.context "random" oneDNN keeps kernels for each length that it meets, which took 450 MiB
-here and came in for as long as lengths were new, so that nothing smaller could be seen.
+with mask.context "random" memory climbs for as long as lengths are new (on a CPU; caches by shape
+and gaps between freed blocks, as far as could be seen), which would hide anything smaller.
 """
 
 import argparse
