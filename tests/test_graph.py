@@ -8,12 +8,13 @@ import tiny
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cjepa_fast import build, engine, local, train
+from cjepa_fast import build, checkpoint, engine, local, train
 from cjepa_fast.config import ConfigError, validate
 from cjepa_fast.data.loader import Batch
 from cjepa_fast.graph import WARM, Graphed
 from cjepa_fast.kernels import gather
 from cjepa_fast.masks import Masks
+from cjepa_fast.saver import Saver
 
 STEPS = WARM + 4
 
@@ -145,3 +146,22 @@ def test_the_recorded_step_is_the_step(context):
     (eager, eager_weights), (recorded, recorded_weights) = found
     assert recorded == pytest.approx(eager, rel=1e-4)
     torch.testing.assert_close(recorded_weights, eager_weights, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_a_save_beside_gpu_steps_has_the_state_of_its_step(tmp_path, cuda_graph):
+    """Of every step, the recorded one too: the next updates wait for the copy on the GPU."""
+    trainer, steps = trainer_of(cuda_graph=cuda_graph)
+    saver = Saver(tmp_path / "checkpoints", trainer.engine, "{}", keep=STEPS)
+    wanted = {}
+    for done, batches in enumerate(steps, 1):
+        trainer.step(batches, done - 1)
+        wanted[done] = [owned.master.values.clone() for owned in trainer.engine.state()]
+        saver.begin(done, {})
+    assert saver.finish()
+    names = [owned.master.name for owned in trainer.engine.state()]
+    for done, values in wanted.items():
+        stored = checkpoint.Stored(tmp_path / "checkpoints" / f"step_{done:08d}")
+        for name, value in zip(names, values, strict=True):
+            assert torch.equal(stored.whole("master", name), value.cpu())
