@@ -69,6 +69,7 @@ class Trainer:
         self.attention = choose_attention(networks, target, config, device, self.micro_batch)
         self.engine = build_engine(networks, target, config, self.micro_batch, self.accumulation)
         self.ema = self.engine.ema
+        self._check_stage()
         compile_networks(networks, target, config.run.compile)
         self.target = target
         if config.run.target_stream and device.type == "cuda":
@@ -78,6 +79,22 @@ class Trainer:
         if config.run.cuda_graph:
             self._check_graph()
             self._run = Graphed(self.micro_step, device)
+
+    def _check_stage(self) -> None:
+        """Raises ConfigError for what ZeRO-3 leaves no room: it gathers weights between modules."""
+        run = self.config.run
+        if isinstance(self.engine, LocalEngine) or self.engine.stage < 3:
+            return
+        for key, on in {
+            "compile": run.compile != "none",
+            "target_stream": run.target_stream,
+        }.items():
+            if on:
+                raise ConfigError(
+                    f"run.{key} = {json.dumps(getattr(run, key))}: not with ZeRO stage 3, which "
+                    "gathers the weights as the forward comes to them; leave it out, or --set "
+                    "deepspeed.zero_optimization.stage=2"
+                )
 
     def _check_graph(self) -> None:
         """Raises ConfigError where the step cannot be recorded."""

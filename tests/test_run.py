@@ -279,3 +279,12 @@ def test_a_run_goes_on_on_another_number_of_processes_and_another_stage(tmp_path
     assert list(two) == [4, 5, 6]
     for step, terms in two.items():
         assert terms == pytest.approx(one[step], rel=2e-5, abs=1e-7)
+
+
+@pytest.mark.multiprocess
+def test_what_zero_3_leaves_no_room_for_is_refused(tmp_path):
+    config = tiny.write_config(tmp_path, run={"compile": "blocks"})
+    stage = ["--set", "deepspeed.zero_optimization.stage=3"]
+    result = tiny.train("--config", config, *stage, processes=2)
+    assert result.returncode != 0
+    assert 'error: run.compile = "blocks": not with ZeRO stage 3' in result.stderr
