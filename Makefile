@@ -11,7 +11,7 @@ WORKERS := --dist loadfile -n auto
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test faults check format bench clean
+.PHONY: help install demo test faults lint check format bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1|/p' $(MAKEFILE_LIST) | \
@@ -28,9 +28,11 @@ test: $(STAMP) ## every test that this machine can run
 faults: $(STAMP) ## kill runs at 20 moments, on 1 and 2 processes, and compare them with whole ones
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest tests/faults
 
-check: $(STAMP) ## ruff, then the fast tests
+lint: $(STAMP) ## ruff
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
+
+check: lint ## ruff, then the fast tests
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -q -m "$(FAST)" $(WORKERS)
 
 format: $(STAMP) ## let ruff mend and format the code
