@@ -14,7 +14,8 @@ import test_saver
 import tiny
 import torch
 
-from cjepa_fast import checkpoint, lock, train, trainer
+from cjepa_fast import build, checkpoint, lock, train, trainer
+from cjepa_fast.config import validate
 from cjepa_fast.jepa import JEPA
 from cjepa_fast.trainer import Trainer
 
@@ -99,6 +100,21 @@ def test_a_second_run_in_the_same_folder_is_refused(finished, capfd):
     assert (folder / "log.jsonl").read_text() == before
     lock.release()
     assert run(config, "--resume", "auto") == 0
+
+
+@pytest.mark.parametrize(
+    ("saves", "steps"),
+    [
+        ({"every_steps": 0, "every_minutes": 1e-6, "keep": 9}, [1, 2, 3, 4]),
+        ({"every_steps": 3, "keep_every_epochs": 1, "keep": 1}, [2, 4]),
+        ({"every_steps": 0}, [4]),
+    ],
+)
+def test_when_it_saves_and_what_is_kept(tmp_path, saves, steps):
+    """By steps, by the clock, by epochs (of 2 steps), at the end."""
+    assert run(tiny.write_config(tmp_path, checkpoint=saves)) == 0
+    kept = checkpoint.newest_first(tmp_path / "run")
+    assert [checkpoint.step_of(path) for path in kept] == steps[::-1]
 
 
 def test_a_finished_run_can_be_taken_over_into_another_folder(finished, tmp_path):
@@ -288,3 +304,16 @@ def test_what_zero_3_leaves_no_room_for_is_refused(tmp_path):
     result = tiny.train("--config", config, *stage, processes=2)
     assert result.returncode != 0
     assert 'error: run.compile = "blocks": not with ZeRO stage 3' in result.stderr
+
+
+@pytest.mark.multiprocess
+def test_processes_whose_contexts_differ_in_length_do_the_same_collectives(tmp_path):
+    """Each cuts its own micro-batch's, under the stage that gathers most often."""
+    config = tiny.write_config(tmp_path)
+    masks = build.build_masks(validate(json.loads(config.read_text())))
+    lengths = [masks(0, 0, torch.arange(8) + 8 * rank).context_k for rank in range(2)]
+    assert lengths[0] != lengths[1]
+    stage = ["--set", "deepspeed.zero_optimization.stage=3", "--set", "run.timeout_s=60"]
+    result = tiny.train("--config", config, *stage, processes=2)
+    assert result.returncode == 0, result.stderr
+    assert len(tiny.losses(tmp_path / "run")) == 4
