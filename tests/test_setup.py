@@ -231,3 +231,16 @@ def test_readme_tree_lists_every_module():
     for path in [*(ROOT / "cjepa_fast").glob("*.py"), *(ROOT / "kernels").glob("*.py")]:
         if path.name != "__init__.py":
             assert path.name in tree, path.name
+
+
+def test_every_promise_names_tests_that_are_there():
+    """docs/reliability.md: whole names, or their beginning before "..."."""
+    text = (ROOT / "docs" / "reliability.md").read_text()
+    sources = {path.name: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
+    there = set(re.findall(r"def (test_\w+)", "\n".join(sources.values())))
+    named = re.findall(r"`(test_\w+?)(\.\.\.)?`", text)
+    assert len(named) > 20
+    for name, more in named:
+        assert name in there if not more else any(test.startswith(name) for test in there), name
+    for file in re.findall(r"\btest_\w+\.py\b", text):
+        assert file in sources
