@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from cjepa_fast import __version__
 from cjepa_fast.engine import Engine, rank, world_size
@@ -297,6 +298,18 @@ def _complete(folder: Path) -> list[Path]:
 
 def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
+
+
+def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """A safetensors file, for whoever may read the files beside it, on the disk when this returns.
+
+    Not atomic: under a temporary name.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path)
+    path.chmod(mode)  # safetensors lets its owner alone read it
+    sync_file(path)
 
 
 def write_text(path: Path, text: str) -> None:

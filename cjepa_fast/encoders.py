@@ -5,7 +5,6 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from cjepa_fast.checkpoint import (
     Stored,
@@ -13,7 +12,7 @@ from cjepa_fast.checkpoint import (
     latest,
     opened,
     sha256,
-    sync_file,
+    write_tensors,
     write_text,
 )
 from cjepa_fast.vit import Encoder
@@ -25,8 +24,7 @@ def write_encoder(path: Path, which: str, checkpoint: Path) -> None:
     """Write one encoder of a checkpoint as PATH.safetensors with PATH.json beside it."""
     encoder = load_encoder(checkpoint, which)
     partial = path.with_suffix(".partial")
-    save_file({k: v.contiguous() for k, v in encoder.state_dict().items()}, partial)
-    sync_file(partial)
+    write_tensors({k: v.contiguous() for k, v in encoder.state_dict().items()}, partial)
     described = json.loads((checkpoint / "encoder.json").read_text())
     described["sha256"] = sha256(partial)
     write_text(path.with_suffix(".json"), json.dumps(described, indent=2))

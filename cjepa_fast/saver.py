@@ -17,7 +17,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from cjepa_fast import checkpoint
 from cjepa_fast.checkpoint import Receipt
@@ -167,8 +166,7 @@ class Saver:
             _check_finite(tensors)
             self._partial.mkdir(parents=True, exist_ok=True)
             shard = self._partial / f"shard_{rank():05d}_of_{world_size():05d}.safetensors"
-            save_file(tensors | generators, shard)
-            checkpoint.sync_file(shard)
+            checkpoint.write_tensors(tensors | generators, shard)
             self._outcome = checkpoint.receipt(shard)
         except Exception as error:  # whatever it is, it is said, and the training goes on
             self._outcome = f"process {rank()}: {error}"

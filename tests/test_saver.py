@@ -52,8 +52,9 @@ def stored(folder, step: int) -> torch.Tensor:
 
 def test_what_is_saved_is_the_state_of_its_step_while_updates_go_on(tmp_path, made, monkeypatch):
     engine, save, said = made
-    go, written = threading.Event(), saver.save_file
-    monkeypatch.setattr(saver, "save_file", lambda *args: go.wait(30) and written(*args))
+    go, written = threading.Event(), checkpoint.write_tensors
+    slow = lambda *args: go.wait(30) and written(*args)  # noqa: E731
+    monkeypatch.setattr(checkpoint, "write_tensors", slow)
     save.begin(1, {"epoch": 0.5})
     for _ in range(3):  # the disk is slow: nobody waits for it
         engine.update()
@@ -88,9 +89,9 @@ def test_a_full_disk_is_said_and_the_last_good_one_stays(tmp_path, made, monkeyp
     save.begin(1, {})
     assert save.finish()
     full = OSError(errno.ENOSPC, "No space left on device")
-    for name, where in (("save_file", saver), ("write_manifest", checkpoint)):
+    for name in ("write_tensors", "write_manifest"):
         with monkeypatch.context() as patch:
-            patch.setattr(where, name, lambda *args: (_ for _ in ()).throw(full))
+            patch.setattr(checkpoint, name, lambda *args: (_ for _ in ()).throw(full))
             save.begin(2, {})
             engine.update()
             assert not save.finish()
@@ -100,6 +101,13 @@ def test_a_full_disk_is_said_and_the_last_good_one_stays(tmp_path, made, monkeyp
     save.begin(3, {})
     assert save.finish() and len(said) == 2
     assert torch.equal(stored(tmp_path, 3), torch.arange(10.0) + 2)
+
+
+def test_who_may_read_one_file_may_read_all(tmp_path, made):
+    _, save, _ = made
+    save.begin(1, {})
+    save.finish()
+    assert len({path.stat().st_mode for path in checkpoint.latest(tmp_path).iterdir()}) == 1
 
 
 def test_values_that_are_not_finite_are_never_saved(tmp_path, made):
