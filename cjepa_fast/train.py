@@ -1,7 +1,7 @@
 """Pretrain: `deepspeed cjepa_fast/train.py --config vit_h.json --set data.path=/my/images`.
 
 Also `python cjepa_fast/train.py ...` for one process, and torchrun. This file reads the command
-line, puts the parts together and loops; the maths are in the parts.
+line, finds where to go on from, and says what is wrong; trainer.py has the step, run.py the loop.
 """
 
 import sys
@@ -182,7 +182,9 @@ def check_changes(state: dict, facts: dict, accepted: bool) -> None:
         )
 
 
-def open_telemetry(trainer: Trainer, run: Path, state: dict | None, resume: str | None):
+def open_telemetry(
+    trainer: Trainer, run: Path, state: dict | None, resume: str | None
+) -> Telemetry:
     """The run's folder taken and made ready: log, configuration, nothing beyond the state's step.
 
     Raises ValueError where another run holds it.

@@ -129,12 +129,18 @@ def test_some_are_kept_by_number_and_some_for_good(tmp_path, made):
     assert len(list((tmp_path / "checkpoints").iterdir())) == 4
 
 
-def test_what_a_killed_save_left_does_no_harm(tmp_path, made):
-    """Of the same step on more processes, and of an earlier one."""
+@pytest.fixture
+def saved(tmp_path, made):
+    """(saver, the folder of its checkpoints): that of step 1 is there."""
     _, save, _ = made
     save.begin(1, {})
-    save.finish()
-    folder = tmp_path / "checkpoints"
+    assert save.finish()
+    return save, tmp_path / "checkpoints"
+
+
+def test_what_a_killed_save_left_does_no_harm(tmp_path, saved):
+    """Of the same step on more processes, and of an earlier one."""
+    save, folder = saved
     shutil.copytree(folder / "step_00000001", folder / ".step_00000003.partial")
     (folder / ".step_00000003.partial" / "manifest.json").unlink()
     shard = next((folder / ".step_00000003.partial").glob("shard*"))
@@ -157,11 +163,8 @@ def test_processes_that_do_not_share_a_folder_are_told(tmp_path, made, monkeypat
     assert not save.finish() and "run.dir must be a folder that all nodes share" in said[0]
 
 
-def test_a_copy_of_the_users_is_left_alone(tmp_path, made):
-    _, save, _ = made
-    save.begin(1, {})
-    save.finish()
-    folder = tmp_path / "checkpoints"
+def test_a_copy_of_the_users_is_left_alone(tmp_path, saved):
+    save, folder = saved
     shutil.copytree(folder / "step_00000001", folder / "step_00000001_mine")
     for step in range(2, 6):
         save.begin(step, {})
