@@ -252,6 +252,11 @@ def validate(values: dict, name: str = "run") -> Config:
     return config.model_copy(update={"run": run})
 
 
+def read(run: Path) -> Config:
+    """The configuration a run was made with, from its folder. Raises ConfigError."""
+    return validate(json.loads((run / "config.json").read_text()))
+
+
 def find(name: str) -> Path:
     """The file itself, or the one of that name (".json" may be left out) in configs/."""
     shipped = configs_folder()

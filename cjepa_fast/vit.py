@@ -352,6 +352,21 @@ class Encoder(nn.Module):
             x = block(x, layout=packed)
         return self.norm(x)
 
+    def last_layers(self, images_B3HW: torch.Tensor, count: int) -> list[torch.Tensor]:
+        """Tokens of all patches after each of the last `count` blocks, normed: each (B, N, D).
+
+        Raises ValueError for more blocks than there are.
+        """
+        if count > self.depth:
+            raise ValueError(f"the last {count} layers of an encoder of {self.depth} blocks")
+        x = self.embed(images_B3HW, None)
+        layers = []
+        for index, block in enumerate(self.blocks):
+            x = block(x)
+            if index >= self.depth - count:
+                layers.append(self.norm(x))
+        return layers
+
     @torch.no_grad()
     def attention_maps(self, images_B3HW: torch.Tensor) -> torch.Tensor:
         """The last block's attention over the whole image: (B, H, N, N), rows summing to one."""

@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 
 from cjepa_fast import config as configuration
 from cjepa_fast.data.sources import open_images
-from cjepa_fast.eval import features, knn, linear
-from cjepa_fast.eval.__main__ import labelled_sides, main
+from cjepa_fast.eval import command, features, knn, linear
+from cjepa_fast.eval.__main__ import main
+from cjepa_fast.eval.command import labelled_sides
 from cjepa_fast.vit import Encoder
 
 
@@ -55,14 +56,14 @@ def test_knn_writes_what_the_parts_compute(run, data, tmp_path, capsys):
     assert rows["trained"]["linear"] == pytest.approx(probe, abs=2)
     assert rows["trained"]["train_images"] == rows["trained"]["test_images"] == 60
     printed = capsys.readouterr().out
-    assert f"{rows['trained']['top1']:.2f}" in printed and "60+60" in printed
+    assert f"{rows['trained']['top1']:.2f}" in printed and "train  test" in printed
 
 
 def test_the_run_s_settings_hold_where_the_command_names_none(run, data, tmp_path):
     out = tmp_path / "knn.json"
     for options, k in (([], 5), (["--k", "3"], 3)):
         main(["knn", str(run), "--data", str(data), "--json", str(out), *options])
-        written = json.loads(out.read_text())
+        written = json.loads(out.read_text())["settings"]
         assert (written["crop"], written["k"], written["temperature"]) == (1.0, k, 0.07)
 
 
@@ -83,6 +84,16 @@ def test_without_a_test_set_the_two_sides_share_no_image(data):
     assert torch.equal(again, test_keep)
 
 
+def test_what_is_found_lies_in_the_run_s_folder_too(run, data):
+    """A file for each set of settings: the same again takes its place."""
+    for k in (3, 4, 3):
+        assert main(["knn", str(run), "--data", str(data), "--k", str(k)]) == 0
+    found = command.records(run)
+    assert [record["settings"]["k"] for record in found] == [4, 3]
+    assert found[0]["task"] == "knn" and found[0]["rows"][0]["encoder"] == "trained"
+    assert set(found[0]["headings"]) >= {"top1", "top1_centred"}
+
+
 def test_the_untrained_encoder_is_the_same_each_time(run, data, tmp_path):
     tops = []
     for name in ("a.json", "b.json"):
@@ -97,8 +108,8 @@ def test_the_untrained_encoder_is_the_same_each_time(run, data, tmp_path):
 def test_pictures(run, data, tmp_path):
     attention = ["attention", str(run), "--images", str(data), "--count", "2"]
     masks = ["masks", str(run), "--images", str(data), "--count", "2"]
-    for name, command in (("a.png", attention), ("m.png", masks)):
-        assert main([*command, "--out", str(tmp_path / name)]) == 0
+    for name, words in (("a.png", attention), ("m.png", masks)):
+        assert main([*words, "--out", str(tmp_path / name)]) == 0
         assert (tmp_path / name).stat().st_size > 5_000
 
 
@@ -121,8 +132,8 @@ def test_what_is_wrong_is_said_in_one_line(run, data, tmp_path, capsys):
         "no config.json": ["masks", str(tmp_path / "nowhere"), "--out", "m.png"],
         "cannot draw": ["masks", str(run), "--images", str(data), "--out", "m.docx"],
     }
-    for expected, command in cases.items():
-        assert main(command) == 2, command
+    for expected, words in cases.items():
+        assert main(words) == 2, words
         said = capsys.readouterr().err
         assert expected in said and said.startswith("error: ")
         assert len(said.splitlines()) == 1, said

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from cjepa_fast.eval import attention, curves, pictures
+from cjepa_fast.eval import masks as masked
 from cjepa_fast.masks import MaskSampler
 from cjepa_fast.vit import Encoder
 
@@ -43,7 +44,7 @@ def test_the_heads_shown_are_the_least_even():
 
 
 def test_covered_pixels_are_those_of_the_patches():
-    shown = pictures.covered(torch.tensor([1, 3]), grid=(2, 3), shape=(4, 6))
+    shown = masked.covered(torch.tensor([1, 3]), grid=(2, 3), shape=(4, 6))
     expected = np.zeros((4, 6), bool)
     expected[:2, 2:4] = True  # patch 1: row 0, column 1
     expected[2:, :2] = True  # patch 3: row 1, column 0
@@ -62,7 +63,7 @@ def test_attention_and_masks_are_drawn(encoder, tmp_path):
     images_B3HW = torch.randn(2, 3, 32, 32)
     drawn = attention.draw(encoder, encoder, images_B3HW, tmp_path / "deep" / "a.png", "title")
     masks = MaskSampler(grid=(4, 4), min_keep=2)(0, 0, torch.arange(2))
-    also = pictures.draw_masks(
+    also = masked.draw(
         images_B3HW, encoder.mean, encoder.std, masks, (4, 4), tmp_path / "m.png", "title"
     )
     for path in (drawn, also):
@@ -75,12 +76,12 @@ def test_attention_and_masks_are_drawn(encoder, tmp_path):
 def test_the_masks_picture_shows_the_context_and_hides_the_rest(seed, kind):
     picture = np.random.default_rng(seed).random((32, 32, 3)).astype(np.float32) * 0.5
     masks = MaskSampler(grid=(4, 4), context=kind, min_keep=2)(0, 0, torch.arange(1))
-    _, context, both, *blocks = pictures._views(picture, masks, 0, (4, 4))
-    seen = pictures.covered(masks.context_of(0), (4, 4), (32, 32))
+    _, context, both, *blocks = masked._views(picture, masks, 0, (4, 4))
+    seen = masked.covered(masks.context_of(0), (4, 4), (32, 32))
     assert np.array_equal((context == picture).all(-1), seen)
     assert np.array_equal(both[seen], picture[seen])  # no target lies over the context
     for block, idx_P in zip(blocks, masks.target_idx_BMP[0], strict=True):
-        target = pictures.covered(idx_P, (4, 4), (32, 32))
+        target = masked.covered(idx_P, (4, 4), (32, 32))
         assert np.array_equal((block == picture).all(-1), target)
 
 

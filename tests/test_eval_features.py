@@ -65,6 +65,83 @@ def test_bf16_is_near_and_not_the_same(encoder, images):
     assert 0 < (rough - exact).norm() / exact.norm() < 0.05
 
 
+def test_the_last_layers_stand_side_by_side(encoder, images):
+    last, _ = features.extract(encoder, images)
+    both, _ = features.extract(encoder, images, last=2)
+    assert both.shape == (14, 48)
+    torch.testing.assert_close(both[:, 24:], last)
+    encoder.blocks = encoder.blocks[:1]  # the first block's output, through the same norm
+    encoder.depth = 1
+    first, _ = features.extract(encoder, images)
+    torch.testing.assert_close(both[:, :24], first)
+    with pytest.raises(ValueError, match="last 4 layers of an encoder of 1"):
+        features.extract(encoder, images, last=4)
+
+
+def test_one_vector_a_patch(encoder, images):
+    pooled, _ = features.extract(encoder, images)
+    patches, _ = features.extract(encoder, images, pooled=False, batch_size=5)
+    assert patches.shape == (14, 9, 24)
+    torch.testing.assert_close(patches.mean(1), pooled)
+
+
+def test_features_are_kept_by_what_decides_them(encoder, images, tmp_path, monkeypatch):
+    cache = tmp_path / "features"
+    made, _ = features.extract(encoder, images, cache=cache)
+    monkeypatch.setattr(features, "image_vectors", None)  # from here on nothing can be made
+    kept, place = features.extract(encoder, images, cache=cache)
+    assert torch.equal(kept, made) and place.tolist() == list(range(14))
+    changes = ({"crop": 0.9}, {"bf16": True}, {"last": 2}, {"keep": torch.arange(13)})
+    for change in changes:
+        with pytest.raises(TypeError):
+            features.extract(encoder, images, cache=cache, **change)
+    encoder.norm.bias.data[0] += 1
+    with pytest.raises(TypeError):
+        features.extract(encoder, images, cache=cache)
+    encoder.norm.bias.data[0] -= 1
+    (tmp_path / "images" / images.name(3)).write_bytes(b"another")
+    again = open_images(tmp_path / "images", cache=tmp_path / "index", log=lambda text: None)
+    with pytest.raises(TypeError):
+        features.extract(encoder, again, cache=cache)
+
+
+SHARES = """
+import sys, torch
+from cjepa_fast import engine
+from cjepa_fast.data.sources import open_images
+from cjepa_fast.eval import features
+from cjepa_fast.vit import Encoder
+
+engine.start(0)
+encoder = Encoder(image_size=24, patch_size=8, width=24, depth=2, heads=3).eval()
+encoder.mean, encoder.std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+seen, plain = [], features.Subset.read
+features.Subset.read = lambda self, i: seen.append(i) or plain(self, i)
+keep = torch.tensor([0, 2, 3, 5, 7, 11, 13])
+made, place = features.extract(encoder, open_images(sys.argv[1]), keep=keep)
+torch.save((made, place, len(seen)), f"{sys.argv[2]}/{engine.rank()}.pt")
+engine.leave(0)
+"""
+
+
+@pytest.mark.multiprocess
+def test_two_processes_take_half_the_images_each(images, tmp_path):
+    script = tmp_path / "shares.py"
+    script.write_text(SHARES)
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    for folder, processes in ((alone, 1), (both, 2)):
+        folder.mkdir()
+        done = tiny.run(script, tmp_path / "images", folder, processes=processes)
+        assert done.returncode == 0, done.stderr
+    (whole, place, _), first, second = map(
+        torch.load, (alone / "0.pt", both / "0.pt", both / "1.pt")
+    )
+    assert (first[2], second[2]) == (4, 3)
+    for made, at, _ in (first, second):
+        assert torch.equal(at, place)
+        torch.testing.assert_close(made, whole)
+
+
 def test_an_image_that_cannot_be_read_keeps_the_others_in_place(encoder, images, tmp_path):
     whole, _ = features.extract(encoder, images)
     name = images.name(3)

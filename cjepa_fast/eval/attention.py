@@ -4,12 +4,16 @@ A patch's attention is what it receives, averaged over all the queries (and over
 Shapes: B images, H heads, N patches, rows x cols the grid.
 """
 
+import argparse
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from cjepa_fast.eval.pictures import FIGURE, as_pictures, save
+from cjepa_fast.data.sources import open_images
+from cjepa_fast.encoders import load_encoder
+from cjepa_fast.eval import command
+from cjepa_fast.eval.pictures import FIGURE, as_pictures, load_images, save
 from cjepa_fast.vit import Encoder
 
 SINGLE_HEADS = 3  # heads shown on their own, of the target encoder
@@ -73,3 +77,19 @@ def _overlay(axes, picture_HW3: np.ndarray, map_rc: torch.Tensor):
     return axes.imshow(
         shown, cmap="inferno", vmin=0, vmax=1, alpha=0.72, extent=extent, interpolation="bilinear"
     )
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="RUN")
+    command.add_picture(parser)
+    command.add_crop(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    target, context = (load_encoder(args.checkpoint, which) for which in ("target", "context"))
+    images_B3HW = load_images(
+        open_images(args.images), args.count, image_size=target.image_size, mean=target.mean,
+        std=target.std, crop=args.crop,
+    )  # fmt: skip
+    title = f"Attention of the last block: {Path(args.checkpoint).resolve().name}"
+    print(draw(target, context, images_B3HW, args.out, title))

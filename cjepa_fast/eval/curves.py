@@ -1,5 +1,6 @@
 """The curves of one or several runs, from their log.jsonl."""
 
+import argparse
 from pathlib import Path
 
 from cjepa_fast.eval.pictures import FIGURE, save
@@ -91,3 +92,12 @@ def short_names(runs: list[Path | str]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     return [f"{p[-1]} ({i + 1})" for i, p in enumerate(parts)]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN")
+    parser.add_argument("--out", required=True, metavar="FILE.png")
+
+
+def run(args: argparse.Namespace) -> None:
+    print(draw(args.runs, args.out))

@@ -1,19 +1,30 @@
-"""One vector an image: the encoder's last-layer tokens, averaged over the patches.
+"""What an encoder makes of each image of a set: a vector, or one for each patch.
 
-Shapes: n images of a set, B images of a batch, D width.
+Kept on disk by what decides them: weights, images (their names and sizes in bytes), crop, layers.
+Of several processes each takes its share of the images.
+Shapes: n images of a set, B images of a batch, N patches, D width.
 """
 
+import functools
 import hashlib
+import json
+import os
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from tqdm import tqdm
 
+from cjepa_fast.checkpoint import write_tensors
 from cjepa_fast.data.evaluation import eval_batches
 from cjepa_fast.data.sources import ImageSet
+from cjepa_fast.engine import from_all, rank, world_size
 from cjepa_fast.vit import Encoder
 
 QUIET_S = 5.0  # seconds before a progress bar appears
+TOLD_BYTES = 2**30  # of a file of features, before it is told of
 
 
 @torch.inference_mode()
@@ -23,28 +34,76 @@ def extract(
     *,
     keep: torch.Tensor | None = None,
     crop: float = 1.0,
+    last: int = 1,
+    pooled: bool = True,
     batch_size: int = 128,
     device: torch.device | str = "cpu",
     bf16: bool = False,
     threads: int = 2,
+    cache: Path | None = None,
     title: str = "features",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features (n, D) fp32 and the images' positions in the set (n,) int64, both on the CPU.
+    """Features (n, last * D) fp32 and the images' positions in the set (n,) int64, on the CPU.
 
     keep: positions to use, ascending (default: all). crop: share of the short side of the centre
-    crop. An image that turns out unreadable is left out, hence the positions.
+    crop. last: of how many of the last blocks the normed outputs are set side by side. pooled: the
+    mean over the patches; else (n, N, last * D). cache: a folder to keep them in. An image that
+    turns out unreadable is left out, hence the positions.
     """
     encoder = encoder.to(device).eval()
     device_type = torch.device(device).type
+    make = functools.partial(
+        _compute, encoder, images, keep=keep, crop=crop, last=last, pooled=pooled,
+        batch_size=batch_size, device=device, bf16=bf16, threads=threads, title=title,
+    )  # fmt: skip
+    if cache is None:
+        return make()
+    kept = None if keep is None else hashlib.sha256(keep.numpy().tobytes()).hexdigest()
+    facts = [_digest(encoder), images.fingerprint, kept, crop, last, pooled, bf16, device_type]
+    path = cache / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}.safetensors"
+    if all(from_all(path.is_file())):
+        found = load_file(path)
+        return found["features"], found["places"]
+    features, places = make()
+    if rank() == 0:
+        _keep(path, {"features": features, "places": places})
+    return features, places
 
-    def pooled(images_B3HW: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(device_type, torch.bfloat16, enabled=bf16):
-            return encoder(images_B3HW).float().mean(1)
+
+def _compute(encoder: Encoder, images: ImageSet, *, last, pooled, device, bf16, **options):
+    def function(images_B3HW: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
+            layers = encoder.last_layers(images_B3HW, last)
+        return torch.cat([x.float().mean(1) if pooled else x.float() for x in layers], -1)
 
     return image_vectors(
-        images, pooled, image_size=encoder.image_size, mean=encoder.mean, std=encoder.std,
-        keep=keep, crop=crop, batch_size=batch_size, device=device, threads=threads, title=title,
+        images, function, image_size=encoder.image_size, mean=encoder.mean, std=encoder.std,
+        device=device, **options,
     )  # fmt: skip
+
+
+def _digest(encoder: Encoder) -> str:
+    """Of the weights and all else that decides an encoder's output."""
+    digest = hashlib.sha256(json.dumps([encoder.architecture, encoder.mean, encoder.std]).encode())
+    for name, values in encoder.state_dict().items():
+        digest.update(name.encode())
+        digest.update(values.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _keep(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write them, whole or not at all; a disk that is full is said, and costs nothing else."""
+    partial = path.with_suffix(f".partial{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors({key: x.contiguous() for key, x in tensors.items()}, partial)
+        partial.rename(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        print(f"features could not be kept in {path.parent}: {error}", file=sys.stderr)
+        return
+    if path.stat().st_size > TOLD_BYTES:
+        print(f"features kept: {path.stat().st_size / 2**30:.1f} GiB in {path}", file=sys.stderr)
 
 
 def image_vectors(
@@ -62,20 +121,29 @@ def image_vectors(
     title: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`function` (B, 3, H, W) -> (B, D) over a set: (n, D) and the positions (n,), on the CPU."""
-    chosen = images if keep is None else Subset(images, keep)
+    share = torch.arange(len(images)) if keep is None else keep
+    share = share[rank() :: world_size()]
+    chosen = Subset(images, share)
     batches = eval_batches(
         chosen, image_size=image_size, resize=crop, batch_size=batch_size, device=device,
         dtype=torch.float32, mean=mean, std=std, threads=threads,
     )  # fmt: skip
     vectors, places = [], []
-    shown = {"delay": QUIET_S, "leave": False, "disable": None}  # None: off in files and pipes
-    with tqdm(total=len(chosen), desc=title, unit="image", **shown) as bar:
+    with shown_bar(len(chosen), title) as bar:
         for images_B3HW, index_B in batches:
             vectors.append(function(images_B3HW).float().cpu())
-            places.append(index_B.clone())
+            places.append(share[index_B])
             bar.update(len(index_B))
-    place_n = torch.cat(places)
-    return torch.cat(vectors), place_n if keep is None else keep[place_n]
+    shares = from_all((vectors, places))
+    place_n = torch.cat([place for _, places in shares for place in places])
+    order = place_n.argsort()
+    return torch.cat([v for vectors, _ in shares for v in vectors])[order], place_n[order]
+
+
+def shown_bar(total: int, title: str, unit: str = "image") -> tqdm:
+    """Progress, on a terminal's first process, once it takes long."""
+    off = True if rank() else None  # None: off in files and pipes
+    return tqdm(total=total, desc=title, unit=unit, delay=QUIET_S, leave=False, disable=off)
 
 
 class Subset:
@@ -90,6 +158,9 @@ class Subset:
 
     def name(self, i: int) -> str:
         return self.images.name(int(self.keep_n[i]))
+
+    def shard(self, i: int) -> Path | None:
+        return self.images.shard(int(self.keep_n[i]))
 
     def read(self, i: int) -> bytes:
         return self.images.read(int(self.keep_n[i]))

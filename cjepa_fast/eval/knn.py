@@ -4,12 +4,22 @@ DINO's protocol (Caron et al. 2021, arXiv 2104.14294): k = 20, temperature 0.07.
 Shapes: n training images, m test images, D width, C classes.
 """
 
+import argparse
+
 import torch
 import torch.nn.functional as F
 
 from cjepa_fast.data.sources import ImageSet
+from cjepa_fast.eval import command, linear
 from cjepa_fast.eval.features import image_vectors
 
+HEADINGS = {
+    "train_images": "train",
+    "test_images": "test",
+    "top1": "kNN %",
+    "top1_centred": "mean-subtracted",
+    "linear": "linear %",
+}
 PIXELS = 32  # raw pixels are compared at this size: a plain kNN on more gains nothing and is slow
 
 
@@ -91,3 +101,38 @@ def both(train_nD, label_n, test_mD, test_label_m, **options) -> dict[str, float
     sides = train_nD, label_n, test_mD, test_label_m
     centred = top1(*sides, centre=True, **options)
     return {"top1": top1(*sides, **options), "top1_centred": centred}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    command.add_checkpoint(parser)
+    command.add_sets(parser)
+    command.add_features(parser)
+    parser.add_argument("--k", type=command.positive, help="neighbours; default: the run's eval.k")
+    parser.add_argument("--temperature", type=command.above_zero, help="default: the run's")
+    parser.add_argument("--pixels", action="store_true", help="also raw pixels and mean colour")
+    parser.add_argument("--linear", action="store_true", help="also logistic regression")
+
+
+def run(args: argparse.Namespace) -> None:
+    """A row for each encoder, and for what needs no learning."""
+    sides = command.labelled_sides(args.data, args.test, args.max_train)
+    encoders = command.encoders_of(args)
+    options = {"k": args.k, "temperature": args.temperature}
+    rows = []
+    if args.pixels:
+        (train, train_keep), (test, test_keep) = sides
+        found = pixel_baselines(
+            train, test, train_keep=train_keep, test_keep=test_keep, crop=args.crop,
+            threads=args.threads, **options,
+        )  # fmt: skip
+        counts = {"train_images": len(train_keep), "test_images": len(test_keep)}
+        rows += [{"encoder": name, **counts, **tops} for name, tops in found.items()]
+    for name, encoder in encoders.items():
+        vectors = command.vectors_of(encoder, sides, args)
+        row = {"encoder": name, "train_images": len(vectors[0]), "test_images": len(vectors[2])}
+        row |= both(*vectors, **options)
+        if args.linear:
+            row["linear"] = linear.top1(*vectors)
+        rows.append(row)
+    settings = ("data", "test", "max_train", "crop", "bf16", "k", "temperature")
+    command.report(args, rows, HEADINGS, settings)

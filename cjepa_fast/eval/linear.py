@@ -4,7 +4,13 @@ scikit-learn's multinomial L-BFGS solver; its penalty C is the inverse of the L2
 Shapes: n training images, m test images, D width.
 """
 
+import argparse
+
 import torch
+
+from cjepa_fast.eval import command
+
+HEADINGS = {"train_images": "train", "test_images": "test", "top1": "linear %"}
 
 
 def predict(
@@ -37,3 +43,20 @@ def top1(train_nD, label_n, test_mD, test_label_m, **options) -> float:
     """Percent of the test images classified rightly; options as in `predict`."""
     right_m = predict(train_nD, label_n, test_mD, **options) == test_label_m
     return 100 * right_m.double().mean().item()
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    command.add_checkpoint(parser)
+    command.add_sets(parser)
+    command.add_features(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """A row for each encoder."""
+    sides = command.labelled_sides(args.data, args.test, args.max_train)
+    rows = []
+    for name, encoder in command.encoders_of(args).items():
+        vectors = command.vectors_of(encoder, sides, args)
+        counts = {"train_images": len(vectors[0]), "test_images": len(vectors[2])}
+        rows.append({"encoder": name, **counts, "top1": top1(*vectors)})
+    command.report(args, rows, HEADINGS, ("data", "test", "max_train", "crop", "bf16"))
