@@ -1,16 +1,35 @@
-"""A linear probe on cached features: logistic regression on standardised features.
+"""Linear probes of frozen features: the paper's sweep, and a quick one for where one will do.
 
-scikit-learn's multinomial L-BFGS solver; its penalty C is the inverse of the L2 weight.
+The sweep's best is chosen on a tenth of the training images, never on the test images, unless
+`--choose test` asks for what papers report. The quick one, `predict`, is scikit-learn's logistic
+regression by L-BFGS; its penalty C is the inverse of the L2 weight.
 Shapes: n training images, m test images, D width.
 """
 
 import argparse
+from dataclasses import replace
 
 import torch
 
+from cjepa_fast import draws
 from cjepa_fast.eval import command
+from cjepa_fast.eval.probes import GRIDS, Plan, fit
+from cjepa_fast.vit import Encoder
 
-HEADINGS = {"train_images": "train", "test_images": "test", "top1": "linear %"}
+HEADINGS = {
+    "layers": "layers",
+    "train_images": "train",
+    "test_images": "test",
+    "chosen": "chosen",
+    "held_out": "held out %",
+    "top1": "linear %",
+    "top5": "top 5 %",
+}
+BEST_ON_TEST = {"top1": "best on test %", "top5": "its top 5 %"}
+SETTINGS = ("data", "test", "max_train", "crop", "bf16")
+SWEEP_SETTINGS = ("optimizer", "epochs", "batch", "sweep", "layers", "choose")
+HELD_OUT = 0.1  # share of the training images that the best probe is chosen on
+Vectors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def predict(
@@ -45,18 +64,121 @@ def top1(train_nD, label_n, test_mD, test_label_m, **options) -> float:
     return 100 * right_m.double().mean().item()
 
 
+def sweep(
+    vectors: Vectors, widths: list[int], plan: Plan, choose: str = "held-out"
+) -> list[dict[str, object]]:
+    """The best probe on each of `widths` last columns: one row each, of HEADINGS, all in "probes".
+
+    vectors: features (n, D) and labels (n,) for training, then (m, D) and (m,) for the test.
+    choose: "held-out": by a tenth of the training images, drawn by their places; the winner is then
+    trained on all of them. "test": by the test images, as papers do, and named so.
+    """
+    train_nD, label_n, test_mD, test_label_m = vectors
+    settings, device = plan.settings(), command.device()
+    classes = 1 + int(torch.cat([label_n, test_label_m]).max())
+    if choose == "test":
+        probes = fit(train_nD, label_n, classes, widths, plan, device)
+        judged = probes.percent(test_mD, test_label_m)
+    else:
+        order_n = draws.permutation(0, 0, len(label_n))
+        cut = max(1, round(HELD_OUT * len(label_n)))
+        held, rest = order_n[:cut], order_n[cut:]
+        probes = fit(train_nD[rest], label_n[rest], classes, widths, plan, device)
+        judged = probes.percent(train_nD[held], label_n[held])
+    rows = []
+    for place, width in enumerate(widths):
+        mine = range(place * len(settings), (place + 1) * len(settings))
+        best = max(mine, key=lambda p: judged[p]["top1"])
+        chosen = settings[best - mine.start]
+        if choose == "test":
+            found = judged[best]
+        else:
+            grid = {name: (value,) for name, value in chosen.items()}
+            again = fit(train_nD, label_n, classes, [width], replace(plan, grid=grid), device)
+            found = {"held_out": judged[best]["top1"], **again.percent(test_mD, test_label_m)[0]}
+        tried = [{**setting, **judged[p]} for setting, p in zip(settings, mine, strict=True)]
+        text = ", ".join(f"{name} {value:g}" for name, value in chosen.items())
+        rows.append({"chosen": text, "settings": chosen, **found, "probes": tried})
+    return rows
+
+
+def rows_of(
+    name: str, encoder: Encoder, vectors: Vectors, layers: list[int], args: argparse.Namespace
+) -> list[command.Row]:
+    """`sweep` as the command line has it, one row for each number of last layers."""
+    plan = Plan(args.optimizer, args.epochs, args.batch, args.sweep)
+    found = sweep(vectors, [last * encoder.width for last in layers], plan, args.choose)
+    counts = {"train_images": len(vectors[0]), "test_images": len(vectors[2])}
+    names = ["last" if last == 1 else f"last {last}" for last in layers]
+    return [
+        {"encoder": name, "layers": which, **counts, **row}
+        for which, row in zip(names, found, strict=True)
+    ]
+
+
+def headings(args: argparse.Namespace) -> dict[str, str]:
+    """What was chosen by the test images is named so."""
+    return HEADINGS | (BEST_ON_TEST if args.choose == "test" else {})
+
+
+def layers_of(encoder: Encoder, asked: list[int]) -> list[int]:
+    """The numbers of last layers asked for, as far as the encoder has them."""
+    return sorted({min(last, encoder.depth) for last in asked})
+
+
+def layer_list(text: str) -> list[int]:
+    return [command.positive(part) for part in text.split(",")]
+
+
+def values(text: str) -> tuple[str, tuple[float, ...]]:
+    """ "lr=0.01,0.05" -> ("lr", (0.01, 0.05))."""
+    name, _, listed = text.partition("=")
+    try:
+        found = tuple(float(part) for part in listed.split(","))
+    except ValueError:
+        found = (-1.0,)
+    if min(found) < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as lr=0.01,0.05")
+    return name, found
+
+
+def add_sweep(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--optimizer", choices=GRIDS, default="lars", help="default: the paper's")
+    parser.add_argument("--epochs", type=command.positive, default=50)
+    parser.add_argument("--batch", type=command.positive, metavar="N",
+                        help="default: 16384, or 1/78 of a small set")  # fmt: skip
+    parser.add_argument("--sweep", type=values, nargs="+", metavar="NAME=LIST",
+                        help="such as lr=0.01,0.05 wd=0; of lbfgs C=0.1,1")  # fmt: skip
+    parser.add_argument("--layers", type=layer_list, default=[1, 4], metavar="LIST",
+                        help="how many last layers, side by side; default 1,4")  # fmt: skip
+    parser.add_argument("--choose", choices=("held-out", "test"), default="held-out",
+                        help="the images that decide which probe is best")  # fmt: skip
+
+
+def complete_sweep(args: argparse.Namespace) -> None:
+    """Check --sweep against the optimiser, and make it the whole grid."""
+    known, given = GRIDS[args.optimizer], dict(args.sweep or ())
+    if foreign := sorted(given.keys() - known):
+        raise ValueError(
+            f"--sweep {foreign[0]}: --optimizer {args.optimizer} has {' and '.join(known)}"
+        )
+    args.sweep = {**known, **given}
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     command.add_checkpoint(parser)
     command.add_sets(parser)
     command.add_features(parser)
+    add_sweep(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    """A row for each encoder."""
+    """A row for each encoder and number of layers."""
+    complete_sweep(args)
     sides = command.labelled_sides(args.data, args.test, args.max_train)
     rows = []
     for name, encoder in command.encoders_of(args).items():
-        vectors = command.vectors_of(encoder, sides, args)
-        counts = {"train_images": len(vectors[0]), "test_images": len(vectors[2])}
-        rows.append({"encoder": name, **counts, "top1": top1(*vectors)})
-    command.report(args, rows, HEADINGS, ("data", "test", "max_train", "crop", "bf16"))
+        layers = layers_of(encoder, args.layers)
+        vectors = command.vectors_of(encoder, sides, args, last=max(layers))
+        rows += rows_of(name, encoder, vectors, layers, args)
+    command.report(args, rows, headings(args), (*SETTINGS, *SWEEP_SETTINGS))
