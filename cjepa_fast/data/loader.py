@@ -58,7 +58,8 @@ class Loader:
 
     global_batch: images a step on all ranks; micro_batch: images a Batch. Each step yields
     global_batch / (world_size * micro_batch) Batches. threads: of DALI; prefetch: Batches kept
-    ready. masks: called as masks(epoch, step, places_B), for the CPU, in the loader's thread.
+    ready. rand_augment: how many changes an image gets, their magnitude in 0..30; DALI draws them.
+    masks: called as masks(epoch, step, places_B), for the CPU, in the loader's thread.
     skipped: what turned out bad (batches.Skipped); log: called once a bad image.
     """
 
@@ -83,6 +84,7 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
         hw_decoder_load: float = 0.65,
+        rand_augment: tuple[int, int] | None = None,
         masks: Callable[[int, int, torch.Tensor], Masks] | None = None,
         log: Callable[[str], None] = print,
     ):
@@ -98,7 +100,7 @@ class Loader:
         self._device = _with_index(torch.device(device))
         self._look = Look(
             image_size, tuple(mean), tuple(std), self._device, dtype, threads,
-            flip, colour > 0, hw_decoder_load,
+            flip, colour > 0, hw_decoder_load, rand_augment and (*rand_augment, seed + rank),
         )  # fmt: skip
         # Two epochs: batches read ahead may belong to the next one while a hole is filled in this.
         self.order = functools.lru_cache(2)(functools.partial(_order, seed, len(images)))

@@ -1,11 +1,14 @@
 """The one DALI pipeline: bytes and windows in, normalised (B, 3, H, W) tensors out.
 
-    external bytes -> decode the window -> resize (antialiased) -> [colour] -> [mirror] normalise
+    external bytes -> decode the window -> resize (antialiased) -> [colour] -> [RandAugment]
+      -> [mirror] normalise
 
 The same definition serves training and evaluation, the CPU and the GPU. All that is random comes
 in from outside (crops.py), so the pipeline holds no state that a checkpoint would have to keep.
+RandAugment alone, which fine-tuning asks for, is DALI's own and draws by its own seed.
 """
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +21,10 @@ FAILURES = (RuntimeError, IndexError)
 
 @dataclass(frozen=True)
 class Look:
-    """How images are shown. mean, std: of RGB in 0..1. dtype: of the tensors that come out."""
+    """How images are shown. mean, std: of RGB in 0..1. dtype: of the tensors that come out.
+
+    rand_augment: how many changes an image gets, their magnitude in 0..30, a seed.
+    """
 
     image_size: int
     mean: tuple[float, float, float]
@@ -29,6 +35,7 @@ class Look:
     flip: bool = False
     colour: bool = False
     hw_decoder_load: float = 0.65
+    rand_augment: tuple[int, int, int] | None = None
 
 
 @dataclass
@@ -53,16 +60,16 @@ class Feed:
 def build(look: Look, batch_size: int, threads: int, depth: int):
     """A built DALI pipeline with the inputs of Feed. On the CPU it needs no GPU at all."""
     import nvidia.dali.fn as fn
-    from nvidia.dali import Pipeline, types
+    from nvidia.dali import pipeline_def, types
+    from nvidia.dali.auto_aug.rand_augment import rand_augment
 
     on_gpu = look.device.type == "cuda"
     device_id = (look.device.index or 0) if on_gpu else None
-    pipe = Pipeline(batch_size, threads, device_id, prefetch_queue_depth=depth)
 
     def given(name, dtype, ndim):
         return fn.external_source(name=name, dtype=dtype, ndim=ndim)
 
-    with pipe:
+    def shown():
         encoded = given("encoded", types.UINT8, 1)
         start, shape = given("start", types.INT32, 1), given("shape", types.INT32, 1)
         if on_gpu:
@@ -83,7 +90,10 @@ def build(look: Look, batch_size: int, threads: int, depth: int):
         if look.colour:
             b, c, s = (given(n, types.FLOAT, 0) for n in ("brightness", "contrast", "saturation"))
             images = fn.color_twist(images, brightness=b, contrast=c, saturation=s)
-        images = fn.crop_mirror_normalize(
+        if look.rand_augment:
+            n, magnitude, seed = look.rand_augment
+            images = rand_augment(images, n, magnitude, shape=size, seed=seed)
+        return fn.crop_mirror_normalize(
             images,
             dtype=types.FLOAT16 if look.dtype == torch.float16 else types.FLOAT,
             output_layout="CHW",
@@ -91,8 +101,15 @@ def build(look: Look, batch_size: int, threads: int, depth: int):
             std=[255.0 * s for s in look.std],
             mirror=given("flip", types.INT32, 0) if look.flip else 0,
         )
-        pipe.set_outputs(images)
-    pipe.build()
+
+    conditional = look.rand_augment is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of DALI's own names, in rand_augment
+        pipe = pipeline_def(shown, enable_conditionals=conditional)(
+            batch_size=batch_size, num_threads=threads, device_id=device_id,
+            prefetch_queue_depth=depth,
+        )  # fmt: skip
+        pipe.build()
     return pipe
 
 

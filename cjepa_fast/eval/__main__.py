@@ -13,7 +13,10 @@ from cjepa_fast.eval import command
 
 TASKS = {  # module below cjepa_fast.eval, imported when it is asked for
     "knn": "k nearest neighbours on frozen features",
-    "linear": "a linear probe on frozen features",
+    "linear": "linear probes on frozen features, the best of a sweep",
+    "semi": "fine-tuning or probing with few labels",
+    "finetune": "fine-tuning of the whole encoder",
+    "clevr": "linear probes that count objects and tell the nearest one's distance",
     "attention": "picture: target and context encoder side by side",
     "curves": "picture: the log of one or several runs",
     "masks": "picture: a run's masks on its images",
@@ -29,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__.strip(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher's
     commands = parser.add_subparsers(dest="task", required=True, metavar="TASK")
     chosen = next((word for word in argv if word in TASKS), None)
     for name, text in TASKS.items():

@@ -34,6 +34,7 @@ def extract(
     *,
     keep: torch.Tensor | None = None,
     crop: float = 1.0,
+    flip: bool = False,
     last: int = 1,
     pooled: bool = True,
     batch_size: int = 128,
@@ -46,20 +47,21 @@ def extract(
     """Features (n, last * D) fp32 and the images' positions in the set (n,) int64, on the CPU.
 
     keep: positions to use, ascending (default: all). crop: share of the short side of the centre
-    crop. last: of how many of the last blocks the normed outputs are set side by side. pooled: the
-    mean over the patches; else (n, N, last * D). cache: a folder to keep them in. An image that
-    turns out unreadable is left out, hence the positions.
+    crop. flip: left and right. last: of how many of the last blocks the normed outputs are set side
+    by side. pooled: the mean over the patches; else (n, N, last * D). cache: a folder to keep them
+    in. An image that turns out unreadable is left out, hence the positions.
     """
     encoder = encoder.to(device).eval()
     device_type = torch.device(device).type
     make = functools.partial(
-        _compute, encoder, images, keep=keep, crop=crop, last=last, pooled=pooled,
+        _compute, encoder, images, keep=keep, crop=crop, flip=flip, last=last, pooled=pooled,
         batch_size=batch_size, device=device, bf16=bf16, threads=threads, title=title,
     )  # fmt: skip
     if cache is None:
         return make()
     kept = None if keep is None else hashlib.sha256(keep.numpy().tobytes()).hexdigest()
     facts = [_digest(encoder), images.fingerprint, kept, crop, last, pooled, bf16, device_type]
+    facts += ["flip"] if flip else []
     path = cache / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}.safetensors"
     if all(from_all(path.is_file())):
         found = load_file(path)
@@ -70,8 +72,9 @@ def extract(
     return features, places
 
 
-def _compute(encoder: Encoder, images: ImageSet, *, last, pooled, device, bf16, **options):
+def _compute(encoder: Encoder, images: ImageSet, *, flip, last, pooled, device, bf16, **options):
     def function(images_B3HW: torch.Tensor) -> torch.Tensor:
+        images_B3HW = images_B3HW.flip(-1) if flip else images_B3HW
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
             layers = encoder.last_layers(images_B3HW, last)
         return torch.cat([x.float().mean(1) if pooled else x.float() for x in layers], -1)
@@ -166,11 +169,16 @@ class Subset:
         return self.images.read(int(self.keep_n[i]))
 
 
+def name_hashes(images: ImageSet) -> torch.Tensor:
+    """A number in [0, 1) for each image, by its name alone: (n,) float64."""
+    hashes = [hashlib.blake2b(images.name(i).encode("utf-8", "surrogateescape"), digest_size=8)
+              for i in range(len(images))]  # fmt: skip
+    whole = [int.from_bytes(h.digest(), "big") / 2**64 for h in hashes]
+    return torch.tensor(whole, dtype=torch.float64)
+
+
 def split_by_name(images: ImageSet, test_share: float = 0.2) -> tuple[torch.Tensor, torch.Tensor]:
     """Positions for training and for testing: by a hash of each image's name, so that a picture
     stays on its side when others are added or removed."""
-    hashes = [hashlib.blake2b(images.name(i).encode("utf-8", "surrogateescape"), digest_size=8)
-              for i in range(len(images))]  # fmt: skip
-    share = torch.tensor([int.from_bytes(h.digest(), "big") / 2**64 for h in hashes])
-    test = share < test_share
+    test = name_hashes(images).float() < test_share
     return (~test).nonzero().flatten(), test.nonzero().flatten()

@@ -65,13 +65,14 @@ def top1(train_nD, label_n, test_mD, test_label_m, **options) -> float:
 
 
 def sweep(
-    vectors: Vectors, widths: list[int], plan: Plan, choose: str = "held-out"
+    vectors: Vectors, widths: list[int], plan: Plan, choose: str = "held-out", copies: int = 1
 ) -> list[dict[str, object]]:
     """The best probe on each of `widths` last columns: one row each, of HEADINGS, all in "probes".
 
     vectors: features (n, D) and labels (n,) for training, then (m, D) and (m,) for the test.
     choose: "held-out": by a tenth of the training images, drawn by their places; the winner is then
-    trained on all of them. "test": by the test images, as papers do, and named so.
+    trained on all of them. "test": by the test images, as papers do, and named so. copies: how many
+    times all training images stand one after the other, as they are and mirrored.
     """
     train_nD, label_n, test_mD, test_label_m = vectors
     settings, device = plan.settings(), command.device()
@@ -80,9 +81,10 @@ def sweep(
         probes = fit(train_nD, label_n, classes, widths, plan, device)
         judged = probes.percent(test_mD, test_label_m)
     else:
-        order_n = draws.permutation(0, 0, len(label_n))
-        cut = max(1, round(HELD_OUT * len(label_n)))
-        held, rest = order_n[:cut], order_n[cut:]
+        images = len(label_n) // copies
+        order = draws.permutation(0, 0, images)
+        held, rest = order.split([cut := max(1, round(HELD_OUT * images)), images - cut])
+        rest = torch.cat([rest + copy * images for copy in range(copies)])
         probes = fit(train_nD[rest], label_n[rest], classes, widths, plan, device)
         judged = probes.percent(train_nD[held], label_n[held])
     rows = []
@@ -103,12 +105,13 @@ def sweep(
 
 
 def rows_of(
-    name: str, encoder: Encoder, vectors: Vectors, layers: list[int], args: argparse.Namespace
-) -> list[command.Row]:
+    name: str, encoder: Encoder, vectors: Vectors, layers: list[int], args: argparse.Namespace,
+    copies: int = 1,
+) -> list[command.Row]:  # fmt: skip
     """`sweep` as the command line has it, one row for each number of last layers."""
     plan = Plan(args.optimizer, args.epochs, args.batch, args.sweep)
-    found = sweep(vectors, [last * encoder.width for last in layers], plan, args.choose)
-    counts = {"train_images": len(vectors[0]), "test_images": len(vectors[2])}
+    found = sweep(vectors, [last * encoder.width for last in layers], plan, args.choose, copies)
+    counts = {"train_images": len(vectors[0]) // copies, "test_images": len(vectors[2])}
     names = ["last" if last == 1 else f"last {last}" for last in layers]
     return [
         {"encoder": name, "layers": which, **counts, **row}

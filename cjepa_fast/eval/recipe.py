@@ -191,7 +191,7 @@ def erase(images_B3HW: torch.Tensor, chance: float, random: torch.Generator) -> 
         if hit >= chance:
             continue
         area = (0.02 + 0.31 * size) * height * width
-        ratio = 0.3 * 11 ** aspect
+        ratio = 0.3 * 11**aspect
         h, w = (min(round((area * r) ** 0.5), side)
                 for r, side in ((ratio, height), (1 / ratio, width)))  # fmt: skip
         top, left = int(y * (height - h + 1)), int(x * (width - w + 1))
