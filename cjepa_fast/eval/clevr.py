@@ -130,10 +130,9 @@ def features_of(
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(features, positions) of the training images, of these mirrored, of the test images."""
     (train, keep), (test, test_keep) = sides
-    options = dict(
-        crop=args.crop, last=last, device=command.device(), bf16=args.bf16,
-        batch_size=args.batch_size, threads=args.threads, cache=command.cache_of(args),
-    )  # fmt: skip
+    options = {"crop": args.crop, "last": last, "device": command.device(), "bf16": args.bf16}
+    options |= {"batch_size": args.batch_size, "threads": args.threads}
+    options["cache"] = command.cache_of(args)
     both = [extract(encoder, train, keep=keep, flip=flip, **options) for flip in (False, True)]
     return [*both, extract(encoder, test, keep=test_keep, **options)]
 
@@ -156,9 +155,9 @@ def run(args: argparse.Namespace) -> None:
         (x_nD, place_n), (mirrored_nD, _), (y_mD, place_m) = features_of(
             encoder, sides, max(layers), args
         )
+        places = zip(sides, (place_n, place_m), strict=True)
         # an image that could not be read has no features
-        at_n, at_m = (torch.searchsorted(keep, place)
-                      for (_, keep), place in zip(sides, (place_n, place_m), strict=True))  # fmt: skip
+        at_n, at_m = (torch.searchsorted(keep, place) for (_, keep), place in places)
         for question, (label_n, label_m) in labels.items():
             train, label_m = label_n[at_n].repeat(2), label_m[at_m]
             vectors = torch.cat([x_nD, mirrored_nD]), train, y_mD, label_m
