@@ -103,8 +103,8 @@ def build(look: Look, batch_size: int, threads: int, depth: int):
         )
 
     conditional = look.rand_augment is not None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of DALI's own names, in rand_augment
+    # In RandAugment DALI warns of its own names, whatever is ignored: so it is kept and dropped.
+    with warnings.catch_warnings(record=conditional):
         pipe = pipeline_def(shown, enable_conditionals=conditional)(
             batch_size=batch_size, num_threads=threads, device_id=device_id,
             prefetch_queue_depth=depth,

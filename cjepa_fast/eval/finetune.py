@@ -102,7 +102,7 @@ def batches_of(n: int, batch: int, micro_batch: int) -> tuple[int, int]:
     batch = min(batch, n)
     micro_batch = min(micro_batch, batch // processes)
     if not micro_batch:
-        raise ValueError(f"{n} training images for {processes} processes: start fewer")
+        raise ValueError(f"a batch of {batch} images for {processes} processes: start fewer")
     return batch - batch % (micro_batch * processes), micro_batch
 
 

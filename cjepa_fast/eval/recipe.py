@@ -37,6 +37,20 @@ class Recipe:
     rand_augment: tuple[int, int] | None = (2, 27)
     crop_scale: tuple[float, float] = (0.08, 1.0)
 
+    def __post_init__(self):
+        """Raises ValueError, naming the value, for one that makes no sense."""
+        for name, value in vars(self).items():
+            if name in ("rand_augment", "crop_scale"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ValueError(f"{name} = {value}: must be a number")
+            if name in ("epochs", "batch", "lr", "layer_decay") and not value > 0:
+                raise ValueError(f"{name} = {value}: must be above 0")
+            if name in ("drop_path", "smoothing", "average") and not 0 <= value < 1:
+                raise ValueError(f"{name} = {value}: must be from 0 to below 1")
+            if value < 0:
+                raise ValueError(f"{name} = {value}: must not be negative")
+
 
 BASE = Recipe()
 LARGE = Recipe(epochs=50, lr=1e-3, layer_decay=0.75, drop_path=0.2)
