@@ -68,12 +68,19 @@ def test_the_run_s_settings_hold_where_the_command_names_none(run, data, tmp_pat
 
 
 def test_linear_and_a_limit_of_images(run, data, tmp_path):
+    """A row for the last layer and one for the last two, which are all that there are."""
     out = tmp_path / "linear.json"
-    options = ["--max-train", "21", "--json", str(out)]
+    options = ["--max-train", "21", "--epochs", "2", "--json", str(out)]
     assert main(["linear", str(run), "--data", str(data), *options]) == 0
-    (row,) = json.loads(out.read_text())["rows"]
-    assert row["train_images"] == 21
-    assert 0 <= row["top1"] <= 100
+    record = json.loads(out.read_text())
+    assert [row["layers"] for row in record["rows"]] == ["last", "last 2"]
+    for row in record["rows"]:
+        assert row["train_images"] == 21
+        assert 0 <= row["top1"] <= 100 and "top5" not in row  # of three classes
+        assert len(row["probes"]) == 6 and row["settings"].keys() == {"lr", "wd"}
+    assert record["headings"]["top1"] == "linear %"
+    main(["linear", str(run), "--data", str(data), "--choose", "test", *options])
+    assert json.loads(out.read_text())["headings"]["top1"] == "best on test %"
 
 
 def test_without_a_test_set_the_two_sides_share_no_image(data):
