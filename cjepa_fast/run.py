@@ -87,10 +87,14 @@ class Run:
         if self.done >= self.trainer.total_steps:  # it had been finished
             return self._end()
         status = None
-        while status is None:
-            steps = steps_of(self.loader, self.done + self.data_offset)
-            with contextlib.closing(steps):
-                status = self._stretch(steps)
+        try:
+            while status is None:
+                steps = steps_of(self.loader, self.done + self.data_offset)
+                with contextlib.closing(steps):
+                    status = self._stretch(steps)
+        except Exception:
+            self.saver.leave()
+            raise
         return status
 
     def _stretch(self, steps: Iterator[tuple[list[Batch], float]]) -> int | None:

@@ -153,6 +153,13 @@ class Saver:
             self._named()
         return self._saved == self._step
 
+    def leave(self) -> None:
+        """Of a run that fails: finish what takes no other process."""
+        if world_size() == 1:
+            self.finish()
+        elif self._naming is not None:
+            self._named()
+
     def _named(self) -> None:
         self._naming.join()
         self._naming = None
