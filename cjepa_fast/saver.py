@@ -99,6 +99,7 @@ class Saver:
         self._failure: str | None = None  # of the naming thread
         self._step: int | None = None
         self._saved: int | None = None  # the last step that came through, on the first process
+        self.best: int | None = None  # a step whose checkpoint is kept, and named RUN/best
 
     @property
     def pending(self) -> bool:
@@ -194,6 +195,8 @@ class Saver:
             self._partial.rename(final)
             checkpoint.sync_file(self.folder)
             self._saved = self._step
+            if self._step == self.best:
+                checkpoint.point(self.folder.parent / "best", final)
             self._prune()
         except Exception as error:  # said by the main thread
             self._failure = str(error)
@@ -220,7 +223,9 @@ class Saver:
 
     def _prune(self) -> None:
         for old in checkpoint.newest_first(self.folder.parent)[self.keep :]:
-            if not self.keep_period or checkpoint.step_of(old) % self.keep_period:
+            step = checkpoint.step_of(old)
+            for_good = self.keep_period and step % self.keep_period == 0
+            if not for_good and step != self.best:
                 # No longer a checkpoint, whatever comes between: the next save clears it away.
                 gone = old.rename(self.folder / f".{old.name}.partial")
                 shutil.rmtree(gone, ignore_errors=True)
