@@ -86,7 +86,9 @@ def test_it_takes_no_more_than_its_share(monkeypatch):
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     judge = online.Online((), every=10, share=0.1, batch_size=1, k=1, temperature=1)
     judge.say = said.append
-    monkeypatch.setattr(online, "_scores", lambda *args, **options: now.__setitem__(0, now[0] + 7) or {})
+    monkeypatch.setattr(
+        online, "_scores", lambda *args, **options: now.__setitem__(0, now[0] + 7) or {}
+    )
     judge.judge(None)
     assert not judge.due(9)  # not its turn
     now[0] = 60.0
