@@ -60,39 +60,27 @@ def test_a_seed_that_only_one_row_has_is_not_compared(file, tmp_path):
 
 
 @pytest.mark.slow
-def test_it_trains_what_is_missing_and_no_more(file, tmp_path, capsys):
+def test_it_trains_what_is_missing_and_goes_on_after_a_failure(file, tmp_path, capsys):
+    file.write_text(json.dumps({**json.loads(file.read_text()), "seeds": [7]}))
     out = tmp_path / "out"
-    ablation = ablate.read(str(file))
-    done, *_ = ablate.trials_of(ablation, out)
+    done, missing = ablate.trials_of(ablate.read(str(file)), out)
     finish(done, 10.0, 90.0)
-    sets = ["--set", "mask.min_keep=3"]
-    assert ablate.main([str(file), "--out", str(out), "--parallel", "2", *sets]) == 0
+    command = [str(file), "--out", str(out), "--set", "mask.min_keep=3"]
+    assert ablate.main([*command, "--set", f"data.path={tmp_path / 'nowhere'}"]) == 1
     said = capsys.readouterr().out
-    assert "3 of 4 trainings to do, 2 at a time" in said
-    for trial in ablate.trials_of(ablation, out)[1:]:
-        made = json.loads((trial.folder / "config.json").read_text())
-        assert made["run"]["seed"] == trial.seed and made["mask"]["min_keep"] == 3
-        assert made["loss"]["vicreg"]["beta"] == (0 if trial.row == "none" else 0.001)
-        assert len(ablate.marks_of(trial)) == 2
-    lines = json.loads((out / "table.json").read_text())
-    assert [line["seeds"] for line in lines] == [2, 2, 2]
-    none = [trial for trial in ablate.trials_of(ablation, out) if trial.row == "none"]
-    ends = [ablate.marks_of(trial)[-1]["knn"] for trial in none]
-    assert ends[0] == 90.0 and lines[1]["knn"] == statistics.fmean(ends)
+    assert "1 of 2 trainings to do" in said and f"failed; see {missing.folder}/said.txt" in said
+    assert "nowhere" in (missing.folder / "said.txt").read_text()
+    assert ablate.main(command) == 0
+    assert "1 of 2 trainings to do" in capsys.readouterr().out
+    made = json.loads((missing.folder / "config.json").read_text())
+    assert (made["run"]["seed"], made["mask"]["min_keep"]) == (7, 3)
+    assert made["loss"]["vicreg"]["beta"] == 0.001
+    assert len(ablate.marks_of(missing)) == 2
+    _, none, whole = json.loads((out / "table.json").read_text())
+    assert none["knn"] == 90.0
+    assert whole["knn"] == ablate.marks_of(missing)[-1]["knn"] == 90 + whole["knn_gain"]
     assert (out / "curves.png").is_file()
-    assert ablate.main([str(file), "--out", str(out), *sets]) == 0
-    assert "0 of 4 trainings to do" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_a_training_that_fails_is_named(file, tmp_path, capsys):
-    file.write_text(json.dumps({**json.loads(file.read_text()), "seeds": [1]}))
-    out = tmp_path / "out"
-    broken = ["--set", f"data.path={tmp_path / 'nowhere'}"]
-    assert ablate.main([str(file), "--out", str(out), "--parallel", "2", *broken]) == 1
-    said = capsys.readouterr().out
-    assert said.count("failed; see ") == 2
-    assert "nowhere" in (out / "all_of_it" / "seed_1" / "said.txt").read_text()
+    assert ablate.main([*command, "--table"]) == 0
 
 
 @pytest.mark.parametrize(
