@@ -104,6 +104,14 @@ def _build_encoder(
     return encoder
 
 
+def is_run(folder: Path) -> bool:
+    """Whether it is a run's: its config.json has a run's sections, which a model's has not."""
+    try:
+        return json.loads((folder / "config.json").read_text()).keys() >= {"run", "data", "model"}
+    except (FileNotFoundError, NotADirectoryError, ValueError, AttributeError):
+        return False
+
+
 def set_aside(run: Path) -> None:
     """A run that goes on has no final encoders yet: those there become previous_*."""
     for which in FINAL.values():

@@ -105,7 +105,7 @@ def _config(encoder: Encoder) -> dict:
         "hidden_size": encoder.width,
         "num_hidden_layers": encoder.depth,
         "num_attention_heads": encoder.heads,
-        "intermediate_size": round(encoder.width * encoder.mlp_ratio),
+        "intermediate_size": encoder.blocks[0].mlp.fc1.out_features,
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
         **FIXED,
