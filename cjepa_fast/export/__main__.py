@@ -1,11 +1,12 @@
 """Export an encoder: `python -m cjepa_fast.export CHECKPOINT --to hf --out FOLDER`.
 
 CHECKPOINT is what load_encoder takes: a run, a checkpoint, an encoder's file, a Hugging Face folder
-or one of I-JEPA's files. The weights are written in fp32, with a model_card.md beside them.
+or one of I-JEPA's files. The weights are written in fp32, with a model_card.md beside them, which
+Hugging Face's hub reads under the name README.md.
   hf           transformers: AutoModel.from_pretrained(FOLDER)
   safetensors  cjepa_fast.load_encoder(FOLDER)
   timm         timm's VisionTransformer: names of its weights, its arguments in config.json
-  onnx         encoder.onnx, for onnxruntime and others
+  onnx         encoder.onnx and its weights, for onnxruntime and others
   torch        encoder.pt2, a program that torch alone runs
 Each is opened again, where its library is installed, and compared with the encoder.
 """

@@ -24,7 +24,6 @@ from cjepa_fast.vit import Encoder
 Tokens = Callable[[torch.Tensor], torch.Tensor]
 
 ONNX, PROGRAM = "encoder.onnx", "encoder.pt2"
-LARGEST_IN_ONE = 2**30  # bytes of weights inside a .onnx file, whose format ends at 2 GiB
 
 
 class Source(NamedTuple):
@@ -158,7 +157,7 @@ def any_batch() -> tuple[dict]:
 
 
 def write_onnx(source: Source, folder: Path) -> None:
-    """encoder.onnx, with the weights of a large one beside it; images -> tokens, any batch."""
+    """encoder.onnx, images -> tokens, any batch; its weights beside it, in encoder.onnx.data."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it tells of a missing torchvision
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of torch to itself
@@ -173,8 +172,7 @@ def write_onnx(source: Source, folder: Path) -> None:
         )
     for node in program.model.graph:
         node.metadata_props.clear()  # the source's lines, with this machine's paths
-    weight_bytes = sum(p.nbytes for p in source.encoder.parameters())
-    program.save(folder / ONNX, external_data=weight_bytes > LARGEST_IN_ONE)
+    program.save(folder / ONNX, external_data=True)  # the format ends at 2 GiB
 
 
 def open_onnx(folder: Path) -> Tokens:
