@@ -294,22 +294,6 @@ def test_a_hugging_face_folder_comes_back_whole_or_in_shards(folder, encoder):
     assert load_encoder(folder).mean == (0.485, 0.456, 0.406)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_transformers_saves_loads(tmp_path, seed, dtype):
-    """Not written by us: the names, the sizes given as pairs, and the dtype are theirs."""
-    transformers = pytest.importorskip("transformers")
-    config = transformers.IJepaConfig(
-        hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40,
-        image_size=[24, 24], patch_size=4, layer_norm_eps=1e-6,
-    )  # fmt: skip
-    model = transformers.IJepaModel(config).to(dtype).eval()
-    model.save_pretrained(tmp_path)
-    images = torch.randn(2, 3, 24, 24)
-    with torch.no_grad():
-        theirs = model.float()(images).last_hidden_state
-        assert (load_encoder(tmp_path)(images) - theirs).abs().max() < 1e-5
-
-
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

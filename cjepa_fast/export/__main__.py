@@ -39,11 +39,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {problem}", file=sys.stderr)
         return 2
     opener = FORMATS[args.to].opened_by
-    checked = (
-        f"{opener} was not there to check it" if error is None
-        else f"features differ by {error:.1g} at most, by {opener}"
-    )  # fmt: skip
-    print(f"{args.out}: {checked}")
+    if error is None:
+        print(f"{args.out}: not compared with the encoder, since {opener} is not installed")
+    else:
+        print(f"{args.out}: opened by {opener}, its features differ by {error:.1g} at most")
     return 0
 
 
@@ -87,7 +86,7 @@ def export(checkpoint: Path, to: str, out: Path, which: str = "target") -> float
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder to fill, which bears its name once it is whole. Raises ValueError where one is."""
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(
             f"--out {path} is there already, and not empty: name another, or remove it"
         )

@@ -15,7 +15,7 @@ from cjepa_fast.export.formats import Source
 from cjepa_fast.export.origin import Origin
 from cjepa_fast.vit import count_parameters
 
-UNKNOWN = "unknown: it was exported from an encoder's files, without the run that made it"
+UNKNOWN = "Unknown: it was exported from an encoder's files, without the run that made it."
 LIBRARIES = {
     "hf": "transformers",
     "safetensors": "cjepa_fast",
@@ -32,6 +32,8 @@ TERMS = {
     "cov": "covariance",
     "feature_std": "std of the features, per dimension",
     "rankme": "RankMe of the features",
+    "knn": "kNN while training, %",
+    "linear": "linear probe while training, %",
 }
 # What begins and ends most snippets. {S}: the image's side.
 NORMALISED = "images = torch.zeros(1, 3, {S}, {S})  # normalised, as below"
@@ -158,55 +160,56 @@ def _use(source: Source, form: str, files: Sequence[str]) -> str:
 
 
 def _training(origin: Origin) -> str:
-    state, config = origin.state, origin.config
-    if not config:
-        return UNKNOWN.capitalize() + "."
-    data, optim = config["data"], config["optim"]
-    total = config["run"]["epochs"]
-    images = state.get("image_count")
-    facts = {
-        "images": f"{PurePath(data['path']).name}, "
-        + (f"{images:,} images" if images else "number of images unknown")
-        + f", fingerprint {state['images'] or 'unknown'}",
-        "duration": f"{state['step']:,} steps, {state['epoch']:g} of {total} epochs, "
-        f"{state['step'] * data['batch_size']:,} images seen",
-        "batch": f"{data['batch_size']:,} images on {_counted(state['world_size'], 'process')}",
-        **_settings(config),
-        "optimiser": f"AdamW, learning rate {optim['lr']:g}, weight decay "
-        f"{optim['weight_decay']:g} to {optim['final_weight_decay']:g}; "
-        f"momentum of the average {optim['momentum']:g} to {optim['final_momentum']:g}",
-    }
-    terms = {
-        word: origin.log[key] for key, word in TERMS.items() if origin.log.get(key) is not None
-    }
+    if not origin.config:
+        return UNKNOWN
+    facts = {"images": _images(origin), "duration": _duration(origin), **_settings(origin.config)}
     table = _table(["", ""], facts.items())
+    logged = {word: origin.log.get(key) for key, word in TERMS.items()}
+    terms = {word: f"{value:.4g}" for word, value in logged.items() if value is not None}
     if not terms:
         return table
-    step = origin.log["step"]
-    values = [f"{value:.4g}" for value in terms.values()]
-    return f"{table}\n\nAt step {step:,}:\n\n{_table(list(terms), [values])}"
+    return f"{table}\n\nAt step {origin.log['step']:,}:\n\n{_table(list(terms), [terms.values()])}"
 
 
-def _counted(count: int, word: str) -> str:
-    return f"{count} {word}" if count == 1 else f"{count} {word}es"
+def _images(origin: Origin) -> str:
+    state, name = origin.state, PurePath(origin.config["data"]["path"]).name
+    count = f"{state['image_count']:,} images" if "image_count" in state else "of unknown number"
+    return f"{name}, {count}, fingerprint {state['images'] or 'unknown'}"
+
+
+def _duration(origin: Origin) -> str:
+    state, config = origin.state, origin.config
+    batch, world = config["data"]["batch_size"], state["world_size"]
+    return (
+        f"{state['step']:,} steps of {batch:,} images, {state['epoch']:g} of "
+        f"{config['run']['epochs']} epochs, {state['step'] * batch:,} images seen; "
+        f"{world} {'process' if world == 1 else 'processes'}"
+    )
 
 
 def _settings(config: dict) -> dict[str, str]:
     """The configuration in brief."""
-    data, mask, predictor, loss = (config[name] for name in ("data", "mask", "predictor", "loss"))
-    vicreg = loss["vicreg"]
-    weights = ", ".join(f"{name} {vicreg[name]:g}" for name in ("beta", "sim", "std", "cov"))
+    data, mask, predictor, optim = (config[name] for name in ("data", "mask", "predictor", "optim"))
     return {
         "crops": f"{data['crop_scale'][0]:g} to {data['crop_scale'][1]:g} of the area"
         + (", flipped" if data["flip"] else ""),
         "masks": f'sampler "{mask["sampler"]}", context "{mask["context"]}", {mask["targets"]} '
         f"targets of {mask['target_scale'][0]:g} to {mask['target_scale'][1]:g}",
         "predictor": f"width {predictor['width']}, depth {predictor['depth']}",
-        "objective": f'prediction "{loss["prediction"]}"; VICReg on "{vicreg["views"]}": {weights}'
-        if vicreg["beta"]
-        else f'prediction "{loss["prediction"]}"',
+        "objective": _objective(config["loss"]),
+        "optimiser": f"AdamW, learning rate {optim['lr']:g}, weight decay "
+        f"{optim['weight_decay']:g} to {optim['final_weight_decay']:g}; "
+        f"momentum of the average {optim['momentum']:g} to {optim['final_momentum']:g}",
         "precision": config["run"]["precision"],
     }
+
+
+def _objective(loss: dict) -> str:
+    prediction, vicreg = f'prediction "{loss["prediction"]}"', loss["vicreg"]
+    if vicreg["beta"] == 0:
+        return prediction
+    weights = ", ".join(f"{name} {vicreg[name]:g}" for name in ("beta", "sim", "std", "cov"))
+    return f'{prediction}; VICReg on "{vicreg["views"]}": {weights}'
 
 
 def _evaluation(records: list[dict]) -> str:
