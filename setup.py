@@ -22,6 +22,8 @@ setup(
         "cjepa_fast.configs",
         "cjepa_fast.data",
         "cjepa_fast.eval",
+        "cjepa_fast.export",
+        "cjepa_fast.interop",
         "cjepa_fast.kernels",
     ],
     package_dir={"cjepa_fast.configs": "configs", "cjepa_fast.kernels": "kernels"},
@@ -45,7 +47,23 @@ setup(
     extras_require={
         "flash": ["flash-attn"],
         "wandb": ["wandb"],
-        "dev": ["ruff", "pytest", "pytest-timeout", "pytest-xdist", "hypothesis"],
+        "export": ["transformers", "onnx", "onnxscript", "onnxruntime"],
+        "dev": [
+            "ruff",
+            "pytest",
+            "pytest-timeout",
+            "pytest-xdist",
+            "hypothesis",
+            "transformers",
+            "onnx",
+            "onnxscript",
+            "onnxruntime",
+        ],
     },
-    entry_points={"console_scripts": ["cjepa-eval = cjepa_fast.eval.__main__:main"]},
+    entry_points={
+        "console_scripts": [
+            "cjepa-eval = cjepa_fast.eval.__main__:main",
+            "cjepa-export = cjepa_fast.export.__main__:main",
+        ]
+    },
 )

@@ -279,6 +279,7 @@ class Run:
     def _facts(self) -> dict:
         return self.trainer.facts() | {
             "epoch": self.done / self.trainer.steps_per_epoch,
+            "image_count": len(self.loader.images),
             "progress": {
                 "skipped_steps": self.bad.count,
                 "skipped_in_row": self.bad.in_row,

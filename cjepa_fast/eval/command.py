@@ -23,7 +23,7 @@ import torch
 from cjepa_fast import draws, engine
 from cjepa_fast.checkpoint import write_text
 from cjepa_fast.data.sources import ImageSet, open_images
-from cjepa_fast.encoders import load_encoder
+from cjepa_fast.encoders import is_run, load_encoder
 from cjepa_fast.eval.features import extract, split_by_name
 from cjepa_fast.vit import Encoder
 
@@ -110,7 +110,7 @@ def run_of(checkpoint: str | Path) -> Path | None:
     """The folder of the run that a run's folder, a checkpoint or an encoder's file belongs to."""
     path = Path(checkpoint)
     folders = (path, *path.resolve().parents[:2])
-    return next((folder for folder in folders if (folder / "config.json").is_file()), None)
+    return next((folder for folder in folders if is_run(folder)), None)
 
 
 def encoders_of(args: argparse.Namespace) -> dict[str, Encoder]:
