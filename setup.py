@@ -9,6 +9,8 @@ from pathlib import Path
 
 from setuptools import setup
 
+DETECT = ["torchvision", "pycocotools"]
+
 setup(
     name="cjepa_fast",
     version="0.1.0",
@@ -43,9 +45,10 @@ setup(
         "scikit-learn",
     ],
     extras_require={
+        "detect": DETECT,
         "flash": ["flash-attn"],
         "wandb": ["wandb"],
-        "dev": ["ruff", "pytest", "pytest-timeout", "pytest-xdist", "hypothesis"],
+        "dev": ["ruff", "pytest", "pytest-timeout", "pytest-xdist", "hypothesis", *DETECT],
     },
     entry_points={"console_scripts": ["cjepa-eval = cjepa_fast.eval.__main__:main"]},
 )
