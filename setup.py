@@ -9,8 +9,6 @@ from pathlib import Path
 
 from setuptools import setup
 
-DETECT = ["torchvision", "pycocotools"]
-
 setup(
     name="cjepa_fast",
     version="0.1.0",
@@ -45,10 +43,10 @@ setup(
         "scikit-learn",
     ],
     extras_require={
-        "detect": DETECT,
+        "detect": ["torchvision", "pycocotools"],
         "flash": ["flash-attn"],
         "wandb": ["wandb"],
-        "dev": ["ruff", "pytest", "pytest-timeout", "pytest-xdist", "hypothesis", *DETECT],
+        "dev": ["ruff", "pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "pycocotools"],
     },
     entry_points={"console_scripts": ["cjepa-eval = cjepa_fast.eval.__main__:main"]},
 )

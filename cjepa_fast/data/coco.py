@@ -1,4 +1,4 @@
-"""Boxes and masks in COCO's format: the JSON file read and checked, the images as detectors see them.
+"""Boxes and masks in COCO's format: the file read and checked, the images as detectors see them.
 
 Shapes: n objects of an image, H x W pixels.
 """
@@ -40,7 +40,7 @@ class Coco:
         unmasked = (a["id"] for a in annotations if not a.get("segmentation"))
         self.unmasked = next(unmasked, None)
         self.api = _indexed(content | {"annotations": [
-            {"iscrowd": 0, "area": a["bbox"][2] * a["bbox"][3], **a, "id": i, "original_id": a["id"]}
+            {"iscrowd": 0, "area": a["bbox"][2] * a["bbox"][3], **a, "id": i}
             for i, a in enumerate(annotations, start=1)
         ]})  # fmt: skip
 
@@ -199,7 +199,7 @@ def jittered(size: tuple[int, int], canvas: int, draw_4: list[float]) -> View:
     low, high = JITTER
     ratio = (low + (high - low) * draw_4[0]) * canvas / max(size)
     seen = [min(canvas, max(1, round(side * ratio))) for side in size]
-    window = [min(side, s / ratio) for side, s in zip(size, seen, strict=True)]
+    window = [min(side, canvas / ratio) for side in size]
     place = [(side - w) * u for side, w, u in zip(size, window, draw_4[1:3], strict=True)]
     return View(*place, *window, tuple(seen), draw_4[3] < 0.5)
 

@@ -104,7 +104,7 @@ def parameter_groups(model: nn.Module, lr: float, decay: float, weight_decay: fl
     """AdamW's groups: a block's learning rate is `decay` times that of the block after it.
 
     The patch embedding is one below the first block; the last norm, the pyramid and the heads have
-    `lr`. Biases and norms take no weight decay. Each has its `peak_lr`, for the schedule.
+    `lr`. It stands in "peak_lr", for a schedule. Biases and norms take no weight decay.
     """
     encoder = model.backbone.encoder
     layer_of = {id(p): 0 for p in encoder.patch_embed.parameters()}
@@ -116,7 +116,7 @@ def parameter_groups(model: nn.Module, lr: float, decay: float, weight_decay: fl
         if p.requires_grad:
             groups.setdefault((layer_of.get(id(p), top), p.dim() > 1), []).append(p)
     return [
-        {"params": members, "lr": lr, "peak_lr": lr * decay ** (top - layer),
+        {"params": members, "peak_lr": lr * decay ** (top - layer),
          "weight_decay": weight_decay if decays else 0.0}
         for (layer, decays), members in sorted(groups.items(), key=lambda item: item[0])
     ]  # fmt: skip
