@@ -15,7 +15,7 @@ import torch
 import vision_ops
 from safetensors.torch import save_file
 
-from cjepa_fast.data.coco import Coco
+from cjepa_fast.data.coco import Coco, WholeImages
 from cjepa_fast.eval import rcnn_training
 from cjepa_fast.eval.__main__ import main
 from cjepa_fast.eval.average_precision import as_results, average_precision
@@ -305,6 +305,16 @@ def test_processes_share_each_step_and_together_see_each_image(folder, monkeypat
     assert seen[2, 0] == whole[0:2] + whole[4:6] and seen[2, 1] == whole[2:4] + whole[6:8]
     with pytest.raises(ValueError, match="batch size 4 does not divide"):
         recipe.micro_batch(3)
+
+
+@pytest.mark.parametrize("threads", [0, 1])
+def test_an_unreadable_picture_is_named_in_one_line(folder, tmp_path, threads):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "val" / "001.png").write_text("text")
+    images = WholeImages(open_split(copy, "val"), [0, 1])
+    with pytest.raises(ValueError, match=r"^.*001\.png cannot be read as an image") as raised:
+        list(rcnn_training.read(images, threads))
+    assert "\n" not in str(raised.value)
 
 
 # ------------------------------------------------------------------------------------ the command

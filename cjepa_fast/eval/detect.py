@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
 from cjepa_fast.data.coco import Coco, WholeImages, check_same_classes
 from cjepa_fast.engine import from_all, from_first_process, rank, world_size
@@ -20,7 +19,7 @@ from cjepa_fast.eval.average_precision import KINDS, as_results, average_precisi
 from cjepa_fast.eval.boxes import draw
 from cjepa_fast.eval.features import digest, shown_bar
 from cjepa_fast.eval.pyramid import Pyramid
-from cjepa_fast.eval.rcnn_training import Kept, Recipe, as_input, fine_tune, unzipped
+from cjepa_fast.eval.rcnn_training import Kept, Recipe, as_input, fine_tune, read
 from cjepa_fast.vit import Encoder
 
 # ViTDet's layer decay and drop path by the number of blocks, up to which they hold.
@@ -90,7 +89,13 @@ def run(args: argparse.Namespace) -> None:
         rows.append({"encoder": name, **counts, **scores})
     picture = None
     if rank() == 0:
-        picture = draw(val, results, out / "detections.png", PICTURES, f"Detections: {out}")
+        picture = draw(
+            val,
+            results,
+            out / "detections.png",
+            PICTURES,
+            f"Detections of {Path(args.checkpoint).resolve().name}",
+        )
         print(picture)
     headings = {f"{ap}_{kind}": f"{word} {kind}"
                 for kind in kinds
@@ -169,10 +174,9 @@ def detections(model: nn.Module, val: Coco, device: torch.device, threads: int) 
     """On all images of a split, in COCO's result format; of several processes each has a share."""
     model.to(device).eval()
     places = list(range(len(val)))[rank() :: world_size()]
-    images = WholeImages(val, places)
     results = []
     with shown_bar(len(places), "detect") as bar:
-        for pictures, (place,) in DataLoader(images, num_workers=threads, collate_fn=unzipped):
+        for pictures, (place,) in read(WholeImages(val, places), threads):
             (found,) = model([as_input(picture, device) for picture in pictures])
             results += as_results(val, place, found)
             bar.update()

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from cjepa_fast import draws
 from cjepa_fast.data.coco import Coco, TrainViews
@@ -165,10 +165,19 @@ def epoch_batches(
         for start in range(rank() * share, len(order), recipe.batch_size)
         for at in range(0, share, micro)
     ]
-    return iter(DataLoader(views, batch_sampler=mine, num_workers=threads, collate_fn=unzipped))
+    return read(views, threads, batch_sampler=mine)
 
 
-def unzipped(items: list[tuple]) -> tuple[tuple, ...]:
+def read(views: Dataset, threads: int, **options) -> Iterator[tuple]:
+    """A DataLoader's batches, as one tuple for each part of an item. What goes wrong in a reading
+    process is raised without that process's traceback."""
+    try:
+        yield from DataLoader(views, num_workers=threads, collate_fn=_unzipped, **options)
+    except ValueError as error:
+        raise ValueError(str(error).splitlines()[-1].removeprefix("ValueError: ")) from error
+
+
+def _unzipped(items: list[tuple]) -> tuple[tuple, ...]:
     return tuple(zip(*items, strict=True))
 
 
