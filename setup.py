@@ -25,7 +25,7 @@ setup(
         "cjepa_fast.kernels",
     ],
     package_dir={"cjepa_fast.configs": "configs", "cjepa_fast.kernels": "kernels"},
-    package_data={"cjepa_fast.configs": ["*.json"]},
+    package_data={"cjepa_fast.configs": ["*.json", "ablations/*.json"]},
     # apex is optional and absent here: the registry's package of that name is another project.
     install_requires=[
         "torch>=2.11",
