@@ -52,6 +52,6 @@ def _show(axes, coco: Coco, picture, entries: list[dict], title: str) -> None:
         if entry.get("segmentation"):
             mask_HW1 = coco.api.annToMask(entry).astype(bool)[..., None]
             shown = np.where(mask_HW1, 0.55 * shown + 0.45 * colour, shown)
-    axes.imshow(shown)
+    axes.imshow(shown, extent=(0, picture.width, picture.height, 0))  # a box's 0 is an edge
     axes.set_title(title)
     axes.set_axis_off()
