@@ -59,4 +59,5 @@ $(STAMP): setup.py constraints.txt
 	@$(PIP) torch setuptools wheel
 	@echo "installing cjepa_fast and what it needs (versions: constraints.txt)"
 	@$(PIP) --editable '.[dev]'
+	@$(PIP) --no-deps --upgrade --target $(VENV)/torchvision torchvision  # tests/vision_ops.py
 	@touch $@

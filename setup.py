@@ -45,6 +45,7 @@ setup(
         "scikit-learn",
     ],
     extras_require={
+        "detect": ["torchvision", "pycocotools"],
         "flash": ["flash-attn"],
         "wandb": ["wandb"],
         "export": ["transformers", "onnx", "onnxscript", "onnxruntime"],
@@ -58,6 +59,7 @@ setup(
             "onnx",
             "onnxscript",
             "onnxruntime",
+            "pycocotools",
         ],
     },
     entry_points={

@@ -29,7 +29,9 @@ from cjepa_fast.vit import Encoder
 
 Row = dict[str, object]
 Side = tuple[ImageSet, torch.Tensor]  # a set and the positions used of it
-VERSIONS = ("cjepa_fast", "torch", "nvidia-dali-cuda130", "scikit-learn")
+VERSIONS = (
+    "cjepa_fast", "torch", "nvidia-dali-cuda130", "scikit-learn", "torchvision", "pycocotools",
+)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------- arguments

@@ -59,7 +59,7 @@ def extract(
     if cache is None:
         return make()
     kept = None if keep is None else hashlib.sha256(keep.numpy().tobytes()).hexdigest()
-    facts = [_digest(encoder), images.fingerprint, kept, crop, last, pooled, bf16, device_type]
+    facts = [digest(encoder), images.fingerprint, kept, crop, last, pooled, bf16, device_type]
     path = cache / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}.safetensors"
     if all(from_all(path.is_file())):
         found = load_file(path)
@@ -82,7 +82,7 @@ def _compute(encoder: Encoder, images: ImageSet, *, last, pooled, device, bf16, 
     )  # fmt: skip
 
 
-def _digest(encoder: Encoder) -> str:
+def digest(encoder: Encoder) -> str:
     """Of the weights and all else that decides an encoder's output."""
     digest = hashlib.sha256(json.dumps([encoder.architecture, encoder.mean, encoder.std]).encode())
     for name, values in encoder.state_dict().items():
