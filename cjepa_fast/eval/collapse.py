@@ -18,7 +18,7 @@ from cjepa_fast.data.sources import ImageSet, open_images
 from cjepa_fast.encoders import load_encoder
 from cjepa_fast.eval import command, spread
 from cjepa_fast.eval.features import extract, image_vectors
-from cjepa_fast.eval.pictures import FIGURE, save
+from cjepa_fast.eval.pictures import FIGURE, save, spread_over
 from cjepa_fast.telemetry import representation_stats
 from cjepa_fast.vit import Encoder
 
@@ -56,7 +56,7 @@ def measure(
     crop: of the centre, for all but LiDAR and alignment, which take `views` random crops an image.
     reading: device, batch_size, threads, bf16. Raises ValueError for fewer than two images.
     """
-    keep = torch.linspace(0, len(images) - 1, min(count, len(images))).round().long().unique()
+    keep = spread_over(images, count)
     own = {"crop": crop, **reading}
     clean_nD, _ = extract(encoder, images, keep=keep, cache=cache, **own)
     tokens_nND, _ = extract(
@@ -112,15 +112,18 @@ def draw(rows: list[command.Row], out: Path | str, title: str) -> Path:
     with rc_context(FIGURE):
         figure = Figure(figsize=(11, 3.4), layout="constrained")
         singular, stds, tokens = figure.subplots(1, 3)
-        for row in rows:
+        for i, row in enumerate(rows):
+            style = {"color": f"C{i}", "linestyle": ("-", "--", ":")[i % 3]}  # lines may coincide
             label = f"{row['encoder']} (RankMe {row['rankme']:.1f}, LiDAR {row['lidar']:.1f})"
             values = np.array(row["singular_values"])
-            singular.plot(range(1, len(values) + 1), values / values.sum(), label=label)
-            stds.plot(range(1, len(row["stds"]) + 1), row["stds"])
+            singular.plot(range(1, len(values) + 1), values / values.sum(), label=label, **style)
+            stds.plot(range(1, len(row["stds"]) + 1), row["stds"], **style)
         singular.set_title("singular values of the features, as a share of their sum")
         stds.set_title("standard deviation of each dimension")
+        singular.set_yscale("log")
+        singular.set_ylim(bottom=1e-6)
+        stds.set_ylim(bottom=0)
         for axes in (singular, stds):
-            axes.set_yscale("log")
             axes.set_xlabel("rank")
             axes.grid(alpha=0.25)
         _divided(tokens, rows)
@@ -170,7 +173,7 @@ def run(args: argparse.Namespace) -> None:
         )
         rows.append({"encoder": name, **found})
     if args.out and engine.rank() == 0:
-        rows_named = f"{Path(args.checkpoint).resolve().name} on {args.data}"
-        draw(rows, args.out, f"Room that the features take: {rows_named}")
+        of = f"{Path(args.checkpoint).resolve().name} on {args.data}"
+        print(draw(rows, args.out, f"Room that the features take: {of}"))
     settings = ("data", "count", "views", "crop", "bf16", "seed")
     command.report(args, rows, HEADINGS, settings, picture=args.out)
