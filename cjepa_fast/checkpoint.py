@@ -171,6 +171,14 @@ def _flat(tree: dict, prefix: str = "") -> dict:
     return leaves
 
 
+def point(name: Path, target: Path) -> None:
+    """Make `name` a link to a folder beside or below it, in place of what it was."""
+    partial = name.with_name(f".{name.name}.partial")
+    partial.unlink(missing_ok=True)
+    partial.symlink_to(os.path.relpath(target, name.parent))
+    partial.replace(name)
+
+
 def state_of(path: Path) -> dict:
     """A checkpoint's state.json."""
     try:

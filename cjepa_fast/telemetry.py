@@ -136,13 +136,21 @@ class Telemetry:
             **{name: _number(value) for name, value in (extra or {}).items()},
             **self._gpu.read(),
         }
-        self._log.write(row)
-        for mirror in self._mirrors:
-            mirror.write(row)
+        self._write(row)
         self._shown = row
         self._line.show(self._text(row))
         self._new_interval(self._step)
         return row
+
+    def first_row(self, values: dict[str, float]) -> None:
+        """What was measured before the first step."""
+        if not self.silent:
+            self._write({"step": 0, "epoch": 0.0, "time_s": self._before_s, **values})
+
+    def _write(self, row: dict) -> None:
+        self._log.write(row)
+        for mirror in self._mirrors:
+            mirror.write(row)
 
     def _text(self, row: dict) -> str:
         left_s = (self.total_steps - row["step"]) * (self._step_s or 0.0)

@@ -23,7 +23,7 @@ import torch
 from cjepa_fast import checkpoint, encoders, lock, out_of_memory, watchdog
 from cjepa_fast import config as configuration
 from cjepa_fast import engine as engines
-from cjepa_fast.build import build_loader, build_masks, gflop_of
+from cjepa_fast.build import build_loader, build_masks, build_online, gflop_of
 from cjepa_fast.config import Config, ConfigError
 from cjepa_fast.data.batches import ImagesGone
 from cjepa_fast.data.loader import Loader
@@ -257,13 +257,14 @@ def pretrain(config: Config, run: Path, args: argparse.Namespace) -> int:
             ending.callback(lock.release)
             trainer, loader, state = begin(config, device, run, args)
             ending.callback(loader.close)
+            online = build_online(config, device, loader.steps_per_epoch)
             if not args.dry_run:
                 telemetry = open_telemetry(trainer, run, state, args.resume)
         if args.dry_run:
             dry_run(trainer, loader)
             return 0
         ending.callback(telemetry.close)
-        return Run(trainer, loader, telemetry, watch, run, state, resume_command()).go()
+        return Run(trainer, loader, telemetry, watch, run, state, resume_command(), online).go()
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -138,9 +138,12 @@ def labelled(path: str) -> ImageSet:
     return images
 
 
-def labelled_sides(data: str, test: str | None, max_train: int | None) -> tuple[Side, Side]:
-    """Training and test images. Without `test`, 20 % of `data` by a hash of the names; the
-    embedded set has its own held-out split. Raises ValueError where labels are missing."""
+def labelled_sides(
+    data: str, test: str | None, max_train: int | None = None, max_test: int | None = None
+) -> tuple[Side, Side]:
+    """Training and test images, at most so many. Without `test`, 20 % of `data` by a hash of the
+    names; the embedded set has its own held-out split. Raises ValueError where labels are missing.
+    """
     train_set = labelled(data)
     if test is None and data == "shapes":
         test = "shapes:val"
@@ -157,10 +160,14 @@ def labelled_sides(data: str, test: str | None, max_train: int | None) -> tuple[
             f"{data}: splitting its {len(train_set)} images leaves {len(train_keep)} for training "
             f"and {len(test_keep)} for testing; name a test set with --test"
         )
-    if max_train is not None:
-        chosen = draws.permutation(0, 0, len(train_keep))[:max_train]
-        train_keep = train_keep[chosen.sort().values]
-    return (train_set, train_keep), (test_set, test_keep)
+    return (train_set, _some(train_keep, max_train)), (test_set, _some(test_keep, max_test))
+
+
+def _some(keep: torch.Tensor, most: int | None) -> torch.Tensor:
+    """At most so many positions, drawn evenly, ascending."""
+    if most is None or most >= len(keep):
+        return keep
+    return keep[draws.permutation(0, 0, len(keep))[:most].sort().values]
 
 
 def vectors_of(
