@@ -47,5 +47,10 @@ setup(
         "wandb": ["wandb"],
         "dev": ["ruff", "pytest", "pytest-timeout", "pytest-xdist", "hypothesis"],
     },
-    entry_points={"console_scripts": ["cjepa-eval = cjepa_fast.eval.__main__:main"]},
+    entry_points={
+        "console_scripts": [
+            "cjepa-eval = cjepa_fast.eval.__main__:main",
+            "cjepa-report = cjepa_fast.report:main",
+        ]
+    },
 )

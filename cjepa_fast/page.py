@@ -24,7 +24,8 @@ html { scroll-behavior: smooth; scroll-padding-top: 3.2rem; }
 body { margin: 0; background: var(--ground); color: var(--ink);
   font: 15px/1.5 system-ui, sans-serif; }
 nav { position: sticky; top: 0; z-index: 1; background: var(--ground);
-  border-bottom: 1px solid var(--rule); overflow-x: auto; white-space: nowrap; padding: .6rem 1rem; }
+  border-bottom: 1px solid var(--rule); padding: .6rem 1rem;
+  overflow-x: auto; white-space: nowrap; }
 nav a { color: var(--quiet); text-decoration: none; margin-right: 1rem; }
 nav a:hover { color: var(--line); }
 main { max-width: 1180px; margin: 0 auto; padding: 0 1rem 4rem; }
@@ -37,8 +38,8 @@ p, .quiet { color: var(--quiet); margin: .3rem 0; }
 .facts dt { color: var(--quiet); font-size: .82rem; } .facts dl, .facts dd { margin: 0; }
 .facts dd { font-size: 1.02rem; overflow-wrap: anywhere; }
 .curves { display: grid; gap: .7rem; grid-template-columns: repeat(auto-fill, minmax(270px, 1fr)); }
-figure { margin: 0; } figcaption { font-size: .85rem; margin-bottom: .2rem; }
-.curves b { float: right; font-weight: 600; }
+figure { margin: 0; }
+figcaption { font-size: .85rem; display: flex; justify-content: space-between; gap: .6rem; }
 svg { width: 100%; display: block; } svg text { fill: var(--quiet); font-size: 10px; }
 svg .grid { stroke: var(--rule); } svg .line { stroke: var(--line); fill: none; stroke-width: 1.5; }
 svg .band { fill: var(--line); opacity: .22; } svg circle { fill: var(--line); }
@@ -97,6 +98,10 @@ def note(text: str, kind: str = "quiet") -> str:
     return f'<p class="{kind}">{escape(text)}</p>'
 
 
+def configuration(text: str) -> str:
+    return f"<pre>{escape(text)}</pre>"
+
+
 def picture(figure, alt: str) -> str:
     """A matplotlib figure, embedded as PNG."""
     buffer = io.BytesIO()
@@ -117,7 +122,7 @@ def curve(title: str, steps: Sequence[float], values: Sequence[float], logarithm
     for tick in y_ticks:
         at = y(scale(tick))
         marks.append(f'<path class="grid" d="M{LEFT} {at:.1f}H{WIDTH - RIGHT}"/>')
-        marks.append(f'<text x="{LEFT - 5}" y="{at + 3:.1f}" text-anchor="end">{tick:g}</text>')
+        marks.append(f'<text x="{LEFT - 5}" y="{at + 3:.1f}" text-anchor="end">{tick:.3g}</text>')
     ends = ((steps[0], "start"), (steps[-1], "end")) if len(steps) > 1 else ((steps[0], "start"),)
     for step, anchor in ends:
         place = f'x="{x(step):.1f}" y="{HEIGHT - 5}" text-anchor="{anchor}"'
@@ -132,7 +137,7 @@ def curve(title: str, steps: Sequence[float], values: Sequence[float], logarithm
     if len(means) < 12:
         marks += [f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="2.4"/>' for cx, cy in means]
     return (
-        f"<figure><figcaption>{escape(title)} <b>{values[-1]:.4g}</b></figcaption>"
+        f"<figure><figcaption><span>{escape(title)}</span><b>{values[-1]:.4g}</b></figcaption>"
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
         f"{''.join(marks)}</svg></figure>"
     )

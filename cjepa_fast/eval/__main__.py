@@ -15,6 +15,7 @@ TASKS = {  # module below cjepa_fast.eval, imported when it is asked for
     "knn": "k nearest neighbours on frozen features",
     "linear": "a linear probe on frozen features",
     "collapse": "signs of collapse: RankMe, LiDAR, spectra; no labels",
+    "compare": "several checkpoints in one table",
     "attention": "picture: where target and context encoders look, side by side",
     "pca": "picture: patch features as colours, side by side",
     "retrieve": "picture: nearest neighbours on frozen features",

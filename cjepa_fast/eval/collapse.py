@@ -85,9 +85,7 @@ def measure(
 def _views(encoder, images, keep, views, seed, *, device, bf16=False, **reading) -> torch.Tensor:
     """Features of random crops of each image: (n, q, D)."""
     keep_nq = keep.repeat_interleave(views)
-    uniforms = draws.uniforms(
-        seed, draws.CROP, 0, torch.arange(len(keep_nq)), crops.CROP_UNIFORMS
-    )
+    uniforms = draws.uniforms(seed, draws.CROP, 0, torch.arange(len(keep_nq)), crops.CROP_UNIFORMS)
     windows_nq4 = crops.random_resized(
         images.sizes_N2[keep_nq.numpy()], uniforms.numpy(), CROP_SCALE, CROP_RATIO
     )
@@ -150,7 +148,12 @@ def _divided(axes, rows: list[command.Row]) -> None:
 def add_options(parser: argparse.ArgumentParser) -> None:
     command.add_checkpoint(parser)
     parser.add_argument("--data", required=True, metavar="SET", help="needs no labels")
-    parser.add_argument("--count", type=command.positive, default=1000, help="of its images; RankMe wants more than the width")
+    parser.add_argument(
+        "--count",
+        type=command.positive,
+        default=1000,
+        help="of its images; RankMe wants more than the width",
+    )
     parser.add_argument("--views", type=command.positive, default=5, help="crops of an image")
     parser.add_argument("--out", type=Path, metavar="FILE.png", help="draw the spectra there")
     command.add_reading(parser)
