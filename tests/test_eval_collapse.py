@@ -96,7 +96,7 @@ def test_the_measures_are_those_of_the_features_of_the_images(measured):
 
 def test_views_are_crops_of_their_own_image(measured):
     """Repeatable, and the views of an image lie nearer each other than to the next image's."""
-    encoder, images, reading, found = measured
+    encoder, images, reading, _ = measured
     keep = torch.arange(6)
     views_nqD = collapse._views(encoder, images, keep, 4, 0, **reading)
     assert views_nqD.shape == (6, 4, 24)

@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> None:
     (name,) = short_names([args.checkpoint])
     drawn = sheet_of(
         encoder, images, name, queries=args.count, k=args.neighbours, crop=args.crop,
-        keep=spread_over(images, args.max_images) if args.max_images else None,
+        keep=spread_over(images, args.max_images or len(images)),
         batch_size=args.batch_size, threads=args.threads, bf16=args.bf16, device=command.device(),
         cache=command.cache_of(args),
     )  # fmt: skip
