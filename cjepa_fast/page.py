@@ -47,7 +47,8 @@ svg .band { fill: var(--line); opacity: .22; } svg circle { fill: var(--line); }
 table { border-collapse: collapse; margin: .4rem 0 1.2rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; padding-bottom: .3rem; }
 th, td { padding: .2rem .8rem .2rem 0; border-bottom: 1px solid var(--rule); text-align: right; }
-th:first-child, td:first-child { text-align: left; } th { font-weight: 600; }
+caption { white-space: nowrap; }
+th:first-child, td:first-child, .words th, .words td { text-align: left; } th { font-weight: 600; }
 pre { background: var(--card); border-radius: 8px; padding: .8rem; overflow-x: auto; }
 @media (max-width: 640px) { .wide img { max-width: none; width: 640px; }
   .facts { grid-template-columns: 1fr 1fr; } }
@@ -83,13 +84,16 @@ def facts(pairs: Iterable[tuple[str, object]]) -> str:
     return f'<div class="facts">{cells}</div>'
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "") -> str:
+def table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "", words=False
+) -> str:
+    """Numbers stand to the right, but for the first column; words all to the left."""
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     lines = "".join(
         "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
     )
     return (
-        f'<div class="wide"><table><caption class="quiet">{escape(caption)}</caption>'
+        f'<div class="wide{" words" * words}"><table><caption class="quiet">{escape(caption)}</caption>'
         f"<thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>"
     )
 

@@ -192,7 +192,7 @@ def _events(run: Path, settings: config.Config, rows: list[dict]) -> str:
     if branches := sorted((run / "checkpoints").glob("abandoned_*")):
         names = ", ".join(path.name for path in branches)
         lines.append(["", f"went back and on from earlier than {names}"])
-    return page.table(["step", "what"], lines) if lines else page.note("None.")
+    return page.table(["step", "what"], lines, words=True) if lines else page.note("None.")
 
 
 def _short(value: object) -> str:

@@ -87,7 +87,7 @@ def draw(names: list[str], values: list[Found], headings: dict[Measure, str], ou
     columns = min(3, len(headings))
     lines = -(-len(headings) // columns)
     with rc_context(FIGURE):
-        size = (4.2 * columns, (0.32 * len(names) + 0.75) * lines)
+        size = (4.2 * columns, (0.32 * len(names) + 0.5) * lines)
         figure = Figure(figsize=size, layout="constrained")
         axes_rc = figure.subplots(lines, columns, squeeze=False)
         for axes in axes_rc.flat[len(headings) :]:
@@ -101,7 +101,8 @@ def draw(names: list[str], values: list[Found], headings: dict[Measure, str], ou
             axes.margins(x=0.18)
             axes.invert_yaxis()
             axes.set_title(heading)
-            axes.spines[["top", "right"]].set_visible(False)
+            axes.set_xticks([])  # the bars say their values
+            axes.spines[["top", "right", "bottom"]].set_visible(False)
     return save(figure, out)
 
 
