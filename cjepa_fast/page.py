@@ -92,8 +92,9 @@ def table(
     lines = "".join(
         "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
     )
+    kind = "wide words" if words else "wide"
     return (
-        f'<div class="wide{" words" * words}"><table><caption class="quiet">{escape(caption)}</caption>'
+        f'<div class="{kind}"><table><caption class="quiet">{escape(caption)}</caption>'
         f"<thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>"
     )
 
