@@ -33,7 +33,7 @@ def test_lidar_counts_the_directions_in_which_images_differ(seed):
     assert spread.lidar(views_nqD) == pytest.approx(2.0, rel=1e-9)
     flat = views_nqD * torch.tensor([1.0, 0.0, 1.0])
     assert spread.lidar(flat) == pytest.approx(1.0, rel=1e-9)
-    # views three deltas wide in one direction, not at all in the other: eigenvalues 1 / delta and 1 / (4 delta)
+    # views three deltas wide in one direction alone: eigenvalues 1 / delta and 1 / (4 delta)
     views_nqD = corners[:, None] + torch.tensor([[0.3**0.5, 0, 0], [-(0.3**0.5), 0, 0]])[None]
     entropy = -0.8 * math.log(0.8) - 0.2 * math.log(0.2)
     assert spread.lidar(views_nqD, delta=0.1) == pytest.approx(math.exp(entropy), rel=1e-6)
