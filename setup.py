@@ -66,6 +66,7 @@ setup(
         "console_scripts": [
             "cjepa-eval = cjepa_fast.eval.__main__:main",
             "cjepa-export = cjepa_fast.export.__main__:main",
+            "cjepa-report = cjepa_fast.report:main",
         ]
     },
 )

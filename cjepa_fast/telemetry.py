@@ -461,10 +461,14 @@ def representation_stats(features_BD: torch.Tensor) -> dict[str, torch.Tensor]:
     finite = features_BD.isfinite().all()
     std = features_BD.std(0, correction=min(1, len(features_BD) - 1)).mean()
     # the decomposition raises on NaN: decompose zeros instead and put the NaN back after
-    singular = torch.linalg.svdvals(torch.where(finite, features_BD, 0))
-    share = singular / singular.sum().clamp(min=torch.finfo(torch.float32).tiny)
-    rankme = torch.special.entr(share).sum().exp()
+    rankme = effective_rank(torch.linalg.svdvals(torch.where(finite, features_BD, 0)))
     return {"feature_std": std, "rankme": torch.where(finite, rankme, torch.nan)}
+
+
+def effective_rank(values_D: torch.Tensor) -> torch.Tensor:
+    """exp of the entropy of values that are at least 0, normalised to sum to one: 0-d."""
+    share = values_D / values_D.sum().clamp(min=torch.finfo(values_D.dtype).tiny)
+    return torch.special.entr(share).sum().exp()
 
 
 def read_log(path: Path | str) -> list[dict]:

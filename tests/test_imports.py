@@ -14,7 +14,8 @@ PACKAGE = ROOT / "cjepa_fast"
 # These put the parts together: they alone read the configuration object.
 ASSEMBLERS = {
     "cjepa_fast.build", "cjepa_fast.trainer", "cjepa_fast.run", "cjepa_fast.train",
-    "cjepa_fast.demo", "cjepa_fast.ablate", "cjepa_fast.eval.__main__", "cjepa_fast.eval.masks",
+    "cjepa_fast.demo", "cjepa_fast.ablate", "cjepa_fast.report", "cjepa_fast.eval.__main__",
+    "cjepa_fast.eval.masks",
 }  # fmt: skip
 # The maths: plain arguments only, and nothing of data, engine, files or display.
 MATHS = {

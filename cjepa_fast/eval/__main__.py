@@ -15,7 +15,11 @@ TASKS = {  # module below cjepa_fast.eval, imported when it is asked for
     "knn": "k nearest neighbours on frozen features",
     "linear": "a linear probe on frozen features",
     "detect": "boxes and masks in COCO's format, by fine-tuning in a Mask R-CNN",
-    "attention": "picture: target and context encoder side by side",
+    "collapse": "signs of collapse: RankMe, LiDAR, spectra; no labels",
+    "compare": "several checkpoints in one table",
+    "attention": "picture: where target and context encoders look, side by side",
+    "pca": "picture: patch features as colours, side by side",
+    "retrieve": "picture: nearest neighbours on frozen features",
     "curves": "picture: the log of one or several runs",
     "masks": "picture: a run's masks on its images",
 }
@@ -52,7 +56,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _complete(args: argparse.Namespace) -> None:
     """Put in what the command line leaves to the run or to the environment."""
-    checkpoint = getattr(args, "checkpoint", None)
+    first, *_ = getattr(args, "checkpoints", [None])
+    checkpoint = getattr(args, "checkpoint", first)
     run = command.run_of(checkpoint) if checkpoint else None
     made_with = config.read(run) if run else config.Config()
     known = {"seed": made_with.run.seed, **made_with.eval.model_dump()}

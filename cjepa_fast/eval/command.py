@@ -115,6 +115,12 @@ def run_of(checkpoint: str | Path) -> Path | None:
     return next((folder for folder in folders if is_run(folder)), None)
 
 
+def inside(checkpoint: str | Path) -> str | None:
+    """Its path below the run's folder, "." for the run itself; None outside of any run."""
+    run = run_of(checkpoint)
+    return run and os.path.relpath(checkpoint, run)
+
+
 def encoders_of(args: argparse.Namespace) -> dict[str, Encoder]:
     """By the name of their row: the untrained one first, where it is asked for."""
     trained = load_encoder(args.checkpoint, args.which)
@@ -219,6 +225,8 @@ def report(
         "command": shlex.join(["cjepa-eval", *sys.argv[1:]]),
         "versions": _versions(),
         "checkpoint": str(args.checkpoint),
+        "inside": inside(args.checkpoint),
+        "which": args.which,
         "settings": chosen,
         "headings": headings,
         "rows": rows,
@@ -234,8 +242,7 @@ def _files(args: argparse.Namespace, chosen: dict) -> Iterable[Path]:
     if args.json:
         yield args.json
     if run := run_of(args.checkpoint):
-        inside = os.path.relpath(args.checkpoint, run)
-        facts = json.dumps([inside, args.which, chosen], default=str)
+        facts = json.dumps([inside(args.checkpoint), args.which, chosen], default=str)
         digest = hashlib.sha256(facts.encode()).hexdigest()[:8]
         yield run / "eval" / f"{args.task}-{digest}.json"
 
@@ -258,15 +265,16 @@ def print_table(rows: list[Row], headings: dict[str, str], label: str = "encoder
     """Aligned columns; of `headings` those that any row has."""
     shown = {key: word for key, word in headings.items() if any(key in row for row in rows)}
     lines = [[label, *shown.values()]]
-    lines += [[str(row[label]), *(_cell(row.get(key)) for key in shown)] for row in rows]
+    lines += [[str(row[label]), *(cell(row.get(key)) for key in shown)] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for first, *cells in lines:
         print("  ".join([f"{first:{widths[0]}s}", *map(str.rjust, cells, widths[1:])]).rstrip())
 
 
-def _cell(value: object) -> str:
+def cell(value: object) -> str:
+    """A value as tables show it."""
     if value is None:
         return "-"
     if isinstance(value, float):
-        return f"{value:.2f}"
+        return f"{value:.2f}" if abs(value) >= 0.1 or value == 0 else f"{value:.2g}"
     return f"{value:,}" if isinstance(value, int) else str(value)
