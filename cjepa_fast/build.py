@@ -13,7 +13,8 @@ from cjepa_fast.config import Config, ConfigError
 from cjepa_fast.data import sources
 from cjepa_fast.data.loader import Loader
 from cjepa_fast.eval.command import labelled_sides
-from cjepa_fast.eval.online import Online
+from cjepa_fast.eval.online import Album, Online
+from cjepa_fast.eval.pictures import load_images
 from cjepa_fast.flops import step_gflop
 from cjepa_fast.interop import load_ijepa
 from cjepa_fast.jepa import JEPA
@@ -270,6 +271,18 @@ def build_online(config: Config, device: torch.device, steps_per_epoch: int) -> 
         dtype=compute_dtype(config),
         threads=data.threads,
     )
+
+
+def build_album(config: Config, loader: Loader, masks: MaskSampler) -> Album | None:
+    """Of the first process, a few of the training images, by eval.online.pictures."""
+    data, count = config.data, config.eval.online.pictures
+    if config.eval.online.data is None or not count or engines.rank() != 0:
+        return None
+    images_B3HW = load_images(
+        loader.images, count, image_size=data.image_size, mean=data.mean, std=data.std
+    )
+    drawn = masks(0, 0, torch.arange(len(images_B3HW)))
+    return Album(images_B3HW, drawn, data.mean, data.std)
 
 
 def build_loader(config: Config, device: torch.device, masks: MaskSampler) -> Loader:

@@ -11,7 +11,7 @@ from pathlib import Path
 from cjepa_fast import checkpoint, encoders
 from cjepa_fast import engine as engines
 from cjepa_fast.data.loader import Batch, Loader
-from cjepa_fast.eval.online import Online
+from cjepa_fast.eval.online import Album, Online
 from cjepa_fast.interrupt import StopRequest
 from cjepa_fast.outcomes import BadSteps, Outcome, Outcomes, Spikes
 from cjepa_fast.saver import Saver
@@ -49,9 +49,10 @@ class Run:
         state: dict | None = None,
         go_on_with: str = "",
         online: Online | None = None,
+        album: Album | None = None,
     ):
         self.trainer, self.loader, self.telemetry = trainer, loader, telemetry
-        self.watch, self.online = watch, online
+        self.watch, self.online, self.album = watch, online, album
         if online:
             online.say = telemetry.message
         self.folder, self.go_on_with = folder, go_on_with
@@ -162,6 +163,7 @@ class Run:
         self.watch.mark("evaluating")
         with self.telemetry.pause():
             found = self.online.judge(self.trainer.ema.module)
+            self._draw()
         marks = ", ".join(f"{name} {value:.2f} %" for name, value in found.items())
         self.telemetry.message(f"target encoder after step {self.done}: {marks}")
         if self.done:
@@ -171,6 +173,17 @@ class Run:
             )
             self.saver.best = self.best["step"]
         return found
+
+    def _draw(self) -> None:
+        """Masks, attention and patch features to TensorBoard: worth a message, never a run."""
+        if self.album is None:
+            return
+        try:
+            figures = self.album.draw(self.trainer.ema.module, self.trainer.context_encoder)
+            self.telemetry.pictures(figures, self.done)
+        except Exception as error:
+            self.album = None
+            self.telemetry.message(f"no more pictures of this run: {error!r}")
 
     def _warn_of_collapse(self, row: dict | None) -> None:
         """Once, where the target's features of many images come out nearly alike."""

@@ -22,6 +22,7 @@ ROOT = tiny.ROOT
 PAGES = [ROOT / "README.md", ROOT / "configs" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 WORDS = r"(python|torchrun|deepspeed|make|source|sbatch|pip|bench/\S+\.sh|cjepa-\w+)"
 ELSEWHERE = {
+    r"cjepa-eval TASK": "below it, task by task",
     r"make (demo|test)": "continuous integration, and a fresh clone",
     r"source ": "needs no test",
     r"sbatch ": "tests/test_launch.py, with stand-ins for SLURM",

@@ -36,6 +36,8 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.text[:60])
 def test_commands_name_what_is_there(command):
     words = shlex.split(command.text)
+    if "TASK" in words:
+        return
     for word in words:
         if re.fullmatch(r"(bench|scripts|cjepa_fast)/\S+\.(py|sh|sbatch)", word):
             assert (docs_check.ROOT / word).is_file(), word

@@ -135,3 +135,14 @@ def test_two_processes_under_zero_3_judge_alike(tmp_path):
     assert rows["one"].keys() == rows["two"].keys() == {0, 2, 4, 6}
     first = ({name: rows[run][0][name] for name in MARKS} for run in rows)
     assert next(first) == next(first)
+
+
+def test_tensorboard_has_masks_attention_and_features_at_each(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = write_config(tmp_path, pictures=2)
+    assert train.main(["--config", str(config), "--set", "telemetry.tensorboard=true"]) == 0
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert set(events.Tags()["images"]) == {"masks", "attention", "pca"}
+    shown = events.Images("pca")
+    assert [picture.step for picture in shown] == [0, 2, 4, 6] and shown[0].height > 100

@@ -11,14 +11,17 @@ import math
 import time
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 
 from cjepa_fast.data.evaluation import eval_batches
 from cjepa_fast.data.sources import ImageSet
 from cjepa_fast.engine import from_all, rank, world_size
-from cjepa_fast.eval import knn
+from cjepa_fast.eval import knn, snapshots
 from cjepa_fast.eval.command import Side
 from cjepa_fast.eval.features import Subset
+from cjepa_fast.masks import Masks
+from cjepa_fast.vit import Encoder
 
 
 class Online:
@@ -113,6 +116,23 @@ class Online:
         if images_B3HW is not None:
             whole[: len(images_B3HW)] = images_B3HW
         return whole
+
+
+class Album:
+    """A few images with their masks, as the encoders of the moment see them.
+
+    images_B3HW: fp32 on the CPU, normalised by mean and std; masks: of these images.
+    """
+
+    def __init__(self, images_B3HW: torch.Tensor, masks: Masks, mean: tuple, std: tuple):
+        self._images_B3HW, self._masks, self._look = images_B3HW, masks, (mean, std)
+
+    def draw(self, target: Encoder, context: Encoder) -> dict[str, np.ndarray]:
+        """By name, each (height, width, 3) uint8. Compiled encoders run uncompiled here."""
+        place = next(target.parameters())
+        images_B3HW = self._images_B3HW.to(place.device, place.dtype)
+        with torch.compiler.set_stance("force_eager"):
+            return snapshots.figures(target, context, images_B3HW, self._masks, *self._look)
 
 
 def _scores(train_nD, label_n, test_mD, test_label_m, **options) -> dict[str, float]:
