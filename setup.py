@@ -41,6 +41,7 @@ setup(
         "matplotlib",
         "pillow",
         "scikit-learn",
+        "scipy",
     ],
     extras_require={
         "flash": ["flash-attn"],

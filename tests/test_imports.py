@@ -24,10 +24,12 @@ MATHS = {
 }  # fmt: skip
 THIRD_PARTY = {
     "torch", "numpy", "nvidia", "deepspeed", "pydantic", "safetensors", "tensorboard", "tqdm",
-    "matplotlib", "PIL", "sklearn", "pynvml", "triton", "flash_attn", "apex", "wandb",
+    "matplotlib", "PIL", "sklearn", "scipy", "pynvml", "triton", "flash_attn", "apex", "wandb",
 }  # fmt: skip
 # Slow to import: inside the function that uses them, never at the top of a module.
-HEAVY = {"deepspeed", "matplotlib", "sklearn", "tensorboard", "wandb", "apex", "flash_attn"}
+HEAVY = {
+    "deepspeed", "matplotlib", "sklearn", "scipy", "tensorboard", "wandb", "apex", "flash_attn",
+}  # fmt: skip
 
 
 def module_name(path: Path) -> str:
