@@ -14,6 +14,7 @@ from cjepa_fast.eval import command
 TASKS = {  # module below cjepa_fast.eval, imported when it is asked for
     "knn": "k nearest neighbours on frozen features",
     "linear": "a linear probe on frozen features",
+    "segment": "semantic segmentation: a linear head, or UPerNet",
     "video": "objects followed through DAVIS's videos by frozen patch features",
     "attention": "picture: target and context encoder side by side",
     "curves": "picture: the log of one or several runs",
