@@ -94,8 +94,8 @@ def test_label_maps_to_patches_and_back():
 
 def test_a_faint_label_is_spread_as_far_as_a_strong_one():
     """Each label's map has the range 0 to 1 before the highest wins."""
-    faint_NK = F.one_hot(square(2, 2), 2).float()
-    faint_NK[:, 1] *= 0.4
-    faint_NK[:, 0] = 1 - faint_NK[:, 1]
+    faint, strong = square(1, 1), square(4, 7)
+    faint_NK = torch.stack([1 - 0.4 * faint - strong, 0.4 * faint, strong], 1).float()
     found_HW = frame_labels(faint_NK, GRID, 4, (32, 44))
-    assert found_HW[8:20, 8:20].mean() > 0.9
+    assert (found_HW[6:14, 6:14] == 1).all()
+    assert (found_HW[18:26, 30:38] == 2).all()

@@ -1,6 +1,7 @@
 """`python -m cjepa_fast.eval segment`: pairs of folders in, a trained head and its scores out."""
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from sklearn.metrics import accuracy_score, confusion_matrix, jaccard_score, rec
 from cjepa_fast.data.labelmaps import read_label_map, write_label_map
 from cjepa_fast.data.pairs import IGNORE, classes_of, named_classes, open_pairs
 from cjepa_fast.encoders import load_encoder
-from cjepa_fast.eval import segment, segment_training
+from cjepa_fast.eval import segment, segment_training, segmenter
 from cjepa_fast.eval.__main__ import main
 from cjepa_fast.eval.confusion import confusion, scores
 from cjepa_fast.eval.segmenter import (
@@ -50,6 +51,13 @@ def data(tmp_path, monkeypatch):
 def evaluate(encoder, data, *options) -> int:
     words = ["segment", str(encoder), "--data", str(data), "--short-side", "40"]
     return main([*words, "--batch-size", "2", *map(str, options)])
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """UPerNet with few channels."""
+    few = functools.partial(UPerHead, channels=8)
+    monkeypatch.setattr(segmenter, "UPerHead", few)
 
 
 # ----------------------------------------------------------------------------------------- scores
@@ -85,7 +93,7 @@ def test_scores_by_hand():
 
 def test_a_set_whose_colours_are_its_classes_is_learnt(encoder, data, tmp_path, capsys):
     out, picture = tmp_path / "s.json", tmp_path / "s.png"
-    options = ("--steps", 60, "--lr", 0.05, "--json", out, "--out", picture, "--count", 2)
+    options = ("--steps", 40, "--lr", 0.05, "--json", out, "--out", picture, "--count", 2)
     assert evaluate(encoder, data, *options) == 0
     (row,) = json.loads(out.read_text())["rows"]
     assert row["miou"] > 85 and row["aacc"] > 90  # what is missed lies along the squares' edges
@@ -96,7 +104,10 @@ def test_a_set_whose_colours_are_its_classes_is_learnt(encoder, data, tmp_path, 
     assert picture.stat().st_size > 5_000
 
 
-def test_what_is_wrong_names_the_file(encoder, data, capsys):
+def test_what_is_wrong_names_the_file(encoder, data, capsys, monkeypatch):
+    """Before anything is learnt."""
+    monkeypatch.setattr(segment, "train", None)
+
     def fails(path: Path, words: str, *options) -> None:
         assert evaluate(encoder, data, "--steps", 1, *options) == 2
         said = capsys.readouterr().err
@@ -213,7 +224,7 @@ def test_upernet_s_levels_and_logits(patch_size, seed):
     assert all(p.grad is not None for p in head.parameters())
 
 
-def test_what_learns_and_how_fast(encoder):
+def test_what_learns_and_how_fast(encoder, narrow):
     model = Segmenter(load_encoder(encoder), "upernet", 3, layers=1, frozen=False)
     groups = layer_decay_groups(model.encoder, model.head, 1e-3, 0.5, 0.05)
     rates = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
@@ -232,7 +243,7 @@ def test_what_learns_and_how_fast(encoder):
 
 
 @pytest.mark.parametrize("head", ["linear", "upernet"])
-def test_a_frozen_encoder_stays(encoder, data, head):
+def test_a_frozen_encoder_stays(encoder, data, narrow, head):
     model = Segmenter(load_encoder(encoder), head, 3, layers=1, frozen=True)
     before = {key: p.clone() for key, p in model.state_dict().items()}
     pairs = open_pairs(data, segment.TRAINING)
@@ -284,7 +295,7 @@ def test_sliding_windows_cover_the_image(seed):
 
 
 @pytest.mark.parametrize("head", ["linear", "upernet"])
-def test_a_training_that_was_stopped_ends_as_if_it_had_not(encoder, data, tmp_path, head):
+def test_a_training_that_was_stopped_ends_as_if_it_had_not(encoder, data, tmp_path, narrow, head):
     pairs = open_pairs(data, segment.TRAINING)
     recipe = RECIPE if head == "linear" else dataclasses.replace(RECIPE, steps=4)
     kept = tmp_path / "kept.pt"
@@ -320,11 +331,11 @@ def test_two_processes_share_the_images(encoder, data, tmp_path):
     """BatchNorm sees each process's own images on a CPU, so the scores alone are compared."""
     out = tmp_path / "two.json"
     words = ["segment", encoder, "--data", data, "--short-side", 40, "--batch-size", 4]
-    words += ["--steps", 40, "--lr", 0.05, "--json", out]
+    words += ["--steps", 20, "--lr", 0.05, "--json", out]
     done = tiny.run(tiny.ROOT / "cjepa_fast" / "eval" / "__main__.py", *words, processes=2)
     assert done.returncode == 0, done.stderr
     (row,) = json.loads(out.read_text())["rows"]
-    assert row["miou"] > 75 and row["test_images"] == 3
+    assert row["miou"] > 60 and row["test_images"] == 3
 
 
 @pytest.mark.skipif("CJEPA_REAL_DENSE" not in os.environ, reason="CJEPA_REAL_DENSE names no folder")

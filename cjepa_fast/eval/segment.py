@@ -5,6 +5,7 @@ Shapes: C classes, n images of a picture.
 
 import argparse
 import math
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +115,16 @@ def find_classes(root: str, pairs: Pairs, ignored: set[int]) -> Classes:
     return classes_of(named, ignored)
 
 
+def check(pairs: Pairs, classes: Classes) -> None:
+    """Read all label maps, so that a wrong one ends the work before its hours rather than after.
+    The processes share them. Raises as `Pairs.labels` does."""
+    share = range(rank(), len(pairs), world_size())
+    with shown_bar(len(share), "label maps") as bar:
+        for i in share:
+            pairs.labels(i, classes)
+            bar.update()
+
+
 # ---------------------------------------------------------------------------------------- picture
 
 
@@ -198,6 +209,7 @@ def complete(args: argparse.Namespace, patch_size: int) -> None:
     for name, value in RECIPES[args.head].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    args.warmup = min(WARMUP, args.steps // 10)
     args.frozen = args.frozen or args.head == "linear"
     if args.ignore_index is None:
         args.ignore_index = [0] if is_ade20k(args.data) else []
@@ -226,11 +238,9 @@ def run(args: argparse.Namespace) -> None:
     complete(args, encoders["trained"].patch_size)
     pairs, tests = open_pairs(args.data, TRAINING), open_pairs(args.data, VALIDATION)
     classes = find_classes(args.data, pairs, set(args.ignore_index))
-    recipe = Recipe(
-        warmup=min(WARMUP, args.steps // 10),
-        **{name.name: getattr(args, name.name) for name in Recipe.__dataclass_fields__.values()
-           if name.name != "warmup"},
-    )  # fmt: skip
+    recipe = Recipe(**{field.name: getattr(args, field.name) for field in fields(Recipe)})
+    for side in (pairs, tests):
+        check(side, classes)
     keep = np.linspace(0, len(tests) - 1, min(args.count, len(tests))).round().astype(int)
     rows, found = [], {}
     for name, encoder in encoders.items():
