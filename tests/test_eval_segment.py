@@ -320,7 +320,7 @@ def test_a_training_that_was_stopped_ends_as_if_it_had_not(encoder, data, tmp_pa
     assert torch.load(kept)["step"] == 2
     assert dense_sets.same(trained(save_to=kept, resume=True), whole)
     assert dense_sets.same(trained(save_to=kept, resume=True), whole)  # nothing is left to do
-    with pytest.raises(ValueError, match=r"kept\.pt is of another training: recipe differ"):
+    with pytest.raises(ValueError, match=r"kept\.pt is of another training, which differs in lr"):
         trained(dataclasses.replace(RECIPE, lr=1.0), save_to=kept, resume=True)
 
 

@@ -176,7 +176,7 @@ def augmented(
 def _facts(model: Segmenter, pairs: Pairs, classes: Classes, recipe: Recipe) -> dict:
     """What must be the same for a training to go on."""
     return {
-        "recipe": dataclasses.asdict(recipe),
+        **dataclasses.asdict(recipe),
         "head": type(model.head).__name__,
         "layers": model.layers,
         "frozen": model.frozen,
@@ -205,11 +205,11 @@ def _restore(path: Path, model: Segmenter, optimizer, facts: dict) -> int:
         return 0
     device = next(model.parameters()).device
     state = torch.load(path, map_location=device, weights_only=True)
-    different = [key for key in facts if state["facts"][key] != facts[key]]
+    different = [key for key in facts if state["facts"].get(key) != facts[key]]
     if different:
         raise ValueError(
-            f"{path} is of another training: {', '.join(different)} differ; give the options it "
-            "was begun with, or another --save"
+            f"{path} is of another training, which differs in {', '.join(different)}: give the "
+            "options it was begun with, or another --save"
         )
     for part, weights in state["learnt"].items():
         getattr(model, part).load_state_dict(weights)
