@@ -43,6 +43,7 @@ setup(
         "matplotlib",
         "pillow",
         "scikit-learn",
+        "scipy",
     ],
     extras_require={
         "detect": ["torchvision", "pycocotools"],

@@ -25,11 +25,11 @@ MATHS = {
 }  # fmt: skip
 THIRD_PARTY = {
     "torch", "numpy", "nvidia", "deepspeed", "pydantic", "safetensors", "tensorboard", "tqdm",
-    "matplotlib", "PIL", "sklearn", "pynvml", "triton", "flash_attn", "apex", "wandb",
+    "matplotlib", "PIL", "sklearn", "scipy", "pynvml", "triton", "flash_attn", "apex", "wandb",
     "transformers", "timm", "onnxruntime", "pycocotools", "torchvision",
 }  # fmt: skip
 # Slow to import: inside the function that uses them, never at the top of a module.
-HEAVY = {"deepspeed", "matplotlib", "sklearn", "tensorboard", "wandb", "apex", "flash_attn",
+HEAVY = {"deepspeed", "matplotlib", "sklearn", "scipy", "tensorboard", "wandb", "apex", "flash_attn",
     "transformers", "timm", "onnxruntime",
 }  # fmt: skip
 

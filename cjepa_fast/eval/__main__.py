@@ -14,6 +14,8 @@ from cjepa_fast.eval import command
 TASKS = {  # module below cjepa_fast.eval, imported when it is asked for
     "knn": "k nearest neighbours on frozen features",
     "linear": "a linear probe on frozen features",
+    "segment": "semantic segmentation: a linear head, or UPerNet",
+    "video": "objects followed through DAVIS's videos by frozen patch features",
     "detect": "boxes and masks in COCO's format, by fine-tuning in a Mask R-CNN",
     "collapse": "signs of collapse: RankMe, LiDAR, spectra; no labels",
     "compare": "several checkpoints in one table",
