@@ -29,7 +29,8 @@ THIRD_PARTY = {
     "transformers", "timm", "onnxruntime", "pycocotools", "torchvision",
 }  # fmt: skip
 # Slow to import: inside the function that uses them, never at the top of a module.
-HEAVY = {"deepspeed", "matplotlib", "sklearn", "scipy", "tensorboard", "wandb", "apex", "flash_attn",
+HEAVY = {
+    "deepspeed", "matplotlib", "sklearn", "scipy", "tensorboard", "wandb", "apex", "flash_attn",
     "transformers", "timm", "onnxruntime",
 }  # fmt: skip
 
