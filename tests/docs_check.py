@@ -28,14 +28,24 @@ ELSEWHERE = {
     r"sbatch ": "tests/test_launch.py, with stand-ins for SLURM",
     r"deepspeed ": "tests/test_launch.py",
     r"torchrun .*--nnodes": "tests/test_launch.py",
+    r"cjepa-eval (video|segment|detect) ": "tests/test_eval_TASK.py, on made-up sets",
+    r"cjepa-eval clevr .*CLEVR": "tests/test_eval_clevr.py",
+    r"cjepa-eval finetune ": "tests/test_eval_finetune.py",
+    r"python -m cjepa_fast.ablate beta": "it wants four GPUs; the other is run",
     r"pip install": "by hand: it changes the environment",
     r"bench/gpu_gate.sh": "by hand, at toy size: minutes on a CPU",
 }
+SMALL = (
+    "--set data.image_size=24 --set model.width=24 --set model.heads=3 --set model.depth=1 "
+    "--set predictor.width=12 --set predictor.depth=1 --set mask.min_keep=4 --set run.epochs=1 "
+    "--set data.batch_size=32 --set eval.k=3 --set eval.online.share=1.0"
+)
 SHORT = {  # in the place of what would take long
     r"--nproc_per_node[= ]\d+": "--nproc_per_node=2",
     r"--save\b": "",
     r"(?<=bench/ops.py)$": " --help",
     r"--size \d+": "--size 48",
+    r"(ablate vicreg .*)": rf"\1 {SMALL}",
 }
 
 
