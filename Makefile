@@ -11,11 +11,11 @@ WORKERS := --dist loadfile -n auto
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test faults lint check format bench clean
+.PHONY: help install demo test faults docs-check lint check format bench clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1|/p' $(MAKEFILE_LIST) | \
-	while IFS='|' read -r name text; do printf '  make %-9s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | \
+	while IFS='|' read -r name text; do printf '  make %-11s %s\n' "$$name" "$$text"; done
 
 install: $(STAMP) ## make .venv with the tested versions (PYTHON=python3.12 picks another Python)
 
@@ -27,6 +27,9 @@ test: $(STAMP) ## every test that this machine can run
 
 faults: $(STAMP) ## kill runs at 20 moments, on 1 and 2 processes, and compare them with whole ones
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest tests/faults
+
+docs-check: $(STAMP) ## run the commands that the documentation shows, on a handful of images
+	@OMP_NUM_THREADS=1 PYTHONPATH=tests:. $(RUN) tests/docs_check.py
 
 lint: $(STAMP) ## ruff
 	@$(RUN) -m ruff check .
@@ -56,4 +59,5 @@ $(STAMP): setup.py constraints.txt
 	@$(PIP) torch setuptools wheel
 	@echo "installing cjepa_fast and what it needs (versions: constraints.txt)"
 	@$(PIP) --editable '.[dev]'
+	@$(PIP) --no-deps --upgrade --target $(VENV)/torchvision torchvision  # tests/vision_ops.py
 	@touch $@

@@ -22,10 +22,12 @@ setup(
         "cjepa_fast.configs",
         "cjepa_fast.data",
         "cjepa_fast.eval",
+        "cjepa_fast.export",
+        "cjepa_fast.interop",
         "cjepa_fast.kernels",
     ],
     package_dir={"cjepa_fast.configs": "configs", "cjepa_fast.kernels": "kernels"},
-    package_data={"cjepa_fast.configs": ["*.json"]},
+    package_data={"cjepa_fast.configs": ["*.json", "ablations/*.json"]},
     # apex is optional and absent here: the registry's package of that name is another project.
     install_requires=[
         "torch>=2.11",
@@ -41,11 +43,31 @@ setup(
         "matplotlib",
         "pillow",
         "scikit-learn",
+        "scipy",
     ],
     extras_require={
+        "detect": ["torchvision", "pycocotools"],
         "flash": ["flash-attn"],
         "wandb": ["wandb"],
-        "dev": ["ruff", "pytest", "pytest-timeout", "pytest-xdist", "hypothesis"],
+        "export": ["transformers", "onnx", "onnxscript", "onnxruntime"],
+        "dev": [
+            "ruff",
+            "pytest",
+            "pytest-timeout",
+            "pytest-xdist",
+            "hypothesis",
+            "transformers",
+            "onnx",
+            "onnxscript",
+            "onnxruntime",
+            "pycocotools",
+        ],
     },
-    entry_points={"console_scripts": ["cjepa-eval = cjepa_fast.eval.__main__:main"]},
+    entry_points={
+        "console_scripts": [
+            "cjepa-eval = cjepa_fast.eval.__main__:main",
+            "cjepa-export = cjepa_fast.export.__main__:main",
+            "cjepa-report = cjepa_fast.report:main",
+        ]
+    },
 )

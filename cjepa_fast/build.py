@@ -12,6 +12,9 @@ from cjepa_fast.attention import Shape, fastest
 from cjepa_fast.config import Config, ConfigError
 from cjepa_fast.data import sources
 from cjepa_fast.data.loader import Loader
+from cjepa_fast.eval.command import labelled_sides
+from cjepa_fast.eval.online import Album, Online
+from cjepa_fast.eval.pictures import load_images
 from cjepa_fast.flops import step_gflop
 from cjepa_fast.interop import load_ijepa
 from cjepa_fast.jepa import JEPA
@@ -239,6 +242,47 @@ def check_same_images(path: str, images: sources.ImageSet) -> None:
                 f"data.path = {path}: names another set there than here: {found[0][1]}, {where}; "
                 "give all nodes the same files, by a shared folder or copies"
             )
+
+
+def build_online(config: Config, device: torch.device, steps_per_epoch: int) -> Online | None:
+    """By eval.online, None where it names no images."""
+    own, data = config.eval.online, config.data
+    if own.data is None:
+        return None
+    train, test = (path and configuration.expanded(path) for path in (own.data, own.test))
+    sides = engines.first_on_each_node(
+        lambda: labelled_sides(train, test, own.max_train, own.max_test)
+    )
+    micro_batch, _ = configuration.micro_batches(
+        data.batch_size, engines.world_size(), data.micro_batch_size
+    )
+    return Online(
+        sides,
+        every=own.every_epochs * steps_per_epoch,
+        share=own.share,
+        batch_size=micro_batch,
+        k=config.eval.k,
+        temperature=config.eval.temperature,
+        image_size=data.image_size,
+        resize=config.eval.crop,
+        mean=data.mean,
+        std=data.std,
+        device=device,
+        dtype=compute_dtype(config),
+        threads=data.threads,
+    )
+
+
+def build_album(config: Config, loader: Loader, masks: MaskSampler) -> Album | None:
+    """Of the first process, a few of the training images, by eval.online.pictures."""
+    data, count = config.data, config.eval.online.pictures
+    if config.eval.online.data is None or not count or engines.rank() != 0:
+        return None
+    images_B3HW = load_images(
+        loader.images, count, image_size=data.image_size, mean=data.mean, std=data.std
+    )
+    drawn = masks(0, 0, torch.arange(len(images_B3HW)))
+    return Album(images_B3HW, drawn, data.mean, data.std)
 
 
 def build_loader(config: Config, device: torch.device, masks: MaskSampler) -> Loader:

@@ -171,6 +171,14 @@ def _flat(tree: dict, prefix: str = "") -> dict:
     return leaves
 
 
+def point(name: Path, target: Path) -> None:
+    """Make `name` a link to a folder beside or below it, in place of what it was."""
+    partial = name.with_name(f".{name.name}.partial")
+    partial.unlink(missing_ok=True)
+    partial.symlink_to(os.path.relpath(target, name.parent))
+    partial.replace(name)
+
+
 def state_of(path: Path) -> dict:
     """A checkpoint's state.json."""
     try:
@@ -248,6 +256,12 @@ def opened(path: Path):
         raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
 
 
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All of a safetensors file. Raises as `opened`."""
+    with opened(path) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+
+
 def candidates(run: Path, resume: str | None) -> list[Path]:
     """The checkpoints to resume from, the first that is whole: "auto" is the run's, newest first;
     else a path, to one or to another run. None where nothing is to be resumed, or nothing there.
@@ -300,14 +314,16 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
 
-def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+def write_tensors(
+    tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
     """A safetensors file, for whoever may read the files beside it, on the disk when this returns.
 
     Not atomic: under a temporary name.
     """
     path.touch()
     mode = path.stat().st_mode
-    save_file(tensors, path)
+    save_file(tensors, path, metadata)
     path.chmod(mode)  # safetensors lets its owner alone read it
     sync_file(path)
 

@@ -208,10 +208,21 @@ class TelemetrySection(Section):
     feature_std_floor: NonNegative = Field(0.02, description="the same, of their mean std")
 
 
+class OnlineSection(Section):
+    data: str | None = Field(None, description="labelled images to judge by; null: none")
+    test: str | None = Field(None, description="null: 20 % of data, by name")
+    every_epochs: Count = 10
+    share: Share = Field(0.01, description="of the run's time that it may take")
+    max_train: Count = 4096
+    max_test: Count = 1024
+    pictures: Whole = Field(6, description="images that TensorBoard shows masks and features of")
+
+
 class EvalSection(Section):
     crop: Share = Field(0.875, description="centre crop, as a share of the short side")
     k: Count = 20
     temperature: Positive = 0.07
+    online: OnlineSection = OnlineSection()
 
 
 class Config(Section):

@@ -1,7 +1,8 @@
 """The whole way in minutes, on made-up pictures: `python -m cjepa_fast.demo` (`make demo`).
 
 Renders the shapes set, trains configs/demo.json on its pictures (never on its labels) through the
-same command a user would give, compares kNN with what needs no learning, and draws what happened.
+same command a user would give, compares kNN with what needs no learning, and draws what happened:
+report.html holds all of it.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+from cjepa_fast import report
 from cjepa_fast.data import shapes
 from cjepa_fast.eval.__main__ import main as evaluate
 from cjepa_fast.telemetry import read_log
@@ -38,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         return status  # it failed or was stopped, and has said so
     rate = statistics.median(row["images_per_s"] for row in read_log(run) if row["images_per_s"])
     print(f"\ntrained at {rate:,.0f} images/s; how well each tells the largest shape of a picture:")
-    status = compare(run) or draw(run)
+    status = compare(run) or draw(run) or report.main([str(run), "--images", HELD_OUT])
     print(f"all of it in {time.perf_counter() - began:.0f} s; the run's folder: {run}")
     return status
 
@@ -69,14 +71,20 @@ def compare(run: Path) -> int:
 
 
 def draw(run: Path) -> int:
-    """curves.png, attention.png and masks.png in the run's folder."""
+    """curves.png and the pictures of what was learnt, in the run's folder."""
     print("\ndrawn:", flush=True)
-    files = {name: str(run / f"{name}.png") for name in ("curves", "attention", "masks")}
-    return (
-        evaluate(["curves", str(run), "--out", files["curves"]])
-        or evaluate(["attention", str(run), "--images", HELD_OUT, "--out", files["attention"]])
-        or evaluate(["masks", str(run), "--images", HELD_OUT, "--out", files["masks"]])
-    )
+    tasks = {
+        "curves": [],
+        "attention": ["--images", HELD_OUT],
+        "pca": ["--images", HELD_OUT],
+        "masks": ["--images", HELD_OUT],
+        "retrieve": ["--data", HELD_OUT],
+    }
+    for task, options in tasks.items():
+        status = evaluate([task, str(run), *options, "--out", str(run / f"{task}.png")])
+        if status:
+            return status
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The encoders that a run leaves, and the way they are loaded from it or from a checkpoint."""
+"""The encoders that a run leaves, and the way any encoder is loaded, other projects' too."""
 
 import json
 import os
@@ -10,34 +10,41 @@ from cjepa_fast.checkpoint import (
     Stored,
     damage,
     latest,
-    opened,
+    read_tensors,
     sha256,
     write_tensors,
     write_text,
 )
+from cjepa_fast.interop import huggingface, ijepa
 from cjepa_fast.vit import Encoder
 
 FINAL = {"target": "encoder", "context": "context_encoder"}  # file names at the end of a run
 
 
 def write_encoder(path: Path, which: str, checkpoint: Path) -> None:
-    """Write one encoder of a checkpoint as PATH.safetensors with PATH.json beside it."""
-    encoder = load_encoder(checkpoint, which)
+    """Write one encoder of a checkpoint, as save_encoder does."""
+    save_encoder(load_encoder(checkpoint, which), path)
+
+
+def save_encoder(encoder: Encoder, path: Path) -> None:
+    """Write an encoder as PATH (.safetensors), with a .json beside it that describes it."""
     partial = path.with_suffix(".partial")
     write_tensors({k: v.contiguous() for k, v in encoder.state_dict().items()}, partial)
-    described = json.loads((checkpoint / "encoder.json").read_text())
-    described["sha256"] = sha256(partial)
+    normalisation = {"mean": encoder.mean, "std": encoder.std}
+    described = {**encoder.architecture, **normalisation, "sha256": sha256(partial)}
     write_text(path.with_suffix(".json"), json.dumps(described, indent=2))
-    partial.rename(path.with_suffix(".safetensors"))
+    partial.rename(path)
 
 
 def load_encoder(path: str | os.PathLike, which: str = "target") -> Encoder:
     """A pretrained encoder, fp32, on the CPU, in evaluation mode.
 
-    path: a run's folder, a checkpoint's folder or a .safetensors file with its .json beside it.
+    path: a run's folder, a checkpoint's folder, a .safetensors file with its .json beside it, a
+    Hugging Face I-JEPA folder, or one of I-JEPA's own files (.pth.tar).
     which: "target" (the averaged one, used for evaluation) or "context"; a .safetensors file holds
-    one encoder, the target's unless its name says otherwise. The module also carries `mean` and
-    `std`, the normalisation its images had. Raises FileNotFoundError or ValueError.
+    one encoder, the target's unless its name says otherwise, a Hugging Face folder one, taken for
+    the target's. The module also carries `mean` and `std`, the normalisation its images had.
+    Raises FileNotFoundError or ValueError.
     """
     if which not in FINAL:
         raise ValueError(f'which={which!r}: must be "target" or "context"')
@@ -45,7 +52,13 @@ def load_encoder(path: str | os.PathLike, which: str = "target") -> Encoder:
     if path.suffix == ".safetensors":
         if which == "context" and path.stem != FINAL["context"]:
             raise ValueError(f"{path} holds a target encoder: give the run's folder instead")
-        return _build_encoder(path.with_suffix(".json"), _read_weights(path), path)
+        return _build_encoder(_description(path), read_tensors(path), path)
+    if path.is_file():
+        return ijepa.read_encoder(path, which)
+    if huggingface.is_folder(path):
+        if which == "context":
+            raise ValueError(f"{path} holds one encoder, taken for a target: give a run's folder")
+        return huggingface.read_encoder(path)
     final = path / f"{FINAL[which]}.safetensors"
     if final.is_file():
         return load_encoder(final, which)
@@ -57,9 +70,15 @@ def load_encoder(path: str | os.PathLike, which: str = "target") -> Encoder:
     return _build_encoder(checkpoint / "encoder.json", Stored(checkpoint).encoder_weights(which))
 
 
-def _read_weights(path: Path) -> dict[str, torch.Tensor]:
-    with opened(path) as file:
-        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+def _description(weights: Path) -> Path:
+    """The .json beside a .safetensors file."""
+    path = weights.with_suffix(".json")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing, which says what {weights.name} holds; of a Hugging Face model "
+            "give the folder"
+        )
+    return path
 
 
 def _build_encoder(
@@ -83,6 +102,14 @@ def _build_encoder(
             p.copy_(weights[name].view(p.shape))
     encoder.mean, encoder.std = normalisation["mean"], normalisation["std"]
     return encoder
+
+
+def is_run(folder: Path) -> bool:
+    """Whether it is a run's: its config.json has a run's sections, which a model's has not."""
+    try:
+        return json.loads((folder / "config.json").read_text()).keys() >= {"run", "data", "model"}
+    except (FileNotFoundError, NotADirectoryError, ValueError, AttributeError):
+        return False
 
 
 def set_aside(run: Path) -> None:

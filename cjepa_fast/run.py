@@ -11,6 +11,7 @@ from pathlib import Path
 from cjepa_fast import checkpoint, encoders
 from cjepa_fast import engine as engines
 from cjepa_fast.data.loader import Batch, Loader
+from cjepa_fast.eval.online import Album, Online
 from cjepa_fast.interrupt import StopRequest
 from cjepa_fast.outcomes import BadSteps, Outcome, Outcomes, Spikes
 from cjepa_fast.saver import Saver
@@ -47,9 +48,13 @@ class Run:
         folder: Path,
         state: dict | None = None,
         go_on_with: str = "",
+        online: Online | None = None,
+        album: Album | None = None,
     ):
         self.trainer, self.loader, self.telemetry = trainer, loader, telemetry
-        self.watch = watch
+        self.watch, self.online, self.album = watch, online, album
+        if online:
+            online.say = telemetry.message
         self.folder, self.go_on_with = folder, go_on_with
         self.config = trainer.config
         own = self.config.checkpoint
@@ -79,7 +84,10 @@ class Run:
     def _go_on_from(self, state: dict) -> None:
         self.done = state["step"]
         self.outcomes = Outcomes()
-        self.spikes = Spikes(self.config.run.spike_z, state.get("progress", {}).get("spikes"))
+        progress = state.get("progress", {})
+        self.spikes = Spikes(self.config.run.spike_z, progress.get("spikes"))
+        self.best: dict = progress.get("best") or {"knn": -1.0, "step": None}
+        self.saver.best = self.best["step"]
         self._limit()
 
     def go(self) -> int:
@@ -87,10 +95,16 @@ class Run:
         if self.done >= self.trainer.total_steps:  # it had been finished
             return self._end()
         status = None
-        while status is None:
-            steps = steps_of(self.loader, self.done + self.data_offset)
-            with contextlib.closing(steps):
-                status = self._stretch(steps)
+        if self.online and not self.done:
+            self.telemetry.first_row(self._evaluate())
+        try:
+            while status is None:
+                steps = steps_of(self.loader, self.done + self.data_offset)
+                with contextlib.closing(steps):
+                    status = self._stretch(steps)
+        except Exception:
+            self.saver.leave()
+            raise
         return status
 
     def _stretch(self, steps: Iterator[tuple[list[Batch], float]]) -> int | None:
@@ -101,13 +115,13 @@ class Run:
             self.watch.mark("in the step")
             terms, applied = trainer.step(batches, self.done)
             self.done += 1
-            stopping, writing, minutes_up = engines.any_of(
-                self.stop.asked, self.saver.busy, self._minutes_are_up()
+            stopping, writing, minutes_up, judging = engines.any_of(
+                self.stop.asked, self.saver.busy, self._minutes_are_up(), self._judging_is_due()
             )
             if not writing:
                 self.saver.settle()
             last = self.done == trainer.total_steps or stopping
-            saving = last or minutes_up or self._save_is_due()
+            saving = last or minutes_up or self._save_is_due() or judging
             new = self.outcomes.after(
                 self.done, batches, applied, terms["loss"], trainer.engine.grad_norm
             )
@@ -118,8 +132,9 @@ class Run:
                 return self._give_up()
             self._limit()
             telemetry.step(self.done, trainer.scalars(terms, batches), wait_s)
-            if telemetry.due(self.done) or stopping:
-                self._warn_of_collapse(telemetry.log_row(self._details()))
+            found = self._evaluate() if judging and not stopping else {}
+            if telemetry.due(self.done) or stopping or judging:
+                self._warn_of_collapse(telemetry.log_row({**self._details(), **found}))
             if saving:
                 self._save()
             if last:
@@ -137,6 +152,38 @@ class Run:
 
     def _all_skipped_images(self) -> int:
         return self.skipped_images + sum(engines.from_all(self.loader.skipped.count))
+
+    def _judging_is_due(self) -> bool:
+        if self.online is None:
+            return False
+        return self.online.due(self.done) or self.done == self.trainer.total_steps
+
+    def _evaluate(self) -> dict[str, float]:
+        """The target encoder's marks, on the first process; the best by kNN is remembered."""
+        self.watch.mark("evaluating")
+        with self.telemetry.pause():
+            found = self.online.judge(self.trainer.ema.module)
+            self._draw()
+        marks = ", ".join(f"{name} {value:.2f} %" for name, value in found.items())
+        self.telemetry.message(f"target encoder after step {self.done}: {marks}")
+        if self.done:
+            mark = {"knn": found.get("knn"), "step": self.done}
+            self.best = engines.from_first_process(
+                lambda: max(self.best, mark, key=lambda mark: mark["knn"])
+            )
+            self.saver.best = self.best["step"]
+        return found
+
+    def _draw(self) -> None:
+        """Masks, attention and patch features to TensorBoard: worth a message, never a run."""
+        if self.album is None:
+            return
+        try:
+            figures = self.album.draw(self.trainer.ema.module, self.trainer.context_encoder)
+            self.telemetry.pictures(figures, self.done)
+        except Exception as error:
+            self.album = None
+            self.telemetry.message(f"no more pictures of this run: {error!r}")
 
     def _warn_of_collapse(self, row: dict | None) -> None:
         """Once, where the target's features of many images come out nearly alike."""
@@ -245,12 +292,14 @@ class Run:
     def _facts(self) -> dict:
         return self.trainer.facts() | {
             "epoch": self.done / self.trainer.steps_per_epoch,
+            "image_count": len(self.loader.images),
             "progress": {
                 "skipped_steps": self.bad.count,
                 "skipped_in_row": self.bad.in_row,
                 "skipped_images": self._all_skipped_images(),
                 "data_offset": self.data_offset,
                 "spikes": self.spikes.history,
+                "best": self.best,
             },
         }
 

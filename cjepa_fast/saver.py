@@ -99,6 +99,7 @@ class Saver:
         self._failure: str | None = None  # of the naming thread
         self._step: int | None = None
         self._saved: int | None = None  # the last step that came through, on the first process
+        self.best: int | None = None  # a step whose checkpoint is kept, and named RUN/best
 
     @property
     def pending(self) -> bool:
@@ -153,6 +154,13 @@ class Saver:
             self._named()
         return self._saved == self._step
 
+    def leave(self) -> None:
+        """Of a run that fails: finish what takes no other process."""
+        if world_size() == 1:
+            self.finish()
+        elif self._naming is not None:
+            self._named()
+
     def _named(self) -> None:
         self._naming.join()
         self._naming = None
@@ -187,6 +195,8 @@ class Saver:
             self._partial.rename(final)
             checkpoint.sync_file(self.folder)
             self._saved = self._step
+            if self._step == self.best:
+                checkpoint.point(self.folder.parent / "best", final)
             self._prune()
         except Exception as error:  # said by the main thread
             self._failure = str(error)
@@ -213,7 +223,9 @@ class Saver:
 
     def _prune(self) -> None:
         for old in checkpoint.newest_first(self.folder.parent)[self.keep :]:
-            if not self.keep_period or checkpoint.step_of(old) % self.keep_period:
+            step = checkpoint.step_of(old)
+            for_good = self.keep_period and step % self.keep_period == 0
+            if not for_good and step != self.best:
                 # No longer a checkpoint, whatever comes between: the next save clears it away.
                 gone = old.rename(self.folder / f".{old.name}.partial")
                 shutil.rmtree(gone, ignore_errors=True)

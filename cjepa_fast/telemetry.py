@@ -6,6 +6,7 @@ after 100 optimiser steps, as in the names of checkpoints.
 """
 
 import contextlib
+import datetime
 import hashlib
 import json
 import math
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
+import numpy as np
 import torch
 
 REFRESH_S = 0.5  # on a terminal the line is redrawn no oftener than this
@@ -61,7 +63,8 @@ class Telemetry:
         self._line = ProgressLine(stream or sys.stdout)
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self._folder = folder
+        self._folder, self._step = folder, start_step
+        self._said = Lines(self._line.message, folder / "events.jsonl")
         kept = _drop_rows_after(folder / "log.jsonl", start_step)
         self._log = Lines(self.message, folder / "log.jsonl")
         self._events: dict[str, Lines] = {}
@@ -136,13 +139,27 @@ class Telemetry:
             **{name: _number(value) for name, value in (extra or {}).items()},
             **self._gpu.read(),
         }
-        self._log.write(row)
-        for mirror in self._mirrors:
-            mirror.write(row)
+        self._write(row)
         self._shown = row
         self._line.show(self._text(row))
         self._new_interval(self._step)
         return row
+
+    def first_row(self, values: dict[str, float]) -> None:
+        """What was measured before the first step."""
+        if not self.silent:
+            self._write({"step": 0, "epoch": 0.0, "time_s": self._before_s, **values})
+
+    def _write(self, row: dict) -> None:
+        self._log.write(row)
+        for mirror in self._mirrors:
+            mirror.write(row)
+
+    def pictures(self, figures: dict[str, np.ndarray], step: int) -> None:
+        """Figures by name, (height, width, 3) uint8, to TensorBoard."""
+        for mirror in () if self.silent else self._mirrors:
+            if isinstance(mirror, Board):
+                mirror.pictures(figures, step)
 
     def _text(self, row: dict) -> str:
         left_s = (self.total_steps - row["step"]) * (self._step_s or 0.0)
@@ -158,15 +175,17 @@ class Telemetry:
         return "  ".join(parts)
 
     def message(self, text: str) -> None:
-        """Print a line of its own beside the progress line."""
+        """Print a line of its own beside the progress line, and keep it in events.jsonl."""
         if not self.silent:
             self._line.message(text)
+            when = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+            self._said.write({"step": self._step, "time": when, "text": text})
 
     def event(self, file: str, row: dict, text: str) -> None:
-        """Say what happened, and add it to a JSONL file of that name in the run's folder."""
+        """Print what happened, and add it to a JSONL file of that name in the run's folder."""
         if self.silent:
             return
-        self.message(text)
+        self._line.message(text)
         if file not in self._events:
             self._events[file] = Lines(self.message, self._folder / file)
         self._events[file].write(row)
@@ -375,6 +394,12 @@ class Board(Mirror):
             self._writer.add_scalar(name, value, step)
         self._writer.flush()  # its writer thread hands any error of the disk on to here
 
+    def pictures(self, figures: dict[str, np.ndarray], step: int) -> None:
+        if self._writer is not None:
+            with self._guarded():
+                for name, figure_HW3 in figures.items():
+                    self._writer.add_image(name, figure_HW3, step, dataformats="HWC")
+
     def _end(self) -> None:
         self._writer.close()
 
@@ -453,10 +478,14 @@ def representation_stats(features_BD: torch.Tensor) -> dict[str, torch.Tensor]:
     finite = features_BD.isfinite().all()
     std = features_BD.std(0, correction=min(1, len(features_BD) - 1)).mean()
     # the decomposition raises on NaN: decompose zeros instead and put the NaN back after
-    singular = torch.linalg.svdvals(torch.where(finite, features_BD, 0))
-    share = singular / singular.sum().clamp(min=torch.finfo(torch.float32).tiny)
-    rankme = torch.special.entr(share).sum().exp()
+    rankme = effective_rank(torch.linalg.svdvals(torch.where(finite, features_BD, 0)))
     return {"feature_std": std, "rankme": torch.where(finite, rankme, torch.nan)}
+
+
+def effective_rank(values_D: torch.Tensor) -> torch.Tensor:
+    """exp of the entropy of values that are at least 0, normalised to sum to one: 0-d."""
+    share = values_D / values_D.sum().clamp(min=torch.finfo(values_D.dtype).tiny)
+    return torch.special.entr(share).sum().exp()
 
 
 def read_log(path: Path | str) -> list[dict]:

@@ -23,7 +23,7 @@ import torch
 from cjepa_fast import checkpoint, encoders, lock, out_of_memory, watchdog
 from cjepa_fast import config as configuration
 from cjepa_fast import engine as engines
-from cjepa_fast.build import build_loader, build_masks, gflop_of
+from cjepa_fast.build import build_album, build_loader, build_masks, build_online, gflop_of
 from cjepa_fast.config import Config, ConfigError
 from cjepa_fast.data.batches import ImagesGone
 from cjepa_fast.data.loader import Loader
@@ -222,6 +222,15 @@ def open_telemetry(
     return telemetry
 
 
+def machine(device: torch.device) -> str:
+    """Processes, hardware and versions, for the user and the run's report."""
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    else:
+        hardware = f"a CPU, {torch.get_num_threads()} threads"
+    return f"{engines.world_size()} x {hardware}; torch {torch.__version__}"
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--config", required=True, metavar="FILE", help="here or in configs/")
@@ -257,13 +266,19 @@ def pretrain(config: Config, run: Path, args: argparse.Namespace) -> int:
             ending.callback(lock.release)
             trainer, loader, state = begin(config, device, run, args)
             ending.callback(loader.close)
+            online = build_online(config, device, loader.steps_per_epoch)
+            album = build_album(config, loader, build_masks(config))
             if not args.dry_run:
                 telemetry = open_telemetry(trainer, run, state, args.resume)
         if args.dry_run:
             dry_run(trainer, loader)
             return 0
         ending.callback(telemetry.close)
-        return Run(trainer, loader, telemetry, watch, run, state, resume_command()).go()
+        training = Run(
+            trainer, loader, telemetry, watch, run, state, resume_command(), online, album
+        )
+        telemetry.message(f"on {machine(device)}")
+        return training.go()
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -71,7 +71,7 @@ class Trainer:
         self.ema = self.engine.ema
         self._check_stage()
         compile_networks(networks, target, config.run.compile)
-        self.target = target
+        self.target, self.context_encoder = target, networks.encoder
         if config.run.target_stream and device.type == "cuda":
             self.target = TargetStream(target, networks.predictor, device)
         self.features: deque[torch.Tensor] = deque(maxlen=-(-FEATURE_ROWS // self.micro_batch))

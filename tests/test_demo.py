@@ -28,12 +28,14 @@ def test_the_demo_trains_compares_and_draws(tmp_path, monkeypatch, capfd):
     arguments = [part for text in sets for part in ("--set", text)]
     out = tmp_path / "a run"
     assert demo.main(["--out", str(out), *arguments]) == 0
-    for name in ("curves.png", "attention.png", "masks.png", "encoder.safetensors"):
+    pictures = [f"{task}.png" for task in ("curves", "attention", "pca", "masks", "retrieve")]
+    for name in (*pictures, "encoder.safetensors", "report.html"):
         assert (out / name).stat().st_size > 5_000
     rows = [row["encoder"] for row in json.loads((out / "knn.json").read_text())["rows"]]
     assert rows == ["raw pixels", "mean colour", "untrained", "trained"]
     said = capfd.readouterr().out
     assert "images/s" in said and str(out / "curves.png") in said
+    assert str(out / "report.html") in said
 
 
 def test_a_training_that_fails_ends_the_demo_with_its_status(tmp_path, monkeypatch):

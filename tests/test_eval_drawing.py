@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from cjepa_fast.eval import attention, curves, pictures
-from cjepa_fast.eval import masks as masked
+from cjepa_fast.eval import drawn_masks as masked
 from cjepa_fast.masks import MaskSampler
 from cjepa_fast.vit import Encoder
 
@@ -59,17 +59,12 @@ def test_pictures_undo_the_normalisation(seed):
     np.testing.assert_allclose(shown, rgb.permute(0, 2, 3, 1).numpy(), atol=1e-6)
 
 
-def test_attention_and_masks_are_drawn(encoder, tmp_path):
-    images_B3HW = torch.randn(2, 3, 32, 32)
-    drawn = attention.draw(encoder, encoder, images_B3HW, tmp_path / "deep" / "a.png", "title")
-    masks = MaskSampler(grid=(4, 4), min_keep=2)(0, 0, torch.arange(2))
-    also = masked.draw(
-        images_B3HW, encoder.mean, encoder.std, masks, (4, 4), tmp_path / "m.png", "title"
-    )
-    for path in (drawn, also):
-        with Image.open(path) as image:
-            assert min(image.size) > 200
-            assert np.asarray(image.convert("L")).std() > 10  # not an empty sheet
+def test_a_sheet_is_drawn_and_saved(tmp_path):
+    picture = np.random.default_rng(0).random((8, 8, 3))
+    out = pictures.save(pictures.sheet([("a", [picture])], "title"), tmp_path / "deep" / "a.png")
+    with Image.open(out) as image:
+        assert min(image.size) > 200
+        assert np.asarray(image.convert("L")).std() > 10  # not an empty sheet
 
 
 @pytest.mark.parametrize("kind", ["random", "packed"])

@@ -14,7 +14,8 @@ PACKAGE = ROOT / "cjepa_fast"
 # These put the parts together: they alone read the configuration object.
 ASSEMBLERS = {
     "cjepa_fast.build", "cjepa_fast.trainer", "cjepa_fast.run", "cjepa_fast.train",
-    "cjepa_fast.demo", "cjepa_fast.eval.__main__", "cjepa_fast.eval.masks",
+    "cjepa_fast.demo", "cjepa_fast.ablate", "cjepa_fast.report", "cjepa_fast.eval.__main__",
+    "cjepa_fast.eval.masks",
 }  # fmt: skip
 # The maths: plain arguments only, and nothing of data, engine, files or display.
 MATHS = {
@@ -24,10 +25,14 @@ MATHS = {
 }  # fmt: skip
 THIRD_PARTY = {
     "torch", "numpy", "nvidia", "deepspeed", "pydantic", "safetensors", "tensorboard", "tqdm",
-    "matplotlib", "PIL", "sklearn", "pynvml", "triton", "flash_attn", "apex", "wandb",
+    "matplotlib", "PIL", "sklearn", "scipy", "pynvml", "triton", "flash_attn", "apex", "wandb",
+    "transformers", "timm", "onnxruntime", "pycocotools", "torchvision",
 }  # fmt: skip
 # Slow to import: inside the function that uses them, never at the top of a module.
-HEAVY = {"deepspeed", "matplotlib", "sklearn", "tensorboard", "wandb", "apex", "flash_attn"}
+HEAVY = {
+    "deepspeed", "matplotlib", "sklearn", "scipy", "tensorboard", "wandb", "apex", "flash_attn",
+    "transformers", "timm", "onnxruntime",
+}  # fmt: skip
 
 
 def module_name(path: Path) -> str:

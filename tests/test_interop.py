@@ -1,12 +1,18 @@
-"""I-JEPA's checkpoint files: what fits loads exactly, what does not is named."""
+"""I-JEPA's files and Hugging Face's folders: what fits loads exactly, what does not is named."""
 
 import copy
+import json
 import subprocess
 
 import pytest
+import tiny
 import torch
+from safetensors.torch import load_file, save_file
 
-from cjepa_fast.interop import load_ijepa
+from cjepa_fast import load_encoder
+from cjepa_fast.encoders import save_encoder
+from cjepa_fast.eval.command import run_of
+from cjepa_fast.interop import huggingface, load_ijepa
 from cjepa_fast.predictor import Predictor
 from cjepa_fast.vit import MODELS, Encoder
 
@@ -190,3 +196,153 @@ def test_a_file_that_carries_code_is_refused_and_not_run(tmp_path, layout, new_f
     torch.save(layout, tmp_path / "x.pth.tar", _use_new_zipfile_serialization=new_format)
     assert "weights_only=True" in refusal(tmp_path / "x.pth.tar")
     assert not (tmp_path / "ran").exists()
+
+
+# --------------------------------------------------------------- load_encoder of I-JEPA's files
+
+
+def same(one: Encoder, other: Encoder) -> bool:
+    theirs = other.state_dict()
+    return one.architecture == other.architecture and all(
+        torch.equal(tensor, theirs[name]) for name, tensor in one.state_dict().items()
+    )
+
+
+def test_load_encoder_reads_the_sizes_off_i_jepa_s_files(tmp_path, layout, modules):
+    path = tmp_path / "jepa-latest.pth.tar"
+    torch.save(layout, path)
+    target = load_encoder(path)
+    assert same(target, modules["target_encoder"]) and not target.training
+    assert (target.image_size, target.heads) == (64, 3)
+    assert (target.mean, target.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert same(load_encoder(str(path), "context"), modules["encoder"])
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "said"),
+    [
+        ("pos_embed", torch.zeros(1, 15, 192), "15 positions, which are no square grid"),
+        ("patch_embed.proj.weight", torch.zeros(190, 3, 8, 8), "width 190 and depth 12"),
+        ("patch_embed.proj.weight", torch.zeros(3), "no encoder of I-JEPA's"),
+        ("pos_embed", None, "no encoder of I-JEPA's"),
+        ("norm.bias", None, "missing: norm.bias"),
+        ("blocks.12.norm1.bias", torch.zeros(192), "width 192 and depth 13"),
+        ("cls_token", torch.zeros(1), "unexpected: cls_token"),
+    ],
+)
+def test_foreign_encoders_in_i_jepa_s_files_are_refused(tmp_path, layout, name, tensor, said):
+    state = layout["target_encoder"] | {f"module.{name}": tensor}
+    layout["target_encoder"] = {key: value for key, value in state.items() if value is not None}
+    path = tmp_path / "other.pth.tar"
+    torch.save({"target_encoder": layout["target_encoder"]}, path)
+    with pytest.raises(ValueError, match=said) as refused:
+        load_encoder(path)
+    assert str(path) in str(refused.value)
+
+
+def test_a_file_that_is_no_checkpoint_is_named(tmp_path):
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(ValueError, match=r"notes\.txt cannot be read as a checkpoint"):
+        load_encoder(tmp_path / "notes.txt")
+
+
+# ------------------------------------------------------------------------ Hugging Face's folders
+
+
+@pytest.fixture
+def encoder(seed) -> Encoder:
+    made = tiny.uneven_encoder(width=44, heads=4, mlp_ratio=48 / 11)
+    made.mean, made.std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+    return made
+
+
+@pytest.fixture
+def folder(tmp_path, encoder):
+    path = tmp_path / "hf"
+    path.mkdir()
+    huggingface.write_encoder(encoder, path, crop=0.875)
+    return path
+
+
+def change(path, **values) -> None:
+    """Keys of a JSON file; None takes one out."""
+    both = {**json.loads(path.read_text()), **values}
+    path.write_text(json.dumps({key: value for key, value in both.items() if value is not None}))
+
+
+def shard(folder) -> None:
+    """Cut model.safetensors in two, with an index, as large models come."""
+    weights = load_file(folder / "model.safetensors")
+    names = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(weights)}
+    for file in set(names.values()):
+        save_file({n: t for n, t in weights.items() if names[n] == file}, folder / file)
+    index = {"metadata": {"total_size": 1}, "weight_map": names}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors").unlink()
+
+
+def test_a_hugging_face_folder_comes_back_whole_or_in_shards(folder, encoder):
+    for cut in (lambda _: None, shard):
+        cut(folder)
+        loaded = load_encoder(folder)
+        assert same(loaded, encoder) and not loaded.training
+        assert (loaded.mean, loaded.std) == (encoder.mean, encoder.std)
+    assert json.loads((folder / "preprocessor_config.json").read_text())["size"] == {
+        "shortest_edge": 27  # 24 / 0.875
+    }
+    (folder / "preprocessor_config.json").unlink()
+    assert load_encoder(folder).mean == (0.485, 0.456, 0.406)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model_type": "vit"}, "describes a model 'vit', not an 'ijepa'"),
+        ({"layer_norm_eps": 1e-12}, "layer_norm_eps is 1e-12; only 1e-06 can be loaded"),
+        ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
+        ({"num_attention_heads": None}, "does not describe an encoder: KeyError"),
+        ({"image_size": [24, 32]}, "24 x 32 is no square"),
+        ({"image_size": 26}, "not a multiple of patch_size"),
+        ({"hidden_size": "44"}, "does not describe an encoder"),
+        ({"image_size": 32}, "position_embeddings (1, 36, 44) where (1, 64, 44) belongs"),
+        ({"num_hidden_layers": 1}, "unexpected: encoder.layer.1."),
+    ],
+)
+def test_another_model_s_folder_is_refused(folder, changes, said):
+    change(folder / "config.json", **changes)
+    with pytest.raises(ValueError) as refused:
+        load_encoder(folder)
+    assert said in str(refused.value) and str(folder) in str(refused.value)
+
+
+def test_damaged_folders_name_the_file(folder, encoder):
+    shard(folder)
+    second = folder / "model-00002-of-00002.safetensors"
+    whole = second.read_bytes()
+    for damage, said in (
+        (lambda: second.write_bytes(whole[:100]), "00002.safetensors is damaged"),
+        (second.unlink, "00002.safetensors is missing, which"),
+        ((folder / "model.safetensors.index.json").unlink, "holds no model.safetensors"),
+    ):
+        damage()
+        with pytest.raises((ValueError, FileNotFoundError), match=said):
+            load_encoder(folder)
+    (folder / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"index\.json holds no JSON object"):
+        load_encoder(folder)
+
+
+def test_a_hugging_face_folder_holds_one_encoder(folder):
+    with pytest.raises(ValueError, match="holds one encoder"):
+        load_encoder(folder, "context")
+    with pytest.raises(FileNotFoundError, match="give the folder"):
+        load_encoder(folder / "model.safetensors")
+
+
+def test_a_hugging_face_folder_is_no_run(folder, encoder, tmp_path):
+    """Its config.json is not a run's, though it lies where one would."""
+    assert run_of(folder) is None and run_of(folder / "config.json") is None
+    run = tiny.write_run(tmp_path, encoder)
+    assert run_of(run) == run and run_of(run / "encoder.safetensors") == run
+    save_encoder(encoder, folder / "encoder.safetensors")
+    assert run_of(folder / "encoder.safetensors") is None

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 import test_saver
@@ -83,6 +84,25 @@ def test_a_run_that_has_saved_nothing_yet_begins_anew_and_says_so(finished, capf
         (path / "manifest.json").unlink()  # as if killed before it was written
     assert run(config, "--resume", "auto") == 0
     assert "holds no checkpoint: beginning at step 0" in capfd.readouterr().out
+
+
+def test_a_run_that_fails_keeps_the_checkpoint_that_was_being_written(tmp_path, monkeypatch):
+    """However slow the disk: what the user is told to go on from is the newest there can be."""
+    failing, written = threading.Event(), checkpoint.write_tensors
+    slow = lambda *args: failing.wait(30) and written(*args)  # noqa: E731
+    monkeypatch.setattr(checkpoint, "write_tensors", slow)
+    step = Trainer.step
+
+    def third_fails(self, batches, index):
+        if index == 2:
+            threading.Timer(0.2, failing.set).start()  # after the run has begun to end
+            raise RuntimeError("boom")
+        return step(self, batches, index)
+
+    monkeypatch.setattr(Trainer, "step", third_fails)
+    with pytest.raises(RuntimeError, match="boom"):
+        run(tiny.write_config(tmp_path))
+    assert checkpoint.latest(tmp_path / "run").name == "step_00000002"
 
 
 def test_a_second_run_in_the_same_folder_is_refused(finished, capfd):

@@ -35,7 +35,7 @@ def project_name(requirement: str) -> str:
 
 
 def makefile_targets() -> set[str]:
-    return set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    return set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
 
 
 def copy_of_the_tree(to: Path) -> Path:

@@ -81,3 +81,44 @@ def losses(run_folder: Path) -> dict[int, tuple]:
     rows = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
     names = ("loss", "jepa", "sim", "std", "cov", "grad_norm", "lr")
     return {row["step"]: tuple(row[name] for name in names) for row in rows}
+
+
+def write_run(folder: Path, encoder, images: str = "", **sections) -> Path:
+    """A run's folder as training leaves it at its end, of an encoder that nothing has trained.
+
+    images: their fingerprint. Its last step is 7, of 2 epochs of 16 images a step.
+    """
+    from cjepa_fast import config as configuration
+    from cjepa_fast.encoders import FINAL, save_encoder
+
+    config = configuration.load(str(write_config(folder, **sections)))
+    encoder.mean, encoder.std = config.data.mean, config.data.std
+    run = folder / "run"
+    checkpoint = run / "checkpoints" / "step_00000007"
+    checkpoint.mkdir(parents=True)
+    (run / "config.json").write_text(config.to_json())
+    for name in FINAL.values():
+        save_encoder(encoder, run / f"{name}.safetensors")
+    state = {"step": 7, "epoch": 1.75, "world_size": 2, "image_count": 40, "images": images}
+    state["versions"] = {"cjepa_fast": "0.1.0", "torch": "2.13.0", "python": "3.11.7"}
+    state["config"] = config.model_dump(mode="json")
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    (checkpoint / "manifest.json").write_text("{}")
+    rows = [{"step": step, "loss": step / 8, "jepa": 0.5, "rankme": None} for step in (5, 7, 9)]
+    (run / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return run
+
+
+def uneven_encoder(**sizes):
+    """An encoder no two of whose parameters are alike, biases and norms too."""
+    import torch
+
+    from cjepa_fast.vit import Encoder
+
+    encoder = Encoder(
+        **{"image_size": 24, "patch_size": 4, "width": 24, "depth": 2, "heads": 3, **sizes}
+    )
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    return encoder.eval()

@@ -23,20 +23,23 @@ def eval_batches(
     dtype: torch.dtype,
     threads: int,
     resize: float = 1.0,
+    windows_N4: np.ndarray | None = None,
     log=print,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(images_B3HW, index_B), in order, the last batch partial; a bad image is left out.
 
     Each image is cropped to the centred square with `resize` times its short side, then resized to
-    image_size. index_B: int64 positions in the set, on the CPU.
+    image_size. windows_N4: of each image (crops.py), instead of that square. index_B: int64
+    positions in the set, on the CPU.
     """
     if not 0 < resize <= 1:
         raise ValueError(f"resize is the share of the short side to keep, in (0, 1], not {resize}")
     look = Look(image_size, tuple(mean), tuple(std), torch.device(device), dtype, threads)
     decoder = Decoder(look, batch_size)
+    windows_N4 = crops.centre(images.sizes_N2, resize) if windows_N4 is None else windows_N4
 
     def show(index_B: np.ndarray) -> Feed:
-        return Feed([], crops.centre(images.sizes_N2[index_B], resize))
+        return Feed([], windows_N4[index_B])
 
     every_N = np.arange(len(images))
     works = (Work(every_N[a : a + batch_size], show) for a in range(0, len(images), batch_size))

@@ -17,7 +17,14 @@ TASKS = {  # module below cjepa_fast.eval, imported when it is asked for
     "semi": "fine-tuning or probing with few labels",
     "finetune": "fine-tuning of the whole encoder",
     "clevr": "linear probes that count objects and tell the nearest one's distance",
-    "attention": "picture: target and context encoder side by side",
+    "segment": "semantic segmentation: a linear head, or UPerNet",
+    "video": "objects followed through DAVIS's videos by frozen patch features",
+    "detect": "boxes and masks in COCO's format, by fine-tuning in a Mask R-CNN",
+    "collapse": "signs of collapse: RankMe, LiDAR, spectra; no labels",
+    "compare": "several checkpoints in one table",
+    "attention": "picture: where target and context encoders look, side by side",
+    "pca": "picture: patch features as colours, side by side",
+    "retrieve": "picture: nearest neighbours on frozen features",
     "curves": "picture: the log of one or several runs",
     "masks": "picture: a run's masks on its images",
 }
@@ -55,7 +62,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _complete(args: argparse.Namespace) -> None:
     """Put in what the command line leaves to the run or to the environment."""
-    checkpoint = getattr(args, "checkpoint", None)
+    first, *_ = getattr(args, "checkpoints", [None])
+    checkpoint = getattr(args, "checkpoint", first)
     run = command.run_of(checkpoint) if checkpoint else None
     made_with = config.read(run) if run else config.Config()
     known = {"seed": made_with.run.seed, **made_with.eval.model_dump()}

@@ -5,18 +5,17 @@ Shapes: B images, H heads, N patches, rows x cols the grid.
 """
 
 import argparse
-from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from cjepa_fast.data.sources import open_images
-from cjepa_fast.encoders import load_encoder
-from cjepa_fast.eval import command
-from cjepa_fast.eval.pictures import FIGURE, as_pictures, load_images, save
+from cjepa_fast.eval import side_by_side
+from cjepa_fast.eval.pictures import FIGURE, Column, as_pictures, save, sheet
 from cjepa_fast.vit import Encoder
 
-SINGLE_HEADS = 3  # heads shown on their own, of the target encoder
+SINGLE_HEADS = 3  # heads shown on their own, of the target encoder of one checkpoint alone
+COLOURS, STRENGTH = "inferno", 0.72  # over a pale grey copy of the picture
 
 
 def received(encoder: Encoder, images_B3HW: torch.Tensor) -> torch.Tensor:
@@ -24,7 +23,7 @@ def received(encoder: Encoder, images_B3HW: torch.Tensor) -> torch.Tensor:
     attention_BHNN = encoder.attention_maps(images_B3HW)
     patch = encoder.patch_size
     grid = (images_B3HW.shape[-2] // patch, images_B3HW.shape[-1] // patch)
-    return attention_BHNN.float().mean(2).unflatten(-1, grid)
+    return attention_BHNN.float().mean(2).unflatten(-1, grid).cpu()
 
 
 def most_different(maps_BHrc: torch.Tensor, count: int) -> list[int]:
@@ -33,63 +32,57 @@ def most_different(maps_BHrc: torch.Tensor, count: int) -> list[int]:
     return entropy_H.argsort()[:count].sort().values.tolist()
 
 
-def draw(
-    target: Encoder, context: Encoder, images_B3HW: torch.Tensor, out: Path | str, title: str
-) -> Path:
-    """A row an image: the picture, the target's and the context's attention, single heads.
+def columns(
+    target: Encoder, context: Encoder, images_B3HW: torch.Tensor, mean, std, single_heads: int = 0
+) -> list[Column]:
+    """Of both encoders, and of the target's most different heads, over the images.
 
-    images_B3HW: fp32, normalised with the encoders' mean and std. Returns the file written.
+    images_B3HW: normalised by mean and std.
     """
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
     target_BHrc, context_BHrc = (received(e, images_B3HW) for e in (target, context))
-    heads = most_different(target_BHrc, SINGLE_HEADS)
-    columns = [("target encoder", target_BHrc.mean(1)), ("context encoder", context_BHrc.mean(1))]
-    columns += [(f"target, head {head + 1}", target_BHrc[:, head]) for head in heads]
-    pictures = as_pictures(images_B3HW, target.mean, target.std)
-    size = (1.9 * (len(columns) + 1), 1.9 * len(pictures) + 0.9)
+    maps = {"target encoder": target_BHrc.mean(1), "context encoder": context_BHrc.mean(1)}
+    for head in most_different(target_BHrc, single_heads):
+        maps[f"target, head {head + 1}"] = target_BHrc[:, head]
+    pictures = as_pictures(images_B3HW, mean, std)
+    return [(name, list(map(_over, pictures, maps_Brc))) for name, maps_Brc in maps.items()]
+
+
+def _over(picture_HW3: np.ndarray, map_rc: torch.Tensor) -> np.ndarray:
+    """The map over a pale grey copy of its picture; its own range is spread over the colours."""
+    from matplotlib import colormaps
+
+    span = (map_rc.max() - map_rc.min()).clamp(min=torch.finfo(torch.float32).tiny)
+    level_rc = (map_rc - map_rc.min()) / span
+    level_HW = F.interpolate(level_rc[None, None], picture_HW3.shape[:2], mode="bilinear")[0, 0]
+    colour_HW3 = colormaps[COLOURS](level_HW.numpy())[..., :3]
+    return STRENGTH * colour_HW3 + (1 - STRENGTH) * picture_HW3.mean(2, keepdims=True)
+
+
+def figure(shown: list[Column], title: str):
+    """A row an image: the picture and what `columns` gave, with a scale."""
+    from matplotlib import rc_context
+    from matplotlib.cm import ScalarMappable
+
+    drawn = sheet(shown, title)
+    drawn.set_figwidth(drawn.get_figwidth() + 0.9)  # for the scale
     with rc_context(FIGURE):
-        figure = Figure(figsize=size, layout="constrained")
-        axes_rc = figure.subplots(len(pictures), len(columns) + 1, squeeze=False)
-        for row, (picture, axes_c) in enumerate(zip(pictures, axes_rc, strict=True)):
-            axes_c[0].imshow(picture)
-            for axes, (_, maps) in zip(axes_c[1:], columns, strict=True):
-                drawn = _overlay(axes, picture, maps[row])
-        for axes, name in zip(axes_rc[0], ["image", *(name for name, _ in columns)], strict=True):
-            axes.set_title(name)
-        for axes in axes_rc.flat:
-            axes.set_axis_off()
-        figure.suptitle(title)
-        bar = figure.colorbar(drawn, ax=axes_rc, shrink=0.4, pad=0.01, ticks=[0, 1])
+        bar = drawn.colorbar(
+            ScalarMappable(cmap=COLOURS), ax=drawn.axes, shrink=0.5, pad=0.01, ticks=[0, 1]
+        )
         bar.set_ticklabels(["least", "most"])
         bar.set_label("attention received, within each map")
-        return save(figure, out)
-
-
-def _overlay(axes, picture_HW3: np.ndarray, map_rc: torch.Tensor):
-    """The map over a pale grey copy of its picture; its own range is spread over the colours."""
-    span = (map_rc.max() - map_rc.min()).clamp(min=torch.finfo(torch.float32).tiny)
-    shown = ((map_rc - map_rc.min()) / span).numpy()
-    height, width = picture_HW3.shape[:2]
-    axes.imshow(picture_HW3.mean(2), cmap="gray", vmin=0, vmax=1)
-    extent = (-0.5, width - 0.5, height - 0.5, -0.5)
-    return axes.imshow(
-        shown, cmap="inferno", vmin=0, vmax=1, alpha=0.72, extent=extent, interpolation="bilinear"
-    )
+    return drawn
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="RUN")
-    command.add_picture(parser)
-    command.add_crop(parser)
+    side_by_side.add_options(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    target, context = (load_encoder(args.checkpoint, which) for which in ("target", "context"))
-    images_B3HW = load_images(
-        open_images(args.images), args.count, image_size=target.image_size, mean=target.mean,
-        std=target.std, crop=args.crop,
-    )  # fmt: skip
-    title = f"Attention of the last block: {Path(args.checkpoint).resolve().name}"
-    print(draw(target, context, images_B3HW, args.out, title))
+    single = SINGLE_HEADS if len(args.checkpoints) == 1 else 0
+
+    def of(target: Encoder, context: Encoder, images_B3HW: torch.Tensor) -> list[Column]:
+        return columns(target, context, images_B3HW, target.mean, target.std, single)
+
+    shown, names = side_by_side.columns(args, of)
+    print(save(figure(shown, f"Attention of the last block: {names}"), args.out))

@@ -23,13 +23,15 @@ import torch
 from cjepa_fast import draws, engine
 from cjepa_fast.checkpoint import write_text
 from cjepa_fast.data.sources import ImageSet, open_images
-from cjepa_fast.encoders import load_encoder
+from cjepa_fast.encoders import is_run, load_encoder
 from cjepa_fast.eval.features import extract, split_by_name
 from cjepa_fast.vit import Encoder
 
 Row = dict[str, object]
 Side = tuple[ImageSet, torch.Tensor]  # a set and the positions used of it
-VERSIONS = ("cjepa_fast", "torch", "nvidia-dali-cuda130", "scikit-learn")
+VERSIONS = (
+    "cjepa_fast", "torch", "nvidia-dali-cuda130", "scikit-learn", "torchvision", "pycocotools",
+)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------- arguments
@@ -110,7 +112,13 @@ def run_of(checkpoint: str | Path) -> Path | None:
     """The folder of the run that a run's folder, a checkpoint or an encoder's file belongs to."""
     path = Path(checkpoint)
     folders = (path, *path.resolve().parents[:2])
-    return next((folder for folder in folders if (folder / "config.json").is_file()), None)
+    return next((folder for folder in folders if is_run(folder)), None)
+
+
+def inside(checkpoint: str | Path) -> str | None:
+    """Its path below the run's folder, "." for the run itself; None outside of any run."""
+    run = run_of(checkpoint)
+    return run and os.path.relpath(checkpoint, run)
 
 
 def encoders_of(args: argparse.Namespace) -> dict[str, Encoder]:
@@ -138,9 +146,12 @@ def labelled(path: str) -> ImageSet:
     return images
 
 
-def labelled_sides(data: str, test: str | None, max_train: int | None) -> tuple[Side, Side]:
-    """Training and test images. Without `test`, 20 % of `data` by a hash of the names; the
-    embedded set has its own held-out split. Raises ValueError where labels are missing."""
+def labelled_sides(
+    data: str, test: str | None, max_train: int | None = None, max_test: int | None = None
+) -> tuple[Side, Side]:
+    """Training and test images, at most so many. Without `test`, 20 % of `data` by a hash of the
+    names; the embedded set has its own held-out split. Raises ValueError where labels are missing.
+    """
     train_set = labelled(data)
     if test is None and data == "shapes":
         test = "shapes:val"
@@ -157,10 +168,14 @@ def labelled_sides(data: str, test: str | None, max_train: int | None) -> tuple[
             f"{data}: splitting its {len(train_set)} images leaves {len(train_keep)} for training "
             f"and {len(test_keep)} for testing; name a test set with --test"
         )
-    if max_train is not None:
-        chosen = draws.permutation(0, 0, len(train_keep))[:max_train]
-        train_keep = train_keep[chosen.sort().values]
-    return (train_set, train_keep), (test_set, test_keep)
+    return (train_set, _some(train_keep, max_train)), (test_set, _some(test_keep, max_test))
+
+
+def _some(keep: torch.Tensor, most: int | None) -> torch.Tensor:
+    """At most so many positions, drawn evenly, ascending."""
+    if most is None or most >= len(keep):
+        return keep
+    return keep[draws.permutation(0, 0, len(keep))[:most].sort().values]
 
 
 def vectors_of(
@@ -210,6 +225,8 @@ def report(
         "command": shlex.join(["cjepa-eval", *sys.argv[1:]]),
         "versions": _versions(),
         "checkpoint": str(args.checkpoint),
+        "inside": inside(args.checkpoint),
+        "which": args.which,
         "settings": chosen,
         "headings": headings,
         "rows": rows,
@@ -225,8 +242,7 @@ def _files(args: argparse.Namespace, chosen: dict) -> Iterable[Path]:
     if args.json:
         yield args.json
     if run := run_of(args.checkpoint):
-        inside = os.path.relpath(args.checkpoint, run)
-        facts = json.dumps([inside, args.which, chosen], default=str)
+        facts = json.dumps([inside(args.checkpoint), args.which, chosen], default=str)
         digest = hashlib.sha256(facts.encode()).hexdigest()[:8]
         yield run / "eval" / f"{args.task}-{digest}.json"
 
@@ -249,15 +265,16 @@ def print_table(rows: list[Row], headings: dict[str, str], label: str = "encoder
     """Aligned columns; of `headings` those that any row has."""
     shown = {key: word for key, word in headings.items() if any(key in row for row in rows)}
     lines = [[label, *shown.values()]]
-    lines += [[str(row[label]), *(_cell(row.get(key)) for key in shown)] for row in rows]
+    lines += [[str(row[label]), *(cell(row.get(key)) for key in shown)] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for first, *cells in lines:
         print("  ".join([f"{first:{widths[0]}s}", *map(str.rjust, cells, widths[1:])]).rstrip())
 
 
-def _cell(value: object) -> str:
+def cell(value: object) -> str:
+    """A value as tables show it."""
     if value is None:
         return "-"
     if isinstance(value, float):
-        return f"{value:.2f}"
+        return f"{value:.2f}" if abs(value) >= 0.1 or value == 0 else f"{value:.2g}"
     return f"{value:,}" if isinstance(value, int) else str(value)

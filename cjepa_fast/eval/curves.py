@@ -14,6 +14,7 @@ PANELS = {
     "std": ("variance", False),
     "cov": ("covariance", True),
     "knn": ("kNN, %", False),
+    "linear": ("linear probe, %", False),
     "feature_std": ("std of the features, per dimension", False),
     "rankme": ("RankMe of the features", False),
     "grad_norm": ("gradient norm", True),

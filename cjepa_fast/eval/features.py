@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
@@ -60,7 +61,7 @@ def extract(
     if cache is None:
         return make()
     kept = None if keep is None else hashlib.sha256(keep.numpy().tobytes()).hexdigest()
-    facts = [_digest(encoder), images.fingerprint, kept, crop, last, pooled, bf16, device_type]
+    facts = [digest(encoder), images.fingerprint, kept, crop, last, pooled, bf16, device_type]
     facts += ["flip"] if flip else []
     path = cache / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}.safetensors"
     if all(from_all(path.is_file())):
@@ -85,7 +86,7 @@ def _compute(encoder: Encoder, images: ImageSet, *, flip, last, pooled, device, 
     )  # fmt: skip
 
 
-def _digest(encoder: Encoder) -> str:
+def digest(encoder: Encoder) -> str:
     """Of the weights and all else that decides an encoder's output."""
     digest = hashlib.sha256(json.dumps([encoder.architecture, encoder.mean, encoder.std]).encode())
     for name, values in encoder.state_dict().items():
@@ -122,25 +123,31 @@ def image_vectors(
     device: torch.device | str,
     threads: int,
     title: str,
+    windows_n4: np.ndarray | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`function` (B, 3, H, W) -> (B, D) over a set: (n, D) and the positions (n,), on the CPU."""
-    share = torch.arange(len(images)) if keep is None else keep
-    share = share[rank() :: world_size()]
-    chosen = Subset(images, share)
+    """`function` (B, 3, H, W) -> (B, D) over a set: (n, D) and the positions (n,), on the CPU.
+
+    windows_n4: what to show of each of `keep`, instead of the centre; an image may then be there
+    several times.
+    """
+    keep = torch.arange(len(images)) if keep is None else keep
+    share = torch.arange(len(keep))[rank() :: world_size()]
+    chosen = Subset(images, keep[share])
     batches = eval_batches(
         chosen, image_size=image_size, resize=crop, batch_size=batch_size, device=device,
         dtype=torch.float32, mean=mean, std=std, threads=threads,
+        windows_N4=None if windows_n4 is None else windows_n4[share.numpy()],
     )  # fmt: skip
-    vectors, places = [], []
+    vectors, rows = [], []
     with shown_bar(len(chosen), title) as bar:
         for images_B3HW, index_B in batches:
             vectors.append(function(images_B3HW).float().cpu())
-            places.append(share[index_B])
+            rows.append(share[index_B])
             bar.update(len(index_B))
-    shares = from_all((vectors, places))
-    place_n = torch.cat([place for _, places in shares for place in places])
-    order = place_n.argsort()
-    return torch.cat([v for vectors, _ in shares for v in vectors])[order], place_n[order]
+    shares = from_all((vectors, rows))
+    row_n = torch.cat([row for _, rows in shares for row in rows])
+    order = row_n.argsort()
+    return torch.cat([v for vectors, _ in shares for v in vectors])[order], keep[row_n[order]]
 
 
 def shown_bar(total: int, title: str, unit: str = "image") -> tqdm:

@@ -4,18 +4,18 @@ Such a file is a dict whose `encoder`, `predictor` and `target_encoder` are stat
 prefixed `module.`; optimiser, scaler and counters lie beside them and are not read.
 """
 
+import math
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
 
+from cjepa_fast.interop.weights import MEAN, STD, depth_of, fill, listed, mismatches
 from cjepa_fast.predictor import Predictor
 from cjepa_fast.vit import MODELS, Encoder
 
 PARTS = ("encoder", "predictor", "target_encoder")
-SHOWN = 10  # names in a message before "and n more"
 
 
 def load_ijepa(
@@ -48,7 +48,8 @@ def load_ijepa(
             encoder.width, encoder.grid, predictor_width, predictor_depth, encoder.heads
         )
     modules = {"encoder": encoder, "predictor": predictor, "target_encoder": target}
-    problems = [p for part in PARTS for p in _mismatches(part, modules[part], states[part])]
+    wanted = {part: module.state_dict() for part, module in modules.items()}
+    problems = [p for part in PARTS for p in mismatches(part, wanted[part], states[part])]
     if problems:
         raise ValueError(
             f"{source} does not fit {model} with patch_size {patch_size}, image_size {image_size}, "
@@ -56,9 +57,51 @@ def load_ijepa(
             + "\n  ".join(problems)
         )
     for part in PARTS:
-        _fill(modules[part], states[part])
+        fill(modules[part], states[part])
     target.requires_grad_(False)
     return encoder, predictor, target
+
+
+def read_encoder(path: Path, which: str) -> Encoder:
+    """One encoder of an I-JEPA file, "target" or "context", its sizes read off its weights.
+
+    fp32, on the CPU, eval mode; `mean` and `std` are ImageNet's. Raises ValueError for a file that
+    cannot be read, is no such checkpoint, or holds a model of none of I-JEPA's sizes.
+    """
+    part = {"target": "target_encoder", "context": "encoder"}[which]
+    state = _state(_read(path), part, str(path))
+    with torch.device("meta"):
+        encoder = Encoder(**_sizes(state, f"{part!r} of {path}"))
+    if problems := mismatches(part, encoder.state_dict(), state):
+        raise ValueError("\n  ".join([f"{path} does not hold an encoder of I-JEPA's:", *problems]))
+    fill(encoder, state)
+    encoder.mean, encoder.std = MEAN, STD
+    return encoder
+
+
+def _sizes(state: Mapping[str, torch.Tensor], source: str) -> dict:
+    """An encoder's arguments. Width, depth, patch and grid are seen in the weights; the heads are
+    not: they are those of I-JEPA's model of that width and depth."""
+    try:
+        width, _, patch_size, _ = state["patch_embed.proj.weight"].shape
+        patches = state["pos_embed"].shape[1]
+    except (KeyError, IndexError, ValueError) as error:
+        raise ValueError(
+            f"{source} is no encoder of I-JEPA's: it needs patch_embed.proj.weight (D, 3, p, p) "
+            f"and pos_embed (1, N, D), and holds {listed(sorted(state))}"
+        ) from error
+    depth = depth_of(state)
+    known = [m for m in MODELS.values() if (m["width"], m["depth"]) == (width, depth)]
+    if not known:
+        models = ", ".join(f"{name} {m['width']} x {m['depth']}" for name, m in MODELS.items())
+        raise ValueError(
+            f"{source} has width {width} and depth {depth}, and the number of its heads is not in "
+            f"the file: known are {models} (width x depth)"
+        )
+    side = math.isqrt(patches)
+    if side * side != patches:
+        raise ValueError(f"{source} has {patches} positions, which are no square grid")
+    return {"image_size": side * patch_size, "patch_size": patch_size, **known[0]}
 
 
 def _read(path: Path) -> Mapping:
@@ -85,37 +128,9 @@ def _state(checkpoint: Mapping, part: str, source: str) -> dict[str, torch.Tenso
     if part not in checkpoint:
         raise ValueError(
             f"{source} has no {part!r}: an I-JEPA checkpoint holds {', '.join(PARTS)}, "
-            f"this one {_listed(sorted(map(str, checkpoint)))}"
+            f"this one {listed(sorted(map(str, checkpoint)))}"
         )
     state = checkpoint[part]
     if not isinstance(state, Mapping):
         raise ValueError(f"{part!r} of {source} is a {type(state).__name__}, not a state dict")
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
-
-
-def _mismatches(part: str, module: nn.Module, state: Mapping[str, torch.Tensor]) -> list[str]:
-    """Lines that name what is missing, unexpected or of another shape; none if all fits."""
-    wanted = module.state_dict()
-    shapes = [
-        f"{name} {tuple(state[name].shape)} where {tuple(wanted[name].shape)} belongs"
-        for name in wanted
-        if name in state and state[name].shape != wanted[name].shape
-    ]
-    groups = {
-        "missing": [name for name in wanted if name not in state],
-        "unexpected": [name for name in state if name not in wanted],
-        "of another shape": shapes,
-    }
-    return [f"{part}, {kind}: {_listed(names)}" for kind, names in groups.items() if names]
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return (", ".join(names[:SHOWN]) or "nothing") + more
-
-
-def _fill(module: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
-    """Replace a module's meta tensors by copies, in fp32, that do not depend on the file."""
-    copies = {name: tensor.to(torch.float32, copy=True) for name, tensor in state.items()}
-    module.load_state_dict(copies, strict=True, assign=True)
-    module.eval()

@@ -1,0 +1,155 @@
+"""While training: how well the target encoder's features tell held-out classes apart.
+
+All processes take their share of the images, in batches of the size that a step has, so that
+nothing is compiled anew and ZeRO-3 gathers weights as often on each. The probes run on the first.
+Shapes: n images of a set, B images of a batch, N patches, D width.
+"""
+
+import contextlib
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+
+from cjepa_fast.data.evaluation import eval_batches
+from cjepa_fast.data.sources import ImageSet
+from cjepa_fast.engine import from_all, rank, world_size
+from cjepa_fast.eval import knn, snapshots
+from cjepa_fast.eval.command import Side
+from cjepa_fast.eval.features import Subset
+from cjepa_fast.masks import Masks
+from cjepa_fast.vit import Encoder
+
+
+class Online:
+    """Judges an encoder by two labelled sides, and knows when it may.
+
+    every: optimiser steps between evaluations; share: of the run's time that they may take, the
+    first and the last apart; batch_size: images a process takes at a time. The rest as in
+    eval_batches and knn.predict.
+    """
+
+    def __init__(
+        self,
+        sides: tuple[Side, Side],
+        *,
+        every: int,
+        share: float,
+        batch_size: int,
+        k: int,
+        temperature: float,
+        **reading,
+    ):
+        self.sides, self.every, self.share = sides, every, share
+        self.batch_size, self.k, self.temperature = batch_size, k, temperature
+        self.say: Callable[[str], None] = print
+        self.reading = reading
+        self._began_s, self._spent_s = time.monotonic(), 0.0
+        self._owed = self._told = False
+
+    def due(self, step: int) -> bool:
+        """Whether to judge after this step; of the first process alone the answer counts."""
+        self._owed |= step % self.every == 0
+        if not self._owed or rank():
+            return False
+        passed_s = time.monotonic() - self._began_s
+        if self._spent_s <= self.share * passed_s:
+            return True
+        if not self._told:
+            self._told = True
+            self.say(
+                f"evaluation waits: {self._spent_s:.1f} s of {passed_s:.0f} s went into it, more "
+                f"than eval.online.share = {self.share:g}"
+            )
+        return False
+
+    def judge(self, encoder: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        """Percent right of kNN, plain and mean-subtracted, and of a linear probe.
+
+        encoder: (B, 3, H, W) -> (B, N, D). Every process calls it; the first has the answer, the
+        others an empty dict.
+        """
+        began_s = time.monotonic()
+        self._owed = False
+        vectors = []
+        for images, keep in self.sides:
+            features_nD, place_n = self._features(encoder, images, keep)
+            vectors += [features_nD, images.labels[place_n]]
+        found = {} if rank() else _scores(*vectors, k=self.k, temperature=self.temperature)
+        self._spent_s += time.monotonic() - began_s
+        return found
+
+    @torch.no_grad()
+    def _features(self, encoder, images: ImageSet, keep_n: torch.Tensor):
+        """(n, D) fp32 and the positions (n,), on the CPU, of all processes' shares."""
+        share = keep_n[rank() :: world_size()]
+        found = []
+        for images_B3HW, place_B in self._batches(images, share, len(keep_n)):
+            tokens_BND = encoder(images_B3HW)
+            found.append((tokens_BND[: len(place_B)].float().mean(1).cpu(), place_B))
+        pairs = itertools.chain(*from_all(found))
+        features, places = zip(*pairs, strict=True)
+        return torch.cat(features), torch.cat(places)
+
+    def _batches(
+        self, images: ImageSet, share: torch.Tensor, total: int
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Batches of one size, equally many on each process; positions of the real images."""
+        B = self.batch_size
+        read = eval_batches(Subset(images, share), batch_size=B, **self.reading)
+        with contextlib.closing(read):
+            for _ in range(math.ceil(math.ceil(total / world_size()) / B)):
+                images_B3HW, index_B = next(read, (None, torch.empty(0, dtype=torch.int64)))
+                yield self._filled(images_B3HW), share[index_B]
+
+    def _filled(self, images_B3HW: torch.Tensor | None) -> torch.Tensor:
+        """To a whole batch; of what is added nothing is read."""
+        size = self.reading["image_size"]
+        whole = torch.zeros(
+            (self.batch_size, 3, size, size),
+            dtype=self.reading["dtype"],
+            device=self.reading["device"],
+        )
+        if images_B3HW is not None:
+            whole[: len(images_B3HW)] = images_B3HW
+        return whole
+
+
+class Album:
+    """A few images with their masks, as the encoders of the moment see them.
+
+    images_B3HW: fp32 on the CPU, normalised by mean and std; masks: of these images.
+    """
+
+    def __init__(self, images_B3HW: torch.Tensor, masks: Masks, mean: tuple, std: tuple):
+        self._images_B3HW, self._masks, self._look = images_B3HW, masks, (mean, std)
+
+    def draw(self, target: Encoder, context: Encoder) -> dict[str, np.ndarray]:
+        """By name, each (height, width, 3) uint8. Compiled encoders run uncompiled here."""
+        place = next(target.parameters())
+        images_B3HW = self._images_B3HW.to(place.device, place.dtype)
+        with torch.compiler.set_stance("force_eager"):
+            return snapshots.figures(target, context, images_B3HW, self._masks, *self._look)
+
+
+def _scores(train_nD, label_n, test_mD, test_label_m, **options) -> dict[str, float]:
+    options["k"] = min(options["k"], len(train_nD))
+    tops = knn.both(train_nD, label_n, test_mD, test_label_m, **options)
+    right_m = ridge(train_nD, label_n, test_mD) == test_label_m
+    linear = 100 * right_m.double().mean().item()
+    return {"knn": tops["top1"], "knn_centred": tops["top1_centred"], "linear": linear}
+
+
+def ridge(train_nD: torch.Tensor, label_n: torch.Tensor, test_mD: torch.Tensor) -> torch.Tensor:
+    """The classes (m,) that ridge regression on standardised features gives: a linear probe in one
+    solution, where logistic regression takes a thousand steps. Penalty: a hundredth of n."""
+    from sklearn.linear_model import RidgeClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    probe = make_pipeline(StandardScaler(), RidgeClassifier(alpha=len(train_nD) / 100))
+    probe.fit(train_nD.double().numpy(), label_n.numpy())
+    return torch.from_numpy(probe.predict(test_mD.double().numpy()))

@@ -1,0 +1,64 @@
+"""Patch features as colours: their first three principal components over the images shown.
+
+Shapes: B images, N patches, D width, rows x cols the grid.
+"""
+
+import argparse
+
+import numpy as np
+import torch
+
+from cjepa_fast.eval import command, side_by_side
+from cjepa_fast.eval.pictures import Column, save, sheet
+from cjepa_fast.vit import Encoder
+
+CUT = 0.02  # of the values of a component at each end, which are shown as its extremes
+
+
+@torch.inference_mode()
+def components(encoder: Encoder, images_B3HW: torch.Tensor) -> torch.Tensor:
+    """Each patch's first three principal components: (B, rows, cols, 3) fp64 on the CPU.
+
+    Image by image, for a grid may be larger than trained. A component's sign is such that its
+    largest loading is positive.
+    """
+    tokens_BND = torch.cat([encoder(image[None]).double().cpu() for image in images_B3HW])
+    centred_BND = tokens_BND - tokens_BND.mean((0, 1))
+    flat = centred_BND.flatten(0, 1)
+    loadings_D3 = torch.linalg.eigh(flat.T @ flat).eigenvectors[:, -3:].flip(1)
+    largest = loadings_D3.gather(0, loadings_D3.abs().argmax(0, keepdim=True))
+    grid = [side // encoder.patch_size for side in images_B3HW.shape[-2:]]
+    return (centred_BND @ (loadings_D3 * largest.sign())).unflatten(1, grid)
+
+
+def as_colours(scores_Brc3: torch.Tensor) -> np.ndarray:
+    """The components as RGB in [0, 1], each spread over its own range."""
+    ends = torch.tensor([CUT, 1 - CUT], dtype=scores_Brc3.dtype)
+    low_3, high_3 = scores_Brc3.flatten(0, 2).quantile(ends, dim=0)
+    span_3 = (high_3 - low_3).clamp(min=torch.finfo(scores_Brc3.dtype).tiny)
+    return ((scores_Brc3 - low_3) / span_3).clamp(0, 1).numpy()
+
+
+def columns(target: Encoder, context: Encoder, images_B3HW: torch.Tensor) -> list[Column]:
+    """Of both encoders. The context's signs are turned to agree with the target's colours."""
+    target_Brc3, context_Brc3 = (components(e, images_B3HW) for e in (target, context))
+    sign_3 = (target_Brc3 * context_Brc3).sum((0, 1, 2)).sign()
+    sign_3[sign_3 == 0] = 1
+    return [
+        ("target encoder", list(as_colours(target_Brc3))),
+        ("context encoder", list(as_colours(context_Brc3 * sign_3))),
+    ]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    side_by_side.add_options(parser)
+    parser.add_argument(
+        "--size", type=command.positive, metavar="PIXELS",
+        help="of the images, for a larger grid than trained (positions are interpolated)",
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> None:
+    shown, names = side_by_side.columns(args, columns, args.size)
+    title = f"Patch features, first three principal components: {names}"
+    print(save(sheet(shown, title), args.out))

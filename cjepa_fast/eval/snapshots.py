@@ -1,0 +1,34 @@
+"""The pictures of a moment of training, as arrays: for TensorBoard and the like."""
+
+import numpy as np
+import torch
+
+from cjepa_fast.eval import attention, drawn_masks, pca
+from cjepa_fast.eval.pictures import as_array, as_pictures, sheet
+from cjepa_fast.masks import Masks
+from cjepa_fast.vit import Encoder
+
+
+@torch.inference_mode()
+def figures(
+    target: Encoder,
+    context: Encoder,
+    images_B3HW: torch.Tensor,
+    masks: Masks,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+) -> dict[str, np.ndarray]:
+    """Each (height, width, 3) uint8: "masks", "attention" and "pca", a row an image.
+
+    images_B3HW: normalised by mean and std, where the encoders are and in their dtype; masks: of
+    these images. Both encoders run over them twice.
+    """
+    image = ("image", as_pictures(images_B3HW, mean, std))
+    drawn = {
+        "masks": drawn_masks.figure(images_B3HW, mean, std, masks, target.grid, "Masks"),
+        "attention": attention.figure(
+            [image, *attention.columns(target, context, images_B3HW, mean, std)], "Attention"
+        ),
+        "pca": sheet([image, *pca.columns(target, context, images_B3HW)], "Patch features"),
+    }
+    return {name: as_array(figure) for name, figure in drawn.items()}

@@ -1,0 +1,124 @@
+"""Export an encoder: `python -m cjepa_fast.export CHECKPOINT --to hf --out FOLDER`.
+
+CHECKPOINT is what load_encoder takes: a run, a checkpoint, an encoder's file, a Hugging Face folder
+or one of I-JEPA's files. The weights are written in fp32, with a model_card.md beside them, which
+Hugging Face's hub reads under the name README.md.
+  hf           transformers: AutoModel.from_pretrained(FOLDER)
+  safetensors  cjepa_fast.load_encoder(FOLDER)
+  timm         timm's VisionTransformer: names of its weights, its arguments in config.json
+  onnx         encoder.onnx and its weights, for onnxruntime and others
+  torch        encoder.pt2, a program that torch alone runs
+Each is opened again, where its library is installed, and compared with the encoder.
+"""
+
+import argparse
+import contextlib
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from cjepa_fast.encoders import load_encoder
+from cjepa_fast.export.card import card
+from cjepa_fast.export.formats import FORMATS, Format, Source, is_installed
+from cjepa_fast.export.origin import origin_of
+
+CARD = "model_card.md"
+CROP = 0.875  # of the evaluation's images, where no run says it
+# Features are of the order of one, and another order of summation moves them by a millionth.
+LARGEST_ERROR = 1e-3
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        error = export(args.checkpoint, args.to, args.out, args.which)
+    except (ValueError, OSError) as problem:  # the user's input: said, without a traceback
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+    opener = FORMATS[args.to].opened_by
+    if error is None:
+        print(f"{args.out}: not compared with the encoder, since {opener} is not installed")
+    else:
+        print(f"{args.out}: opened by {opener}, its features differ by {error:.1g} at most")
+    return 0
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="cjepa-export",
+        description=__doc__.strip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    parser.add_argument("--to", choices=FORMATS, required=True)
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="a new one")
+    parser.add_argument("--which", choices=("target", "context"), default="target", help="encoder")
+    return parser.parse_args(argv)
+
+
+def export(checkpoint: Path, to: str, out: Path, which: str = "target") -> float | None:
+    """Write the folder `out`, all of it or nothing.
+
+    Returns the largest difference of features, None where the library to open it is missing.
+    Raises ValueError or OSError for a checkpoint that cannot be read, a folder that is there, a
+    package that is missing to write the form, and features that came out otherwise.
+    """
+    form = FORMATS[to]
+    if missing := form.missing():
+        raise ValueError(
+            f"--to {to} needs {', '.join(missing)}: pip install 'cjepa_fast[export]', or take "
+            f"another of {', '.join(FORMATS)}"
+        )
+    with new_folder(out) as folder:
+        origin = origin_of(checkpoint)
+        crop = origin.config.get("eval", {}).get("crop", CROP)
+        source = Source(load_encoder(checkpoint, which), which, crop)
+        form.write(source, folder)
+        error = difference(source, form, folder)
+        files = sorted(path.name for path in folder.iterdir())
+        (folder / CARD).write_text(card(source, origin, to, out.resolve().name, files))
+    return error
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which bears its name once it is whole. Raises ValueError where one is."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(
+            f"--out {path} is there already, and not empty: name another, or remove it"
+        )
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # left by one that was killed
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@torch.no_grad()
+def difference(source: Source, form: Format, folder: Path) -> float | None:
+    """The largest of any feature of two images of noise, encoder against export.
+
+    None where the library to open it is not installed. Raises ValueError above LARGEST_ERROR.
+    """
+    if not is_installed(form.opened_by):
+        return None
+    side = source.encoder.image_size
+    images_B3SS = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    exported_BND = form.open(folder)(images_B3SS)
+    error = (exported_BND - source.encoder(images_B3SS)).abs().max().item()
+    if not error <= LARGEST_ERROR:
+        raise ValueError(
+            f"the export's features differ from the encoder's by {error:.2g}: nothing was written. "
+            f"Is {form.opened_by} of a version with other defaults?"
+        )
+    return error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,273 @@
+"""model_card.md: what an exported encoder is, what it was trained on, and how to load it.
+
+Its head is YAML as Hugging Face's hub reads it. Of paths only the last part is told.
+"""
+
+import platform
+import subprocess
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePath
+
+import torch
+
+import cjepa_fast
+from cjepa_fast.export.formats import Source
+from cjepa_fast.export.origin import Origin
+from cjepa_fast.vit import count_parameters
+
+UNKNOWN = "Unknown: it was exported from an encoder's files, without the run that made it."
+LIBRARIES = {
+    "hf": "transformers",
+    "safetensors": "cjepa_fast",
+    "timm": "timm",
+    "onnx": "onnx",
+    "torch": "pytorch",
+}
+TAGS = ("vision", "self-supervised-learning", "i-jepa", "c-jepa")
+TERMS = {
+    "loss": "loss",
+    "jepa": "prediction",
+    "sim": "invariance",
+    "std": "variance",
+    "cov": "covariance",
+    "feature_std": "std of the features, per dimension",
+    "rankme": "RankMe of the features",
+    "knn": "kNN while training, %",
+    "linear": "linear probe while training, %",
+}
+# What begins and ends most snippets. {S}: the image's side.
+NORMALISED = "images = torch.zeros(1, 3, {S}, {S})  # normalised, as below"
+SNIPPETS = {
+    "hf": """\
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel
+
+folder = "."  # where this card lies
+model = AutoModel.from_pretrained(folder)
+processor = AutoImageProcessor.from_pretrained(folder)
+images = processor(Image.open("image.jpg"), return_tensors="pt")
+with torch.no_grad():
+    tokens = model(**images).last_hidden_state
+features = tokens.mean(1)""",
+    "safetensors": f"""\
+import torch
+from cjepa_fast import load_encoder
+
+encoder = load_encoder("{{file}}")
+{NORMALISED}
+with torch.no_grad():
+    tokens = encoder(images)
+features = tokens.mean(1)""",
+    "timm": f"""\
+import json
+
+import torch
+from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer
+
+with open("config.json") as file:
+    model = VisionTransformer(**json.load(file)["model_args"]).eval()
+model.load_state_dict(load_file("model.safetensors"))
+{NORMALISED}
+with torch.no_grad():
+    tokens = model.forward_features(images)
+    features = model(images)  # their mean""",
+    "onnx": """\
+import numpy as np
+import onnxruntime
+
+session = onnxruntime.InferenceSession("encoder.onnx")
+images = np.zeros((1, 3, {S}, {S}), np.float32)  # normalised, as below
+(tokens,) = session.run(["tokens"], {{"images": images}})
+features = tokens.mean(1)""",
+    "torch": f"""\
+import torch
+
+model = torch.export.load("encoder.pt2").module()
+{NORMALISED}
+with torch.no_grad():
+    tokens = model(images)
+features = tokens.mean(1)""",
+}
+
+
+def card(source: Source, origin: Origin, form: str, name: str, files: Sequence[str]) -> str:
+    """The text. form: a name in FORMATS; name: the export's; files: those beside the card."""
+    parts = [
+        _head(form),
+        f"# {name}",
+        _description(source, origin),
+        "## Use",
+        _use(source, form, files),
+        "## Training",
+        _training(origin),
+        "## Evaluation",
+        _evaluation(origin.evaluations),
+        "## Versions",
+        _versions(origin),
+        "## Licence",
+        "To be filled in by whoever publishes these weights, here and as `license` at the top.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _head(form: str) -> str:
+    lines = [
+        f"library_name: {LIBRARIES[form]}",
+        "pipeline_tag: image-feature-extraction",
+        f"tags: [{', '.join(TAGS)}]",
+        "# license: (to be filled in)",
+    ]
+    return "\n".join(["---", *lines, "---"])
+
+
+def _description(source: Source, origin: Origin) -> str:
+    encoder = source.encoder
+    kind = {
+        "target": "the target encoder, the moving average of the trained one",
+        "context": "the context encoder, the one that gradients trained",
+    }[source.which]
+    return (
+        f"A Vision Transformer pretrained without labels{_method(origin.config)}: {kind}. "
+        f"{encoder.depth} blocks of width {encoder.width} with {encoder.heads} heads, "
+        f"{count_parameters(encoder):,} parameters. For an image of {encoder.image_size} x "
+        f"{encoder.image_size} pixels it gives {encoder.grid[0]} x {encoder.grid[1]} tokens, one a "
+        f"patch of {encoder.patch_size} pixels; there is no class token, and an image's features "
+        "are the mean of its tokens."
+    )
+
+
+def _method(config: dict) -> str:
+    if not config:
+        return ""
+    if config["loss"]["vicreg"]["beta"] == 0:
+        return " by I-JEPA (arXiv 2301.08243)"
+    return " by C-JEPA (I-JEPA with VICReg's regularisation, arXiv 2410.19560)"
+
+
+def _use(source: Source, form: str, files: Sequence[str]) -> str:
+    encoder, side = source.encoder, source.encoder.image_size
+    weights = next((file for file in files if file.endswith(".safetensors")), "")
+    code = SNIPPETS[form].format(S=side, file=weights)
+    numbers = [", ".join(f"{value:g}" for value in pair) for pair in (encoder.mean, encoder.std)]
+    return (
+        f"```python\n{code}\n```\n\n"
+        f"Images are RGB, their centred square of {source.crop:g} times the short side resized "
+        f"(bilinear, antialiased) to {side} x {side}, values in 0..1 normalised with mean "
+        f"{numbers[0]} and std {numbers[1]}. Weights are fp32."
+    )
+
+
+def _training(origin: Origin) -> str:
+    if not origin.config:
+        return UNKNOWN
+    facts = {"images": _images(origin), "duration": _duration(origin), **_settings(origin.config)}
+    table = _table(["", ""], facts.items())
+    logged = {word: origin.log.get(key) for key, word in TERMS.items()}
+    terms = {word: f"{value:.4g}" for word, value in logged.items() if value is not None}
+    if not terms:
+        return table
+    return f"{table}\n\nAt step {origin.log['step']:,}:\n\n{_table(list(terms), [terms.values()])}"
+
+
+def _images(origin: Origin) -> str:
+    state, name = origin.state, PurePath(origin.config["data"]["path"]).name
+    count = f"{state['image_count']:,} images" if "image_count" in state else "of unknown number"
+    return f"{name}, {count}, fingerprint {state['images'] or 'unknown'}"
+
+
+def _duration(origin: Origin) -> str:
+    state, config = origin.state, origin.config
+    batch, world = config["data"]["batch_size"], state["world_size"]
+    return (
+        f"{state['step']:,} steps of {batch:,} images, {state['epoch']:g} of "
+        f"{config['run']['epochs']} epochs, {state['step'] * batch:,} images seen; "
+        f"{world} {'process' if world == 1 else 'processes'}"
+    )
+
+
+def _settings(config: dict) -> dict[str, str]:
+    """The configuration in brief."""
+    data, mask, predictor, optim = (config[name] for name in ("data", "mask", "predictor", "optim"))
+    return {
+        "crops": f"{data['crop_scale'][0]:g} to {data['crop_scale'][1]:g} of the area"
+        + (", flipped" if data["flip"] else ""),
+        "masks": f'sampler "{mask["sampler"]}", context "{mask["context"]}", {mask["targets"]} '
+        f"targets of {mask['target_scale'][0]:g} to {mask['target_scale'][1]:g}",
+        "predictor": f"width {predictor['width']}, depth {predictor['depth']}",
+        "objective": _objective(config["loss"]),
+        "optimiser": f"AdamW, learning rate {optim['lr']:g}, weight decay "
+        f"{optim['weight_decay']:g} to {optim['final_weight_decay']:g}; "
+        f"momentum of the average {optim['momentum']:g} to {optim['final_momentum']:g}",
+        "precision": config["run"]["precision"],
+    }
+
+
+def _objective(loss: dict) -> str:
+    prediction, vicreg = f'prediction "{loss["prediction"]}"', loss["vicreg"]
+    if vicreg["beta"] == 0:
+        return prediction
+    weights = ", ".join(f"{name} {vicreg[name]:g}" for name in ("beta", "sim", "std", "cov"))
+    return f'{prediction}; VICReg on "{vicreg["views"]}": {weights}'
+
+
+def _evaluation(records: list[dict]) -> str:
+    """A table for each evaluation of the run."""
+    if not records:
+        return "None is known."
+    return "\n\n".join(_one_evaluation(record) for record in records)
+
+
+def _one_evaluation(record: dict) -> str:
+    """The columns that any row fills; of the settings those that are set."""
+    settings = [f"{k} {_plain(v)}" for k, v in record["settings"].items() if v not in (None, False)]
+    rows = record["rows"]
+    shown = {k: word for k, word in record["headings"].items() if any(k in row for row in rows)}
+    lines = [[row["encoder"], *(_plain(row.get(key)) for key in shown)] for row in rows]
+    source = f"`{record['task']}` of `{_plain(record['checkpoint'])}`"
+    table = _table(["encoder", *shown.values()], lines)
+    return f"{source} ({', '.join(settings)}), {record['made'][:10]}:\n\n{table}"
+
+
+def _plain(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return PurePath(value).name if isinstance(value, str) else str(value)
+
+
+def _versions(origin: Origin) -> str:
+    """Those of the training, and of the export with the code's commit."""
+    now = {
+        "cjepa_fast": cjepa_fast.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    commit = _commit()
+    rows = [["exported with", *now.values(), commit or "unknown"]]
+    if trained := origin.state.get("versions"):
+        rows.insert(0, ["trained with", *(trained[name] for name in now), "unknown"])
+    return _table(["", *now, "commit"], rows)
+
+
+def _commit() -> str | None:
+    """Of the code, where it lies in its own git tree; "+changes" where files differ from it."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / "setup.py").is_file():  # installed, perhaps within another project's tree
+        return None
+    git = ["git", "-C", str(root)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+        changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
+    except FileNotFoundError:  # no git here
+        return None
+    if head.returncode:
+        return None
+    return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+
+
+def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,195 @@
+"""Hugging Face's I-JEPA folders, in and out; the transformers library is not needed for either.
+
+Such a folder holds config.json (model_type "ijepa"), model.safetensors, whole or in shards named by
+model.safetensors.index.json, and preprocessor_config.json. The names of the weights are those of
+the published models, which transformers writes, and reads under every version that has I-JEPA.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from cjepa_fast.checkpoint import read_tensors, write_tensors, write_text
+from cjepa_fast.interop.weights import MEAN, STD, depth_of, fill, mismatches
+from cjepa_fast.vit import Encoder
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
+
+# Our modules and Hugging Face's; of a block, and the rest.
+OUTSIDE = {"patch_embed.proj": "embeddings.patch_embeddings.projection", "norm": "layernorm"}
+BLOCK = {
+    "norm1": "layernorm_before",
+    "attn.proj": "attention.output.dense",
+    "norm2": "layernorm_after",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+QKV = [f"attention.attention.{part}" for part in ("query", "key", "value")]
+# What our encoder is and their configuration might have otherwise.
+FIXED = {"num_channels": 3, "hidden_act": "gelu", "layer_norm_eps": 1e-6, "qkv_bias": True}
+
+
+def is_folder(path: Path) -> bool:
+    """Whether it holds a config.json of the kind that transformers writes."""
+    try:
+        return "model_type" in json.loads((path / CONFIG).read_text())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return False
+
+
+def read_encoder(folder: Path) -> Encoder:
+    """The encoder of a folder: fp32, on the CPU, eval mode.
+
+    `mean` and `std` are preprocessor_config.json's, or ImageNet's. Raises FileNotFoundError or
+    ValueError for files that are missing or damaged, and for another model than I-JEPA.
+    """
+    encoder = _described(folder / CONFIG)
+    state = _weights(folder)
+    if problems := mismatches("model", to_huggingface(encoder.state_dict()), state):
+        raise ValueError(f"{folder} does not fit its {CONFIG}:\n  " + "\n  ".join(problems))
+    fill(encoder, from_huggingface(state, encoder.depth))
+    encoder.mean, encoder.std = _normalisation(folder / PROCESSOR)
+    return encoder
+
+
+def write_encoder(encoder: Encoder, folder: Path, crop: float) -> None:
+    """Write a folder's files. crop: the share of the short side that the image processor keeps."""
+    write_text(folder / CONFIG, json.dumps(_config(encoder), indent=2) + "\n")
+    write_text(folder / PROCESSOR, json.dumps(_processor(encoder, crop), indent=2) + "\n")
+    # transformers asks for the metadata
+    write_tensors(to_huggingface(encoder.state_dict()), folder / WEIGHTS, {"format": "pt"})
+
+
+def to_huggingface(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Our state dict under Hugging Face's names, q, k and v apart."""
+    renamed = {}
+    for ours, theirs in _names(depth_of(state)).items():
+        parts = state[ours].chunk(len(theirs))
+        renamed |= {name: part.contiguous() for name, part in zip(theirs, parts, strict=True)}
+    return renamed
+
+
+def from_huggingface(state: Mapping[str, torch.Tensor], depth: int) -> dict[str, torch.Tensor]:
+    """The way back."""
+    return {
+        ours: torch.cat([state[name] for name in theirs]) for ours, theirs in _names(depth).items()
+    }
+
+
+def _names(depth: int) -> dict[str, list[str]]:
+    """Each of our parameters, and those of Hugging Face's that make it up along the first axis."""
+    modules = {ours: [theirs] for ours, theirs in OUTSIDE.items()}
+    for i in range(depth):
+        of_block = {ours: [theirs] for ours, theirs in BLOCK.items()} | {"attn.qkv": QKV}
+        modules |= {
+            f"blocks.{i}.{ours}": [f"encoder.layer.{i}.{name}" for name in theirs]
+            for ours, theirs in of_block.items()
+        }
+    parameters = {
+        f"{ours}.{kind}": [f"{name}.{kind}" for name in theirs]
+        for ours, theirs in modules.items()
+        for kind in ("weight", "bias")
+    }
+    return parameters | {"pos_embed": ["embeddings.position_embeddings"]}
+
+
+def _config(encoder: Encoder) -> dict:
+    return {
+        "architectures": ["IJepaModel"],
+        "model_type": "ijepa",
+        "image_size": encoder.image_size,
+        "patch_size": encoder.patch_size,
+        "hidden_size": encoder.width,
+        "num_hidden_layers": encoder.depth,
+        "num_attention_heads": encoder.heads,
+        "intermediate_size": encoder.blocks[0].mlp.fc1.out_features,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        **FIXED,
+    }
+
+
+def _processor(encoder: Encoder, crop: float) -> dict:
+    """The evaluation's images: the centred square of `crop` times the short side, bilinear.
+
+    BitImageProcessor is the one of transformers that resizes the short side and then crops.
+    """
+    side = encoder.image_size
+    return {
+        "image_processor_type": "BitImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": round(side / crop)},
+        "resample": 2,  # bilinear, as PIL numbers it
+        "do_center_crop": True,
+        "crop_size": {"height": side, "width": side},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(encoder.mean),
+        "image_std": list(encoder.std),
+    }
+
+
+def _described(path: Path) -> Encoder:
+    """The encoder of a config.json, without weights. Raises ValueError for what ours cannot be."""
+    config = _read_json(path)
+    if config.get("model_type") != "ijepa":
+        raise ValueError(f"{path} describes a model {config.get('model_type')!r}, not an 'ijepa'")
+    for key, value in FIXED.items():
+        if config.get(key) != value:
+            raise ValueError(f"{path}: {key} is {config.get(key)!r}; only {value!r} can be loaded")
+    try:
+        with torch.device("meta"):
+            return Encoder(
+                image_size=_side(config["image_size"]),
+                patch_size=_side(config["patch_size"]),
+                width=config["hidden_size"],
+                depth=config["num_hidden_layers"],
+                heads=config["num_attention_heads"],
+                mlp_ratio=config["intermediate_size"] / config["hidden_size"],
+            )
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{path} does not describe an encoder: {error!r}") from error
+
+
+def _side(size: int | list[int]) -> int:
+    """Of a square, given as one number or as two."""
+    height, width = (size, size) if isinstance(size, int) else size
+    if height != width:
+        raise ValueError(f"{height} x {width} is no square")
+    return height
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of model.safetensors, or of the shards that its index names."""
+    if (folder / WEIGHTS).is_file():
+        return read_tensors(folder / WEIGHTS)
+    if not (folder / INDEX).is_file():
+        raise FileNotFoundError(f"{folder} holds no {WEIGHTS}, whole or in shards with {INDEX}")
+    index = _read_json(folder / INDEX).get("weight_map")
+    if not isinstance(index, dict):
+        raise ValueError(f"{folder / INDEX} has no weight_map")
+    shards = [folder / name for name in sorted(set(index.values()))]
+    for shard in shards:
+        if not shard.is_file():
+            raise FileNotFoundError(f"{shard} is missing, which {INDEX} names")
+    return {name: tensor for shard in shards for name, tensor in read_tensors(shard).items()}
+
+
+def _normalisation(path: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    processor = _read_json(path) if path.is_file() else {}
+    return tuple(processor.get("image_mean", MEAN)), tuple(processor.get("image_std", STD))
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return values

@@ -1,0 +1,44 @@
+"""What the readers of foreign weights share: the check of names and shapes, and the filling."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+# What images are normalised with where a file does not say: ImageNet's mean and deviation.
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SHOWN = 10  # names in a message before "and n more"
+
+
+def mismatches(
+    part: str, wanted: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]
+) -> list[str]:
+    """Lines that name what is missing, unexpected or of another shape; none if all fits."""
+    shapes = [
+        f"{name} {tuple(state[name].shape)} where {tuple(wanted[name].shape)} belongs"
+        for name in wanted
+        if name in state and state[name].shape != wanted[name].shape
+    ]
+    groups = {
+        "missing": [name for name in wanted if name not in state],
+        "unexpected": [name for name in state if name not in wanted],
+        "of another shape": shapes,
+    }
+    return [f"{part}, {kind}: {listed(names)}" for kind, names in groups.items() if names]
+
+
+def depth_of(state: Mapping[str, torch.Tensor]) -> int:
+    """How many blocks an encoder's state dict has."""
+    return len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+
+
+def listed(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return (", ".join(names[:SHOWN]) or "nothing") + more
+
+
+def fill(module: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Replace a module's meta tensors by copies, in fp32, that do not depend on the file."""
+    copies = {name: tensor.to(torch.float32, copy=True) for name, tensor in state.items()}
+    module.load_state_dict(copies, strict=True, assign=True)
+    module.eval()

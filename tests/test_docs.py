@@ -1,0 +1,47 @@
+"""The documentation: its links lead somewhere, its commands name what is there."""
+
+import re
+import shlex
+
+import docs_check
+import pytest
+
+from cjepa_fast import train
+from cjepa_fast.eval.__main__ import TASKS
+
+COMMANDS = [command for page in docs_check.PAGES for command in docs_check.commands(page)]
+
+
+def test_commands_are_found_with_their_ends():
+    """Continued lines are one command, comments are cut, trees of folders are none."""
+    texts = [command.text for command in COMMANDS]
+    assert len(texts) > 30
+    assert "python bench/ops.py" in texts
+    assert not any("#" in text or text.endswith("\\") or "the package" in text for text in texts)
+
+
+@pytest.mark.parametrize("page", docs_check.PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    text = page.read_text()
+    for target, _, anchor in (m.partition("#") for m in re.findall(r"\]\(([^)]+)\)", text)):
+        if "://" not in target:
+            path = (page.parent / target).resolve() if target else page
+            assert path.exists(), f"{page.name}: {target}"
+            if anchor:
+                titles = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+                slugs = {re.sub(r"[^a-z0-9 -]", "", t.lower()).replace(" ", "-") for t in titles}
+                assert anchor in slugs, f"{page.name}: #{anchor}"
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.text[:60])
+def test_commands_name_what_is_there(command):
+    words = shlex.split(command.text)
+    if "TASK" in words:
+        return
+    for word in words:
+        if re.fullmatch(r"(bench|scripts|cjepa_fast)/\S+\.(py|sh|sbatch)", word):
+            assert (docs_check.ROOT / word).is_file(), word
+    if words[0] == "cjepa-eval" or "cjepa_fast.eval" in words:
+        assert words[words.index("cjepa_fast.eval") + 1 if words[0] == "python" else 1] in TASKS
+    if "cjepa_fast/train.py" in words:
+        train.parse(words[words.index("cjepa_fast/train.py") + 1 :])

@@ -1,0 +1,124 @@
+"""model_card.md: what is known of an encoder is told, and what is not is said to be unknown."""
+
+import json
+
+import pytest
+import tiny
+import torch
+
+from cjepa_fast import load_encoder
+from cjepa_fast.export.__main__ import export
+from cjepa_fast.export.card import card
+from cjepa_fast.export.formats import FORMATS, Source
+from cjepa_fast.export.origin import origin_of
+
+yaml = pytest.importorskip("yaml")
+
+RECORD = {
+    "task": "knn",
+    "made": "2026-01-02T03:04:05.678+00:00",
+    "command": "cjepa-eval knn /home/me/run --data /home/me/flowers",
+    "versions": {"torch": "2.13.0"},
+    "checkpoint": "/home/me/run",
+    "settings": {"data": "/home/me/flowers", "test": None, "k": 20, "bf16": False},
+    "headings": {"train": "train", "top1": "kNN %", "linear": "linear %"},
+    "rows": [
+        {"encoder": "untrained", "train": 1020, "top1": 12.5},
+        {"encoder": "trained", "train": 1020, "top1": 43.218},
+    ],
+}
+
+
+@pytest.fixture
+def run(tmp_path, seed):
+    return tiny.write_run(tmp_path, tiny.uneven_encoder(), images="1f3a")
+
+
+def card_of(path, form: str = "hf", which: str = "target") -> str:
+    return card(Source(load_encoder(path), which, 1.0), origin_of(path), form, "flowers", [])
+
+
+def section(text: str, name: str) -> str:
+    return text.split(f"## {name}\n\n")[1].split("\n\n## ")[0]
+
+
+def rows_of(table: str) -> dict[str, str]:
+    lines = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("|")]
+    return {cells[0]: " | ".join(cells[1:]) for cells in lines}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_the_head_is_what_the_hub_reads(run, form):
+    _, head, body = card_of(run, form).split("---\n", 2)
+    facts = yaml.safe_load(head)
+    assert facts["pipeline_tag"] == "image-feature-extraction" and "i-jepa" in facts["tags"]
+    library = {"hf": "transformers", "torch": "pytorch", "safetensors": "cjepa_fast"}
+    assert facts["library_name"] == library.get(form, form)
+    assert "license" not in facts and "license" in head and "To be filled in" in body
+    assert body.startswith("\n# flowers\n")
+
+
+def test_the_training_of_a_run(run):
+    text = card_of(run)
+    facts = rows_of(section(text, "Training"))
+    assert facts["images"] == "images, 40 images, fingerprint 1f3a"
+    duration = "7 steps of 16 images, 1.75 of 2 epochs, 112 images seen; 2 processes"
+    assert facts["duration"] == duration
+    assert "beta 0.001, sim 25, std 25, cov 1" in facts["objective"]
+    # the log's row at the checkpoint's step, neither the one before nor the one after
+    assert "At step 7:" in text and facts["loss"] == "prediction" and facts["0.875"] == "0.5"
+    assert "by C-JEPA" in text and "moving average" in text
+    assert "2 blocks of width 24 with 3 heads, 15,6" in text
+    assert str(run.parent) not in text  # no paths of this machine
+
+
+def test_without_vicreg_it_is_i_jepa_and_the_context_is_named(tmp_path):
+    run = tiny.write_run(tmp_path, tiny.uneven_encoder(), loss={"vicreg": {"beta": 0}})
+    text = card_of(run, which="context")
+    assert "by I-JEPA" in text and "C-JEPA" not in text and "the context encoder" in text
+
+
+def test_a_checkpoint_is_told_as_it_was(run):
+    """An earlier one of the run, and one that was taken out of it."""
+    earlier = run / "checkpoints" / "step_00000005"
+    earlier.mkdir()
+    state = json.loads((run / "checkpoints" / "step_00000007" / "state.json").read_text())
+    (earlier / "state.json").write_text(json.dumps({**state, "step": 5, "epoch": 1.25}))
+    origin = origin_of(earlier)
+    assert (origin.state["step"], origin.log["step"]) == (5, 5)
+    alone = earlier.rename(run.parent / "elsewhere")
+    assert origin_of(alone).state["step"] == 5 and origin_of(alone).log == {}
+    assert origin_of(run / "encoder.safetensors").state["step"] == 7
+    assert origin_of(run / "previous_encoder.safetensors").state == {}
+
+
+def test_evaluations_of_the_run_become_tables(run):
+    assert section(card_of(run), "Evaluation") == "None is known."
+    (run / "eval").mkdir()
+    (run / "eval" / "knn-0a1b.json").write_text(json.dumps(RECORD))
+    collapse = {"headings": {"rankme": "RankMe"}, "rows": [{"encoder": "trained", "rankme": 8}]}
+    later = {**RECORD, "task": "collapse", "made": "2026-02-02", **collapse}
+    (run / "eval" / "collapse-1.json").write_text(json.dumps(later))
+    first, second = section(card_of(run), "Evaluation").split("\n\n`")
+    assert first.startswith("`knn` of `run` (data flowers, k 20), 2026-01-02:")
+    assert rows_of(first)["encoder"] == "train | kNN %"  # no row has a linear probe
+    assert rows_of(first)["trained"] == "1020 | 43.22"
+    assert second.startswith("collapse` of") and rows_of(second)["trained"] == "8"
+
+
+def test_of_an_encoder_alone_what_is_unknown_is_said(run, tmp_path):
+    export(run, "safetensors", tmp_path / "alone")
+    export(tmp_path / "alone", "timm", tmp_path / "again")
+    text = (tmp_path / "again" / "model_card.md").read_text()
+    assert section(text, "Training").startswith("Unknown: it was exported from an encoder's files")
+    assert section(text, "Evaluation") == "None is known."
+    versions = rows_of(section(text, "Versions"))
+    assert "exported with" in versions and "trained with" not in versions
+
+
+def test_the_versions_name_the_code_s_commit(run, monkeypatch):
+    monkeypatch.setattr("cjepa_fast.export.card._commit", lambda: "abc123+changes")
+    versions = rows_of(section(card_of(run), "Versions"))
+    assert versions["exported with"].endswith("abc123+changes")
+    assert torch.__version__ in versions["exported with"]
+    assert versions["trained with"] == "0.1.0 | 2.13.0 | 3.11.7 | unknown"
