@@ -3,7 +3,7 @@
     begin     the step after it starts at once; meanwhile a thread copies the state, which a forward
               and a backward only read, and writes it; the next update waits for the copy alone
     settle    after each step: once every process has written, the first one adds the manifest and
-              gives the folder its name, in a thread of its own
+              gives the folder its name, in that thread
     finish    the same, waited for
 
 What cannot be written (a full disk, a value that is not finite) is said and taken away: the
@@ -11,8 +11,10 @@ training goes on, and the checkpoints there stay.
 """
 
 import json
+import queue
 import shutil
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,6 +75,43 @@ class Snapshot:
             torch.cuda.current_stream().wait_event(self._copied_from_gpu)
 
 
+class Worker:
+    """A thread that does jobs, one at a time, and ends with this object.
+
+    One for all saves: the C library gives each new thread memory of its own, and keeps it.
+    """
+
+    def __init__(self, name: str):
+        self._jobs: queue.SimpleQueue = queue.SimpleQueue()
+        self._idle = threading.Event()
+        self._idle.set()
+        serve = threading.Thread(
+            target=_serve, args=(self._jobs, self._idle), name=name, daemon=True
+        )
+        serve.start()
+        weakref.finalize(self, self._jobs.put, None)
+
+    @property
+    def busy(self) -> bool:
+        return not self._idle.is_set()
+
+    def start(self, job: Callable[..., None], *args) -> None:
+        self._idle.clear()
+        self._jobs.put((job, args))
+
+    def wait(self) -> None:
+        self._idle.wait()
+
+
+def _serve(jobs: queue.SimpleQueue, idle: threading.Event) -> None:
+    """The thread's body. It holds no reference to the Worker, so that one can be collected."""
+    while (task := jobs.get()) is not None:
+        job, args = task
+        job(*args)
+        del task, job, args  # or they would stay until the next
+        idle.set()
+
+
 class Saver:
     """Saves an engine's state below `folder`; every process makes one and calls it alike.
 
@@ -94,9 +133,9 @@ class Saver:
         self._engine, self._encoder_json, self._say = engine, encoder_json, say
         self._snapshot = Snapshot()
         engine.before_update = self._snapshot.wait
-        self._writing: threading.Thread | None = None
-        self._naming: threading.Thread | None = None
-        self._failure: str | None = None  # of the naming thread
+        self._worker = Worker("checkpoint")
+        self._writing = self._naming = False  # what was begun and is not settled
+        self._failure: str | None = None  # of the naming
         self._step: int | None = None
         self._saved: int | None = None  # the last step that came through, on the first process
         self.best: int | None = None  # a step whose checkpoint is kept, and named RUN/best
@@ -104,12 +143,12 @@ class Saver:
     @property
     def pending(self) -> bool:
         """Whether a save has been begun that is not settled, on all processes alike."""
-        return self._writing is not None
+        return self._writing
 
     @property
     def busy(self) -> bool:
         """Whether this process's thread is still writing."""
-        return self._writing is not None and self._writing.is_alive()
+        return self._writing and self._worker.busy
 
     def begin(self, step: int, facts: dict) -> None:
         """Save the state of optimiser step `step` (updates done so far).
@@ -123,19 +162,17 @@ class Saver:
         self._outcome: Receipt | str = ""
         self._snapshot.begin(checkpoint.owned_tensors(self._engine))
         generators = checkpoint.generator_states()
-        self._writing = threading.Thread(
-            target=self._write, args=(generators,), name="checkpoint", daemon=True
-        )
-        self._writing.start()
+        self._writing = True
+        self._worker.start(self._write, generators)
 
     def settle(self) -> None:
         """Once no process is busy: name what all have written, or say why it failed."""
-        if self._naming is not None and not self._naming.is_alive():
+        if self._naming and not self._worker.busy:
             self._named()
-        if self._writing is None:
+        if not self._writing:
             return
-        self._writing.join()
-        self._writing = None
+        self._worker.wait()
+        self._writing = False
         outcomes = from_all(self._outcome)
         if rank() != 0:
             return
@@ -143,14 +180,14 @@ class Saver:
         if failures:
             self._fail(failures[0])
             return
-        self._naming = threading.Thread(target=self._name, args=(outcomes,), daemon=True)
-        self._naming.start()
+        self._naming = True
+        self._worker.start(self._name, outcomes)
 
     def finish(self) -> bool:
         """Wait until what was begun is settled and named. Returns, on the first process, whether
         the last save came through."""
         self.settle()
-        if self._naming is not None:
+        if self._naming:
             self._named()
         return self._saved == self._step
 
@@ -158,12 +195,12 @@ class Saver:
         """Of a run that fails: finish what takes no other process."""
         if world_size() == 1:
             self.finish()
-        elif self._naming is not None:
+        elif self._naming:
             self._named()
 
     def _named(self) -> None:
-        self._naming.join()
-        self._naming = None
+        self._worker.wait()
+        self._naming = False
         if self._failure:
             self._fail(self._failure)
 
