@@ -38,6 +38,19 @@ def test_a_column_for_each_way_a_task_was_run():
     assert list(alike.values()) == ["knn: kNN %", "knn: mean-subtracted"]  # no count of images
 
 
+def test_each_row_of_an_encoder_has_its_column():
+    probed = record(task="linear")
+    probed["rows"] = [
+        {"encoder": name, "layers": layers, "top1": top1}
+        for name, layers, top1 in (
+            ("untrained", "last", 9.0), ("trained", "last", 1.0), ("trained", "last 4", 2.0)
+        )
+    ]  # fmt: skip
+    (values,), headings = compare.measures([[probed]])
+    assert values == {("linear", "top1", "last"): 1.0, ("linear", "top1", "last 4"): 2.0}
+    assert list(headings.values()) == ["linear: kNN % (last)", "linear: kNN % (last 4)"]
+
+
 def test_the_later_of_two_of_one_kind_counts():
     values, _ = compare.measures([[record(top1=1.0), record(top1=2.0, made="2026-01-02")]])
     assert values[0]["knn", "top1", ""] == 2.0

@@ -19,7 +19,8 @@ from cjepa_fast.eval.pictures import FIGURE, save
 
 COMPUTED = ("knn", "linear", "collapse")  # with --data
 LOWER = {"alignment", "uniformity", "dead", "by_position", "distance_error"}  # is better
-UNJUDGED = {"std_mean", "std_min", "by_image", "by_both"}
+UNJUDGED = {"std_mean", "std_min", "by_image", "by_both", "commonest", "held_out"}
+WAYS = ("question", "labels", "layers")  # what tells the rows of one encoder apart
 BEST = "*"
 Measure = tuple[str, str, str]  # task, key of its rows, the settings that tell it apart
 Found = dict[Measure, float]  # of one checkpoint
@@ -48,12 +49,13 @@ def measures(records: list[list[dict]]) -> tuple[list[Found], dict[Measure, str]
     for task in differing:
         for found, of_one in zip(values, records, strict=True):
             for record in (r for r in of_one if r["task"] == task):
-                way = ", ".join(f"{k} {record['settings'].get(k)}" for k in differing[task])
-                for key, word in record["headings"].items():
-                    value = _trained(record).get(key)
-                    if isinstance(value, float):
-                        found[task, key, way] = value
-                        headings[task, key, way] = f"{task}: {word}" + (f" ({way})" if way else "")
+                ways = [f"{k} {record['settings'].get(k)}" for k in differing[task]]
+                for row in _trained(record):
+                    way = ", ".join([*(str(row[k]) for k in WAYS if k in row), *ways])
+                    for key, word in record["headings"].items():
+                        if isinstance(row.get(key), float):
+                            found[task, key, way] = row[key]
+                            headings[task, key, way] = f"{task}: {word}" + f" ({way})" * bool(way)
     return values, headings
 
 
@@ -67,8 +69,8 @@ def _differing(settings: list[dict]) -> list[str]:
     return [key for key in keys if len({json.dumps(s.get(key)) for s in settings}) > 1]
 
 
-def _trained(record: dict) -> dict:
-    return next((row for row in record["rows"] if row.get("encoder") == "trained"), {})
+def _trained(record: dict) -> list[dict]:
+    return [row for row in record["rows"] if row.get("encoder") == "trained"]
 
 
 def best(measure: Measure, values: list[Found]) -> float | None:
