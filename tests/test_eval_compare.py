@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from cjepa_fast.config import Config
 from cjepa_fast.eval import compare
 from cjepa_fast.eval.__main__ import main
 
@@ -20,7 +21,7 @@ def record(task="knn", top1=50.0, made="2026-01-01", inside=".", which="target",
 
 def write(run, *records):
     (run / "eval").mkdir(parents=True)
-    (run / "config.json").write_text("{}")
+    (run / "config.json").write_text(Config().to_json())
     for i, one in enumerate(records):
         (run / "eval" / f"{one['task']}-{i:08x}.json").write_text(json.dumps(one))
     return run

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from cjepa_fast.data.coco import Coco, WholeImages
 from cjepa_fast.eval import rcnn_training
 from cjepa_fast.eval.__main__ import main
+from cjepa_fast.eval.by_depth import add_drop_path, layer_decay_groups
 from cjepa_fast.eval.detect import detections, open_split
 from cjepa_fast.eval.pyramid import Pyramid
 from cjepa_fast.eval.rcnn_training import Kept, Recipe, fine_tune
@@ -80,11 +81,9 @@ def test_anchors_lie_on_their_cells(seed):
 
 @needs_torchvision
 def test_every_parameter_learns_at_the_rate_of_its_depth(seed):
-    from cjepa_fast.eval.rcnn import parameter_groups
-
     model = detector()
-    groups = parameter_groups(model, lr=1.0, decay=0.5, weight_decay=0.1)
-    rate = {id(p): group["peak_lr"] for group in groups for p in group["params"]}
+    groups = layer_decay_groups(model, model.backbone.encoder, decay=0.5, weight_decay=0.1)
+    rate = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert sorted(rate) == sorted(map(id, trained.values()))
@@ -98,12 +97,10 @@ def test_every_parameter_learns_at_the_rate_of_its_depth(seed):
 
 @needs_torchvision
 def test_drop_path_leaves_out_branches_of_later_blocks_while_training(seed):
-    from cjepa_fast.eval.rcnn import drop_paths
-
     encoder = Encoder(image_size=32, patch_size=8, width=24, depth=3, heads=3)
     images = torch.randn(64, 3, 32, 32)
     whole = encoder(images)
-    drop_paths(encoder, 0.5)
+    add_drop_path(encoder, 0.5)
     assert torch.equal(encoder.eval()(images), whole)
     encoder.train()
     seen = []
@@ -132,12 +129,10 @@ RECIPE = Recipe(
 
 
 def start(folder: Path, kept: Kept, recipe: Recipe = RECIPE):
-    from cjepa_fast.eval import rcnn
-
     torch.manual_seed(0)
     model = detector()
-    rcnn.drop_paths(model.backbone.encoder, recipe.drop_path)
-    groups = rcnn.parameter_groups(model, recipe.lr, 0.8, 0.1)
+    add_drop_path(model.backbone.encoder, recipe.drop_path)
+    groups = layer_decay_groups(model, model.backbone.encoder, 0.8, 0.1)
     fine_tune(model, groups, open_split(folder, "train"), recipe, kept, torch.device("cpu"))
     return model
 

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from cjepa_fast.data.sources import open_images
-from cjepa_fast.eval import finetune, recipe, semi
+from cjepa_fast.eval import by_depth, finetune, recipe, semi
 from cjepa_fast.eval.__main__ import main
 from cjepa_fast.eval.features import Subset
 from cjepa_fast.eval.recipe import Classifier, Recipe
@@ -61,7 +61,7 @@ def saved(tmp_path):
 
 def test_drop_path_leaves_out_whole_images_and_keeps_the_mean(seed):
     x = torch.randn(4000, 2, 3)
-    dropped = recipe.drop_path(x, 0.25)
+    dropped = by_depth.drop_path(x, 0.25)
     gone = (dropped == 0).flatten(1).all(1)
     torch.testing.assert_close(dropped[~gone], x[~gone] / 0.75)
     assert 0.2 < gone.double().mean() < 0.3
@@ -71,8 +71,8 @@ def test_blocks_drop_more_the_deeper_they_are_and_only_in_training(seed, monkeyp
     encoder, images = small(depth=3), torch.randn(2, 3, 24, 24)
     before = encoder.eval()(images)
     rates = []
-    monkeypatch.setattr(recipe, "drop_path", lambda x, rate: (rates.append(rate), x)[1])
-    recipe.add_drop_path(encoder, 0.2)
+    monkeypatch.setattr(by_depth, "drop_path", lambda x, rate: (rates.append(rate), x)[1])
+    by_depth.add_drop_path(encoder, 0.2)
     torch.testing.assert_close(encoder(images), before)
     assert rates == []
     encoder.train()(images)
@@ -81,9 +81,9 @@ def test_blocks_drop_more_the_deeper_they_are_and_only_in_training(seed, monkeyp
 
 def test_a_dropped_branch_is_the_identity(seed, monkeypatch):
     encoder, images = small(depth=1), torch.randn(2, 3, 24, 24)
-    recipe.add_drop_path(encoder, 0.5)  # of one block linspace has the first rate, 0
+    by_depth.add_drop_path(encoder, 0.5)  # of one block linspace has the first rate, 0
     for branch in (encoder.blocks[0].attn, encoder.blocks[0].mlp):
-        branch.register_forward_hook(lambda module, args, out: recipe.drop_path(out, 1 - 1e-12))
+        branch.register_forward_hook(lambda module, args, out: by_depth.drop_path(out, 1 - 1e-12))
     torch.testing.assert_close(encoder.train()(images), encoder.norm(encoder.embed(images, None)))
 
 
@@ -91,7 +91,7 @@ def test_layer_decay_by_hand():
     model = Classifier(small(depth=2), classes=5)
     scales = {}
     names = {id(p): name for name, p in model.named_parameters()}
-    for group in recipe.parameter_groups(model, decay=0.5, weight_decay=0.1):
+    for group in by_depth.layer_decay_groups(model, model.encoder, decay=0.5, weight_decay=0.1):
         for p in group["params"]:
             scales[names[id(p)]] = group["lr_scale"], group["weight_decay"]
     assert scales["head.weight"] == (1.0, 0.1)

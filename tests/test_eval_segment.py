@@ -20,10 +20,10 @@ from cjepa_fast.data.pairs import IGNORE, classes_of, named_classes, open_pairs
 from cjepa_fast.encoders import load_encoder
 from cjepa_fast.eval import segment, segment_training, segmenter
 from cjepa_fast.eval.__main__ import main
+from cjepa_fast.eval.by_depth import layer_decay_groups
 from cjepa_fast.eval.confusion import confusion, scores
 from cjepa_fast.eval.segmenter import (
     Segmenter,
-    layer_decay_groups,
     logits_sliding,
     logits_whole,
     loss_of,
@@ -226,16 +226,16 @@ def test_upernet_s_levels_and_logits(patch_size, seed):
 
 def test_what_learns_and_how_fast(encoder, narrow):
     model = Segmenter(load_encoder(encoder), "upernet", 3, layers=1, frozen=False)
-    groups = layer_decay_groups(model.encoder, model.head, 1e-3, 0.5, 0.05)
-    rates = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+    groups = layer_decay_groups(model, model.encoder, 0.5, 0.05)
+    rates = {id(p): (g["lr_scale"], g["weight_decay"]) for g in groups for p in g["params"]}
     trained = [p for p in model.parameters() if p.requires_grad]
     assert sorted(rates) == sorted(id(p) for p in trained)
     blocks = model.encoder.blocks
-    assert rates[id(model.head.classify[1].weight)] == (1e-3, 0.05)
-    assert rates[id(model.head.classify[1].bias)] == (1e-3, 0)
-    assert rates[id(blocks[1].attn.qkv.weight)] == (5e-4, 0.05)
-    assert rates[id(blocks[0].norm1.weight)] == (2.5e-4, 0)
-    assert rates[id(model.encoder.patch_embed.proj.weight)] == (1.25e-4, 0.05)
+    assert rates[id(model.head.classify[1].weight)] == (1, 0.05)
+    assert rates[id(model.head.classify[1].bias)] == (1, 0)
+    assert rates[id(blocks[1].attn.qkv.weight)] == (0.5, 0.05)
+    assert rates[id(blocks[0].norm1.weight)] == (0.25, 0)
+    assert rates[id(model.encoder.patch_embed.proj.weight)] == (0.125, 0.05)
 
     logits = model.train()(torch.randn(2, 3, 24, 32))
     loss_of(logits, torch.randint(0, 3, (2, 24, 32)), IGNORE).backward()

@@ -17,6 +17,7 @@ from cjepa_fast.engine import from_all, from_first_process, rank, world_size
 from cjepa_fast.eval import command
 from cjepa_fast.eval.average_precision import KINDS, as_results, average_precision
 from cjepa_fast.eval.boxes import draw
+from cjepa_fast.eval.by_depth import add_drop_path, layer_decay_groups
 from cjepa_fast.eval.features import digest, shown_bar
 from cjepa_fast.eval.pyramid import Pyramid
 from cjepa_fast.eval.rcnn_training import Kept, Recipe, as_input, fine_tune, read
@@ -163,8 +164,8 @@ def trained(
     torch.manual_seed(recipe.seed)  # of the heads
     pyramid = Pyramid(encoder, recipe.channels, recipe.bf16)
     model = rcnn.mask_rcnn(pyramid, len(train.names), recipe.image_size, masks)
-    rcnn.drop_paths(encoder, recipe.drop_path)
-    groups = rcnn.parameter_groups(model, recipe.lr, recipe.layer_decay, recipe.weight_decay)
+    add_drop_path(encoder, recipe.drop_path)
+    groups = layer_decay_groups(model, encoder, recipe.layer_decay, recipe.weight_decay)
     fine_tune(model, groups, train, recipe, Kept(file, facts), command.device(), threads)
     return model
 

@@ -19,6 +19,7 @@ from cjepa_fast.data.loader import Loader
 from cjepa_fast.encoders import load_encoder
 from cjepa_fast.engine import mean_over_ranks, rank, world_size
 from cjepa_fast.eval import command, recipe
+from cjepa_fast.eval.by_depth import add_drop_path, layer_decay_groups
 from cjepa_fast.eval.features import Subset, image_vectors, shown_bar
 from cjepa_fast.eval.recipe import Classifier, Recipe
 from cjepa_fast.eval.tuning import Alone, Together, batches_of, restored, save
@@ -54,8 +55,8 @@ def tune(
     device = command.device()
     torch.manual_seed(args.seed)
     model = Classifier(encoder, classes, args.bf16).to(device)
-    recipe.add_drop_path(encoder, chosen.drop_path)
-    groups = recipe.parameter_groups(model, chosen.layer_decay, chosen.weight_decay)
+    add_drop_path(encoder, chosen.drop_path)
+    groups = layer_decay_groups(model, encoder, chosen.layer_decay, chosen.weight_decay)
     batch, micro_batch = batches_of(len(train), chosen.batch, args.micro_batch)
     loader = Loader(
         train, global_batch=batch, micro_batch=micro_batch, image_size=encoder.image_size,

@@ -12,11 +12,10 @@ from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCN
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.ops import MultiScaleRoIAlign, stochastic_depth
+from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import LevelMapper
 
 from cjepa_fast.eval.pyramid import ChannelNorm, Pyramid
-from cjepa_fast.vit import Encoder
 
 ANCHOR_CELLS = 8  # an anchor's side in cells of its level: 32 pixels at a stride of 4
 RATIOS = (0.5, 1.0, 2.0)
@@ -87,36 +86,3 @@ def _pooling(pyramid: Pyramid, cells: int) -> MultiScaleRoIAlign:
     pooling.scales = [1 / stride for stride in pyramid.strides[:levels]]
     pooling.map_levels = LevelMapper(0, levels - 1, canonical_scale=14 * patch, canonical_level=2)
     return pooling
-
-
-def drop_paths(encoder: Encoder, rate: float) -> None:
-    """Stochastic depth while training: the last block's branches are left out at `rate`, those of
-    earlier blocks in proportion to their depth."""
-    for i, block in enumerate(encoder.blocks):
-        p = rate * i / max(1, encoder.depth - 1)
-        for branch in (block.attn, block.mlp):
-            branch.register_forward_hook(
-                lambda module, _, out, p=p: stochastic_depth(out, p, "row", module.training)
-            )
-
-
-def parameter_groups(model: nn.Module, lr: float, decay: float, weight_decay: float) -> list[dict]:
-    """AdamW's groups: a block's learning rate is `decay` times that of the block after it.
-
-    The patch embedding is one below the first block; the last norm, the pyramid and the heads have
-    `lr`. It stands in "peak_lr", for a schedule. Biases and norms take no weight decay.
-    """
-    encoder = model.backbone.encoder
-    layer_of = {id(p): 0 for p in encoder.patch_embed.parameters()}
-    for i, block in enumerate(encoder.blocks, start=1):
-        layer_of |= {id(p): i for p in block.parameters()}
-    groups: dict[tuple[int, bool], list] = {}
-    top = encoder.depth + 1
-    for p in model.parameters():
-        if p.requires_grad:
-            groups.setdefault((layer_of.get(id(p), top), p.dim() > 1), []).append(p)
-    return [
-        {"params": members, "peak_lr": lr * decay ** (top - layer),
-         "weight_decay": weight_decay if decays else 0.0}
-        for (layer, decays), members in sorted(groups.items(), key=lambda item: item[0])
-    ]  # fmt: skip

@@ -103,7 +103,7 @@ def fine_tune(
     device: torch.device,
     threads: int = 0,
 ) -> None:
-    """Train a detector, as `rcnn.mask_rcnn` makes it, in place. groups: rcnn.parameter_groups'.
+    """Train a detector, as `rcnn.mask_rcnn` makes it, in place. groups: by_depth's.
 
     Raises ValueError where the loss is no longer finite.
     """
@@ -121,9 +121,9 @@ def fine_tune(
         accumulated = recipe.batch_size // world_size() // micro
         with shown_bar(steps, f"epoch {epoch + 1} of {recipe.epochs}", "step") as bar:
             for step in range(steps):
-                factor = recipe.lr_factor(epoch * steps + step, recipe.epochs * steps)
+                rate = recipe.lr * recipe.lr_factor(epoch * steps + step, recipe.epochs * steps)
                 for group in optimizer.param_groups:
-                    group["lr"] = group["peak_lr"] * factor
+                    group["lr"] = rate * group["lr_scale"]
                 optimizer.zero_grad()
                 for _ in range(accumulated):
                     loss = loss_of(spread, *next(batches), device) / accumulated

@@ -1,12 +1,11 @@
 """What a fine-tuning does beside the plain step, each part on its own.
 
-Layer decay (Clark et al. 2020, as in BEiT and MAE), drop path (Huang et al. 2016), mixup (Zhang et
-al. 2018), cutmix (Yun et al. 2019), random erasing (Zhong et al. 2020), the average of the weights.
-Numbers are MAE's (He et al. 2021, arXiv 2111.06377, App. A.1, and its code).
+Mixup (Zhang et al. 2018), cutmix (Yun et al. 2019), random erasing (Zhong et al. 2020), the average
+of the weights; layer decay and drop path are in by_depth.py. Numbers are MAE's (He et al. 2021,
+arXiv 2111.06377, App. A.1, and its code).
 Shapes: B images, C classes.
 """
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -87,48 +86,6 @@ class Classifier(nn.Module):
         with torch.autocast(images_B3HW.device.type, torch.bfloat16, enabled=self.bf16):
             tokens_BND = self.encoder(images_B3HW)
         return self.head(self.norm(tokens_BND.float().mean(1)))
-
-
-def drop_path(x_BSD: torch.Tensor, rate: float) -> torch.Tensor:
-    """Each image's branch left out with probability `rate`, the others' scaled to keep the mean."""
-    kept_B11 = x_BSD.new_empty(len(x_BSD), 1, 1).bernoulli_(1 - rate)
-    return x_BSD * (kept_B11 / (1 - rate))
-
-
-def add_drop_path(encoder: Encoder, rate: float) -> None:
-    """From now on, while training, the blocks drop branches: from 0 in the first to `rate`."""
-    for block, own in zip(encoder.blocks, torch.linspace(0, rate, encoder.depth), strict=True):
-        if own > 0:
-            hook = functools.partial(_drop_branch, float(own))
-            for branch in (block.attn, block.mlp):
-                branch.register_forward_hook(hook)
-
-
-def _drop_branch(rate: float, branch: nn.Module, args, output: torch.Tensor):
-    return drop_path(output, rate) if branch.training else output
-
-
-def parameter_groups(model: Classifier, decay: float, weight_decay: float) -> list[dict]:
-    """Groups with "lr_scale": 1 for the head, times `decay` a block down, the patches' last.
-
-    Biases and norms take no weight decay.
-    """
-    groups: dict[tuple[float, bool], dict] = {}
-    for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
-        scale = decay ** (model.encoder.depth + 1 - _level(name, model.encoder.depth))
-        decays = p.dim() > 1
-        group = {"params": [], "lr_scale": scale, "weight_decay": weight_decay if decays else 0.0}
-        groups.setdefault((scale, decays), group)["params"].append(p)
-    return list(groups.values())
-
-
-def _level(name: str, depth: int) -> int:
-    """0 for the patches' embedding, 1 for the first block, and so on."""
-    if name.startswith("encoder.blocks."):
-        return int(name.split(".")[2]) + 1
-    return 0 if name.startswith("encoder.") else depth + 1
 
 
 def averaged(model: nn.Module, most: float) -> AveragedModel:

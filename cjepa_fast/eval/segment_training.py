@@ -18,9 +18,10 @@ from cjepa_fast import draws
 from cjepa_fast.data.pairs import IGNORE, Classes, Pairs
 from cjepa_fast.data.whole import WholeImages, ahead
 from cjepa_fast.engine import rank, world_size
+from cjepa_fast.eval.by_depth import layer_decay_groups
 from cjepa_fast.eval.dense import normalised, resized
 from cjepa_fast.eval.features import shown_bar
-from cjepa_fast.eval.segmenter import Segmenter, layer_decay_groups, loss_of
+from cjepa_fast.eval.segmenter import Segmenter, loss_of
 
 SCALES = (0.5, 2.0)  # of the image before a crop
 LOSS_EVERY = 20  # steps between looks at the loss, each of which waits for the device
@@ -69,11 +70,9 @@ def train(
     for a loss that is no longer finite.
     """
     device = next(model.parameters()).device
-    groups = layer_decay_groups(
-        model.encoder, model.head, recipe.lr, recipe.layer_decay, recipe.weight_decay
+    optimizer = torch.optim.AdamW(
+        layer_decay_groups(model, model.encoder, recipe.layer_decay, recipe.weight_decay)
     )
-    optimizer = torch.optim.AdamW(groups)
-    peaks = [group["lr"] for group in optimizer.param_groups]
     facts = _facts(model, pairs, classes, recipe)
     start = _restore(save_to, model, optimizer, facts) if resume and save_to else 0
     run = _parallel(model.train(), device)
@@ -82,8 +81,9 @@ def train(
         bar.update(start)
         for step, samples in enumerate(batches, start):
             torch.manual_seed(recipe.seed + step * world_size() + rank())  # of the dropout
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * share_of_peak(step, recipe.steps, recipe.warmup)
+            rate = recipe.lr * share_of_peak(step, recipe.steps, recipe.warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["lr_scale"]
             views = [augmented(*sample, recipe, model.encoder, device) for sample in samples]
             images_B3CC, labels_BCC = (torch.stack(parts) for parts in zip(*views, strict=True))
             with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bf16):

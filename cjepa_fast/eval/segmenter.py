@@ -82,28 +82,6 @@ def loss_of(logits: Sequence[torch.Tensor], labels_BHW: torch.Tensor, ignore: in
     return total
 
 
-def layer_decay_groups(
-    encoder: Encoder, head: nn.Module, lr: float, decay: float, weight_decay: float
-) -> list[dict]:
-    """AdamW's groups: `lr` for the head and the encoder's last norm, for each block `decay` times
-    that of the one after it, for the patch embedding decay^(depth + 1) times `lr`.
-
-    Biases and one-dimensional parameters take no weight decay. What needs no gradient is left out.
-    """
-    stages = [(encoder.patch_embed, encoder.depth + 1)]
-    stages += [(block, encoder.depth - i) for i, block in enumerate(encoder.blocks)]
-    stages += [(encoder.norm, 0), (head, 0)]
-    groups = []
-    for module, below in stages:
-        trained = [p for p in module.parameters() if p.requires_grad]
-        for decayed in (True, False):
-            params = [p for p in trained if (p.dim() > 1) is decayed]
-            if params:
-                weight = weight_decay if decayed else 0.0
-                groups.append({"params": params, "lr": lr * decay**below, "weight_decay": weight})
-    return groups
-
-
 def logits_whole(model: nn.Module, images_B3HW: torch.Tensor) -> torch.Tensor:
     """Logits in the images' size: (B, C, H, W) fp32."""
     return F.interpolate(model(images_B3HW)[0].float(), images_B3HW.shape[-2:], mode="bilinear")
