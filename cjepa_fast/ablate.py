@@ -20,6 +20,7 @@ import json
 import os
 import queue
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -149,10 +150,10 @@ def train_all(ablation: Ablation, trials: list[Trial], places: list[dict[str, st
         futures = {trial: pool.submit(attempt, trial) for trial in todo}
         try:
             return [trial for trial, future in futures.items() if not future.result()]
-        except KeyboardInterrupt:  # the trainings have it too: they save and end
+        except KeyboardInterrupt:
             stopping.set()
-            for process in list(running):
-                process.wait()
+            for process in list(running):  # they save and end
+                process.terminate()
             raise
 
 
@@ -321,6 +322,7 @@ def main(argv: list[str] | None = None) -> int:
     out = args.out or Path("runs/ablations") / ablation.name
     trials, failed = trials_of(ablation, out), []
     if not args.table:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         with contextlib.suppress(KeyboardInterrupt):
             failed = train_all(ablation, trials, places)
     if not any(trial.finished for trial in trials):

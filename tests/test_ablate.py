@@ -4,11 +4,13 @@ import json
 import statistics
 
 import pytest
+import test_run
 import tiny
 
 from cjepa_fast import ablate, config
 from cjepa_fast.config import ConfigError
 
+handlers = test_run.handlers
 ROWS = {"none": {"loss.vicreg.beta": 0}, "All of it": {}}
 
 
