@@ -227,7 +227,7 @@ def machine(device: torch.device) -> str:
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
     else:
-        hardware = f"a CPU, {torch.get_num_threads()} threads"
+        hardware = f"CPU ({torch.get_num_threads()} threads)"
     return f"{engines.world_size()} x {hardware}; torch {torch.__version__}"
 
 

@@ -93,8 +93,9 @@ def as_run(command: Command, folder: Path, config: Path, number: int) -> str:
     text = command.text.replace("/my/", f"{folder}/my/")
     for pattern, short in SHORT.items():
         text = re.sub(pattern, short, text)
-    if "bench/plan.py" not in text and "ablate" not in text:
-        text = re.sub(r"(?<=\s)(vit_\w+|demo)(\.json)?(?=\s|$)", str(config), text)
+    if "bench/plan.py" not in text:
+        names = r"(?<=--config )((vit_\w+|demo)(\.json)? ?)+"
+        text = re.sub(names, lambda m: f"{config} " * len(m[0].split()), text)
     if "train.py" in text and "run.dir" not in text:
         text += f" --set run.dir={folder}/runs/{number}"
     scripts = {"cjepa-eval": "cjepa_fast.eval", "cjepa-export": "cjepa_fast.export"}
