@@ -6,7 +6,6 @@ after 100 optimiser steps, as in the names of checkpoints.
 """
 
 import contextlib
-import datetime
 import hashlib
 import json
 import math
@@ -66,6 +65,8 @@ class Telemetry:
         self._folder, self._step = folder, start_step
         self._said = Lines(self._line.message, folder / "events.jsonl")
         kept = _drop_rows_after(folder / "log.jsonl", start_step)
+        self._before_s = kept[-1].get("time_s", 0.0) if kept else 0.0
+        self._start_s = time.perf_counter()
         self._log = Lines(self.message, folder / "log.jsonl")
         self._events: dict[str, Lines] = {}
         self._mirrors: list[Mirror | Aside] = []
@@ -74,8 +75,6 @@ class Telemetry:
         if wandb:
             self._mirrors.append(Aside(WeightsAndBiases, self.message, folder, wandb))
         self._gpu = GpuCounters()
-        self._before_s = kept[-1].get("time_s", 0.0) if kept else 0.0
-        self._start_s = time.perf_counter()
         self._shown: dict = {}
         self._step_s: float | None = None
         self._new_interval(start_step)
@@ -178,8 +177,8 @@ class Telemetry:
         """Print a line of its own beside the progress line, and keep it in events.jsonl."""
         if not self.silent:
             self._line.message(text)
-            when = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-            self._said.write({"step": self._step, "time": when, "text": text})
+            time_s = self._before_s + time.perf_counter() - self._start_s
+            self._said.write({"step": self._step, "time_s": time_s, "text": text})
 
     def event(self, file: str, row: dict, text: str) -> None:
         """Print what happened, and add it to a JSONL file of that name in the run's folder."""
