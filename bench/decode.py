@@ -23,9 +23,8 @@ import numpy as np
 import torch
 from hardware import provenance, synchronize
 
-from cjepa_fast import build
+from cjepa_fast import build, processes
 from cjepa_fast import config as configuration
-from cjepa_fast import engine as engines
 from cjepa_fast.config import Config, ConfigError
 from cjepa_fast.data import sources
 from cjepa_fast.data.loader import Loader
@@ -197,7 +196,7 @@ def main(argv: list[str]) -> int:
     args = parse(argv)
     try:
         config = configured(args)
-        device = engines.start(config.run.seed)
+        device = processes.start(config.run.seed)
         row = measure(config, args, device)
     except (ConfigError, ValueError) as error:  # the user's input
         print(f"error: {error}", file=sys.stderr)
@@ -209,4 +208,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    engines.leave(main(sys.argv[1:]))
+    processes.leave(main(sys.argv[1:]))

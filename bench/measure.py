@@ -19,8 +19,7 @@ from phases import Phases
 from power import PowerMeter, power_figures
 from reference import ReferenceTrainer
 
-from cjepa_fast import build, train
-from cjepa_fast import engine as engines
+from cjepa_fast import build, processes, train
 from cjepa_fast.config import Config
 from cjepa_fast.data.loader import Batch, Loader
 
@@ -130,7 +129,7 @@ def measure(
             loader.close()
     most = zip(*on_all_ranks((timed["total_s"], peak_gib)), strict=True)
     timed["total_s"], peak_gib = map(max, most)
-    images = steps * trainer.micro_batch * engines.world_size()
+    images = steps * trainer.micro_batch * processes.world_size()
     return row_of(config, data, trainer, timed) | {
         **power_figures(on_all_ranks(meter.found), images),
         "phases_ms": parts.median_ms(),
@@ -153,7 +152,7 @@ def forget(device: torch.device) -> None:
 
 def on_all_ranks(value) -> list:
     """What every process gives, in their order."""
-    values = [value] * engines.world_size()
+    values = [value] * processes.world_size()
     if len(values) > 1:
         dist.all_gather_object(values, value)
     return values
@@ -295,7 +294,7 @@ def spread(step_ms: list[float]) -> dict:
 
 def row_of(config: Config, data: str, trainer: train.Trainer, timed: dict) -> dict:
     """The figures of the timed steps."""
-    step_ms, images = timed["step_ms"], trainer.micro_batch * engines.world_size()
+    step_ms, images = timed["step_ms"], trainer.micro_batch * processes.world_size()
     images_per_s = images * len(step_ms) / timed["total_s"]
     sizes = (timed[name] for name in ("context_k", "targets_m", "targets_p"))
     gflop = build.gflop_of(config, *sizes)
@@ -310,7 +309,7 @@ def row_of(config: Config, data: str, trainer: train.Trainer, timed: dict) -> di
         "targets_p": timed["targets_p"],
         "gflop_per_image": gflop["total"],
         "gflop_parts": gflop,
-        "tflops": gflop["total"] * images_per_s / 1e3 / engines.world_size(),
+        "tflops": gflop["total"] * images_per_s / 1e3 / processes.world_size(),
     }
 
 

@@ -18,7 +18,7 @@ import hardware
 import torch
 from measure import synthetic_batches
 
-from cjepa_fast import build, checkpoint, engine
+from cjepa_fast import build, checkpoint, processes
 from cjepa_fast import config as configuration
 from cjepa_fast.saver import Saver
 from cjepa_fast.trainer import Trainer
@@ -41,7 +41,7 @@ class Paused:
 
 
 def measure(config: configuration.Config, saves: int, folder: Path) -> dict:
-    device = engine.start(config.run.seed)
+    device = processes.start(config.run.seed)
     trainer = Trainer(config, device, steps_per_epoch=1000)
     batches = synthetic_batches(config, device, build.build_masks(config))
     saver = Saver(folder, trainer.engine, trainer.encoder_json, keep=1)

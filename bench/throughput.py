@@ -30,7 +30,7 @@ from measure import add_mfu, measure, measure_against, measure_decoding
 from tables import AGAINST_COLUMNS, columns_of, phase_table, table
 
 from cjepa_fast import config as configuration
-from cjepa_fast import engine as engines
+from cjepa_fast import processes
 from cjepa_fast.config import Config
 
 RESULTS = ROOT / "bench" / "results" / "throughput.json"
@@ -76,7 +76,7 @@ def changed(args: argparse.Namespace, **values) -> argparse.Namespace:
 def measure_one(name: str, args: argparse.Namespace) -> list[dict]:
     """Rows of one configuration, in this process and those it was started with."""
     config = configured(name, args, launched())
-    device = engines.start(config.run.seed)
+    device = processes.start(config.run.seed)
     about = provenance(device)
     named = {"config": Path(name).stem, "precision": config.run.precision}
     named["overrides"] = args.overrides
@@ -91,7 +91,7 @@ def measure_one(name: str, args: argparse.Namespace) -> list[dict]:
         found.append(row)
     if args.against:
         found += measure_against(config, device, args.steps, args.warmup)
-    return [named | row | {"processes": engines.world_size()} | about for row in found]
+    return [named | row | {"processes": processes.world_size()} | about for row in found]
 
 
 def measure_apart(name: str, args: argparse.Namespace) -> list[dict]:
@@ -206,7 +206,7 @@ def measure_all(args: argparse.Namespace) -> list[dict]:
             for row in found:
                 add_scaling(row, rates)
         rows += found
-        if engines.rank() == 0:
+        if processes.rank() == 0:
             if args.json:
                 write(rows, args.json)
             if not args.quiet:
@@ -222,7 +222,7 @@ def main(argv: list[str]) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         return 2
-    if engines.rank() == 0:
+    if processes.rank() == 0:
         report(rows, args)
     return int(any("failed" in row for row in rows))
 
@@ -266,4 +266,4 @@ def plot(rows: list[dict], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    engines.leave(main(sys.argv[1:]))
+    processes.leave(main(sys.argv[1:]))

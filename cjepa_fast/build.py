@@ -6,12 +6,12 @@ import socket
 import torch
 
 from cjepa_fast import config as configuration
-from cjepa_fast import engine as engines
-from cjepa_fast import fp8
+from cjepa_fast import fp8, processes
 from cjepa_fast.attention import Shape, fastest
 from cjepa_fast.config import Config, ConfigError
 from cjepa_fast.data import sources
 from cjepa_fast.data.loader import Loader
+from cjepa_fast.engine import DTYPES, Engine
 from cjepa_fast.eval.command import labelled_sides
 from cjepa_fast.eval.online import Album, Online
 from cjepa_fast.eval.pictures import load_images
@@ -55,7 +55,7 @@ def build_networks(config: Config, group=None) -> JEPA:
 
 def build_engine(
     networks: JEPA, target: Encoder, config: Config, micro_batch: int, accumulation: int
-) -> engines.Engine | LocalEngine:
+) -> Engine | LocalEngine:
     """By optim.implementation; networks and target, in fp32 and on the device, become its own."""
     optim = config.optim
     options = {
@@ -72,7 +72,7 @@ def build_engine(
         return LocalEngine(
             networks, target, groups, keep_gradients=config.run.cuda_graph, **options
         )
-    return engines.Engine(
+    return Engine(
         networks,
         target,
         groups,
@@ -86,7 +86,7 @@ def build_engine(
 def optimizer_implementation(config: Config) -> str:
     """ "auto" resolved. Raises ConfigError for "adamw_ema" on several processes or with DeepSpeed
     settings, which it does not read (but for a ZeRO stage: one process has nothing to shard)."""
-    asked, alone = config.optim.implementation, engines.world_size() == 1
+    asked, alone = config.optim.implementation, processes.world_size() == 1
     zero = config.deepspeed.get("zero_optimization", {})
     own = set(config.deepspeed) <= {"zero_optimization"} and set(zero) <= {"stage"}
     if asked == "auto":
@@ -95,7 +95,7 @@ def optimizer_implementation(config: Config) -> str:
         reason = (
             f"the deepspeed section holds more than a ZeRO stage: {json.dumps(config.deepspeed)}"
             if alone
-            else f"there are {engines.world_size()} processes"
+            else f"there are {processes.world_size()} processes"
         )
         raise ConfigError(
             f'optim.implementation = "adamw_ema": it trains on one process without DeepSpeed, but '
@@ -128,7 +128,7 @@ def choose_attention(
         width = part.proj.in_features // part.heads
         packed = trained and config.mask.context == "packed"
         shape = Shape(sequences, part.heads, queries, keys, width, trained, packed)
-        choices[name] = engines.from_first_process(
+        choices[name] = processes.from_first_process(
             lambda shape=shape: fastest(shape, device, compute_dtype(config))[0]
         )
         for block in blocks:
@@ -205,7 +205,7 @@ def check_heads(section: str, width: int, heads: int) -> None:
 
 
 def compute_dtype(config: Config) -> torch.dtype:
-    return engines.DTYPES[config.run.precision]
+    return DTYPES[config.run.precision]
 
 
 def build_masks(config: Config) -> MaskSampler:
@@ -235,7 +235,7 @@ def initialise(networks: JEPA, target: Encoder, config: Config) -> None:
 def check_same_images(path: str, images: sources.ImageSet) -> None:
     """Raises ConfigError where this process's image set is not the first's, on another node."""
     host = socket.gethostname()
-    found = engines.from_all((images.fingerprint, f"{len(images):,} images on {host}"))
+    found = processes.from_all((images.fingerprint, f"{len(images):,} images on {host}"))
     for fingerprint, where in found:
         if fingerprint != found[0][0]:
             raise ConfigError(
@@ -250,11 +250,11 @@ def build_online(config: Config, device: torch.device, steps_per_epoch: int) -> 
     if own.data is None:
         return None
     train, test = (path and configuration.expanded(path) for path in (own.data, own.test))
-    sides = engines.first_on_each_node(
+    sides = processes.first_on_each_node(
         lambda: labelled_sides(train, test, own.max_train, own.max_test)
     )
     micro_batch, _ = configuration.micro_batches(
-        data.batch_size, engines.world_size(), data.micro_batch_size
+        data.batch_size, processes.world_size(), data.micro_batch_size
     )
     return Online(
         sides,
@@ -276,7 +276,7 @@ def build_online(config: Config, device: torch.device, steps_per_epoch: int) -> 
 def build_album(config: Config, loader: Loader, masks: MaskSampler) -> Album | None:
     """Of the first process, a few of the training images, by eval.online.pictures."""
     data, count = config.data, config.eval.online.pictures
-    if config.eval.online.data is None or not count or engines.rank() != 0:
+    if config.eval.online.data is None or not count or processes.rank() != 0:
         return None
     images_B3HW = load_images(
         loader.images, count, image_size=data.image_size, mean=data.mean, std=data.std
@@ -288,10 +288,10 @@ def build_album(config: Config, loader: Loader, masks: MaskSampler) -> Album | N
 def build_loader(config: Config, device: torch.device, masks: MaskSampler) -> Loader:
     data = config.data
     path = configuration.expanded(data.path)
-    images = engines.first_on_each_node(lambda: sources.open_images(path))
+    images = processes.first_on_each_node(lambda: sources.open_images(path))
     check_same_images(path, images)
     micro_batch, _ = configuration.micro_batches(
-        data.batch_size, engines.world_size(), data.micro_batch_size
+        data.batch_size, processes.world_size(), data.micro_batch_size
     )
     return Loader(
         images,
@@ -305,8 +305,8 @@ def build_loader(config: Config, device: torch.device, masks: MaskSampler) -> Lo
         mean=data.mean,
         std=data.std,
         seed=config.run.seed,
-        rank=engines.rank(),
-        world_size=engines.world_size(),
+        rank=processes.rank(),
+        world_size=processes.world_size(),
         device=device,
         dtype=compute_dtype(config),
         threads=data.threads,

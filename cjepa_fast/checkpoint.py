@@ -26,8 +26,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from cjepa_fast import __version__
-from cjepa_fast.engine import Engine, rank, world_size
+from cjepa_fast.engine import Engine
 from cjepa_fast.local import LocalEngine
+from cjepa_fast.processes import rank, world_size
 
 FORMAT = 2
 MANIFEST = "manifest.json"

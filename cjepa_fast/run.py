@@ -8,8 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from cjepa_fast import checkpoint, encoders
-from cjepa_fast import engine as engines
+from cjepa_fast import checkpoint, encoders, processes
 from cjepa_fast.data.loader import Batch, Loader
 from cjepa_fast.eval.online import Album, Online
 from cjepa_fast.interrupt import StopRequest
@@ -115,7 +114,7 @@ class Run:
             self.watch.mark("in the step")
             terms, applied = trainer.step(batches, self.done)
             self.done += 1
-            stopping, writing, minutes_up, judging = engines.any_of(
+            stopping, writing, minutes_up, judging = processes.any_of(
                 self.stop.asked, self.saver.busy, self._minutes_are_up(), self._judging_is_due()
             )
             if not writing:
@@ -151,7 +150,7 @@ class Run:
         return self.trainer.details(self.done - 1, self.bad.count, self._all_skipped_images())
 
     def _all_skipped_images(self) -> int:
-        return self.skipped_images + sum(engines.from_all(self.loader.skipped.count))
+        return self.skipped_images + sum(processes.from_all(self.loader.skipped.count))
 
     def _judging_is_due(self) -> bool:
         if self.online is None:
@@ -168,7 +167,7 @@ class Run:
         self.telemetry.message(f"target encoder after step {self.done}: {marks}")
         if self.done:
             mark = {"knn": found.get("knn"), "step": self.done}
-            self.best = engines.from_first_process(
+            self.best = processes.from_first_process(
                 lambda: max(self.best, mark, key=lambda mark: mark["knn"])
             )
             self.saver.best = self.best["step"]
@@ -229,7 +228,7 @@ class Run:
         row = {
             "step": outcome.step,
             "applied": outcome.applied,
-            "images": list(itertools.chain(*engines.from_all(names))),
+            "images": list(itertools.chain(*processes.from_all(names))),
         }
         self.telemetry.event(BAD_STEPS, row, text)
         return spike is not None and self.config.run.on_spike == "rewind"
@@ -242,7 +241,7 @@ class Run:
         """Go back to the newest checkpoint before step `spike`; its images are passed over."""
         self.watch.mark("going back")
         self.saver.finish()
-        good = engines.from_first_process(lambda: self._newest_before(spike))
+        good = processes.from_first_process(lambda: self._newest_before(spike))
         if good is None:
             self.telemetry.message(
                 f"no checkpoint before step {spike} that has not been gone back to {MOST_REWINDS} "
@@ -251,7 +250,7 @@ class Run:
             return False
         step = checkpoint.step_of(good)
         self.rewinds[step] += 1
-        if engines.rank() == 0:
+        if processes.rank() == 0:
             checkpoint.set_aside_later_than(self.folder, step)
         passed_over = self.done - step
         state = checkpoint.restore(good, self.trainer.engine)
@@ -286,7 +285,7 @@ class Run:
 
     def _is_saved(self) -> bool:
         """Whether this state is, as the first process sees it."""
-        last = checkpoint.latest(self.folder) if engines.rank() == 0 else None
+        last = checkpoint.latest(self.folder) if processes.rank() == 0 else None
         return last is not None and checkpoint.step_of(last) == self.done
 
     def _facts(self) -> dict:
@@ -308,10 +307,10 @@ class Run:
         in_row, self.bad.in_row = self.bad.in_row, 0
         self.done -= in_row
         self.saver.finish()
-        if engines.rank() == 0:
+        if processes.rank() == 0:
             checkpoint.set_aside_later_than(self.folder, self.done)
         saved = self._is_saved()
-        if not engines.any_of(saved)[0]:
+        if not processes.any_of(saved)[0]:
             self._save()
             saved = self.saver.finish()
         state = f"The last good state is saved as step {self.done}" if saved else "See above"
@@ -324,14 +323,14 @@ class Run:
     def _end(self) -> int:
         """Of a run that is done, or was asked to stop."""
         self.watch.mark("writing the last checkpoint and the encoders")
-        if not engines.any_of(self.saver.pending or self._is_saved())[0]:
+        if not processes.any_of(self.saver.pending or self._is_saved())[0]:
             self._save()  # a finished run's checkpoint, in another folder
         saved = self.saver.finish()
         if self.done < self.trainer.total_steps:
             self.telemetry.message(f"stopped after step {self.done}; go on with: {self.go_on_with}")
-        elif saved and engines.rank() == 0:
+        elif saved and processes.rank() == 0:
             final = checkpoint.latest(self.folder)
             encoders.write_encoder(self.folder / "encoder.safetensors", "target", final)
             encoders.write_encoder(self.folder / "context_encoder.safetensors", "context", final)
             self.telemetry.message(f"done: {self.folder / 'encoder.safetensors'}")
-        return 0 if saved or engines.rank() else 1
+        return 0 if saved or processes.rank() else 1

@@ -22,8 +22,9 @@ import torch
 
 from cjepa_fast import checkpoint
 from cjepa_fast.checkpoint import Receipt
-from cjepa_fast.engine import Engine, from_all, rank, world_size
+from cjepa_fast.engine import Engine
 from cjepa_fast.local import LocalEngine
+from cjepa_fast.processes import from_all, rank, world_size
 
 
 class Snapshot:

@@ -20,9 +20,8 @@ from collections.abc import Iterator
 
 import torch
 
-from cjepa_fast import checkpoint, encoders, lock, out_of_memory, watchdog
+from cjepa_fast import checkpoint, encoders, lock, out_of_memory, processes, watchdog
 from cjepa_fast import config as configuration
-from cjepa_fast import engine as engines
 from cjepa_fast.build import build_album, build_loader, build_masks, build_online, gflop_of
 from cjepa_fast.config import Config, ConfigError
 from cjepa_fast.data.batches import ImagesGone
@@ -41,7 +40,7 @@ def how_to_go_on(run: Path) -> str:
 
 
 def watchdog_of(config: Config, run: Path) -> Watchdog:
-    rank, world_size = engines.rank(), engines.world_size()
+    rank, world_size = processes.rank(), processes.world_size()
     return Watchdog(
         config.run.timeout_s,
         advice=lambda: f"stacks of all threads: {run / 'stacks_rank_*.txt'}; {how_to_go_on(run)}",
@@ -80,7 +79,7 @@ def dry_run(trainer: Trainer, loader: Loader) -> None:
         terms, _ = trainer.step(batches, index)
         loss = float(terms["loss"])  # waits for the device
         step_s = time.perf_counter() - began
-    if engines.rank() != 0:
+    if processes.rank() != 0:
         return
     encoder, masks = trainer.ema.module, batches[-1].masks
     K, (M, P) = masks.context_k, masks.target_idx_BMP.shape[1:]
@@ -93,7 +92,7 @@ def dry_run(trainer: Trainer, loader: Loader) -> None:
     print(f"memory       {peak_gib(trainer.device):.2f} GiB at the peak, {trainer.device}")
     print(
         f"step         {trainer.micro_batch} images x {loader.accumulation} x "
-        f"{engines.world_size()} processes, loss {loss:.4f}, {step_s:.2f} s (not warmed up)"
+        f"{processes.world_size()} processes, loss {loss:.4f}, {step_s:.2f} s (not warmed up)"
     )
 
 
@@ -128,10 +127,12 @@ def first_whole(found: list[Path], resume: str | None) -> Path | None:
     """
     damaged = []
     for path in found:
-        shares = engines.from_all(checkpoint.damage(path, engines.rank(), engines.world_size()))
+        shares = processes.from_all(
+            checkpoint.damage(path, processes.rank(), processes.world_size())
+        )
         damaged += dict.fromkeys(line for share in shares for line in share)
         if not any(shares):
-            if damaged and engines.rank() == 0:
+            if damaged and processes.rank() == 0:
                 lines = "\n".join(damaged)
                 print(f"WARNING: going on from the earlier {path}, since\n{lines}", file=sys.stderr)
             return path
@@ -156,7 +157,7 @@ def begin(
         return starting_points(run, args.resume)
 
     masks = build_masks(config)
-    checkpointed = first_whole(engines.from_first_process(found), args.resume)
+    checkpointed = first_whole(processes.from_first_process(found), args.resume)
     loader = build_loader(config, device, masks)
     trainer = Trainer(
         config,
@@ -189,8 +190,8 @@ def open_telemetry(
 
     Raises ValueError where another run holds it.
     """
-    config, first = trainer.config, engines.rank() == 0
-    engines.from_first_process(lambda: lock.take(run))
+    config, first = trainer.config, processes.rank() == 0
+    processes.from_first_process(lambda: lock.take(run))
     start = state["step"] if state else 0
     begun = (run / "log.jsonl").exists()
     telemetry = Telemetry(
@@ -228,7 +229,7 @@ def machine(device: torch.device) -> str:
         hardware = torch.cuda.get_device_name(device)
     else:
         hardware = f"CPU ({torch.get_num_threads()} threads)"
-    return f"{engines.world_size()} x {hardware}; torch {torch.__version__}"
+    return f"{processes.world_size()} x {hardware}; torch {torch.__version__}"
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -259,9 +260,9 @@ def input_errors() -> Iterator[None]:
 def pretrain(config: Config, run: Path, args: argparse.Namespace) -> int:
     """All of a run, or of a dry one. Returns the exit status."""
     with contextlib.ExitStack() as ending:
-        ending.callback(engines.part)
+        ending.callback(processes.part)
         with input_errors():
-            device = engines.start(config.run.seed, watchdog.START * config.run.timeout_s)
+            device = processes.start(config.run.seed, watchdog.START * config.run.timeout_s)
             watch = ending.enter_context(watchdog_of(config, run))
             ending.callback(lock.release)
             trainer, loader, state = begin(config, device, run, args)
@@ -306,4 +307,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    engines.leave(main())
+    processes.leave(main())

@@ -8,8 +8,7 @@ import torch
 import torch.distributed as dist
 
 from cjepa_fast import config as configuration
-from cjepa_fast import engine as engines
-from cjepa_fast import optim
+from cjepa_fast import optim, processes
 from cjepa_fast.build import (
     build_engine,
     build_networks,
@@ -49,14 +48,14 @@ class Trainer:
         self.steps_per_epoch, self.images = steps_per_epoch, images
         self.total_steps = config.run.epochs * steps_per_epoch
         self.micro_batch, self.accumulation = configuration.micro_batches(
-            config.data.batch_size, engines.world_size(), config.data.micro_batch_size
+            config.data.batch_size, processes.world_size(), config.data.micro_batch_size
         )
-        if self.micro_batch * engines.world_size() < 2 and config.loss.vicreg.beta > 0:
+        if self.micro_batch * processes.world_size() < 2 and config.loss.vicreg.beta > 0:
             raise ConfigError(
                 "data.batch_size or data.micro_batch_size = 1: VICReg's variance needs at least 2 "
                 "images at a time; or set loss.vicreg.beta=0"
             )
-        networks = build_networks(config, dist.group.WORLD if engines.world_size() > 1 else None)
+        networks = build_networks(config, dist.group.WORLD if processes.world_size() > 1 else None)
         target = copy.deepcopy(networks.encoder)
         if config.run.init_from and not restoring:
             initialise(networks, target, config)
@@ -127,7 +126,7 @@ class Trainer:
             self.features.append(features_BD.clone())
             sums = {name: sums.get(name, 0) + term for name, term in terms.items()}
         means = {name: total / self.accumulation for name, total in sums.items()}
-        return engines.mean_over_ranks(means), applied
+        return processes.mean_over_ranks(means), applied
 
     def micro_step(
         self,
@@ -184,5 +183,5 @@ class Trainer:
         """What a run that goes on from here must share, or it becomes another training."""
         facts = {"config": self.config.model_dump(mode="json"), "images": self.images}
         if self.config.loss.vicreg.beta > 0:
-            facts["images a VICReg statistic"] = self.micro_batch * engines.world_size()
+            facts["images a VICReg statistic"] = self.micro_batch * processes.world_size()
         return facts

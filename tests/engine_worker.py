@@ -22,7 +22,7 @@ import tiny
 import torch
 import torch.distributed as dist
 
-from cjepa_fast import checkpoint, engine, optim
+from cjepa_fast import checkpoint, engine, optim, processes
 from cjepa_fast.ema import Fragment
 from cjepa_fast.jepa import JEPA
 from cjepa_fast.kernels import launch
@@ -48,7 +48,7 @@ def batch_of(step: int, micro: int) -> list[torch.Tensor]:
 
 
 def build(stage: str, precision: str, options: dict) -> engine.Engine | LocalEngine:
-    world = engine.world_size()
+    world = processes.world_size()
     recompute = {"checkpointing": "full" if "full" in options else "none"}
     torch.manual_seed(0)
     encoder = Encoder(32, 8, 24, 2, 3, **recompute)
@@ -74,7 +74,7 @@ def whole(fragments: list[Fragment]) -> dict[str, torch.Tensor]:
     """Every parameter's values, put together from all processes' fragments."""
     pieces: dict[str, dict[int, torch.Tensor]] = {}
     own = [(f.name, f.start, f.values.cpu()) for f in fragments]
-    for name, start, values in itertools.chain(*engine.from_all(own)):
+    for name, start, values in itertools.chain(*processes.from_all(own)):
         pieces.setdefault(name, {})[start] = values
     return {name: torch.cat([found[at] for at in sorted(found)]) for name, found in pieces.items()}
 
@@ -109,7 +109,7 @@ def train(stage: str, precision: str, steps: int, folder: Path, options: dict) -
     dtype = engine.DTYPES[precision]
     masters = torch.cat([owned.master.values for owned in made.state()])
     rounded = torch.equal(masters, masters.bfloat16().float())
-    rank, share = engine.rank(), BATCH // engine.world_size()
+    rank, share = processes.rank(), BATCH // processes.world_size()
     start, exact, seen = 0, True, []
     if "resume" in options:
         start = checkpoint.restore(checkpoint.latest(folder), made)["step"]
@@ -128,20 +128,22 @@ def train(stage: str, precision: str, steps: int, folder: Path, options: dict) -
                 x[rank * share : (rank + 1) * share] for x in batch_of(step, micro)
             )
             images = images.to(dtype)
-            if options.get("weight") == str(step) and rank == engine.world_size() - 1:
+            if options.get("weight") == str(step) and rank == processes.world_size() - 1:
                 p = made.module.encoder.norm.weight
                 (p if p.numel() else p.ds_tensor).data[0] = float("nan")
-            if options.get("nan") == str(step) and rank == engine.world_size() - 1:
+            if options.get("nan") == str(step) and rank == processes.world_size() - 1:
                 images[0] = float("nan")
             with torch.no_grad():
                 tokens = target(images)
             terms = made(images, context, targets, tokens)
-            scale = engine.world_size() if options.get("bug") == "scale" else 1
+            scale = processes.world_size() if options.get("bug") == "scale" else 1
             if options.get("spike") == str(step):
                 made.limit(loss=math.inf, grad_norm=1e-6)
             made.backward(terms["loss"] / scale)
             applied = made.step(lr=1e-2, weight_decay=0.1, momentum=0.9)
-            losses.append(engine.mean_over_ranks({"loss": terms["loss"].detach()})["loss"].item())
+            losses.append(
+                processes.mean_over_ranks({"loss": terms["loss"].detach()})["loss"].item()
+            )
         made.limit(loss=math.inf, grad_norm=math.inf)
         seen.append([sum(losses) / ACCUMULATION, float(made.grad_norm), bool(applied)])
         if applied:  # the average as one process alone would keep it
@@ -167,16 +169,16 @@ def train(stage: str, precision: str, steps: int, folder: Path, options: dict) -
 def main() -> None:
     runs, steps, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
     options = dict(option.partition("=")[::2] for option in sys.argv[4:])
-    engine.start(seed=0)
+    processes.start(seed=0)
     for run in runs.split(","):
         stage, precision = run.split(":")
         result = train(stage, precision, steps, folder, options)
-        if engine.rank() == 0:
+        if processes.rank() == 0:
             print(json.dumps(result), flush=True)
-    engine.part()
+    processes.part()
 
 
 if __name__ == "__main__":
     with launch.interpreted() if "kernels" in sys.argv else contextlib.nullcontext():
         main()
-    engine.leave(0)
+    processes.leave(0)

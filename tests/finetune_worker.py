@@ -7,12 +7,12 @@ from pathlib import Path
 import test_eval_finetune as test
 import torch
 
-from cjepa_fast import engine
+from cjepa_fast import processes
 from cjepa_fast.eval import finetune
 
 
 def main(data: Path, out: Path) -> int:
-    engine.start(0)
+    processes.start(0)
     saved = finetune.save
 
     def stop(*args):
@@ -25,12 +25,12 @@ def main(data: Path, out: Path) -> int:
     except test.Stopped:
         finetune.save = saved
     weights = test.tuned(data, test.PLAIN, out / "training", micro_batch=4, resume=True)
-    if engine.rank() == 0:
+    if processes.rank() == 0:
         torch.save(weights, out / "weights.pt")
-    engine.part()
+    processes.part()
     return 0
 
 
 if __name__ == "__main__":
     os.environ.setdefault("XDG_CACHE_HOME", str(Path(sys.argv[2]) / "cache"))
-    engine.leave(main(Path(sys.argv[1]), Path(sys.argv[2])))
+    processes.leave(main(Path(sys.argv[1]), Path(sys.argv[2])))

@@ -91,13 +91,13 @@ def test_mfu_is_of_the_sheet_and_of_the_measured_product(monkeypatch):
 @pytest.fixture
 def trainer(tmp_path):
     """A tiny trainer in fp32 without VICReg, whose step is I-JEPA's, and its batches."""
-    from cjepa_fast import build, engine, train
+    from cjepa_fast import build, processes, train
     from cjepa_fast.config import validate
 
     sections = {"run": {"precision": "fp32"}, "loss": {"vicreg": {"beta": 0}}}
     sections["data"] = tiny.CONFIG["data"] | {"batch_size": 8}
     config = validate(tiny.CONFIG | {**sections, "optim": {"warmup_epochs": 0, "lr": 0.01}})
-    trainer = train.Trainer(config, engine.start(0), steps_per_epoch=10)
+    trainer = train.Trainer(config, processes.start(0), steps_per_epoch=10)
     return trainer, build.build_masks(config)
 
 

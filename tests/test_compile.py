@@ -7,7 +7,7 @@ import torch._dynamo
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
 
-from cjepa_fast import build, engine, train
+from cjepa_fast import build, processes, train
 from cjepa_fast.config import validate
 from cjepa_fast.data.loader import Batch
 from cjepa_fast.vit import Block
@@ -29,7 +29,7 @@ def losses(
     }
     config = validate(tiny.CONFIG | sections)
     torch.manual_seed(0)
-    trainer = train.Trainer(config, engine.start(0), steps_per_epoch=10)
+    trainer = train.Trainer(config, processes.start(0), steps_per_epoch=10)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     networks, target = trainer.engine.module, trainer.ema.module

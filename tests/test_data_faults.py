@@ -151,7 +151,7 @@ def test_a_set_that_is_gone_is_named(tmp_path):
 
 SLOW = """
 import sys, time
-from cjepa_fast import engine, train
+from cjepa_fast import processes, train
 from cjepa_fast.data.sources import ImageSet
 
 read = ImageSet.read
@@ -159,7 +159,7 @@ def slow(self, i):
     time.sleep(0.15)
     return read(self, i)
 ImageSet.read = slow
-engine.leave(train.main(sys.argv[1:]))
+processes.leave(train.main(sys.argv[1:]))
 """
 
 

@@ -107,20 +107,20 @@ def test_features_are_kept_by_what_decides_them(encoder, images, tmp_path, monke
 
 SHARES = """
 import sys, torch
-from cjepa_fast import engine
+from cjepa_fast import processes
 from cjepa_fast.data.sources import open_images
 from cjepa_fast.eval import features
 from cjepa_fast.vit import Encoder
 
-engine.start(0)
+processes.start(0)
 encoder = Encoder(image_size=24, patch_size=8, width=24, depth=2, heads=3).eval()
 encoder.mean, encoder.std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 seen, plain = [], features.Subset.read
 features.Subset.read = lambda self, i: seen.append(i) or plain(self, i)
 keep = torch.tensor([0, 2, 3, 5, 7, 11, 13])
 made, place = features.extract(encoder, open_images(sys.argv[1]), keep=keep)
-torch.save((made, place, len(seen)), f"{sys.argv[2]}/{engine.rank()}.pt")
-engine.leave(0)
+torch.save((made, place, len(seen)), f"{sys.argv[2]}/{processes.rank()}.pt")
+processes.leave(0)
 """
 
 

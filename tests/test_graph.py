@@ -8,7 +8,7 @@ import tiny
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cjepa_fast import build, checkpoint, engine, local, train
+from cjepa_fast import build, checkpoint, local, processes, train
 from cjepa_fast.config import ConfigError, validate
 from cjepa_fast.data.loader import Batch
 from cjepa_fast.graph import WARM, Graphed
@@ -28,7 +28,7 @@ def trainer_of(context: str = "fixed", **run) -> tuple[train.Trainer, list[list[
         "optim": {"warmup_epochs": 0, "lr": 0.01, "clip": 1.0},
     }
     config = validate(tiny.CONFIG | sections)
-    device = engine.start(0)
+    device = processes.start(0)
     trainer, masks = train.Trainer(config, device, steps_per_epoch=10), build.build_masks(config)
     dtype = build.compute_dtype(config)
     steps = []

@@ -113,9 +113,9 @@ def test_a_set_without_labels_is_refused_at_the_start(tmp_path, capsys):
 
 ZERO = """
 import sys
-from cjepa_fast import engine, train
+from cjepa_fast import processes, train
 
-engine.leave(train.main(sys.argv[1:]))
+processes.leave(train.main(sys.argv[1:]))
 """
 
 

@@ -62,7 +62,7 @@ def test_the_ways_out_are_those_that_are_left():
 
 SHORT = """
 import os, sys, torch
-from cjepa_fast import engine, train, trainer
+from cjepa_fast import processes, train, trainer
 from cjepa_fast.jepa import JEPA
 
 where, rank = sys.argv[1], sys.argv[2]
@@ -80,7 +80,7 @@ if os.environ.get("RANK", "0") == rank:
     JEPA.forward = forward
     if where == "build":
         trainer.build_engine = build
-engine.leave(train.main(sys.argv[3:]))
+processes.leave(train.main(sys.argv[3:]))
 """
 
 

@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from cjepa_fast import build, checkpoint, engine
+from cjepa_fast import build, checkpoint, processes
 from cjepa_fast.attention import attend, attend_packed
 from cjepa_fast.config import validate
 from cjepa_fast.data.loader import Batch
@@ -195,7 +195,7 @@ def trained(folder: Path, steps: range, from_: Path | None = None) -> tuple[list
     }
     config = validate(tiny.CONFIG | sections)
     torch.manual_seed(0)
-    trainer = Trainer(config, engine.start(0), steps_per_epoch=10, restoring=from_ is not None)
+    trainer = Trainer(config, processes.start(0), steps_per_epoch=10, restoring=from_ is not None)
     if from_ is not None:
         assert checkpoint.restore(from_, trainer.engine)["step"] == steps.start
     masks, found = build.build_masks(config), []

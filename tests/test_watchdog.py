@@ -230,7 +230,7 @@ def test_a_process_that_is_stopped_ends_the_run_with_its_name(tmp_path, launcher
 
 HANG = """
 import itertools, os, sys, threading, time
-from cjepa_fast import engine, run, train
+from cjepa_fast import processes, run, train
 
 def where_the_loader_hangs():
     time.sleep(3600)
@@ -243,7 +243,7 @@ def hanging(loader, start):
         yield group
 
 run.steps_of = hanging
-engine.leave(train.main(sys.argv[2:]))
+processes.leave(train.main(sys.argv[2:]))
 """
 
 
@@ -284,7 +284,7 @@ def test_a_loader_that_hangs_on_one_of_two_is_told_from_who_waits(tmp_path):
 
 JUMPS = """
 import sys, time
-from cjepa_fast import engine, train
+from cjepa_fast import processes, train
 
 real, calls = time.time, []
 def jumping():
@@ -294,7 +294,7 @@ def jumping():
 time.time = jumping
 status = train.main(sys.argv[1:])
 print("read the clock", len(calls), "times")
-engine.leave(status)
+processes.leave(status)
 """
 
 

@@ -66,7 +66,7 @@ def train(*args, processes: int = 1):
 
 def save(folder: Path, engine, step: int, encoder_json: str = "{}") -> Path:
     """An engine's checkpoint in a run's folder, written at once; every process calls it."""
-    from cjepa_fast.engine import from_all
+    from cjepa_fast.processes import from_all
     from cjepa_fast.saver import Saver
 
     saver = Saver(folder / "checkpoints", engine, encoder_json, keep=9)

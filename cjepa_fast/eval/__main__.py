@@ -8,7 +8,7 @@ import argparse
 import importlib
 import sys
 
-from cjepa_fast import config, engine
+from cjepa_fast import config, processes
 from cjepa_fast.eval import command
 
 TASKS = {  # module below cjepa_fast.eval, imported when it is asked for
@@ -50,13 +50,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         _complete(args)
-        engine.start(getattr(args, "seed", 0))
+        processes.start(getattr(args, "seed", 0))
         task.run(args)
     except (ValueError, OSError) as error:  # the user's input: said, without a traceback
         print(f"error: {error}", file=sys.stderr)
         return 2
     finally:
-        engine.part()
+        processes.part()
     return 0
 
 
@@ -76,4 +76,4 @@ def _complete(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    engine.leave(main())
+    processes.leave(main())

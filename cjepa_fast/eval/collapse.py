@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cjepa_fast import draws, engine
+from cjepa_fast import draws, processes
 from cjepa_fast.data import crops
 from cjepa_fast.data.sources import ImageSet, open_images
 from cjepa_fast.encoders import load_encoder
@@ -175,7 +175,7 @@ def run(args: argparse.Namespace) -> None:
             encoder, images, device=command.device(), cache=command.cache_of(args), **options
         )
         rows.append({"encoder": name, **found})
-    if args.out and engine.rank() == 0:
+    if args.out and processes.rank() == 0:
         of = f"{Path(args.checkpoint).resolve().name} on {args.data}"
         print(draw(rows, args.out, f"Room that the features take: {of}"))
     settings = ("data", "count", "views", "crop", "bf16", "seed")

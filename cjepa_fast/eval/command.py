@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from cjepa_fast import draws, engine
+from cjepa_fast import draws, processes
 from cjepa_fast.checkpoint import write_text
 from cjepa_fast.data.sources import ImageSet, open_images
 from cjepa_fast.encoders import is_run, load_encoder
@@ -215,7 +215,7 @@ def report(
     settings: names of the arguments that decide the numbers; picture: a file drawn of them. Only
     the first process does so.
     """
-    if engine.rank() != 0:
+    if processes.rank() != 0:
         return
     print_table(rows, headings)
     chosen = {name: getattr(args, name) for name in settings}

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from cjepa_fast.data.coco import Coco, WholeImages, check_same_classes
-from cjepa_fast.engine import from_all, from_first_process, rank, world_size
 from cjepa_fast.eval import command
 from cjepa_fast.eval.average_precision import KINDS, as_results, average_precision
 from cjepa_fast.eval.boxes import draw
@@ -21,6 +20,7 @@ from cjepa_fast.eval.by_depth import add_drop_path, layer_decay_groups
 from cjepa_fast.eval.features import digest, shown_bar
 from cjepa_fast.eval.pyramid import Pyramid
 from cjepa_fast.eval.rcnn_training import Kept, Recipe, as_input, fine_tune, read
+from cjepa_fast.processes import from_all, from_first_process, rank, world_size
 from cjepa_fast.vit import Encoder
 
 # ViTDet's layer decay and drop path by the number of blocks, up to which they hold.

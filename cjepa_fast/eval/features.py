@@ -21,7 +21,7 @@ from tqdm import tqdm
 from cjepa_fast.checkpoint import write_tensors
 from cjepa_fast.data.evaluation import eval_batches
 from cjepa_fast.data.sources import ImageSet
-from cjepa_fast.engine import from_all, rank, world_size
+from cjepa_fast.processes import from_all, rank, world_size
 from cjepa_fast.vit import Encoder
 
 QUIET_S = 5.0  # seconds before a progress bar appears

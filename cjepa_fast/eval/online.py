@@ -16,11 +16,11 @@ import torch
 
 from cjepa_fast.data.evaluation import eval_batches
 from cjepa_fast.data.sources import ImageSet
-from cjepa_fast.engine import from_all, rank, world_size
 from cjepa_fast.eval import knn, snapshots
 from cjepa_fast.eval.command import Side
 from cjepa_fast.eval.features import Subset
 from cjepa_fast.masks import Masks
+from cjepa_fast.processes import from_all, rank, world_size
 from cjepa_fast.vit import Encoder
 
 

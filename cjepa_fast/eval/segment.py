@@ -25,7 +25,6 @@ from cjepa_fast.data.pairs import (
     open_pairs,
 )
 from cjepa_fast.data.whole import WholeImages, ahead
-from cjepa_fast.engine import from_all, rank, world_size
 from cjepa_fast.eval import command
 from cjepa_fast.eval.confusion import confusion, scores
 from cjepa_fast.eval.dense import fitted, normalised, resized
@@ -33,6 +32,7 @@ from cjepa_fast.eval.features import shown_bar
 from cjepa_fast.eval.pictures import FIGURE, save
 from cjepa_fast.eval.segment_training import Recipe, train
 from cjepa_fast.eval.segmenter import Segmenter, logits_sliding, logits_whole
+from cjepa_fast.processes import from_all, rank, world_size
 
 HEADINGS = {
     "train_images": "train",

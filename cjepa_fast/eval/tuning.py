@@ -12,8 +12,9 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 
 from cjepa_fast.checkpoint import write_text
-from cjepa_fast.engine import complete_config, from_all, rank, world_size
+from cjepa_fast.engine import complete_config
 from cjepa_fast.eval.recipe import Classifier
+from cjepa_fast.processes import from_all, rank, world_size
 
 
 class Alone:

@@ -21,8 +21,7 @@ from pathlib import Path
 
 import torch
 
-from cjepa_fast import engine as engines
-from cjepa_fast import train
+from cjepa_fast import processes, train
 from cjepa_fast.data.sources import ImageSet
 from cjepa_fast.jepa import JEPA
 
@@ -110,4 +109,4 @@ def main(out: Path, start: str, moment: str, arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    engines.leave(main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4:]))
+    processes.leave(main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4:]))
