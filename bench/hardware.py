@@ -6,7 +6,6 @@ import os
 import platform
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from cjepa_fast.commit import own_commit
 from cjepa_fast.launchers import launcher
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -98,19 +98,6 @@ def versions() -> dict[str, str | None]:
     return found | {"torch": torch.__version__}
 
 
-def commit() -> str | None:
-    """The commit's hash, with "+changes" where the tree differs from it; None outside git."""
-    git = ["git", "-C", str(ROOT)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-        changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
-    except FileNotFoundError:  # no git here
-        return None
-    if head.returncode:
-        return None
-    return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
-
-
 def own_command() -> str:
     kept = [arg for arg in sys.argv if not arg.startswith("--local_rank")]
     return shlex.join([*launcher(), *kept])
@@ -122,7 +109,7 @@ def provenance(device: torch.device) -> dict:
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": own_command(),
-        "commit": commit(),
+        "commit": own_commit(),
         "hardware": {
             "device": device_name(device),
             "kind": device.type,

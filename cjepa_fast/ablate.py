@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from cjepa_fast import checkpoint
 from cjepa_fast import config as configuration
 from cjepa_fast.config import ConfigError
 from cjepa_fast.eval.command import positive, print_table
@@ -56,6 +57,10 @@ class Ablation:
     def settings(self, row: str) -> list[str]:
         changes = [f"{key}={json.dumps(value)}" for key, value in self.rows[row].items()]
         return [*self.overrides, *changes]
+
+    def settings_of(self, trial: "Trial") -> list[str]:
+        own = [f"run.dir={json.dumps(str(trial.folder))}", f"run.seed={trial.seed}"]
+        return [*self.settings(trial.row), *own]
 
 
 class Trial(NamedTuple):
@@ -83,6 +88,9 @@ def read(name: str, overrides: Sequence[str] = ()) -> Ablation:
         raise ConfigError(f"{found[0]}: not JSON: {error}") from None
     if not isinstance(values, dict) or values.keys() ^ KEYS:
         raise ConfigError(f"{found[0]}: must be an object of {', '.join(sorted(KEYS))}")
+    for key, kind in (("base", str), ("set", dict), ("seeds", list), ("rows", dict)):
+        if not isinstance(values[key], kind):
+            raise ConfigError(f"{found[0]}: {key} = {values[key]!r}: see --help for what it is")
     shared = [f"{key}={json.dumps(value)}" for key, value in values["set"].items()]
     ablation = Ablation(
         found[0].stem, values["base"], tuple(values["seeds"]), values["rows"],
@@ -116,6 +124,25 @@ def trials_of(ablation: Ablation, out: Path) -> list[Trial]:
         for seed in ablation.seeds
         for row in ablation.rows
     ]
+
+
+def check_folders(ablation: Ablation, trials: list[Trial]) -> None:
+    """Raises ConfigError where a folder holds a training with other settings than its row's."""
+    for trial in trials:
+        if not (trial.folder / "config.json").is_file():
+            continue
+        saved = configuration.read(trial.folder)
+        wanted = configuration.load(ablation.base, ablation.settings_of(trial))
+        harmless, changes = checkpoint.differences(
+            *({"config": made.model_dump(mode="json")} for made in (saved, wanted))
+        )
+        changes += [line for line in harmless if line.startswith(("data.path", "eval."))]
+        if changes:
+            listed = "\n  ".join(changes)
+            raise ConfigError(
+                f"{trial.folder} holds another training:\n  {listed}\ngive another --out, or set "
+                "them back"
+            )
 
 
 # ------------------------------------------------------------------------------------- trainings
@@ -159,9 +186,8 @@ def train_all(ablation: Ablation, trials: list[Trial], places: list[dict[str, st
 
 def start(ablation: Ablation, trial: Trial, place: dict[str, str]) -> subprocess.Popen:
     trial.folder.mkdir(parents=True, exist_ok=True)
-    own = [f"run.dir={json.dumps(str(trial.folder))}", f"run.seed={trial.seed}"]
     command = [sys.executable, str(TRAIN), "--config", ablation.base]
-    for setting in (*ablation.settings(trial.row), *own):
+    for setting in ablation.settings_of(trial):
         command += ["--set", setting]
     if (trial.folder / "config.json").is_file():
         command += ["--resume", "auto"]
@@ -316,11 +342,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         places = places_of(args)
         ablation = read(args.ablation, args.overrides)
+        out = args.out or Path("runs/ablations") / ablation.name
+        trials, failed = trials_of(ablation, out), []
+        check_folders(ablation, trials)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    out = args.out or Path("runs/ablations") / ablation.name
-    trials, failed = trials_of(ablation, out), []
     if not args.table:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         with contextlib.suppress(KeyboardInterrupt):

@@ -70,6 +70,17 @@ def load_encoder(path: str | os.PathLike, which: str = "target") -> Encoder:
     return _build_encoder(checkpoint / "encoder.json", Stored(checkpoint).encoder_weights(which))
 
 
+def load_encoders(path: str | os.PathLike) -> dict[str, Encoder]:
+    """All that load_encoder finds at `path`, by "target" and "context": both, or the one there."""
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        which = "context" if path.stem == FINAL["context"] else "target"
+        return {which: load_encoder(path, which)}
+    if huggingface.is_folder(path):
+        return {"target": load_encoder(path)}
+    return {which: load_encoder(path, which) for which in FINAL}
+
+
 def _description(weights: Path) -> Path:
     """The .json beside a .safetensors file."""
     path = weights.with_suffix(".json")

@@ -17,12 +17,13 @@ import torch
 
 from cjepa_fast import build, checkpoint, config, page
 from cjepa_fast.data.sources import ImageSet, open_images
-from cjepa_fast.encoders import load_encoder
+from cjepa_fast.encoders import load_encoders
 from cjepa_fast.eval import attention, command, drawn_masks, pca, retrieve
 from cjepa_fast.eval.curves import PANELS, series
 from cjepa_fast.eval.pictures import as_pictures, load_images, sheet, spread_over
+from cjepa_fast.eval.side_by_side import Encoders
 from cjepa_fast.telemetry import read_log
-from cjepa_fast.vit import Encoder, count_parameters
+from cjepa_fast.vit import count_parameters
 
 SPEED = {  # the throughput's curves; all others of the log are of the training
     "images_per_s": PANELS["images_per_s"],
@@ -122,7 +123,7 @@ def _best(rows: list[dict], records: list[dict]) -> Iterator[tuple[str, float, s
         best = max(values)
         yield "kNN %, while training", best, f"step {steps[values.index(best)]:,}"
     after = [
-        (row["top1"], record["settings"].get("data"))
+        (row["top1"], f"{record['settings'].get('data')} ({record['which']} encoder)")
         for record in records
         for row in record["rows"]
         if record["task"] == "knn" and row.get("encoder") == "trained" and "top1" in row
@@ -214,7 +215,9 @@ def _evaluation(record: dict) -> str:
     settings = ", ".join(
         f"{k} {v}" for k, v in record["settings"].items() if v not in (None, False)
     )
-    caption = f"{record['task']}: {settings} ({record['made'][:10]})"
+    of = "" if record["inside"] in (None, ".") else f" of {record['inside']}"
+    which = f"{record['which']} encoder{of}"
+    caption = f"{record['task']}, {which}: {settings} ({record['made'][:10]})"
     return page.table(["encoder", *shown.values()], cells, caption)
 
 
@@ -235,10 +238,10 @@ def _pictures(run: Path, settings: config.Config, named: str | None) -> list[tup
         return [("Pictures", page.note(why, "warn"))]
     sections = [("Masks", _masks(settings, images))]
     try:
-        both = [load_encoder(run, which).to(command.device()) for which in ("target", "context")]
+        both = {which: x.to(command.device()) for which, x in load_encoders(run).items()}
     except (ValueError, OSError) as error:
         return [*sections, ("Features", page.note(f"Not drawn: {error}", "warn"))]
-    return sections + _of_features(settings, images, *both)
+    return sections + _of_features(settings, images, both)
 
 
 def _masks(settings: config.Config, images: ImageSet) -> str:
@@ -253,18 +256,19 @@ def _masks(settings: config.Config, images: ImageSet) -> str:
 
 @torch.inference_mode()
 def _of_features(
-    settings: config.Config, images: ImageSet, target: Encoder, context: Encoder
+    settings: config.Config, images: ImageSet, both: Encoders
 ) -> list[tuple[str, str]]:
+    target = both["target"]
     look = target.mean, target.std
     crop = settings.eval.crop
     images_B3HW = load_images(
         images, SHOWN, image_size=target.image_size, mean=look[0], std=look[1], crop=crop
     ).to(command.device())
     pictures = ("image", as_pictures(images_B3HW, *look))
-    maps = attention.columns(target, context, images_B3HW, *look, attention.SINGLE_HEADS)
-    colours = pca.columns(target, context, images_B3HW)
-    near = retrieve.sheet_of(
-        target, images, "target encoder", queries=SHOWN, k=7, crop=crop,
+    maps = attention.columns(both, images_B3HW, *look, attention.SINGLE_HEADS)
+    colours = pca.columns(both, images_B3HW)
+    near, _ = retrieve.sheet_of(
+        {"target encoder": target}, images, queries=SHOWN, k=7, crop=crop,
         keep=spread_over(images, SEARCHED), device=command.device(),
         bf16=command.device().type == "cuda", title="neighbours",
     )  # fmt: skip

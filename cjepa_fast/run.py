@@ -86,7 +86,7 @@ class Run:
         progress = state.get("progress", {})
         self.spikes = Spikes(self.config.run.spike_z, progress.get("spikes"))
         self.best: dict = progress.get("best") or {"knn": -1.0, "step": None}
-        self.saver.best = self.best["step"]
+        self.saver.point_at_best(self.best["step"])
         self._limit()
 
     def go(self) -> int:
@@ -160,7 +160,7 @@ class Run:
     def _evaluate(self) -> dict[str, float]:
         """The target encoder's marks, on the first process; the best by kNN is remembered."""
         self.watch.mark("evaluating")
-        with self.telemetry.pause():
+        with self.telemetry.pause(), self.online.counted():
             found = self.online.judge(self.trainer.ema.module)
             self._draw()
         marks = ", ".join(f"{name} {value:.2f} %" for name, value in found.items())

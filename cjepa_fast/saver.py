@@ -192,6 +192,17 @@ class Saver:
             self._named()
         return self._saved == self._step
 
+    def point_at_best(self, step: int | None) -> None:
+        """From now on this step's checkpoint is the best; RUN/best, if it was set aside, goes."""
+        self.best = step
+        if rank() != 0:
+            return
+        name, there = self.folder.parent / "best", self.folder / f"step_{step or 0:08d}"
+        if step is not None and there.is_dir():
+            checkpoint.point(name, there)
+        elif name.is_symlink() and not name.exists():
+            name.unlink()
+
     def leave(self) -> None:
         """Of a run that fails: finish what takes no other process."""
         if world_size() == 1:

@@ -7,7 +7,7 @@ sequences (sequences.py) are one row of S = T tokens, B = 1, of which only atten
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 import torch.nn.functional as F
@@ -352,20 +352,26 @@ class Encoder(nn.Module):
             x = block(x, layout=packed)
         return self.norm(x)
 
-    def last_layers(self, images_B3HW: torch.Tensor, count: int) -> list[torch.Tensor]:
-        """Tokens of all patches after each of the last `count` blocks, normed: each (B, N, D).
+    def layers(self, images_B3HW: torch.Tensor, wanted: Collection[int]) -> list[torch.Tensor]:
+        """Tokens of all patches after each wanted block, counted from 1, normed: each (B, N, D).
 
-        Raises ValueError for more blocks than there are.
+        Raises ValueError for a block that is not there.
         """
+        if not wanted or min(wanted) < 1 or max(wanted) > self.depth:
+            raise ValueError(f"blocks {sorted(wanted)} of an encoder that has 1 to {self.depth}")
+        x = self.embed(images_B3HW, None)
+        found = []
+        for number, block in enumerate(self.blocks[: max(wanted)], 1):
+            x = block(x)
+            if number in wanted:
+                found.append(self.norm(x))
+        return found
+
+    def last(self, count: int) -> range:
+        """The numbers of the last `count` blocks. Raises ValueError for more than there are."""
         if count > self.depth:
             raise ValueError(f"the last {count} layers of an encoder of {self.depth} blocks")
-        x = self.embed(images_B3HW, None)
-        layers = []
-        for index, block in enumerate(self.blocks):
-            x = block(x)
-            if index >= self.depth - count:
-                layers.append(self.norm(x))
-        return layers
+        return range(self.depth - count + 1, self.depth + 1)
 
     @torch.no_grad()
     def attention_maps(self, images_B3HW: torch.Tensor) -> torch.Tensor:

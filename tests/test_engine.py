@@ -169,8 +169,13 @@ def test_one_process_without_deepspeed_follows_it(single, tmp_path, precision):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_deepspeeds_own_adamw_follows_torchs(single, tmp_path):
-    """It is compiled first, for over a minute; cut short, it would leave a lock behind."""
+def test_deepspeeds_own_adamw_follows_torchs(single, tmp_path, monkeypatch, pytestconfig):
+    """It is compiled first, for over a minute, into a folder that only this test uses: a lock found
+    there was left by a test that was killed."""
+    compiled = pytestconfig.cache.mkdir("torch_extensions")
+    for lock in compiled.rglob("lock"):
+        lock.unlink()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(compiled))
     (own,) = work(["0:fp32"], tmp_path, "adam=deepspeed", timeout_s=540)
     assert_agree(single[STEPS]["fp32"], own, "fp32")
 

@@ -3,16 +3,22 @@
 import json
 
 import pytest
+import tiny
+import torch
 
 from cjepa_fast.config import Config
+from cjepa_fast.encoders import load_encoder, save_encoder
 from cjepa_fast.eval import compare
 from cjepa_fast.eval.__main__ import main
+from cjepa_fast.eval.features import digest
+
+OWN = "those of the run that it is written to"
 
 
-def record(task="knn", top1=50.0, made="2026-01-01", inside=".", which="target", **settings):
+def record(task="knn", top1=50.0, made="2026-01-01", weights=OWN, **settings):
     row = {"encoder": "trained", "train_images": 9, "top1": top1, "top1_centred": 40.0}
     return {
-        "task": task, "made": made, "inside": inside, "which": which,
+        "task": task, "made": made, "inside": ".", "which": "target", "weights": weights,
         "settings": {"data": "set", "k": 20, **settings},
         "headings": {"train_images": "train", "top1": "kNN %", "top1_centred": "mean-subtracted"},
         "rows": [{"encoder": "untrained", "top1": 99.0}, row],
@@ -22,8 +28,13 @@ def record(task="knn", top1=50.0, made="2026-01-01", inside=".", which="target",
 def write(run, *records):
     (run / "eval").mkdir(parents=True)
     (run / "config.json").write_text(Config().to_json())
+    encoder = tiny.uneven_encoder()
+    encoder.mean, encoder.std = (0.5,) * 3, (0.25,) * 3
+    save_encoder(encoder, run / "encoder.safetensors")
     for i, one in enumerate(records):
-        (run / "eval" / f"{one['task']}-{i:08x}.json").write_text(json.dumps(one))
+        weights = digest(encoder) if one["weights"] == OWN else one["weights"]
+        file = run / "eval" / f"{one['task']}-{i:08x}.json"
+        file.write_text(json.dumps({**one, "weights": weights}))
     return run
 
 
@@ -57,11 +68,24 @@ def test_the_later_of_two_of_one_kind_counts():
     assert values[0]["knn", "top1", ""] == 2.0
 
 
-def test_only_the_checkpoint_s_own_records(tmp_path):
-    other = record(inside="checkpoints/step_00000002")
-    run = write(tmp_path / "run", record(), other, record(which="context"))
-    assert compare.found_in(run, "target") == [record()]
-    assert compare.found_in(run / "checkpoints" / "step_00000002", "target") == [other]
+def test_only_records_of_the_weights_as_they_are_now(tmp_path):
+    """Not those of the context encoder, of another checkpoint or of the run before it went on."""
+    run = write(tmp_path / "run", record(), record(top1=1.0, weights="others"))
+    (found,) = compare.found_in(run, "target")
+    assert found["rows"][1]["top1"] == 50.0
+    encoder = load_encoder(run)
+    with torch.no_grad():
+        encoder.norm.bias.add_(1.0)
+    save_encoder(encoder, run / "encoder.safetensors")
+    assert compare.found_in(run, "target") == []
+
+
+def test_another_test_set_is_another_evaluation(tmp_path, monkeypatch):
+    run = write(tmp_path / "run", record(test="held_out"), record(task="linear", test="elsewhere"))
+    asked = []
+    monkeypatch.setattr(compare, "_compute", lambda of, missing, args: asked.extend(missing) or [])
+    assert main(["compare", str(run), "--data", "set", "--test", "held_out"]) == 0
+    assert asked == ["linear", "collapse"]
 
 
 def test_the_best_is_high_or_low_by_what_is_measured():
@@ -70,7 +94,7 @@ def test_the_best_is_high_or_low_by_what_is_measured():
         return compare.best(measure, [{measure: value} for value in values] + [{}])
 
     assert of("top1", 1.0, 3.0, 2.0) == 3.0
-    assert of("alignment", 1.0, 3.0, 2.0) == 1.0
+    assert of("alignment", 1.0, 3.0, 2.0) == of("j_decay", 1.0, 3.0, 2.0) == 1.0
     assert of("by_image", 1.0, 3.0) is None
     assert of("top1", 1.0) is None  # nothing to be better than
 

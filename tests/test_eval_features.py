@@ -67,7 +67,7 @@ def test_bf16_is_near_and_not_the_same(encoder, images):
 
 def test_the_last_layers_stand_side_by_side(encoder, images):
     last, _ = features.extract(encoder, images)
-    both, _ = features.extract(encoder, images, last=2)
+    both, _ = features.extract(encoder, images, layers=encoder.last(2))
     assert both.shape == (14, 48)
     torch.testing.assert_close(both[:, 24:], last)
     encoder.blocks = encoder.blocks[:1]  # the first block's output, through the same norm
@@ -75,7 +75,9 @@ def test_the_last_layers_stand_side_by_side(encoder, images):
     first, _ = features.extract(encoder, images)
     torch.testing.assert_close(both[:, :24], first)
     with pytest.raises(ValueError, match="last 4 layers of an encoder of 1"):
-        features.extract(encoder, images, last=4)
+        encoder.last(4)
+    with pytest.raises(ValueError, match=r"blocks \[1, 4\] of an encoder that has 1 to 1"):
+        features.extract(encoder, images, layers=[1, 4])
 
 
 def test_one_vector_a_patch(encoder, images):

@@ -53,7 +53,9 @@ def test_the_context_s_colours_agree_with_the_target_s(encoder):
     with torch.no_grad():
         turned.norm.weight.neg_()
         turned.norm.bias.neg_()
-    (_, ours), (_, theirs) = pca.columns(encoder, turned, torch.randn(2, 3, 24, 24))
+    (_, ours), (_, theirs) = pca.columns(
+        {"target": encoder, "context": turned}, torch.randn(2, 3, 24, 24)
+    )
     np.testing.assert_allclose(np.stack(ours), np.stack(theirs), atol=1e-3)
 
 
@@ -86,7 +88,7 @@ def test_the_contact_sheet_frames_right_and_wrong(encoder, tmp_path):
     assert images.labels[place].tolist() == [0, 0, 1, 1]
     near = torch.tensor([[1, 2]])
     figure = retrieve.figure(
-        images, place, torch.tensor([0]), (torch.tensor([[0.9, 0.8]]), near), "title"
+        images, place, torch.tensor([0]), {"run": (torch.tensor([[0.9, 0.8]]), near)}, "title"
     )
     query, right, wrong = figure.axes
     assert query.get_title().startswith("query")

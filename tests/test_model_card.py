@@ -7,6 +7,7 @@ import tiny
 import torch
 
 from cjepa_fast import load_encoder
+from cjepa_fast.eval.features import digest
 from cjepa_fast.export.__main__ import export
 from cjepa_fast.export.card import card
 from cjepa_fast.export.formats import FORMATS, Source
@@ -20,6 +21,7 @@ RECORD = {
     "command": "cjepa-eval knn /home/me/run --data /home/me/flowers",
     "versions": {"torch": "2.13.0"},
     "checkpoint": "/home/me/run",
+    "which": "target",
     "settings": {"data": "/home/me/flowers", "test": None, "k": 20, "bf16": False},
     "headings": {"train": "train", "top1": "kNN %", "linear": "linear %"},
     "rows": [
@@ -95,12 +97,14 @@ def test_a_checkpoint_is_told_as_it_was(run):
 def test_evaluations_of_the_run_become_tables(run):
     assert section(card_of(run), "Evaluation") == "None is known."
     (run / "eval").mkdir()
-    (run / "eval" / "knn-0a1b.json").write_text(json.dumps(RECORD))
+    own = {**RECORD, "weights": digest(load_encoder(run))}
+    (run / "eval" / "knn-0a1b.json").write_text(json.dumps(own))
+    (run / "eval" / "knn-0a1c.json").write_text(json.dumps({**own, "weights": "others"}))
     collapse = {"headings": {"rankme": "RankMe"}, "rows": [{"encoder": "trained", "rankme": 8}]}
-    later = {**RECORD, "task": "collapse", "made": "2026-02-02", **collapse}
+    later = {**own, "task": "collapse", "made": "2026-02-02", **collapse}
     (run / "eval" / "collapse-1.json").write_text(json.dumps(later))
     first, second = section(card_of(run), "Evaluation").split("\n\n`")
-    assert first.startswith("`knn` of `run` (data flowers, k 20), 2026-01-02:")
+    assert first.startswith("`knn` of `run`, target encoder (data flowers, k 20), 2026-01-02:")
     assert rows_of(first)["encoder"] == "train | kNN %"  # no row has a linear probe
     assert rows_of(first)["trained"] == "1020 | 43.22"
     assert second.startswith("collapse` of") and rows_of(second)["trained"] == "8"
@@ -117,7 +121,7 @@ def test_of_an_encoder_alone_what_is_unknown_is_said(run, tmp_path):
 
 
 def test_the_versions_name_the_code_s_commit(run, monkeypatch):
-    monkeypatch.setattr("cjepa_fast.export.card._commit", lambda: "abc123+changes")
+    monkeypatch.setattr("cjepa_fast.export.card.own_commit", lambda: "abc123+changes")
     versions = rows_of(section(card_of(run), "Versions"))
     assert versions["exported with"].endswith("abc123+changes")
     assert torch.__version__ in versions["exported with"]

@@ -89,14 +89,16 @@ def test_it_takes_no_more_than_its_share(monkeypatch):
     monkeypatch.setattr(
         online, "_scores", lambda *args, **options: now.__setitem__(0, now[0] + 7) or {}
     )
-    judge.judge(None)
+    with judge.counted():
+        judge.judge(None)
     assert not judge.due(9)  # not its turn
     now[0] = 60.0
     assert not judge.due(10) and not judge.due(11) and len(said) == 1
     assert "eval.online.share = 0.1" in said[0]
     now[0] = 70.0
     assert judge.due(12)  # late, but not forgotten
-    judge.judge(None)
+    with judge.counted():
+        judge.judge(None)
     now[0] = 1000.0
     assert not judge.due(13) and judge.due(20)
 

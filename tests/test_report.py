@@ -81,7 +81,8 @@ def run(tmp_path_factory):
     (run / "bad_steps.jsonl").write_text(json.dumps(bad) + "\n")
     (run / "eval").mkdir()
     record = {
-        "task": "knn", "made": "2026-01-02T", "settings": {"data": "set <b>", "test": None},
+        "task": "knn", "made": "2026-01-02T", "which": "context", "inside": "best",
+        "settings": {"data": "set <b>", "test": None},
         "headings": {"top1": "kNN %", "absent": "absent"},
         "rows": [{"encoder": "trained", "top1": 43.21}],
     }  # fmt: skip
@@ -112,7 +113,8 @@ def test_the_page_says_what_the_files_say(whole):
     said = " ".join(read(whole).said)
     for text in (
         "a <run>", "900", "1.80 of 2", "30.0 min", "finished", "630.0 at step 600",
-        "43.2 at set <b>", "43.21", "data set <b> (2026-01-02)", "25.0 % of the time",
+        "43.2 at set <b> (context encoder)", "43.21",
+        "knn, context encoder of best: data set <b> (2026-01-02)", "25.0 % of the time",
         "rankme below its floor of 2 in 3 rows", "2 steps skipped by now",
         "bad_steps: applied: False, images: 0.jpg, 1.jpg, 2.jpg, 3.jpg and 5 more",
         '"min_keep": 4',

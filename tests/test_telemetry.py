@@ -11,8 +11,9 @@ import types
 import pytest
 import torch
 
-from cjepa_fast import telemetry
-from cjepa_fast.telemetry import GpuCounters, Telemetry, read_log, representation_stats
+from cjepa_fast import mirrors, telemetry
+from cjepa_fast.gpu_counters import GpuCounters
+from cjepa_fast.telemetry import Telemetry, read_log, representation_stats
 
 
 class Terminal(io.StringIO):
@@ -352,7 +353,7 @@ def test_a_dead_service_holds_nobody_up_and_is_said_once(
     fake.init = lambda **_: run
     setattr(fake if where == "init" else run, where, fail)
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.setattr(telemetry, "ANSWER_S", 0.2 if fault == "hangs" else 60)
+    monkeypatch.setattr(mirrors, "ANSWER_S", 0.2 if fault == "hangs" else 60)
     stream = io.StringIO()
     out = started(tmp_path, wandb="mine", stream=stream, interval=1)
     for step in range(1, 41):
@@ -371,7 +372,7 @@ def test_a_service_that_hangs_long_is_given_up_before_the_end(tmp_path, started,
     fake = types.ModuleType("wandb")
     fake.init = lambda **_: over.wait(60)
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.setattr(telemetry, "ROWS_WAITING", 5)
+    monkeypatch.setattr(mirrors, "ROWS_WAITING", 5)
     out = started(tmp_path, wandb="mine", stream=stream, interval=1)
     for step in range(1, 8):
         assert ("is off" in stream.getvalue()) == (step > 6)

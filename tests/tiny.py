@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import numpy as np
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,7 +53,10 @@ def environment() -> dict[str, str]:
 
 def run(script: str | Path, *args, processes: int = 1, timeout_s: float = 240):
     """Run a Python file in `processes` processes; its result with stdout and stderr as text."""
-    command = [sys.executable, str(script), *map(str, args)]
+    args = [str(arg) for arg in args]
+    if not torch.cuda.is_available():
+        return forks.run(script, args, processes, environment(), timeout_s)
+    command = [sys.executable, str(script), *args]
     if processes > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         command[1:1] = launcher

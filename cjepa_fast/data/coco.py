@@ -113,6 +113,8 @@ def _read(file: Path) -> dict:
         if not isinstance(content, dict) or not isinstance(content.get(section), list):
             raise ValueError(f"{file} has no list {section!r}: it is not in COCO's format")
         for place, entry in enumerate(content[section]):
+            if not isinstance(entry, dict):
+                raise ValueError(f"{file}: {section}[{place}] is no object: {entry!r}")
             if missing := sorted(keys - entry.keys()):
                 raise ValueError(f"{file}: {section}[{place}] has no {missing[0]!r}")
     return content
@@ -132,10 +134,14 @@ def _check_shape(file: Path, annotation: dict) -> None:
         raise ValueError(
             f"{file}: annotation {annotation['id']} has the bbox {box}, not x, y, width and height"
         )
-    if isinstance(shape, list) and any(len(p) < 6 or len(p) % 2 for p in shape):
+    if isinstance(shape, list) and not all(map(_is_polygon, shape)):
         raise ValueError(
             f"{file}: annotation {annotation['id']} has a polygon that is not three points or more"
         )
+
+
+def _is_polygon(points: object) -> bool:
+    return isinstance(points, list) and len(points) >= 6 and len(points) % 2 == 0
 
 
 def _indexed(content: dict):

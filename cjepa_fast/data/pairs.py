@@ -104,8 +104,10 @@ def mask_folder(root: str | Path) -> Path:
 
 
 def is_ade20k(root: str | Path) -> bool:
-    """Whether the folders are named as ADE20K's, whose number 0 stands for all other things."""
-    return (Path(root) / "annotations" / "training").is_dir()
+    """Whether the folders are named as ADE20K's, whose number 0 stands for all other things: it
+    has no name."""
+    as_ade20k = (Path(root) / "annotations" / "training").is_dir()
+    return as_ade20k and 0 not in (named_classes(root) or {})
 
 
 def named_classes(root: str | Path) -> dict[int, str] | None:

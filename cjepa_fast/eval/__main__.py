@@ -9,6 +9,7 @@ import importlib
 import sys
 
 from cjepa_fast import config, processes
+from cjepa_fast.data.batches import ImagesGone
 from cjepa_fast.eval import command
 
 TASKS = {  # module below cjepa_fast.eval, imported when it is asked for
@@ -47,12 +48,13 @@ def main(argv: list[str] | None = None) -> int:
         if name == chosen:
             task = importlib.import_module(f"cjepa_fast.eval.{name}")
             task.add_options(sub)
+            sub.add_argument("--config", metavar="FILE", help="its eval and seed, not the run's")
     args = parser.parse_args(argv)
     try:
         _complete(args)
         processes.start(getattr(args, "seed", 0))
         task.run(args)
-    except (ValueError, OSError) as error:  # the user's input: said, without a traceback
+    except (ValueError, OSError, ImagesGone) as error:  # the user's, without a traceback
         print(f"error: {error}", file=sys.stderr)
         return 2
     finally:
@@ -66,6 +68,8 @@ def _complete(args: argparse.Namespace) -> None:
     checkpoint = getattr(args, "checkpoint", first)
     run = command.run_of(checkpoint) if checkpoint else None
     made_with = config.read(run) if run else config.Config()
+    if args.config:
+        made_with = config.load(args.config)
     known = {"seed": made_with.run.seed, **made_with.eval.model_dump()}
     for name in OF_THE_RUN:
         if getattr(args, name, 0) is None:

@@ -5,13 +5,15 @@ Shapes: B images, H heads, N patches, rows x cols the grid.
 """
 
 import argparse
+import math
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from cjepa_fast.eval import side_by_side
+from cjepa_fast.eval import command, side_by_side
 from cjepa_fast.eval.pictures import FIGURE, Column, as_pictures, save, sheet
+from cjepa_fast.eval.side_by_side import Encoders
 from cjepa_fast.vit import Encoder
 
 SINGLE_HEADS = 3  # heads shown on their own, of the target encoder of one checkpoint alone
@@ -26,6 +28,13 @@ def received(encoder: Encoder, images_B3HW: torch.Tensor) -> torch.Tensor:
     return attention_BHNN.float().mean(2).unflatten(-1, grid).cpu()
 
 
+def evenness(encoder: Encoder, images_B3HW: torch.Tensor) -> dict[str, float]:
+    """Entropy of the heads' maps as a share of an even map's, in percent, averaged."""
+    maps_BHN = received(encoder, images_B3HW).flatten(2)
+    entropy_BH = torch.special.entr(maps_BHN).sum(-1)
+    return {"evenness": 100 * entropy_BH.mean().item() / math.log(maps_BHN.shape[-1])}
+
+
 def most_different(maps_BHrc: torch.Tensor, count: int) -> list[int]:
     """The heads whose maps are the least even (lowest entropy, averaged over images)."""
     entropy_H = torch.special.entr(maps_BHrc).sum((-2, -1)).mean(0)
@@ -33,16 +42,17 @@ def most_different(maps_BHrc: torch.Tensor, count: int) -> list[int]:
 
 
 def columns(
-    target: Encoder, context: Encoder, images_B3HW: torch.Tensor, mean, std, single_heads: int = 0
+    encoders: Encoders, images_B3HW: torch.Tensor, mean, std, single_heads: int = 0
 ) -> list[Column]:
-    """Of both encoders, and of the target's most different heads, over the images.
+    """Of each encoder, and of the first one's most different heads, over the images.
 
     images_B3HW: normalised by mean and std.
     """
-    target_BHrc, context_BHrc = (received(e, images_B3HW) for e in (target, context))
-    maps = {"target encoder": target_BHrc.mean(1), "context encoder": context_BHrc.mean(1)}
-    for head in most_different(target_BHrc, single_heads):
-        maps[f"target, head {head + 1}"] = target_BHrc[:, head]
+    by_head = {which: received(encoder, images_B3HW) for which, encoder in encoders.items()}
+    maps = {f"{which} encoder": maps_BHrc.mean(1) for which, maps_BHrc in by_head.items()}
+    first, first_BHrc = next(iter(by_head.items()))
+    for head in most_different(first_BHrc, single_heads):
+        maps[f"{first}, head {head + 1}"] = first_BHrc[:, head]
     pictures = as_pictures(images_B3HW, mean, std)
     return [(name, list(map(_over, pictures, maps_Brc))) for name, maps_Brc in maps.items()]
 
@@ -81,8 +91,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     single = SINGLE_HEADS if len(args.checkpoints) == 1 else 0
 
-    def of(target: Encoder, context: Encoder, images_B3HW: torch.Tensor) -> list[Column]:
-        return columns(target, context, images_B3HW, target.mean, target.std, single)
+    def of(encoders: Encoders, images_B3HW: torch.Tensor) -> list[Column]:
+        first = next(iter(encoders.values()))
+        return columns(encoders, images_B3HW, first.mean, first.std, single)
 
-    shown, names = side_by_side.columns(args, of)
+    shown, names, rows = side_by_side.columns(args, of, evenness)
+    command.tell(args, rows, {"evenness": "evenness of the attention received %"}, "encoder")
     print(save(figure(shown, f"Attention of the last block: {names}"), args.out))

@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import torch
 
-from cjepa_fast import draws
 from cjepa_fast.data.sources import ImageSet, open_images
 from cjepa_fast.eval import command, linear
 from cjepa_fast.eval.features import extract, split_by_name
@@ -104,8 +103,7 @@ def sides_of(
         keeps = list(split_by_name(sets[0]))
         if not all(map(len, keeps)):
             raise ValueError(f"{data}: {len(sets[0])} images are too few to split; name a --test")
-    if max_train is not None:
-        keeps[0] = keeps[0][draws.permutation(0, 0, len(keeps[0]))[:max_train].sort().values]
+    keeps[0] = command.some(keeps[0], max_train)
     chosen = [[fact[i] for i in keep.tolist()] for fact, keep in zip(facts, keeps, strict=True)]
     return list(zip(sets, keeps, strict=True)), chosen
 
@@ -126,14 +124,21 @@ def labels_of(train: list[Fact], test: list[Fact]) -> dict[str, tuple[torch.Tens
 
 
 def features_of(
-    encoder: Encoder, sides: list[command.Side], last: int, args: argparse.Namespace
+    encoder: Encoder, sides: list[command.Side], layers: list[int], args: argparse.Namespace
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(features, positions) of the training images, of these mirrored, of the test images."""
+    """(features, positions) of the training images, of these mirrored, of the test images.
+
+    Raises ValueError where an image could be read but once.
+    """
     (train, keep), (test, test_keep) = sides
-    options = {"crop": args.crop, "last": last, "device": command.device(), "bf16": args.bf16}
+    options = {"crop": args.crop, "layers": layers, "device": command.device(), "bf16": args.bf16}
     options |= {"batch_size": args.batch_size, "threads": args.threads}
     options["cache"] = command.cache_of(args)
     both = [extract(encoder, train, keep=keep, flip=flip, **options) for flip in (False, True)]
+    if not torch.equal(both[0][1], both[1][1]):
+        raise ValueError(
+            "some images of the training set could be read only now and then: try again"
+        )
     return [*both, extract(encoder, test, keep=test_keep, **options)]
 
 
@@ -151,19 +156,19 @@ def run(args: argparse.Namespace) -> None:
     labels = labels_of(*facts)
     rows = []
     for name, encoder in command.encoders_of(args).items():
-        layers = linear.layers_of(encoder, args.layers)
-        (x_nD, place_n), (mirrored_nD, _), (y_mD, place_m) = features_of(
-            encoder, sides, max(layers), args
-        )
-        places = zip(sides, (place_n, place_m), strict=True)
-        # an image that could not be read has no features
-        at_n, at_m = (torch.searchsorted(keep, place) for (_, keep), place in places)
-        for question, (label_n, label_m) in labels.items():
-            train, label_m = label_n[at_n].repeat(2), label_m[at_m]
-            vectors = torch.cat([x_nD, mirrored_nD]), train, y_mD, label_m
-            commonest = 100 * label_m.bincount().max().item() / len(label_m)
-            found = linear.rows_of(name, encoder, vectors, layers, args, copies=2)
-            rows += [{**row, "question": question, "commonest": commonest} for row in found]
+        for reading in linear.readings(encoder, args.layers):
+            (x_nD, place_n), (mirrored_nD, _), (y_mD, place_m) = features_of(
+                encoder, sides, reading.blocks, args
+            )
+            places = zip(sides, (place_n, place_m), strict=True)
+            # an image that could not be read has no features
+            at_n, at_m = (torch.searchsorted(keep, place) for (_, keep), place in places)
+            for question, (label_n, label_m) in labels.items():
+                train, label_m = label_n[at_n].repeat(2), label_m[at_m]
+                vectors = torch.cat([x_nD, mirrored_nD]), train, y_mD, label_m
+                commonest = 100 * label_m.bincount().max().item() / len(label_m)
+                found = linear.rows_of(name, encoder, vectors, reading, args, copies=2)
+                rows += [{**row, "question": question, "commonest": commonest} for row in found]
     command.report(
         args, rows, HEADINGS | linear.headings(args), (*linear.SETTINGS, *linear.SWEEP_SETTINGS)
     )

@@ -15,7 +15,7 @@ import torch
 from cjepa_fast import draws, processes
 from cjepa_fast.data import crops
 from cjepa_fast.data.sources import ImageSet, open_images
-from cjepa_fast.encoders import load_encoder
+from cjepa_fast.encoders import load_encoders
 from cjepa_fast.eval import command, spread
 from cjepa_fast.eval.features import extract, image_vectors
 from cjepa_fast.eval.pictures import FIGURE, save, spread_over
@@ -164,9 +164,8 @@ def run(args: argparse.Namespace) -> None:
     """A row for each encoder: the other one of the run too, where it is there."""
     images = open_images(args.data)
     encoders = command.encoders_of(args)
-    other = {"target": "context", "context": "target"}[args.which]
-    if Path(args.checkpoint).is_dir():
-        encoders[other] = load_encoder(args.checkpoint, other)
+    others = load_encoders(args.checkpoint) if Path(args.checkpoint).is_dir() else {}
+    encoders |= {which: other for which, other in others.items() if which != args.which}
     options = {name: getattr(args, name) for name in ("count", "views", "seed", "crop", "bf16")}
     options |= {"batch_size": args.batch_size, "threads": args.threads}
     rows = []

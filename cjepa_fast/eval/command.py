@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -24,7 +25,7 @@ from cjepa_fast import draws, processes
 from cjepa_fast.checkpoint import write_text
 from cjepa_fast.data.sources import ImageSet, open_images
 from cjepa_fast.encoders import is_run, load_encoder
-from cjepa_fast.eval.features import extract, split_by_name
+from cjepa_fast.eval.features import digest, extract, split_by_name
 from cjepa_fast.vit import Encoder
 
 Row = dict[str, object]
@@ -96,8 +97,13 @@ def add_picture(parser: argparse.ArgumentParser, count: int = 6, images: str = "
     """images: where they are from if nothing is said."""
     known = f"default: {images}" if images else "a folder, shards or 'shapes'"
     parser.add_argument("--images", required=not images, metavar="SET", help=known)
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE.png")
     parser.add_argument("--count", type=positive, default=count, help="how many images")
+    add_out(parser)
+
+
+def add_out(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE.png")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
 
 
 # --------------------------------------------------------------------------- encoders and images
@@ -161,17 +167,26 @@ def labelled_sides(
     else:
         test_set = labelled(test)
         train_keep, test_keep = torch.arange(len(train_set)), torch.arange(len(test_set))
+        sides = {data: train_set.classes, test: test_set.classes}
         if train_set.classes != test_set.classes:
-            raise ValueError(f"{data} and {test} do not have the same classes")
+            raise ValueError(f"{data} and {test} do not have the same classes: {_unlike(sides)}")
     if not len(train_keep) or not len(test_keep):
         raise ValueError(
             f"{data}: splitting its {len(train_set)} images leaves {len(train_keep)} for training "
             f"and {len(test_keep)} for testing; name a test set with --test"
         )
-    return (train_set, _some(train_keep, max_train)), (test_set, _some(test_keep, max_test))
+    return (train_set, some(train_keep, max_train)), (test_set, some(test_keep, max_test))
 
 
-def _some(keep: torch.Tensor, most: int | None) -> torch.Tensor:
+def _unlike(sides: dict[str, list[str] | None]) -> str:
+    """What the first side has that the second has not, or the other way about."""
+    for one, other in itertools.permutations(sides):
+        if only := sorted(set(sides[one] or ()) - set(sides[other] or ())):
+            return f"{', '.join(map(repr, only[:3]))}{', ...' * (len(only) > 3)} only in {one}"
+    return "one has names of classes, the other numbers"
+
+
+def some(keep: torch.Tensor, most: int | None) -> torch.Tensor:
     """At most so many positions, drawn evenly, ascending."""
     if most is None or most >= len(keep):
         return keep
@@ -179,14 +194,17 @@ def _some(keep: torch.Tensor, most: int | None) -> torch.Tensor:
 
 
 def vectors_of(
-    encoder: Encoder, sides: tuple[Side, Side], args: argparse.Namespace, last: int = 1
+    encoder: Encoder,
+    sides: tuple[Side, Side],
+    args: argparse.Namespace,
+    layers: Sequence[int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Features and labels of both sides: (n, last * D), (n,), (m, last * D), (m,), on the CPU."""
+    """Of both sides features (n, layers * D) and labels (n,), one after the other, on the CPU."""
     found = []
     for images, keep in sides:
         vectors, place = extract(
-            encoder, images, keep=keep, crop=args.crop, last=last, device=device(), bf16=args.bf16,
-            batch_size=args.batch_size, threads=args.threads, cache=cache_of(args),
+            encoder, images, keep=keep, crop=args.crop, layers=layers, device=device(),
+            bf16=args.bf16, batch_size=args.batch_size, threads=args.threads, cache=cache_of(args),
         )  # fmt: skip
         found += [vectors, images.labels[place]]
     encoder.cpu()
@@ -227,6 +245,7 @@ def report(
         "checkpoint": str(args.checkpoint),
         "inside": inside(args.checkpoint),
         "which": args.which,
+        "weights": digest(load_encoder(args.checkpoint, args.which)),
         "settings": chosen,
         "headings": headings,
         "rows": rows,
@@ -236,6 +255,14 @@ def report(
     for path in _files(args, chosen):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, text)
+
+
+def tell(args: argparse.Namespace, rows: list[Row], headings: dict[str, str], label: str) -> None:
+    """Of a picture, print its numbers and write them to --json. label: the key of a row's name."""
+    print_table(rows, headings, label)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        write_text(args.json, json.dumps({"task": args.task, "rows": rows}, indent=2) + "\n")
 
 
 def _files(args: argparse.Namespace, chosen: dict) -> Iterable[Path]:

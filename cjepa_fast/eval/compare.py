@@ -13,12 +13,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from cjepa_fast.checkpoint import write_text
+from cjepa_fast.encoders import load_encoder
 from cjepa_fast.eval import command
 from cjepa_fast.eval.curves import short_names
+from cjepa_fast.eval.features import digest
 from cjepa_fast.eval.pictures import FIGURE, save
 
 COMPUTED = ("knn", "linear", "collapse")  # with --data
-LOWER = {"alignment", "uniformity", "dead", "by_position", "distance_error"}  # is better
+LOWER = {"alignment", "uniformity", "dead", "by_position", "j_decay", "f_decay"}  # is better
 UNJUDGED = {"std_mean", "std_min", "by_image", "by_both", "commonest", "held_out"}
 WAYS = ("question", "labels", "layers")  # what tells the rows of one encoder apart
 BEST = "*"
@@ -27,11 +29,12 @@ Found = dict[Measure, float]  # of one checkpoint
 
 
 def found_in(checkpoint: str | Path, which: str, more: Iterable[dict] = ()) -> list[dict]:
-    """The records of a checkpoint's encoder: of its run's folder, and `more`."""
+    """The records of a checkpoint's encoder, as its weights are now: of its run's folder, and
+    `more`."""
     run = command.run_of(checkpoint)
-    here = command.inside(checkpoint)
+    weights = digest(load_encoder(checkpoint, which))
     own = command.records(run) if run else []
-    return [r for r in own if r["inside"] == here and r["which"] == which] + list(more)
+    return [r for r in own if r.get("weights") == weights] + list(more)
 
 
 def measures(records: list[list[dict]]) -> tuple[list[Found], dict[Measure, str]]:
@@ -142,7 +145,10 @@ def run(args: argparse.Namespace) -> None:
     for checkpoint in args.checkpoints:
         found = found_in(checkpoint, args.which)
         if args.data:
-            there = {r["task"] for r in found if r["settings"].get("data") == args.data}
+            asked = {"data": args.data, "test": args.test}
+            there = {r["task"] for r in found if all(
+                r["settings"].get(k, v) == v for k, v in asked.items()
+            )}  # fmt: skip
             made = _compute(checkpoint, [t for t in COMPUTED if t not in there], args)
             found += made
         records.append(found)

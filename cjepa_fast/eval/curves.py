@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from cjepa_fast.eval import command
 from cjepa_fast.eval.pictures import FIGURE, save
 from cjepa_fast.telemetry import read_log
 
@@ -97,8 +98,18 @@ def short_names(runs: list[Path | str]) -> list[str]:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN")
-    parser.add_argument("--out", required=True, metavar="FILE.png")
+    command.add_out(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    print(draw(args.runs, args.out))
+    """And the last value of each curve."""
+    drawn, rows = draw(args.runs, args.out), []
+    for name, folder in zip(short_names(args.runs), args.runs, strict=True):
+        ends = {key: series(_rows(folder), key) for key in PANELS}
+        last = {key: values[-1] for key, (_, values) in ends.items() if values}
+        rows.append(
+            {"run": name, "step": max(steps[-1] for steps, _ in ends.values() if steps), **last}
+        )
+    headings = {"step": "step", **{key: title for key, (title, _) in PANELS.items()}}
+    command.tell(args, rows, headings, "run")
+    print(drawn)

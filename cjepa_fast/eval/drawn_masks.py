@@ -6,7 +6,7 @@ Shapes: B images, N patches, K context patches, M target blocks, P patches a blo
 import numpy as np
 import torch
 
-from cjepa_fast.eval.pictures import as_pictures, sheet
+from cjepa_fast.eval.pictures import Column, as_pictures, sheet
 from cjepa_fast.masks import Masks
 
 BLOCK_COLOURS = ("#e6550d", "#3182bd", "#31a354", "#c51b8a", "#756bb1", "#fdae6b")
@@ -20,13 +20,19 @@ def covered(idx_K: torch.Tensor, grid: tuple[int, int], shape: tuple[int, int]) 
     return cells_rc.repeat(shape[0] // grid[0], 0).repeat(shape[1] // grid[1], 1)
 
 
-def figure(images_B3HW: torch.Tensor, mean, std, masks: Masks, grid: tuple[int, int], title: str):
-    """A row an image: the picture, what the context encoder sees, the blocks, each block alone."""
+def columns(
+    images_B3HW: torch.Tensor, mean, std, masks: Masks, grid: tuple[int, int]
+) -> list[Column]:
+    """The picture, what the context encoder sees, the blocks, each block alone; a row an image."""
     pictures = as_pictures(images_B3HW, mean, std)
     M = masks.target_idx_BMP.shape[1]
     names = ["image", "context", "context and targets", *(f"target {m + 1}" for m in range(M))]
     views = [_views(picture, masks, b, grid) for b, picture in enumerate(pictures)]
-    return sheet(list(zip(names, zip(*views, strict=True), strict=True)), title, side=1.7)
+    return list(zip(names, zip(*views, strict=True), strict=True))
+
+
+def figure(images_B3HW: torch.Tensor, mean, std, masks: Masks, grid: tuple[int, int], title: str):
+    return sheet(columns(images_B3HW, mean, std, masks, grid), title, side=1.7)
 
 
 def _views(picture_HW3: np.ndarray, masks: Masks, b: int, grid) -> list[np.ndarray]:

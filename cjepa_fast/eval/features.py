@@ -10,15 +10,14 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from tqdm import tqdm
 
-from cjepa_fast.checkpoint import write_tensors
+from cjepa_fast.checkpoint import read_tensors, write_tensors
 from cjepa_fast.data.evaluation import eval_batches
 from cjepa_fast.data.sources import ImageSet
 from cjepa_fast.processes import from_all, rank, world_size
@@ -26,6 +25,7 @@ from cjepa_fast.vit import Encoder
 
 QUIET_S = 5.0  # seconds before a progress bar appears
 TOLD_BYTES = 2**30  # of a file of features, before it is told of
+WAY = 1  # counted up where the same image would be read in another way: older features are stale
 
 
 @torch.inference_mode()
@@ -36,7 +36,7 @@ def extract(
     keep: torch.Tensor | None = None,
     crop: float = 1.0,
     flip: bool = False,
-    last: int = 1,
+    layers: Sequence[int] | None = None,
     pooled: bool = True,
     batch_size: int = 128,
     device: torch.device | str = "cpu",
@@ -45,45 +45,61 @@ def extract(
     cache: Path | None = None,
     title: str = "features",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features (n, last * D) fp32 and the images' positions in the set (n,) int64, on the CPU.
+    """Features (n, layers * D) fp32 and the images' positions in the set (n,) int64, on the CPU.
 
     keep: positions to use, ascending (default: all). crop: share of the short side of the centre
-    crop. flip: left and right. last: of how many of the last blocks the normed outputs are set side
-    by side. pooled: the mean over the patches; else (n, N, last * D). cache: a folder to keep them
-    in. An image that turns out unreadable is left out, hence the positions.
+    crop. flip: left and right. layers: numbers of the blocks, from 1 and rising, whose normed
+    outputs are set side by side (default: the last). pooled: the mean over the patches; else
+    (n, N, layers * D). cache: a folder to keep them in. An image that turns out unreadable is left
+    out, hence the positions, and then nothing is kept: it may be readable another time. Raises
+    ValueError for features that are not finite.
     """
     encoder = encoder.to(device).eval()
+    layers = list(layers or encoder.last(1))
     device_type = torch.device(device).type
     make = functools.partial(
-        _compute, encoder, images, keep=keep, crop=crop, flip=flip, last=last, pooled=pooled,
+        _compute, encoder, images, keep=keep, crop=crop, flip=flip, layers=layers, pooled=pooled,
         batch_size=batch_size, device=device, bf16=bf16, threads=threads, title=title,
     )  # fmt: skip
     if cache is None:
         return make()
     kept = None if keep is None else hashlib.sha256(keep.numpy().tobytes()).hexdigest()
-    facts = [digest(encoder), images.fingerprint, kept, crop, last, pooled, bf16, device_type]
+    facts = [
+        WAY,
+        digest(encoder),
+        images.fingerprint,
+        kept,
+        crop,
+        layers,
+        pooled,
+        bf16,
+        device_type,
+    ]
     facts += ["flip"] if flip else []
     path = cache / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}.safetensors"
     if all(from_all(path.is_file())):
-        found = load_file(path)
+        found = read_tensors(path)
         return found["features"], found["places"]
     features, places = make()
-    if rank() == 0:
+    if rank() == 0 and len(places) == len(images if keep is None else keep):
         _keep(path, {"features": features, "places": places})
     return features, places
 
 
-def _compute(encoder: Encoder, images: ImageSet, *, flip, last, pooled, device, bf16, **options):
+def _compute(encoder: Encoder, images: ImageSet, *, flip, layers, pooled, device, bf16, **options):
     def function(images_B3HW: torch.Tensor) -> torch.Tensor:
         images_B3HW = images_B3HW.flip(-1) if flip else images_B3HW
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
-            layers = encoder.last_layers(images_B3HW, last)
-        return torch.cat([x.float().mean(1) if pooled else x.float() for x in layers], -1)
+            found = encoder.layers(images_B3HW, layers)
+        return torch.cat([x.float().mean(1) if pooled else x.float() for x in found], -1)
 
-    return image_vectors(
+    features, places = image_vectors(
         images, function, image_size=encoder.image_size, mean=encoder.mean, std=encoder.std,
         device=device, **options,
     )  # fmt: skip
+    if not features.isfinite().all():
+        raise ValueError("the encoder's features are not finite: its weights are of no use")
+    return features, places
 
 
 def digest(encoder: Encoder) -> str:
@@ -128,7 +144,7 @@ def image_vectors(
     """`function` (B, 3, H, W) -> (B, D) over a set: (n, D) and the positions (n,), on the CPU.
 
     windows_n4: what to show of each of `keep`, instead of the centre; an image may then be there
-    several times.
+    several times. Raises ValueError where no image could be read.
     """
     keep = torch.arange(len(images)) if keep is None else keep
     share = torch.arange(len(keep))[rank() :: world_size()]
@@ -145,6 +161,8 @@ def image_vectors(
             rows.append(share[index_B])
             bar.update(len(index_B))
     shares = from_all((vectors, rows))
+    if not any(rows for _, rows in shares):
+        raise ValueError(f"{images.root}: none of the {len(keep)} images could be read")
     row_n = torch.cat([row for _, rows in shares for row in rows])
     order = row_n.argsort()
     return torch.cat([v for vectors, _ in shares for v in vectors])[order], keep[row_n[order]]
@@ -165,6 +183,15 @@ class Subset:
 
     def __len__(self) -> int:
         return len(self.keep_n)
+
+    @property
+    def root(self) -> Path:
+        return self.images.root
+
+    @property
+    def fingerprint(self) -> str:
+        kept = hashlib.sha256(self.keep_n.numpy().tobytes()).hexdigest()
+        return f"{self.images.fingerprint}-{kept[:16]}"
 
     def name(self, i: int) -> str:
         return self.images.name(int(self.keep_n[i]))

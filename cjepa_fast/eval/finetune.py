@@ -19,7 +19,7 @@ from cjepa_fast.data.loader import Loader
 from cjepa_fast.encoders import load_encoder
 from cjepa_fast.eval import command, recipe
 from cjepa_fast.eval.by_depth import add_drop_path, layer_decay_groups
-from cjepa_fast.eval.features import Subset, image_vectors, shown_bar
+from cjepa_fast.eval.features import Subset, digest, image_vectors, shown_bar
 from cjepa_fast.eval.recipe import Classifier, Recipe
 from cjepa_fast.eval.tuning import Alone, Together, batches_of, restored, save
 from cjepa_fast.processes import mean_over_ranks, rank, world_size
@@ -53,6 +53,8 @@ def tune(
     holds another training.
     """
     device = command.device()
+    facts = {"recipe": asdict(chosen), "encoder": digest(encoder), "images": train.fingerprint}
+    facts |= {"classes": classes, "seed": args.seed, "processes": world_size()}
     torch.manual_seed(args.seed)
     model = Classifier(encoder, classes, args.bf16).to(device)
     add_drop_path(encoder, chosen.drop_path)
@@ -67,8 +69,7 @@ def tune(
     kind = Alone if world_size() == 1 else Together
     engine = kind(model, groups, micro_batch, loader.accumulation)
     average = recipe.averaged(model, chosen.average)
-    facts = {"recipe": asdict(chosen), "batch": batch, "images": len(train), "seed": args.seed}
-    facts["processes"] = world_size()
+    facts["batch"] = batch
     first = restored(folder, json.loads(json.dumps(facts)), engine, average, args.resume)
     steps = loader.steps_per_epoch
     total, warmup = chosen.epochs * steps, min(chosen.warmup_epochs, chosen.epochs / 10) * steps

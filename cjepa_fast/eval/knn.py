@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from cjepa_fast.data.sources import ImageSet
 from cjepa_fast.eval import command, linear
-from cjepa_fast.eval.features import image_vectors
+from cjepa_fast.eval.features import image_vectors, shown_bar
 
 HEADINGS = {
     "train_images": "train",
@@ -47,8 +47,11 @@ def predict(
         train_nD, test_mD = train_nD - mean_D, test_mD - mean_D
     train_nD = F.normalize(train_nD.float(), dim=1)
     classes = int(label_n.max()) + 1
-    votes = [_votes(part, train_nD, label_n, k, temperature, classes)
-             for part in F.normalize(test_mD.float(), dim=1).split(batch_size)]  # fmt: skip
+    votes = []
+    with shown_bar(len(test_mD), "neighbours") as bar:
+        for test_BD in F.normalize(test_mD.float(), dim=1).split(batch_size):
+            votes.append(_votes(test_BD, train_nD, label_n, k, temperature, classes))
+            bar.update(len(test_BD))
     return torch.cat(votes).argmax(1)
 
 

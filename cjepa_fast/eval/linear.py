@@ -8,6 +8,7 @@ Shapes: n training images, m test images, D width.
 
 import argparse
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
@@ -104,18 +105,25 @@ def sweep(
     return rows
 
 
+class Reading(NamedTuple):
+    """Blocks to read at once, and by name how many of the last of these a probe is to see."""
+
+    blocks: list[int]
+    probes: dict[str, int]
+
+
 def rows_of(
-    name: str, encoder: Encoder, vectors: Vectors, layers: list[int], args: argparse.Namespace,
+    name: str, encoder: Encoder, vectors: Vectors, reading: Reading, args: argparse.Namespace,
     copies: int = 1,
 ) -> list[command.Row]:  # fmt: skip
-    """`sweep` as the command line has it, one row for each number of last layers."""
+    """`sweep` as the command line has it, one row for each of the reading's probes."""
     plan = Plan(args.optimizer, args.epochs, args.batch, args.sweep)
-    found = sweep(vectors, [last * encoder.width for last in layers], plan, args.choose, copies)
+    widths = [count * encoder.width for count in reading.probes.values()]
+    found = sweep(vectors, widths, plan, args.choose, copies)
     counts = {"train_images": len(vectors[0]) // copies, "test_images": len(vectors[2])}
-    names = ["last" if last == 1 else f"last {last}" for last in layers]
     return [
         {"encoder": name, "layers": which, **counts, **row}
-        for which, row in zip(names, found, strict=True)
+        for which, row in zip(reading.probes, found, strict=True)
     ]
 
 
@@ -124,13 +132,20 @@ def headings(args: argparse.Namespace) -> dict[str, str]:
     return HEADINGS | (BEST_ON_TEST if args.choose == "test" else {})
 
 
-def layers_of(encoder: Encoder, asked: list[int]) -> list[int]:
-    """The numbers of last layers asked for, as far as the encoder has them."""
-    return sorted({min(last, encoder.depth) for last in asked})
+def readings(encoder: Encoder, asked: list[int | list[int]]) -> list[Reading]:
+    """Numbers of last layers, as far as the encoder has them, are read at once; a list of blocks is
+    read by itself."""
+    last = sorted({min(layers, encoder.depth) for layers in asked if isinstance(layers, int)})
+    names = {"last" if count == 1 else f"last {count}": count for count in last}
+    found = [Reading(list(encoder.last(max(last))), names)] if last else []
+    lists = [layers for layers in asked if isinstance(layers, list)]
+    return found + [Reading(blocks, {"+".join(map(str, blocks)): len(blocks)}) for blocks in lists]
 
 
-def layer_list(text: str) -> list[int]:
-    return [command.positive(part) for part in text.split(",")]
+def layer_list(text: str) -> list[int | list[int]]:
+    """ "1,4,3+6" -> [1, 4, [3, 6]]."""
+    parts = [[command.positive(number) for number in part.split("+")] for part in text.split(",")]
+    return [sorted(set(part)) if len(part) > 1 else part[0] for part in parts]
 
 
 def values(text: str) -> tuple[str, tuple[float, ...]]:
@@ -153,7 +168,7 @@ def add_sweep(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sweep", type=values, nargs="+", metavar="NAME=LIST",
                         help="such as lr=0.01,0.05 wd=0; of lbfgs C=0.1,1")  # fmt: skip
     parser.add_argument("--layers", type=layer_list, default=[1, 4], metavar="LIST",
-                        help="how many last layers, side by side; default 1,4")  # fmt: skip
+                        help="numbers of last layers, or blocks as 3+6+9; default 1,4")  # fmt: skip
     parser.add_argument("--choose", choices=("held-out", "test"), default="held-out",
                         help="the images that decide which probe is best")  # fmt: skip
 
@@ -181,7 +196,7 @@ def run(args: argparse.Namespace) -> None:
     sides = command.labelled_sides(args.data, args.test, args.max_train)
     rows = []
     for name, encoder in command.encoders_of(args).items():
-        layers = layers_of(encoder, args.layers)
-        vectors = command.vectors_of(encoder, sides, args, last=max(layers))
-        rows += rows_of(name, encoder, vectors, layers, args)
+        for reading in readings(encoder, args.layers):
+            vectors = command.vectors_of(encoder, sides, args, reading.blocks)
+            rows += rows_of(name, encoder, vectors, reading, args)
     command.report(args, rows, headings(args), (*SETTINGS, *SWEEP_SETTINGS))

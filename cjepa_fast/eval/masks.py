@@ -1,38 +1,74 @@
-"""A run's masks, drawn on its images."""
+"""The masks that one or several runs draw, on images."""
 
 import argparse
 
 import torch
 
 from cjepa_fast import build, config
+from cjepa_fast.config import Config
 from cjepa_fast.data.sources import open_images
 from cjepa_fast.eval import command
-from cjepa_fast.eval.drawn_masks import figure
-from cjepa_fast.eval.pictures import load_images, save
+from cjepa_fast.eval.curves import short_names
+from cjepa_fast.eval.drawn_masks import columns
+from cjepa_fast.eval.pictures import Column, load_images, save, sheet
+from cjepa_fast.masks import Masks
+
+HEADINGS = {
+    "sampler": "sampler",
+    "context": "context",
+    "context_patches": "context patches",
+    "blocks": "blocks",
+    "block_patches": "patches a block",
+    "patches": "of",
+}
+ALONE = 3  # columns of a run beside others: its image, its context, its context and targets
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="RUN")
+    parser.add_argument(
+        "checkpoints", metavar="RUN", nargs="*", help="or a configuration: --config"
+    )
     command.add_picture(parser, images="the run's own")
 
 
 def run(args: argparse.Namespace) -> None:
     """Raises FileNotFoundError where there is no run's config.json."""
-    folder = command.run_of(args.checkpoint)
-    if folder is None:
-        raise FileNotFoundError(
-            f"{args.checkpoint}: no config.json there, so it is no run's folder"
+    named = {
+        n: _of_run(f) for n, f in zip(short_names(args.checkpoints), args.checkpoints, strict=True)
+    }
+    if args.config:
+        named[args.config] = config.load(args.config)
+    if not named:
+        raise ValueError("whose masks? Name a run's folder, or a configuration with --config")
+    shown: list[Column] = []
+    rows = []
+    for name, settings in named.items():
+        made, masks = _drawn(settings, args)
+        if len(named) > 1:
+            made = [(f"{name}\n{heading}", column) for heading, column in made[:ALONE]]
+        shown += made
+        _, M, P = masks.target_idx_BMP.shape
+        facts = (settings.mask.sampler, settings.mask.context, float(masks.context_k), M, P)
+        rows.append({"run": name, **dict(zip(HEADINGS, facts, strict=False))})
+        rows[-1]["patches"] = (
+            build.build_masks(settings).grid[0] * build.build_masks(settings).grid[1]
         )
-    settings = config.read(folder)
+    command.tell(args, rows, HEADINGS, "run")
+    print(save(sheet(shown, f"Masks: {', '.join(named)}", side=1.7), args.out))
+
+
+def _of_run(path: str) -> Config:
+    folder = command.run_of(path)
+    if folder is None:
+        raise FileNotFoundError(f"{path}: no config.json there, so it is no run's folder")
+    return config.read(folder)
+
+
+def _drawn(settings: Config, args: argparse.Namespace) -> tuple[list[Column], Masks]:
     data, sampler = settings.data, build.build_masks(settings)
     images_B3HW = load_images(
         open_images(args.images or config.expanded(data.path)), args.count,
         image_size=data.image_size, mean=data.mean, std=data.std,
     )  # fmt: skip
     masks = sampler(epoch=0, step=0, places_B=torch.arange(len(images_B3HW)))
-    title = (
-        f'Masks, sampler "{settings.mask.sampler}", context "{settings.mask.context}": '
-        f"{masks.context_k:g} context patches, "
-        f"{masks.target_idx_BMP.shape[1]} x {masks.target_idx_BMP.shape[2]} target patches"
-    )
-    print(save(figure(images_B3HW, data.mean, data.std, masks, sampler.grid, title), args.out))
+    return columns(images_B3HW, data.mean, data.std, masks, sampler.grid), masks

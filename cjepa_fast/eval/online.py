@@ -72,15 +72,19 @@ class Online:
         encoder: (B, 3, H, W) -> (B, N, D). Every process calls it; the first has the answer, the
         others an empty dict.
         """
-        began_s = time.monotonic()
         self._owed = False
         vectors = []
         for images, keep in self.sides:
             features_nD, place_n = self._features(encoder, images, keep)
             vectors += [features_nD, images.labels[place_n]]
-        found = {} if rank() else _scores(*vectors, k=self.k, temperature=self.temperature)
+        return {} if rank() else _scores(*vectors, k=self.k, temperature=self.temperature)
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[None]:
+        """What is done within it, judging and drawing, counts as time spent."""
+        began_s = time.monotonic()
+        yield
         self._spent_s += time.monotonic() - began_s
-        return found
 
     @torch.no_grad()
     def _features(self, encoder, images: ImageSet, keep_n: torch.Tensor):

@@ -124,10 +124,14 @@ class Probes(nn.Module):
 
 
 def _rank(logits_BPC: torch.Tensor, label_B: torch.Tensor) -> torch.Tensor:
-    """How many classes stand before the right one, of equal ones half: (B, P) on the CPU."""
+    """How many classes stand before the right one, of equal ones half: (B, P) on the CPU.
+
+    All of them where a probe has diverged. (-inf is what a class without training images has.)
+    """
     right_BP1 = logits_BPC.gather(2, label_B[:, None, None].expand(-1, logits_BPC.shape[1], 1))
     ties_BP = (logits_BPC == right_BP1).sum(2) - 1
-    return ((logits_BPC > right_BP1).sum(2) + ties_BP / 2).cpu()
+    rank_BP = (logits_BPC > right_BP1).sum(2) + ties_BP / 2
+    return torch.where(logits_BPC.isnan().any(2), logits_BPC.shape[2], rank_BP).cpu()
 
 
 def _batches(x_nD: torch.Tensor, label_n: torch.Tensor, size: int):
@@ -144,7 +148,7 @@ def fit(
 ) -> Probes:
     """Probes trained on features (n, D); widths: how many of the last columns a stack sees.
 
-    Raises ValueError where there is but one class to learn, or a probe does not converge.
+    Raises ValueError where there is but one class to learn.
     """
     if len(label_n.unique()) < 2:
         raise ValueError("a linear probe needs at least two classes among the training images")
@@ -162,9 +166,10 @@ def _solve(probes: Probes, train_nD: torch.Tensor, label_n: torch.Tensor, settin
     from sklearn.linear_model import LogisticRegression
 
     x_nD = ((train_nD - probes.mean_D.cpu()) / probes.std_D.cpu()).double()
-    for stack in probes.stacks:
-        for p, setting in enumerate(settings):
-            found = LogisticRegression(C=setting["C"], max_iter=3000)
+    tried = [(stack, p, C["C"]) for stack in probes.stacks for p, C in enumerate(settings)]
+    with shown_bar(len(tried), "linear probes", "probe") as bar:
+        for stack, p, inverse_penalty in tried:
+            found = LogisticRegression(C=inverse_penalty, max_iter=3000)
             found.fit(x_nD[:, -stack.width :].numpy(), label_n.numpy())
             weight, bias = (torch.from_numpy(x) for x in (found.coef_, found.intercept_))
             if len(weight) == 1:  # of two classes it gives the second's lead alone
@@ -173,6 +178,7 @@ def _solve(probes: Probes, train_nD: torch.Tensor, label_n: torch.Tensor, settin
             stack.biases[p].data.fill_(-torch.inf)  # classes without a training image
             stack.weights[p].data[found.classes_] = weight.to(stack.weights[p])
             stack.biases[p].data[found.classes_] = bias.to(stack.biases[p])
+            bar.update()
 
 
 def _descend(probes: Probes, train_nD, label_n, settings, plan: Plan) -> None:

@@ -4,24 +4,26 @@ Shapes: n images of the set, q queries, k neighbours, D width.
 """
 
 import argparse
+import itertools
 
 import torch
 import torch.nn.functional as F
 
 from cjepa_fast.data.sources import ImageSet, open_images
-from cjepa_fast.encoders import load_encoder
+from cjepa_fast.encoders import load_encoder, load_encoders
 from cjepa_fast.eval import command
 from cjepa_fast.eval.curves import short_names
 from cjepa_fast.eval.features import extract
 from cjepa_fast.eval.pictures import FIGURE, as_pictures, load_images, save, spread_over
+from cjepa_fast.vit import Encoder
 
+Found = tuple[torch.Tensor, torch.Tensor]  # similarities and rows, as `nearest` gives them
+HEADINGS = {"similarity": "similarity", "agreement": "of the query's class %"}
 PIXELS = 128  # a side of each picture
 RIGHT, WRONG, QUERY = "#31a354", "#d62728", "0.4"  # colours of the frames
 
 
-def nearest(
-    features_nD: torch.Tensor, query_q: torch.Tensor, k: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def nearest(features_nD: torch.Tensor, query_q: torch.Tensor, k: int) -> Found:
     """Cosine similarities (q, k) of the images at rows query_q to their nearest others, falling,
     and the rows of these (q, k). Raises ValueError for more neighbours than there are others."""
     if not 1 <= k < len(features_nD):
@@ -36,17 +38,20 @@ def figure(
     images: ImageSet,
     place_n: torch.Tensor,
     query_q: torch.Tensor,
-    found: tuple[torch.Tensor, torch.Tensor],
+    found: dict[str, Found],
     title: str,
     crop: float = 1.0,
 ):
-    """A row a query: it first, then its neighbours, what `nearest` found of features of the images
-    at positions place_n. Where the set is labelled, a frame says if the class is the query's."""
+    """A row a query: it first, then by encoder its neighbours, what `nearest` found of features of
+    the images at positions place_n. Where the set is labelled, a frame says if the class is the
+    query's."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    similarity_qk, near_qk = found
-    rows_qc = torch.cat([query_q[:, None], near_qk], 1)
+    similarity_qk = torch.cat([similarity_qk for similarity_qk, _ in found.values()], 1)
+    rows_qc = torch.cat([query_q[:, None], *(near_qk for _, near_qk in found.values())], 1)
+    begins = itertools.accumulate((near.shape[1] for _, near in found.values()), initial=1)
+    headings = dict(zip(begins, found, strict=False)) if len(found) > 1 else {}
     wanted = place_n[rows_qc]  # of the set
     keep, inside = wanted.unique(return_inverse=True)
     loaded = load_images(images, len(keep), image_size=PIXELS, crop=crop, keep=keep)
@@ -64,7 +69,9 @@ def figure(
                     said += f"  {images.classes[label] if images.classes else f'class {label}'}"
                     if column:
                         colour, width = (RIGHT if label == of_query else WRONG), 2.5
-                axes.set_title(said)
+                if row == 0 and headings:
+                    said = f"{headings.get(column, '')}\n{said}"
+                axes.set_title(said, loc="left" if column in headings else "center")
                 _frame(axes, colour, width)
         figure.suptitle(title)
     return figure
@@ -83,25 +90,38 @@ def agreement(labels: torch.Tensor, place_n, query_q, near_qk) -> float:
     return 100 * same_qk.double().mean().item()
 
 
-def sheet_of(encoder, images: ImageSet, name: str, *, queries: int, k: int, crop: float, **reading):
-    """The figure, for an encoder on a set. reading: the rest of what `extract` takes."""
-    features_nD, place_n = extract(encoder, images, crop=crop, **reading)
-    query_q = spread_over(place_n, queries)
-    found = nearest(features_nD, query_q, k)
-    title = f"Nearest neighbours by cosine similarity: {name}"
+def sheet_of(
+    encoders: dict[str, Encoder], images: ImageSet, *, queries: int, k: int, crop: float, **reading
+) -> tuple[object, list[command.Row]]:
+    """The figure, for encoders by name on a set, and a row of HEADINGS for each. reading: the rest
+    of what `extract` takes. Raises ValueError where an image could be read for one of them only."""
+    found, places, rows = {}, [], []
+    for name, encoder in encoders.items():
+        features_nD, place_n = extract(encoder, images, crop=crop, **reading)
+        query_q = spread_over(place_n, queries)
+        found[name] = nearest(features_nD, query_q, k)
+        places.append(place_n)
+        rows.append({"encoder": name, "similarity": found[name][0].mean().item()})
+        if images.labels is not None:
+            rows[-1]["agreement"] = agreement(images.labels, place_n, query_q, found[name][1])
+    if not all(torch.equal(place_n, places[0]) for place_n in places):
+        raise ValueError(f"{images.root}: some images could be read only now and then: try again")
+    title = f"Nearest neighbours by cosine similarity: {', '.join(encoders)}"
     if images.labels is not None:
-        right = agreement(images.labels, place_n, query_q, found[1])
-        title += f"; {right:.0f} % of those shown are of the query's class (green)"
-    return figure(images, place_n, query_q, found, title, crop)
+        shares = ", ".join(f"{row['agreement']:.0f} %" for row in rows)
+        title += f"\n{shares} of those shown are of the query's class (green)"
+    return figure(images, places[0], query_q, found, title, crop), rows
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="CHECKPOINT")
-    parser.add_argument("--which", choices=("target", "context"), default="target", help="encoder")
+    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="runs or checkpoints")
+    parser.add_argument("--which", choices=("target", "context", "both"), default="target")
     parser.add_argument("--data", required=True, metavar="SET", help="labels are used where it has")
-    parser.add_argument("--out", required=True, metavar="FILE.png")
+    command.add_out(parser)
     parser.add_argument("--count", type=command.positive, default=8, help="queries")
-    parser.add_argument("--neighbours", type=command.positive, default=8, metavar="K")
+    parser.add_argument(
+        "--neighbours", type=command.positive, metavar="K", help="default: 8, fewer side by side"
+    )
     parser.add_argument("--max-images", type=command.positive, metavar="N", help="search N images")
     command.add_reading(parser)
     command.add_features(parser)
@@ -109,12 +129,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     images = open_images(args.data)
-    encoder = load_encoder(args.checkpoint, args.which)
-    (name,) = short_names([args.checkpoint])
-    drawn = sheet_of(
-        encoder, images, name, queries=args.count, k=args.neighbours, crop=args.crop,
+    encoders = {}
+    for name, checkpoint in zip(short_names(args.checkpoints), args.checkpoints, strict=True):
+        if args.which == "both":
+            both = load_encoders(checkpoint).items()
+            encoders |= {f"{name}, {which}": encoder for which, encoder in both}
+        else:
+            encoders[name] = load_encoder(checkpoint, args.which)
+    k = args.neighbours or max(3, 8 // len(encoders))
+    drawn, rows = sheet_of(
+        encoders, images, queries=args.count, k=k, crop=args.crop,
         keep=spread_over(images, args.max_images or len(images)),
         batch_size=args.batch_size, threads=args.threads, bf16=args.bf16, device=command.device(),
         cache=command.cache_of(args),
     )  # fmt: skip
+    command.tell(args, rows, HEADINGS, "encoder")
     print(save(drawn, args.out))

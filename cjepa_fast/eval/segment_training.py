@@ -19,7 +19,7 @@ from cjepa_fast.data.pairs import IGNORE, Classes, Pairs
 from cjepa_fast.data.whole import WholeImages, ahead
 from cjepa_fast.eval.by_depth import layer_decay_groups
 from cjepa_fast.eval.dense import normalised, resized
-from cjepa_fast.eval.features import shown_bar
+from cjepa_fast.eval.features import digest, shown_bar
 from cjepa_fast.eval.segmenter import Segmenter, loss_of
 from cjepa_fast.processes import rank, world_size
 
@@ -180,7 +180,7 @@ def _facts(model: Segmenter, pairs: Pairs, classes: Classes, recipe: Recipe) -> 
         "head": type(model.head).__name__,
         "layers": model.layers,
         "frozen": model.frozen,
-        "encoder": model.encoder.architecture,
+        "encoder": digest(model.encoder),
         "images": pairs.images.fingerprint,
         "classes": list(classes.names),
     }

@@ -82,10 +82,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     finetune.add_tuning(parser)
     linear.add_sweep(parser)
     parser.add_argument("--no-cache", action="store_true", help="keep no features on disk")
+    parser.set_defaults(default=parser.get_default)
 
 
 def run(args: argparse.Namespace) -> None:
-    """A row for each encoder and share, and with --probe for each number of layers."""
+    """A row for each encoder and share, and with --probe for each number of layers.
+
+    Raises ValueError for an option of the other of the two ways.
+    """
+    for option in linear.SWEEP_SETTINGS if not args.probe else ("set", "resume", "out"):
+        if getattr(args, option) != args.default(option):
+            way = "without" if args.probe else "with"
+            raise ValueError(f"--{option} is for semi {way} --probe")
     linear.complete_sweep(args)
     (images, keep_n), test = command.labelled_sides(args.data, args.test, args.max_train)
     if args.list:
@@ -100,9 +108,10 @@ def run(args: argparse.Namespace) -> None:
         sides = (images, few_n), test
         for name, encoder in command.encoders_of(args).items():
             if args.probe:
-                layers = linear.layers_of(encoder, args.layers)
-                vectors = command.vectors_of(encoder, sides, args, last=max(layers))
-                found = linear.rows_of(name, encoder, vectors, layers, args)
+                found = []
+                for reading in linear.readings(encoder, args.layers):
+                    vectors = command.vectors_of(encoder, sides, args, reading.blocks)
+                    found += linear.rows_of(name, encoder, vectors, reading, args)
             else:
                 folder = finetune.folder_of(args) / labels / name
                 found = [finetune.tuned_row(name, encoder, sides, chosen, args, folder)]

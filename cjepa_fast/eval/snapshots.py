@@ -23,12 +23,13 @@ def figures(
     images_B3HW: normalised by mean and std, where the encoders are and in their dtype; masks: of
     these images. Both encoders run over them twice.
     """
+    both = {"target": target, "context": context}
     image = ("image", as_pictures(images_B3HW, mean, std))
     drawn = {
         "masks": drawn_masks.figure(images_B3HW, mean, std, masks, target.grid, "Masks"),
         "attention": attention.figure(
-            [image, *attention.columns(target, context, images_B3HW, mean, std)], "Attention"
+            [image, *attention.columns(both, images_B3HW, mean, std)], "Attention"
         ),
-        "pca": sheet([image, *pca.columns(target, context, images_B3HW)], "Patch features"),
+        "pca": sheet([image, *pca.columns(both, images_B3HW)], "Patch features"),
     }
     return {name: as_array(figure) for name, figure in drawn.items()}

@@ -4,13 +4,14 @@ Its head is YAML as Hugging Face's hub reads it. Of paths only the last part is 
 """
 
 import platform
-import subprocess
 from collections.abc import Iterable, Sequence
-from pathlib import Path, PurePath
+from pathlib import PurePath
 
 import torch
 
 import cjepa_fast
+from cjepa_fast.commit import own_commit
+from cjepa_fast.eval.features import digest
 from cjepa_fast.export.formats import Source
 from cjepa_fast.export.origin import Origin
 from cjepa_fast.vit import count_parameters
@@ -103,7 +104,7 @@ def card(source: Source, origin: Origin, form: str, name: str, files: Sequence[s
         "## Training",
         _training(origin),
         "## Evaluation",
-        _evaluation(origin.evaluations),
+        _evaluation(source, origin),
         "## Versions",
         _versions(origin),
         "## Licence",
@@ -212,8 +213,10 @@ def _objective(loss: dict) -> str:
     return f'{prediction}; VICReg on "{vicreg["views"]}": {weights}'
 
 
-def _evaluation(records: list[dict]) -> str:
-    """A table for each evaluation of the run."""
+def _evaluation(source: Source, origin: Origin) -> str:
+    """A table for each evaluation of these weights that the run's folder has."""
+    weights = digest(source.encoder)
+    records = [record for record in origin.evaluations if record.get("weights") == weights]
     if not records:
         return "None is known."
     return "\n\n".join(_one_evaluation(record) for record in records)
@@ -225,7 +228,7 @@ def _one_evaluation(record: dict) -> str:
     rows = record["rows"]
     shown = {k: word for k, word in record["headings"].items() if any(k in row for row in rows)}
     lines = [[row["encoder"], *(_plain(row.get(key)) for key in shown)] for row in rows]
-    source = f"`{record['task']}` of `{_plain(record['checkpoint'])}`"
+    source = f"`{record['task']}` of `{_plain(record['checkpoint'])}`, {record['which']} encoder"
     table = _table(["encoder", *shown.values()], lines)
     return f"{source} ({', '.join(settings)}), {record['made'][:10]}:\n\n{table}"
 
@@ -245,27 +248,11 @@ def _versions(origin: Origin) -> str:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-    commit = _commit()
+    commit = own_commit()
     rows = [["exported with", *now.values(), commit or "unknown"]]
     if trained := origin.state.get("versions"):
         rows.insert(0, ["trained with", *(trained[name] for name in now), "unknown"])
     return _table(["", *now, "commit"], rows)
-
-
-def _commit() -> str | None:
-    """Of the code, where it lies in its own git tree; "+changes" where files differ from it."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / "setup.py").is_file():  # installed, perhaps within another project's tree
-        return None
-    git = ["git", "-C", str(root)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-        changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
-    except FileNotFoundError:  # no git here
-        return None
-    if head.returncode:
-        return None
-    return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
 
 
 def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -1,0 +1,20 @@
+"""Which state of the code this is."""
+
+import subprocess
+from pathlib import Path
+
+
+def own_commit() -> str | None:
+    """The commit of the code, where it lies in its own git tree; "+changes" where files differ."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "setup.py").is_file():  # installed, perhaps within another project's tree
+        return None
+    git = ["git", "-C", str(root)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+        changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
+    except FileNotFoundError:  # no git here
+        return None
+    if head.returncode:
+        return None
+    return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "")

@@ -1,0 +1,138 @@
+"""The rows of a run elsewhere: TensorBoard, Weights & Biases."""
+
+import contextlib
+import hashlib
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+ROWS_WAITING = 500  # for a service that does not answer, before it is given up
+ANSWER_S = 60.0  # that a service has for the last rows when the run ends
+
+
+class Mirror:
+    """A copy of the rows elsewhere. What goes wrong in it is said once and never stops the run."""
+
+    name = ""
+
+    def __init__(self, say: Callable[[str], None], *where):
+        self._say, self._writer = say, None
+        with self._guarded():
+            self._writer = self._open(*where)
+
+    def write(self, row: dict) -> None:
+        if self._writer is not None:
+            scalars = {name: row[name] for name in row if name != "step" and is_number(row, name)}
+            with self._guarded():
+                self._put(scalars, row["step"])
+
+    def close(self) -> None:
+        if self._writer is not None:
+            with self._guarded():
+                self._end()
+
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # an import, a disk or a service that fails
+            self._writer = None
+            self._say(
+                f"{self.name} is off for the rest of the run: {type(error).__name__}: {error}"
+            )
+
+
+class Aside:
+    """A mirror in a thread of its own: a service that hangs there holds nobody up."""
+
+    def __init__(self, mirror: type[Mirror], say: Callable[[str], None], *where):
+        self._name, self._say, self._on = mirror.name, say, True
+        self._rows: queue.Queue[dict | None] = queue.Queue(ROWS_WAITING)  # None: the end
+        self._thread = threading.Thread(
+            target=self._serve, args=(mirror, *where), name=mirror.name, daemon=True
+        )
+        self._thread.start()
+
+    def _serve(self, mirror: type[Mirror], *where) -> None:
+        served = mirror(self._end_with, *where)
+        while (row := self._rows.get()) is not None:
+            served.write(row)
+        served.close()
+
+    def write(self, row: dict | None) -> None:
+        try:
+            self._rows.put_nowait(row)
+        except queue.Full:
+            self._give_up()
+
+    def close(self) -> None:
+        self.write(None)
+        if self._on:
+            self._thread.join(ANSWER_S)
+            if self._thread.is_alive():
+                self._give_up()
+
+    def _give_up(self) -> None:
+        self._end_with(f"{self._name} is off for the rest of the run: it does not answer")
+
+    def _end_with(self, text: str) -> None:
+        if self._on:  # said once, however it ends
+            self._on = False
+            self._say(text)
+
+
+class Board(Mirror):
+    """TensorBoard scalars in `folder`."""
+
+    name = "TensorBoard"
+
+    def _open(self, folder: Path, start_step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._folder = folder
+        # events beyond the resumed step, of the run that was interrupted, are hidden
+        return SummaryWriter(str(folder), purge_step=start_step + 1)
+
+    def _put(self, scalars: dict, step: int) -> None:
+        if not self._folder.is_dir():  # the open file would take rows that nobody will find
+            raise NotADirectoryError(f"{self._folder} is gone")
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()  # its writer thread hands any error of the disk on to here
+
+    def pictures(self, figures: dict[str, np.ndarray], step: int) -> None:
+        if self._writer is not None:
+            with self._guarded():
+                for name, figure_HW3 in figures.items():
+                    self._writer.add_image(name, figure_HW3, step, dataformats="HWC")
+
+    def _end(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases(Mirror):
+    """A run of a project on Weights & Biases, the same one after a resume."""
+
+    name = "Weights & Biases"
+
+    def _open(self, folder: Path, project: str):
+        import wandb
+
+        # beyond this even the interpreter's end would wait (wandb's pull request 11737)
+        os.environ.setdefault("WANDB_FINISH_TIMEOUT", str(ANSWER_S))
+        own = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+        return wandb.init(project=project, name=folder.name, dir=folder, id=own, resume="allow")
+
+    def _put(self, scalars: dict, step: int) -> None:
+        self._writer.log(scalars, step=step)
+
+    def _end(self) -> None:
+        self._writer.finish()
+
+
+def is_number(row: dict, name: str) -> bool:
+    return isinstance(row.get(name), (int, float))
