@@ -1,4 +1,4 @@
-"""Compare configurations over seeds: `python -m cjepa_fast.ablate vicreg --set data.path=SET`.
+"""Compare configurations over seeds: `python -m cjepa_fast.ablate vicreg --base FILE`.
 
 An ablation is a JSON file, of your own or in configs/ablations/:
 
@@ -75,8 +75,9 @@ class Trial(NamedTuple):
         return (self.folder / "encoder.safetensors").is_file()
 
 
-def read(name: str, overrides: Sequence[str] = ()) -> Ablation:
-    """An ablation's file, with every row's configuration checked. Raises ConfigError."""
+def read(name: str, overrides: Sequence[str] = (), base: str | None = None) -> Ablation:
+    """An ablation's file, with every row's configuration checked. base: in the place of the file's.
+    Raises ConfigError."""
     folder = configuration.configs_folder() / "ablations"
     found = [p for p in (Path(name), folder / name, folder / f"{name}.json") if p.is_file()]
     if not found:
@@ -93,7 +94,7 @@ def read(name: str, overrides: Sequence[str] = ()) -> Ablation:
             raise ConfigError(f"{found[0]}: {key} = {values[key]!r}: see --help for what it is")
     shared = [f"{key}={json.dumps(value)}" for key, value in values["set"].items()]
     ablation = Ablation(
-        found[0].stem, values["base"], tuple(values["seeds"]), values["rows"],
+        found[0].stem, base or values["base"], tuple(values["seeds"]), values["rows"],
         (*shared, *overrides),
     )  # fmt: skip
     folders = [slug(row) for row in ablation.rows]
@@ -321,6 +322,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("ablation", metavar="FILE", help="here or in configs/ablations/")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: runs/ablations/NAME")
+    parser.add_argument("--base", metavar="FILE", help="configuration, in place of the file's")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--gpus", metavar="0,1,...", help="one training on each")
@@ -341,7 +343,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
         places = places_of(args)
-        ablation = read(args.ablation, args.overrides)
+        ablation = read(args.ablation, args.overrides, args.base)
         out = args.out or Path("runs/ablations") / ablation.name
         trials, failed = trials_of(ablation, out), []
         check_folders(ablation, trials)

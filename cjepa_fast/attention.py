@@ -131,7 +131,7 @@ def flash_attention(name: str = "flash_attn_func") -> Callable:
             errors.append(f"{module}: {error}")
     raise ValueError(
         f'attention = "flash_attn": the package does not load ({"; ".join(errors)}): pip install '
-        '"cjepa_fast[flash]" on a machine with CUDA, or take "auto"'
+        '".[flash]" on a machine with CUDA, or take "auto"'
     )
 
 

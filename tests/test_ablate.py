@@ -2,6 +2,7 @@
 
 import json
 import statistics
+import time
 
 import pytest
 import test_run
@@ -85,6 +86,45 @@ def test_it_trains_what_is_missing_and_goes_on_after_a_failure(file, tmp_path, c
     assert ablate.main([*command, "--table"]) == 0
 
 
+def test_a_folder_with_another_training_is_refused(file, tmp_path, capsys):
+    """What is finished counts only with the settings it was trained with."""
+    out = tmp_path / "out"
+    ablation = ablate.read(str(file))
+    for trial in ablate.trials_of(ablation, out):
+        finish(trial, 10.0, 20.0)
+        made = config.load(ablation.base, ablation.settings_of(trial))
+        (trial.folder / "config.json").write_text(made.to_json())
+    command = [str(file), "--out", str(out)]
+    assert ablate.main(command) == 0
+    for other in ("optim.lr=0.5", f"data.path={tmp_path}", "eval.online.max_test=7"):
+        assert ablate.main([*command, "--set", other]) == 2
+        said = capsys.readouterr().err
+        assert "holds another training" in said and other.partition("=")[0] in said
+    assert ablate.main([*command, "--set", "telemetry.every_steps=7"]) == 0
+
+
+def test_a_training_on_each_gpu(file, tmp_path, monkeypatch):
+    """Never two on one at a time, and all of them used."""
+    busy, used = set(), []
+
+    class Started:
+        def __init__(self, command, env, **_):
+            self.gpu = env["CUDA_VISIBLE_DEVICES"]
+            assert self.gpu not in busy
+            busy.add(self.gpu)
+            used.append(self.gpu)
+
+        def wait(self):
+            time.sleep(0.2)
+            busy.discard(self.gpu)
+            return 1
+
+    monkeypatch.setattr(ablate.subprocess, "Popen", Started)
+    assert ablate.main([str(file), "--out", str(tmp_path / "out"), "--gpus", "3,5"]) == 1
+    assert len(used) == 4 and set(used) == {"3", "5"}
+    assert ablate.main([str(file), "--gpus", "a"]) == 2
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -93,6 +133,7 @@ def test_it_trains_what_is_missing_and_goes_on_after_a_failure(file, tmp_path, c
         ({"rows": {"a b": {}, "a-b": {}}}, "differ in their names"),
         ({"seeds": []}, "takes a seed"),
         ({"more": 1}, "must be an object of base, rows, seeds, set"),
+        ({"seeds": 3}, "seeds = 3"),
     ],
 )
 def test_a_file_that_is_wrong_is_refused(file, change, said):

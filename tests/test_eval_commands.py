@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import matplotlib.axes
 import pytest
 import tiny
 import torch
@@ -13,6 +14,8 @@ from cjepa_fast.data.sources import open_images
 from cjepa_fast.eval import command, features, knn, linear
 from cjepa_fast.eval.__main__ import main
 from cjepa_fast.eval.command import labelled_sides
+from cjepa_fast.export.__main__ import main as export_main
+from cjepa_fast.telemetry import read_log
 from cjepa_fast.vit import Encoder
 
 
@@ -112,12 +115,87 @@ def test_the_untrained_encoder_is_the_same_each_time(run, data, tmp_path):
     assert tops[0] == tops[1]
 
 
-def test_pictures(run, data, tmp_path):
-    attention = ["attention", str(run), "--images", str(data), "--count", "2"]
-    masks = ["masks", str(run), "--images", str(data), "--count", "2"]
-    for name, words in (("a.png", attention), ("m.png", masks)):
-        assert main([*words, "--out", str(tmp_path / name)]) == 0
-        assert (tmp_path / name).stat().st_size > 5_000
+def picture(words, tmp_path) -> tuple[list[dict], list[str]]:
+    """The rows that a picture's --json has, and the headings drawn over its columns."""
+    out, numbers = tmp_path / "p.png", tmp_path / "p.json"
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        original = matplotlib.axes.Axes.set_title
+        patch.setattr(
+            matplotlib.axes.Axes, "set_title",
+            lambda axes, text, **more: drawn.append(text) or original(axes, text, **more),
+        )  # fmt: skip
+        assert main([*map(str, words), "--out", str(out), "--json", str(numbers)]) == 0
+    assert out.stat().st_size > 5_000
+    return json.loads(numbers.read_text())["rows"], drawn
+
+
+@pytest.fixture
+def other(run, tmp_path):
+    return shutil.copytree(run, tmp_path / "other" / run.name)
+
+
+@pytest.mark.parametrize(("task", "number"), [("attention", "evenness"), ("pca", "first")])
+def test_checkpoints_and_both_encoders_side_by_side(run, other, data, tmp_path, task, number):
+    few = ["--images", data, "--count", 2]
+    rows, headings = picture([task, run, other, *few], tmp_path)
+    assert len(rows) == 4 and all(0 < row[number] <= 100 for row in rows)
+    assert rows[0][number] == pytest.approx(rows[2][number])  # the same weights
+    assert headings[0] == "image" and len(headings) == 5
+    assert [heading.split("\n")[1] for heading in headings[1:]] == [
+        "target encoder", "context encoder"
+    ] * 2  # fmt: skip
+    # an encoder by itself, as an export leaves it
+    (only,), _ = picture([task, run / "encoder.safetensors", *few], tmp_path)
+    assert only[number] == pytest.approx(rows[0][number])
+
+
+def test_neighbours_of_several_encoders(run, other, data, tmp_path):
+    few = ["--data", data, "--count", 2, "--neighbours", 3]
+    rows, headings = picture(["retrieve", run, *few], tmp_path)
+    assert len(headings) == 2 * 4 and 0 <= rows[0]["agreement"] <= 100
+    rows, headings = picture(["retrieve", run, other, "--which", "both", *few], tmp_path)
+    assert len(rows) == 4 and len(headings) == 2 * (1 + 4 * 3)
+    assert rows[0]["similarity"] == pytest.approx(rows[2]["similarity"])
+
+
+def test_masks_of_runs_and_of_a_configuration(run, other, data, tmp_path):
+    few = ["--images", data, "--count", 2]
+    (row,), headings = picture(["masks", run, *few], tmp_path)
+    assert headings[:3] == ["image", "context", "context and targets"]
+    assert row["patches"] == 36 and row["blocks"] == len(headings) - 3
+    rows, headings = picture(["masks", run, "--config", "demo.json", *few], tmp_path)
+    assert len(rows) == 2 and len(headings) == 6
+    assert main(["masks", *map(str, few), "--out", str(tmp_path / "m.png")]) == 2
+
+
+def test_curves_tell_their_ends(run, tmp_path):
+    rows = [{"step": step, "loss": 1 / step, "rankme": None} for step in (1, 2)]
+    (run / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (row,), _ = picture(["curves", run], tmp_path)
+    last = read_log(run)[-1]
+    assert (row["step"], row["loss"]) == (last["step"], last["loss"])
+
+
+def test_settings_are_the_run_s_or_another_configuration_s(run, data, tmp_path):
+    config = tmp_path / "own.json"
+    config.write_text(json.dumps({"eval": {"k": 2}}))
+    tops = [
+        main(["knn", str(run), "--data", str(data), *more])
+        for more in ([], ["--config", str(config)])
+    ]
+    assert tops == [0, 0]
+    assert [record["settings"]["k"] for record in command.records(run)] == [5, 2]
+
+
+def test_collapse_of_an_encoder_in_another_project_s_folder(run, data, tmp_path):
+    assert export_main([str(run), "--to", "hf", "--out", str(tmp_path / "hf")]) == 0
+    out = tmp_path / "c.json"
+    few = ["--data", str(data), "--count", "8", "--views", "2", "--json", str(out)]
+    assert main(["collapse", str(tmp_path / "hf"), *few]) == 0
+    assert [row["encoder"] for row in json.loads(out.read_text())["rows"]] == ["trained"]
+    assert main(["collapse", str(run), *few]) == 0
+    assert len(json.loads(out.read_text())["rows"]) == 2
 
 
 def test_what_is_wrong_is_said_in_one_line(run, data, tmp_path, capsys):
@@ -133,7 +211,7 @@ def test_what_is_wrong_is_said_in_one_line(run, data, tmp_path, capsys):
         "splitting its 1 images": ["knn", str(run), "--data", str(one.parent)],
         "does not exist": ["knn", str(run), "--data", str(tmp_path / "absent")],
         "nowhere": ["knn", str(tmp_path / "nowhere"), "--data", str(data)],
-        "same classes": ["knn", str(run), "--data", str(data), "--test", str(one.parent)],
+        "class_2' only in": ["knn", str(run), "--data", str(data), "--test", str(one.parent)],
         "k = 500": ["knn", str(run), "--data", str(data), "--k", "500"],
         "no such run": ["curves", str(tmp_path / "nowhere"), "--out", "c.png"],
         "no config.json": ["masks", str(tmp_path / "nowhere"), "--out", "m.png"],

@@ -296,4 +296,4 @@ def test_what_is_wrong_is_said_in_one_line(run, folder, tmp_path, capsys, monkey
             assert expected in capsys.readouterr().err
     monkeypatch.setitem(__import__("sys").modules, "torchvision", None)
     assert main(["detect", str(run), *options(folder)]) == 2
-    assert "pip install 'cjepa_fast[detect]'" in capsys.readouterr().err
+    assert "pip install '.[detect]'" in capsys.readouterr().err

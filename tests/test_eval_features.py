@@ -93,7 +93,7 @@ def test_features_are_kept_by_what_decides_them(encoder, images, tmp_path, monke
     monkeypatch.setattr(features, "image_vectors", None)  # from here on nothing can be made
     kept, place = features.extract(encoder, images, cache=cache)
     assert torch.equal(kept, made) and place.tolist() == list(range(14))
-    changes = ({"crop": 0.9}, {"bf16": True}, {"last": 2}, {"keep": torch.arange(13)})
+    changes = ({"crop": 0.9}, {"bf16": True}, {"layers": [1, 2]}, {"keep": torch.arange(13)})
     for change in changes:
         with pytest.raises(TypeError):
             features.extract(encoder, images, cache=cache, **change)
@@ -105,6 +105,31 @@ def test_features_are_kept_by_what_decides_them(encoder, images, tmp_path, monke
     again = open_images(tmp_path / "images", cache=tmp_path / "index", log=lambda text: None)
     with pytest.raises(TypeError):
         features.extract(encoder, again, cache=cache)
+
+
+def test_what_could_not_be_read_this_time_is_read_the_next(encoder, images, tmp_path, monkeypatch):
+    cache, read = tmp_path / "features", features.Subset.read
+
+    def failing(subset, i):
+        if subset.name(i) == images.name(4):
+            raise OSError("the network is away")
+        return read(subset, i)
+
+    monkeypatch.setattr(features.Subset, "read", failing)
+    made, place = features.extract(encoder, images, cache=cache)
+    assert len(made) == 13 and 4 not in place
+    monkeypatch.setattr(features.Subset, "read", read)
+    assert len(features.extract(encoder, images, cache=cache)[0]) == 14
+    with monkeypatch.context() as patch:
+        patch.setattr(features.Subset, "read", lambda *_: failing(images, 4))
+        with pytest.raises(ValueError, match="none of the 14 images could be read"):
+            features.extract(encoder, images)
+
+
+def test_features_that_are_not_finite_are_refused(encoder, images):
+    encoder.norm.weight.data[0] = float("nan")
+    with pytest.raises(ValueError, match="features are not finite"):
+        features.extract(encoder, images)
 
 
 SHARES = """

@@ -226,6 +226,9 @@ def test_what_goes_on_ends_as_what_never_stopped(data, tmp_path, monkeypatch):
         tuned(data, chosen, tmp_path / "b")
     with pytest.raises(ValueError, match="another training: seed was 0, is 1"):
         tuned(data, chosen, tmp_path / "b", resume=True, seed=1)
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="another training: enco"):
+        patch.setattr(finetune, "digest", lambda encoder: "of other weights")
+        tuned(data, chosen, tmp_path / "b", resume=True)
     again = tuned(data, chosen, tmp_path / "b", resume=True)
     for name, value in whole.items():
         assert torch.equal(again[name], value), name
@@ -248,6 +251,8 @@ def test_what_is_wrong_is_said(data, saved, capsys):
     cases = {
         "a recipe has epochs": ["finetune", "--set", "speed=3"],
         "is not one image of each": ["semi", "--share", "0.01"],
+        "--epochs is for semi with --probe": ["semi", "--epochs", "10"],
+        "--set is for semi without --probe": ["semi", "--probe", "--set", "lr=1"],
         "batch = 0: must be above 0": ["finetune", "--set", "batch=0"],
         "drop_path = 1: must be from 0 to below 1": ["finetune", "--set", "drop_path=1"],
         "lr = high: must be a number": ["finetune", "--set", 'lr="high"'],
@@ -258,6 +263,31 @@ def test_what_is_wrong_is_said(data, saved, capsys):
 
 
 # -------------------------------------------------------------------------------------- few labels
+
+
+def test_few_labels_by_fine_tuning(data, saved, tmp_path):
+    out = tmp_path / "semi.json"
+    words = ["semi", str(saved), "--data", str(data), "--share", "0.3,0.6", "--threads", "1"]
+    words += ["--out", str(tmp_path / "few"), "--json", str(out)]
+    assert main([*words, "--set", "epochs=1", "batch=8", "rand_augment=null"]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["labels"] for row in rows] == ["0.3", "0.6"]
+    assert rows[0]["train_images"] < rows[1]["train_images"] and "average_top1" in rows[0]
+    assert {path.name for path in (tmp_path / "few").iterdir()} == {"0.3", "0.6"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"epochs": 2.5}, "epochs = 2.5: must be a whole number"),
+        ({"crop_scale": 0.5}, "crop_scale = 0.5: must be two numbers"),
+        ({"rand_augment": 5}, "rand_augment = 5: must be two numbers"),
+        ({"average": 1.0}, "average = 1.0: must be from 0 to below 1"),
+    ],
+)
+def test_recipes_that_make_no_sense(changes, said):
+    with pytest.raises(ValueError, match=said):
+        replace(PLAIN, **changes)
 
 
 def test_shares_are_even_nested_and_the_same_each_time(data):

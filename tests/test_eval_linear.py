@@ -7,6 +7,7 @@ import torch
 
 from cjepa_fast.eval import linear, probes
 from cjepa_fast.eval.probes import LARS, Plan, Probes, fit
+from cjepa_fast.vit import Encoder
 
 
 def newton_probe(train, label, test, penalty):
@@ -40,6 +41,27 @@ def test_same_as_an_independent_solution(seed):
     ours = linear.predict(train, label, test, inverse_penalty=0.1)
     theirs = newton_probe(train, label, test, penalty=0.1)
     assert (ours == theirs).double().mean() >= 0.98  # ties at the solver's tolerance
+
+
+def test_a_probe_that_has_diverged_is_wrong(seed):
+    """NaN logits compare with nothing, so nothing stands before the right class."""
+    x, label = torch.randn(400, 8), torch.randint(10, (400,))
+    probes = Probes(x, 10, [8], 3)
+    probes.stacks[0].weights[1].data[4, 2] = float("nan")
+    probes.stacks[0].biases[2].data[7:] = -torch.inf  # a class that was not there in training
+    sound, diverged, without = probes.percent(x, label)
+    assert diverged == {"top1": 0.0, "top5": 0.0}
+    assert 0 < sound["top1"] < 50 and 0 < without["top1"] < 50
+
+
+def test_layers_are_numbers_of_the_last_or_blocks():
+    encoder = Encoder(image_size=24, patch_size=8, width=24, depth=6, heads=3)
+    assert linear.layer_list("4,1,2+5+2") == [4, 1, [2, 5]]
+    last, chosen = linear.readings(encoder, [4, 1, [2, 5]])
+    assert last == ([3, 4, 5, 6], {"last": 1, "last 4": 4})
+    assert chosen == ([2, 5], {"2+5": 2})
+    (whole,) = linear.readings(encoder, [1, 40])  # no more than there are
+    assert whole == ([1, 2, 3, 4, 5, 6], {"last": 1, "last 6": 6})
 
 
 def test_learns_what_is_linear_and_nothing_else(seed):

@@ -211,7 +211,7 @@ def test_a_missing_package_is_named_with_the_extra(run, tmp_path, monkeypatch, c
     monkeypatch.setattr("cjepa_fast.export.formats.is_installed", lambda name: name != "onnxscript")
     assert exporting.main([str(run), "--to", "onnx", "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
-    assert "--to onnx needs onnxscript" in said and "pip install 'cjepa_fast[export]'" in said
+    assert "--to onnx needs onnxscript" in said and "pip install '.[export]'" in said
     assert not (tmp_path / "out").exists()
 
 

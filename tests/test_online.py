@@ -81,6 +81,22 @@ def test_the_checkpoint_with_the_best_knn_is_kept(tmp_path, monkeypatch):
     assert (run / "best").resolve().name == "step_00000008"
 
 
+def test_the_best_is_found_again_when_a_run_goes_back(tmp_path, monkeypatch):
+    """What comes after the step that is gone back to is set aside, RUN/best with it."""
+    marks = iter([9.0, 10.0, 30.0])
+    monkeypatch.setattr(online, "_scores", lambda *args, **options: {"knn": next(marks)})
+    config = write_config(tmp_path)
+    sets = ["--set", "checkpoint.every_steps=1", "--set", "checkpoint.keep=9"]
+    assert train.main(["--config", str(config), *sets, "--set", "run.epochs=2"]) == 0
+    run = tmp_path / "run"
+    assert (run / "best").resolve().name == "step_00000004"
+    marks = iter([5.0])
+    back = ["--resume", str(run / "checkpoints" / "step_00000002"), "--set", "run.epochs=2"]
+    assert train.main(["--config", str(config), *sets, *back]) == 0
+    assert (run / "best").resolve().name == "step_00000002"
+    assert (run / "best" / "state.json").is_file()
+
+
 def test_it_takes_no_more_than_its_share(monkeypatch):
     now, said = [0.0], []
     monkeypatch.setattr(time, "monotonic", lambda: now[0])

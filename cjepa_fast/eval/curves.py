@@ -107,9 +107,8 @@ def run(args: argparse.Namespace) -> None:
     for name, folder in zip(short_names(args.runs), args.runs, strict=True):
         ends = {key: series(_rows(folder), key) for key in PANELS}
         last = {key: values[-1] for key, (_, values) in ends.items() if values}
-        rows.append(
-            {"run": name, "step": max(steps[-1] for steps, _ in ends.values() if steps), **last}
-        )
+        step = max(steps[-1] for steps, _ in ends.values() if steps)
+        rows.append({"run": name, "step": step, **last})
     headings = {"step": "step", **{key: title for key, (title, _) in PANELS.items()}}
     command.tell(args, rows, headings, "run")
     print(drawn)

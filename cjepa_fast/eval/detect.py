@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> None:
 
 def needed() -> None:
     """Raises ValueError, with the way out, where the extra is not there."""
-    way_out = "pip install 'cjepa_fast[detect]'"
+    way_out = "pip install '.[detect]'"
     try:
         import pycocotools  # noqa: F401
         import torchvision  # noqa: F401

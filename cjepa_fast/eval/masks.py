@@ -1,6 +1,7 @@
 """The masks that one or several runs draw, on images."""
 
 import argparse
+import math
 
 import torch
 
@@ -33,9 +34,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Raises FileNotFoundError where there is no run's config.json."""
-    named = {
-        n: _of_run(f) for n, f in zip(short_names(args.checkpoints), args.checkpoints, strict=True)
-    }
+    names = short_names(args.checkpoints) if args.checkpoints else []
+    named = dict(zip(names, map(_of_run, args.checkpoints), strict=True))
     if args.config:
         named[args.config] = config.load(args.config)
     if not named:
@@ -48,11 +48,9 @@ def run(args: argparse.Namespace) -> None:
             made = [(f"{name}\n{heading}", column) for heading, column in made[:ALONE]]
         shown += made
         _, M, P = masks.target_idx_BMP.shape
-        facts = (settings.mask.sampler, settings.mask.context, float(masks.context_k), M, P)
-        rows.append({"run": name, **dict(zip(HEADINGS, facts, strict=False))})
-        rows[-1]["patches"] = (
-            build.build_masks(settings).grid[0] * build.build_masks(settings).grid[1]
-        )
+        patches = math.prod(build.build_masks(settings).grid)
+        facts = settings.mask.sampler, settings.mask.context, masks.context_k, M, P, patches
+        rows.append({"run": name, **dict(zip(HEADINGS, facts, strict=True))})
     command.tell(args, rows, HEADINGS, "run")
     print(save(sheet(shown, f"Masks: {', '.join(named)}", side=1.7), args.out))
 

@@ -69,7 +69,7 @@ def export(checkpoint: Path, to: str, out: Path, which: str = "target") -> float
     form = FORMATS[to]
     if missing := form.missing():
         raise ValueError(
-            f"--to {to} needs {', '.join(missing)}: pip install 'cjepa_fast[export]', or take "
+            f"--to {to} needs {', '.join(missing)}: pip install '.[export]', or take "
             f"another of {', '.join(FORMATS)}"
         )
     with new_folder(out) as folder:
