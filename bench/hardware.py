@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from cjepa_fast.commit import own_commit
 from cjepa_fast.launchers import launcher
+from cjepa_fast.provenance import own_commit, processor_name
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -40,12 +40,6 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{processor_name()}, {len(os.sched_getaffinity(0))} cores"
-
-
-def processor_name() -> str:
-    with open("/proc/cpuinfo", encoding="utf-8") as file:
-        names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def peak_tflops(name: str) -> float | None:

@@ -78,10 +78,9 @@ def cifar_lines(found: dict) -> Iterator[Line]:
     most = max(row["train_images"] for row in rows)
     ours, theirs = (encoder_of(rows, TRAINED, beta=b, train_images=most) for b in (0.001, 0.0))
     fresh = encoder_of(rows, UNTRAINED, train_images=most)
-    for key, name in (("top1", "kNN"), ("linear", "linear probe")):
-        figures = ", ".join(f"{row[key]:.1f}" for row in (ours, theirs, fresh))
-        what = f"CIFAR-10, {found['epochs']} epochs: {name} of C-JEPA, I-JEPA, untrained"
-        yield what, found["hardware"]["device"], f"{figures} %", where
+    figures = "; ".join(f"{row['top1']:.1f}, {row['linear']:.1f}" for row in (ours, theirs, fresh))
+    what = f"CIFAR-10, {found['epochs']} epochs, one seed: kNN, linear of C-JEPA; I-JEPA; untrained"
+    yield what, found["hardware"]["device"], f"{figures} %", where
     if longer := found.get("longer"):
         ours, fresh = (
             encoder_of(longer["rows"], name, train_images=most) for name in (TRAINED, UNTRAINED)
@@ -89,8 +88,20 @@ def cifar_lines(found: dict) -> Iterator[Line]:
         figures = ", ".join(
             f"{row[key]:.1f}" for key in ("top1", "linear") for row in (ours, fresh)
         )
-        what = f"CIFAR-10, {longer['epochs']} epochs: kNN of C-JEPA, untrained; linear of both"
+        what = f"the same, {longer['epochs']} epochs: kNN of C-JEPA, untrained; linear of both"
         yield what, found["hardware"]["device"], f"{figures} %", where
+
+
+def ablation_line(found: dict) -> Line:
+    """How far C-JEPA is from I-JEPA, seed by seed: mean and standard deviation."""
+    row = next(row for row in found["rows"] if row["row"] == "all (C-JEPA)")
+    gaps = [
+        f"{name} {row[f'{key}_gain']:+.1f} ± {row[f'{key}_gain_std']:.1f}"
+        for key, name in (("knn", "kNN"), ("linear", "linear"))
+    ]
+    what = f"{found['what']}: C-JEPA less I-JEPA over {row['seeds']} seeds, points"
+    where = "[bench/results/ablations](bench/results/ablations/README.md)"
+    return what, found["hardware"], ", ".join(gaps), where
 
 
 def demo_lines(found: dict) -> Iterator[Line]:
@@ -121,6 +132,8 @@ def lines(results: Path) -> list[Line]:
     for name, of in (("cifar10/cifar10.json", cifar_lines), ("demo/demo.json", demo_lines)):
         if (made := loaded(results, name)) is not None:
             found += of(made)
+    for path in sorted((results / "ablations").glob("*.json")):
+        found.append(ablation_line(loaded(results, path.relative_to(results))))
     return found
 
 

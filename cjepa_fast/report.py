@@ -165,8 +165,8 @@ def _throughput(run: Path, rows: list[dict]) -> str:
         pairs.append(("Energy of the first GPU", f"{kwh:.2f} kWh"))
     newest = checkpoint.latest(run)
     state = json.loads((newest / "state.json").read_text()) if newest else {}
-    if "world_size" in state:
-        pairs.append(("Processes", state["world_size"]))
+    if "machine" in state:
+        pairs.append(("Processes and hardware", state["machine"]))
     pairs.append(("GPU counters", "logged" if watts else "none: a CPU, or no NVML"))
     pairs += [(f"Version of {name}", of) for name, of in state.get("versions", {}).items()]
     drawn = [name for name in SPEED if series(rows, name)[0]]

@@ -13,6 +13,7 @@ from cjepa_fast.data.loader import Batch, Loader
 from cjepa_fast.eval.online import Album, Online
 from cjepa_fast.interrupt import StopRequest
 from cjepa_fast.outcomes import BadSteps, Outcome, Outcomes, Spikes
+from cjepa_fast.provenance import machine
 from cjepa_fast.saver import Saver
 from cjepa_fast.telemetry import Telemetry
 from cjepa_fast.trainer import Trainer
@@ -292,6 +293,7 @@ class Run:
         return self.trainer.facts() | {
             "epoch": self.done / self.trainer.steps_per_epoch,
             "image_count": len(self.loader.images),
+            "machine": machine(self.trainer.device),
             "progress": {
                 "skipped_steps": self.bad.count,
                 "skipped_in_row": self.bad.in_row,

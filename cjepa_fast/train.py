@@ -27,6 +27,7 @@ from cjepa_fast.config import Config, ConfigError
 from cjepa_fast.data.batches import ImagesGone
 from cjepa_fast.data.loader import Loader
 from cjepa_fast.launchers import resume_command
+from cjepa_fast.provenance import machine
 from cjepa_fast.run import Run, steps_of
 from cjepa_fast.telemetry import Telemetry
 from cjepa_fast.trainer import Trainer
@@ -221,15 +222,6 @@ def open_telemetry(
         ):
             telemetry.message(f"resumed with another {line}")
     return telemetry
-
-
-def machine(device: torch.device) -> str:
-    """Processes, hardware and versions, for the user and the run's report."""
-    if device.type == "cuda":
-        hardware = torch.cuda.get_device_name(device)
-    else:
-        hardware = f"CPU ({torch.get_num_threads()} threads)"
-    return f"{processes.world_size()} x {hardware}; torch {torch.__version__}"
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -104,7 +104,7 @@ def as_run(command: Command, folder: Path, config: Path, number: int) -> str:
     for pattern, short in SHORT.items():
         text = re.sub(pattern, short, text)
     if "bench/plan.py" not in text:
-        names = r"(?<=--config )((vit_\w+|demo)(\.json)? ?)+"
+        names = r"(?<=--config |..--base )((vit_\w+|demo)(\.json)? ?)+"
         text = re.sub(names, lambda m: f"{config} " * len(m[0].split()), text)
     if "train.py" in text and "run.dir" not in text:
         text += f" --set run.dir={folder}/runs/{number}"

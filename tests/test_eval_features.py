@@ -1,6 +1,7 @@
 """Features of a set: the mean of the encoder's tokens, of the right pixels, at the right place."""
 
 import io
+import sys
 
 import numpy as np
 import pytest
@@ -130,6 +131,19 @@ def test_features_that_are_not_finite_are_refused(encoder, images):
     encoder.norm.weight.data[0] = float("nan")
     with pytest.raises(ValueError, match="features are not finite"):
         features.extract(encoder, images)
+
+
+def test_what_takes_long_shows_how_far_it_is(encoder, images, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for quiet_s, shown in ((0.0, True), (60.0, False)):
+        terminal = Terminal()
+        monkeypatch.setattr(features, "QUIET_S", quiet_s)
+        monkeypatch.setattr(sys, "stderr", terminal)
+        features.extract(encoder, images, batch_size=2)
+        assert ("/14" in terminal.getvalue()) == shown
 
 
 SHARES = """

@@ -70,6 +70,7 @@ def test_a_run_leaves_encoders_that_load_in_two_lines(whole_run):
     tokens = encoder(torch.zeros(2, 3, 24, 24))
     assert tokens.shape == (2, 36, 24) and encoder.mean == (0.485, 0.456, 0.406)
     last = folder / "run" / "checkpoints" / "step_00000004"
+    assert checkpoint.state_of(last)["machine"].startswith("1 x ")
     for which, file in (("target", "encoder"), ("context", "context_encoder")):
         stored = load_file(folder / "run" / f"{file}.safetensors")
         from_checkpoint = cjepa_fast.load_encoder(last, which).state_dict()

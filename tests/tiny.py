@@ -107,6 +107,7 @@ def write_run(folder: Path, encoder, images: str = "", **sections) -> Path:
     state = {"step": 7, "epoch": 1.75, "world_size": 2, "image_count": 40, "images": images}
     state["versions"] = {"cjepa_fast": "0.1.0", "torch": "2.13.0", "python": "3.11.7"}
     state["config"] = config.model_dump(mode="json")
+    state["machine"] = "2 x a GPU; torch 2.13.0"
     (checkpoint / "state.json").write_text(json.dumps(state))
     (checkpoint / "manifest.json").write_text("{}")
     rows = [{"step": step, "loss": step / 8, "jepa": 0.5, "rankme": None} for step in (5, 7, 9)]

@@ -90,6 +90,8 @@ def sides_of(
     """Training and test images with their facts, in the order of their positions."""
     root = Path(data)
     if (root / "images" / "train").is_dir():
+        if test:
+            raise ValueError(f"--test {test}: of a CLEVR folder its own val is taken; leave it out")
         sets = [open_images(root / "images" / split) for split in ("train", "val")]
         facts = [facts_of_clevr(root, s, x) for s, x in zip(("train", "val"), sets, strict=True)]
         keeps = [torch.arange(len(images)) for images in sets]

@@ -10,10 +10,10 @@ from pathlib import PurePath
 import torch
 
 import cjepa_fast
-from cjepa_fast.commit import own_commit
 from cjepa_fast.eval.features import digest
 from cjepa_fast.export.formats import Source
 from cjepa_fast.export.origin import Origin
+from cjepa_fast.provenance import own_commit
 from cjepa_fast.vit import count_parameters
 
 UNKNOWN = "Unknown: it was exported from an encoder's files, without the run that made it."

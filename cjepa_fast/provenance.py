@@ -1,7 +1,12 @@
-"""Which state of the code this is."""
+"""Which state of the code this is, and what it runs on."""
 
+import platform
 import subprocess
 from pathlib import Path
+
+import torch
+
+from cjepa_fast.processes import world_size
 
 
 def own_commit() -> str | None:
@@ -18,3 +23,18 @@ def own_commit() -> str | None:
     if head.returncode:
         return None
     return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+
+
+def machine(device: torch.device) -> str:
+    """Processes, hardware and torch's version, in words."""
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    else:
+        hardware = f"{processor_name()} ({torch.get_num_threads()} threads)"
+    return f"{world_size()} x {hardware}; torch {torch.__version__}"
+
+
+def processor_name() -> str:
+    with open("/proc/cpuinfo", encoding="utf-8") as file:
+        names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    return names[0] if names else platform.machine()
