@@ -2,7 +2,7 @@
 
 Each is run as it stands there, in a folder of its own, with small things in the place of large: the
 images are a handful, RUN a run of them, the configuration that of tests/tiny.py. What cannot be run
-so has a line in ELSEWHERE that says where it is tried.
+so has a line in ELSEWHERE that says where it is tried. `python tests/docs_check.py WORD` runs those with it.
 """
 
 import os
@@ -126,6 +126,8 @@ def main() -> int:
         cache = {"XDG_CACHE_HOME": str(folder / "cache")}
         for number, command in enumerate(c for page in PAGES for c in commands(page)):
             where = f"{command.page.relative_to(ROOT)}:{command.line}: {command.text}"
+            if not all(word in command.text for word in sys.argv[1:]):
+                continue
             if command.elsewhere:
                 print(f"-     {where}  ({command.elsewhere})", flush=True)
                 continue

@@ -159,14 +159,16 @@ def test_neighbours_of_several_encoders(run, other, data, tmp_path):
     assert rows[0]["similarity"] == pytest.approx(rows[2]["similarity"])
 
 
-def test_masks_of_runs_and_of_a_configuration(run, other, data, tmp_path):
+def test_masks_of_runs_and_of_a_configuration(run, other, data, tmp_path, capsys):
     few = ["--images", data, "--count", 2]
     (row,), headings = picture(["masks", run, *few], tmp_path)
     assert headings[:3] == ["image", "context", "context and targets"]
     assert row["patches"] == 36 and row["blocks"] == len(headings) - 3
     rows, headings = picture(["masks", run, "--config", "demo.json", *few], tmp_path)
     assert len(rows) == 2 and len(headings) == 6
+    (row,), _ = picture(["masks", "--config", "demo.json", *few], tmp_path)
     assert main(["masks", *map(str, few), "--out", str(tmp_path / "m.png")]) == 2
+    assert "whose masks?" in capsys.readouterr().err
 
 
 def test_curves_tell_their_ends(run, tmp_path):

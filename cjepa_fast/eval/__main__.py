@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _complete(args: argparse.Namespace) -> None:
     """Put in what the command line leaves to the run or to the environment."""
-    first, *_ = getattr(args, "checkpoints", [None])
+    first, *_ = getattr(args, "checkpoints", None) or [None]
     checkpoint = getattr(args, "checkpoint", first)
     run = command.run_of(checkpoint) if checkpoint else None
     made_with = config.read(run) if run else config.Config()
