@@ -2,7 +2,7 @@
 
 Each is run as it stands there, in a folder of its own, with small things in the place of large: the
 images are a handful, RUN a run of them, the configuration that of tests/tiny.py. What cannot be run
-so has a line in ELSEWHERE that says where it is tried. `python tests/docs_check.py WORD` runs those with it.
+so has a line in ELSEWHERE that says where it is tried. Words after the name choose commands.
 """
 
 import os
