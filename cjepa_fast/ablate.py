@@ -42,6 +42,9 @@ from cjepa_fast.telemetry import read_log
 TRAIN = Path(__file__).with_name("train.py")
 MEASURES = {"knn": "kNN %", "knn_centred": "mean-subtracted", "linear": "linear %"}
 KEYS = {"base", "set", "seeds", "rows"}
+# What a run may change when it goes on, but what an old training may not be tabled under.
+COUNTED = ("data.path", "data.micro_batch_size", "eval.", "run.init_from", "run.on_spike")
+COUNTED += ("run.spike_z",)
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,7 @@ def check_folders(ablation: Ablation, trials: list[Trial]) -> None:
         harmless, changes = checkpoint.differences(
             *({"config": made.model_dump(mode="json")} for made in (saved, wanted))
         )
-        changes += [line for line in harmless if line.startswith(("data.path", "eval."))]
+        changes += [line for line in harmless if line.startswith(COUNTED)]
         if changes:
             listed = "\n  ".join(changes)
             raise ConfigError(
@@ -271,10 +274,11 @@ def markdown(ablation: Ablation, lines: list[dict]) -> str:
               for row in as_text(lines)]  # fmt: skip
     cells.insert(1, ["---"] * len(cells[0]))
     body = "\n".join(f"| {' | '.join(row)} |" for row in cells)
+    last = dict(override.split("=", 1) for override in ablation.overrides)
     return (
         f"{body}\n\nMean and standard deviation over the seeds; in brackets the difference from "
         f'"{next(iter(ablation.rows))}", seed by seed. Base: {ablation.base}, with '
-        f"{', '.join(ablation.overrides) or 'nothing changed'}.\n"
+        f"{', '.join(f'{key}={value}' for key, value in last.items()) or 'nothing changed'}.\n"
     )
 
 

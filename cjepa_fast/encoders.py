@@ -78,7 +78,9 @@ def load_encoders(path: str | os.PathLike) -> dict[str, Encoder]:
         return {which: load_encoder(path, which)}
     if huggingface.is_folder(path):
         return {"target": load_encoder(path)}
-    return {which: load_encoder(path, which) for which in FINAL}
+    there = [which for which, name in FINAL.items() if (path / f"{name}.safetensors").is_file()]
+    export = there and latest(path) is None
+    return {which: load_encoder(path, which) for which in (there if export else FINAL)}
 
 
 def _description(weights: Path) -> Path:

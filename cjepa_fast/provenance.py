@@ -26,12 +26,12 @@ def own_commit() -> str | None:
 
 
 def machine(device: torch.device) -> str:
-    """Processes, hardware and torch's version, in words."""
+    """Processes and hardware, in words."""
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
     else:
         hardware = f"{processor_name()} ({torch.get_num_threads()} threads)"
-    return f"{world_size()} x {hardware}; torch {torch.__version__}"
+    return f"{world_size()} x {hardware}"
 
 
 def processor_name() -> str:

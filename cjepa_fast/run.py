@@ -20,6 +20,7 @@ from cjepa_fast.trainer import Trainer
 from cjepa_fast.watchdog import Watchdog
 
 BAD_STEPS = "bad_steps.jsonl"
+NONE_BEST = {"knn": -1.0, "step": None}
 MOST_REWINDS = 3  # to one checkpoint
 LEAST_FEATURES = 64  # images, before a collapse is believed
 
@@ -86,8 +87,9 @@ class Run:
         self.outcomes = Outcomes()
         progress = state.get("progress", {})
         self.spikes = Spikes(self.config.run.spike_z, progress.get("spikes"))
-        self.best: dict = progress.get("best") or {"knn": -1.0, "step": None}
-        self.saver.point_at_best(self.best["step"])
+        self.best: dict = progress.get("best") or NONE_BEST
+        if not processes.from_first_process(lambda: self.saver.point_at_best(self.best["step"])):
+            self.best = NONE_BEST
         self._limit()
 
     def go(self) -> int:

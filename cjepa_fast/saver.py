@@ -192,16 +192,19 @@ class Saver:
             self._named()
         return self._saved == self._step
 
-    def point_at_best(self, step: int | None) -> None:
-        """From now on this step's checkpoint is the best; RUN/best, if it was set aside, goes."""
-        self.best = step
+    def point_at_best(self, step: int | None) -> bool:
+        """From now on this step's checkpoint is the best, and named so. False where it is not in
+        this folder (any more): then none is. The first process's answer counts."""
+        self.best = None
         if rank() != 0:
-            return
+            return False
         name, there = self.folder.parent / "best", self.folder / f"step_{step or 0:08d}"
         if step is not None and there.is_dir():
+            self.best = step
             checkpoint.point(name, there)
         elif name.is_symlink() and not name.exists():
             name.unlink()
+        return self.best is not None
 
     def leave(self) -> None:
         """Of a run that fails: finish what takes no other process."""

@@ -270,7 +270,7 @@ def pretrain(config: Config, run: Path, args: argparse.Namespace) -> int:
         training = Run(
             trainer, loader, telemetry, watch, run, state, resume_command(), online, album
         )
-        telemetry.message(f"on {machine(device)}")
+        telemetry.message(f"on {machine(device)}; torch {torch.__version__}")
         return training.go()
 
 

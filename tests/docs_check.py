@@ -110,7 +110,6 @@ def as_run(command: Command, folder: Path, config: Path, number: int) -> str:
         text += f" --set run.dir={folder}/runs/{number}"
     scripts = {"cjepa-eval": "cjepa_fast.eval", "cjepa-export": "cjepa_fast.export"}
     scripts |= {"cjepa-report": "cjepa_fast.report", "torchrun": "torch.distributed.run"}
-    text = text.replace("cjepa-eval", "cjepa_fast.eval") if text.startswith("deepspeed") else text
     first, _, rest = text.partition(" ")
     if first == "deepspeed":
         return shlex.join([str(Path(sys.prefix, "bin", "deepspeed"))]) + f" {rest}"

@@ -1,7 +1,8 @@
 """Python files run in processes forked from one that has imported torch and DeepSpeed already.
 
-Those imports are most of the time of a short training; otherwise each process is as new. Not for
-where there is a GPU: CUDA does not survive a fork.
+Those imports are most of the time of a short training. The processes share the seed of Python's
+hashes and what was read from the environment at those imports; where that could hide something,
+tiny.run(fresh=True) starts real ones, as it does where there is a GPU, which bears no fork.
 """
 
 import multiprocessing
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+GRACE_S = 30.0  # as torchrun gives the others, from SIGTERM to SIGKILL
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
     ["torch.distributed", "torch._inductor.compile_fx", "deepspeed", "cjepa_fast.train"]
@@ -64,15 +66,15 @@ def _place(rank: int, processes: int, port: int) -> dict[str, str]:
 
 def _wait(started: list, timeout_s: float) -> bool:
     """Until all have ended; one that fails has the others ended. False where it took too long."""
-    end, told = time.monotonic() + timeout_s, False
+    end, failed = time.monotonic() + timeout_s, False
     while running := [process for process in started if process.exitcode is None]:
         if time.monotonic() > end:
             for process in running:
                 process.kill()
                 process.join()
-            return False
-        if not told and any(process.exitcode for process in started):
-            told = True
+            return failed
+        if not failed and any(process.exitcode for process in started):
+            failed, end = True, time.monotonic() + GRACE_S
             for process in running:
                 process.terminate()
         connection.wait([process.sentinel for process in running], timeout=1)

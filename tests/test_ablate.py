@@ -96,7 +96,9 @@ def test_a_folder_with_another_training_is_refused(file, tmp_path, capsys):
         (trial.folder / "config.json").write_text(made.to_json())
     command = [str(file), "--out", str(out)]
     assert ablate.main(command) == 0
-    for other in ("optim.lr=0.5", f"data.path={tmp_path}", "eval.online.max_test=7"):
+    others = ["optim.lr=0.5", f"data.path={tmp_path}", "eval.online.max_test=7"]
+    others += ["data.micro_batch_size=4", "run.on_spike=skip"]
+    for other in others:
         assert ablate.main([*command, "--set", other]) == 2
         said = capsys.readouterr().err
         assert "holds another training" in said and other.partition("=")[0] in said

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from cjepa_fast import config as configuration
+from cjepa_fast import load_encoder
 from cjepa_fast.data.sources import open_images
 from cjepa_fast.eval import command, features, knn, linear
 from cjepa_fast.eval.__main__ import main
@@ -48,8 +49,6 @@ def test_knn_writes_what_the_parts_compute(run, data, tmp_path, capsys):
     assert main(["knn", str(run), "--data", str(data), "--test", str(test), *options]) == 0
     rows = {row["encoder"]: row for row in json.loads(out.read_text())["rows"]}
     assert list(rows) == ["raw pixels", "mean colour", "untrained", "trained"]
-
-    from cjepa_fast import load_encoder
 
     images = open_images(data)
     found, _ = features.extract(load_encoder(run), images)
@@ -188,6 +187,32 @@ def test_settings_are_the_run_s_or_another_configuration_s(run, data, tmp_path):
     ]
     assert tops == [0, 0]
     assert [record["settings"]["k"] for record in command.records(run)] == [5, 2]
+
+
+def test_an_export_shows_the_encoder_that_it_holds(run, data, tmp_path):
+    few = ["--images", data, "--count", 2]
+    for which in ("target", "context"):
+        out = tmp_path / which
+        assert (
+            export_main([str(run), "--which", which, "--to", "safetensors", "--out", str(out)]) == 0
+        )
+        (row,), headings = picture(["pca", out, *few], tmp_path)
+        assert row["encoder"] == f"{which}, {which}" and headings == ["image", f"{which} encoder"]
+
+
+def test_what_is_written_is_of_the_weights_that_were_read(run, data, monkeypatch):
+    """Though the folder holds others by the time that the figures are there."""
+    read = features.digest(load_encoder(run))
+    original = command.print_table
+
+    def move_on(*given):
+        for path in run.glob("*encoder.safetensors"):
+            path.unlink()
+        original(*given)
+
+    monkeypatch.setattr(command, "print_table", move_on)
+    assert main(["knn", str(run), "--data", str(data)]) == 0
+    assert command.records(run)[-1]["weights"] == read
 
 
 def test_collapse_of_an_encoder_in_another_project_s_folder(run, data, tmp_path):

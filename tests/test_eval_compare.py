@@ -135,7 +135,7 @@ def test_what_is_missing_is_computed(tmp_path, monkeypatch):
 def test_nothing_evaluated_is_said(tmp_path, capsys):
     run = write(tmp_path / "run")
     assert main(["compare", str(run)]) == 2
-    assert "no evaluations there" in capsys.readouterr().err
+    assert "no evaluations of these weights" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -94,6 +94,12 @@ def test_features_are_kept_by_what_decides_them(encoder, images, tmp_path, monke
     monkeypatch.setattr(features, "image_vectors", None)  # from here on nothing can be made
     kept, place = features.extract(encoder, images, cache=cache)
     assert torch.equal(kept, made) and place.tolist() == list(range(14))
+    (file,) = cache.iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(whole[:100])
+    with pytest.raises(TypeError):
+        features.extract(encoder, images, cache=cache)
+    file.write_bytes(whole)
     changes = ({"crop": 0.9}, {"bf16": True}, {"layers": [1, 2]}, {"keep": torch.arange(13)})
     for change in changes:
         with pytest.raises(TypeError):

@@ -95,6 +95,11 @@ def test_the_best_is_found_again_when_a_run_goes_back(tmp_path, monkeypatch):
     assert train.main(["--config", str(config), *sets, *back]) == 0
     assert (run / "best").resolve().name == "step_00000002"
     assert (run / "best" / "state.json").is_file()
+    # in another folder the best is sought anew
+    marks = iter([5.0, 4.0])
+    away = [*back, "--set", f"run.dir={tmp_path / 'away'}", "--set", "run.epochs=3"]
+    assert train.main(["--config", str(config), *sets, "--accept-changes", *away]) == 0
+    assert (tmp_path / "away" / "best").resolve().name == "step_00000004"
 
 
 def test_it_takes_no_more_than_its_share(monkeypatch):

@@ -127,7 +127,7 @@ def test_the_hardware_is_that_of_the_newest_checkpoint(tmp_path):
     run = tiny.write_run(tmp_path, tiny.uneven_encoder())
     assert report.main([str(run), "--images", str(tmp_path / "nowhere")]) == 0
     said = " ".join(read(run / "report.html").said)
-    assert "2 x a GPU; torch 2.13.0" in said and "Version of torch" in said
+    assert "2 x a GPU" in said and "Version of torch" in said
 
 
 def test_a_run_that_has_only_begun(run, tmp_path, capsys):

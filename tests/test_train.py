@@ -94,7 +94,8 @@ def test_resume_is_exact(whole_run, tmp_path, at):
     """From the checkpoint of any step, mid-epoch too: the same losses and weights, bit for bit."""
     folder, config = whole_run
     held = folder / "run" / "checkpoints" / f"step_{at:08d}"
-    result = tiny.train("--config", config, "--resume", held, "--set", f"run.dir={tmp_path}")
+    where = ("--resume", held, "--set", f"run.dir={tmp_path}")
+    result = tiny.train("--config", config, *where, fresh=at == 2)
     assert result.returncode == 0, result.stderr
     whole, resumed = tiny.losses(folder / "run"), tiny.losses(tmp_path)
     assert list(resumed) == list(range(at + 1, 5))
@@ -229,12 +230,12 @@ def test_too_many_bad_steps_stop_the_run_with_the_last_good_state(tmp_path, ever
 @pytest.mark.multiprocess
 def test_two_processes_and_a_resume_on_two_are_exact(tmp_path):
     config = tiny.write_config(tmp_path, checkpoint={"every_steps": 1, "keep": 9})
-    whole = tiny.train("--config", config, processes=2)
+    whole = tiny.train("--config", config, processes=2, fresh=True)
     assert whole.returncode == 0, whole.stderr
     held = tmp_path / "run" / "checkpoints" / "step_00000001"
     other = tmp_path / "resumed"
     result = tiny.train(
-        "--config", config, "--resume", held, "--set", f"run.dir={other}", processes=2
+        "--config", config, "--resume", held, "--set", f"run.dir={other}", processes=2, fresh=True
     )
     assert result.returncode == 0, result.stderr
     whole, resumed = tiny.losses(tmp_path / "run"), tiny.losses(other)

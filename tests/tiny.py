@@ -51,10 +51,13 @@ def environment() -> dict[str, str]:
     return {**os.environ, **own}
 
 
-def run(script: str | Path, *args, processes: int = 1, timeout_s: float = 240):
-    """Run a Python file in `processes` processes; its result with stdout and stderr as text."""
+def run(script: str | Path, *args, processes: int = 1, timeout_s: float = 240, fresh: bool = False):
+    """Run a Python file in `processes` processes; its result with stdout and stderr as text.
+
+    fresh: by the interpreter and torchrun, not forked.
+    """
     args = [str(arg) for arg in args]
-    if not torch.cuda.is_available():
+    if not (fresh or torch.cuda.is_available()):
         return forks.run(script, args, processes, environment(), timeout_s)
     command = [sys.executable, str(script), *args]
     if processes > 1:
@@ -65,8 +68,8 @@ def run(script: str | Path, *args, processes: int = 1, timeout_s: float = 240):
     )
 
 
-def train(*args, processes: int = 1):
-    return run(ROOT / "cjepa_fast" / "train.py", *args, processes=processes)
+def train(*args, **how):
+    return run(ROOT / "cjepa_fast" / "train.py", *args, **how)
 
 
 def save(folder: Path, engine, step: int, encoder_json: str = "{}") -> Path:
@@ -107,7 +110,7 @@ def write_run(folder: Path, encoder, images: str = "", **sections) -> Path:
     state = {"step": 7, "epoch": 1.75, "world_size": 2, "image_count": 40, "images": images}
     state["versions"] = {"cjepa_fast": "0.1.0", "torch": "2.13.0", "python": "3.11.7"}
     state["config"] = config.model_dump(mode="json")
-    state["machine"] = "2 x a GPU; torch 2.13.0"
+    state["machine"] = "2 x a GPU"
     (checkpoint / "state.json").write_text(json.dumps(state))
     (checkpoint / "manifest.json").write_text("{}")
     rows = [{"step": step, "loss": step / 8, "jepa": 0.5, "rankme": None} for step in (5, 7, 9)]
@@ -117,8 +120,6 @@ def write_run(folder: Path, encoder, images: str = "", **sections) -> Path:
 
 def uneven_encoder(**sizes):
     """An encoder no two of whose parameters are alike, biases and norms too."""
-    import torch
-
     from cjepa_fast.vit import Encoder
 
     encoder = Encoder(

@@ -48,7 +48,6 @@ def main(argv: list[str] | None = None) -> int:
         if name == chosen:
             task = importlib.import_module(f"cjepa_fast.eval.{name}")
             task.add_options(sub)
-            sub.add_argument("--config", metavar="FILE", help="its eval and seed, not the run's")
     args = parser.parse_args(argv)
     try:
         _complete(args)
@@ -68,7 +67,7 @@ def _complete(args: argparse.Namespace) -> None:
     checkpoint = getattr(args, "checkpoint", first)
     run = command.run_of(checkpoint) if checkpoint else None
     made_with = config.read(run) if run else config.Config()
-    if args.config:
+    if getattr(args, "config", None):
         made_with = config.load(args.config)
     known = {"seed": made_with.run.seed, **made_with.eval.model_dump()}
     for name in OF_THE_RUN:

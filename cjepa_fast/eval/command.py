@@ -78,6 +78,9 @@ def add_sets(parser: argparse.ArgumentParser) -> None:
 
 
 def add_crop(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config", metavar="FILE", help="whose eval and seed to take: not the run's"
+    )
     parser.add_argument("--crop", type=share, help="centre crop; default: the run's eval.crop")
 
 
@@ -128,8 +131,12 @@ def inside(checkpoint: str | Path) -> str | None:
 
 
 def encoders_of(args: argparse.Namespace) -> dict[str, Encoder]:
-    """By the name of their row: the untrained one first, where it is asked for."""
+    """By the name of their row: the untrained one first, where it is asked for.
+
+    args.weights becomes the digest of the trained one's, for `report`: CHECKPOINT may move on.
+    """
     trained = load_encoder(args.checkpoint, args.which)
+    args.weights = digest(trained)
     fresh = {"untrained": fresh_like(trained, args.seed)} if args.untrained else {}
     return {**fresh, "trained": trained}
 
@@ -245,7 +252,7 @@ def report(
         "checkpoint": str(args.checkpoint),
         "inside": inside(args.checkpoint),
         "which": args.which,
-        "weights": digest(load_encoder(args.checkpoint, args.which)),
+        "weights": args.weights,
         "settings": chosen,
         "headings": headings,
         "rows": rows,
@@ -258,7 +265,10 @@ def report(
 
 
 def tell(args: argparse.Namespace, rows: list[Row], headings: dict[str, str], label: str) -> None:
-    """Of a picture, print its numbers and write them to --json. label: the key of a row's name."""
+    """Of a picture, print its numbers and write them to --json. label: the key of a row's name.
+    Only the first process does so."""
+    if processes.rank() != 0:
+        return
     print_table(rows, headings, label)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)

@@ -155,7 +155,7 @@ def run(args: argparse.Namespace) -> None:
     values, headings = measures(records)
     if not headings:
         raise ValueError(
-            f"{', '.join(map(str, args.checkpoints))}: no evaluations there; run some "
+            f"{', '.join(map(str, args.checkpoints))}: no evaluations of these weights; run some "
             "(cjepa-eval knn CHECKPOINT --data SET), or name --data SET here"
         )
     names = short_names(args.checkpoints)

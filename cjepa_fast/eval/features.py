@@ -77,8 +77,8 @@ def extract(
     ]
     facts += ["flip"] if flip else []
     path = cache / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}.safetensors"
-    if all(from_all(path.is_file())):
-        found = read_tensors(path)
+    found = _kept(path)
+    if all(from_all(found is not None)):
         return found["features"], found["places"]
     features, places = make()
     if rank() == 0 and len(places) == len(images if keep is None else keep):
@@ -109,6 +109,14 @@ def digest(encoder: Encoder) -> str:
         digest.update(name.encode())
         digest.update(values.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _kept(path: Path) -> dict[str, torch.Tensor] | None:
+    """What is in a file of features; None where there is none, or a damaged one."""
+    try:
+        return read_tensors(path)
+    except (ValueError, OSError):
+        return None
 
 
 def _keep(path: Path, tensors: dict[str, torch.Tensor]) -> None:

@@ -29,6 +29,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoints", metavar="RUN", nargs="*", help="or a configuration: --config"
     )
+    parser.add_argument("--config", metavar="FILE", help="a configuration's masks too")
     command.add_picture(parser, images="the run's own")
 
 

@@ -15,6 +15,7 @@ from cjepa_fast.eval import command
 from cjepa_fast.eval.curves import short_names
 from cjepa_fast.eval.features import extract
 from cjepa_fast.eval.pictures import FIGURE, as_pictures, load_images, save, spread_over
+from cjepa_fast.processes import rank
 from cjepa_fast.vit import Encoder
 
 Found = tuple[torch.Tensor, torch.Tensor]  # similarities and rows, as `nearest` gives them
@@ -144,4 +145,5 @@ def run(args: argparse.Namespace) -> None:
         cache=command.cache_of(args),
     )  # fmt: skip
     command.tell(args, rows, HEADINGS, "encoder")
-    print(save(drawn, args.out))
+    if rank() == 0:
+        print(save(drawn, args.out))
