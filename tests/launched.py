@@ -34,7 +34,10 @@ class Launched:
         own = {name: value, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
         self.deadline = time.monotonic() + DEADLINE_S
         self.out, self.err = folder / "stdout", folder / "stderr"
-        command = [*LAUNCHERS[launcher], NUMBER[launcher], str(processes), script, *args]
+        command = [*LAUNCHERS[launcher], NUMBER[launcher], str(processes)]
+        if launcher == "deepspeed":  # else of all one port
+            command += ["--master_port", str(tiny.free_port())]
+        command += [script, *args]
         with self.out.open("w") as out, self.err.open("w") as err:
             self.launcher = subprocess.Popen(
                 [str(part) for part in command], stdout=out, stderr=err, cwd=tiny.ROOT,

@@ -156,7 +156,7 @@ from cjepa_fast.data.sources import ImageSet
 
 read = ImageSet.read
 def slow(self, i):
-    time.sleep(0.15)
+    time.sleep(0.5)
     return read(self, i)
 ImageSet.read = slow
 processes.leave(train.main(sys.argv[1:]))
@@ -165,7 +165,7 @@ processes.leave(train.main(sys.argv[1:]))
 
 @pytest.mark.slow
 def test_a_slow_disk_shows_in_the_log(tmp_path):
-    """Reading a step's 16 images takes 4 threads 0.6 s, computing it some hundredths."""
+    """Reading a step's 16 images takes 4 threads 2 s, computing it some hundredths."""
     script = tmp_path / "slow.py"
     script.write_text(SLOW)
     result = tiny.run(script, "--config", tiny.write_config(tmp_path, run={"epochs": 4}))

@@ -1,14 +1,11 @@
 """Starting on several nodes: SLURM's scripts under stand-ins for its commands, and each launcher as
 two nodes of one machine, which must train as one launch of two processes does."""
 
-import contextlib
 import json
 import os
-import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -63,14 +60,6 @@ else:
 """
 
 
-def free_port(low: int = 20000, high: int = 30000) -> int:
-    while True:
-        port = random.randrange(low, high)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-
-
 def on_the_cpu() -> dict[str, str]:
     return tiny.environment() | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 
@@ -85,7 +74,7 @@ def cluster(tmp_path) -> dict[str, str]:
         (commands / name).chmod(0o755)
     for name in ("cjepa_fast", "scripts"):
         (tmp_path / name).symlink_to(tiny.ROOT / name)
-    job = {"SLURM_JOB_ID": str(free_port()), "NODES": "localhost", "TASKS": "1"}
+    job = {"SLURM_JOB_ID": str(tiny.free_port()), "NODES": "localhost", "TASKS": "1"}
     path = os.pathsep.join([str(commands), str(Path(sys.executable).parent), os.environ["PATH"]])
     return on_the_cpu() | job | {"SLURM_JOB_NUM_NODES": "1", "PATH": path}
 
@@ -237,7 +226,7 @@ def test_torchrun_starts_again_where_a_process_died(tmp_path):
     """Without the variable the second attempt finds the first one's ports in the shared store."""
     config = tiny.write_config(tmp_path, run={"epochs": 50}, checkpoint={"every_steps": 5})
     options = ["--nproc_per_node=2", "--max-restarts=2", "--rdzv_backend=c10d"]
-    command = torchrun(*options, f"--rdzv_endpoint=127.0.0.1:{free_port()}", config=config)
+    command = torchrun(*options, f"--rdzv_endpoint=127.0.0.1:{tiny.free_port()}", config=config)
     own = on_the_cpu() | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with subprocess.Popen([*command, "--resume", "auto"], env=own, **PIPED) as job:
         wait_for(lambda: checkpoint.latest(tmp_path / "run"), job)
@@ -254,7 +243,7 @@ def test_nodes_that_have_other_images_are_refused(tmp_path):
     config = tiny.write_config(tmp_path, data={"path": "$IMAGES_OF_NODE", "batch_size": 16})
     tiny.write_images(tmp_path / "fewer", count=39)
     meeting = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1"]
-    meeting += [f"--master_port={free_port()}"]
+    meeting += [f"--master_port={tiny.free_port()}"]
     nodes = [
         subprocess.Popen(
             torchrun(*meeting, f"--node_rank={n}", config=config),
@@ -290,7 +279,7 @@ def assert_trained_as(one: Path, other: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_torchrun_on_two_nodes_trains_as_on_one(one_node, tmp_path):
-    config, port = tiny.write_config(tmp_path), free_port()
+    config, port = tiny.write_config(tmp_path), tiny.free_port()
     meeting = [
         "--nnodes=2",
         "--nproc_per_node=1",
@@ -309,7 +298,7 @@ def test_a_hostfile_of_two_nodes_trains_as_one(one_node, tmp_path):
     hosts.write_text("a slots=1\nb slots=1\n")
     launch = [
         f"{sys.prefix}/bin/deepspeed", "--no_ssh", "--num_nodes=2", f"--hostfile={hosts}",
-        "--master_addr=127.0.0.1", f"--master_port={free_port()}",
+        "--master_addr=127.0.0.1", f"--master_port={tiny.free_port()}",
     ]  # fmt: skip
     train = [str(TRAIN), "--config", str(config)]
     train_on_nodes([[*launch, f"--node_rank={n}", *train] for n in range(2)], on_the_cpu())

@@ -246,7 +246,8 @@ def test_two_processes_and_a_resume_on_two_are_exact(tmp_path):
 def test_the_deepspeed_command_trains(tmp_path):
     """As the README has it, on two processes; --local_rank comes from the launcher."""
     launcher = f"{sys.prefix}/bin/deepspeed"
-    command = [launcher, "--num_gpus", "2", str(TRAIN), "--config", tiny.write_config(tmp_path)]
+    command = [launcher, "--num_gpus", "2", "--master_port", str(tiny.free_port()), str(TRAIN)]
+    command += ["--config", tiny.write_config(tmp_path)]
     result = subprocess.run(
         command, capture_output=True, text=True, env=tiny.environment(), timeout=240
     )

@@ -1,7 +1,10 @@
 """A training small enough for tests: 24-pixel images of noise, an encoder of one block."""
 
+import contextlib
 import json
 import os
+import random
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +73,14 @@ def run(script: str | Path, *args, processes: int = 1, timeout_s: float = 240, f
 
 def train(*args, **how):
     return run(ROOT / "cjepa_fast" / "train.py", *args, **how)
+
+
+def free_port(low: int = 20000, high: int = 30000) -> int:
+    while True:
+        port = random.randrange(low, high)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def save(folder: Path, engine, step: int, encoder_json: str = "{}") -> Path:
