@@ -197,6 +197,8 @@ def _events(run: Path, settings: config.Config, rows: list[dict]) -> str:
 
 
 def _short(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
     if isinstance(value, list) and len(value) > 4:
         return f"{', '.join(map(str, value[:4]))} and {len(value) - 4} more"
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

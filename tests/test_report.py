@@ -77,7 +77,12 @@ def run(tmp_path_factory):
         for s in range(1, 901)
     ]  # fmt: skip
     (run / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    bad = {"step": 7, "applied": False, "images": [f"{i}.jpg" for i in range(9)]}
+    bad = {
+        "step": 7,
+        "time_s": 1.23456789,
+        "applied": False,
+        "images": [f"{i}.jpg" for i in range(9)],
+    }
     (run / "bad_steps.jsonl").write_text(json.dumps(bad) + "\n")
     (run / "eval").mkdir()
     record = {
@@ -116,7 +121,7 @@ def test_the_page_says_what_the_files_say(whole):
         "43.2 at set <b> (context encoder)", "43.21",
         "knn, context encoder of best: data set <b> (2026-01-02)", "25.0 % of the time",
         "rankme below its floor of 2 in 3 rows", "2 steps skipped by now",
-        "bad_steps: applied: False, images: 0.jpg, 1.jpg, 2.jpg, 3.jpg and 5 more",
+        "bad_steps: time_s: 1.235, applied: False, images: 0.jpg, 1.jpg, 2.jpg, 3.jpg and 5 more",
         '"min_keep": 4',
     ):  # fmt: skip
         assert text in said, text
