@@ -111,3 +111,11 @@ def test_the_lines_of_a_configuration_stand_together(tmp_path):
     (tmp_path / "throughput.json").write_text(json.dumps(rows))
     named = [line[0].split(",")[0] for line in report.lines(tmp_path) if line[0].startswith("vit")]
     assert named == ["vit_b", "vit_b", "vit_t"]
+
+
+def test_an_ablation_s_line_is_the_gap_with_its_spread():
+    gains = {"knn_gain": 0.47, "knn_gain_std": 0.74, "linear_gain": -0.93, "linear_gain_std": 0.6}
+    rows = [{"row": "none (I-JEPA)", "seeds": 3}, {"row": "all (C-JEPA)", "seeds": 3, **gains}]
+    what, hardware, figure, _ = report.ablation_line({"what": "X", "hardware": "H", "rows": rows})
+    assert what == "X: C-JEPA less I-JEPA over 3 seeds, points" and hardware == "H"
+    assert figure == "kNN +0.5 ± 0.7, linear -0.9 ± 0.6"
