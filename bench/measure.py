@@ -118,7 +118,7 @@ def measure(
             timed = run_steps(trainer, batches, warmup, steps)
         peak_gib = train.peak_gib(device)
         parts = Phases(trainer)
-        if config.run.compile != "whole":  # whose parts are not called one by one
+        if config.run.compile != "whole" and not config.run.cuda_graph:  # parts not called apart
             with parts.timed():
                 run_steps(trainer, batches, warmup + steps, PHASE_STEPS)
         if profile_to:

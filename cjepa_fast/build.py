@@ -69,9 +69,7 @@ def build_engine(
     groups = parameter_groups(networks)
     implementation = optimizer_implementation(config)
     if implementation == "adamw_ema":
-        return LocalEngine(
-            networks, target, groups, keep_gradients=config.run.cuda_graph, **options
-        )
+        return LocalEngine(networks, target, groups, **options)
     return Engine(
         networks,
         target,

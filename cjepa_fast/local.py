@@ -59,11 +59,8 @@ class LocalEngine:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         fp8: bool = False,
-        keep_gradients: bool = False,
     ):
-        """fp8: of the target. keep_gradients: in place, set to zero, as a CUDA graph wants them;
-        else freed."""
-        self.keep_gradients = keep_gradients
+        """fp8: of the target."""
         self.module, self.accumulation, self.clip = model, accumulation, clip
         self.betas, self.eps = betas, eps
         self.device = next(model.parameters()).device
@@ -177,7 +174,7 @@ class LocalEngine:
         }
 
     def _clear(self) -> None:
-        self.module.zero_grad(set_to_none=not self.keep_gradients)
+        self.module.zero_grad()
 
     def set_optimizer_step(self, step: int) -> None:
         """Adam's count of updates, which decides its bias correction."""

@@ -34,7 +34,15 @@ import triton.language as tl
 
 from cjepa_fast.kernels.fp8 import E4M3, TO_E4M3, quantise_rows_reference, quantised
 from cjepa_fast.kernels.gather_tiles import WIDEST, row_tiles
-from cjepa_fast.kernels.launch import TRITON_NAMES, Compiled, chosen, narrow, use_kernel
+from cjepa_fast.kernels.launch import (
+    TRITON_NAMES,
+    Compiled,
+    chosen,
+    narrow,
+    recording,
+    to_device,
+    use_kernel,
+)
 
 Tensors = Sequence[torch.Tensor]
 Number = float | torch.Tensor  # or 0-d, on the tensors' device
@@ -119,10 +127,11 @@ def _tables(
     """
     programs = [triton.cdiv(size, chunk) for size in sizes]
     first = [0, *itertools.accumulate(programs)][:-1]
-    places = torch.tensor([*addresses, sizes, first], dtype=torch.int64).to(device)
+    places = torch.tensor([*addresses, sizes, first], dtype=torch.int64)
     tensors = torch.arange(len(sizes), dtype=torch.int32)
-    owners = tensors.repeat_interleave(torch.tensor(programs)).to(device)
-    return places, owners, all(a % 16 == 0 for array in addresses for a in array)
+    owners = tensors.repeat_interleave(torch.tensor(programs))
+    aligned = all(a % 16 == 0 for array in addresses for a in array)
+    return to_device(places, device), to_device(owners, device), aligned
 
 
 def tables(*arrays: Tensors, chunk: int) -> tuple[torch.Tensor, torch.Tensor, bool]:
@@ -132,7 +141,10 @@ def tables(*arrays: Tensors, chunk: int) -> tuple[torch.Tensor, torch.Tensor, bo
     """
     present = [array for array in arrays if array]
     addresses = tuple(tuple(t.data_ptr() for t in array) for array in present)
-    return _tables(arrays[0][0].device, addresses, tuple(t.numel() for t in arrays[0]), chunk)
+    device, sizes = arrays[0][0].device, tuple(t.numel() for t in arrays[0])
+    # A recorded launch reads its own at every replay: no other call's may take their place.
+    made = _tables.__wrapped__ if recording(device) else _tables
+    return made(device, addresses, sizes, chunk)
 
 
 def _one_kind(array: Tensors) -> bool:

@@ -18,7 +18,6 @@ from cjepa_fast.kernels import launch
 from cjepa_fast.kernels.launch import Compiled, narrow
 
 Rows = torch.Tensor  # of shape (B, S, D)
-NAN = tl.constexpr(float("nan"))
 SEARCH = 2048  # comparisons of a row with an index at a time, 16 for each of 128 threads
 
 
@@ -98,6 +97,7 @@ def _gather_forward_kernel(
 
     Programs: (tiles of the B * S rows, tiles of D).
     """
+    nan: tl.constexpr = float("nan")
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     live = row < total
@@ -106,9 +106,9 @@ def _gather_forward_kernel(
     source = place if GATHER else row - image * S
     keep = (live & inside)[:, None] & (d < D)[None, :]
     start = image.to(tl.int64) * x_image + source.to(tl.int64) * x_row
-    value = tl.load(x + start[:, None] + d[None, :], mask=keep, other=NAN)
+    value = tl.load(x + start[:, None] + d[None, :], mask=keep, other=nan)
     if POSITIONS:
-        added = tl.load(pos + place[:, None] * D + d[None, :], mask=keep, other=NAN)
+        added = tl.load(pos + place[:, None] * D + d[None, :], mask=keep, other=nan)
         value = narrow(value.to(tl.float32) + added.to(tl.float32), out.dtype.element_ty)
     there = out + row.to(tl.int64)[:, None] * D + d[None, :]
     tl.store(there, value, mask=live[:, None] & (d < D)[None, :])
@@ -201,12 +201,13 @@ def _target_rows(
     tokens, idx, row, live, d, S, N, D, image_stride, row_stride, eps, DEBUG: tl.constexpr
 ):  # fmt: skip
     """The layer-normed tokens of the indices idx[row], fp32; 0 beyond D, NaN for a wrong index."""
+    nan: tl.constexpr = float("nan")
     place, inside = _load_index(idx, row, live, N, DEBUG)
     start = (row // S).to(tl.int64) * image_stride + place * row_stride
     real = (d < D)[None, :]
     keep = (live & inside)[:, None] & real
     x = tl.load(tokens + start[:, None] + d[None, :], mask=keep, other=0.0).to(tl.float32)
-    mean = tl.where(inside, tl.sum(x, 1) / D, NAN)
+    mean = tl.where(inside, tl.sum(x, 1) / D, nan)
     x = tl.where(real, x - mean[:, None], 0.0)
     # The mean of large values is off by its own rounding: the rest of it shows once centred.
     x = tl.where(real, x - (tl.sum(x, 1) / D)[:, None], 0.0)
@@ -344,6 +345,7 @@ def _predictor_input_kernel(
 
     Programs: (B * tiles of the K + P rows of a sequence, tiles of W).
     """
+    nan: tl.constexpr = float("nan")
     image = (tl.program_id(0) // tiles).to(tl.int64)
     row = (tl.program_id(0) % tiles) * ROWS + tl.arange(0, ROWS)
     d = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
@@ -352,14 +354,14 @@ def _predictor_input_kernel(
     place, inside = _load_index(context_idx, image * K + row, in_context, N, DEBUG)
     keep = (in_context & inside)[:, None] & real
     start = image * context_image + row.to(tl.int64) * context_row
-    copied = tl.load(context + start[:, None] + d[None, :], mask=keep, other=NAN).to(tl.float32)
-    copied += tl.load(pos + place[:, None] * W + d[None, :], mask=keep, other=NAN).to(tl.float32)
+    copied = tl.load(context + start[:, None] + d[None, :], mask=keep, other=nan).to(tl.float32)
+    copied += tl.load(pos + place[:, None] * W + d[None, :], mask=keep, other=nan).to(tl.float32)
     token = tl.load(mask_token + d, mask=d < W, other=0.0).to(tl.float32)[None, :]
     for m in range(M):
         sequence = image * M + m
         place, inside = _load_index(target_idx, sequence * P + row - K, in_query, N, DEBUG)
         keep = (in_query & inside)[:, None] & real
-        query = tl.load(pos + place[:, None] * W + d[None, :], mask=keep, other=NAN)
+        query = tl.load(pos + place[:, None] * W + d[None, :], mask=keep, other=nan)
         value = tl.where(in_context[:, None], copied, token + query.to(tl.float32))
         there = out + (sequence * (K + P) + row)[:, None] * W + d[None, :]
         value = narrow(value, out.dtype.element_ty)

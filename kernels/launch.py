@@ -51,6 +51,37 @@ def interpreted() -> Iterator[None]:
         _on_cpu = before
 
 
+_to_fill: list[tuple[torch.Tensor, torch.Tensor]] = []
+_filled: list[torch.Tensor] = []  # recorded launches read these at every replay: kept for good
+
+
+def recording(device: torch.device) -> bool:
+    """Whether what is launched now goes into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A CPU tensor's values on the device, without waiting for it.
+
+    While a CUDA graph is recorded nothing is copied: the values come with `fill_recorded`.
+    """
+    if device.type != "cuda":
+        return values.to(device)
+    if recording(device):
+        there = torch.empty_like(values, device=device)
+        _to_fill.append((there, values))
+        return there
+    return values.pin_memory().to(device, non_blocking=True)
+
+
+def fill_recorded() -> None:
+    """To be called between the recording of a CUDA graph and its first replay."""
+    for there, values in _to_fill:
+        there.copy_(values)
+        _filled.append(there)
+    _to_fill.clear()
+
+
 @functools.cache
 def architecture(device: torch.device) -> str:
     """ "sm_90" and the like; "cpu" without one."""

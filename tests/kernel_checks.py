@@ -20,11 +20,13 @@ def within_budget(
     exact: torch.Tensor,
     dtype: torch.dtype,
     what: str = "result",
+    floor: float | None = None,
 ) -> None:
     """Fails unless |kernel - exact| <= 2 |eager - exact| + a floor, in the largest and rms error.
 
     eager_out: the reference in the kernel's dtype; exact: the reference in float64; dtype: the
-    narrowest type the computation rounds to. NaN and infinity fail, as do other shapes and dtypes.
+    narrowest type the computation rounds to; floor: what its inputs are rounded to beside, FLOOR's
+    by default. NaN and infinity fail, as do other shapes and dtypes.
     """
     assert kernel_out.shape == exact.shape, f"{what}: {kernel_out.shape}, not {exact.shape}"
     assert kernel_out.dtype == eager_out.dtype, f"{what}: {kernel_out.dtype}"
@@ -33,7 +35,7 @@ def within_budget(
     scale = exact.abs().max().item()
     for name, measure in {"largest": torch.amax, "rms": _rms}.items():
         error, eager = (measure((x.double() - exact).abs()).item() for x in (kernel_out, eager_out))
-        budget = 2 * eager + FLOOR[dtype] * scale
+        budget = 2 * eager + (FLOOR[dtype] if floor is None else floor) * scale
         assert error <= budget, (  # false for NaN too
             f"{what}: {name} error {error:.3g} over its budget {budget:.3g} "
             f"(eager {eager:.3g}, largest value {scale:.3g}, {dtype})"

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import triton.language as tl
 from kernel_checks import modules_to_compile
 
 TESTS = Path(__file__).parent
@@ -25,6 +26,15 @@ def test_one_configuration_of_each_gather_on_hopper():
     done = worker("--module", "gather_tiles", "--arch", "90", "--only", "bf16 16x256")
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"^(\d+) compiled, 0 wrong$", done.stdout, re.M), done.stdout
+
+
+def test_no_constant_of_a_kernel_is_nan():
+    """Triton compares a kernel's global constants before each launch, and refuses those that have
+    changed: NaN never equals itself. The interpreter and a first launch do not see it."""
+    for module in modules_to_compile().values():
+        for name, value in vars(module).items():
+            if isinstance(value, tl.constexpr):
+                assert value.value == value.value, f"{module.__name__}.{name}"
 
 
 @pytest.mark.slow
