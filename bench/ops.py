@@ -210,7 +210,7 @@ def main(argv: list[str]) -> int:
     args = parse(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.tune:
-        return tune.main(device, args.seconds)
+        return tune.main(device, args.seconds, args.only)
     found = [c for c in cases(args.model, args.batch, args.rows, args.widths) if args.only in c.op]
     if not found:
         print(f"error: --only {args.only}: no op has that in its name", file=sys.stderr)

@@ -14,7 +14,16 @@ from typing import Any, NamedTuple
 import torch
 from stopwatch import Stopwatch
 
-from cjepa_fast.kernels import ema, gather_tiles, launch, tuned, vicreg_tiles
+from cjepa_fast.kernels import (
+    attention,
+    ema,
+    gather_tiles,
+    gelu,
+    launch,
+    norm,
+    tuned,
+    vicreg_tiles,
+)
 
 TABLE = Path(tuned.__file__)
 WIDTHS = (192, 384, 768, 1024, 1280, 1408)
@@ -86,6 +95,61 @@ def gather_knobs(device: torch.device, images: int, width: int) -> Iterator[Knob
         yield from (Knob(f"{name} {width}", tiles, call) for name, call in kernels.items())
 
 
+def stream_knobs(device: torch.device, rows: int, width: int) -> Iterator[Knob]:
+    """Of a residual stream (rows, width) in bf16, and its MLP four times as wide."""
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device, dtype=torch.bfloat16)
+
+    x, y, weight, bias = normal(rows, width), normal(rows, width), normal(width), normal(width)
+    s, h, stats = norm.launch_add_norm(x, y, weight, bias, 1e-6)
+    yield Knob(
+        f"add_norm {width}", norm.tiles(width),
+        lambda tile: norm.launch_add_norm(x, y, weight, bias, 1e-6, tile),
+    )  # fmt: skip
+    yield Knob(
+        f"add_norm backward {width}", norm.tiles(width),
+        lambda tile: norm.launch_add_norm_backward(h, x, s, weight, stats, tile),
+    )  # fmt: skip
+
+
+def gelu_knobs(device: torch.device, rows: int, width: int) -> Iterator[Knob]:
+    u, dg = (torch.randn(rows, width, device=device, dtype=torch.bfloat16) for _ in range(2))
+    yield Knob("gelu", gelu.BLOCKS, lambda block: gelu.launch_gelu(u, None, block))
+    yield Knob("gelu backward", gelu.TILES, lambda tile: gelu.launch_gelu_backward(dg, u, tile))
+
+
+def attention_knobs(
+    device: torch.device, shapes: Sequence[tuple[int, int, int, int, bool]]
+) -> Iterator[Knob]:
+    """Of bf16 q, k and v side by side: sequences, tokens, heads, values of a head, trained."""
+    for B, S, H, d, trained in shapes:
+        qkv = torch.randn(B, S, 3 * H * d, device=device, dtype=torch.bfloat16)
+        q, k, v = qkv.chunk(3, -1)
+        out, lse = attention.launch_attention(q, k, v, H)
+        yield Knob(
+            *attention.forward_candidates(S, d),
+            lambda tile, q=q, k=k, v=v, H=H: attention.launch_attention(q, k, v, H, tile),
+        )  # fmt: skip
+        if not trained:
+            continue
+        dqkv = torch.empty_like(qkv)
+
+        def backward(tile, qkv=qkv, out=out, lse=lse, H=H, dqkv=dqkv):
+            parts = qkv.chunk(3, -1), dqkv.chunk(3, -1)
+            attention.launch_attention_backward(out, *parts[0], out, lse, H, parts[1], True, tile)
+
+        yield Knob(*attention.backward_candidates(S, d), backward)
+
+
+# Target, context and predictor of the models in configs/, as their masks draw them.
+ATTENTIONS = (
+    (128, 256, 16, 80, False), (128, 91, 16, 80, True), (512, 120, 16, 24, True),
+    (512, 140, 16, 24, True), (128, 196, 16, 64, False), (128, 60, 16, 64, True),
+    (1024, 90, 12, 32, True), (1024, 90, 6, 64, True), (1024, 90, 3, 128, True),
+)  # fmt: skip
+
+
 def average_knobs(device: torch.device, shapes: Sequence[tuple[int, ...]]) -> Iterator[Knob]:
     """Of a list of weights: fp32 masters, bf16 gradients and copies."""
 
@@ -112,6 +176,9 @@ def knobs(device: torch.device) -> Iterator[Knob]:
     yield from vicreg_knobs(device, [(25_088, 1280), (25_088, 384), (1024, 4096), (128, 1280)])
     for width in WIDTHS:
         yield from gather_knobs(device, IMAGES, width)
+        yield from stream_knobs(device, 16_384, width)
+    yield from gelu_knobs(device, 16_384, 5120)
+    yield from attention_knobs(device, ATTENTIONS)
     yield from average_knobs(device, [(1280, 5120), (1280,), (1280, 1280)] * 32)
 
 
@@ -151,11 +218,15 @@ def source(table: dict[str, dict[str, int]]) -> str:
     return HEADER + "\n".join([*lines, "}"]) + "\n"
 
 
-def main(device: torch.device, seconds: float) -> int:
+def main(device: torch.device, seconds: float, only: str = "") -> int:
+    earlier = tuned.TUNED.get(launch.architecture(device), {})
     if device.type != "cuda":
         print("error: --tune times kernels: it needs a CUDA device", file=sys.stderr)
         return 2
-    found = tune(knobs(device), Stopwatch(device), seconds)
+    chosen = (knob for knob in knobs(device) if only in knob.key)
+    found = tune(chosen, Stopwatch(device), seconds)
+    if only:  # what it says of the other kernels stays
+        found = {k: v for k, v in earlier.items() if only not in k} | found
     TABLE.write_text(source(tuned.TUNED | {launch.architecture(device): found}), encoding="utf-8")
     print(f"written: {TABLE}")
     return 0

@@ -16,35 +16,64 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from cjepa_fast.kernels import attention as short
 from cjepa_fast.sequences import Sequences, evenly
 
 SDPA = {"sdpa_flash": SDPBackend.FLASH_ATTENTION, "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION}
-BACKENDS = ("plain", "sdpa", *SDPA, "flash_attn")
+BACKENDS = ("plain", "sdpa", *SDPA, "flash_attn", "triton")
 PACKED_BACKENDS = ("plain", "sdpa_flash", "flash_attn")  # those with a variable-length kernel
 # Versions 4, 3 and 2 of flash-attn are packages of their own; the newest that loads is taken.
 FLASH_MODULES = ("flash_attn.cute", "flash_attn_interface", "flash_attn")
 TURNS = 7
+TRIED = 1024  # sequences of a trial: enough that kernels are timed, not their launches
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str) -> torch.Tensor:
     """(B, H, S, d) by one of BACKENDS.
 
     "plain" writes the attention map: in bf16 on a CPU it is faster than SDPA. "sdpa" lets torch
-    choose among its kernels, "sdpa_flash" and "sdpa_cudnn" name one, "flash_attn" is the package.
+    choose among its kernels, "sdpa_flash" and "sdpa_cudnn" name one, "flash_attn" is the package,
+    "triton" is kernels/attention.py where that takes the shape, else sdpa.
     "auto" is sdpa on CUDA and plain elsewhere, until `fastest` has been asked.
     """
     if backend == "auto":
         backend = "sdpa" if q.is_cuda else "plain"
+    if backend == "triton":
+        trained = torch.is_grad_enabled() and q.requires_grad
+        if not q.is_cuda or short.takes(q, trained):
+            return short.attention(q, k, v)
+        backend = "sdpa"
     if backend == "sdpa":
-        return F.scaled_dot_product_attention(q, k, v)
+        return _OwnLayout.apply(F.scaled_dot_product_attention(q, k, v))
     if backend in SDPA:
         with sdpa_kernel(SDPA[backend]):
-            return F.scaled_dot_product_attention(q, k, v)
+            return _OwnLayout.apply(F.scaled_dot_product_attention(q, k, v))
     if backend == "flash_attn":
         out = flash_attention()(*(x.transpose(1, 2) for x in (q, k, v)))
         out = out[0] if isinstance(out, tuple) else out  # some versions add the log-sum-exp
         return out.transpose(1, 2)
     return attention_map(q, k) @ v
+
+
+class _OwnLayout(torch.autograd.Function):
+    """x as it is; its gradient laid out in memory as x is.
+
+    For cuDNN: PyTorch keeps a plan of its backward by the layouts of q, k, v and the output, but
+    not of the gradient. A second gradient of the same shape, but laid out otherwise, is then read
+    wrongly, and dq, dk and dv are noise (seen with torch 2.11 on an H200).
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.stride = x.stride()
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        if grad.stride() == ctx.stride:
+            return grad
+        own = grad.new_empty_strided(grad.shape, ctx.stride)
+        return own.copy_(grad)
 
 
 def attention_map(
@@ -77,7 +106,8 @@ def attend_packed(
         named = dict(zip(names, lengths, strict=True))  # their order differs between versions
         out = flash_attention("flash_attn_varlen_func")(q_SHd, k_THd, v_THd, **named)
         return out[0] if isinstance(out, tuple) else out
-    if backend != "plain" and q_SHd.is_cuda and q_SHd.dtype.itemsize == 2:
+    whole = q_SHd.shape[-1] % 8 == 0  # it takes no other heads
+    if backend != "plain" and q_SHd.is_cuda and q_SHd.dtype.itemsize == 2 and whole:
         from torch.nn.attention.varlen import varlen_attn  # seconds to import
 
         return varlen_attn(q_SHd, k_THd, v_THd, *lengths)
@@ -171,7 +201,7 @@ def _flash_loads() -> bool:
 def fastest(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[str, dict[str, float]]:
     """The fastest candidate for a shape, and the medians in milliseconds of those that can do it.
 
-    The shape is tried with at most 64 sequences at a time, in turns, after a warm-up.
+    The shape is tried with at most TRIED sequences at a time, in turns, after a warm-up.
     """
     calls = dict(_calls(shape, device, dtype))
     if len(calls) == 1:
@@ -188,12 +218,14 @@ def _calls(
     shape: Shape, device: torch.device, dtype: torch.dtype
 ) -> Iterator[tuple[str, Callable[[], object]]]:
     """A call of each candidate that takes the shape: forward, and backward where it is trained."""
-    B, heads, d = min(shape.sequences, 64), shape.heads, shape.width
+    B, heads, d = min(shape.sequences, TRIED), shape.heads, shape.width
     lengths = shape.queries, shape.keys, shape.keys
-    sizes = [(B * n, heads, d) if shape.packed else (B, heads, n, d) for n in lengths]
-    tensors = [
-        torch.randn(size, device=device, dtype=dtype, requires_grad=shape.trained) for size in sizes
-    ]
+    kind = {"device": device, "dtype": dtype}
+    if shape.packed:
+        tensors = [torch.randn(B * n, heads, d, **kind) for n in lengths]
+    else:  # the heads of a token side by side, as the projections write them
+        tensors = [torch.randn(B, n, heads, d, **kind).transpose(1, 2) for n in lengths]
+    tensors = [x.requires_grad_(shape.trained) for x in tensors]
     packing = [evenly(B, n, device) for n in lengths[:2]] if shape.packed else []
     function = attend_packed if shape.packed else attend
 

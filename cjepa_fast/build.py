@@ -148,6 +148,17 @@ def compile_networks(networks: JEPA, target: Encoder, how: str, backend: str = "
         part.compile(backend=backend)
 
 
+def fuse_networks(networks: JEPA, target: Encoder, config: Config, stage: int) -> None:
+    """Let the blocks run as fused.py's operators, by model.fused, where nothing forbids it.
+
+    That is a compiler, which makes its own, and ZeRO stage 3, which gathers weights from module to
+    module. On a CPU and in fp32 they run as they are all the same.
+    """
+    if not config.model.fused or config.run.compile != "none" or stage == 3:
+        return
+    networks.encoder.fused = networks.predictor.fused = target.fused = True
+
+
 def check_target_precision(config: Config, device: torch.device) -> None:
     """Raises ConfigError where the target encoder cannot compute in the precision asked for."""
     if config.model.target_precision != "fp8":

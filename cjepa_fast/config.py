@@ -136,8 +136,12 @@ class ModelSection(Section):
     depth: Count | None = None
     heads: Count | None = None
     mlp_ratio: Positive | None = None
-    attention: Literal["auto", "plain", "sdpa", "sdpa_flash", "sdpa_cudnn", "flash_attn"] = Field(
-        "auto", description="the fastest by trial on a GPU, plain on a CPU"
+    attention: Literal[
+        "auto", "plain", "sdpa", "sdpa_flash", "sdpa_cudnn", "flash_attn", "triton"
+    ] = Field("auto", description="the fastest by trial on a GPU, plain on a CPU")
+    fused: bool = Field(
+        True,
+        description="the blocks by our own kernels, on a GPU in bf16 without run.compile",
     )
     target_precision: Literal["bf16", "fp8"] = Field(
         "bf16", description="of the target's products; fp8 wants run.precision bf16 and sm_89"

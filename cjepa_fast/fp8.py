@@ -69,6 +69,10 @@ class QueryKeyValue8(Linear8):
     def forward(self, x: Rows, last: None = None, layout: None = None) -> tuple[torch.Tensor, ...]:
         return super().forward(x).chunk(3, -1)
 
+    def side_by_side(self, x: Rows) -> torch.Tensor:
+        """The three as one, (..., 3 D)."""
+        return super().forward(x)
+
 
 class Norm8(nn.Module):
     """A LayerNorm whose output is in 8 bits."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from cjepa_fast.kernels.launch import fill_recorded
+from cjepa_fast.kernels.launch import recorded
 
 WARM = 3  # calls before the recording: they compile kernels and allocate what stays
 
@@ -54,9 +54,11 @@ class Graphed:
     def _record(self) -> None:
         """The loader's threads go on meanwhile: what they ask of the device spoils no recording."""
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+        with (
+            recorded(self.device),
+            torch.cuda.graph(self.graph, capture_error_mode="thread_local"),
+        ):
             self.outputs = self.function(*self.inputs)
-        fill_recorded()
 
 
 def tensors_in(x) -> Iterator[torch.Tensor]:

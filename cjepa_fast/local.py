@@ -45,7 +45,7 @@ class LocalEngine:
     moved to the compute dtype here.
     """
 
-    sharded = False
+    sharded, stage = False, 0
 
     def __init__(
         self,

@@ -10,6 +10,7 @@ width, W predictor width, T tokens of a packed context.
 import torch
 from torch import nn
 
+from cjepa_fast import fused
 from cjepa_fast.kernels.gather import add_positions, predictor_input
 from cjepa_fast.linear import Linear
 from cjepa_fast.sequences import PackedContext, Sequences
@@ -40,7 +41,7 @@ class Predictor(nn.Module):
         mode: str = "per_target",
     ):
         super().__init__()
-        self.residual, self.mode = residual, mode
+        self.residual, self.mode, self.fused = residual, mode, False
         self.predictor_embed = Linear(encoder_width, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.predictor_pos_embed = frozen_positions(*grid, width)
@@ -67,11 +68,15 @@ class Predictor(nn.Module):
         positions = stream_of(self.predictor_pos_embed[0], self.residual)
         made = self._packed_input if isinstance(context, PackedContext) else self._input
         x, length, layout = made(x, positions, context, target_idx_BMP)
-        for block in self.predictor_blocks[:-1]:
-            x = block(x, layout=layout)
-        # What becomes of the context is not read.
-        queries = self.predictor_blocks[-1](x, last=length, layout=layout)
-        return self.predictor_proj(self.predictor_norm(queries)).view(B, M, P, -1)
+        # What becomes of the context is not read after the last block.
+        if self.fused and layout is None and fused.supports(self.predictor_blocks, x):
+            queries = fused.run(self.predictor_blocks, self.predictor_norm, x, length)
+        else:
+            for block in self.predictor_blocks[:-1]:
+                x = block(x, layout=layout)
+            last = self.predictor_blocks[-1]
+            queries = self.predictor_norm(last(x, last=length, layout=layout))
+        return self.predictor_proj(queries).view(B, M, P, -1)
 
     def _input(
         self,

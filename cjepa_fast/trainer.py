@@ -15,6 +15,7 @@ from cjepa_fast.build import (
     check_target_precision,
     choose_attention,
     compile_networks,
+    fuse_networks,
     initialise,
 )
 from cjepa_fast.config import Config, ConfigError
@@ -70,6 +71,7 @@ class Trainer:
         self.ema = self.engine.ema
         self._check_stage()
         compile_networks(networks, target, config.run.compile)
+        fuse_networks(networks, target, config, self.engine.stage)
         self.target, self.context_encoder = target, networks.encoder
         if config.run.target_stream and device.type == "cuda":
             self.target = TargetStream(target, networks.predictor, device)
@@ -82,7 +84,7 @@ class Trainer:
     def _check_stage(self) -> None:
         """Raises ConfigError for what ZeRO-3 leaves no room: it gathers weights between modules."""
         run = self.config.run
-        if isinstance(self.engine, LocalEngine) or self.engine.stage < 3:
+        if self.engine.stage < 3:
             return
         for key, on in {
             "compile": run.compile != "none",

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from cjepa_fast import fused
 from cjepa_fast.attention import (
     attend,
     attend_by_block,
@@ -271,7 +272,8 @@ class Encoder(nn.Module):
 
     image_size and patch_size are in pixels; the grid is (image_size // patch_size) squared.
     residual: "fp32" keeps the stream between the blocks in fp32 where the weights are bf16; the
-    products and the output stay bf16. checkpointing: see Block.
+    products and the output stay bf16. checkpointing: see Block. Where `fused` is set, the blocks
+    run as fused.py's operators on what those take.
     Raises ValueError when the image is no multiple of the patch or the width none of the heads.
     """
 
@@ -294,7 +296,7 @@ class Encoder(nn.Module):
             )
         self.image_size, self.patch_size, self.width = image_size, patch_size, width
         self.depth, self.heads, self.mlp_ratio = depth, heads, mlp_ratio
-        self.residual = residual
+        self.residual, self.fused = residual, False
         self.grid = (image_size // patch_size,) * 2
         self.patch_embed = PatchEmbed(patch_size, width)
         self.pos_embed = frozen_positions(*self.grid, width)
@@ -348,6 +350,8 @@ class Encoder(nn.Module):
         """
         packed = context.sequences if isinstance(context, PackedContext) else None
         x = self.embed(images_B3HW, context)
+        if self.fused and packed is None and fused.supports(self.blocks, x):
+            return fused.run(self.blocks, self.norm, x)
         for block in self.blocks:
             x = block(x, layout=packed)
         return self.norm(x)

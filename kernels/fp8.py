@@ -2,6 +2,7 @@
 
     quantise_rows    values[r] = e4m3(x[r] * 448 / m[r]), scales[r] = m[r] / 448, m[r] = max |x[r]|
     quantise_norm    the same of layer_norm(x[r]) * weight + bias
+                     or, given y, of s = x + y, which it also returns
     quantise_gelu    the same of gelu(x[r]) = x[r] (1 + erf(x[r] / sqrt 2)) / 2
 
 448 is e4m3's largest value, and a row below 1e-12 counts as one of 1e-12, so that zeros are safe.
@@ -23,12 +24,12 @@ import triton
 import triton.language as tl
 
 from cjepa_fast.kernels.gather_tiles import ROW_TILES, WIDE_LOADS, WIDEST, Tile, row_tiles
+from cjepa_fast.kernels.gelu import gelu_of
 from cjepa_fast.kernels.launch import KERNEL_DTYPES, TRITON_NAMES, Compiled, narrow, use_kernel
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = tl.constexpr(448.0)
 SMALLEST = tl.constexpr(1e-12)  # that a row's maximum counts as
-ROOT_HALF = tl.constexpr(0.5**0.5)
 
 
 class Rows(NamedTuple):
@@ -59,6 +60,17 @@ def quantise_norm_reference(
     return quantise_rows_reference(F.layer_norm(x_RC, weight_C.shape, weight_C, bias_C, eps))
 
 
+def quantise_add_norm_reference(
+    x_RC: torch.Tensor,
+    y_RC: torch.Tensor,
+    weight_C: torch.Tensor,
+    bias_C: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, Rows]:
+    s_RC = (x_RC + y_RC).to(x_RC.dtype)
+    return s_RC, quantise_norm_reference(s_RC, weight_C, bias_C, eps)
+
+
 def quantise_gelu_reference(x_RC: torch.Tensor) -> Rows:
     return quantise_rows_reference(F.gelu(x_RC.float()))
 
@@ -87,19 +99,25 @@ def _normed(value, weight, bias, col, C, eps):
 
 @triton.jit
 def _quantise_kernel(
-    x, weight, bias, values, scales, rows, C, eps,
-    FIRST: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    x, y, s, weight, bias, values, scales, rows, C, eps,
+    FIRST: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """ROWS whole rows of x, dense; FIRST: what is done to them before, "norm", "gelu" or None."""
+    """ROWS whole rows of x, dense; FIRST: what is done to them before, "norm", "gelu" or None. With
+    ADD, y is added before that, and the sum written to s."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, WIDTH)
     keep = (row < rows)[:, None] & (col < C)[None, :]
     at = row.to(tl.int64)[:, None] * C + col[None, :]
     value = tl.load(x + at, mask=keep, other=0.0).to(tl.float32)
+    if ADD:
+        value += tl.load(y + at, mask=keep, other=0.0).to(tl.float32)
+        total = narrow(value, s.dtype.element_ty)
+        tl.store(s + at, total, mask=keep)
+        value = total.to(tl.float32)
     if FIRST == "norm":
         value = _normed(value, weight, bias, col, C, eps)
     if FIRST == "gelu":
-        value = 0.5 * value * (1.0 + tl.erf(value * ROOT_HALF))
+        value = gelu_of(value)
     value, scale = quantised(value)
     tl.store(values + at, value, mask=keep)
     tl.store(scales + row, scale, mask=row < rows)
@@ -111,7 +129,9 @@ def launch_quantise(
     affine: tuple[torch.Tensor, torch.Tensor] | None = None,
     eps: float = 0.0,
     tile: Tile | None = None,
+    added: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """values and scales; added: y, and where x + y is to be written, both dense."""
     x, C = x.contiguous(), x.shape[-1]
     values = torch.empty_like(x, dtype=E4M3)
     scales = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
@@ -119,8 +139,9 @@ def launch_quantise(
     weight, bias = (w.contiguous() for w in affine or (x, x))
     if rows:
         _quantise_kernel[(triton.cdiv(rows, tile.rows),)](
-            x, weight, bias, values, scales, rows, C, eps,
-            FIRST=first, ROWS=tile.rows, WIDTH=tile.width, num_warps=tile.warps,
+            x, *(added or (x, x)), weight, bias, values, scales, rows, C, eps,
+            FIRST=first, ADD=added is not None,
+            ROWS=tile.rows, WIDTH=tile.width, num_warps=tile.warps,
         )  # fmt: skip
     return values, scales
 
@@ -172,6 +193,22 @@ def quantise_norm(
 
 
 @torch.no_grad()
+def quantise_add_norm(
+    x_RC: torch.Tensor,
+    y_RC: torch.Tensor,
+    weight_C: torch.Tensor,
+    bias_C: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, Rows]:
+    """x + y in x's dtype, and its quantise_norm. Takes no gradient."""
+    if not _takes(x_RC, y_RC, weight_C):
+        return quantise_add_norm_reference(x_RC, y_RC, weight_C, bias_C, eps)
+    s_RC = torch.empty(x_RC.shape, device=x_RC.device, dtype=x_RC.dtype)
+    added = y_RC.contiguous(), s_RC
+    return s_RC, Rows(*launch_quantise(x_RC, "norm", (weight_C, bias_C), eps, added=added))
+
+
+@torch.no_grad()
 def quantise_gelu(x_RC: torch.Tensor) -> Rows:
     """gelu(x), the exact one, in 8 bits by row. Takes no gradient."""
     return Rows(*quantise_gelu_op(x_RC)) if _takes(x_RC) else quantise_gelu_reference(x_RC)
@@ -183,18 +220,20 @@ TO_E4M3 = r"cvt\.rn\.satfinite\.e4m3x2\.f32"
 
 
 def ahead_of_time() -> list[Compiled]:
-    """The kernel in every tile for each dtype, before it nothing, the norm and the GELU."""
+    """The kernel in every tile for each dtype; before it nothing, norm, sum and norm, GELU."""
     pointers = {"values": "*fp8e4nv", "scales": "*fp32", "rows": "i32", "C": "i32", "eps": "fp32"}
     found = []
     for dtype in (TRITON_NAMES[d] for d in KERNEL_DTYPES):
-        inputs = dict.fromkeys(("x", "weight", "bias"), f"*{dtype}")
+        inputs = dict.fromkeys(("x", "y", "s", "weight", "bias"), f"*{dtype}")
+        before = (None, False), ("norm", False), ("norm", True), ("gelu", False)
         tiles = [tiles[0] for tiles in ROW_TILES.values()]
         found += [
             Compiled(
-                f"quantise {first or 'rows'} {dtype} {tile.rows}x{tile.width}", _quantise_kernel,
-                inputs | pointers, {"FIRST": first, "ROWS": tile.rows, "WIDTH": tile.width},
+                f"quantise {'add ' * add}{first or 'rows'} {dtype} {tile.rows}x{tile.width}",
+                _quantise_kernel, inputs | pointers,
+                {"FIRST": first, "ADD": add, "ROWS": tile.rows, "WIDTH": tile.width},
                 num_warps=tile.warps, must_have=(*WIDE_LOADS, TO_E4M3), divisible=("C",), since=89,
             )
-            for tile, first in itertools.product(tiles, (None, "norm", "gelu"))
+            for tile, (first, add) in itertools.product(tiles, before)
         ]  # fmt: skip
     return found

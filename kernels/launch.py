@@ -51,8 +51,10 @@ def interpreted() -> Iterator[None]:
         _on_cpu = before
 
 
+_asked = 0  # bytes that `to_device` was asked for
+_space: list[torch.Tensor] = []  # of the recordings: every replay reads there, so it is kept
 _to_fill: list[tuple[torch.Tensor, torch.Tensor]] = []
-_filled: list[torch.Tensor] = []  # recorded launches read these at every replay: kept for good
+_ALIGNED = 256
 
 
 def recording(device: torch.device) -> bool:
@@ -60,26 +62,35 @@ def recording(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A CPU tensor's values on the device, without waiting for it.
+@contextlib.contextmanager
+def recorded(device: torch.device) -> Iterator[None]:
+    """To be held while a CUDA graph is recorded, by a function that has run before.
 
-    While a CUDA graph is recorded nothing is copied: the values come with `fill_recorded`.
+    Nothing can be copied from the host meanwhile. So what `to_device` is asked for is written at
+    the end, and into memory of its own: in the graph's, an earlier part of every replay would write
+    over it.
     """
-    if device.type != "cuda":
-        return values.to(device)
-    if recording(device):
-        there = torch.empty_like(values, device=device)
-        _to_fill.append((there, values))
-        return there
-    return values.pin_memory().to(device, non_blocking=True)
-
-
-def fill_recorded() -> None:
-    """To be called between the recording of a CUDA graph and its first replay."""
+    _space.append(torch.empty(_asked, dtype=torch.uint8, device=device))
+    yield
     for there, values in _to_fill:
         there.copy_(values)
-        _filled.append(there)
     _to_fill.clear()
+
+
+def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A CPU tensor's values on the device, without waiting for it. See `recorded`."""
+    global _asked
+    size = triton.cdiv(values.nbytes, _ALIGNED) * _ALIGNED
+    if not recording(device):
+        _asked += size
+        if device.type == "cuda":
+            values = values.pin_memory()
+        return values.to(device, non_blocking=True)
+    if not _space or len(_space[-1]) < size:
+        raise RuntimeError("no room for tables: record within launch.recorded(), after a call")
+    there, _space[-1] = _space[-1].split([size, len(_space[-1]) - size])
+    _to_fill.append((there[: values.nbytes].view(values.dtype).view(values.shape), values))
+    return _to_fill[-1][0]
 
 
 @functools.cache
@@ -105,7 +116,8 @@ class Compiled:
     signature: the run-time arguments, as {"x": "*bf16", "rows": "i32", "eps": "fp32"}; pointers
     count as aligned to 16 bytes, and so do the integers named in `divisible` (multiples of 16).
     must_have: regular expressions, each of which must be found in the PTX. debug: with device
-    assertions. since: the first architecture that has its instructions, as 89.
+    assertions. since: the first architecture that has its instructions, as 89. may_spill: it is
+    only used where it is timed as the fastest, spills and all. maxnreg: most registers of a thread.
     """
 
     name: str
@@ -118,6 +130,8 @@ class Compiled:
     divisible: tuple[str, ...] = ()
     debug: bool = False
     since: int = 80
+    may_spill: bool = False
+    maxnreg: int | None = None
 
 
 @triton.jit

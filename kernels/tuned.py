@@ -3,4 +3,12 @@
 By architecture and kernel, the place in its list of candidates; the first where nothing is named.
 """
 
-TUNED: dict[str, dict[str, int]] = {}
+TUNED: dict[str, dict[str, int]] = {
+    "sm_90": {
+        "attention 128x128": 2,
+        "attention 128x32": 3,
+        "attention 128x64": 2,
+        "attention 256x24": 2,
+        "attention backward 64x64": 2,
+    },
+}

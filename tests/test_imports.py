@@ -21,7 +21,7 @@ ASSEMBLERS = {
 MATHS = {
     "draws", "masks", "sequences", "vit", "predictor", "loss", "optim", "ema", "flops", "attention",
     "linear",
-    "fp8",
+    "fp8", "fused",
 }  # fmt: skip
 THIRD_PARTY = {
     "torch", "numpy", "nvidia", "deepspeed", "pydantic", "safetensors", "tensorboard", "tqdm",

@@ -1,0 +1,173 @@
+"""GELU, and its backward with the sum of its columns.
+
+    gelu(u) = u Phi(u),   Phi(u) = (1 + erf(u / sqrt 2)) / 2
+    du = dg * (Phi(u) + u phi(u)),   phi(u) = exp(-u^2 / 2) / sqrt(2 pi)
+    du_bias = sum of du over all rows: u comes from a Linear, whose bias takes it
+
+Phi comes from the tail Q(|u|) = poly(t) exp(-u^2 / 2) / 2, t = 1 / (1 + p |u| / sqrt 2)
+(Abramowitz & Stegun 1964, 7.1.26), within 2e-7 of Phi in fp32, 10,000 times less than bf16 rounds
+to. Its exponential is the one that phi needs. The device library's erf takes twice the
+instructions: with it a pass is bound by them and not by its bytes.
+
+Shapes: rows of C values, u of any leading dimensions. `gelu_reference` is the definition, its
+automatic gradient that of the backward. The launchers are the operators of fused.py.
+
+Bytes a value that must move, with e bytes a value: forward 2 e, backward 3 e.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from cjepa_fast.kernels.launch import (
+    TRITON_NAMES,
+    Compiled,
+    chosen,
+    narrow,
+)
+from cjepa_fast.kernels.sums import share_of, sum_parts
+
+BLOCKS = ((2048, 4), (1024, 4), (4096, 8))  # values a program takes, and warps
+
+
+class Tile(NamedTuple):
+    """Rows and columns that a program of the backward takes at a time, by that many warps."""
+
+    rows: int
+    width: int
+    warps: int
+
+
+# Programs of a backward: 8 on each of 132 multiprocessors. A constant, so that the order of the
+# sums does not follow the GPU's size.
+PROGRAMS = 1056
+TILES = (Tile(8, 256, 4), Tile(16, 128, 4), Tile(16, 256, 8), Tile(4, 512, 4))
+
+
+def gelu_reference(u: torch.Tensor) -> torch.Tensor:
+    return F.gelu(u if u.dtype == torch.float64 else u.float()).to(u.dtype)
+
+
+# --- the kernels
+
+
+@triton.jit
+def _normal(u):
+    """Of fp32 u: Phi(u), and exp(-u^2 / 2)."""
+    size = tl.abs(u)
+    t = 1.0 / (1.0 + 0.23164190 * size)  # p / sqrt 2
+    exponential = tl.exp2(u * u * -0.72134752)  # log2(e) / 2
+    tail = 0.5 * t * (
+        0.254829592
+        + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429)))
+    ) * exponential  # fmt: skip
+    return tl.where(u >= 0, 1.0 - tail, tail), exponential
+
+
+@triton.jit
+def gelu_of(u):
+    """gelu(u) of fp32 u."""
+    below, _ = _normal(u)
+    return u * below
+
+
+@triton.jit
+def _gelu_kernel(u, out, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value = gelu_of(tl.load(u + at, mask=at < size, other=0.0).to(tl.float32))
+    tl.store(out + at, narrow(value, out.dtype.element_ty), mask=at < size)
+
+
+@triton.jit(do_not_specialize=["rows", "each"])
+def _gelu_backward_kernel(
+    u, dg, du, parts, rows, C, each, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """WIDTH columns of `each` rows; parts (programs of rows, C): the sums of du, as it is rounded.
+
+    Programs: (tiles of C, shares of the rows).
+    """
+    col = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    total = tl.zeros((ROWS, WIDTH), tl.float32)
+    begin = tl.program_id(1) * each
+    for start in tl.range(begin, tl.minimum(begin + each, rows), ROWS, num_stages=3):
+        row = start + tl.arange(0, ROWS)
+        keep = (row < rows)[:, None] & (col < C)[None, :]
+        at = row.to(tl.int64)[:, None] * C + col[None, :]
+        value = tl.load(u + at, mask=keep, other=0.0).to(tl.float32)
+        grad = tl.load(dg + at, mask=keep, other=0.0).to(tl.float32)
+        below, exponential = _normal(value)
+        grad *= below + value * exponential * 0.39894228  # 1 / sqrt(2 pi)
+        rounded = narrow(grad, du.dtype.element_ty)
+        tl.store(du + at, rounded, mask=keep)
+        total += rounded.to(tl.float32)
+    tl.store(parts + tl.program_id(1) * C + col, tl.sum(total, 0), mask=col < C)
+
+
+# --- launchers
+
+
+def launch_gelu(
+    u: torch.Tensor, out: torch.Tensor | None = None, block: tuple[int, int] | None = None
+) -> torch.Tensor:
+    """gelu(u) of dense u, into `out` (which may be u) if given."""
+    out = torch.empty_like(u) if out is None else out
+    values, warps = block or chosen("gelu", BLOCKS, u.device)
+    if u.numel():
+        grid = (triton.cdiv(u.numel(), values),)
+        _gelu_kernel[grid](u, out, u.numel(), BLOCK=values, num_warps=warps)
+    return out
+
+
+def launch_gelu_backward(
+    dg: torch.Tensor, u: torch.Tensor, tile: Tile | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """du, and its sum over the rows (C,), both in u's dtype, of dense tensors."""
+    C = u.shape[-1]
+    du = torch.empty_like(u)
+    if u.numel() == 0:
+        return du, u.new_zeros(C)
+    rows, tile = u.numel() // C, tile or chosen("gelu backward", TILES, u.device)
+    columns = triton.cdiv(C, tile.width)
+    each, programs = share_of(rows, max(1, PROGRAMS // columns), tile.rows)
+    parts = torch.empty(programs, C, device=u.device, dtype=torch.float32)
+    _gelu_backward_kernel[(columns, programs)](
+        u, dg, du, parts, rows, C, each,
+        ROWS=tile.rows, WIDTH=tile.width, num_warps=tile.warps,
+    )  # fmt: skip
+    return du, sum_parts(parts, u.dtype)
+
+
+# --- ahead of time
+
+WIDE_LOADS = (r"ld\.global[\w.:]*\.v[48]\.b32",)
+WIDE_COPIES = (r"cp\.async\.c[ag]\.shared\.global[^;]*0x10",)  # of the backward's loop
+
+
+def ahead_of_time() -> list[Compiled]:
+    """Both kernels in every size, for 16 bits."""
+    found = []
+    for dtype in (torch.bfloat16, torch.float16):
+        name = TRITON_NAMES[dtype]
+        kinds = dict.fromkeys(("u", "dg", "du", "out"), f"*{name}") | {"parts": "*fp32"}
+        kinds |= dict.fromkeys(("rows", "C", "each"), "i32") | {"size": "i64"}
+        found += [
+            Compiled(
+                f"gelu {name} {block} {warps}", _gelu_kernel,
+                {a: kinds[a] for a in ("u", "out", "size")}, {"BLOCK": block}, warps,
+                must_have=WIDE_LOADS, divisible=("size",),
+            )
+            for block, warps in BLOCKS
+        ]  # fmt: skip
+        found += [
+            Compiled(
+                f"gelu backward {name} {tile.rows}x{tile.width}", _gelu_backward_kernel,
+                {a: kinds[a] for a in ("u", "dg", "du", "parts", "rows", "C", "each")},
+                {"ROWS": tile.rows, "WIDTH": tile.width}, tile.warps,
+                must_have=WIDE_COPIES, divisible=("C",),
+            )
+            for tile in TILES
+        ]  # fmt: skip
+    return found

@@ -1,0 +1,184 @@
+"""Attention over short sequences against the definition in float64: outputs, gradients, sums."""
+
+import pytest
+import torch
+from kernel_checks import FLOOR, check_operator, compiles_whole, same_bits, within_budget
+
+from cjepa_fast.kernels import attention
+from cjepa_fast.kernels.attention import launch_attention, launch_attention_backward
+
+DTYPES = [torch.bfloat16, torch.float16]
+# Sequences, queries, keys, heads, values of a head.
+SHAPES = {
+    "aligned": (1, 64, 64, 2, 32),
+    "the predictor of L, H": (1, 61, 61, 3, 24),
+    "the contexts of H": (1, 37, 37, 2, 80),
+    "heads of g": (1, 20, 20, 2, 88),
+    "wide heads": (1, 30, 30, 1, 128),
+    "several sequences": (3, 17, 17, 2, 16),
+    "fewer queries than keys": (2, 5, 70, 2, 24),
+    "more queries than keys": (1, 70, 5, 2, 24),
+    "prime": (2, 41, 67, 3, 64),
+    "one query": (1, 1, 2, 1, 16),
+    "just above 128": (1, 131, 131, 1, 24),
+    "no query": (2, 0, 3, 2, 16),
+    "no sequence": (0, 4, 4, 2, 16),
+}
+
+
+def heads(x_BSX: torch.Tensor, H: int) -> torch.Tensor:
+    return x_BSX.unflatten(-1, (H, -1)).transpose(1, 2)
+
+
+def tensors(shape: tuple, device: str, dtype) -> tuple[torch.Tensor, ...]:
+    """q as the last rows of a tensor of q, k and v side by side, and an upstream gradient."""
+    B, S, T, H, d = shape
+    qkv = torch.randn(B, max(S, T), 3 * H * d).to(device, dtype)
+    q, k, v = qkv.chunk(3, -1)
+    return q[:, q.shape[1] - S :], k[:, :T], v[:, :T], torch.randn(B, S, H * d).to(device, dtype)
+
+
+def definition(q, k, v, dout, H: int, dtype=None) -> dict[str, torch.Tensor]:
+    inputs = [x.to(dtype or x.dtype).detach().requires_grad_() for x in (q, k, v)]
+    out = attention.attention_reference(*(heads(x, H) for x in inputs)).transpose(1, 2).flatten(2)
+    grads = torch.autograd.grad(out, inputs, dout.to(out.dtype))
+    found = dict(zip(("out", "dq", "dk", "dv"), (out.detach(), *grads), strict=True))
+    return found | {"sums": torch.cat([g.sum((0, 1)) for g in grads])}
+
+
+def kernel(q, k, v, dout, H: int, tile=None, backward=None) -> dict[str, torch.Tensor]:
+    out, lse = launch_attention(q, k, v, H, tile)
+    grads = [torch.full(x.shape, torch.nan, device=x.device, dtype=x.dtype) for x in (q, k, v)]
+    sums = launch_attention_backward(dout, q, k, v, out, lse, H, tuple(grads), True, backward)
+    return {"out": out, **dict(zip(("dq", "dk", "dv"), grads, strict=True)), "sums": sums}
+
+
+def check(shape: tuple, device: str, dtype, tile=None, backward=None) -> None:
+    made, H = tensors(shape, device, dtype), shape[3]
+    got = kernel(*made, H, tile, backward)
+    eager, exact = definition(*made, H), definition(*made, H, torch.float64)
+    for name, wanted in exact.items():
+        scale = wanted.abs().max().item() if wanted.numel() else 0.0
+        floor = FLOOR[dtype] + rounding(name, made, exact, H) / max(scale, 1e-30)
+        within_budget(got[name], eager[name], wanted, dtype, name, floor)
+
+
+def rounding(name: str, made: tuple, exact: dict, H: int) -> float:
+    """What the way of the kernel rounds that the definition does not, in the largest value.
+
+    rowsum(do * o) is of the rounded o, as in FlashAttention, and is off in dq and dk by that. The
+    sums add up many values that nearly cancel: the keys' sum to nothing but rounding.
+    """
+    q, k, _, dout = made
+    half = FLOOR[q.dtype] / 2
+    if name == "sums":
+        return half * sum(exact[n].abs().sum((0, 1)).amax().item() for n in ("dq", "dk", "dv"))
+    if name not in ("dq", "dk") or not dout.numel():
+        return 0.0
+    other = (k if name == "dq" else q).abs().max().item()
+    rows = (exact["out"] * dout.double()).abs().unflatten(-1, (H, -1))
+    return half * rows.sum(-1).max().item() * other * rows.shape[-1] ** -0.5
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_outputs_gradients_and_sums_are_within_the_error_budget(seed, kernel_device, shape, dtype):
+    check(shape, kernel_device, dtype)
+
+
+@pytest.mark.parametrize("tile", attention.TILES, ids=str)
+def test_every_tile(seed, kernel_device, tile):
+    check((1, 70, 77, 2, 24), kernel_device, torch.bfloat16, tile)
+
+
+@pytest.mark.parametrize(("S", "d"), [(40, 64), (40, 80), (100, 32), (140, 24), (170, 24)])
+def test_every_tile_of_the_backward(seed, kernel_device, S, d):
+    for tile in attention.backward_tiles(S, d):
+        check((1, S, S, 1, d), kernel_device, torch.bfloat16, None, tile)
+
+
+def test_large_scores_do_not_overflow(seed, kernel_device):
+    """The softmax takes its maximum off; a key far ahead takes all."""
+    q, k, v, dout = tensors((1, 33, 70, 2, 16), kernel_device, torch.bfloat16)
+    q, k, v = (factor * x.contiguous() for factor, x in ((60, q), (60, k), (1, v)))
+    got, exact = kernel(q, k, v, dout, 2), definition(q, k, v, dout, 2, torch.float64)
+    within_budget(got["out"], definition(q, k, v, dout, 2)["out"], exact["out"], torch.bfloat16)
+    assert all(x.isfinite().all() for x in got.values())
+
+
+def test_sequences_and_heads_do_not_see_each_other(seed, kernel_device):
+    q, k, v, dout = tensors((3, 9, 9, 2, 16), kernel_device, torch.bfloat16)
+    before = kernel(q, k, v, dout, 2)["out"]
+    q[1, :, 16:] = torch.nan
+    after = kernel(q, k, v, dout, 2)
+    changed = after["out"].isnan()
+    assert changed[1, :, 16:].all() and changed.sum() == 9 * 16
+    assert torch.equal(after["out"][[0, 2]], before[[0, 2]])
+
+
+def test_same_bits_twice(seed, kernel_device):
+    made = tensors((2, 70, 70, 2, 24), kernel_device, torch.bfloat16)
+    same_bits(lambda: tuple(kernel(*made, 2).values()))
+
+
+@pytest.mark.parametrize(
+    ("d", "parts"),
+    [(16, (16, 0)), (24, (32, 0)), (32, (32, 0)), (48, (32, 16)), (64, (64, 0)), (80, (64, 16)),
+     (88, (64, 32)), (96, (64, 32)), (112, (128, 0)), (128, (128, 0))],
+)  # fmt: skip
+def test_parts_of_a_head(d, parts):
+    assert attention.split(d) == parts and sum(parts) >= d
+
+
+def test_the_backward_holds_all_queries():
+    for d in (24, 32, 64, 80, 128):
+        for S in range(1, attention.longest(d) + 1):
+            assert all(t.rows0 + t.rows1 >= S for t in attention.backward_tiles(S, d))
+
+
+# --- the operator
+
+
+def parts_of(qkv: torch.Tensor, H: int) -> list[torch.Tensor]:
+    return [heads(x, H) for x in qkv.chunk(3, -1)]
+
+
+def test_the_operator_follows_any_layout(seed, kernel_device):
+    """Heads side by side, as the projections write them, or apart, as others hold them."""
+    qkv = torch.randn(2, 19, 3 * 48).to(kernel_device, torch.bfloat16).requires_grad_()
+    upstream = torch.randn(2, 2, 19, 24).to(kernel_device, torch.bfloat16)
+    results = []
+    for apart in (False, True):
+        q, k, v = parts_of(qkv, 2)
+        if apart:
+            q, k, v = q.contiguous(), k.contiguous(), v
+        out = attention.attention(q, k, v)
+        results.append((out.detach(), *torch.autograd.grad(out, qkv, upstream)))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_opcheck_and_compilation(seed, kernel_device):
+    q, k, v, _ = tensors((1, 9, 12, 2, 16), kernel_device, torch.bfloat16)
+    inputs = [x.contiguous().requires_grad_() for x in (q, k, v)]
+    check_operator(attention.attention_op, (*inputs, 2))
+    views = [heads(x.detach(), 2).requires_grad_() for x in inputs]
+    compiles_whole(attention.attention, *views)
+
+
+def test_what_the_kernels_do_not_take_is_refused_or_goes_by_the_definition(seed, kernel_device):
+    def call(S: int, d: int, dtype=torch.bfloat16, trained=True):
+        qkv = [torch.randn(1, 2, S, d).to(kernel_device, dtype) for _ in range(3)]
+        return attention.attention(*(x.requires_grad_(trained) for x in qkv))
+
+    with pytest.raises(RuntimeError, match=r"no kernel.*129, 80"):
+        call(129, 80)
+    assert call(129, 80, trained=False).isfinite().all()
+    with pytest.raises(RuntimeError, match="no kernel"):
+        call(4, 136)
+    assert call(4, 8, torch.float32).dtype == torch.float32
+
+
+def test_on_a_cpu_it_is_the_definition(seed):
+    q, k, v = (torch.randn(2, 3, 5, 8) for _ in range(3))
+    assert torch.equal(attention.attention(q, k, v), attention.attention_reference(q, k, v))
