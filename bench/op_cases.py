@@ -5,15 +5,17 @@ tokens, and masks as its run would draw them. Letters: B images, N patches, K co
 target blocks, P patches a block, S indices of an image, D width, W predictor width, n rows.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from cjepa_fast import build
 from cjepa_fast import config as configuration
 from cjepa_fast.config import Config
-from cjepa_fast.kernels import ema, fp8, gather, vicreg
+from cjepa_fast.kernels import attention, ema, fp8, gather, gelu, norm, vicreg
 from cjepa_fast.masks import Masks
 
 MODELS = {"T": "vit_t", "B": "vit_b", "L": "vit_l", "H": "vit_h"}
@@ -51,6 +53,7 @@ def cases(models: list[str], batch: int | None, rows: int, widths: list[int]) ->
         masks = build.build_masks(config)(0, 0, torch.arange(images))
         found += gathers(model, config, masks) + averages(model, config)
         found += quantisations(model, config, images)
+        found += blocks(model, config, masks)
         found.append(vicreg_blocks(model, config, masks))
     return found + [vicreg_tokens(rows, width, torch.bfloat16) for width in widths]
 
@@ -144,6 +147,93 @@ def averages(model: str, config: Config) -> list[Case]:
             work={"forward": Work(38 * values)}, **adamw,
         ),
     ]  # fmt: skip
+
+
+def blocks(model: str, config: Config, masks: Masks) -> list[Case]:
+    """What fused.py's blocks do between their products: of the target's tokens forward, of the
+    context's and the predictor's backward."""
+    (B, K), (_, M, P) = masks.context_idx_BK.shape, masks.target_idx_BMP.shape
+    N = (config.data.image_size // config.model.patch_size) ** 2
+    sizes, W = build.model_sizes(config), config.predictor.width
+    D, hidden, heads = sizes["width"], round(sizes["width"] * sizes["mlp_ratio"]), sizes["heads"]
+    L = K + P
+
+    def case(op: str, shape: tuple[int, ...], make, ours, reference, **passes: float) -> Case:
+        """passes: over the tensor of that shape; at 4 S T d operations forward, 10 backward."""
+        values = math.prod(shape)
+        flop = {"forward": 4, "backward": 10}
+        pairs = values * shape[1] if op == "attention" else 0
+        work = {n: Work(x * values * BF16, flop[n] * pairs) for n, x in passes.items()}
+        label = f"{model}: {'x'.join(map(str, shape))}"
+        return Case(op, label, torch.bfloat16, make, ours, reference, work)
+
+    def normed(device: torch.device) -> tuple:
+        return *normal(device, 2, B * N, D), *normal(device, 2, D)
+
+    def norm_gradients(device: torch.device) -> tuple:
+        dh, ds, s = normal(device, 3, B * K, D)
+        weight = normal(device, D)
+        wide = s.float()
+        stats = torch.stack([wide.mean(1), (wide.var(1, correction=0) + 1e-6).rsqrt()])
+        return dh, ds, s, weight, stats
+
+    def heads_of(rows: int, length: int, width: int, trained: bool) -> Case:
+        def make(device: torch.device) -> tuple:
+            parts = normal(device, 3, rows, length, heads, width // heads).transpose(2, 3)
+            return (wanting(parts[0].clone()) if trained else parts[0], *parts[1:])
+
+        passes = {"forward": 4.0} | ({"backward": 8.0} if trained else {})
+        pair = attention.attention, attention.attention_reference
+        return case("attention", (rows, length, width), make, *pair, **passes)
+
+    return [
+        case("add_norm", (B * N, D), normed, *_on_gpu(_add_norm, _plain_add_norm), forward=4),
+        case(
+            "add_norm_backward", (B * K, D), norm_gradients,
+            *_on_gpu(_norm_gradients, _plain_norm_gradients), forward=4,
+        ),
+        case(
+            "gelu", (B * N, hidden), lambda device: (normal(device, B * N, hidden),),
+            *_on_gpu(gelu.launch_gelu, gelu.gelu_reference), forward=2,
+        ),
+        case(
+            "gelu_backward", (B * K, hidden), lambda device: (*normal(device, 2, B * K, hidden),),
+            *_on_gpu(gelu.launch_gelu_backward, _plain_gelu_gradients), forward=3,
+        ),
+        heads_of(B, N, D, False), heads_of(B, K, D, True), heads_of(B * M, L, W, True),
+    ]  # fmt: skip
+
+
+def _on_gpu(kernel: Callable, plain: Callable) -> tuple[Callable, Callable]:
+    """Ours, which has no other way on a CPU, and what it stands beside."""
+    return lambda *args: (kernel if args[0].is_cuda else plain)(*args), plain
+
+
+def _add_norm(x, y, weight, bias):
+    return norm.launch_add_norm(x, y, weight, bias, 1e-6)[:2]
+
+
+def _plain_add_norm(x, y, weight, bias):
+    s = x + y
+    return s, F.layer_norm(s, weight.shape, weight, bias, 1e-6)
+
+
+def _norm_gradients(dh, ds, s, weight, stats):
+    d, sums = norm.launch_add_norm_backward(dh, ds, s, weight, stats)
+    return d, *sums
+
+
+def _plain_norm_gradients(dh, ds, s, weight, stats):
+    backward = torch.ops.aten.native_layer_norm_backward
+    mean, rstd = (x[:, None].to(x.dtype if x.is_cuda else s.dtype) for x in stats)
+    d, dweight, dbias = backward(dh, s, weight.shape, mean, rstd, weight, weight, [True] * 3)
+    d = d + ds
+    return d, dweight, dbias, d.sum(0)
+
+
+def _plain_gelu_gradients(dg, u):
+    du = torch.ops.aten.gelu_backward(dg, u)
+    return du, du.sum(0)
 
 
 def quantisations(model: str, config: Config, images: int) -> list[Case]:
