@@ -158,8 +158,10 @@ TRAIN_PART=resume train_for "$resume_s" --resume auto
 part knn 60 "$PYTHON" -m cjepa_fast.eval knn "$WORK/run" "${knn_data[@]}" --untrained \
   --max-train "$knn_train" --json "$OUT/knn.json"
 if command -v compute-sanitizer >/dev/null; then
-  part sanitizer 60 compute-sanitizer --error-exitcode 9 "$PYTHON" bench/ops.py --no-compile \
-    --seconds 0 --model T --batch 2 --rows 300 --widths 96
+  for tool in memcheck racecheck; do
+    part $tool 60 compute-sanitizer --tool $tool --error-exitcode 9 \
+      "$PYTHON" bench/ops.py --once --model T --batch 2 --rows 300 --widths 96
+  done
 fi
 part tests-fast 120 bash -c "$fast_tests | $each_file" "$PYTHON" \
   "not gpu and not slow and not multiprocess"

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from power import PowerMeter, power_figures
 from reference import ReferenceTrainer
 
 from cjepa_fast import build, processes, train
+from cjepa_fast import trainer as trainer_module
 from cjepa_fast.config import Config
 from cjepa_fast.data.loader import Batch, Loader
 
@@ -66,6 +68,18 @@ def synthetic_batches(config: Config, device: torch.device, masks) -> Iterator[l
     return itertools.cycle(ring)
 
 
+def built(config: Config, device: torch.device, steps_per_epoch: int) -> train.Trainer:
+    """A Trainer, its weights drawn on its device: the times hang on no particular ones, and on a
+    CPU ViT-H's take ten seconds."""
+
+    def on_device(*args):
+        with device:
+            return build.build_networks(*args)
+
+    with mock.patch.object(trainer_module, "build_networks", on_device):
+        return train.Trainer(config, device, steps_per_epoch)
+
+
 def run_steps(trainer: train.Trainer, batches, first: int, count: int) -> dict:
     """`count` steps: their times, the seconds waited for data, and the masks' mean sizes."""
     clock, waited_s, sizes = StepClock(trainer.device), 0.0, []
@@ -106,7 +120,7 @@ def measure(
     loader = build.build_loader(config, device, masks) if data == "jpeg" else None
     meter = PowerMeter()
     try:
-        trainer = train.Trainer(config, device, loader.steps_per_epoch if loader else EPOCH_STEPS)
+        trainer = built(config, device, loader.steps_per_epoch if loader else EPOCH_STEPS)
         if loader:
             batches = (group for group, _ in train.steps_of(loader, 0))
         else:
@@ -236,7 +250,7 @@ def measure_against(config: Config, device: torch.device, steps: int, warmup: in
     forget(device)
     check_comparable(config)
     masks = build.build_masks(config)
-    trainer = train.Trainer(config, device, EPOCH_STEPS)
+    trainer = built(config, device, EPOCH_STEPS)
     sides = {
         "ours": trainer,
         "reference, fp32": ReferenceTrainer(trainer, autocast=False),

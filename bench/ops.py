@@ -4,6 +4,7 @@
     python bench/ops.py --only vicreg --markdown bench/results/ops.md
     python bench/ops.py --predict               # the roofline alone, by data sheet; runs nothing
     python bench/ops.py --tune                  # time every configuration, write the fastest down
+    compute-sanitizer python bench/ops.py --once --model T --batch 2 --rows 300 --widths 96
 
 On a CPU the kernels' plain-PyTorch paths stand in for them. The variants take turns, each call with
 the cache flushed on a GPU; a figure is the median over the turns. "backward" is for the gradient of
@@ -110,6 +111,15 @@ def measure(
         }  # fmt: skip
 
 
+def call_once(found: list[Case], device: torch.device) -> None:
+    """Ours alone, forward and backward, for a checker that would find fault with others' too."""
+    for case in found:
+        print(f"{case.op}, {case.shape}", flush=True)
+        for call in passes(case.ours, case.make(device), "backward" in case.work).values():
+            call()
+        hardware.synchronize(device)
+
+
 def row_of(times: dict[str, list[float]], work: Work, bound_us: float) -> dict:
     """The figures of one pass; rates, share of the roofline and speed-ups are of our medians."""
     spread = {name: statistics.quantiles(t, n=10, method="inclusive") for name, t in times.items()}
@@ -189,6 +199,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="and as a table there")
+    parser.add_argument("--once", action="store_true", help="call ours once, and nothing else")
     parser.add_argument("--predict", action="store_true", help="the data sheets' rooflines alone")
     parser.add_argument("--tune", action="store_true", help="time configurations; needs a GPU")
     args = parser.parse_args(argv)
@@ -219,6 +230,9 @@ def main(argv: list[str]) -> int:
         text = predict(found)
         written(text, args.markdown)
         print(text, end="")
+        return 0
+    if args.once:
+        call_once(found, device)
         return 0
     about, rates, rows = hardware.provenance(device), measured_rates(device), []
     for case in found:

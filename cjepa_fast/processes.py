@@ -31,6 +31,7 @@ def start(seed: int, timeout_s: float = 0) -> torch.device:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
+        grow_memory_in_place()
         torch.cuda.set_device(device)
     else:
         keep_freed_memory()
@@ -40,6 +41,16 @@ def start(seed: int, timeout_s: float = 0) -> torch.device:
         deepspeed()
     torch.manual_seed(seed)
     return device
+
+
+def grow_memory_in_place() -> None:
+    """Have torch's allocator grow its segments, unless the user has told it how to work.
+
+    Lengths that change from step to step would else leave it with pieces that fit none of the next
+    ones: it then frees and asks for memory anew, which holds a step up.
+    """
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def keep_freed_memory() -> None:

@@ -2,8 +2,10 @@
 
 Shapes: B images, N patches, S indices of an image, K context patches, M target blocks, P patches a
 block, D and W widths. The launchers take any strides but for the indices, which they make dense,
-and a `tile` in place of the one that the shape would choose. They also run on CPU tensors where
-Triton interprets. A wrong index comes out as NaN; with launch.DEBUG_INDICES the kernels assert.
+and a `tile` in place of the one that the shape would choose. Lengths that the masks draw anew each
+step are not specialised on, or each would be compiled for once more. They also run on CPU tensors
+where Triton interprets. A wrong index comes out as NaN; with launch.DEBUG_INDICES the kernels
+assert.
 """
 
 import dataclasses
@@ -87,7 +89,7 @@ def _on_device(idx: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 # --- gather_tokens, embed_gather, add_positions
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total", "S"])
 def _gather_forward_kernel(
     x, pos, idx, out, total, S, N, D, x_image, x_row,
     GATHER: tl.constexpr, POSITIONS: tl.constexpr, DEBUG: tl.constexpr,
@@ -114,7 +116,7 @@ def _gather_forward_kernel(
     tl.store(there, value, mask=live[:, None] & (d < D)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def _gather_backward_kernel(
     grad, idx, dx, tiles, S, N, D,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -215,7 +217,7 @@ def _target_rows(
     return x * (1.0 / tl.sqrt(variance + eps))[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total", "S"])
 def _target_gather_kernel(
     tokens, idx, out, total, S, N, D, image_stride, row_stride, eps,
     DEBUG: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
@@ -231,7 +233,7 @@ def _target_gather_kernel(
     tl.store(there, x, mask=live[:, None] & (d < D)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total", "S"])
 def _prediction_loss_kernel(
     pred, tokens, idx, partial, total, S, N, D, image_stride, row_stride, eps,
     SMOOTH: tl.constexpr, DEBUG: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
@@ -253,7 +255,7 @@ def _prediction_loss_kernel(
     tl.store(partial + tl.program_id(0), tl.sum(tl.sum(tl.where(keep, square, 0.0), 1), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total", "S"])
 def _prediction_slope_kernel(
     upstream, pred, tokens, idx, dpred, total, S, N, D, image_stride, row_stride, eps, share,
     SMOOTH: tl.constexpr, DEBUG: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
@@ -335,7 +337,7 @@ def launch_prediction_slope(
 # --- predictor_input
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "K", "P"])
 def _predictor_input_kernel(
     context, pos, mask_token, context_idx, target_idx, out, tiles, K, M, P, N, W,
     context_image, context_row,
@@ -368,7 +370,7 @@ def _predictor_input_kernel(
         tl.store(there, value, mask=(row < K + P)[:, None] & real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "slots", "K", "P"])
 def _predictor_input_backward_kernel(
     grad, dcontext, partial, tiles, slots, K, M, P, W,
     ROWS: tl.constexpr, WIDTH: tl.constexpr,
