@@ -511,16 +511,14 @@ def _compiled(label: str, kernel, dtype: str, d: int, tile: Tile | BackwardTile,
 
 
 def ahead_of_time() -> list[Compiled]:
-    """Both kernels in every tile, for each width of heads."""
+    """Both kernels in every tile, in bf16 for each width of heads and in fp16 for one."""
     found = []
-    for dtype in (TRITON_NAMES[t] for t in (torch.bfloat16, torch.float16)):
-        for d in WIDTHS:
-            found += [
-                _compiled("", _attention_kernel, dtype, d, tile, ROWS=tile.rows) for tile in TILES
-            ]
-            lengths = [S for S in LENGTHS if longest(d) >= S]
-            for tile in dict.fromkeys(t for S in lengths for t in backward_tiles(S, d)):
-                rows = {"ROWS0": tile.rows0, "ROWS1": tile.rows1, "SUMS": True}
-                kernel = _attention_backward_kernel
-                found.append(_compiled(" backward", kernel, dtype, d, tile, **rows))
+    for dtype, d in [(torch.bfloat16, d) for d in WIDTHS] + [(torch.float16, 64)]:
+        name = TRITON_NAMES[dtype]
+        found += [_compiled("", _attention_kernel, name, d, tile, ROWS=tile.rows) for tile in TILES]
+        lengths = [S for S in LENGTHS if longest(d) >= S]
+        for tile in dict.fromkeys(t for S in lengths for t in backward_tiles(S, d)):
+            rows = {"ROWS0": tile.rows0, "ROWS1": tile.rows1, "SUMS": True}
+            kernel = _attention_backward_kernel
+            found.append(_compiled(" backward", kernel, name, d, tile, **rows))
     return found

@@ -34,17 +34,19 @@ BLOCKS = ((2048, 4), (1024, 4), (4096, 8))  # values a program takes, and warps
 
 
 class Tile(NamedTuple):
-    """Rows and columns that a program of the backward takes at a time, by that many warps."""
+    """Rows and columns that a program of the backward takes at a time, by that many warps, and how
+    many steps' loads are under way at once."""
 
     rows: int
     width: int
     warps: int
+    stages: int
 
 
 # Programs of a backward: 8 on each of 132 multiprocessors. A constant, so that the order of the
 # sums does not follow the GPU's size.
 PROGRAMS = 1056
-TILES = (Tile(8, 256, 4), Tile(16, 128, 4), Tile(16, 256, 8), Tile(4, 512, 4))
+TILES = (Tile(16, 128, 4, 1), Tile(8, 256, 4, 1), Tile(16, 128, 4, 3), Tile(8, 256, 4, 3))
 
 
 def gelu_reference(u: torch.Tensor) -> torch.Tensor:
@@ -83,7 +85,8 @@ def _gelu_kernel(u, out, size, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "each"])
 def _gelu_backward_kernel(
-    u, dg, du, parts, rows, C, each, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    u, dg, du, parts, rows, C, each,
+    STAGES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """WIDTH columns of `each` rows; parts (programs of rows, C): the sums of du, as it is rounded.
 
@@ -92,7 +95,7 @@ def _gelu_backward_kernel(
     col = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     total = tl.zeros((ROWS, WIDTH), tl.float32)
     begin = tl.program_id(1) * each
-    for start in tl.range(begin, tl.minimum(begin + each, rows), ROWS, num_stages=3):
+    for start in tl.range(begin, tl.minimum(begin + each, rows), ROWS, num_stages=STAGES):
         row = start + tl.arange(0, ROWS)
         keep = (row < rows)[:, None] & (col < C)[None, :]
         at = row.to(tl.int64)[:, None] * C + col[None, :]
@@ -135,7 +138,7 @@ def launch_gelu_backward(
     parts = torch.empty(programs, C, device=u.device, dtype=torch.float32)
     _gelu_backward_kernel[(columns, programs)](
         u, dg, du, parts, rows, C, each,
-        ROWS=tile.rows, WIDTH=tile.width, num_warps=tile.warps,
+        STAGES=tile.stages, ROWS=tile.rows, WIDTH=tile.width, num_warps=tile.warps,
     )  # fmt: skip
     return du, sum_parts(parts, u.dtype)
 
@@ -143,7 +146,7 @@ def launch_gelu_backward(
 # --- ahead of time
 
 WIDE_LOADS = (r"ld\.global[\w.:]*\.v[48]\.b32",)
-WIDE_COPIES = (r"cp\.async\.c[ag]\.shared\.global[^;]*0x10",)  # of the backward's loop
+WIDE_COPIES = (r"cp\.async\.c[ag]\.shared\.global[^;]*0x10",)  # of a loop in stages
 
 
 def ahead_of_time() -> list[Compiled]:
@@ -163,10 +166,11 @@ def ahead_of_time() -> list[Compiled]:
         ]  # fmt: skip
         found += [
             Compiled(
-                f"gelu backward {name} {tile.rows}x{tile.width}", _gelu_backward_kernel,
+                f"gelu backward {name} {tile.rows}x{tile.width} {tile.stages}",
+                _gelu_backward_kernel,
                 {a: kinds[a] for a in ("u", "dg", "du", "parts", "rows", "C", "each")},
-                {"ROWS": tile.rows, "WIDTH": tile.width}, tile.warps,
-                must_have=WIDE_COPIES, divisible=("C",),
+                {"STAGES": tile.stages, "ROWS": tile.rows, "WIDTH": tile.width}, tile.warps,
+                must_have=WIDE_COPIES if tile.stages > 1 else WIDE_LOADS, divisible=("C",),
             )
             for tile in TILES
         ]  # fmt: skip

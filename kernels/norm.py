@@ -38,23 +38,24 @@ Sums = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class Rows(NamedTuple):
-    """What a program takes at a time: rows of up to `width` values, by that many warps; and how
-    many programs share the rows of a backward: as many as an H100 holds at once."""
+    """What a program takes at a time: rows of up to `width` values, by that many warps.
+
+    Of the backward alone: how many programs share the rows (a constant, so that the order of the
+    sums does not follow the GPU's size), and how many steps' loads are under way at once.
+    """
 
     rows: int
     width: int
     warps: int
     programs: int
+    stages: int
 
 
 def tiles(width: int) -> tuple[Rows, ...]:
-    """Candidates for rows of `width` values, in both directions: 16 values a thread, or 8."""
+    """Candidates for rows of `width` values, in both directions."""
     wide = max(128, triton.next_power_of_2(width))
-    return tuple(
-        Rows(values // wide, wide, warps, 132 * held)
-        for values, warps, held in ((2048, 8, 3), (2048, 4, 3), (1024, 4, 6))
-        if values >= wide
-    )
+    shares = ((4, 528, 1), (8, 528, 1), (8, 396, 3), (4, 396, 3))  # of 132 multiprocessors
+    return tuple(Rows(2048 // wide, wide, *share) for share in shares if wide <= 2048)
 
 
 def add_norm_reference(
@@ -104,7 +105,7 @@ def _add_norm_kernel(
 @triton.jit(do_not_specialize=["rows", "each"])
 def _add_norm_backward_kernel(
     s, dh, ds, weight, stats, d, parts, rows, D, each,
-    LATER: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    LATER: tl.constexpr, STAGES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """`each` rows, ROWS at a time; parts (programs, 3, D): dweight, dbias, dy_bias of these rows.
 
@@ -117,8 +118,7 @@ def _add_norm_backward_kernel(
     dbias = tl.zeros((ROWS, WIDTH), tl.float32)
     dy_bias = tl.zeros((ROWS, WIDTH), tl.float32)
     begin = tl.program_id(0) * each
-    # three stages: while a row's sums go round, the next ones are on their way
-    for start in tl.range(begin, tl.minimum(begin + each, rows), ROWS, num_stages=3):
+    for start in tl.range(begin, tl.minimum(begin + each, rows), ROWS, num_stages=STAGES):
         row = start + tl.arange(0, ROWS)
         live = row < rows
         keep = live[:, None] & real
@@ -190,7 +190,8 @@ def launch_add_norm_backward(
     parts = torch.empty(programs, 3 * D, device=s.device, dtype=torch.float32)
     _add_norm_backward_kernel[(programs,)](
         s, dh, s if ds is None else ds, weight, stats, d, parts, rows, D, each,
-        LATER=ds is not None, ROWS=tile.rows, WIDTH=tile.width, num_warps=tile.warps,
+        LATER=ds is not None, STAGES=tile.stages,
+        ROWS=tile.rows, WIDTH=tile.width, num_warps=tile.warps,
     )  # fmt: skip
     return d, sum_parts(parts, weight.dtype).split(D)
 
@@ -203,14 +204,14 @@ def takes(x: torch.Tensor, *others: torch.Tensor) -> bool:
 # --- ahead of time
 
 WIDE_LOADS = (r"ld\.global[\w.:]*\.v[48]\.b32",)
-WIDE_COPIES = (r"cp\.async\.c[ag]\.shared\.global[^;]*0x10",)  # of the backward's loop
-WIDTHS = (192, 384, 768, 1024, 1280, 1408)  # of the models and the predictors
+WIDE_COPIES = (r"cp\.async\.c[ag]\.shared\.global[^;]*0x10",)  # of a loop in stages
+WIDTHS = (192, 384, 768, 1280)  # of the models and the predictors, each of another tile
 
 
 def ahead_of_time() -> list[Compiled]:
     """Both kernels in every tile, for branches of 16 bits, and streams of 16 or 32."""
     found = []
-    every = sorted({tile for width in WIDTHS for tile in tiles(width)})
+    every = [tile for width in WIDTHS for tile in tiles(width)]
     half, whole = torch.bfloat16, torch.float32
     for dtype, stream in ((half, half), (half, whole), (torch.float16, torch.float16)):
         low, high = f"*{TRITON_NAMES[dtype]}", f"*{TRITON_NAMES[stream]}"
@@ -220,14 +221,16 @@ def ahead_of_time() -> list[Compiled]:
         for tile in every:
             name = f"{low[1:]} {high[1:]} {tile.rows}x{tile.width} {tile.warps}"
             sizes = {"ROWS": tile.rows, "WIDTH": tile.width}
-            for label, kernel, flag, must in (
-                ("add_norm", _add_norm_kernel, "ADD", WIDE_LOADS),
-                ("add_norm backward", _add_norm_backward_kernel, "LATER", WIDE_COPIES),
-            ):
+            own = {"LATER": True, "STAGES": tile.stages}
+            copies = WIDE_COPIES if tile.stages > 1 else WIDE_LOADS
+            cases = [(f"backward {name} {tile.stages}", _add_norm_backward_kernel, own, copies)]
+            if tile.stages == 1:
+                cases.append((name, _add_norm_kernel, {"ADD": True}, WIDE_LOADS))
+            for label, kernel, flags, must in cases:
                 signature = {a: kinds[a] for a in kernel.arg_names if a in kinds}
                 found.append(
                     Compiled(
-                        f"{label} {name}", kernel, signature, {flag: True, **sizes}, tile.warps,
+                        f"add_norm {label}", kernel, signature, flags | sizes, tile.warps,
                         must_have=must, divisible=("D",),
                     )
                 )  # fmt: skip

@@ -5,6 +5,8 @@ By architecture and kernel, the place in its list of candidates; the first where
 
 TUNED: dict[str, dict[str, int]] = {
     "sm_90": {
+        "add_norm backward 1280": 1,
+        "add_norm backward 1408": 1,
         "attention 128x128": 2,
         "attention 128x32": 3,
         "attention 128x64": 2,

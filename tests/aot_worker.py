@@ -1,6 +1,7 @@
 """Compile every kernel in every configuration without a GPU, and report what came out.
 
-    aot_worker.py [--module gather ...] [--arch 80 90 100] [--only TEXT] [--json F] [--markdown F]
+    aot_worker.py [--module gather ...] [--arch 80 90 100] [--only TEXT] [--one-each]
+                  [--json F] [--markdown F]
 
 A process of its own, since one that interprets kernels cannot compile them. Exits with 1 where a
 kernel spills, needs more shared memory or registers than the device has, or lacks an instruction
@@ -112,11 +113,14 @@ def main() -> int:
     parser.add_argument("--module", nargs="+", help="of kernels/; without it, all")
     parser.add_argument("--arch", nargs="+", type=int, default=sorted(SHARED), choices=SHARED)
     parser.add_argument("--only", default="", help="kernels whose name has this text")
+    parser.add_argument("--one-each", action="store_true", help="of a kernel's configurations")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     chosen = kernels(args.module, args.only)
+    if args.one_each:  # for each kernel and the types of its arguments
+        chosen = list({(id(k.kernel), *sorted(k.signature.items())): k for k in chosen}.values())
     rows = [report(one, arch) for one in chosen for arch in args.arch if arch >= one.since]
     wrong = [row for row in rows if row["wrong"]]
     if args.json:

@@ -1,4 +1,4 @@
-"""Every kernel and configuration compiled for three architectures, in a process of its own."""
+"""The kernels compiled for three architectures, in a process of its own."""
 
 import os
 import re
@@ -39,10 +39,11 @@ def test_no_constant_of_a_kernel_is_nan():
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("arch", [80, 90, 100])
-def test_every_configuration(arch):
-    """No spills, shared memory and registers that the device has, the instructions there."""
-    done = worker("--arch", str(arch))
+@pytest.mark.parametrize(("arch", "which"), [(80, ["--one-each"]), (90, []), (100, ["--one-each"])])
+def test_configurations(arch, which):
+    """No spills, shared memory and registers that the device has, the instructions there. All of
+    them on Hopper; the committed table is of all on all three architectures."""
+    done = worker("--arch", str(arch), *which)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
