@@ -38,7 +38,7 @@ def loaded(results: Path, name: str):
 
 def latest(rows: list[dict], *keys: str) -> list[dict]:
     """The last row of each kind, kinds being told apart by these keys."""
-    return list({tuple(str(row.get(key)) for key in keys): row for row in rows}.values())
+    return list({tuple(str(row.get(key) or "") for key in keys): row for row in rows}.values())
 
 
 def on_gpu(row: dict) -> bool:
@@ -48,12 +48,12 @@ def on_gpu(row: dict) -> bool:
 
 def throughput_lines(rows: list[dict]) -> Iterator[Line]:
     """images/s only from a GPU; of a CPU the ratio to the reference's step."""
-    rows = latest(rows, "config", "step", "batch", "data")
+    rows = latest(rows, "config", "step", "batch", "data", "overrides")
     names = list(dict.fromkeys(row["config"] for row in rows))
-    for row in sorted(rows, key=lambda row: names.index(row["config"])):
+    for row in sorted(rows, key=lambda row: (not on_gpu(row), names.index(row["config"]))):
         device, where = row["hardware"]["device"], f"`{row['command']}`"
         gpu = on_gpu(row)
-        what = f"{row['config']}, batch {row['batch']}"
+        what = ", ".join((row["config"], f"batch {row['batch']}", *row.get("overrides", ())))
         if row.get("step") == "ours":
             continue
         if "step" in row:
@@ -116,14 +116,25 @@ def demo_lines(found: dict) -> Iterator[Line]:
         yield f"the same: {name} of trained, untrained, raw pixels", device, figure, where
 
 
+def kernel_line(found: dict) -> Line:
+    """The share of a copy's rate that the blocks' kernels reach at the width of ViT-H."""
+    shares = {row["op"]: row["of_copy_pct"] for row in found["rows"] if "1408" not in row["shape"]}
+    names = ("add_norm", "add_norm backward", "gelu", "gelu backward")
+    figure = ", ".join(f"{shares[name]:.0f}" for name in names)
+    what = f"{', '.join(names)} at ViT-H's width: share of a copy's rate"
+    where = "[bench/results/h200](bench/results/h200/README.md)"
+    return what, found["hardware"]["device"], f"{figure} %", where
+
+
 def lines(results: Path) -> list[Line]:
     found: list[Line] = []
     rows = loaded(results, "throughput.json") or []
-    if not any(on_gpu(row) for row in rows):
-        found.append(
-            ("images/s and MFU of every model", "GPU", "not yet measured", "`bench/gpu_gate.sh`")
-        )
-    if loaded(results, "ops.json") is None:
+    if not any(on_gpu(row) and not row.get("overrides") for row in rows):
+        what = "images/s and MFU of every model as it ships"
+        found.append((what, "GPU", "not yet measured", "`bench/gpu_gate.sh`"))
+    if kernels := loaded(results, "h200/kernels.json"):
+        found.append(kernel_line(kernels))
+    elif loaded(results, "ops.json") is None:
         where = "[compiled](bench/results/aot.md), [predicted](bench/results/ops_predicted.md)"
         figure = "not yet run on one; interpreted, and compiled for sm_80, sm_90 and sm_100"
         found.append(("Triton kernels", "GPU", figure, where))

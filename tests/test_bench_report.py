@@ -92,7 +92,7 @@ def test_a_gates_figures_are_taken_over_once(tmp_path):
     assert json.loads((results / "ops.json").read_text()) == made
     assert not (results / "attention.json").exists() and len(said) == 2
     text = report.table(report.lines(results))
-    assert "| vit_b, batch 128, synthetic | NVIDIA H200 | 4900 images/s, MFU 42.0 % |" in text
+    assert "| vit_b, batch 128, run.seed=1, synthetic | NVIDIA H200 | 4900 images/s, MFU 42.0 % |" in text
     assert "beside the plain reference, bf16 autocast | NVIDIA H200 | 2.61 times as fast" in text
     report.collect(gate, results)
     assert json.loads((results / "throughput.json").read_text()) == [old, full, turn]
