@@ -3,13 +3,15 @@
 #
 #     PYTHON=python3 bench/gpu_gate.sh [OUT] [IMAGES]
 #
-# The tests that need a GPU, every kernel for attention, the models' throughput and memory beside the
-# reference step's, that of the other configurations, each kernel beside its definition, the target
-# in fp8 and on its own stream, what a checkpoint costs the step, decoding alone, a run from JPEG
-# files, a profile, a short training on IMAGES (a labelled folder or shards; also read from
-# CJEPA_REAL_IMAGES; else the made-up shapes) that is interrupted and resumed, kNN on its features,
-# the kernels under compute-sanitizer where it is installed, and the fast tests. A part that fails
-# or runs out of time leaves the rest be.
+# The tests that need a GPU, the kernels' fastest configurations (kernels/tuned.py is written anew),
+# every kernel for attention, the models' throughput, and memory beside the reference step's, a
+# profile, the same recorded and compiled, the other configurations, each kernel beside its
+# definition, the target in fp8 and on its own stream, what a checkpoint costs the step, decoding
+# alone, a run from JPEG files, a short training on IMAGES (a labelled folder or shards; also read
+# from CJEPA_REAL_IMAGES; else the made-up shapes) that is interrupted and resumed, kNN on its
+# features, the kernels under compute-sanitizer where it is installed, and the fast tests. A part
+# that fails or runs out of time leaves the rest be; each is a process of its own, since an error of
+# the device spoils all that follows in the same one.
 # PARTS="tests-gpu ops" runs only those. OUT (default bench/results/gate-DATE) gets gate.log with all
 # output, summary.txt and the figures, which `python bench/report.py --collect OUT` takes over. Exits
 # non-zero if any part failed.
@@ -68,7 +70,8 @@ part() {
 # A test file a core, since most of their time is spent compiling or importing. Status 5: a file had
 # no test of the kind.
 each_file='xargs -P "$(nproc)" -I{} bash -c "\"$0\" -m pytest -q -m \"$1\" {} || [[ \$? == 5 ]]"'
-gpu_tests="grep -lE 'mark.gpu|kernel_device' tests/test_*.py | $each_file"
+gpu_tests="\"$PYTHON\" -m pytest -q -m gpu -n 8 --dist load \
+  \$(grep -lE 'mark.gpu|kernel_device' tests/test_*.py)"
 
 # Train for SECONDS, then ask with SIGTERM: the run finishes its step, saves and exits with 0.
 train_for() { # SECONDS ARGUMENTS...
@@ -99,6 +102,10 @@ fi
 if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
   say "on a GPU"
   bench_size=(--steps 10 --warmup 4)
+  against_size=(--steps 3 --warmup 2)
+  tune_size=(--seconds 0.05)
+  recorded=(--set run.cuda_graph=true)
+  compiled=(--set run.compile=blocks --set run.cuda_graph=true)
   attention_size=()
   profiled=(vit_b vit_h)
   ops_size=(--seconds 0.2 --model H --widths 768 1280)
@@ -112,6 +119,8 @@ else
   toy=(--batch 2 --set model.width=48 --set model.depth=1 --set model.heads=3
     --set predictor.width=24 --set predictor.depth=1 --set predictor.heads=3)
   bench_size=(--steps 2 --warmup 1 "${toy[@]}")
+  against_size=("${bench_size[@]}")
+  tune_size=() recorded=() compiled=()
   attention_size=(--config demo vit_t "${toy[@]}")
   models=(vit_t vit_h)
   profiled=(vit_b)
@@ -134,10 +143,19 @@ if [[ -z $IMAGES ]]; then
 for split in ("train", "val"): shapes.ensure(split)'
 fi
 part machine 30 "$PYTHON" bench/hardware.py
-part tests-gpu 150 bash -c "$gpu_tests" "$PYTHON" gpu
+part tests-gpu 120 bash -c "$gpu_tests"
+[[ ${tune_size[*]:-} ]] && part tune 60 "$PYTHON" bench/ops.py --tune "${tune_size[@]}"
 part attention 60 "$PYTHON" bench/attention.py "${attention_size[@]}" --json "$OUT/attention.json"
-part models 200 "$PYTHON" bench/throughput.py --config "${models[@]}" --data synthetic \
-  --against reference "${bench_size[@]}" --json "$OUT/throughput_models.json" --plot "$OUT/models.png"
+part models 90 "$PYTHON" bench/throughput.py --config "${models[@]}" --data synthetic \
+  "${bench_size[@]}" --json "$OUT/throughput_models.json" --plot "$OUT/models.png"
+part profile 60 "$PYTHON" bench/throughput.py --config "${profiled[@]}" --data synthetic \
+  "${bench_size[@]}" --profile "$OUT"
+part recorded 60 "$PYTHON" bench/throughput.py --config "${profiled[@]}" --data synthetic \
+  "${bench_size[@]}" --set mask.context=fixed "${recorded[@]}" --json "$OUT/throughput_recorded.json"
+part reference 120 "$PYTHON" bench/throughput.py --config "${models[@]}" --against reference \
+  "${against_size[@]}" --json "$OUT/throughput_reference.json"
+part compiled 120 "$PYTHON" bench/throughput.py --config "${profiled[@]}" --data synthetic \
+  "${bench_size[@]}" --set mask.context=fixed "${compiled[@]}" --json "$OUT/throughput_compiled.json"
 part others 150 "$PYTHON" bench/throughput.py --config "${other_configs[@]}" \
   --data synthetic "${bench_size[@]}" --json "$OUT/throughput_others.json"
 part ops 120 "$PYTHON" bench/ops.py "${ops_size[@]}" --json "$OUT/ops.json" --markdown "$OUT/ops.md"
@@ -151,8 +169,6 @@ part decode 40 "$PYTHON" bench/throughput.py --config "$jpeg_config" --data deco
   --data-path "${IMAGES:-shapes}" "${bench_size[@]}" --json "$OUT/throughput_decode.json"
 part from-jpeg 60 "$PYTHON" bench/throughput.py --config "$jpeg_config" --data both \
   --data-path "${IMAGES:-shapes}" "${bench_size[@]}" --json "$OUT/throughput_jpeg.json"
-part profile 60 "$PYTHON" bench/throughput.py --config "${profiled[@]}" --data synthetic \
-  "${bench_size[@]}" --profile "$OUT"
 TRAIN_PART=train train_for "$train_s"
 TRAIN_PART=resume train_for "$resume_s" --resume auto
 part knn 60 "$PYTHON" -m cjepa_fast.eval knn "$WORK/run" "${knn_data[@]}" --untrained \
