@@ -47,23 +47,27 @@ def on_gpu(row: dict) -> bool:
 
 
 def throughput_lines(rows: list[dict]) -> Iterator[Line]:
-    """images/s only from a GPU; of a CPU the ratio to the reference's step."""
+    """images/s only from a GPU; of a CPU the ratios to the reference's step, those of a command on
+    one line."""
     rows = latest(rows, "config", "step", "batch", "data", "overrides")
     names = list(dict.fromkeys(row["config"] for row in rows))
+    turns: dict[tuple[str, str, str], list[dict]] = {}
     for row in sorted(rows, key=lambda row: (not on_gpu(row), names.index(row["config"]))):
         device, where = row["hardware"]["device"], f"`{row['command']}`"
-        gpu = on_gpu(row)
-        what = ", ".join((row["config"], f"batch {row['batch']}", *row.get("overrides", ())))
-        if row.get("step") == "ours":
-            continue
+        size = ", ".join((f"batch {row['batch']}", *(row.get("overrides") or ())))
         if "step" in row:
-            name = f"{what}: our step beside the plain {row['step']}"
-            yield name, device, f"{row['ours_times']:.2f} times as fast", where
-        elif gpu:
+            if row["step"] != "ours":
+                what = f"{size}: our step beside the plain {row['step']}"
+                turns.setdefault((what, device, where), []).append(row)
+        elif on_gpu(row):
             share = row.get("mfu_sheet_pct")
             mfu = f", MFU {share:.1f} %" if share else ""
             figure = f"{row['images_per_s']:.0f} images/s{mfu}"
-            yield f"{what}, {row['data']}", device, figure, where
+            yield f"{row['config']}, {size}, {row['data']}", device, figure, where
+    for (what, device, where), found in turns.items():
+        configs = ", ".join(row["config"] for row in found)
+        times = ", ".join(f"{row['ours_times']:.2f}" for row in found)
+        yield f"{configs}, {what}", device, f"{times} times as fast", where
 
 
 def encoder_of(rows: list[dict], encoder: str, **facts) -> dict:

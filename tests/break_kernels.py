@@ -240,7 +240,7 @@ BREAKS = [
     *broken(
         "norm", "_add_norm_backward_kernel",
         ("share of the first program for all", "begin = tl.program_id(0) * each", "begin = 0"),
-        ("last row of a share dropped", "begin + each, rows)", "begin + each - 1, rows)"),
+        ("last rows of a share dropped", "begin + each, rows)", "begin + each - ROWS, rows)"),
         ("gradient from elsewhere left out", "result += tl.load(ds", "result += 0.0 * tl.load(ds"),
         ("mean of the gradient left in", "(grad - (tl.sum(grad, 1) / D)[:, None]", "(grad"),
         ("gain left out of the gradient", "grad *= gain", "grad *= 1.0"),
@@ -268,7 +268,7 @@ BREAKS = [
     *broken(
         "gelu", "_gelu_backward_kernel",
         ("density left out", "below + value * exponential * 0.39894228", "below"),
-        ("last row of a share dropped", "begin + each, rows)", "begin + each - 1, rows)"),
+        ("last rows of a share dropped", "begin + each, rows)", "begin + each - ROWS, rows)"),
         ("one share for all", "begin = tl.program_id(1) * each", "begin = 0"),
         ("last column dropped", "(col < C)[None, :]", "(col < C - 1)[None, :]"),
         ("sums of the first rows alone", "total += rounded", "total = rounded"),

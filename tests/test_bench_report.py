@@ -92,7 +92,10 @@ def test_a_gates_figures_are_taken_over_once(tmp_path):
     assert json.loads((results / "ops.json").read_text()) == made
     assert not (results / "attention.json").exists() and len(said) == 2
     text = report.table(report.lines(results))
-    assert "| vit_b, batch 128, run.seed=1, synthetic | NVIDIA H200 | 4900 images/s, MFU 42.0 % |" in text
+    assert (
+        "| vit_b, batch 128, run.seed=1, synthetic | NVIDIA H200 | 4900 images/s, MFU 42.0 % |"
+        in text
+    )
     assert "beside the plain reference, bf16 autocast | NVIDIA H200 | 2.61 times as fast" in text
     report.collect(gate, results)
     assert json.loads((results / "throughput.json").read_text()) == [old, full, turn]
@@ -104,13 +107,24 @@ def test_figures_of_a_cpu_or_at_toy_size_are_refused(tmp_path):
         report.collect(tmp_path, tmp_path)
 
 
-def test_the_lines_of_a_configuration_stand_together(tmp_path):
+def test_the_ratios_of_a_command_stand_on_one_line(tmp_path):
     speed = ROW | GPU | {"images_per_s": 1.0}
     turn = ROW | GPU | {"step": "reference, fp32", "ours_times": 2.0}
-    rows = [speed, speed | {"config": "vit_t"}, turn]
+    other = turn | {"config": "vit_t", "ours_times": 3.0}
+    rows = [speed, turn, other, other | {"step": "reference, bf16 autocast"}]
+    rows.append(other | {"command": "python y"})
     (tmp_path / "throughput.json").write_text(json.dumps(rows))
-    named = [line[0].split(",")[0] for line in report.lines(tmp_path) if line[0].startswith("vit")]
-    assert named == ["vit_b", "vit_b", "vit_t"]
+    found = [line for line in report.lines(tmp_path) if line[0].startswith("vit")]
+    assert [(what.partition(", batch")[0], figure) for what, _, figure, _ in found] == [
+        ("vit_b", "1 images/s"),
+        ("vit_b", "2.00 times as fast"),
+        ("vit_t", "3.00 times as fast"),
+        ("vit_t", "3.00 times as fast"),
+    ]
+    (tmp_path / "throughput.json").write_text(json.dumps(rows[:-1]))
+    together = next(line for line in report.lines(tmp_path) if line[0].startswith("vit_b, vit_t"))
+    assert together[0].endswith("the plain reference, fp32")
+    assert together[2] == "2.00, 3.00 times as fast"
 
 
 def test_an_ablation_s_line_is_the_gap_with_its_spread():

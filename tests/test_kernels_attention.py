@@ -12,7 +12,7 @@ DTYPES = [torch.bfloat16, torch.float16]
 SHAPES = {
     "aligned": (1, 64, 64, 2, 32),
     "the predictor of L, H": (1, 61, 61, 3, 24),
-    "the contexts of H": (1, 37, 37, 2, 80),
+    "the contexts of H": (1, 70, 70, 2, 80),
     "heads of g": (1, 20, 20, 2, 88),
     "wide heads": (1, 30, 30, 1, 128),
     "several sequences": (3, 17, 17, 2, 16),

@@ -69,6 +69,21 @@ def test_norm_then_rows(seed, kernel_device, shape, dtype):
         within_rounding(quantise(x, weight, bias, EPS), exact)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "branch"), [(d, d) for d in DTYPES] + [(torch.float32, torch.bfloat16)]
+)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sum_and_norm_then_rows(seed, kernel_device, shape, dtype, branch):
+    """The sum is rounded to the stream's type, as it is written, before it is normed."""
+    x, y = normal(kernel_device, *shape, dtype=dtype), normal(kernel_device, *shape, dtype=branch)
+    weight, bias = affine(kernel_device, shape[-1], branch)
+    s, rows = fp8.quantise_add_norm(x, y, weight, bias, EPS)
+    assert s.dtype == dtype and torch.equal(s, (x.float() + y.float()).to(dtype))
+    assert same(rows.values, fp8.quantise_norm(s, weight, bias, EPS).values)
+    plain = fp8.quantise_add_norm_reference(x, y, weight, bias, EPS)
+    assert torch.equal(plain[0], s)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gelu_then_rows(seed, kernel_device, shape, dtype):
