@@ -222,11 +222,12 @@ TO_E4M3 = r"cvt\.rn\.satfinite\.e4m3x2\.f32"
 def ahead_of_time() -> list[Compiled]:
     """The kernel in every tile for each dtype; before it nothing, norm, sum and norm, GELU."""
     pointers = {"values": "*fp8e4nv", "scales": "*fp32", "rows": "i32", "C": "i32", "eps": "fp32"}
+    before = (None, False), ("norm", False), ("norm", True), ("gelu", False)
     found = []
-    for dtype in (TRITON_NAMES[d] for d in KERNEL_DTYPES):
+    for dtype, (first, add) in itertools.product((TRITON_NAMES[d] for d in KERNEL_DTYPES), before):
         inputs = dict.fromkeys(("x", "y", "s", "weight", "bias"), f"*{dtype}")
-        before = (None, False), ("norm", False), ("norm", True), ("gelu", False)
-        tiles = [tiles[0] for tiles in ROW_TILES.values()]
+        if add and dtype == "fp32":  # a stream in fp32, of branches in 16 bits
+            inputs |= dict.fromkeys(("y", "weight", "bias"), "*bf16")
         found += [
             Compiled(
                 f"quantise {'add ' * add}{first or 'rows'} {dtype} {tile.rows}x{tile.width}",
@@ -234,6 +235,6 @@ def ahead_of_time() -> list[Compiled]:
                 {"FIRST": first, "ADD": add, "ROWS": tile.rows, "WIDTH": tile.width},
                 num_warps=tile.warps, must_have=(*WIDE_LOADS, TO_E4M3), divisible=("C",), since=89,
             )
-            for tile, (first, add) in itertools.product(tiles, before)
+            for tile in (tiles[0] for tiles in ROW_TILES.values())
         ]  # fmt: skip
     return found
