@@ -75,6 +75,7 @@ def test_in_place_and_the_same_bits_twice(seed, kernel_device):
     assert launch_gelu(own, own) is own and torch.equal(own, out)
 
 
+@pytest.mark.filterwarnings("ignore:.*(NaN|invalid value):RuntimeWarning")  # of the interpreter
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 def test_what_is_not_finite_stays_so(seed, kernel_device, value):
     u, dg = tensors((3, 8), kernel_device, torch.bfloat16)
