@@ -248,14 +248,18 @@ def supports(blocks: Sequence[nn.Module], x: torch.Tensor) -> bool:
     return takes(x, weight) and weight.dtype.itemsize == 2 and not torch.compiler.is_compiling()
 
 
+def heads_of(x_BSX: torch.Tensor, parts: int, heads: int) -> list[torch.Tensor]:
+    """The parts that lie side by side in x, each as (B, H, S, d)."""
+    return [x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in x_BSX.chunk(parts, -1)]
+
+
 def attend_heads(attn: nn.Module, qkv_BSX: torch.Tensor, trained: bool) -> torch.Tensor:
     """Attention by attn.backend of q, k and v side by side, (B, S, 3 D): (B, S, D)."""
-    q, k, v = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in qkv_BSX.chunk(3, -1))
+    q, k, v = heads_of(qkv_BSX, 3, attn.heads)
     if attn.backend == "triton" and kernels.takes(q, trained):
         return Attention.apply(qkv_BSX, attn.qkv.bias, attn.heads)
     if trained:
-        qkv_BSX = Biased.apply(qkv_BSX, attn.qkv.bias)
-        q, k, v = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in qkv_BSX.chunk(3, -1))
+        q, k, v = heads_of(Biased.apply(qkv_BSX, attn.qkv.bias), 3, attn.heads)
     return attend(q, k, v, attn.backend).transpose(1, 2).flatten(2)
 
 
@@ -263,18 +267,13 @@ def attend_last(
     attn: nn.Module, q_BPD: torch.Tensor, kv_BSX: torch.Tensor, trained: bool
 ) -> torch.Tensor:
     """The same of the last P tokens' queries, and of all keys and values side by side."""
-    D = q_BPD.shape[-1]
-
-    def heads(x_BSD: torch.Tensor) -> torch.Tensor:
-        return x_BSD.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-
-    if attn.backend == "triton" and kernels.takes(heads(q_BPD), trained):
-        return AttentionLast.apply(q_BPD, kv_BSX, attn.qkv.bias, attn.heads)
+    D, bias = q_BPD.shape[-1], attn.qkv.bias
+    if attn.backend == "triton" and kernels.takes(*heads_of(q_BPD, 1, attn.heads), trained):
+        return AttentionLast.apply(q_BPD, kv_BSX, bias, attn.heads)
     if trained:
-        q_BPD = Biased.apply(q_BPD, attn.qkv.bias[:D])
-        kv_BSX = Biased.apply(kv_BSX, attn.qkv.bias[D:])
-    parts = (q_BPD, *kv_BSX.chunk(2, -1))
-    return attend(*map(heads, parts), attn.backend).transpose(1, 2).flatten(2)
+        q_BPD, kv_BSX = Biased.apply(q_BPD, bias[:D]), Biased.apply(kv_BSX, bias[D:])
+    parts = *heads_of(q_BPD, 1, attn.heads), *heads_of(kv_BSX, 2, attn.heads)
+    return attend(*parts, attn.backend).transpose(1, 2).flatten(2)
 
 
 def run_block(
