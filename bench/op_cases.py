@@ -180,7 +180,7 @@ def blocks(model: str, config: Config, masks: Masks) -> list[Case]:
     def heads_of(rows: int, length: int, width: int, trained: bool) -> Case:
         def make(device: torch.device) -> tuple:
             parts = normal(device, 3, rows, length, heads, width // heads).transpose(2, 3)
-            return (wanting(parts[0].clone()) if trained else parts[0], *parts[1:])
+            return tuple(part.detach().requires_grad_(trained) for part in parts)
 
         passes = {"forward": 4.0} | ({"backward": 8.0} if trained else {})
         pair = attention.attention, attention.attention_reference

@@ -7,9 +7,9 @@
     compute-sanitizer python bench/ops.py --once --model T --batch 2 --rows 300 --widths 96
 
 On a CPU the kernels' plain-PyTorch paths stand in for them. The variants take turns, each call with
-the cache flushed on a GPU; a figure is the median over the turns. "backward" is for the gradient of
-the first argument, of random upstream gradients. The roofline is the larger of bytes over the rate
-of a copy and operations over that of a matrix product, both measured in the same run.
+the cache flushed on a GPU; a figure is the median over the turns. "backward" is for the gradients
+of the arguments that train, of random upstream gradients. The roofline is the larger of bytes over
+the rate of a copy and operations over that of a matrix product, both measured in the same run.
 """
 
 import argparse
@@ -63,8 +63,10 @@ def passes(function: Callable, inputs: tuple, both_ways: bool) -> dict[str, Call
     outputs = differentiable(function(*inputs))
     upstream = [torch.randn_like(out) for out in outputs]
 
+    wanted = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
+
     def grad(outs, **options):
-        return torch.autograd.grad(outs, inputs[0], upstream, **options)
+        return torch.autograd.grad(outs, wanted, upstream, **options)
 
     return {
         "forward": lambda: function(*inputs),

@@ -104,7 +104,7 @@ def stream_knobs(device: torch.device, rows: int, width: int) -> Iterator[Knob]:
     x, y, weight, bias = normal(rows, width), normal(rows, width), normal(width), normal(width)
     s, h, stats = norm.launch_add_norm(x, y, weight, bias, 1e-6)
     yield Knob(
-        f"add_norm {width}", norm.tiles(width),
+        f"add_norm {width}", norm.forward_tiles(width),
         lambda tile: norm.launch_add_norm(x, y, weight, bias, 1e-6, tile),
     )  # fmt: skip
     yield Knob(

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from triton.runtime.errors import OutOfResources
 
 from cjepa_fast.kernels import attention as short
 from cjepa_fast.sequences import Sequences, evenly
@@ -239,7 +240,7 @@ def _calls(
         if len(found) > 1:
             try:
                 call(name)  # warm
-            except RuntimeError:  # no kernel of that backend for this width, type or device
+            except (RuntimeError, OutOfResources):  # none for this width, type or device
                 continue
         yield name, functools.partial(call, name)
 

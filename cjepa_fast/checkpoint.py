@@ -143,7 +143,7 @@ HARMLESS = tuple(
     for key in (
         *("checkpoint", "deepspeed", "eval", "telemetry", "data.path", "data.threads"),
         *("data.prefetch", "data.hw_decoder_load", "data.micro_batch_size", "model.attention"),
-        *("model.checkpointing", "optim.implementation", "run.dir", "run.init_from"),
+        *("model.checkpointing", "model.fused", "optim.implementation", "run.dir", "run.init_from"),
         *("run.compile", "run.cuda_graph", "run.target_stream", "run.max_bad_steps"),
         *("run.on_spike", "run.spike_z", "run.timeout_s"),
     )

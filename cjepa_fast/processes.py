@@ -49,8 +49,10 @@ def grow_memory_in_place() -> None:
     Lengths that change from step to step would else leave it with pieces that fit none of the next
     ones: it then frees and asks for memory anew, which holds a step up.
     """
-    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    told = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys()
+    tell = getattr(torch._C, "_accelerator_setAllocatorSettings", None)  # torch 2.10 and newer
+    if tell and not told:
+        tell("expandable_segments:True")
 
 
 def keep_freed_memory() -> None:

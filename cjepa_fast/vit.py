@@ -190,7 +190,8 @@ class Block(nn.Module):
         queries of a predictor's last block, where nothing is compiled);
       "selective": x, q, k, v, attention's output and the sum after it, 6 D. fc1 runs twice: 1/9 of
         the products of forward and backward more, attention's left out;
-      "full": x alone, D. All but fc2 runs twice, attention too: 2/9 more.
+      "full": x alone, D (fused, x and the branch not yet added to it, 2 D). All but fc2 runs twice,
+        attention too: 2/9 more.
     """
 
     def __init__(

@@ -26,7 +26,15 @@ import torch
 import triton
 import triton.language as tl
 
-from cjepa_fast.kernels.launch import INTERPRET, TRITON_NAMES, Compiled, chosen, narrow, use_kernel
+from cjepa_fast.kernels.launch import (
+    INTERPRET,
+    TRITON_NAMES,
+    Compiled,
+    chosen,
+    narrow,
+    roomy,
+    use_kernel,
+)
 from cjepa_fast.kernels.sums import sum_parts
 
 WIDEST = 128  # values of a head
@@ -151,15 +159,16 @@ def _queries(
 
 @triton.jit
 def _step(
-    q0, q1, do0, do1, lse, delta, k0, k1, v0, v1, dq0, dq1, dk0, dk1, dv0, dv1, scale,
+    q0, q1, do0, do1, lse, delta, k0, k1, v0, v1, dq0, dq1, dk0, dk1, dv0, dv1, live, scale,
     D1: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """What ROWS queries and COLS keys add to each other's gradients, before 1 / sqrt(d).
 
-    A query that is not there has lse = inf, so no weight; a key that is not there is 0 and so adds
-    nothing to dq, and what it gets is not written.
+    A query that is not there has lse = inf, so no weight. A key that is not there has a score of 0,
+    which may be far above all that are: its weight is set to 0.
     """
     weights = tl.exp2(_product(q0, q1, k0, k1, D1, ROWS, COLS) * scale - lse[:, None])
+    weights = tl.where(live[None, :], weights, 0.0)
     low = narrow(weights, q0.dtype)
     dv0 = _dot(tl.trans(low), do0, dv0)
     slopes = weights * (_product(do0, do1, v0, v1, D1, ROWS, COLS) - delta[:, None])
@@ -241,12 +250,12 @@ def _attention_backward_kernel(
         dv1 = tl.zeros((COLS, E1), tl.float32)
         dqa0, dqa1, dk0, dk1, dv0, dv1 = _step(
             qa0, qa1, doa0, doa1, lse_a, delta_a, k0, k1, v0, v1,
-            dqa0, dqa1, dk0, dk1, dv0, dv1, scale, D1, ROWS0, COLS,
+            dqa0, dqa1, dk0, dk1, dv0, dv1, live, scale, D1, ROWS0, COLS,
         )  # fmt: skip
         if ROWS1 > 0:
             dqb0, dqb1, dk0, dk1, dv0, dv1 = _step(
                 qb0, qb1, dob0, dob1, lse_b, delta_b, k0, k1, v0, v1,
-                dqb0, dqb1, dk0, dk1, dv0, dv1, scale, D1, ROWS1, COLS,
+                dqb0, dqb1, dk0, dk1, dv0, dv1, live, scale, D1, ROWS1, COLS,
             )  # fmt: skip
         dk0 *= factor
         _write(dk, col, live, dk_row, dk0, 0, d, D0)
@@ -401,6 +410,7 @@ def launch_attention_backward(
     tile = tile or chosen(*backward_candidates(S, d), q.device)
     D0, D1 = split(d)
     dq, dk, dv = grads
+    assert k.stride() == v.stride() and dk.stride() == dv.stride()
     parts = torch.empty(B if sums else 0, 3 * width, device=q.device, dtype=torch.float32)
     _attention_backward_kernel[(B * heads,)](
         q, k, v, out, dout, lse, dq, dk, dv, parts, heads, S, T,
@@ -413,10 +423,11 @@ def launch_attention_backward(
 
 
 def takes(q_BHSd: torch.Tensor, trained: bool) -> bool:
-    """Whether the kernels take these queries: of 16 bits, not too wide, not too many to train."""
+    """Whether the kernels take these queries: of 16 bits, not too wide; to train, not too many,
+    nor wide ones where a program has less than 160 KiB of shared memory (an RTX 4090, say)."""
     S, d = q_BHSd.shape[-2:]
-    few = not trained or longest(d) >= S
-    return use_kernel(q_BHSd) and q_BHSd.dtype.itemsize == 2 and 8 <= d <= WIDEST and few
+    fit = not trained or (longest(d) >= S and (d <= 64 or roomy(q_BHSd.device)))
+    return use_kernel(q_BHSd) and q_BHSd.dtype.itemsize == 2 and 8 <= d <= WIDEST and fit
 
 
 # --- the operator

@@ -71,10 +71,12 @@ def recorded(device: torch.device) -> Iterator[None]:
     over it.
     """
     _space.append(torch.empty(_asked, dtype=torch.uint8, device=device))
-    yield
-    for there, values in _to_fill:
-        there.copy_(values)
-    _to_fill.clear()
+    try:
+        yield
+        for there, values in _to_fill:
+            there.copy_(values)
+    finally:
+        _to_fill.clear()
 
 
 def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -101,6 +103,14 @@ def architecture(device: torch.device) -> str:
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
+@functools.cache
+def roomy(device: torch.device) -> bool:
+    """Whether a program may have 160 KiB of shared memory, as on an A100, H100 or B200."""
+    if device.type != "cuda":
+        return True
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 160 * 2**10
+
+
 def chosen(key: str, candidates: Sequence[T], device: torch.device) -> T:
     """The configuration that tuned.py names for this kernel and architecture, else the first.
 
@@ -117,7 +127,8 @@ class Compiled:
     count as aligned to 16 bytes, and so do the integers named in `divisible` (multiples of 16).
     must_have: regular expressions, each of which must be found in the PTX. debug: with device
     assertions. since: the first architecture that has its instructions, as 89. may_spill: it is
-    only used where it is timed as the fastest, spills and all. maxnreg: most registers of a thread.
+    timed against others' kernels before it is chosen, spills and all. maxnreg: most registers of a
+    thread.
     """
 
     name: str

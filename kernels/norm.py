@@ -52,10 +52,15 @@ class Rows(NamedTuple):
 
 
 def tiles(width: int) -> tuple[Rows, ...]:
-    """Candidates for rows of `width` values, in both directions."""
+    """Candidates for the backward of rows of `width` values."""
     wide = max(128, triton.next_power_of_2(width))
     shares = ((4, 528, 1), (8, 528, 1), (8, 396, 3), (4, 396, 3))  # of 132 multiprocessors
     return tuple(Rows(2048 // wide, wide, *share) for share in shares if wide <= 2048)
+
+
+def forward_tiles(width: int) -> tuple[Rows, ...]:
+    """Those that differ in what the forward reads of them."""
+    return tuple(tile for tile in tiles(width) if tile.stages == 1)
 
 
 def add_norm_reference(
@@ -163,7 +168,7 @@ def launch_add_norm(
     stats = torch.empty(2, rows, device=x.device, dtype=torch.float32)
     if x.numel() == 0:
         return s, h, stats
-    tile = tile or chosen(f"add_norm {D}", tiles(D), x.device)
+    tile = tile or chosen(f"add_norm {D}", forward_tiles(D), x.device)
     _add_norm_kernel[(triton.cdiv(rows, tile.rows),)](
         x, x if y is None else y, weight, bias, s, h, stats, rows, D, eps,
         ADD=y is not None, ROWS=tile.rows, WIDTH=tile.width, num_warps=tile.warps,

@@ -288,6 +288,7 @@ BREAKS = [
     ),
     *broken(
         "attention", "_step",
+        ("keys that are not there seen", "tl.where(live[None, :], weights, 0.0)", "weights"),
         ("delta left out", " - delta[:, None])", ")"),
         ("values' gradient of slopes", "dv0 = _dot(tl.trans(low), do0, dv0)",
          "dv0 = _dot(tl.trans(narrow(weights * 0.5, q0.dtype)), do0, dv0)"),

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from kernel_checks import same_bits
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cjepa_fast import build, fused
 from cjepa_fast.config import validate
@@ -82,6 +83,30 @@ def test_what_is_computed_again_has_the_same_bits(seed, kernel_device, policy):
     again = outcome(made, *batch, torch.bfloat16, True)
     for name, value in kept.items():
         assert torch.equal(again[name], value), name
+
+
+class Counting(TorchDispatchMode):
+    """Products with a bias, which only a forward makes."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket is torch.ops.aten.addmm
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("policy", "again"), [("none", 0), ("norm_gelu", 0), ("selective", 1), ("full", 3)]
+)
+def test_how_many_products_run_again_in_the_backward(seed, kernel_device, policy, again):
+    """Of a block's four: fc1, or all but fc2, as vit.Block says."""
+    encoder = networks(kernel_device, checkpointing=policy)["encoder"].bfloat16()
+    encoder.fused = True
+    images, context, *_ = inputs(kernel_device)
+    out = encoder(images.bfloat16(), context)
+    with Counting() as products:
+        out.sum().backward()
+    assert products.count == again * len(encoder.blocks)
 
 
 @pytest.mark.parametrize("backend", ["plain", "sdpa"])

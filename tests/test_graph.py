@@ -19,7 +19,9 @@ from cjepa_fast.saver import Saver
 STEPS = WARM + 4
 
 
-def trainer_of(context: str = "fixed", **run) -> tuple[train.Trainer, list[list[Batch]]]:
+def trainer_of(
+    context: str = "fixed", attention: str = "sdpa", **run
+) -> tuple[train.Trainer, list[list[Batch]]]:
     """A tiny trainer with fixed shapes, and a few steps' batches on its device."""
     sections = {
         "run": run,
@@ -28,7 +30,7 @@ def trainer_of(context: str = "fixed", **run) -> tuple[train.Trainer, list[list[
         "optim": {"warmup_epochs": 0, "lr": 0.01, "clip": 1.0},
     }
     # Not by trial: two trainings must not end up with two kernels for attention.
-    sections["model"] = tiny.CONFIG["model"] | {"attention": "sdpa"}
+    sections["model"] = tiny.CONFIG["model"] | {"attention": attention}
     config = validate(tiny.CONFIG | sections)
     device = processes.start(0)
     trainer, masks = train.Trainer(config, device, steps_per_epoch=10), build.build_masks(config)
@@ -137,11 +139,13 @@ def sync_is_an_error():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("context", ["fixed", "packed"])
-def test_the_recorded_step_is_the_step(context):
+@pytest.mark.parametrize(
+    ("context", "attention"), [("fixed", "sdpa"), ("fixed", "triton"), ("packed", "sdpa")]
+)
+def test_the_recorded_step_is_the_step(context, attention):
     found = []
     for graph in (False, True):
-        trainer, steps = trainer_of(context, cuda_graph=graph)
+        trainer, steps = trainer_of(context, attention, cuda_graph=graph)
         losses = [trainer.step(batches, i)[0]["loss"].item() for i, batches in enumerate(steps)]
         weights = torch.cat([s.master.values for s in trainer.engine.state()])
         found.append((losses, weights))

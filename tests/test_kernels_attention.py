@@ -106,6 +106,21 @@ def test_large_scores_do_not_overflow(seed, kernel_device):
     assert all(x.isfinite().all() for x in got.values())
 
 
+@pytest.mark.parametrize(("shift", "dtype"), [(-95, torch.bfloat16), (-20, torch.float16)])
+@pytest.mark.parametrize("T", [64, 70])
+def test_scores_far_below_zero(seed, kernel_device, shift, dtype, T):
+    """The softmax does not see a shift of all scores; 0, the score of a key that is not there, is
+    then far above those that are."""
+    q, k, v, dout = tensors((1, 8, T, 1, 16), kernel_device, dtype)
+    q, k = 0.3 * q.contiguous(), 0.3 * k.contiguous()
+    q[..., 0], k[..., 0], v = 10.0, shift * 16**0.5 / 10, v.contiguous()
+    got = kernel(q, k, v, dout, 1)
+    assert all(x.isfinite().all() for x in got.values())
+    exact, eager = definition(q, k, v, dout, 1, torch.float64), definition(q, k, v, dout, 1)
+    for name in ("out", "dv"):
+        within_budget(got[name], eager[name], exact[name], dtype, name)
+
+
 @pytest.mark.filterwarnings("ignore:.*(NaN|invalid value):RuntimeWarning")  # of the interpreter
 def test_sequences_and_heads_do_not_see_each_other(seed, kernel_device):
     q, k, v, dout = tensors((3, 9, 9, 2, 16), kernel_device, torch.bfloat16)

@@ -217,3 +217,12 @@ def test_changes_that_matter_are_told_from_those_that_do_not():
     harmless, others = checkpoint.differences(saved, now)
     assert harmless == ["run.dir: b, saved with a"]
     assert others == ["run.epochs: 3, saved with 2", "images: y, saved with x"]
+
+
+def test_a_checkpoint_that_knows_nothing_of_fused_blocks_goes_on():
+    """Keys that came later and change but rounding: as ones that were saved with another value."""
+    saved = {"config": {"model": {"patch_size": 4}}}
+    for fused in (True, False):
+        now = {"config": {"model": {"patch_size": 4, "fused": fused}}}
+        harmless, others = checkpoint.differences(saved, now)
+        assert len(harmless) == 1 and not others
