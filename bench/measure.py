@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
+import timeline
 import torch
 import torch.distributed as dist
 from hardware import measured_tflops, peak_tflops, synchronize
@@ -197,6 +198,9 @@ def profile(trainer: train.Trainer, batches, first: int, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(path))
     print(profiler.key_averages().table(sort_by=order, row_limit=TOP, max_name_column_width=50))
+    if found := timeline.summary(path, PROFILED_STEPS):
+        path.with_suffix(".txt").write_text(found, encoding="utf-8")
+        print(found)
     print(f"trace of {PROFILED_STEPS} steps: {path} (opens in ui.perfetto.dev)")
 
 

@@ -23,6 +23,7 @@ import phases
 import reference
 import tables
 import throughput
+import timeline
 
 BENCH = tiny.ROOT / "bench"
 
@@ -326,6 +327,31 @@ case "$*" in
   *$FAILING*) exit 3 ;;
 esac
 """
+
+
+def test_a_trace_s_kernels_are_summed_and_their_overlap_counts_once(tmp_path):
+    def kernel(name: str, ts: float, dur: float, cat: str = "kernel") -> dict:
+        return {"name": name, "ts": ts, "dur": dur, "cat": cat}
+
+    events = [
+        kernel("b", 130, 20),  # on another stream: 10 of it beside the second a
+        kernel("a", 100, 10),
+        kernel("a", 120, 20),
+        kernel("copy", 190, 10, "gpu_memcpy"),
+        kernel("a CPU's", 0, 1000, "cpu_op"),
+        {"name": "metadata"},
+    ]
+    trace = tmp_path / "trace.json"
+    trace.write_text(json.dumps({"traceEvents": events}))
+    first, _, *lines = timeline.summary(trace, 2).splitlines()
+    assert first == "a step: 50 us, busy 50.0 %, 2 kernels and copies"
+    assert [line.split() for line in lines] == [
+        ["15.0", "30.0", "1.0", "15.0", "a"],
+        ["10.0", "20.0", "0.5", "20.0", "b"],
+        ["5.0", "10.0", "0.5", "10.0", "copy"],
+    ]
+    trace.write_text(json.dumps({"traceEvents": events[-2:]}))
+    assert timeline.summary(trace, 2) == ""
 
 
 BY_THROUGHPUT = ["models", "profile", "recorded", "reference", "compiled", "others", "target"]
