@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
+PIECE_ROWS = 4096  # of a large tensor, passed on at a time
 
 _group_options: dict[str, timedelta] = {}  # of every process group, by start()
 
@@ -132,6 +133,43 @@ def from_all(mine: T) -> list[T]:
     gathered: list = [None] * world_size()
     dist.all_gather_object(gathered, mine, group=_beside_the_gpus())
     return gathered
+
+
+def rows_on_first(mine_nD: torch.Tensor, row_n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of one tensor that each process has some of, put together by their ascending numbers.
+
+    mine_nD (n, ...) on the CPU, of one dtype everywhere, and its rows' numbers (n,), ascending.
+    Returns (N, ...), empty but on process 0, and the numbers of all (N,) on every process. They
+    pass a piece at a time, so process 0 needs no more than room for them.
+    """
+    if world_size() == 1:
+        return mine_nD, row_n
+    shares = from_all((row_n, mine_nD.shape[1:]))
+    row_N = torch.cat([row for row, _ in shares]).sort().values
+    if rank() != 0:
+        for piece in mine_nD.split(PIECE_ROWS) if len(row_n) else ():
+            dist.send(piece.contiguous(), 0, group=_beside_the_gpus())
+        return mine_nD.new_empty(0), row_N
+    shape = next((shape for row, shape in shares if len(row)), ())
+    whole_ND = mine_nD.new_empty(len(row_N), *shape)
+    whole_ND[torch.searchsorted(row_N, row_n)] = mine_nD
+    for source, (row, _) in enumerate(shares[1:], 1):
+        for part in row.split(PIECE_ROWS) if len(row) else ():
+            piece = mine_nD.new_empty(len(part), *shape)
+            dist.recv(piece, source, group=_beside_the_gpus())
+            whole_ND[torch.searchsorted(row_N, part)] = piece
+    return whole_ND, row_N
+
+
+def to_all(tensor: torch.Tensor) -> torch.Tensor:
+    """Process 0's tensor, on the CPU, on every process."""
+    if world_size() == 1:
+        return tensor
+    shape, dtype = from_first_process(lambda: (tensor.shape, tensor.dtype))
+    tensor = tensor if rank() == 0 else torch.empty(shape, dtype=dtype)
+    for piece in tensor.split(PIECE_ROWS):
+        dist.broadcast(piece, src=0, group=_beside_the_gpus())
+    return tensor
 
 
 def any_of(*flags: bool) -> tuple[bool, ...]:

@@ -1,7 +1,6 @@
 """Features of a set: the mean of the encoder's tokens, of the right pixels, at the right place."""
 
 import io
-import sys
 
 import numpy as np
 import pytest
@@ -139,21 +138,9 @@ def test_features_that_are_not_finite_are_refused(encoder, images):
         features.extract(encoder, images)
 
 
-def test_what_takes_long_shows_how_far_it_is(encoder, images, monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    for quiet_s, shown in ((0.0, True), (60.0, False)):
-        terminal = Terminal()
-        monkeypatch.setattr(features, "QUIET_S", quiet_s)
-        monkeypatch.setattr(sys, "stderr", terminal)
-        features.extract(encoder, images, batch_size=2)
-        assert ("/14" in terminal.getvalue()) == shown
-
-
 SHARES = """
 import sys, torch
+from pathlib import Path
 from cjepa_fast import processes
 from cjepa_fast.data.sources import open_images
 from cjepa_fast.eval import features
@@ -165,8 +152,18 @@ encoder.mean, encoder.std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 seen, plain = [], features.Subset.read
 features.Subset.read = lambda self, i: seen.append(i) or plain(self, i)
 keep = torch.tensor([0, 2, 3, 5, 7, 11, 13])
-made, place = features.extract(encoder, open_images(sys.argv[1]), keep=keep)
-torch.save((made, place, len(seen)), f"{sys.argv[2]}/{processes.rank()}.pt")
+images, cache = open_images(sys.argv[1]), Path(sys.argv[2]) / "features"
+processes.PIECE_ROWS = 3
+made, place = features.extract(encoder, images, keep=keep)
+count = len(seen)
+kept, _ = features.extract(encoder, images, keep=keep, cache=cache)
+single, _ = features.extract(encoder, images, keep=keep[:1])
+torch.save((made, kept, single, place, count), f"{sys.argv[2]}/{processes.rank()}.pt")
+encoder.norm.weight.data[0] = float("nan")
+try:
+    features.extract(encoder, images, keep=keep, cache=cache)
+except ValueError as error:
+    print(error)
 processes.leave(0)
 """
 
@@ -180,13 +177,15 @@ def test_two_processes_take_half_the_images_each(images, tmp_path):
         folder.mkdir()
         done = tiny.run(script, tmp_path / "images", folder, processes=processes)
         assert done.returncode == 0, done.stderr
-    (whole, place, _), first, second = map(
-        torch.load, (alone / "0.pt", both / "0.pt", both / "1.pt")
-    )
-    assert (first[2], second[2]) == (4, 3)
-    for made, at, _ in (first, second):
+        assert done.stdout.count("features are not finite") == processes
+        assert len(list((folder / "features").iterdir())) == 1
+    (whole, *_, place, _), *halves = map(torch.load, (alone / "0.pt", both / "0.pt", both / "1.pt"))
+    assert [half[-1] for half in halves] == [4, 3]
+    for made, kept, single, at, _ in halves:
         assert torch.equal(at, place)
         torch.testing.assert_close(made, whole)
+        torch.testing.assert_close(kept, whole)
+        torch.testing.assert_close(single, whole[:1])
 
 
 def test_an_image_that_cannot_be_read_keeps_the_others_in_place(encoder, images, tmp_path):

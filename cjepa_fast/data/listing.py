@@ -9,16 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from cjepa_fast.data import formats, index
-
-BAR_DELAY_S = 5  # a progress bar comes up only where indexing takes longer
-
-
-def _bar(total: int, unit: str, describe: str):
-    from tqdm import tqdm
-
-    shown = {"delay": BAR_DELAY_S, "leave": False, "disable": None}  # None: off in files and pipes
-    return tqdm(total=total, unit=unit, desc=describe, **shown)
-
+from cjepa_fast.progress import shown_bar
 
 # ------------------------------------------------------------------------------------- folders
 
@@ -84,7 +75,7 @@ def index_folder(root: Path, cache, pool: ThreadPoolExecutor, log):
     todo = np.flatnonzero(fresh_N)
     folder = os.fsencode(root)
     open_fd = lambda i: os.open(os.path.join(folder, names[i]), os.O_RDONLY)  # noqa: E731
-    with _bar(len(todo), "image", "checking images") as bar:
+    with shown_bar(len(todo), "checking images") as bar:
         reasons |= index.check_all(open_fd, entries_N, todo, pool, bar)
     table = index.Table.of(names, entries_N, reasons)
     if len(todo) or old is None or len(old) != len(table):
@@ -186,13 +177,13 @@ def index_shards(shards: list[Path], cache, pool: ThreadPoolExecutor, log):
     files = [index.cache_file(s, cache) for s in shards]
     tables = list(pool.map(index.load, files))
     stale = [k for k, t in enumerate(tables) if t is None or t.stamp != stamps[k]]
-    with _bar(len(stale), "shard", "listing shards") as bar:
+    with shown_bar(len(stale), "listing shards", "shard") as bar:
         listed = []
         for one in pool.map(lambda k: _list_shard(shards[k]), stale):
             listed.append(one)
             bar.update()
     total = sum(len(names) for names, *_ in listed)
-    with _bar(total, "image", "checking images") as bar:
+    with shown_bar(total, "checking images") as bar:
         for k, (names, entries_N, refused) in zip(stale, listed, strict=True):
             open_fd = lambda _, shard=shards[k]: os.open(shard, os.O_RDONLY)  # noqa: E731
             todo = np.setdiff1d(np.arange(len(names)), list(refused))

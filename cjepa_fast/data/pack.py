@@ -25,6 +25,7 @@ from PIL import Image
 from cjepa_fast import draws
 from cjepa_fast.data import formats, listing
 from cjepa_fast.data.sources import ImageSet, open_images
+from cjepa_fast.progress import shown_bar
 
 MANIFEST = "manifest.json"
 IMAGES_A_TASK = 16
@@ -61,11 +62,9 @@ def pack(
         _write_text(out / "classes.txt", "".join(f"{name}\n" for name in images.classes))
     order = draws.permutation(0, 0, len(images)).tolist()
     left_out = list(images.skipped)
-    from tqdm import tqdm
-
     with (
         ThreadPoolExecutor(workers or os.cpu_count()) as pool,
-        tqdm(total=len(images), unit="image", desc="packing", disable=None) as bar,
+        shown_bar(len(images), "packing") as bar,
     ):
         for k, first in enumerate(range(0, len(order), shard_size)):
             chosen = order[first : first + shard_size]

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from cjepa_fast.data.coco import Coco
+from cjepa_fast.progress import shown_clock
 
 KINDS = {"box": ("bbox", "bbox"), "mask": ("segm", "segmentation")}  # pycocotools' word, the key
 MASK_THRESHOLD = 0.5
@@ -54,7 +55,7 @@ def average_precision(coco: Coco, results: list[dict], kind: str) -> dict[str, f
     word, key = KINDS[kind]
     # With a box beside it, a mask would be sorted into small, medium and large by the box's area.
     kept = ("image_id", "category_id", "score", key)
-    with contextlib.redirect_stdout(io.StringIO()):
+    with shown_clock(f"average precision, {kind}"), contextlib.redirect_stdout(io.StringIO()):
         found = coco.api.loadRes([{name: result[name] for name in kept} for result in results])
         judged = COCOeval(coco.api, found, word)
         judged.evaluate()

@@ -17,10 +17,11 @@ from cjepa_fast.eval import command
 from cjepa_fast.eval.average_precision import KINDS, as_results, average_precision
 from cjepa_fast.eval.boxes import draw
 from cjepa_fast.eval.by_depth import add_drop_path, layer_decay_groups
-from cjepa_fast.eval.features import digest, shown_bar
+from cjepa_fast.eval.features import digest
 from cjepa_fast.eval.pyramid import Pyramid
 from cjepa_fast.eval.rcnn_training import Kept, Recipe, as_input, fine_tune, read
 from cjepa_fast.processes import from_all, from_first_process, rank, world_size
+from cjepa_fast.progress import shown_bar, shown_clock
 from cjepa_fast.vit import Encoder
 
 # ViTDet's layer decay and drop path by the number of blocks, up to which they hold.
@@ -129,9 +130,11 @@ def folder_of(args: argparse.Namespace) -> Path:
 
 def open_split(data: str | os.PathLike, name: str) -> Coco:
     folder = Path(data)
+    file, images = folder / "annotations" / f"instances_{name}.json", folder / name
     if name.endswith(".json"):
-        return Coco(folder / name, folder)
-    return Coco(folder / "annotations" / f"instances_{name}.json", folder / name)
+        file, images = folder / name, folder
+    with shown_clock(f"reading {file.name}"):
+        return Coco(file, images)
 
 
 def kinds_of(train: Coco, val: Coco) -> list[str]:

@@ -15,15 +15,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from cjepa_fast.checkpoint import read_tensors, write_tensors
 from cjepa_fast.data.evaluation import eval_batches
 from cjepa_fast.data.sources import ImageSet
-from cjepa_fast.processes import from_all, rank, world_size
+from cjepa_fast.processes import (
+    from_all,
+    from_first_process,
+    rank,
+    rows_on_first,
+    to_all,
+    world_size,
+)
+from cjepa_fast.progress import shown_bar
 from cjepa_fast.vit import Encoder
 
-QUIET_S = 5.0  # seconds before a progress bar appears
 TOLD_BYTES = 2**30  # of a file of features, before it is told of
 WAY = 1  # counted up where the same image would be read in another way: older features are stale
 
@@ -77,13 +83,14 @@ def extract(
     ]
     facts += ["flip"] if flip else []
     path = cache / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}.safetensors"
-    found = _kept(path)
-    if all(from_all(found is not None)):
-        return found["features"], found["places"]
-    features, places = make()
-    if rank() == 0 and len(places) == len(images if keep is None else keep):
-        _keep(path, {"features": features, "places": places})
-    return features, places
+    if (found := _kept_for_all(path)) is None:
+        features, places = make(everywhere=False)
+        whole = len(places) == len(images if keep is None else keep)
+        if from_first_process(lambda: whole and _keep(path, features, places)) and world_size() > 1:
+            found = _kept_for_all(path)  # one copy for the processes of a machine: it is mapped
+        if found is None:
+            return to_all(features), to_all(places)
+    return found["features"], found["places"]
 
 
 def _compute(encoder: Encoder, images: ImageSet, *, flip, layers, pooled, device, bf16, **options):
@@ -97,7 +104,7 @@ def _compute(encoder: Encoder, images: ImageSet, *, flip, layers, pooled, device
         images, function, image_size=encoder.image_size, mean=encoder.mean, std=encoder.std,
         device=device, **options,
     )  # fmt: skip
-    if not features.isfinite().all():
+    if not from_first_process(lambda: all(x.isfinite().all() for x in features.split(4096))):
         raise ValueError("the encoder's features are not finite: its weights are of no use")
     return features, places
 
@@ -111,27 +118,29 @@ def digest(encoder: Encoder) -> str:
     return digest.hexdigest()
 
 
-def _kept(path: Path) -> dict[str, torch.Tensor] | None:
-    """What is in a file of features; None where there is none, or a damaged one."""
+def _kept_for_all(path: Path) -> dict[str, torch.Tensor] | None:
+    """What is in a file of features; None where a process finds none, or a damaged one."""
     try:
-        return read_tensors(path)
+        found = read_tensors(path)
     except (ValueError, OSError):
-        return None
+        found = None
+    return found if all(from_all(found is not None)) else None
 
 
-def _keep(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+def _keep(path: Path, features: torch.Tensor, places: torch.Tensor) -> bool:
     """Write them, whole or not at all; a disk that is full is said, and costs nothing else."""
     partial = path.with_suffix(f".partial{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors({key: x.contiguous() for key, x in tensors.items()}, partial)
+        write_tensors({"features": features, "places": places}, partial)
         partial.rename(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
         print(f"features could not be kept in {path.parent}: {error}", file=sys.stderr)
-        return
+        return False
     if path.stat().st_size > TOLD_BYTES:
         print(f"features kept: {path.stat().st_size / 2**30:.1f} GiB in {path}", file=sys.stderr)
+    return True
 
 
 def image_vectors(
@@ -148,11 +157,13 @@ def image_vectors(
     threads: int,
     title: str,
     windows_n4: np.ndarray | None = None,
+    everywhere: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`function` (B, 3, H, W) -> (B, D) over a set: (n, D) and the positions (n,), on the CPU.
 
     windows_n4: what to show of each of `keep`, instead of the centre; an image may then be there
-    several times. Raises ValueError where no image could be read.
+    several times. everywhere: on all processes, not on the first alone. Raises ValueError where no
+    image could be read.
     """
     keep = torch.arange(len(images)) if keep is None else keep
     share = torch.arange(len(keep))[rank() :: world_size()]
@@ -162,24 +173,19 @@ def image_vectors(
         dtype=torch.float32, mean=mean, std=std, threads=threads,
         windows_N4=None if windows_n4 is None else windows_n4[share.numpy()],
     )  # fmt: skip
-    vectors, rows = [], []
+    vectors, read = torch.empty(0), torch.zeros(len(share), dtype=torch.bool)
     with shown_bar(len(chosen), title) as bar:
         for images_B3HW, index_B in batches:
-            vectors.append(function(images_B3HW).float().cpu())
-            rows.append(share[index_B])
+            found = function(images_B3HW).float().cpu()
+            if not read.any():
+                vectors = found.new_empty(len(share), *found.shape[1:])
+            vectors[index_B], read[index_B] = found, True
             bar.update(len(index_B))
-    shares = from_all((vectors, rows))
-    if not any(rows for _, rows in shares):
+    mine = vectors if read.all() else vectors[read[: len(vectors)]]
+    vectors, rows = rows_on_first(mine, share[read])
+    if not len(rows):
         raise ValueError(f"{images.root}: none of the {len(keep)} images could be read")
-    row_n = torch.cat([row for _, rows in shares for row in rows])
-    order = row_n.argsort()
-    return torch.cat([v for vectors, _ in shares for v in vectors])[order], keep[row_n[order]]
-
-
-def shown_bar(total: int, title: str, unit: str = "image") -> tqdm:
-    """Progress, on a terminal's first process, once it takes long."""
-    off = True if rank() else None  # None: off in files and pipes
-    return tqdm(total=total, desc=title, unit=unit, delay=QUIET_S, leave=False, disable=off)
+    return to_all(vectors) if everywhere else vectors, keep[rows]
 
 
 class Subset:

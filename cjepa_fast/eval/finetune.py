@@ -19,10 +19,11 @@ from cjepa_fast.data.loader import Loader
 from cjepa_fast.encoders import load_encoder
 from cjepa_fast.eval import command, recipe
 from cjepa_fast.eval.by_depth import add_drop_path, layer_decay_groups
-from cjepa_fast.eval.features import Subset, digest, image_vectors, shown_bar
+from cjepa_fast.eval.features import Subset, digest, image_vectors
 from cjepa_fast.eval.recipe import Classifier, Recipe
 from cjepa_fast.eval.tuning import Alone, Together, batches_of, restored, save
 from cjepa_fast.processes import mean_over_ranks, rank, world_size
+from cjepa_fast.progress import shown_bar
 from cjepa_fast.vit import Encoder
 
 HEADINGS = {

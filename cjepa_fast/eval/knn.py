@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 from cjepa_fast.data.sources import ImageSet
 from cjepa_fast.eval import command, linear
-from cjepa_fast.eval.features import image_vectors, shown_bar
+from cjepa_fast.eval.features import image_vectors
+from cjepa_fast.progress import shown_bar
 
 HEADINGS = {
     "train_images": "train",
@@ -20,6 +21,7 @@ HEADINGS = {
     "top1_centred": "mean-subtracted",
     "linear": "linear %",
 }
+TRAIN, TEST = 65536, 2048  # images of either side that are compared at a time
 PIXELS = 32  # raw pixels are compared at this size: a plain kNN on more gains nothing and is slow
 
 
@@ -31,36 +33,44 @@ def predict(
     k: int = 20,
     temperature: float = 0.07,
     centre: bool = False,
-    batch_size: int = 512,
+    device: torch.device | str = "cpu",
 ) -> torch.Tensor:
-    """The class with the most votes for each test image: (m,) int64.
+    """The class with the most votes for each test image: (m,) int64, on the CPU.
 
     centre: subtract the training mean from both sides first, so that what all images share does
-    not hide what sets them apart. Raises ValueError for k or temperature below what makes sense.
+    not hide what sets them apart. device: to compare on, a part of the training images at a time.
+    Raises ValueError for k or temperature below what makes sense.
     """
     if not 1 <= k <= len(train_nD):
         raise ValueError(f"k = {k}: must be from 1 to the {len(train_nD)} training images")
     if temperature <= 0:
         raise ValueError(f"temperature = {temperature}: must be above 0")
-    if centre:
-        mean_D = train_nD.mean(0)
-        train_nD, test_mD = train_nD - mean_D, test_mD - mean_D
-    train_nD = F.normalize(train_nD.float(), dim=1)
-    classes = int(label_n.max()) + 1
-    votes = []
-    with shown_bar(len(test_mD), "neighbours") as bar:
-        for test_BD in F.normalize(test_mD.float(), dim=1).split(batch_size):
-            votes.append(_votes(test_BD, train_nD, label_n, k, temperature, classes))
-            bar.update(len(test_BD))
-    return torch.cat(votes).argmax(1)
+    mean_D = train_nD.mean(0) * centre
 
+    def unit(x_nD: torch.Tensor) -> torch.Tensor:
+        return F.normalize((x_nD - mean_D).to(device, torch.float32), dim=1)
 
-def _votes(test_BD, train_nD, label_n, k: int, temperature: float, classes: int) -> torch.Tensor:
-    similarity_Bk, nearest_Bk = (test_BD @ train_nD.T).topk(k, dim=1)
+    test_mD = unit(test_mD)
+    nearest = test_mD.new_empty(len(test_mD), 0), label_n.new_empty(len(test_mD), 0, device=device)
+    with shown_bar(len(train_nD), "neighbours") as bar:
+        for train_tD, label_t in zip(train_nD.split(TRAIN), label_n.split(TRAIN), strict=True):
+            here = _nearest(test_mD, unit(train_tD), label_t.to(device), k)
+            both = [torch.cat(pair, 1) for pair in zip(nearest, here, strict=True)]
+            similarity_mk, at_mk = both[0].topk(min(k, both[0].shape[1]), dim=1)
+            nearest = similarity_mk, both[1].gather(1, at_mk)
+            bar.update(len(train_tD))
+    similarity_mk, label_mk = nearest
     # relative to the nearest: the same winner, and no overflow at a low temperature
-    weight_Bk = ((similarity_Bk - similarity_Bk[:, :1]) / temperature).exp()
-    votes_BC = torch.zeros(len(test_BD), classes, device=test_BD.device)
-    return votes_BC.scatter_add_(1, label_n[nearest_Bk], weight_Bk)
+    weight_mk = ((similarity_mk - similarity_mk[:, :1]) / temperature).exp()
+    votes_mC = torch.zeros(len(test_mD), int(label_n.max()) + 1, device=device)
+    return votes_mC.scatter_add_(1, label_mk, weight_mk).argmax(1).cpu()
+
+
+def _nearest(test_mD, train_tD, label_t, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Similarities and labels of the nearest of some training images, at most k: (m, <= k)."""
+    found = [(test_BD @ train_tD.T).topk(min(k, len(train_tD)), dim=1)
+             for test_BD in test_mD.split(TEST)]  # fmt: skip
+    return torch.cat([x.values for x in found]), label_t[torch.cat([x.indices for x in found])]
 
 
 def top1(train_nD, label_n, test_mD, test_label_m, **options) -> float:
@@ -76,14 +86,14 @@ def pixel_baselines(
     train_keep: torch.Tensor | None = None,
     test_keep: torch.Tensor | None = None,
     crop: float = 1.0,
-    k: int = 20,
-    temperature: float = 0.07,
     threads: int = 2,
+    **options,
 ) -> dict[str, dict[str, float]]:
     """kNN in percent from what needs no learning, plain ("top1") and mean-subtracted
     ("top1_centred"), for "raw pixels" (at PIXELS x PIXELS) and "mean colour".
 
-    train and test are labelled; train_keep and test_keep choose positions in them.
+    train and test are labelled; train_keep and test_keep choose positions in them; options as in
+    `predict`.
     """
     sides = []
     for images, keep in ((train, train_keep), (test, test_keep)):
@@ -95,7 +105,6 @@ def pixel_baselines(
         sides.append((flat_nD, colour_n3, images.labels[place_n]))
     (*vectors, label), (*test_vectors, test_label) = sides
     named = zip(("raw pixels", "mean colour"), vectors, test_vectors, strict=True)
-    options = {"k": k, "temperature": temperature}
     return {name: both(x, label, y, test_label, **options) for name, x, y in named}
 
 
@@ -120,7 +129,7 @@ def run(args: argparse.Namespace) -> None:
     """A row for each encoder, and for what needs no learning."""
     sides = command.labelled_sides(args.data, args.test, args.max_train)
     encoders = command.encoders_of(args)
-    options = {"k": args.k, "temperature": args.temperature}
+    options = {"k": args.k, "temperature": args.temperature, "device": command.device()}
     rows = []
     if args.pixels:
         (train, train_keep), (test, test_keep) = sides

@@ -15,6 +15,7 @@ import torch
 from cjepa_fast import draws
 from cjepa_fast.eval import command
 from cjepa_fast.eval.probes import GRIDS, Plan, fit
+from cjepa_fast.progress import shown_clock
 from cjepa_fast.vit import Encoder
 
 HEADINGS = {
@@ -55,7 +56,8 @@ def predict(
     probe = make_pipeline(
         StandardScaler(), LogisticRegression(C=inverse_penalty, max_iter=iterations)
     )
-    probe.fit(train_nD.double().numpy(), label_n.numpy())
+    with shown_clock("linear probe"):
+        probe.fit(train_nD.double().numpy(), label_n.numpy())
     return torch.from_numpy(probe.predict(test_mD.double().numpy()))
 
 

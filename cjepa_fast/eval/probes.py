@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cjepa_fast import draws
-from cjepa_fast.eval.features import shown_bar
+from cjepa_fast.progress import shown_bar
 
 GRIDS = {  # of the sweep, by optimiser; LARS's is the paper's
     "lars": {"lr": (0.01, 0.05, 0.001), "wd": (0.0005, 0.0)},

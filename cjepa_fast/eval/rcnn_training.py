@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from cjepa_fast import draws
 from cjepa_fast.data.coco import Coco, TrainViews
-from cjepa_fast.eval.features import shown_bar
 from cjepa_fast.processes import mean_over_ranks, rank, world_size
+from cjepa_fast.progress import shown_bar
 
 DROPS = (8 / 9, 26 / 27)  # of all steps: there the learning rate falls to a tenth
 

@@ -28,11 +28,11 @@ from cjepa_fast.data.whole import WholeImages, ahead
 from cjepa_fast.eval import command
 from cjepa_fast.eval.confusion import confusion, scores
 from cjepa_fast.eval.dense import fitted, normalised, resized
-from cjepa_fast.eval.features import shown_bar
 from cjepa_fast.eval.pictures import FIGURE, save
 from cjepa_fast.eval.segment_training import Recipe, train
 from cjepa_fast.eval.segmenter import Segmenter, logits_sliding, logits_whole
 from cjepa_fast.processes import from_all, rank, world_size
+from cjepa_fast.progress import shown_bar
 
 HEADINGS = {
     "train_images": "train",

@@ -19,9 +19,10 @@ from cjepa_fast.data.pairs import IGNORE, Classes, Pairs
 from cjepa_fast.data.whole import WholeImages, ahead
 from cjepa_fast.eval.by_depth import layer_decay_groups
 from cjepa_fast.eval.dense import normalised, resized
-from cjepa_fast.eval.features import digest, shown_bar
+from cjepa_fast.eval.features import digest
 from cjepa_fast.eval.segmenter import Segmenter, loss_of
 from cjepa_fast.processes import rank, world_size
+from cjepa_fast.progress import shown_bar
 
 SCALES = (0.5, 2.0)  # of the image before a crop
 LOSS_EVERY = 20  # steps between looks at the loss, each of which waits for the device

@@ -16,10 +16,10 @@ from cjepa_fast.data.videos import Clip, open_davis
 from cjepa_fast.data.whole import WholeImages, ahead
 from cjepa_fast.eval import command, davis
 from cjepa_fast.eval.dense import fitted, normalised, resized
-from cjepa_fast.eval.features import shown_bar
 from cjepa_fast.eval.pictures import FIGURE, save
 from cjepa_fast.eval.propagate import frame_labels, patch_labels, propagate
 from cjepa_fast.processes import from_all, rank, world_size
+from cjepa_fast.progress import shown_bar
 from cjepa_fast.vit import Encoder
 
 FRAMES_AT_ONCE = 4  # decoded and encoded together

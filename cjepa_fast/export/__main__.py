@@ -24,6 +24,7 @@ from cjepa_fast.encoders import load_encoder
 from cjepa_fast.export.card import card
 from cjepa_fast.export.formats import FORMATS, Format, Source, is_installed
 from cjepa_fast.export.origin import origin_of
+from cjepa_fast.progress import shown_clock
 
 CARD = "model_card.md"
 CROP = 0.875  # of the evaluation's images, where no run says it
@@ -72,7 +73,7 @@ def export(checkpoint: Path, to: str, out: Path, which: str = "target") -> float
             f"--to {to} needs {', '.join(missing)}: pip install '.[export]', or take "
             f"another of {', '.join(FORMATS)}"
         )
-    with new_folder(out) as folder:
+    with shown_clock(f"export to {to}"), new_folder(out) as folder:
         origin = origin_of(checkpoint)
         crop = origin.config.get("eval", {}).get("crop", CROP)
         source = Source(load_encoder(checkpoint, which), which, crop)
