@@ -60,6 +60,14 @@ def share(text: str) -> float:
     return value
 
 
+def from_zero(text: str) -> float:
+    """A rate: 0 or more, and less than 1."""
+    with contextlib.suppress(ValueError):
+        if 0 <= (value := float(text)) < 1:
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to below 1")
+
+
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     """CHECKPOINT and the encoders made of it, for a table."""
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run, a checkpoint, an encoder")

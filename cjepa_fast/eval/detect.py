@@ -4,7 +4,6 @@ The recipe is ViTDet's (Li et al. 2022, arXiv 2203.16527) with global attention 
 """
 
 import argparse
-import contextlib
 import dataclasses
 import os
 from pathlib import Path
@@ -44,7 +43,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="weights, to go on from, and the picture; default: eval/detect in the run's folder",
     )  # fmt: skip
     options = parser.add_argument_group("recipe, ViTDet's by default")
-    whole, above, rate = command.positive, command.above_zero, from_zero
+    whole, above, rate = command.positive, command.above_zero, command.from_zero
     types = {
         "image_size": (whole, "side of the square canvas in pixels"),
         "epochs": (whole, ""),
@@ -65,14 +64,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         options.add_argument(option, type=kind, default=known[name], help=said)
     parser.add_argument("--bf16", action="store_true", help="the encoder and the pyramid in bf16")
     parser.add_argument("--threads", type=int, default=4, help="reading processes")
-
-
-def from_zero(text: str) -> float:
-    """A rate: 0 or more, and less than 1."""
-    with contextlib.suppress(ValueError):
-        if 0 <= (value := float(text)) < 1:
-            return value
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to below 1")
 
 
 def run(args: argparse.Namespace) -> None:

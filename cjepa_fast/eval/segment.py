@@ -44,14 +44,19 @@ HEADINGS = {
 }
 # The heads' usual settings on ADE20K: DINOv2's for the linear one, MAE's for UPerNet.
 RECIPES = {
-    "linear": {"steps": 40_000, "lr": 1e-3, "weight_decay": 1e-4, "layer_decay": 1.0},
-    "upernet": {"steps": 160_000, "lr": 1e-4, "weight_decay": 0.05, "layer_decay": 0.65},
-}
+    "linear": {
+        "steps": 40_000, "lr": 1e-3, "weight_decay": 1e-4, "layer_decay": 1.0, "drop_path": 0.0,
+    },
+    "upernet": {
+        "steps": 160_000, "lr": 1e-4, "weight_decay": 0.05, "layer_decay": 0.65, "drop_path": 0.1,
+    },
+}  # fmt: skip
 WARMUP = 1500  # steps, or a tenth of them where that is less
 SIDE = 512  # pixels: the short side, and about the crop's
 SETTINGS = (
     "data", "head", "layers", "frozen", "steps", "batch_size", "lr", "weight_decay", "layer_decay",
-    "short_side", "crop_size", "slide", "ignore_index", "bf16", "seed",
+    "drop_path", "short_side", "crop_size", "plain_colours", "slide", "ignore_index", "bf16",
+    "seed",
 )  # fmt: skip
 IGNORED = "count nowhere, beside 255; default: 0 for ADE20K's folders, else none"
 SHOWN_CLASSES = 24  # in a legend
@@ -191,6 +196,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--lr", type=command.above_zero, help="of the head; default: 1e-3 linear, 1e-4 UPerNet")
     add("--weight-decay", type=command.above_zero, help="default: 1e-4 linear, 0.05 UPerNet")
     add("--layer-decay", type=command.share, help="of the rate, a block; default: 0.65 for UPerNet")
+    add("--drop-path", type=command.from_zero, metavar="RATE", help="of the last block's branches; "
+        "default: 0.1 for UPerNet")  # fmt: skip
+    add("--plain-colours", action="store_true", help="do not distort them while training")
     add("--short-side", type=command.positive, default=SIDE, help="images' pixels at scale 1")
     add("--crop-size", type=command.positive, help="pixels; default: the short side's, in patches")
     add("--slide", type=command.positive, metavar="STRIDE", help="evaluate by windows of the "

@@ -11,27 +11,26 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from cjepa_fast import draws
 from cjepa_fast.data.pairs import IGNORE, Classes, Pairs
 from cjepa_fast.data.whole import WholeImages, ahead
-from cjepa_fast.eval.by_depth import layer_decay_groups
-from cjepa_fast.eval.dense import normalised, resized
+from cjepa_fast.eval.by_depth import add_drop_path, layer_decay_groups
 from cjepa_fast.eval.features import digest
+from cjepa_fast.eval.segment_views import DRAWS, view
 from cjepa_fast.eval.segmenter import Segmenter, loss_of
 from cjepa_fast.processes import rank, world_size
 from cjepa_fast.progress import shown_bar
 
-SCALES = (0.5, 2.0)  # of the image before a crop
 LOSS_EVERY = 20  # steps between looks at the loss, each of which waits for the device
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """batch_size: images a step, of all processes; lr: of the head; short_side and crop_size: in
-    pixels, of an image at scale 1 and of the square that is learnt from."""
+    """batch_size: images a step, of all processes; lr: of the head; drop_path: of the last block;
+    short_side and crop_size: in pixels, of an image at scale 1 and of the square that is learnt
+    from."""
 
     steps: int
     warmup: int
@@ -39,8 +38,10 @@ class Recipe:
     lr: float
     weight_decay: float
     layer_decay: float
+    drop_path: float
     short_side: int
     crop_size: int
+    plain_colours: bool
     seed: int
     bf16: bool
 
@@ -74,6 +75,7 @@ def train(
     optimizer = torch.optim.AdamW(
         layer_decay_groups(model, model.encoder, recipe.layer_decay, recipe.weight_decay)
     )
+    add_drop_path(model.encoder, recipe.drop_path)
     facts = _facts(model, pairs, classes, recipe)
     start = _restore(save_to, model, optimizer, facts) if resume and save_to else 0
     run = _parallel(model.train(), device)
@@ -85,7 +87,13 @@ def train(
             rate = recipe.lr * share_of_peak(step, recipe.steps, recipe.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["lr_scale"]
-            views = [augmented(*sample, recipe, model.encoder, device) for sample in samples]
+            views = [
+                view(
+                    *sample, short_side=recipe.short_side, crop_size=recipe.crop_size,
+                    plain_colours=recipe.plain_colours, encoder=model.encoder, device=device,
+                )
+                for sample in samples
+            ]  # fmt: skip
             images_B3CC, labels_BCC = (torch.stack(parts) for parts in zip(*views, strict=True))
             with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bf16):
                 logits = run(images_B3CC)
@@ -144,31 +152,7 @@ def _batches(
 
 
 def _draws(seed: int, epoch: int, at: int) -> list[float]:
-    return draws.uniforms(seed, draws.CROP, epoch, torch.tensor([at]), 4)[0].tolist()
-
-
-def augmented(
-    image_3HW: torch.Tensor, labels_HW: torch.Tensor, uniforms: list[float], recipe: Recipe,
-    encoder, device: torch.device,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """A view to learn from: scaled, cropped to a square, flipped or not; normalised (3, C, C) fp32
-    and (C, C) uint8. Where the scaled image is smaller than the crop, the rest is IGNORE.
-
-    uniforms: four in [0, 1): of the scale, the crop's row and column, the flip.
-    """
-    scale, row, column, flip = uniforms
-    side = recipe.crop_size
-    factor = SCALES[0] + scale * (SCALES[1] - SCALES[0])
-    factor *= recipe.short_side / min(labels_HW.shape)
-    height, width = (max(1, round(size * factor)) for size in labels_HW.shape)
-    top, left = (int(u * (max(0, size - side) + 1)) for u, size in ((row, height), (column, width)))
-    window = (..., slice(top, top + side), slice(left, left + side))
-    image = normalised(resized(image_3HW.to(device), (height, width))[window], encoder)
-    labels = labels_HW.to(device)[None, None]
-    labels = F.interpolate(labels, (height, width), mode="nearest-exact")[0, 0][window]
-    rest = (0, side - image.shape[-1], 0, side - image.shape[-2])
-    image, labels = F.pad(image, rest), F.pad(labels, rest, value=IGNORE)
-    return (image.flip(-1), labels.flip(-1)) if flip < 0.5 else (image, labels)
+    return draws.uniforms(seed, draws.CROP, epoch, torch.tensor([at]), DRAWS)[0].tolist()
 
 
 # ------------------------------------------------------------------------------------ kept on disk
