@@ -15,7 +15,7 @@ import torch
 from stopwatch import Stopwatch
 
 from cjepa_fast.kernels import (
-    attention,
+    attention_tiles,
     ema,
     gather_tiles,
     gelu,
@@ -126,10 +126,10 @@ def attention_knobs(
     for B, S, H, d, trained in shapes:
         qkv = torch.randn(B, S, 3 * H * d, device=device, dtype=torch.bfloat16)
         q, k, v = qkv.chunk(3, -1)
-        out, lse = attention.launch_attention(q, k, v, H)
+        out, lse = attention_tiles.launch_attention(q, k, v, H)
         yield Knob(
-            *attention.forward_candidates(S, d),
-            lambda tile, q=q, k=k, v=v, H=H: attention.launch_attention(q, k, v, H, tile),
+            *attention_tiles.forward_candidates(S, d),
+            lambda tile, q=q, k=k, v=v, H=H: attention_tiles.launch_attention(q, k, v, H, tile),
         )  # fmt: skip
         if not trained:
             continue
@@ -137,9 +137,11 @@ def attention_knobs(
 
         def backward(tile, qkv=qkv, out=out, lse=lse, H=H, dqkv=dqkv):
             parts = qkv.chunk(3, -1), dqkv.chunk(3, -1)
-            attention.launch_attention_backward(out, *parts[0], out, lse, H, parts[1], True, tile)
+            attention_tiles.launch_attention_backward(
+                out, *parts[0], out, lse, H, parts[1], True, tile
+            )
 
-        yield Knob(*attention.backward_candidates(S, d), backward)
+        yield Knob(*attention_tiles.backward_candidates(S, d, device), backward)
 
 
 # Target, context and predictor of the models in configs/, as their masks draw them.
@@ -147,6 +149,7 @@ ATTENTIONS = (
     (128, 256, 16, 80, False), (128, 91, 16, 80, True), (512, 120, 16, 24, True),
     (512, 140, 16, 24, True), (128, 196, 16, 64, False), (128, 60, 16, 64, True),
     (1024, 90, 12, 32, True), (1024, 90, 6, 64, True), (1024, 90, 3, 128, True),
+    (32, 1024, 16, 80, False), (32, 370, 16, 80, True), (128, 470, 16, 24, True),
 )  # fmt: skip
 
 

@@ -40,8 +40,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str) -> t
     if backend == "auto":
         backend = "sdpa" if q.is_cuda else "plain"
     if backend == "triton":
-        trained = torch.is_grad_enabled() and q.requires_grad
-        if not q.is_cuda or short.takes(q, trained):
+        if not q.is_cuda or short.takes(q):
             return short.attention(q, k, v)
         backend = "sdpa"
     if backend == "sdpa":

@@ -31,7 +31,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from cjepa_fast.attention import attend
-from cjepa_fast.kernels import attention as kernels
+from cjepa_fast.kernels.attention import takes as takes_attention
+from cjepa_fast.kernels.attention_tiles import launch_attention, launch_attention_backward
 from cjepa_fast.kernels.fp8 import E4M3, Rows, quantise_add_norm, quantise_gelu, quantise_norm
 from cjepa_fast.kernels.gelu import launch_gelu, launch_gelu_backward
 from cjepa_fast.kernels.norm import launch_add_norm, launch_add_norm_backward, takes
@@ -138,7 +139,7 @@ class Attention(Function):
 
     @staticmethod
     def forward(ctx, qkv, bias, heads):
-        out, lse = kernels.launch_attention(*qkv.chunk(3, -1), heads)
+        out, lse = launch_attention(*qkv.chunk(3, -1), heads)
         ctx.heads = heads
         ctx.save_for_backward(qkv, out, lse)
         return out
@@ -148,7 +149,7 @@ class Attention(Function):
     def backward(ctx, dout):
         qkv, out, lse = ctx.saved_tensors
         dqkv = torch.empty_like(qkv)
-        dbias = kernels.launch_attention_backward(
+        dbias = launch_attention_backward(
             dout.contiguous(), *qkv.chunk(3, -1), out, lse, ctx.heads, dqkv.chunk(3, -1), True
         )
         return dqkv, dbias, None
@@ -159,7 +160,7 @@ class AttentionLast(Function):
 
     @staticmethod
     def forward(ctx, q, kv, bias, heads):
-        out, lse = kernels.launch_attention(q, *kv.chunk(2, -1), heads)
+        out, lse = launch_attention(q, *kv.chunk(2, -1), heads)
         ctx.heads = heads
         ctx.save_for_backward(q, kv, out, lse)
         return out
@@ -169,7 +170,7 @@ class AttentionLast(Function):
     def backward(ctx, dout):
         q, kv, out, lse = ctx.saved_tensors
         dq, dkv = torch.empty_like(q), torch.empty_like(kv)
-        dbias = kernels.launch_attention_backward(
+        dbias = launch_attention_backward(
             dout.contiguous(), q, *kv.chunk(2, -1), out, lse, ctx.heads, (dq, *dkv.chunk(2, -1)),
             True,
         )  # fmt: skip
@@ -272,7 +273,7 @@ def heads_of(x_BSX: torch.Tensor, parts: int, heads: int) -> list[torch.Tensor]:
 def attend_heads(attn: nn.Module, qkv_BSX: torch.Tensor, trained: bool) -> torch.Tensor:
     """Attention by attn.backend of q, k and v side by side, (B, S, 3 D): (B, S, D)."""
     q, k, v = heads_of(qkv_BSX, 3, attn.heads)
-    if attn.backend == "triton" and kernels.takes(q, trained):
+    if attn.backend == "triton" and takes_attention(q):
         return Attention.apply(qkv_BSX, attn.qkv.bias, attn.heads)
     if trained:
         q, k, v = heads_of(Biased.apply(qkv_BSX, attn.qkv.bias), 3, attn.heads)
@@ -284,7 +285,7 @@ def attend_last(
 ) -> torch.Tensor:
     """The same of the last P tokens' queries, and of all keys and values side by side."""
     D, bias = q_BPD.shape[-1], attn.qkv.bias
-    if attn.backend == "triton" and kernels.takes(*heads_of(q_BPD, 1, attn.heads), trained):
+    if attn.backend == "triton" and takes_attention(*heads_of(q_BPD, 1, attn.heads)):
         return AttentionLast.apply(q_BPD, kv_BSX, bias, attn.heads)
     if trained:
         q_BPD, kv_BSX = Biased.apply(q_BPD, bias[:D]), Biased.apply(kv_BSX, bias[D:])

@@ -26,7 +26,7 @@ TESTS = {
     "norm": "tests/test_kernels_norm.py",
     "sums": "tests/test_kernels_norm.py",
     "gelu": "tests/test_kernels_gelu.py",
-    "attention": "tests/test_kernels_attention.py",
+    "attention_tiles": "tests/test_kernels_attention.py",
 }
 
 
@@ -275,7 +275,7 @@ BREAKS = [
         ("parts of one program", "parts + tl.program_id(1) * C", "parts"),
     ),
     *broken(
-        "attention", "_attention_kernel",
+        "attention_tiles", "_attention_kernel",
         ("keys beyond the last seen", "tl.where((col < T)[None, :], scores, -float(\"inf\"))",
          "scores"),
         ("sum not shrunk", "total = total * shrunk", "total = total"),
@@ -287,7 +287,7 @@ BREAKS = [
         ("keys of the first sequence", "k += sequence * k_batch + head * d", "k += head * d"),
     ),
     *broken(
-        "attention", "_step",
+        "attention_tiles", "_step",
         ("keys that are not there seen", "tl.where(live[None, :], weights, 0.0)", "weights"),
         ("delta left out", " - delta[:, None])", ")"),
         ("values' gradient of slopes", "dv0 = _dot(tl.trans(low), do0, dv0)",
@@ -297,8 +297,8 @@ BREAKS = [
         ("scale left out", "* scale - lse", "- lse"),
     ),
     *broken(
-        "attention", "_attention_backward_kernel",
-        ("keys not scaled", "dk0 *= factor", "dk0 *= 1.0"),
+        "attention_tiles", "_attention_backward_kernel",
+        ("keys not scaled", "dk0, dk1 = dk0 * factor", "dk0, dk1 = dk0"),
         ("queries not scaled", "dqa0, dqa1 = dqa0 * factor", "dqa0, dqa1 = dqa0"),
         ("second queries left out of the sums", "total0 + tl.sum(dqb0, 0)", "total0"),
         ("sums of the last keys alone", "sum_k0 += tl.sum", "sum_k0 = tl.sum"),
@@ -306,6 +306,40 @@ BREAKS = [
         ("keys' sums for the values", "2 * H * d, sum_v0", "2 * H * d, sum_k0"),
         ("one head's gradient for all", "dq += sequence * dq_batch + head * d",
          "dq += sequence * dq_batch"),
+    ),
+    *broken(
+        "attention_tiles", "_write",
+        ("second part of a head not written", "if D1 > 0:", "if D1 > 64:"),
+    ),
+    *broken(
+        "attention_tiles", "_write_sums",
+        ("second part's sums at the first's", "parts + rest", "parts + rest - D0"),
+    ),
+    *broken(
+        "attention_tiles", "_attention_queries_kernel",
+        ("keys that are not there seen", "tl.where(there[None, :], weights, 0.0)", "weights"),
+        ("delta left out", " - delta_r[:, None])", ")"),
+        ("delta not kept", "delta_r, mask=live)", "delta_r * 0.0, mask=live)"),
+        ("second part of dq left out", "dq1 = _dot(slopes, k1, dq1)", "dq1 = dq1"),
+        ("keys of the first block alone", "block * ROWS < S, T, 0)", "block * ROWS < S, COLS, 0)"),
+        ("another block's queries", "        block * ROWS, ROWS,", "        0, ROWS,"),
+        ("queries not scaled", "dq0, dq1 = dq0 * factor", "dq0, dq1 = dq0"),
+        ("parts of one block", "(sequence * blocks + block) * 3", "(sequence * blocks) * 3"),
+    ),
+    *broken(
+        "attention_tiles", "_attention_keys_kernel",
+        ("keys that are not there seen", "tl.where(live[:, None], weights, 0.0)", "weights"),
+        ("delta left out", " - delta_c[None, :])", ")"),
+        ("another block's keys", "row = block * ROWS +", "row ="),
+        ("queries of the first block alone", "block * ROWS < T, S, 0)",
+         "block * ROWS < T, COLS, 0)"),
+        ("queries that are not there seen", 'other=float("inf")', "other=0.0"),
+        ("second part of dk left out", "dk1 = _dot(slopes, q1, dk1)", "dk1 = dk1"),
+        ("second part of dv left out", "dv1 = _dot(low, do1, dv1)", "dv1 = dv1"),
+        ("keys not scaled", "dk0, dk1 = dk0 * factor", "dk0, dk1 = dk0"),
+        ("keys' sums for the values", "2 * H * d, tl.sum(dv0, 0)", "2 * H * d, tl.sum(dk0, 0)"),
+        ("one head's delta for all", "delta += (sequence * H + head) * S",
+         "delta += sequence * H * S"),
     ),
     *broken(
         "ema", "_adamw_ema_kernel",

@@ -4,8 +4,14 @@ import pytest
 import torch
 from kernel_checks import FLOOR, check_operator, compiles_whole, same_bits, within_budget
 
-from cjepa_fast.kernels import attention
-from cjepa_fast.kernels.attention import launch_attention, launch_attention_backward
+from cjepa_fast.kernels import attention, attention_tiles
+from cjepa_fast.kernels.attention_tiles import (
+    TWO_PASSES,
+    TwoPasses,
+    launch_attention,
+    launch_attention_backward,
+    one_pass,
+)
 
 DTYPES = [torch.bfloat16, torch.float16]
 # Sequences, queries, keys, heads, values of a head.
@@ -86,15 +92,35 @@ def test_outputs_gradients_and_sums_are_within_the_error_budget(seed, kernel_dev
     check(shape, kernel_device, dtype)
 
 
-@pytest.mark.parametrize("tile", attention.TILES, ids=str)
+@pytest.mark.parametrize("tile", attention_tiles.TILES, ids=str)
 def test_every_tile(seed, kernel_device, tile):
     check((1, 70, 77, 2, 24), kernel_device, torch.bfloat16, tile)
 
 
 @pytest.mark.parametrize(("S", "d"), [(40, 64), (40, 80), (100, 32), (140, 24), (170, 24)])
 def test_every_tile_of_the_backward(seed, kernel_device, S, d):
-    for tile in attention.backward_tiles(S, d):
+    for tile in one_pass(S, d):
         check((1, S, S, 1, d), kernel_device, torch.bfloat16, None, tile)
+
+
+# Queries and keys of several blocks, the last one ragged; more blocks of either.
+PASSES = {
+    "the predictor of L, H": (1, 61, 61, 2, 24),
+    "two parts of a head": (2, 70, 70, 2, 80),
+    "fewer queries than keys": (2, 5, 70, 2, 24),
+    "more queries than keys": (1, 70, 5, 2, 88),
+    "longer than one pass holds": (1, 133, 150, 1, 64),
+}
+
+
+@pytest.mark.parametrize("tile", [*TWO_PASSES, TwoPasses(32, 16, 4)], ids=str)
+@pytest.mark.parametrize("shape", PASSES.values(), ids=PASSES)
+def test_two_passes(seed, kernel_device, shape, tile):
+    check(shape, kernel_device, torch.bfloat16, None, tile)
+
+
+def test_two_passes_in_fp16(seed, kernel_device):
+    check((2, 40, 50, 2, 32), kernel_device, torch.float16, None, TWO_PASSES[0])
 
 
 def test_large_scores_do_not_overflow(seed, kernel_device):
@@ -106,15 +132,18 @@ def test_large_scores_do_not_overflow(seed, kernel_device):
     assert all(x.isfinite().all() for x in got.values())
 
 
+# of keys that are not there, whose weights are then set to 0
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning")
 @pytest.mark.parametrize(("shift", "dtype"), [(-95, torch.bfloat16), (-20, torch.float16)])
 @pytest.mark.parametrize("T", [64, 70])
-def test_scores_far_below_zero(seed, kernel_device, shift, dtype, T):
+@pytest.mark.parametrize("backward", [None, TWO_PASSES[0]], ids=str)
+def test_scores_far_below_zero(seed, kernel_device, shift, dtype, T, backward):
     """The softmax does not see a shift of all scores; 0, the score of a key that is not there, is
     then far above those that are."""
     q, k, v, dout = tensors((1, 8, T, 1, 16), kernel_device, dtype)
     q, k = 0.3 * q.contiguous(), 0.3 * k.contiguous()
     q[..., 0], k[..., 0], v = 10.0, shift * 16**0.5 / 10, v.contiguous()
-    got = kernel(q, k, v, dout, 1)
+    got = kernel(q, k, v, dout, 1, backward=backward)
     assert all(x.isfinite().all() for x in got.values())
     exact, eager = definition(q, k, v, dout, 1, torch.float64), definition(q, k, v, dout, 1)
     for name in ("out", "dv"):
@@ -122,19 +151,22 @@ def test_scores_far_below_zero(seed, kernel_device, shift, dtype, T):
 
 
 @pytest.mark.filterwarnings("ignore:.*(NaN|invalid value):RuntimeWarning")  # of the interpreter
-def test_sequences_and_heads_do_not_see_each_other(seed, kernel_device):
+@pytest.mark.parametrize("backward", [None, TWO_PASSES[0]], ids=str)
+def test_sequences_and_heads_do_not_see_each_other(seed, kernel_device, backward):
     q, k, v, dout = tensors((3, 9, 9, 2, 16), kernel_device, torch.bfloat16)
-    before = kernel(q, k, v, dout, 2)["out"]
+    before = kernel(q, k, v, dout, 2, backward=backward)
     q[1, :, 16:] = torch.nan
-    after = kernel(q, k, v, dout, 2)
-    changed = after["out"].isnan()
-    assert changed[1, :, 16:].all() and changed.sum() == 9 * 16
-    assert torch.equal(after["out"][[0, 2]], before[[0, 2]])
+    after = kernel(q, k, v, dout, 2, backward=backward)
+    for name in ("out", "dq", "dk", "dv"):
+        changed = after[name].isnan()
+        assert changed[1, :, 16:].all() and changed.sum() == 9 * 16
+        assert torch.equal(after[name][[0, 2]], before[name][[0, 2]])
 
 
 def test_same_bits_twice(seed, kernel_device):
     made = tensors((2, 70, 70, 2, 24), kernel_device, torch.bfloat16)
-    same_bits(lambda: tuple(kernel(*made, 2).values()))
+    for backward in (None, TWO_PASSES[0]):
+        same_bits(lambda tile=backward: tuple(kernel(*made, 2, backward=tile).values()))
 
 
 @pytest.mark.parametrize(
@@ -143,13 +175,26 @@ def test_same_bits_twice(seed, kernel_device):
      (88, (64, 32)), (96, (64, 32)), (112, (128, 0)), (128, (128, 0))],
 )  # fmt: skip
 def test_parts_of_a_head(d, parts):
-    assert attention.split(d) == parts and sum(parts) >= d
+    assert attention_tiles.split(d) == parts and sum(parts) >= d
 
 
-def test_the_backward_holds_all_queries():
+def test_one_pass_holds_all_queries_and_the_others_take_two():
     for d in (24, 32, 64, 80, 128):
-        for S in range(1, attention.longest(d) + 1):
-            assert all(t.rows0 + t.rows1 >= S for t in attention.backward_tiles(S, d))
+        for S in (1, 64, 65, 128, 129, 144, 145, 256, 257, 1024):
+            assert all(t.rows0 + t.rows1 >= S for t in one_pass(S, d))
+            assert bool(one_pass(S, d)) == ((256 if d <= 32 else 128) >= S)
+            _, found = attention_tiles.backward_candidates(S, d, torch.device("cpu"))
+            assert found == one_pass(S, d) + TWO_PASSES
+    assert one_pass(64, 64, room=False) and not one_pass(64, 80, room=False)
+
+
+def test_a_length_has_one_key_and_one_list():
+    """tuned.py names a place in the list, by the key."""
+    for d in (24, 80):
+        lists = {}
+        for S in range(1, 600):
+            key, found = attention_tiles.backward_candidates(S, d, torch.device("cpu"))
+            assert lists.setdefault(key, found) == found
 
 
 # --- the operator
@@ -183,14 +228,10 @@ def test_opcheck_and_compilation(seed, kernel_device):
 
 
 def test_what_the_kernels_do_not_take_is_refused_or_goes_by_the_definition(seed, kernel_device):
-    def call(S: int, d: int, dtype=torch.bfloat16, trained=True):
-        qkv = [torch.randn(1, 2, S, d).to(kernel_device, dtype) for _ in range(3)]
-        return attention.attention(*(x.requires_grad_(trained) for x in qkv))
+    def call(S: int, d: int, dtype=torch.bfloat16):
+        return attention.attention(*torch.randn(3, 1, 2, S, d).to(kernel_device, dtype))
 
-    with pytest.raises(RuntimeError, match=r"no kernel.*129, 80"):
-        call(129, 80)
-    assert call(129, 80, trained=False).isfinite().all()
-    with pytest.raises(RuntimeError, match="no kernel"):
+    with pytest.raises(RuntimeError, match=r"no kernel.*4, 136"):
         call(4, 136)
     assert call(4, 8, torch.float32).dtype == torch.float32
 
