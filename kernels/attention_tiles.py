@@ -92,6 +92,17 @@ def _product(x0, x1, y0, y1, D1: tl.constexpr, ROWS: tl.constexpr, COLS: tl.cons
     return out
 
 
+@triton.jit
+def _place(H, blocks):
+    """A program's head, block of rows and sequence.
+
+    Heads first, which share cache lines, then blocks, which share what they go over.
+    """
+    head = tl.program_id(0) % H
+    block = (tl.program_id(0) // H) % blocks
+    return head, block, (tl.program_id(0) // H // blocks).to(tl.int64)
+
+
 @triton.jit(do_not_specialize=["S", "T", "blocks"])
 def _attention_kernel(
     q, k, v, out, lse, H, S, T, blocks, q_batch, q_row, k_batch, k_row, out_batch, out_row, scale,
@@ -100,12 +111,9 @@ def _attention_kernel(
 ):  # fmt: skip
     """ROWS queries of one sequence and head, COLS keys at a time, with a running maximum.
 
-    Programs: heads, which share cache lines, then the blocks of queries, which share keys, then
-    sequences. lse (B, H, S): log2 of the sum of 2^scores. scale: log2(e) / sqrt(d).
+    lse (B, H, S): log2 of the sum of 2^scores. scale: log2(e) / sqrt(d).
     """
-    head = tl.program_id(0) % H
-    block = (tl.program_id(0) // H) % blocks
-    sequence = (tl.program_id(0) // H // blocks).to(tl.int64)
+    head, block, sequence = _place(H, blocks)
     row = block * ROWS + tl.arange(0, ROWS)
     live = row < S
     q += sequence * q_batch + head * d
@@ -191,8 +199,7 @@ def _attention_backward_kernel(
     scale: log2(e) / sqrt(d), factor: 1 / sqrt(d). With SUMS, parts (B, 3, H d) has the sums of the
     rows of dq, dk and dv, as fp32.
     """
-    head = tl.program_id(0) % H
-    sequence = (tl.program_id(0) // H).to(tl.int64)
+    head, _, sequence = _place(H, 1)
     q += sequence * q_batch + head * d
     k += sequence * k_batch + head * d
     v += sequence * k_batch + head * d
@@ -270,13 +277,10 @@ def _attention_queries_kernel(
 ):  # fmt: skip
     """The first of two passes: dq of ROWS queries, COLS keys at a time.
 
-    Programs: heads, then blocks, as many as the longer of queries and keys has, then sequences.
-    Leaves delta (B, H, S), rowsum(do * o), and with SUMS in parts (B, blocks, 3, H d) at 0 the
-    sums of the rows of dq.
+    blocks: as many as the longer of queries and keys has. Leaves delta (B, H, S), rowsum(do * o),
+    and with SUMS in parts (B, blocks, 3, H d), at 0, the sums of the rows of dq.
     """
-    head = tl.program_id(0) % H
-    block = (tl.program_id(0) // H) % blocks
-    sequence = (tl.program_id(0) // H // blocks).to(tl.int64)
+    head, block, sequence = _place(H, blocks)
     row = block * ROWS + tl.arange(0, ROWS)
     live = row < S
     k += sequence * k_batch + head * d
@@ -320,9 +324,7 @@ def _attention_keys_kernel(
 
     All is the other way up, (keys, queries), so that what was just computed is a product's left.
     """
-    head = tl.program_id(0) % H
-    block = (tl.program_id(0) // H) % blocks
-    sequence = (tl.program_id(0) // H // blocks).to(tl.int64)
+    head, block, sequence = _place(H, blocks)
     row = block * ROWS + tl.arange(0, ROWS)
     live = row < T
     q += sequence * q_batch + head * d
