@@ -320,11 +320,14 @@ def write_tensors(
 ) -> None:
     """A safetensors file, for whoever may read the files beside it, on the disk when this returns.
 
-    Not atomic: under a temporary name.
+    Not atomic: under a temporary name. Raises OSError where that fails, as on a full disk.
     """
     path.touch()
     mode = path.stat().st_mode
-    save_file(tensors, path, metadata)
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
     path.chmod(mode)  # safetensors lets its owner alone read it
     sync_file(path)
 

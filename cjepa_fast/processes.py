@@ -140,7 +140,7 @@ def rows_on_first(mine_nD: torch.Tensor, row_n: torch.Tensor) -> tuple[torch.Ten
 
     mine_nD (n, ...) on the CPU, of one dtype everywhere, and its rows' numbers (n,), ascending.
     Returns (N, ...), empty but on process 0, and the numbers of all (N,) on every process. They
-    pass a piece at a time, so process 0 needs no more than room for them.
+    pass a piece at a time, so process 0 needs room for them and its own, and no more.
     """
     if world_size() == 1:
         return mine_nD, row_n
@@ -152,7 +152,8 @@ def rows_on_first(mine_nD: torch.Tensor, row_n: torch.Tensor) -> tuple[torch.Ten
         return mine_nD.new_empty(0), row_N
     shape = next((shape for row, shape in shares if len(row)), ())
     whole_ND = mine_nD.new_empty(len(row_N), *shape)
-    whole_ND[torch.searchsorted(row_N, row_n)] = mine_nD
+    if len(row_n):
+        whole_ND[torch.searchsorted(row_N, row_n)] = mine_nD
     for source, (row, _) in enumerate(shares[1:], 1):
         for part in row.split(PIECE_ROWS) if len(row) else ():
             piece = mine_nD.new_empty(len(part), *shape)

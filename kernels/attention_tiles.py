@@ -436,8 +436,10 @@ def backward_candidates(
     S: int, d: int, device: torch.device
 ) -> tuple[str, tuple[OnePass | TwoPasses, ...]]:
     """The same of the backward, of one length from 129 to 144."""
+    room = roomy(device)
+    two = TWO_PASSES if room or d <= 64 else TWO_PASSES[:2]
     length = 144 if 128 < S <= 144 else max(64, triton.next_power_of_2(S))
-    return f"attention backward {length}x{d}", one_pass(S, d, roomy(device)) + TWO_PASSES
+    return f"attention backward {length}x{d}", one_pass(S, d, room) + two
 
 
 def _strides(x_BSX: torch.Tensor) -> tuple[int, int]:

@@ -333,7 +333,6 @@ BREAKS = [
         ("another block's keys", "row = block * ROWS +", "row ="),
         ("queries of the first block alone", "block * ROWS < T, S, 0)",
          "block * ROWS < T, COLS, 0)"),
-        ("queries that are not there seen", 'other=float("inf")', "other=0.0"),
         ("second part of dk left out", "dk1 = _dot(slopes, q1, dk1)", "dk1 = dk1"),
         ("second part of dv left out", "dv1 = _dot(low, do1, dv1)", "dv1 = dv1"),
         ("keys not scaled", "dk0, dk1 = dk0 * factor", "dk0, dk1 = dk0"),

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import resource
 
 import pytest
 import torch
@@ -33,6 +34,17 @@ def test_any_run_is_read_from_any_cut(tmp_path, cuts):
             fragment = Fragment("x", start, torch.full((end - start,), float("nan")))
             stored.read_into("master", fragment)
             assert torch.equal(fragment.values, weight[start:end])
+
+
+def test_a_full_disk_is_an_os_error(tmp_path):
+    """safetensors raises an error of its own; the limit on a file's size stands in for the disk."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
+    try:
+        with pytest.raises(OSError, match=r"x\.safetensors cannot be written: .*File too large"):
+            checkpoint.write_tensors({"x": torch.zeros(100_000)}, tmp_path / "x.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
 
 def test_a_parameter_that_is_not_there_is_named(tmp_path):

@@ -1,7 +1,6 @@
 """What a segmenter is shown: labels on their pixels, crops no class fills, new colours."""
 
 import colorsys
-import functools
 
 import pytest
 import torch
@@ -18,8 +17,12 @@ STILL = [0.9] * 4 + [0.5] * 4  # of the colours
 def view():
     encoder = Encoder(image_size=16, patch_size=4, width=24, depth=1, heads=3)
     encoder.mean, encoder.std = (0.5,) * 3, (0.25,) * 3
-    options = {"short_side": 40, "crop_size": 32, "encoder": encoder, "device": "cpu"}
-    return functools.partial(views.view, plain_colours=True, **options)
+
+    def view(image, labels, uniforms, short_side=40, plain_colours=True):
+        chosen = views.chosen_view(labels, uniforms, short_side, crop_size=32)
+        return views.shown(image, chosen, plain_colours, encoder, "cpu")
+
+    return view
 
 
 def shades(view_3CC: torch.Tensor) -> torch.Tensor:

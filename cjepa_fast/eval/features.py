@@ -5,6 +5,7 @@ Of several processes each takes its share of the images.
 Shapes: n images of a set, B images of a batch, N patches, D width.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -135,7 +136,8 @@ def _keep(path: Path, features: torch.Tensor, places: torch.Tensor) -> bool:
         write_tensors({"features": features, "places": places}, partial)
         partial.rename(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         print(f"features could not be kept in {path.parent}: {error}", file=sys.stderr)
         return False
     if path.stat().st_size > TOLD_BYTES:

@@ -52,13 +52,12 @@ def predict(
 
     test_mD = unit(test_mD)
     nearest = test_mD.new_empty(len(test_mD), 0), label_n.new_empty(len(test_mD), 0, device=device)
-    with shown_bar(len(train_nD), "neighbours") as bar:
+    with shown_bar(len(train_nD) * len(test_mD), "neighbours", "pair") as bar:
         for train_tD, label_t in zip(train_nD.split(TRAIN), label_n.split(TRAIN), strict=True):
-            here = _nearest(test_mD, unit(train_tD), label_t.to(device), k)
+            here = _nearest(test_mD, unit(train_tD), label_t.to(device), k, bar)
             both = [torch.cat(pair, 1) for pair in zip(nearest, here, strict=True)]
             similarity_mk, at_mk = both[0].topk(min(k, both[0].shape[1]), dim=1)
             nearest = similarity_mk, both[1].gather(1, at_mk)
-            bar.update(len(train_tD))
     similarity_mk, label_mk = nearest
     # relative to the nearest: the same winner, and no overflow at a low temperature
     weight_mk = ((similarity_mk - similarity_mk[:, :1]) / temperature).exp()
@@ -66,10 +65,12 @@ def predict(
     return votes_mC.scatter_add_(1, label_mk, weight_mk).argmax(1).cpu()
 
 
-def _nearest(test_mD, train_tD, label_t, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _nearest(test_mD, train_tD, label_t, k: int, bar) -> tuple[torch.Tensor, torch.Tensor]:
     """Similarities and labels of the nearest of some training images, at most k: (m, <= k)."""
-    found = [(test_BD @ train_tD.T).topk(min(k, len(train_tD)), dim=1)
-             for test_BD in test_mD.split(TEST)]  # fmt: skip
+    found = []
+    for test_BD in test_mD.split(TEST):
+        found.append((test_BD @ train_tD.T).topk(min(k, len(train_tD)), dim=1))
+        bar.update(len(test_BD) * len(train_tD))
     return torch.cat([x.values for x in found]), label_t[torch.cat([x.indices for x in found])]
 
 

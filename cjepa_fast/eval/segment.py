@@ -219,6 +219,8 @@ def complete(args: argparse.Namespace, patch_size: int) -> None:
             setattr(args, name, value)
     args.warmup = min(WARMUP, args.steps // 10)
     args.frozen = args.frozen or args.head == "linear"
+    if args.frozen:
+        args.drop_path = 0.0
     if args.ignore_index is None:
         args.ignore_index = [0] if is_ade20k(args.data) else []
     if args.crop_size is None:

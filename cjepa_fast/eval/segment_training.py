@@ -18,7 +18,7 @@ from cjepa_fast.data.pairs import IGNORE, Classes, Pairs
 from cjepa_fast.data.whole import WholeImages, ahead
 from cjepa_fast.eval.by_depth import add_drop_path, layer_decay_groups
 from cjepa_fast.eval.features import digest
-from cjepa_fast.eval.segment_views import DRAWS, view
+from cjepa_fast.eval.segment_views import DRAWS, View, chosen_view, shown
 from cjepa_fast.eval.segmenter import Segmenter, loss_of
 from cjepa_fast.processes import rank, world_size
 from cjepa_fast.progress import shown_bar
@@ -88,12 +88,9 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["lr_scale"]
             views = [
-                view(
-                    *sample, short_side=recipe.short_side, crop_size=recipe.crop_size,
-                    plain_colours=recipe.plain_colours, encoder=model.encoder, device=device,
-                )
-                for sample in samples
-            ]  # fmt: skip
+                shown(image, view, recipe.plain_colours, model.encoder, device)
+                for image, view in samples
+            ]
             images_B3CC, labels_BCC = (torch.stack(parts) for parts in zip(*views, strict=True))
             with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bf16):
                 logits = run(images_B3CC)
@@ -135,9 +132,9 @@ def _order(seed: int, epoch: int, count: int) -> list[int]:
 
 def _batches(
     pairs: Pairs, classes: Classes, recipe: Recipe, start: int, threads: int
-) -> Iterator[list[tuple[torch.Tensor, torch.Tensor, list[float]]]]:
-    """This process's share of each step from `start` on: image (3, H, W) uint8, labels (H, W)
-    uint8 and the draws of its view."""
+) -> Iterator[list[tuple[torch.Tensor, View]]]:
+    """This process's share of each step from `start` on: images (3, H, W) uint8 and what is to be
+    shown of them."""
     decode = WholeImages(recipe.batch_size, threads)
     for step in range(start, recipe.steps):
         first = step * recipe.batch_size
@@ -146,13 +143,14 @@ def _batches(
         chosen = [_order(recipe.seed, epoch, len(pairs))[at] for epoch, at in keys]
         images = decode([pairs.images.read(i) for i in chosen], list(map(pairs.image_name, chosen)))
         yield [
-            (image, torch.from_numpy(pairs.labels(i, classes)), _draws(recipe.seed, *key))
+            (image, _view(torch.from_numpy(pairs.labels(i, classes)), recipe, *key))
             for image, i, key in zip(images, chosen, keys, strict=True)
         ]
 
 
-def _draws(seed: int, epoch: int, at: int) -> list[float]:
-    return draws.uniforms(seed, draws.CROP, epoch, torch.tensor([at]), DRAWS)[0].tolist()
+def _view(labels_HW: torch.Tensor, recipe: Recipe, epoch: int, at: int) -> View:
+    uniforms = draws.uniforms(recipe.seed, draws.CROP, epoch, torch.tensor([at]), DRAWS)[0]
+    return chosen_view(labels_HW, uniforms.tolist(), recipe.short_side, recipe.crop_size)
 
 
 # ------------------------------------------------------------------------------------ kept on disk

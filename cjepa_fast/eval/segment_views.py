@@ -6,6 +6,7 @@ function of its draws.
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,13 +23,22 @@ GREY = torch.full((3, 3), 1 / 3)  # projects a colour onto the greys
 AROUND = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / 3**0.5
 
 
-def view(
-    image_3HW: torch.Tensor, labels_HW: torch.Tensor, uniforms: Sequence[float], *,
-    short_side: int, crop_size: int, plain_colours: bool, encoder: Encoder,
-    device: torch.device | str,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Normalised (3, C, C) fp32 and (C, C) uint8, both on the device, of an image and its labels,
-    uint8 on the CPU. Where the scaled image is smaller than the crop, the rest is IGNORE.
+class View(NamedTuple):
+    """A square of C pixels a side of an image scaled to `size`: labels_CC (C, C) uint8, not flipped
+    yet and IGNORE beyond the image; colours: what `recoloured` draws on."""
+
+    size: tuple[int, int]
+    rows: slice
+    columns: slice
+    labels_CC: torch.Tensor
+    flip: bool
+    colours: list[float]
+
+
+def chosen_view(
+    labels_HW: torch.Tensor, uniforms: Sequence[float], short_side: int, crop_size: int
+) -> View:
+    """Of an image with these labels, uint8 on the CPU.
 
     uniforms: DRAWS in [0, 1): of the scale, the flip, the crops' rows and columns, the colours.
     short_side: in pixels, at scale 1.
@@ -38,28 +48,34 @@ def view(
     factor *= short_side / min(labels_HW.shape)
     size = tuple(max(1, round(side * factor)) for side in labels_HW.shape)
     labels = F.interpolate(labels_HW[None, None], size, mode="nearest-exact")[0, 0]
-    rows, columns = _crop(labels, rest[: 2 * TRIES], crop_size)
-    labels = labels[rows, columns].to(device)
-    image = resized(image_3HW.to(device), size)[:, rows, columns]
-    if not plain_colours:
-        image = recoloured(image, rest[2 * TRIES :])
-    image = normalised(image, encoder)
-    beyond = (0, crop_size - image.shape[-1], 0, crop_size - image.shape[-2])
-    image, labels = F.pad(image, beyond), F.pad(labels, beyond, value=IGNORE)
-    return (image.flip(-1), labels.flip(-1)) if flip < 0.5 else (image, labels)
-
-
-def _crop(labels_HW: torch.Tensor, uniforms: Sequence[float], side: int) -> tuple[slice, slice]:
-    """The first of the drawn windows in which no class has MOST of what counts, else the last."""
-    for draws in zip(uniforms[::2], uniforms[1::2], strict=True):
-        starts = [
-            int(u * (max(0, n - side) + 1)) for u, n in zip(draws, labels_HW.shape, strict=True)
-        ]
-        window = tuple(slice(start, start + side) for start in starts)
-        counts = labels_HW[window].flatten().bincount(minlength=IGNORE)[:IGNORE]
+    free = [max(0, side - crop_size) for side in size]
+    # the first of the drawn windows in which no class has MOST of what counts, else the last
+    for draws in zip(rest[: 2 * TRIES : 2], rest[1 : 2 * TRIES : 2], strict=True):
+        starts = [int(u * (most + 1)) for u, most in zip(draws, free, strict=True)]
+        window = tuple(slice(start, start + crop_size) for start in starts)
+        counts = labels[window].flatten().bincount(minlength=IGNORE)[:IGNORE]
         if counts.max() < MOST * counts.sum():
             break
-    return window
+    labels = filled(labels[window], crop_size, IGNORE)
+    return View(size, *window, labels, flip < 0.5, rest[2 * TRIES :])
+
+
+def shown(
+    image_3HW: torch.Tensor, view: View, plain_colours: bool, encoder: Encoder,
+    device: torch.device | str,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Normalised (3, C, C) fp32 and labels (C, C) uint8, both on the device, of an image."""
+    image = resized(image_3HW.to(device), view.size)[:, view.rows, view.columns]
+    if not plain_colours:
+        image = recoloured(image, view.colours)
+    image = filled(normalised(image, encoder), len(view.labels_CC))
+    labels = view.labels_CC.to(device)
+    return (image.flip(-1), labels.flip(-1)) if view.flip else (image, labels)
+
+
+def filled(x_hw: torch.Tensor, side: int, value: float = 0) -> torch.Tensor:
+    """(..., side, side): what is smaller is filled up below and on the right."""
+    return F.pad(x_hw, (0, side - x_hw.shape[-1], 0, side - x_hw.shape[-2]), value=value)
 
 
 def recoloured(image_3HW: torch.Tensor, uniforms: Sequence[float]) -> torch.Tensor:
