@@ -90,7 +90,7 @@ def extract(
         if from_first_process(lambda: whole and _keep(path, features, places)) and world_size() > 1:
             found = _kept_for_all(path)  # one copy for the processes of a machine: it is mapped
         if found is None:
-            return to_all(features), to_all(places)
+            return to_all(features), places
     return found["features"], found["places"]
 
 
