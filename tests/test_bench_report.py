@@ -130,6 +130,8 @@ def test_the_ratios_of_a_command_stand_on_one_line(tmp_path):
 def test_an_ablation_s_line_is_the_gap_with_its_spread():
     gains = {"knn_gain": 0.47, "knn_gain_std": 0.74, "linear_gain": -0.93, "linear_gain_std": 0.6}
     rows = [{"row": "none (I-JEPA)", "seeds": 3}, {"row": "all (C-JEPA)", "seeds": 3, **gains}]
-    what, hardware, figure, _ = report.ablation_line({"what": "X", "hardware": "H", "rows": rows})
+    found = {"what": "X", "hardware": "H", "rows": rows}
+    ((what, hardware, figure, _),) = report.ablation_lines(found)
     assert what == "X: C-JEPA less I-JEPA over 3 seeds, points" and hardware == "H"
     assert figure == "kNN +0.5 ± 0.7, linear -0.9 ± 0.6"
+    assert not list(report.ablation_lines(found | {"rows": [{"row": "as shipped"}]}))
