@@ -22,6 +22,7 @@ from cjepa_fast.eval import attention, command, drawn_masks, pca, retrieve
 from cjepa_fast.eval.curves import PANELS, series
 from cjepa_fast.eval.pictures import as_pictures, load_images, sheet, spread_over
 from cjepa_fast.eval.side_by_side import Encoders
+from cjepa_fast.progress import shown_clock
 from cjepa_fast.telemetry import read_log
 from cjepa_fast.vit import count_parameters
 
@@ -49,7 +50,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--images", metavar="SET", help="for the pictures; default: the run's own")
     args = parser.parse_args(argv)
     try:
-        print(write(args.run, args.out or args.run / "report.html", args.images))
+        with shown_clock("report"):
+            written = write(args.run, args.out or args.run / "report.html", args.images)
+        print(written)
     except (ValueError, OSError) as error:  # the user's input: said, without a traceback
         print(f"error: {error}", file=sys.stderr)
         return 2

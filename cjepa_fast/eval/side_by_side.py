@@ -13,6 +13,7 @@ from cjepa_fast.encoders import load_encoders
 from cjepa_fast.eval import command
 from cjepa_fast.eval.curves import short_names
 from cjepa_fast.eval.pictures import Column, as_pictures, load_images
+from cjepa_fast.progress import shown_clock
 from cjepa_fast.vit import Encoder
 
 Encoders = dict[str, Encoder]  # by "target" and "context"
@@ -48,10 +49,11 @@ def columns(
             shown.append(("image", as_pictures(images_B3HW, first.mean, first.std)))
         over = f"{name}\n" if len(names) > 1 else ""
         images_B3HW = images_B3HW.to(command.device())
-        made = drawn(encoders, images_B3HW)
-        rows += [
-            {"encoder": f"{name}, {which}", **measured(encoder, images_B3HW)}
-            for which, encoder in encoders.items()
-        ]
+        with shown_clock(f"pictures of {name}"):
+            made = drawn(encoders, images_B3HW)
+            rows += [
+                {"encoder": f"{name}, {which}", **measured(encoder, images_B3HW)}
+                for which, encoder in encoders.items()
+            ]
         shown += [(over + heading, pictures) for heading, pictures in made]
     return shown, ", ".join(names), rows
