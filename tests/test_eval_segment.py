@@ -136,6 +136,15 @@ def test_what_is_wrong_names_the_file(encoder, data, capsys, monkeypatch):
     fails(data, "neither annotations nor masks")
 
 
+def test_a_frozen_encoder_drops_no_path(encoder, data, tmp_path, narrow, capsys):
+    out = tmp_path / "s.json"
+    frozen = ("--head", "upernet", "--frozen", "--steps", 1, "--json", out)
+    assert evaluate(encoder, data, *frozen) == 0
+    assert json.loads(out.read_text())["settings"]["drop_path"] == 0
+    assert evaluate(encoder, data, "--drop-path", 0.1) == 2
+    assert "--drop-path 0.1: a frozen encoder drops none" in capsys.readouterr().err
+
+
 def test_the_loss_must_stay_finite(encoder, data, capsys):
     assert evaluate(encoder, data, "--steps", 3, "--lr", 1e30) == 2
     assert "--lr" in capsys.readouterr().err

@@ -214,11 +214,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def complete(args: argparse.Namespace, patch_size: int) -> None:
     """Put in what the head and the patches decide. Raises ValueError for what does not fit."""
+    args.frozen = args.frozen or args.head == "linear"
+    if args.frozen and args.drop_path:
+        raise ValueError(f"--drop-path {args.drop_path}: a frozen encoder drops none; leave it out")
     for name, value in RECIPES[args.head].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.warmup = min(WARMUP, args.steps // 10)
-    args.frozen = args.frozen or args.head == "linear"
     if args.frozen:
         args.drop_path = 0.0
     if args.ignore_index is None:
