@@ -135,7 +135,7 @@ class AddNormLast(Function):
 
 
 class Attention(Function):
-    """Of q, k and v side by side, (B, S, 3 D), by the kernel for short sequences: (B, S, D)."""
+    """Of q, k and v side by side, (B, S, 3 D), by kernels/attention.py: (B, S, D)."""
 
     @staticmethod
     def forward(ctx, qkv, bias, heads):

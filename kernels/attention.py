@@ -1,4 +1,4 @@
-"""Attention over short sequences, forward and backward, straight from and to the projections.
+"""Attention, forward and backward, straight from and to the projections; made for short sequences.
 
     o = softmax(q k^T / sqrt(d)) v        of each sequence and head; no mask, no dropout
 With P the softmax and do the gradient of o:
