@@ -14,7 +14,7 @@ from unittest import mock
 
 import files
 import torch
-from hardware import ROOT, provenance
+from hardware import ROOT, here, provenance
 
 from cjepa_fast import attention, build
 from cjepa_fast import config as configuration
@@ -25,6 +25,7 @@ CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.json"))
 def measure(name: str, batch: int | None, overrides: list[str], device: torch.device) -> list[dict]:
     """A row for each network of a configuration: its shape, the medians, the fastest."""
     config = configuration.load(name, [*overrides, "model.attention=auto"])
+    config = build.with_precision(config, device)
     images = batch or config.data.micro_batch_size
     with torch.device("meta"):
         networks = build.build_networks(config)
@@ -70,7 +71,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.batch is not None and args.batch < 1:
         parser.error(f"--batch {args.batch}: must be at least 1")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = here()
     rows = []
     try:
         for name in args.config:

@@ -197,7 +197,7 @@ def main(argv: list[str]) -> int:
     try:
         config = configured(args)
         device = processes.start(config.run.seed)
-        row = measure(config, args, device)
+        row = measure(build.with_precision(config, device), args, device)
     except (ConfigError, ValueError) as error:  # the user's input
         print(f"error: {error}", file=sys.stderr)
         return 2

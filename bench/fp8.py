@@ -125,7 +125,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seconds", type=float, default=2.0, help="of timing an encoder, about")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = hardware.here()
     try:
         fp8.check_device(device)
         found = encoders(args.config, args.encoder, device.type == "cpu")

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from cjepa_fast.launchers import launcher
-from cjepa_fast.provenance import own_commit, processor_name
+from cjepa_fast.provenance import own_commit
+from cjepa_fast.runtime.hardware import has_gpu, processor_name, tier
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -33,6 +34,11 @@ PEAK_TFLOPS = {
 PEAK_GB_PER_S = {"H200": 4800, "H100 NVL": 3900, "H100 PCIe": 2000, "H100": 3350, "B200": 8000}
 PEAK_GB_PER_S |= {"A100": 2039, "L40S": 864}
 PACKAGES = ("cjepa_fast", "torch", "triton", "deepspeed", "nvidia-dali-cuda130", "numpy")
+
+
+def here() -> torch.device:
+    """The device that a measurement of one process runs on."""
+    return torch.device("cuda" if has_gpu() else "cpu")
 
 
 def device_name(device: torch.device) -> str:
@@ -108,6 +114,7 @@ def provenance(device: torch.device) -> dict:
             "device": device_name(device),
             "kind": device.type,
             "processor": processor_name(),
+            "tier": tier(),
             "cores": len(os.sched_getaffinity(0)),
             "memory_gib": round(pages / 2**30, 1),
             "torch_threads": torch.get_num_threads(),
@@ -117,6 +124,6 @@ def provenance(device: torch.device) -> dict:
 
 
 if __name__ == "__main__":
-    here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rate = round(measured_tflops(here, torch.bfloat16), 3)
-    print(json.dumps(provenance(here) | {"bf16_matmul_tflops": rate}, indent=1))
+    device = here()
+    rate = round(measured_tflops(device, torch.bfloat16), 3)
+    print(json.dumps(provenance(device) | {"bf16_matmul_tflops": rate}, indent=1))

@@ -190,7 +190,7 @@ def markdown(rows: list[dict], about: dict, rates: Rates) -> str:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    cuda = torch.cuda.is_available()
+    cuda = hardware.has_gpu()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS) if cuda else "T")
     parser.add_argument("--batch", type=int, default=None if cuda else 16, help="images")
@@ -221,7 +221,7 @@ def written(text: str, path: Path | None) -> None:
 
 def main(argv: list[str]) -> int:
     args = parse(argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = hardware.here()
     if args.tune:
         return tune.main(device, args.seconds, args.only)
     found = [c for c in cases(args.model, args.batch, args.rows, args.widths) if args.only in c.op]

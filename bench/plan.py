@@ -38,12 +38,14 @@ STAGES = (0, 1, 2, 3)
 
 
 class GPU(NamedTuple):
-    """By the vendor's data sheet: dense bf16 rate, memory, power, and a part of torch's name."""
+    """By the vendor's data sheet: dense rate in its precision, memory, power, a part of torch's
+    name, and what run.precision "auto" becomes on it."""
 
     tflops: float
     memory_gb: float
     watts: float
     name: str
+    precision: str = "bf16"
 
 
 GPUS = {
@@ -54,6 +56,8 @@ GPUS = {
     "b200": GPU(2250, 180, 1000, "B200"),
     "l40s": GPU(362, 48, 350, "L40S"),
     "4090": GPU(165, 24, 450, "4090"),
+    "t4": GPU(8.1, 16, 70, "T4", "fp32"),
+    "2080ti": GPU(13.4, 11, 250, "2080 Ti", "fp32"),
 }
 
 
@@ -182,8 +186,23 @@ def utilisation(name: str, gpu: GPU, results: Path = RESULTS) -> tuple[float, st
     return (max(found), "measured") if found else (ASSUMED_MFU, "predicted")
 
 
+def on_gpu(config: Config, gpu: GPU) -> Config:
+    """The configuration as a run on that GPU has it, whatever this machine is.
+
+    Raises ConfigError for bf16 where the GPU's rate is of fp32.
+    """
+    precision = config.run.precision
+    if precision == "auto":
+        precision = gpu.precision
+    if precision == "bf16" != gpu.precision:
+        raise ConfigError(f'run.precision = "bf16": {gpu.name} multiplies none; take "auto"')
+    run = config.run.model_copy(update={"precision": precision})
+    return config.model_copy(update={"run": run})
+
+
 def describe(args: argparse.Namespace, config: Config) -> str:
     gpu = GPUS[args.gpu]
+    config = on_gpu(config, gpu)
     share, source = utilisation(args.config, gpu)
     gflop, again = gflop_per_image(config)
     epochs = args.epochs or config.run.epochs

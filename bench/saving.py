@@ -15,7 +15,6 @@ from pathlib import Path
 
 import files
 import hardware
-import torch
 from measure import synthetic_batches
 
 from cjepa_fast import build, checkpoint, processes
@@ -96,10 +95,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     args = parser.parse_args(argv)
     sizes = [f"data.batch_size={args.batch}", f"data.micro_batch_size={args.batch}"]
-    config = configuration.load(args.config, sizes)
+    config = build.with_precision(configuration.load(args.config, sizes), hardware.here())
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         row = {"config": args.config, **measure(config, args.saves, Path(folder) / "checkpoints")}
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = hardware.here()
     print(
         f"{args.config}, batch {row['batch']}, {row['gib']:.2f} GiB: paused "
         f"{row['pause_pct_of_a_step']:.1f} % of a step; saved in {row['steps_beside']:.1f} steps, "

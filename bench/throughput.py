@@ -23,14 +23,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
 from files import save, write
-from hardware import ROOT, own_command, provenance
+from hardware import ROOT, has_gpu, own_command, provenance
 from measure import add_mfu, measure, measure_against, measure_decoding
 from tables import AGAINST_COLUMNS, columns_of, phase_table, table
 
 from cjepa_fast import config as configuration
 from cjepa_fast import processes
+from cjepa_fast.build import with_precision
 from cjepa_fast.config import Config
 
 RESULTS = ROOT / "bench" / "results" / "throughput.json"
@@ -77,6 +77,7 @@ def measure_one(name: str, args: argparse.Namespace) -> list[dict]:
     """Rows of one configuration, in this process and those it was started with."""
     config = configured(name, args, launched())
     device = processes.start(config.run.seed)
+    config = with_precision(config, device)
     about = provenance(device)
     named = {"config": Path(name).stem, "precision": config.run.precision}
     named["overrides"] = args.overrides
@@ -169,7 +170,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for name, least in (("steps", 2), ("warmup", 1)):
         if (value := getattr(args, name)) < least:
             parser.error(f"--{name} {value}: must be at least {least}")
-    if args.batch == "auto" and not torch.cuda.is_available():
+    if args.batch == "auto" and not has_gpu():
         parser.error("--batch auto: on a CPU it would fill the machine's memory; give numbers")
     if args.alone is not None and not args.alone > 0:
         parser.error(f"--alone {args.alone}: must be above 0")

@@ -6,7 +6,7 @@ import socket
 import torch
 
 from cjepa_fast import config as configuration
-from cjepa_fast import fp8, processes
+from cjepa_fast import fp8, linear, processes
 from cjepa_fast.attention import Shape, fastest
 from cjepa_fast.config import Config, ConfigError
 from cjepa_fast.data import sources
@@ -23,6 +23,7 @@ from cjepa_fast.loss import CJEPALoss, build_projector
 from cjepa_fast.masks import MaskSampler
 from cjepa_fast.optim import parameter_groups
 from cjepa_fast.predictor import Predictor
+from cjepa_fast.runtime import hardware, trials
 from cjepa_fast.vit import MODELS, Encoder
 
 
@@ -134,6 +135,45 @@ def choose_attention(
     return choices
 
 
+TRIED_ROWS = 2048  # of a Linear, in the trial of CPU libraries
+
+
+def choose_linear(
+    networks: JEPA, config: Config, device: torch.device, micro_batch: int, saved: dict | None
+) -> dict:
+    """For fp32 on a CPU: the library of each kind of Linear call (linear.Ways), set for all.
+
+    saved: a checkpoint's, which a resumed run keeps, so that its bits are those of before.
+    Tried on the first process, once a machine (trials.py), and the same on all. {} elsewhere.
+    """
+    if device.type != "cpu" or config.run.precision != "fp32":
+        return {}
+    otherwise = linear.Ways()._asdict()
+    uses = linear_uses(networks, micro_batch)
+    facts = {
+        "of": "linear", "uses": uses, "processor": hardware.processor_name(),
+        "tier": hardware.tier(), "torch": torch.__version__, "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    ways = saved or processes.from_first_process(
+        lambda: trials.remembered(facts, lambda: linear.fastest(uses)._asdict(), otherwise)
+    )
+    linear.use(linear.Ways(**{kind: ways.get(kind, "torch") for kind in linear.Ways._fields}))
+    return linear.in_use()._asdict()
+
+
+def linear_uses(networks: JEPA, micro_batch: int) -> list[linear.Use]:
+    """One block's Linears of the encoder, trained and as target, and of the predictor."""
+    encoder, predictor = networks.encoder, networks.predictor
+    rows = min(TRIED_ROWS, micro_batch * encoder.grid[0] * encoder.grid[1])
+    parts = ((encoder.blocks[0], True), (encoder.blocks[0], False),
+             (predictor.predictor_blocks[0], True))  # fmt: skip
+    return [
+        linear.Use(rows, layer.in_features, layer.out_features, trained)
+        for block, trained in parts
+        for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
+    ]
+
+
 def compile_networks(networks: JEPA, target: Encoder, how: str, backend: str = "inductor") -> None:
     """torch.compile, in place: of each block, or of the target encoder and of the rest "whole".
 
@@ -171,6 +211,12 @@ def check_target_precision(config: Config, device: torch.device) -> None:
                 f"model.{key} = {value}: must be a multiple of {fp8.MULTIPLE} for "
                 'model.target_precision = "fp8"'
             )
+    if config.run.precision != "bf16":
+        reason = hardware.best_precision(device).reason
+        raise ConfigError(
+            f'model.target_precision = "fp8": wants run.precision = "bf16", which is '
+            f'"{config.run.precision}" here ({reason}); set run.precision=bf16, or take "bf16"'
+        )
     try:
         fp8.check_device(device)
     except ValueError as error:
@@ -214,7 +260,19 @@ def check_heads(section: str, width: int, heads: int) -> None:
 
 
 def compute_dtype(config: Config) -> torch.dtype:
+    """Of a configuration whose precision has been resolved."""
     return DTYPES[config.run.precision]
+
+
+def with_precision(config: Config, device: torch.device) -> Config:
+    """The configuration with run.precision "auto" resolved: to the lowest that any process's
+    device is best at, the same on all."""
+    if config.run.precision != "auto":
+        return config
+    best = processes.from_all(hardware.best_precision(device).precision)
+    precision = min(best, key=hardware.PRECISIONS.index)
+    run = config.run.model_copy(update={"precision": precision})
+    return config.model_copy(update={"run": run})
 
 
 def build_masks(config: Config) -> MaskSampler:

@@ -29,6 +29,7 @@ from cjepa_fast import __version__
 from cjepa_fast.engine import Engine
 from cjepa_fast.local import LocalEngine
 from cjepa_fast.processes import rank, world_size
+from cjepa_fast.runtime import hardware
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -97,7 +98,7 @@ def owned_tensors(engine: Engine | LocalEngine) -> dict[str, torch.Tensor]:
 
 def generator_states() -> dict[str, torch.Tensor]:
     states = {f"generator/cpu@{rank()}": torch.get_rng_state()}
-    if torch.cuda.is_available():
+    if hardware.has_gpu():
         states[f"generator/cuda@{rank()}"] = torch.cuda.get_rng_state()
     return states
 
@@ -138,16 +139,16 @@ def restore(path: Path, engine: Engine | LocalEngine) -> dict:
 
 
 # Of these another value changes no number of the training but its rounding.
-HARMLESS = tuple(
-    f"config.{key}"
-    for key in (
+HARMLESS = (
+    "linear",
+    *(f"config.{key}" for key in (
         *("checkpoint", "deepspeed", "eval", "telemetry", "data.path", "data.threads"),
         *("data.prefetch", "data.hw_decoder_load", "data.micro_batch_size", "model.attention"),
         *("model.checkpointing", "model.fused", "optim.implementation", "run.dir", "run.init_from"),
         *("run.compile", "run.cuda_graph", "run.target_stream", "run.max_bad_steps"),
         *("run.on_spike", "run.spike_z", "run.timeout_s"),
-    )
-)
+    )),
+)  # fmt: skip
 
 
 def differences(saved: dict, facts: dict) -> tuple[list[str], list[str]]:
@@ -233,7 +234,7 @@ class Stored:
             return
         for device, setter in (("cpu", torch.set_rng_state), ("cuda", torch.cuda.set_rng_state)):
             for start, shard, key in self.runs.get(("generator", device), []):
-                if start == rank() and (device == "cpu" or torch.cuda.is_available()):
+                if start == rank() and (device == "cpu" or hardware.has_gpu()):
                     with opened(shard) as file:
                         setter(file.get_tensor(key))
 

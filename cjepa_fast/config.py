@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -77,11 +78,22 @@ class Section(BaseModel):
     )
 
 
+def later(default: Any, *, was: Any, **described: Any) -> Any:
+    """A field whose key, or whose default, came later than some saved run.
+
+    was: what the code did before: a run that lacks the key did that, and one that has it by an
+    earlier default keeps it. See `as_begun`.
+    """
+    return Field(default, json_schema_extra={"was": was}, **described)
+
+
 class RunSection(Section):
     dir: str = Field("runs/{config}", description="folder of the run; {config} is the file's name")
     seed: Seed = 0
     epochs: Count = 300
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["auto", "bf16", "fp32"] = later(
+        "auto", was="bf16", description="auto: bf16 where the hardware multiplies it, else fp32"
+    )
     compile: Literal["none", "blocks", "whole"] = Field(
         "none", description='torch.compile; "whole" wants mask.context "fixed" or "packed"'
     )
@@ -269,7 +281,47 @@ def validate(values: dict, name: str = "run") -> Config:
 
 def read(run: Path) -> Config:
     """The configuration a run was made with, from its folder. Raises ConfigError."""
-    return validate(json.loads((run / "config.json").read_text()))
+    return validate(completed(json.loads((run / "config.json").read_text())))
+
+
+def completed(saved: dict, section: type[Section] = Config) -> dict:
+    """A saved configuration with the keys that came later, each at what the code did before."""
+    values = dict(saved)
+    for key, field in section.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, Section):
+            values[key] = completed(values.get(key, {}), inner)
+        elif key not in values:
+            values[key] = _was(field, field.get_default())
+    return values
+
+
+def _was(field: FieldInfo, otherwise: Any) -> Any:
+    extra = field.json_schema_extra
+    return extra.get("was", otherwise) if isinstance(extra, dict) else otherwise
+
+
+def as_begun(config: Config, saved: dict) -> Config:
+    """The configuration of a resumed run; `saved`: the one of its checkpoint, completed.
+
+    A key that the user has not set, and whose default is another than when the run began, keeps
+    the value of then; and what "auto" became stays as it is.
+    """
+    values = _as_begun(config, saved)
+    if config.run.precision == "auto":
+        values["run"]["precision"] = saved["run"]["precision"]
+    return Config.model_validate_json(json.dumps(values))
+
+
+def _as_begun(section: Section, saved: dict) -> dict:
+    values = section.model_dump(mode="json")
+    for key, field in type(section).model_fields.items():
+        inner, before = getattr(section, key), saved.get(key)
+        if isinstance(inner, Section):
+            values[key] = _as_begun(inner, before or {})
+        elif key not in section.model_fields_set and before == _was(field, values[key]):
+            values[key] = before
+    return values
 
 
 def find(name: str) -> Path:
@@ -402,10 +454,9 @@ def _impossible(config: Config) -> Iterator[str]:
             f'run.cuda_graph = true: mask.context = "{mask.context}" changes the shapes; '
             'set mask.context to "fixed" or "packed"'
         )
-    if model.target_precision == "fp8" and config.run.precision != "bf16":
+    if model.target_precision == "fp8" and config.run.precision == "fp32":
         yield (
-            f'model.target_precision = "fp8": not with run.precision = "{config.run.precision}"; '
-            'set that to "bf16"'
+            'model.target_precision = "fp8": not with run.precision = "fp32"; set that to "bf16"'
         )
     if config.run.target_stream and config.run.compile == "whole":
         yield (

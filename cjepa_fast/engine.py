@@ -17,6 +17,7 @@ from torch import nn
 
 from cjepa_fast.ema import Fragment, Place, TargetEMA, fragment_of
 from cjepa_fast.processes import deepspeed, mean_over_ranks, rank, world_size
+from cjepa_fast.runtime import hardware
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # by run.precision
@@ -50,7 +51,7 @@ def adamw(implementation: str, groups: list[dict], **numbers) -> torch.optim.Opt
         deepspeed()
         from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
-        of_device = FusedAdam if torch.cuda.is_available() else DeepSpeedCPUAdam
+        of_device = FusedAdam if hardware.has_gpu() else DeepSpeedCPUAdam
         return of_device(groups, **numbers)
     try:
         from apex.optimizers import FusedAdam as ApexAdam
@@ -398,7 +399,7 @@ def complete_config(
     # torch's fused AdamW also serves offloaded masters: DeepSpeed's own would be compiled first
     config.setdefault("zero_force_ds_cpu_optimizer", False)
     zero = dict(config.get("zero_optimization", {}))
-    if not torch.cuda.is_available():
+    if not hardware.has_gpu():
         zero["overlap_comm"] = False  # it needs streams
     elif world_size() > 1:
         zero.setdefault("overlap_comm", True)

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from cjepa_fast.kernels.fp8 import Rows, quantise_gelu, quantise_norm, quantise_rows
+from cjepa_fast.runtime import hardware
 
 MULTIPLE = 16  # of which every width must be one, for a GPU's product
-OLDEST = (8, 9)  # compute capability with 8-bit products
 FAST_SUMS = False  # True: sums of fewer bits than fp32's in the tensor cores
 
 
@@ -110,9 +110,9 @@ def linears_to_8_bits(encoder: nn.Module) -> dict[str, Linear8]:
 
 def check_device(device: torch.device) -> None:
     """Raises ValueError for a GPU without 8-bit products. A CPU computes them in fp32."""
-    if device.type != "cuda":
-        return
-    major, minor = torch.cuda.get_device_capability(device)
-    if (major, minor) < OLDEST:
+    if device.type == "cuda" and not hardware.gpu_multiplies_fp8(device):
+        major, minor = hardware.capability(device)
         name = torch.cuda.get_device_name(device)
-        raise ValueError(f"{name} is sm_{major}{minor}, and 8-bit products begin with sm_89")
+        raise ValueError(
+            f"{name} (sm_{major}{minor}) cannot multiply 8 bits, which begins with sm_89"
+        )

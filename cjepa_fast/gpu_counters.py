@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 import torch
 
+from cjepa_fast.runtime import hardware
+
 COUNTERS = {
     "gpu_power_w": lambda nvml, gpu: nvml.nvmlDeviceGetPowerUsage(gpu) / 1000,  # from mW
     "gpu_util": lambda nvml, gpu: nvml.nvmlDeviceGetUtilizationRates(gpu).gpu / 100,
@@ -20,7 +22,7 @@ class GpuCounters:
 
     def __init__(self):
         self._nvml = None
-        if not torch.cuda.is_available():
+        if not hardware.has_gpu():
             return
         try:
             import pynvml

@@ -1,67 +1,171 @@
-"""x W^T + b, and its GELU, by oneDNN's fused call where torch itself splits it: in bf16 on CPUs.
+"""x W^T + b, and its GELU, by the fastest way that this CPU has; on a GPU F.linear and F.gelu.
 
-There torch writes the bias into the output first and lets the product add to it, and takes another
-pass for the GELU. oneDNN's call, which torch.compile's CPU code uses too, does both while the
-product's tile is in the cache. Elsewhere these are F.linear and F.gelu.
+torch writes the bias into the output first, lets the matmul add to it, and takes another pass for
+the GELU. oneDNN's fused call, which torch.compile's CPU code uses too, does both while the tile is
+in the cache. It serves bf16 wherever the processor multiplies bf16. In fp32 it competes with
+torch's own library (MKL on x86), which is the slower one on some processors: `fastest` tries both.
+On a processor that multiplies no bf16, bf16 values are multiplied in fp32 and the result is
+rounded: 2 to 40 times as fast as torch's emulation, and no less exact.
 Shapes: x (..., C), weight (D, C), bias (D,); the result is (..., D).
 """
+
+import time
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-try:
-    _fused = torch.ops.mkldnn._linear_pointwise.default
-except AttributeError:  # a build of torch without oneDNN
-    _fused = None
+from cjepa_fast.runtime import hardware
+
+_fused = hardware.onednn_linear()
+
+ROUNDS = 5  # of a trial
+BETTER = 0.95  # of torch's time: above it oneDNN is not worth other bits
 
 
-def _fusable(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+class Ways(NamedTuple):
+    """Which library computes each kind of fp32 call on a CPU: "torch" or "onednn"."""
+
+    forward: str = "torch"
+    backward: str = "torch"
+    gelu: str = "torch"  # a Linear and its GELU, where no gradient is asked
+
+
+_fp32 = Ways()
+
+
+def use(ways: Ways) -> None:
+    """For all fp32 calls of this process from here on. Where oneDNN's call is missing: torch."""
+    global _fp32
+    _fp32 = ways if hardware.onednn_linear_works(torch.float32) else Ways()
+
+
+def in_use() -> Ways:
+    return _fp32
+
+
+def _plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether the call is one of those that F.linear is not left to."""
     return (
-        _fused is not None
-        and bias is not None
+        bias is not None
+        and x.numel() > 0
         and x.device.type == "cpu"
-        and x.dtype == weight.dtype == bias.dtype == torch.bfloat16
+        and x.dtype == weight.dtype == bias.dtype
+        and x.dtype in (torch.float32, torch.bfloat16)
         and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
         and torch.backends.mkldnn.enabled
     )
 
 
-class _Linear(torch.autograd.Function):
-    """The fused product with the usual gradients."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
-        return _fused(x, weight, bias, "none", [], "")
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        rows = grad.flatten(0, -2)
-        wanted = ctx.needs_input_grad
-        return (
-            grad @ weight if wanted[0] else None,
-            rows.t() @ x.flatten(0, -2) if wanted[1] else None,
-            rows.sum(0) if wanted[2] else None,
-        )
-
-
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """F.linear."""
-    if _fusable(x, weight, bias):
+    if not _plain(x, weight, bias):
+        return F.linear(x, weight, bias)
+    if x.dtype == torch.float32:
+        return F.linear(x, weight, bias) if _fp32 == Ways() else _Linear.apply(x, weight, bias)
+    if hardware.cpu_multiplies_bf16():
         return _Linear.apply(x, weight, bias)
-    return F.linear(x, weight, bias)
+    return F.linear(x.float(), weight.float(), bias.float()).to(x.dtype)
 
 
 def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """F.gelu(F.linear(...)), exact GELU. Fused only where no gradient is asked: the backward needs
     what lies between."""
-    if not torch.is_grad_enabled() and _fusable(x, weight, bias):
+    if not torch.is_grad_enabled() and _plain(x, weight, bias) and _by_onednn(x, "gelu"):
         return _fused(x, weight, bias, "gelu", [], "none")
     return F.gelu(linear(x, weight, bias))
+
+
+def _by_onednn(x: torch.Tensor, kind: str) -> bool:
+    if x.dtype == torch.bfloat16:
+        return hardware.cpu_multiplies_bf16()
+    return getattr(_fp32, kind) == "onednn"
+
+
+class _Linear(torch.autograd.Function):
+    """The same with the usual gradients, each kind of call by its library."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        if _by_onednn(x, "forward"):
+            return _fused(x, weight, bias, "none", [], "")
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        rows, wanted = grad.flatten(0, -2), ctx.needs_input_grad
+        fused = x.dtype == torch.float32 and _by_onednn(x, "backward")
+        dx, dweight = _fused_gradients if fused else _gradients
+        return (
+            dx(grad, weight) if wanted[0] else None,
+            dweight(rows, x.flatten(0, -2)) if wanted[1] else None,
+            rows.sum(0) if wanted[2] else None,
+        )
+
+
+# Of the input, from the output's gradient and the weight; of the weight, from rows of both.
+_gradients = (lambda grad, weight: grad @ weight, lambda rows, x: rows.t() @ x)
+_fused_gradients = (
+    lambda grad, weight: _fused(grad, weight.t(), None, "none", [], ""),
+    lambda rows, x: _fused(x.t(), rows.t(), None, "none", [], "").t(),
+)
 
 
 class Linear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return linear(x, self.weight, self.bias)
+
+
+class Use(NamedTuple):
+    """A Linear of a network: rows of x, C, D, and whether it is trained."""
+
+    rows: int
+    inputs: int
+    outputs: int
+    trained: bool
+
+
+def fastest(uses: Iterable[Use]) -> Ways:
+    """The faster library for each kind of fp32 call, over all these Linears together, by trial."""
+    if not hardware.onednn_linear_works(torch.float32):
+        return Ways()
+    uses = list(uses)
+    chosen = {}
+    for kind in Ways._fields:
+        calls = [_trial(kind, one) for one in uses if one.trained or kind != "backward"]
+        torch_s, onednn_s = (sum(_seconds(pair[i]) for pair in calls) for i in range(2))
+        chosen[kind] = "onednn" if onednn_s < BETTER * torch_s else "torch"
+    return Ways(**chosen)
+
+
+def _trial(kind: str, one: Use) -> tuple[Callable[[], object], Callable[[], object]]:
+    """The same call by torch and by oneDNN."""
+    x = torch.randn(one.rows, one.inputs)
+    weight, bias = torch.randn(one.outputs, one.inputs), torch.randn(one.outputs)
+    grad = torch.randn(one.rows, one.outputs)
+    if kind == "backward":
+        pairs = _gradients, _fused_gradients
+        return tuple(lambda p=pair: (p[0](grad, weight), p[1](grad, x)) for pair in pairs)
+    activation, form = ("gelu", "none") if kind == "gelu" else ("none", "")
+    after = F.gelu if kind == "gelu" else lambda y: y
+    return (
+        lambda: after(F.linear(x, weight, bias)),
+        lambda: _fused(x, weight, bias, activation, [], form),
+    )
+
+
+@torch.no_grad()
+def _seconds(call: Callable[[], object]) -> float:
+    """The least of ROUNDS after a warm-up: what the machine's other work adds is not the call's."""
+    call()
+    found = []
+    for _ in range(ROUNDS):
+        began = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - began)
+    return min(found)

@@ -17,6 +17,8 @@ from typing import NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
+from cjepa_fast.runtime import hardware
+
 T = TypeVar("T")
 PIECE_ROWS = 4096  # of a large tensor, passed on at a time
 
@@ -28,9 +30,11 @@ def start(seed: int, timeout_s: float = 0) -> torch.device:
 
     Without a GPU the CPU and gloo take its place. timeout_s: of the collectives; 0: by default.
     """
-    cuda = torch.cuda.is_available()
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    cuda = hardware.has_gpu()
+    local_rank = hardware.local_rank()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if not cuda and torch.cuda.is_available() and local_rank == 0:
+        print(f"WARNING: on the CPU, since {hardware.gpu_problem()}", file=sys.stderr)
     if cuda:
         grow_memory_in_place()
         torch.cuda.set_device(device)
@@ -90,7 +94,7 @@ def leave(status: int) -> NoReturn:
 
 def deepspeed():
     """DeepSpeed, imported late (seconds), without what does not concern the user, and joined."""
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    backend = "nccl" if hardware.has_gpu() else "gloo"
     if backend == "gloo":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if "RANK" not in os.environ and not dist.is_initialized():

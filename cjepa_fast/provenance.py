@@ -1,12 +1,12 @@
 """Which state of the code this is, and what it runs on."""
 
-import platform
 import subprocess
 from pathlib import Path
 
 import torch
 
 from cjepa_fast.processes import world_size
+from cjepa_fast.runtime import hardware
 
 
 def own_commit() -> str | None:
@@ -28,13 +28,8 @@ def own_commit() -> str | None:
 def machine(device: torch.device) -> str:
     """Processes and hardware, in words."""
     if device.type == "cuda":
-        hardware = torch.cuda.get_device_name(device)
+        name = torch.cuda.get_device_name(device)
     else:
-        hardware = f"{processor_name()} ({torch.get_num_threads()} threads)"
-    return f"{world_size()} x {hardware}"
-
-
-def processor_name() -> str:
-    with open("/proc/cpuinfo", encoding="utf-8") as file:
-        names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+        threads = torch.get_num_threads()
+        name = f"{hardware.processor_name()} ({hardware.tier()}, {threads} threads)"
+    return f"{world_size()} x {name}"

@@ -22,13 +22,22 @@ import torch
 
 from cjepa_fast import checkpoint, encoders, lock, out_of_memory, processes, watchdog
 from cjepa_fast import config as configuration
-from cjepa_fast.build import build_album, build_loader, build_masks, build_online, gflop_of
+from cjepa_fast.build import (
+    build_album,
+    build_loader,
+    build_masks,
+    build_online,
+    gflop_of,
+    with_precision,
+)
 from cjepa_fast.config import Config, ConfigError
 from cjepa_fast.data.batches import ImagesGone
 from cjepa_fast.data.loader import Loader
 from cjepa_fast.launchers import resume_command
+from cjepa_fast.linear import Ways
 from cjepa_fast.provenance import machine
 from cjepa_fast.run import Run, steps_of
+from cjepa_fast.runtime import hardware
 from cjepa_fast.telemetry import Telemetry
 from cjepa_fast.trainer import Trainer
 from cjepa_fast.watchdog import Watchdog
@@ -87,6 +96,7 @@ def dry_run(trainer: Trainer, loader: Loader) -> None:
     gflop = gflop_of(trainer.config, K, M, P)
     rows, cols = encoder.grid
     parameters = trainer.parameters
+    print(told_precision(trainer.config.run.precision, trainer.device, False))
     print(f"parameters   encoder {parameters['encoder']:,}, predictor {parameters['predictor']:,}")
     print(f"tokens       {rows} x {cols} patches, context {K:g}, targets {M} x {P}")
     print("GFLOP/image  " + ", ".join(f"{name} {value:.1f}" for name, value in gflop.items()))
@@ -157,20 +167,27 @@ def begin(
             lock.take(run)
         return starting_points(run, args.resume)
 
-    masks = build_masks(config)
     checkpointed = first_whole(processes.from_first_process(found), args.resume)
-    loader = build_loader(config, device, masks)
+    state = checkpoint.state_of(checkpointed) if checkpointed else {}
+    if state:
+        state["config"] = configuration.completed(state["config"])
+        state.setdefault("linear", Ways()._asdict())
+        config = configuration.as_begun(config, state["config"])
+    config = with_precision(config, device)
+    loader = build_loader(config, device, build_masks(config))
     trainer = Trainer(
         config,
         device,
         loader.steps_per_epoch,
         images=loader.images.fingerprint,
-        restoring=checkpointed is not None,
+        restoring=bool(state),
+        linear=state.get("linear"),
     )
-    if checkpointed is None:
+    if not state:
         return trainer, loader, None
-    check_changes(checkpoint.state_of(checkpointed), trainer.facts(), args.accept_changes)
-    return trainer, loader, checkpoint.restore(checkpointed, trainer.engine)
+    check_changes(state, trainer.facts(), args.accept_changes)
+    checkpoint.restore(checkpointed, trainer.engine)
+    return trainer, loader, state
 
 
 def check_changes(state: dict, facts: dict, accepted: bool) -> None:
@@ -182,6 +199,18 @@ def check_changes(state: dict, facts: dict, accepted: bool) -> None:
             + "\n  ".join(changes)
             + "\nset them back, or go on all the same with --accept-changes"
         )
+
+
+def told_precision(precision: str, device: torch.device, resumed: bool) -> str:
+    """What run.precision became, and why; a warning where it is slow here."""
+    best = hardware.best_precision(device)
+    if precision == best.precision:
+        return f"precision: {precision} ({best.reason})"
+    origin = "as the run began" if resumed else "as run.precision or another process has it"
+    if warning := hardware.slow_precision(precision, device):
+        way_out = "a new run with run.precision=fp32 does not have that"
+        return f"WARNING: precision: {precision}, {origin}; {warning}; {way_out}"
+    return f"precision: {precision}, {origin}; bf16 would be faster here ({best.reason})"
 
 
 def open_telemetry(
@@ -207,6 +236,9 @@ def open_telemetry(
     )
     if first:
         checkpoint.write_text(run / "config.json", config.to_json())
+        telemetry.message(told_precision(config.run.precision, trainer.device, bool(state)))
+        if onednn := [kind for kind, library in trainer.linear.items() if library == "onednn"]:
+            telemetry.message(f"linear layers: {', '.join(onednn)} by oneDNN (faster here)")
         if trainer.device.type == "cuda" and trainer.attention:
             chosen = ", ".join(f"{part} {name}" for part, name in trainer.attention.items())
             telemetry.message(f"attention: {chosen} (the fastest of those here)")
@@ -259,6 +291,7 @@ def pretrain(config: Config, run: Path, args: argparse.Namespace) -> int:
             ending.callback(lock.release)
             trainer, loader, state = begin(config, device, run, args)
             ending.callback(loader.close)
+            config = trainer.config
             online = build_online(config, device, loader.steps_per_epoch)
             album = build_album(config, loader, build_masks(config))
             if not args.dry_run:

@@ -14,6 +14,7 @@ from cjepa_fast.build import (
     build_networks,
     check_target_precision,
     choose_attention,
+    choose_linear,
     compile_networks,
     fuse_networks,
     initialise,
@@ -42,8 +43,10 @@ class Trainer:
         *,
         images: str = "",
         restoring: bool = False,
+        linear: dict | None = None,
     ):
-        """images: the image set's fingerprint; restoring: a checkpoint will give the weights."""
+        """config: its run.precision resolved (build.with_precision); images: the image set's
+        fingerprint; restoring: a checkpoint will give the weights; linear: its linear.Ways."""
         self.config, self.device = config, device
         check_target_precision(config, device)
         self.steps_per_epoch, self.images = steps_per_epoch, images
@@ -67,6 +70,7 @@ class Trainer:
         networks.to(device)
         target.to(device)
         self.attention = choose_attention(networks, target, config, device, self.micro_batch)
+        self.linear = choose_linear(networks, config, device, self.micro_batch, linear)
         self.engine = build_engine(networks, target, config, self.micro_batch, self.accumulation)
         self.ema = self.engine.ema
         self._check_stage()
@@ -184,6 +188,8 @@ class Trainer:
     def facts(self) -> dict:
         """What a run that goes on from here must share, or it becomes another training."""
         facts = {"config": self.config.model_dump(mode="json"), "images": self.images}
+        if self.linear:
+            facts["linear"] = self.linear
         if self.config.loss.vicreg.beta > 0:
             facts["images a VICReg statistic"] = self.micro_batch * processes.world_size()
         return facts

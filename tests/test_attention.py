@@ -135,6 +135,7 @@ def test_each_network_gets_the_kernel_of_its_own_lengths(monkeypatch, context, m
     predictor = tiny.CONFIG["predictor"] | {"mode": mode}
     mask = {"min_keep": 4, "context": context}
     config = validate(tiny.CONFIG | {"predictor": predictor, "mask": mask})
+    config = build.with_precision(config, CPU)
     networks, target = build.build_networks(config), build.build_networks(config).encoder
     heads = networks.predictor.predictor_blocks[0].attn
     monkeypatch.setattr(heads.proj, "in_features", 24)

@@ -17,6 +17,7 @@ from cjepa_fast import config as configuration
 from cjepa_fast.config import ConfigError
 from cjepa_fast.ema import TargetEMA
 from cjepa_fast.kernels.fp8 import quantise_gelu, quantise_norm, quantise_rows
+from cjepa_fast.runtime import hardware
 from cjepa_fast.vit import MODELS, Encoder, patchify
 
 
@@ -231,18 +232,30 @@ def test_shares_that_cut_rows_give_the_same_bits(tmp_path):
 
 # --- a run
 
-FP8 = {"model": {**tiny.CONFIG["model"], "width": 48, "target_precision": "fp8"}}
+FP8 = {
+    "run": {**tiny.CONFIG["run"], "precision": "bf16"},
+    "model": {**tiny.CONFIG["model"], "width": 48, "target_precision": "fp8"},
+}
 
 
 def test_a_gpu_without_8_bit_products_is_told(monkeypatch):
+    hardware.gpu_multiplies_fp8.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
     config = configuration.validate(tiny.CONFIG | FP8)
     with pytest.raises(ConfigError, match=r'A100.*sm_80.*sm_89; take "bf16"'):
         build.check_target_precision(config, torch.device("cuda", 0))
     build.check_target_precision(config, torch.device("cpu"))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(hardware, "gpu_multiplies_fp8", lambda device: True)
     build.check_target_precision(config, torch.device("cuda", 0))
+
+
+def test_an_fp8_target_wants_bf16_beside_it():
+    config = configuration.validate(tiny.CONFIG | FP8 | {"run": tiny.CONFIG["run"]})
+    run = config.run.model_copy(update={"precision": "fp32"})  # as "auto" may become
+    resolved = config.model_copy(update={"run": run})
+    with pytest.raises(ConfigError, match=r'fp8".*run\.precision = "bf16", which is "fp32" here'):
+        build.check_target_precision(resolved, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -250,7 +263,7 @@ def test_a_gpu_without_8_bit_products_is_told(monkeypatch):
     [({"width": 24}, "model.width = 24"), ({"mlp_ratio": 1.1}, "mlp_ratio = 53")],
 )
 def test_widths_without_an_8_bit_product_are_told(sizes, key):
-    config = configuration.validate(tiny.CONFIG | {"model": FP8["model"] | sizes})
+    config = configuration.validate(tiny.CONFIG | FP8 | {"model": FP8["model"] | sizes})
     with pytest.raises(ConfigError, match=rf"{key}: must be a multiple of 16"):
         build.check_target_precision(config, torch.device("cpu"))
 

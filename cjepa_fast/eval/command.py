@@ -26,6 +26,7 @@ from cjepa_fast.checkpoint import write_text
 from cjepa_fast.data.sources import ImageSet, open_images
 from cjepa_fast.encoders import is_run, load_encoder
 from cjepa_fast.eval.features import digest, extract, split_by_name
+from cjepa_fast.runtime import hardware
 from cjepa_fast.vit import Encoder
 
 Row = dict[str, object]
@@ -122,7 +123,7 @@ def add_out(parser: argparse.ArgumentParser) -> None:
 
 def device() -> torch.device:
     """Of this process."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device("cuda" if hardware.has_gpu() else "cpu")
 
 
 def run_of(checkpoint: str | Path) -> Path | None:

@@ -1,0 +1,1 @@
+"""The machine a training runs on: what its hardware can do."""

@@ -1,0 +1,216 @@
+"""What this processor and these GPUs can do: each ability is probed once, by a tiny call.
+
+Nothing is assumed from a dtype or a device's name. bench/ and the doctor print the same answers.
+"""
+
+import functools
+import os
+import platform
+import sys
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+PRECISIONS = ("fp32", "bf16")  # the lower first: what fewer machines multiply comes last
+OLDEST_BF16 = (8, 0)  # compute capability of GPUs that multiply bf16
+OLDEST_FP8 = (8, 9)
+# Tiers that oneDNN can be told to stop at (ONEDNN_MAX_CPU_ISA), below the first with bf16 products.
+WITHOUT_BF16 = (
+    "SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI",
+)  # fmt: skip
+BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # of /proc/cpuinfo; the last is ARM's
+
+
+class Choice(NamedTuple):
+    """A precision (PRECISIONS) and why it was taken, in words."""
+
+    precision: str
+    reason: str
+
+
+# --- processors
+
+
+def processor_name() -> str:
+    """As the processor calls itself; its architecture where it does not say."""
+    names = _cpuinfo("model name")
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _cpuinfo(*keys: str) -> list[str]:
+    """The values of these keys of /proc/cpuinfo, [] where there is none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    pairs = (line.partition(":") for line in lines)
+    return [value.strip() for key, _, value in pairs if key.strip() in keys]
+
+
+def cpu_flags() -> set[str]:
+    """What the first core can do, by the kernel's names ("avx2", "amx_bf16"); ARM's too."""
+    return set(" ".join(_cpuinfo("flags", "Features")[:1]).split())
+
+
+def onednn_limit() -> str:
+    """The tier that the environment holds oneDNN to, "ALL" without one."""
+    names = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+    return next((os.environ[n].upper() for n in names if os.environ.get(n)), "ALL")
+
+
+def tier() -> str:
+    """The instructions that matrix products use here, as "AVX2" or "AVX-512 bf16"."""
+    flags, limit = cpu_flags(), onednn_limit()
+    order = ("SSE41", "AVX2", "AVX512_CORE", "AVX512_CORE_BF16", "AVX512_CORE_AMX")
+    has = {
+        "SSE41": True,
+        "AVX2": "avx2" in flags,
+        "AVX512_CORE": {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= flags,
+        "AVX512_CORE_BF16": "avx512_bf16" in flags,
+        "AVX512_CORE_AMX": "amx_bf16" in flags,
+    }
+    if not flags & {"sse4_1", "avx2"}:
+        return f"{platform.machine()}{' bf16' if 'bf16' in flags else ''}"
+    allowed = order[: order.index(limit) + 1] if limit in order else order
+    return [name for name in allowed if has[name]][-1]
+
+
+@functools.cache
+def cpu_multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for bf16 products, and torch and oneDNN use them.
+
+    Without them oneDNN emulates: on AVX-512 2.7 times slower than fp32, below it 5 to 40 times.
+    """
+    if not cpu_flags() & BF16_FLAGS or onednn_limit() in WITHOUT_BF16:
+        return False
+    return torch.backends.mkldnn.enabled and onednn_linear_works(torch.bfloat16)
+
+
+@functools.cache
+def onednn_linear_works(dtype: torch.dtype) -> bool:
+    """Whether oneDNN's fused Linear, with and without a GELU, takes this dtype here, and is right.
+
+    It is an operator of torch's own compiler, without promises: some builds lack it, and some
+    processors have no primitive for bf16.
+    """
+    call = onednn_linear()
+    if call is None:
+        return False
+    x, weight, bias = (torch.arange(n, dtype=torch.float32) % 5 - 2 for n in (48, 128, 8))
+    x, weight = x.view(3, 16), weight.view(8, 16) / 8
+    wanted = F.linear(x, weight, bias)
+    args = [t.to(dtype) for t in (x, weight, bias)]
+    try:
+        found = [call(*args, "none", [], ""), call(*args, "gelu", [], "none")]
+    except RuntimeError:  # oneDNN has no primitive
+        return False
+    pairs = zip(found, (wanted, F.gelu(wanted)), strict=True)
+    return all(torch.allclose(f.float(), w, rtol=1e-2, atol=1e-2) for f, w in pairs)
+
+
+def onednn_linear():
+    """oneDNN's x W^T + b with an activation, None in a build of torch without it."""
+    try:
+        return torch.ops.mkldnn._linear_pointwise.default
+    except AttributeError:
+        return None
+
+
+# --- GPUs
+
+
+@functools.cache
+def gpu_problem(index: int = 0) -> str:
+    """Why GPU number `index` cannot be used, in words, "" where it can; the first call tries it."""
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own words on the same matter
+            works = (torch.ones(2, device=torch.device("cuda", index)) * 2).sum().item() == 4
+            if works:
+                return ""
+            problem = "it computes wrongly"
+    except RuntimeError as error:  # the driver's, or "no kernel image is available"
+        problem = str(error).strip().split("\n")[0]
+    return f"{_named(index)}: {problem}. {_way_out(index)}"
+
+
+def _named(index: int) -> str:
+    try:
+        major, minor = torch.cuda.get_device_capability(index)
+        return f"{torch.cuda.get_device_name(index)} (sm_{major}{minor})"
+    except RuntimeError:
+        return f"GPU {index}"
+
+
+def _way_out(index: int) -> str:
+    made_for = ", ".join(torch.cuda.get_arch_list()) or "no GPU"
+    return (
+        f"torch {torch.__version__} has kernels for {made_for}; an older GPU, such as a V100, "
+        "needs a build of torch for CUDA 12"
+    )
+
+
+def has_gpu() -> bool:
+    """Whether this process can train on its GPU, which LOCAL_RANK names."""
+    return torch.cuda.is_available() and not gpu_problem(local_rank())
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability, (8, 0) of an A100; (0, 0) of what is no GPU."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+@functools.cache
+def gpu_multiplies_fp8(device: torch.device) -> bool:
+    """Whether torch._scaled_mm with a scale a row and a column runs here, and is right."""
+    if capability(device) < OLDEST_FP8:
+        return False
+    ones, scale = torch.ones(16, 16, device=device), torch.full((16, 1), 0.5, device=device)
+    values = ones.to(torch.float8_e4m3fn)
+    try:
+        found = torch._scaled_mm(
+            values, values.t(), scale, scale.t(), out_dtype=torch.bfloat16
+        )  # fmt: skip
+    except RuntimeError:
+        return False
+    return bool((found == 4).all())
+
+
+# --- what follows from both
+
+
+def best_precision(device: torch.device) -> Choice:
+    """What run.precision "auto" becomes on this device."""
+    if device.type == "cuda":
+        major, minor = capability(device)
+        name = f"{torch.cuda.get_device_name(device)} (sm_{major}{minor})"
+        if (major, minor) >= OLDEST_BF16:
+            return Choice("bf16", f"{name} multiplies it")
+        lost = "without our own kernels, fused blocks and FlashAttention, which begin with sm_80"
+        return Choice("fp32", f"{name} multiplies no bf16; {lost}")
+    if cpu_multiplies_bf16():
+        return Choice("bf16", f"{processor_name()} multiplies it ({tier()})")
+    return Choice("fp32", f"{processor_name()} multiplies no bf16 ({tier()})")
+
+
+def slow_precision(precision: str, device: torch.device) -> str:
+    """A warning where a precision is much slower here than the best, else ""."""
+    best = best_precision(device)
+    if precision != "bf16" or best.precision == "bf16":
+        return ""
+    return f"bf16 is slower than fp32 here: {best.reason}"
+
+
+def warn_of_slow_bf16(device: torch.device, key: str) -> None:
+    """One line to stderr where bf16, asked for by `key`, is slow here."""
+    if warning := slow_precision("bf16", device):
+        print(f"WARNING: {key}: {warning}", file=sys.stderr)

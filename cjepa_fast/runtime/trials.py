@@ -1,0 +1,53 @@
+"""What a trial found to be the fastest on this machine, remembered for the next runs.
+
+A trial's outcome may differ from one time to the next, and with it the last bits of a training. So
+the first outcome on a machine stays, until the processor, the versions or the sizes are others.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+
+def folder() -> Path | None:
+    """Where outcomes are kept, None without a home."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    with contextlib.suppress(RuntimeError):
+        return (Path(root) if root else Path.home() / ".cache") / "cjepa_fast" / "trials"
+    return None
+
+
+def remembered(facts: dict, decide: Callable[[], dict], otherwise: dict) -> dict:
+    """The outcome for these facts: the one on record, else decide()'s, put there.
+
+    Processes that decide at the same moment all take the first one's. Where nothing can be written
+    down nothing is tried: `otherwise`.
+    """
+    name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+    kept = folder()
+    if kept is None:
+        return otherwise
+    file = kept / f"{name}.json"
+    try:
+        kept.mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            _write_first(file, {"facts": facts, "outcome": decide()})
+        return json.loads(file.read_text())["outcome"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return otherwise
+
+
+def _write_first(file: Path, record: dict) -> None:
+    """Whole, or not at all where another process was first."""
+    handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w") as out:
+            json.dump(record, out, indent=1)
+        with contextlib.suppress(FileExistsError):
+            os.link(temporary, file)
+    finally:
+        os.unlink(temporary)
