@@ -228,7 +228,31 @@ def fastest(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[str
 def _calls(
     shape: Shape, device: torch.device, dtype: torch.dtype
 ) -> Iterator[tuple[str, Callable[[], object]]]:
-    """A call of each candidate that takes the shape: forward, and backward where it is trained."""
+    """A call of each candidate that takes the shape."""
+    found = [n for n in candidates(device) if not shape.packed or n in PACKED_BACKENDS]
+    call = _call_by_name(shape, device, dtype)
+    for name in found:
+        if len(found) == 1 or not _failure(call, name):  # that warmed it
+            yield name, functools.partial(call, name)
+
+
+def problem(shape: Shape, device: torch.device, dtype: torch.dtype, name: str) -> str:
+    """Why a backend cannot be used for a shape here, in words, "" where it can: it is tried."""
+    few = shape._replace(sequences=min(shape.sequences, 2))
+    return _failure(_call_by_name(few, device, dtype), name)
+
+
+def _failure(call: Callable[[str], None], name: str) -> str:
+    """What a backend says that has no kernel for this width, type or device."""
+    try:
+        call(name)
+        return ""
+    except (RuntimeError, ValueError, OutOfResources) as error:
+        return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def _call_by_name(shape: Shape, device: torch.device, dtype: torch.dtype) -> Callable[[str], None]:
+    """Attention by a backend's name: forward, and backward where it is trained."""
     B, heads, d = min(shape.sequences, TRIED), shape.heads, shape.width
     lengths = shape.queries, shape.keys, shape.keys
     kind = {"device": device, "dtype": dtype}
@@ -245,14 +269,7 @@ def _calls(
         if shape.trained:
             torch.autograd.grad(out, tensors, out.detach())
 
-    found = [n for n in candidates(device) if not shape.packed or n in PACKED_BACKENDS]
-    for name in found:
-        if len(found) > 1:
-            try:
-                call(name)  # warm
-            except (RuntimeError, OutOfResources):  # none for this width, type or device
-                continue
-        yield name, functools.partial(call, name)
+    return call
 
 
 def _timed_ms(call: Callable[[], object], device: torch.device) -> float:

@@ -8,6 +8,7 @@ import torch
 from cjepa_fast import config as configuration
 from cjepa_fast import fp8, linear, processes
 from cjepa_fast.attention import Shape, fastest
+from cjepa_fast.attention import problem as unusable
 from cjepa_fast.config import Config, ConfigError
 from cjepa_fast.data import sources
 from cjepa_fast.data.loader import Loader
@@ -109,9 +110,9 @@ def choose_attention(
     """For attention "auto": the fastest kernel for each network at its own lengths, set in it.
 
     Timed on the first process and the same on all. On a CPU nothing is timed. Returns the choices.
+    Another backend is tried once: raises ConfigError where it has no kernel here.
     """
-    if config.model.attention != "auto":
-        return {}
+    dtype, given = compute_dtype(config), config.model.attention
     masks = build_masks(config)(0, 0, torch.arange(micro_batch))
     K, (M, P) = round(masks.context_k), masks.target_idx_BMP.shape[1:]
     N, L = target.grid[0] * target.grid[1], K + P
@@ -127,8 +128,14 @@ def choose_attention(
         width = part.proj.in_features // part.heads
         packed = trained and config.mask.context == "packed"
         shape = Shape(sequences, part.heads, queries, keys, width, trained, packed)
+        if given != "auto":
+            if problem := unusable(shape, device, dtype, given):
+                raise ConfigError(
+                    f'model.attention = "{given}": not for the {name} here ({problem}); take "auto"'
+                )
+            continue
         choices[name] = processes.from_first_process(
-            lambda shape=shape: fastest(shape, device, compute_dtype(config))[0]
+            lambda shape=shape: fastest(shape, device, dtype)[0]
         )
         for block in blocks:
             block.attn.backend = choices[name]

@@ -236,9 +236,6 @@ def open_telemetry(
     )
     if first:
         checkpoint.write_text(run / "config.json", config.to_json())
-        telemetry.message(told_precision(config.run.precision, trainer.device, bool(state)))
-        if onednn := [kind for kind, library in trainer.linear.items() if library == "onednn"]:
-            telemetry.message(f"linear layers: {', '.join(onednn)} by oneDNN (faster here)")
         if trainer.device.type == "cuda" and trainer.attention:
             chosen = ", ".join(f"{part} {name}" for part, name in trainer.attention.items())
             telemetry.message(f"attention: {chosen} (the fastest of those here)")
@@ -304,6 +301,9 @@ def pretrain(config: Config, run: Path, args: argparse.Namespace) -> int:
             trainer, loader, telemetry, watch, run, state, resume_command(), online, album
         )
         telemetry.message(f"on {machine(device)}; torch {torch.__version__}")
+        telemetry.message(told_precision(config.run.precision, device, bool(state)))
+        if onednn := [kind for kind, library in trainer.linear.items() if library == "onednn"]:
+            telemetry.message(f"linear layers: {', '.join(onednn)} by oneDNN (faster here)")
         return training.go()
 
 

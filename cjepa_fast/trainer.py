@@ -25,6 +25,7 @@ from cjepa_fast.graph import Graphed
 from cjepa_fast.kernels.ema import Number
 from cjepa_fast.local import LocalEngine
 from cjepa_fast.masks import Masks
+from cjepa_fast.runtime import hardware
 from cjepa_fast.streams import TargetStream
 from cjepa_fast.telemetry import representation_stats
 from cjepa_fast.vit import count_parameters
@@ -74,6 +75,7 @@ class Trainer:
         self.engine = build_engine(networks, target, config, self.micro_batch, self.accumulation)
         self.ema = self.engine.ema
         self._check_stage()
+        self._check_compiler()
         compile_networks(networks, target, config.run.compile)
         fuse_networks(networks, target, config, self.engine.stage)
         self.target, self.context_encoder = target, networks.encoder
@@ -100,6 +102,14 @@ class Trainer:
                     "gathers the weights as the forward comes to them; leave it out, or --set "
                     "deepspeed.zero_optimization.stage=2"
                 )
+
+    def _check_compiler(self) -> None:
+        """Raises ConfigError where torch.compile does not work: a small function is tried."""
+        how = self.config.run.compile
+        if how != "none" and (problem := hardware.compile_problem(self.device)):
+            raise ConfigError(
+                f'run.compile = "{how}": torch.compile does not work here ({problem}); leave it out'
+            )
 
     def _check_graph(self) -> None:
         """Raises ConfigError where the step cannot be recorded."""

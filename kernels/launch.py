@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -27,12 +28,44 @@ TRITON_NAMES = {
     torch.int32: "i32", torch.int64: "i64", torch.float8_e4m3fn: "fp8e4nv",
 }  # fmt: skip
 
+OLDEST = (8, 0)  # compute capability that the kernels are written and compiled for
+
 _on_cpu = False
+_runs: dict[int | None, bool] = {}  # whether kernels run, by the GPU's index
 
 
 def use_kernel(*tensors: torch.Tensor) -> bool:
-    """Whether kernels take these tensors: on CUDA, of a dtype they compute in (never float64)."""
-    return (tensors[0].is_cuda or _on_cpu) and all(t.dtype in KERNEL_DTYPES for t in tensors)
+    """Whether kernels take these tensors: on a GPU that runs them (runs_on), of a dtype they
+    compute in (never float64)."""
+    here = runs_on(tensors[0].device) if tensors[0].is_cuda else _on_cpu
+    return here and all(t.dtype in KERNEL_DTYPES for t in tensors)
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether a kernel compiles and runs on this GPU: one is tried, once. Where not, a warning
+    says why, and plain PyTorch takes the kernels' place."""
+    if device.index not in _runs:
+        if torch.compiler.is_compiling():
+            return True
+        problem = _problem_on(device)
+        _runs[device.index] = not problem
+        if problem:
+            warnings.warn(f"plain PyTorch in place of our kernels: {problem}", stacklevel=2)
+    return _runs[device.index]
+
+
+def _problem_on(device: torch.device) -> str:
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < OLDEST:
+        name = torch.cuda.get_device_name(device)
+        return f"they begin with sm_80, and {name} is sm_{major}{minor}"
+    x = torch.zeros(16, device=device)
+    try:
+        with torch.cuda.device(device):
+            _count_kernel[(1,)](x, N=16)
+        return "" if x.sum().item() == 120 else "Triton computes wrongly here"
+    except Exception as error:  # of a compiler, a driver, a missing C compiler: all are told
+        return f"Triton does not work here ({type(error).__name__}: {str(error)[:200]})"
 
 
 @contextlib.contextmanager
@@ -143,6 +176,13 @@ class Compiled:
     since: int = 80
     may_spill: bool = False
     maxnreg: int | None = None
+
+
+@triton.jit
+def _count_kernel(x_ptr, N: tl.constexpr):
+    """x (N,) fp32 <- 0, 1, 2, ...: what `runs_on` tries."""
+    at = tl.arange(0, N)
+    tl.store(x_ptr + at, at.to(tl.float32))
 
 
 @triton.jit

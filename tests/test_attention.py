@@ -11,7 +11,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 from cjepa_fast import attention, build
 from cjepa_fast.attention import TRIED, Shape, attend, attend_packed, candidates, fastest
-from cjepa_fast.config import validate
+from cjepa_fast.config import ConfigError, validate
 from cjepa_fast.sequences import evenly
 
 CPU = torch.device("cpu")
@@ -151,7 +151,16 @@ def test_each_network_gets_the_kernel_of_its_own_lengths(monkeypatch, context, m
     assert {block.attn.backend for block in target.blocks} == {choices["target"]}
     assert {block.attn.backend for block in networks.encoder.blocks} == {choices["context"]}
     pinned = validate(tiny.CONFIG | {"model": tiny.CONFIG["model"] | {"attention": "sdpa"}})
+    pinned = build.with_precision(pinned, CPU)
     assert build.choose_attention(networks, target, pinned, CPU, 8) == {}
+
+
+def test_a_backend_without_a_kernel_here_is_told_before_the_first_step():
+    model = tiny.CONFIG["model"] | {"attention": "sdpa_cudnn"}
+    config = build.with_precision(validate(tiny.CONFIG | {"model": model}), CPU)
+    networks, target = build.build_networks(config), build.build_networks(config).encoder
+    with pytest.raises(ConfigError, match=r'attention = "sdpa_cudnn".*target here.*take "auto"'):
+        build.choose_attention(networks, target, config, CPU, 8)
 
 
 def test_flash_attention_is_found_by_version_or_named(monkeypatch):

@@ -11,6 +11,7 @@ import sys
 from cjepa_fast import config, processes
 from cjepa_fast.data.batches import ImagesGone
 from cjepa_fast.eval import command
+from cjepa_fast.runtime import hardware
 
 TASKS = {  # module below cjepa_fast.eval, imported when it is asked for
     "knn": "k nearest neighbours on frozen features",
@@ -51,7 +52,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         _complete(args)
-        processes.start(getattr(args, "seed", 0))
+        device = processes.start(getattr(args, "seed", 0))
+        if getattr(args, "bf16", False):
+            hardware.warn_of_slow_bf16(device, "--bf16")
         task.run(args)
     except (ValueError, OSError, ImagesGone) as error:  # the user's, without a traceback
         print(f"error: {error}", file=sys.stderr)

@@ -185,7 +185,18 @@ def gpu_multiplies_fp8(device: torch.device) -> bool:
     return bool((found == 4).all())
 
 
-# --- what follows from both
+# --- both
+
+
+@functools.cache
+def compile_problem(device: torch.device) -> str:
+    """Why torch.compile cannot be used on this device, in words, "" where it can: it is tried."""
+    try:
+        found = torch.compile(lambda x: (x * 2 + 1).relu())(torch.ones(8, device=device))
+        return "" if bool((found == 3).all()) else "it computes wrongly"
+    except Exception as error:  # of a compiler, a driver, a GPU that is too old
+        words = str(error).strip().split("\n")[0]
+        return f"{type(error).__name__}: {words[:200]}"
 
 
 def best_precision(device: torch.device) -> Choice:
