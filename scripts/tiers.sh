@@ -1,0 +1,122 @@
+#!/usr/bin/env bash
+# The main job on every processor that this one can imitate, from the oldest on: oneDNN and torch are
+# held to an older instruction set by ONEDNN_MAX_CPU_ISA and ATEN_CPU_CAPABILITY. For each tier: the
+# demo's first steps, a save, a resume with the same bits, kNN, the bench, a dry run of ViT-S, and
+# the fast tests that touch numbers. From the repository's root, after `make install`:
+#     scripts/tiers.sh [--no-tests] [TIER ...]        tiers: see below; default: all below this one
+# Prints a table of what was covered; exits 1 where anything failed. Logs: build/tiers/.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+PYTHON="${PYTHON:-.venv/bin/python}"
+LOGS=build/tiers
+TIERS=(SSE41 AVX2 AVX512_CORE AVX512_CORE_BF16 AVX512_CORE_AMX)
+declare -A ATEN=([SSE41]=default [AVX2]=avx2 [AVX512_CORE]=avx512 [AVX512_CORE_BF16]=avx512
+                 [AVX512_CORE_AMX]=avx512)
+TESTS=(linear vit fused fp8 predictor checkpointing train run engine older_runs hardware)
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+
+# A handful of the shapes in a folder, so that an epoch is eight steps.
+prepare() {
+  mkdir -p "$LOGS"
+  "$PYTHON" - "$LOGS/images" <<'END'
+import sys
+from pathlib import Path
+
+from cjepa_fast.data import shapes
+from cjepa_fast.data.sources import open_images
+
+images = open_images(shapes.ensure("val"))
+for i in range(256):
+    name = Path(sys.argv[1], f"class_{images.labels[i]}", images.name(i).partition("/")[2])
+    name.parent.mkdir(parents=True, exist_ok=True)
+    name.write_bytes(images.read_original(i))
+END
+}
+
+# train RUN [OPTION ...]: the demo's configuration on those images.
+train() {
+  local run=$1
+  shift
+  "$PYTHON" cjepa_fast/train.py --config demo.json --set "run.dir=$run" --set run.epochs=1 \
+    --set "data.path=$LOGS/images" --set optim.warmup_epochs=0.5 --set checkpoint.every_steps=4 \
+    --set telemetry.every_steps=1 "$@"
+}
+
+demo() { rm -rf "$1/demo" && train "$1/demo"; }
+
+# From the save in its midst to the end again: the same encoder, bit for bit.
+resume() {
+  rm -rf "$1/resumed" && mkdir -p "$1/resumed" &&
+    train "$1/resumed" --resume "$1/demo/checkpoints/step_00000004" &&
+    cmp "$1/demo/encoder.safetensors" "$1/resumed/encoder.safetensors"
+}
+
+knn() {
+  "$PYTHON" -m cjepa_fast.eval knn "$1/demo" --data "$LOGS/images" --k 5 \
+    --json "$1/knn.json"
+}
+
+bench() {
+  "$PYTHON" bench/throughput.py --config demo --batch 8 --steps 4 --warmup 2 --data synthetic \
+    --against reference --json "$1/bench.json"
+}
+
+dry() {
+  "$PYTHON" cjepa_fast/train.py --config vit_s --dry-run --set "data.path=$LOGS/images" \
+    --set data.batch_size=8 --set data.micro_batch_size=8
+}
+
+tests() {
+  "$PYTHON" -m pytest -q -n auto --dist loadfile -m "not faults and not multiprocess and not gpu" \
+    "${TESTS[@]/#/tests/test_}" -p no:cacheprovider
+}
+
+# The tiers up to this processor's own, which is the last line of what is printed.
+possible() {
+  local own
+  own=$("$PYTHON" -c 'from cjepa_fast.runtime.hardware import tier; print(tier())') || return 1
+  for tier in "${TIERS[@]}"; do
+    echo "$tier"
+    [ "$tier" = "$own" ] && return 0
+  done
+  echo "$own is not among the tiers of x86: nothing is imitated" >&2
+  return 1
+}
+
+parts=(demo resume knn bench dry tests)
+[ "${1:-}" = --no-tests ] && parts=(demo resume knn bench dry) && shift
+TESTS=("${TESTS[@]/%/.py}")
+mapfile -t here < <(possible)
+[ "${#here[@]}" -gt 0 ] || exit 1
+wanted=("${@:-${here[@]}}")
+prepare || exit 1
+failed=0
+table="tier              $(printf '%-9s' "${parts[@]}")"
+for tier in "${wanted[@]}"; do
+  if [[ ! " ${here[*]} " == *" $tier "* ]]; then
+    table+=$'\n'"$(printf '%-18s' "$tier")cannot be imitated here"
+    continue
+  fi
+  mkdir -p "$LOGS/$tier"
+  row=$(printf '%-18s' "$tier")
+  for part in "${parts[@]}"; do
+    SECONDS=0
+    log="$LOGS/$tier/$part.log"
+    if ONEDNN_MAX_CPU_ISA=$tier ATEN_CPU_CAPABILITY=${ATEN[$tier]} "$part" "$LOGS/$tier" \
+      >"$log" 2>&1; then
+      row+=$(printf '%-9s' "${SECONDS} s")
+    else
+      failed=1
+      row+=$(printf '%-9s' FAILED)
+      echo "$tier: $part failed ($log):" && tail -n 15 "$log"
+    fi
+  done
+  echo "$row"
+  table+=$'\n'"$row"
+done
+for tier in "${TIERS[@]}"; do
+  [[ " ${here[*]} " == *" $tier "* ]] || table+=$'\n'"$(printf '%-18s' "$tier")not this processor"
+done
+echo && echo "$table"
+exit "$failed"
