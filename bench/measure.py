@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from hardware import measured_tflops, peak_tflops, synchronize
 from masks import calls_ms
-from memory import Kept, peak_bytes
 from phases import Phases
 from power import PowerMeter, power_figures
 from reference import ReferenceTrainer
@@ -25,6 +24,7 @@ from cjepa_fast import build, processes, train
 from cjepa_fast import trainer as trainer_module
 from cjepa_fast.config import Config
 from cjepa_fast.data.loader import Batch, Loader
+from cjepa_fast.runtime.memory import Kept, peak_bytes
 
 RING = 8  # synthetic batches, each with masks of its own, used in turn
 EPOCH_STEPS = 1000  # of synthetic data: only the schedules see it

@@ -21,13 +21,13 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from memory import Kept
 
 from cjepa_fast import build, vit
 from cjepa_fast import config as configuration
 from cjepa_fast.config import Config, ConfigError
 from cjepa_fast.flops import recomputed_gflop, step_gflop
 from cjepa_fast.jepa import JEPA
+from cjepa_fast.runtime.memory import Kept
 from cjepa_fast.vit import Attention
 
 RESULTS = Path(__file__).parent / "results" / "throughput.json"
@@ -96,18 +96,6 @@ def kept_bytes(networks: JEPA, batch: tuple, fused_attention: bool) -> int:
     return kept.bytes
 
 
-def meta_batch(config: Config, images: int) -> tuple:
-    """One micro-batch without values, with the masks' sizes that a run would draw."""
-    masks = build.build_masks(config)(0, 0, torch.arange(images))
-    side, width = config.data.image_size, build.model_sizes(config)["width"]
-    N = (side // config.model.patch_size) ** 2
-    shapes = (images, 3, side, side), (images, N, width)
-    pictures, tokens = (
-        torch.empty(shape, dtype=build.compute_dtype(config), device="meta") for shape in shapes
-    )
-    return pictures, masks.context.to("meta"), masks.target_idx_BMP.to("meta"), tokens
-
-
 def static_bytes(trained: int, encoder: int, precision: str, stage: int, count: int) -> dict:
     """By part, what one of `count` GPUs holds whatever the batch; numbers of parameters given.
 
@@ -153,7 +141,7 @@ def plan(config: Config, stage: int, count: int) -> Plan:
 def kept_per_image(networks: JEPA, config: Config) -> float:
     """Bytes an image, at the masks of a micro-batch as the configuration has it."""
     images = config.data.micro_batch_size
-    return kept_bytes(networks, meta_batch(config, images), fused_attention=True) / images
+    return kept_bytes(networks, build.meta_batch(config, images), fused_attention=True) / images
 
 
 def largest_batch(found: Plan, gpu: GPU) -> int:

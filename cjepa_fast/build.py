@@ -291,6 +291,18 @@ def build_masks(config: Config) -> MaskSampler:
         raise ConfigError(f"mask.{error}") from None
 
 
+def meta_batch(config: Config, images: int) -> tuple:
+    """One micro-batch without values, with the masks' sizes that a run would draw."""
+    masks = build_masks(config)(0, 0, torch.arange(images))
+    side, width = config.data.image_size, model_sizes(config)["width"]
+    N = (side // config.model.patch_size) ** 2
+    shapes = (images, 3, side, side), (images, N, width)
+    pictures, tokens = (
+        torch.empty(shape, dtype=compute_dtype(config), device="meta") for shape in shapes
+    )
+    return pictures, masks.context.to("meta"), masks.target_idx_BMP.to("meta"), tokens
+
+
 def initialise(networks: JEPA, target: Encoder, config: Config) -> None:
     """Start from an I-JEPA checkpoint: fills encoder, predictor and target encoder."""
     encoder, predictor, average = load_ijepa(

@@ -13,6 +13,7 @@ from cjepa_fast.data.loader import Batch, Loader
 from cjepa_fast.eval.online import Album, Online
 from cjepa_fast.interrupt import StopRequest
 from cjepa_fast.outcomes import BadSteps, Outcome, Outcomes, Spikes
+from cjepa_fast.pace import Pace
 from cjepa_fast.provenance import machine
 from cjepa_fast.saver import Saver
 from cjepa_fast.telemetry import Telemetry
@@ -75,6 +76,8 @@ class Run:
         progress = (state or {}).get("progress", {})
         self.data_offset = progress.get("data_offset", 0)  # steps whose images were passed over
         self._go_on_from(state or {"step": 0})
+        left = trainer.total_steps - self.done
+        self.pace = Pace(left * loader.accumulation, trainer.micro_batch * processes.world_size())
         self.bad = BadSteps(
             self.config.run.max_bad_steps,
             progress.get("skipped_steps", 0),
@@ -115,7 +118,7 @@ class Run:
         self.watch.mark("waiting for data", self.done + 1)
         for batches, wait_s in steps:
             self.watch.mark("in the step")
-            terms, applied = trainer.step(batches, self.done)
+            terms, applied = trainer.step(batches, self.done, self._after_micro_batch)
             self.done += 1
             stopping, writing, minutes_up, judging = processes.any_of(
                 self.stop.asked, self.saver.busy, self._minutes_are_up(), self._judging_is_due()
@@ -143,6 +146,12 @@ class Run:
                 return self._end()
             self.watch.mark("waiting for data", self.done + 1)
         raise AssertionError("the loader is endless")
+
+    def _after_micro_batch(self) -> None:
+        """A step may be longer than run.timeout_s where its micro-batches are not."""
+        self.watch.mark("in the step")
+        if line := self.pace.tick():
+            self.telemetry.message(line)
 
     def _rest(self, wanted: bool) -> Iterator[Outcome]:
         """The outcomes still on their way, where they are wanted: in a save, or for an end."""

@@ -15,12 +15,22 @@ import contextlib
 import itertools
 import os
 import resource
+import shlex
 import time
 from collections.abc import Iterator
 
 import torch
 
-from cjepa_fast import checkpoint, encoders, lock, out_of_memory, processes, watchdog
+from cjepa_fast import (
+    __version__,
+    checkpoint,
+    cpu_memory,
+    encoders,
+    lock,
+    out_of_memory,
+    processes,
+    watchdog,
+)
 from cjepa_fast import config as configuration
 from cjepa_fast.build import (
     build_album,
@@ -35,9 +45,9 @@ from cjepa_fast.data.batches import ImagesGone
 from cjepa_fast.data.loader import Loader
 from cjepa_fast.launchers import resume_command
 from cjepa_fast.linear import Ways
-from cjepa_fast.provenance import machine
+from cjepa_fast.provenance import machine, own_commit
 from cjepa_fast.run import Run, steps_of
-from cjepa_fast.runtime import hardware
+from cjepa_fast.runtime import error_report, hardware
 from cjepa_fast.telemetry import Telemetry
 from cjepa_fast.trainer import Trainer
 from cjepa_fast.watchdog import Watchdog
@@ -174,6 +184,8 @@ def begin(
         state.setdefault("linear", Ways()._asdict())
         config = configuration.as_begun(config, state["config"])
     config = with_precision(config, device)
+    saved = configuration.validate(state["config"]) if state else None
+    config = cpu_memory.fitted(config, device, saved)
     loader = build_loader(config, device, build_masks(config))
     trainer = Trainer(
         config,
@@ -278,22 +290,67 @@ def input_errors() -> Iterator[None]:
         raise ConfigError(str(error)) from error
 
 
+def unexpected(
+    error: Exception, where: str, config: Config, run: Path, args: argparse.Namespace
+) -> int:
+    """Tell of an error that has no words of its own, and write the rest down. Returns 1.
+
+    where: the step, and with what the process was busy."""
+    rank = int(os.environ.get("RANK", "0"))  # its group has been left
+    facts = {
+        "where": where,
+        "command": shlex.join(sys.argv),
+        "code": f"cjepa_fast {__version__}, commit {own_commit()}",
+        "machine": machine(torch.device("cuda" if hardware.has_gpu() else "cpu")),
+        "configuration": config.to_json(),
+    }
+    folders = [run] if run.is_dir() and not args.dry_run else []
+    report = error_report.write(error, folders, rank, facts)
+    plain = "--set model.attention=plain --set model.fused=false --set run.compile=none"
+    lines = [
+        f"error: rank {rank}, {where}: {error_report.summary(error)}",
+        f"traceback, machine and configuration: {report or 'above'}",
+        "what works on this machine: python -m cjepa_fast.tools.doctor",
+        f"the plainest way through a step: {plain} --set run.precision=fp32",
+    ]
+    if not args.dry_run:
+        lines.append(how_to_go_on(run))
+    print("\n".join(lines), file=sys.stderr)
+    return 1
+
+
 def pretrain(config: Config, run: Path, args: argparse.Namespace) -> int:
     """All of a run, or of a dry one. Returns the exit status."""
+    watching: list[Watchdog] = []
+    try:
+        return _pretrain(config, run, args, watching)
+    except Exception as error:
+        if isinstance(error, (ConfigError, ImagesGone)) or out_of_memory.is_meant(error):
+            raise  # main() has words for these
+        where = watching[0].where() if watching else "starting"
+        return unexpected(error, where, config, run, args)
+
+
+def _pretrain(config: Config, run: Path, args: argparse.Namespace, watching: list[Watchdog]) -> int:
+    """watching: takes the watchdog, which knows where an error was met."""
     with contextlib.ExitStack() as ending:
         ending.callback(processes.part)
         with input_errors():
             device = processes.start(config.run.seed, watchdog.START * config.run.timeout_s)
             watch = ending.enter_context(watchdog_of(config, run))
+            watching.append(watch)
             ending.callback(lock.release)
             trainer, loader, state = begin(config, device, run, args)
             ending.callback(loader.close)
+            told = cpu_memory.told(config, trainer.config)
             config = trainer.config
             online = build_online(config, device, loader.steps_per_epoch)
             album = build_album(config, loader, build_masks(config))
             if not args.dry_run:
                 telemetry = open_telemetry(trainer, run, state, args.resume)
         if args.dry_run:
+            if processes.rank() == 0:
+                print(*told, sep="\n", end="\n" * bool(told))
             dry_run(trainer, loader)
             return 0
         ending.callback(telemetry.close)
@@ -301,7 +358,8 @@ def pretrain(config: Config, run: Path, args: argparse.Namespace) -> int:
             trainer, loader, telemetry, watch, run, state, resume_command(), online, album
         )
         telemetry.message(f"on {machine(device)}; torch {torch.__version__}")
-        telemetry.message(told_precision(config.run.precision, device, bool(state)))
+        for line in (told_precision(config.run.precision, device, bool(state)), *told):
+            telemetry.message(line)
         if onednn := [kind for kind, library in trainer.linear.items() if library == "onednn"]:
             telemetry.message(f"linear layers: {', '.join(onednn)} by oneDNN (faster here)")
         return training.go()
@@ -328,6 +386,9 @@ def main(argv: list[str] | None = None) -> int:
         if not out_of_memory.is_meant(error):
             raise
         print(f"error: {memory_advice(error, config, args, run)}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("\nstopped before the first step: nothing was to be saved", file=sys.stderr)
+        return 130
     return 2
 
 

@@ -3,6 +3,7 @@
 import copy
 import json
 from collections import deque
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -126,9 +127,10 @@ class Trainer:
             raise ConfigError(f"run.cuda_graph = true: {reason}; or leave it out")
 
     def step(
-        self, batches: list[Batch], index: int
+        self, batches: list[Batch], index: int, between: Callable[[], object] = lambda: None
     ) -> tuple[dict[str, torch.Tensor], bool | torch.Tensor]:
-        """Optimiser step number `index` (from 0) over the step's micro-batches.
+        """Optimiser step number `index` (from 0) over the step's micro-batches; `between` is called
+        after each.
 
         Returns the terms' means over the step's images, of all processes (0-d tensors by name), and
         whether the update was applied, perhaps as a tensor that nobody has waited for.
@@ -141,6 +143,7 @@ class Trainer:
             terms, features_BD, applied = self._run(batch.images_B3HW, batch.masks, *schedules)
             self.features.append(features_BD.clone())
             sums = {name: sums.get(name, 0) + term for name, term in terms.items()}
+            between()
         means = {name: total / self.accumulation for name, total in sums.items()}
         return processes.mean_over_ranks(means), applied
 

@@ -140,6 +140,11 @@ class Watchdog:
         self._marked_s = self.clock_s
         self._marks = (marks + 1, step, phase)
 
+    def where(self) -> str:
+        """In words: the step, and with what the main thread is busy."""
+        _, step, phase = self._marks
+        return f"step {step}, {phase}" if step else phase
+
     def beat(self) -> Beat:
         """The next heartbeat of this process."""
         for_s = self.clock_s - self._marked_s

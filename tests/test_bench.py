@@ -12,13 +12,13 @@ import tiny
 import torch
 
 from cjepa_fast.flops import step_gflop
+from cjepa_fast.runtime import memory
 
 sys.path.insert(0, str(tiny.ROOT / "bench"))  # no package: its scripts import each other by name
 
 import hardware
 import masks
 import measure
-import memory
 import phases
 import reference
 import tables

@@ -1,12 +1,15 @@
-"""What a step takes of memory: what its forward keeps for the backward, and its peak."""
+"""Memory: what a step's forward saves for its backward, its peak, and what is free here."""
 
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+
+CGROUP = Path("/sys/fs/cgroup")  # of this process's container
 
 
 class Kept:
@@ -50,3 +53,32 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
     events = profiler.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     return max(itertools.accumulate((size for _, size in changes), initial=0))
+
+
+def free_bytes() -> int | None:
+    """What a process may still take without swapping: of the machine, or of its container's limit
+    where that leaves less. None where the system does not say."""
+    found = [size for size in (_free_of_machine(), _free_of_container()) if size is not None]
+    return min(found) if found else None
+
+
+def _free_of_machine() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    fields = dict(line.split(":", 1) for line in lines)
+    kib = fields.get("MemAvailable", "").split()
+    return int(kib[0]) * 1024 if kib else None
+
+
+def _free_of_container() -> int | None:
+    """By cgroup version 2, else 1; None without a limit."""
+    names = (("memory.max", "memory.current"),)
+    names += (("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),)
+    for limit, used in names:
+        try:
+            return max(0, int((CGROUP / limit).read_text()) - int((CGROUP / used).read_text()))
+        except (OSError, ValueError):  # another version, or "max"
+            continue
+    return None
