@@ -3,13 +3,14 @@
 #
 #     PYTHON=python3 bench/gpu_gate.sh [OUT] [IMAGES]
 #
-# The tests that need a GPU, the kernels' fastest configurations (kernels/tuned.py is written anew),
-# every kernel for attention, the models' throughput, and memory beside the reference step's, a
-# profile, the same recorded and compiled, the other configurations, each kernel beside its
-# definition, the target in fp8 and on its own stream, what a checkpoint costs the step, decoding
-# alone, a run from JPEG files, a short training on IMAGES (a labelled folder or shards; also read
-# from CJEPA_REAL_IMAGES; else the made-up shapes) that is interrupted and resumed, kNN on its
-# features, the kernels under compute-sanitizer where it is installed, and the fast tests. A part
+# What works on the machine (cjepa-doctor), the tests that need a GPU, the kernels' fastest
+# configurations (kernels/tuned.py is written anew), every kernel for attention, the models'
+# throughput, and memory beside the reference step's, a profile, the same recorded and compiled, the
+# other configurations, each kernel beside its definition, the target in fp8 and on its own stream,
+# what a checkpoint costs the step, decoding alone, a run from JPEG files, a short training on
+# IMAGES (a labelled folder or shards; also read from CJEPA_REAL_IMAGES; else the made-up shapes)
+# that is interrupted and resumed, kNN on its features, the kernels under compute-sanitizer where it
+# is installed, and the fast tests. A part
 # that fails or runs out of time leaves the rest be; each is a process of its own, since an error of
 # the device spoils all that follows in the same one.
 # PARTS="tests-gpu ops" runs only those. OUT (default bench/results/gate-DATE) gets gate.log with all
@@ -142,6 +143,7 @@ if [[ -z $IMAGES ]]; then
   part shapes 120 "$PYTHON" -c 'from cjepa_fast.data import shapes
 for split in ("train", "val"): shapes.ensure(split)'
 fi
+part doctor 120 "$PYTHON" -m cjepa_fast.tools.doctor
 part machine 30 "$PYTHON" bench/hardware.py
 part tests-gpu 120 bash -c "$gpu_tests"
 [[ ${tune_size[*]:-} ]] && part tune 60 "$PYTHON" bench/ops.py --tune "${tune_size[@]}"

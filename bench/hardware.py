@@ -5,10 +5,7 @@ import json
 import os
 import platform
 import shlex
-import statistics
 import sys
-import time
-from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -17,6 +14,7 @@ import torch
 from cjepa_fast.launchers import launcher
 from cjepa_fast.provenance import own_commit
 from cjepa_fast.runtime.hardware import has_gpu, processor_name, tier
+from cjepa_fast.runtime.rates import measured_gb_per_s, measured_tflops, synchronize  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -51,41 +49,6 @@ def device_name(device: torch.device) -> str:
 def peak_tflops(name: str) -> float | None:
     """The data sheet's dense bf16 rate of a GPU, None where it is not known here."""
     return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
-
-
-def measured_tflops(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
-    """TFLOP/s of a large square product of random data: the median over about `seconds`."""
-    side = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(side, side, device=device, dtype=dtype)
-    b = torch.randn(side, side, device=device, dtype=dtype)
-    return 2 * side**3 / _median_s(lambda: a @ b, device, seconds) / 1e12
-
-
-def measured_gb_per_s(device: torch.device, seconds: float = 1.0) -> float:
-    """GB/s, read and written, of a large copy within the device's memory."""
-    source = torch.zeros(2**32 if device.type == "cuda" else 2**28, device=device, dtype=torch.int8)
-    target = torch.empty_like(source)
-    copy_s = _median_s(lambda: target.copy_(source), device, seconds)
-    return 2 * source.numel() / copy_s / 1e9
-
-
-def _median_s(work: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """Seconds that `work` takes: the median over about `seconds`."""
-    durations_s: list[float] = []
-    for _ in range(3):
-        work()
-    while sum(durations_s) < seconds or len(durations_s) < 5:
-        synchronize(device)
-        began = time.perf_counter()
-        work()
-        synchronize(device)
-        durations_s.append(time.perf_counter() - began)
-    return statistics.median(durations_s)
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def versions() -> dict[str, str | None]:

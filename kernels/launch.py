@@ -47,14 +47,15 @@ def runs_on(device: torch.device) -> bool:
     if device.index not in _runs:
         if torch.compiler.is_compiling():
             return True
-        problem = _problem_on(device)
+        problem = problem_on(device)
         _runs[device.index] = not problem
         if problem:
             warnings.warn(f"plain PyTorch in place of our kernels: {problem}", stacklevel=2)
     return _runs[device.index]
 
 
-def _problem_on(device: torch.device) -> str:
+def problem_on(device: torch.device) -> str:
+    """Why kernels do not run on this GPU, in words, "" where one did."""
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) < OLDEST:
         name = torch.cuda.get_device_name(device)

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "cjepa_fast"
 ASSEMBLERS = {
     "cjepa_fast.build", "cjepa_fast.trainer", "cjepa_fast.run", "cjepa_fast.train",
     "cjepa_fast.demo", "cjepa_fast.ablate", "cjepa_fast.report", "cjepa_fast.eval.__main__",
-    "cjepa_fast.eval.masks", "cjepa_fast.cpu_memory",
+    "cjepa_fast.eval.masks", "cjepa_fast.cpu_memory", "cjepa_fast.tools.doctor",
 }  # fmt: skip
 # The maths: plain arguments only, and nothing of data, engine, files or display.
 MATHS = {
