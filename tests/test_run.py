@@ -337,3 +337,30 @@ def test_processes_whose_contexts_differ_in_length_do_the_same_collectives(tmp_p
     result = tiny.train("--config", config, *stage, processes=2)
     assert result.returncode == 0, result.stderr
     assert len(tiny.losses(tmp_path / "run")) == 4
+
+
+MARKED = """
+import sys
+from cjepa_fast import processes, train
+from cjepa_fast.watchdog import Watchdog
+
+whole = Watchdog.mark
+def mark(self, phase, step=None):
+    print(f"mark: {phase}")
+    whole(self, phase, step)
+
+Watchdog.mark = mark
+processes.leave(train.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_the_watchdog_hears_of_every_micro_batch(tmp_path):
+    """So a step may take longer than run.timeout_s: on a CPU it may take hours."""
+    script = tmp_path / "marked.py"
+    script.write_text(MARKED)
+    sizes = {**tiny.CONFIG["data"], "micro_batch_size": 4}  # four micro-batches a step
+    done = tiny.run(script, "--config", tiny.write_config(tmp_path, data=sizes))
+    assert done.returncode == 0, done.stderr
+    steps = "".join(done.stdout).split("mark: waiting for data")[1:5]
+    assert [step.count("mark: in the step") for step in steps] == [5] * 4
