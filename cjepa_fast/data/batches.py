@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cjepa_fast.data.pipeline import DEPTH, FAILURES, Decoder, Feed
+from cjepa_fast.data.dali import DEPTH, FAILURES, Decoder, Feed
 from cjepa_fast.data.sources import NAMES_LOGGED, ImageSet
 
 READ_TASKS = 4  # reads in parallel a batch

@@ -8,7 +8,7 @@ import torch
 
 from cjepa_fast.data import crops
 from cjepa_fast.data.batches import Skipped, Work, decode
-from cjepa_fast.data.pipeline import Decoder, Feed, Look
+from cjepa_fast.data.dali import Decoder, Feed, Look
 from cjepa_fast.data.sources import ImageSet
 
 

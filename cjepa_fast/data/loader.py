@@ -20,7 +20,7 @@ import torch
 from cjepa_fast import draws
 from cjepa_fast.data import crops
 from cjepa_fast.data.batches import ImagesGone, Skipped, Work, decode, read_one
-from cjepa_fast.data.pipeline import Decoder, Feed, Look
+from cjepa_fast.data.dali import Decoder, Feed, Look
 from cjepa_fast.data.sources import ImageSet
 from cjepa_fast.masks import Masks
 

@@ -7,7 +7,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from cjepa_fast.data.pipeline import FAILURES
+from cjepa_fast.data.dali import FAILURES
 
 T = TypeVar("T")
 

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from cjepa_fast.data import formats
+from cjepa_fast.data.dali import Decoder, Feed, Look
 from cjepa_fast.data.evaluation import eval_batches
-from cjepa_fast.data.pipeline import Decoder, Feed, Look
 from cjepa_fast.data.sources import open_images
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
