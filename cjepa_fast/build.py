@@ -356,6 +356,7 @@ def build_online(config: Config, device: torch.device, steps_per_epoch: int) -> 
         device=device,
         dtype=compute_dtype(config),
         threads=data.threads,
+        decoder=data.decoder,
     )
 
 
@@ -365,7 +366,12 @@ def build_album(config: Config, loader: Loader, masks: MaskSampler) -> Album | N
     if config.eval.online.data is None or not count or processes.rank() != 0:
         return None
     images_B3HW = load_images(
-        loader.images, count, image_size=data.image_size, mean=data.mean, std=data.std
+        loader.images,
+        count,
+        image_size=data.image_size,
+        mean=data.mean,
+        std=data.std,
+        decoder=data.decoder,
     )
     drawn = masks(0, 0, torch.arange(len(images_B3HW)))
     return Album(images_B3HW, drawn, data.mean, data.std)
@@ -398,5 +404,6 @@ def build_loader(config: Config, device: torch.device, masks: MaskSampler) -> Lo
         threads=data.threads,
         prefetch=data.prefetch,
         hw_decoder_load=data.hw_decoder_load,
+        decoder=data.decoder,
         masks=masks,
     )

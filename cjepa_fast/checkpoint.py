@@ -141,12 +141,13 @@ def restore(path: Path, engine: Engine | LocalEngine) -> dict:
 # Of these another value changes no number of the training but its rounding.
 HARMLESS = (
     "linear",
+    "decoder",  # what data.decoder "auto" came to
     *(f"config.{key}" for key in (
         *("checkpoint", "deepspeed", "eval", "telemetry", "data.path", "data.threads"),
         *("data.prefetch", "data.hw_decoder_load", "data.micro_batch_size", "model.attention"),
         *("model.checkpointing", "model.fused", "optim.implementation", "run.dir", "run.init_from"),
         *("run.compile", "run.cuda_graph", "run.target_stream", "run.max_bad_steps"),
-        *("run.on_spike", "run.spike_z", "run.timeout_s"),
+        *("run.on_spike", "run.spike_z", "run.timeout_s", "data.decoder"),
     )),
 )  # fmt: skip
 

@@ -129,6 +129,9 @@ class DataSection(Section):
     threads: Count = Field(4, description="decoding threads of a process")
     prefetch: Count = Field(2, description="batches made ahead")
     hw_decoder_load: Fraction = Field(0.65, description="share of the GPU's JPEG engines")
+    decoder: Literal["auto", "dali", "pillow"] = Field(
+        "auto", description="DALI where it works, else Pillow, on the CPU"
+    )
 
 
 class MaskSection(Section):

@@ -182,6 +182,7 @@ def begin(
     if state:
         state["config"] = configuration.completed(state["config"])
         state.setdefault("linear", Ways()._asdict())
+        state.setdefault("decoder", "dali")
         config = configuration.as_begun(config, state["config"])
     config = with_precision(config, device)
     saved = configuration.validate(state["config"]) if state else None
@@ -192,6 +193,7 @@ def begin(
         device,
         loader.steps_per_epoch,
         images=loader.images.fingerprint,
+        decoder=loader.decoder,
         restoring=bool(state),
         linear=state.get("linear"),
     )

@@ -44,14 +44,16 @@ class Trainer:
         steps_per_epoch: int,
         *,
         images: str = "",
+        decoder: str = "",
         restoring: bool = False,
         linear: dict | None = None,
     ):
         """config: its run.precision resolved (build.with_precision); images: the image set's
-        fingerprint; restoring: a checkpoint will give the weights; linear: its linear.Ways."""
+        fingerprint; decoder: who decodes them; restoring: a checkpoint will give the weights;
+        linear: its linear.Ways."""
         self.config, self.device = config, device
         check_target_precision(config, device)
-        self.steps_per_epoch, self.images = steps_per_epoch, images
+        self.steps_per_epoch, self.images, self.decoder = steps_per_epoch, images, decoder
         self.total_steps = config.run.epochs * steps_per_epoch
         self.micro_batch, self.accumulation = configuration.micro_batches(
             config.data.batch_size, processes.world_size(), config.data.micro_batch_size
@@ -201,6 +203,7 @@ class Trainer:
     def facts(self) -> dict:
         """What a run that goes on from here must share, or it becomes another training."""
         facts = {"config": self.config.model_dump(mode="json"), "images": self.images}
+        facts["decoder"] = self.decoder
         if self.linear:
             facts["linear"] = self.linear
         if self.config.loss.vicreg.beta > 0:

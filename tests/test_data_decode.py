@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from cjepa_fast.data import formats
-from cjepa_fast.data.dali import Decoder, Feed, Look
+from cjepa_fast.data.dali import DaliDecoder
+from cjepa_fast.data.decode import Feed, Look
 from cjepa_fast.data.evaluation import eval_batches
 from cjepa_fast.data.sources import open_images
 
@@ -77,7 +78,7 @@ def test_every_kind_is_upright_rgb_as_by_pillow(tmp_path, device):
     assert len(images) == len(KINDS) and not images.skipped
     wide = np.array([17, 23, 51, 84]), np.array([23, 17, 84, 51])
     window_B4 = np.array([wide[0] if h < w else wide[1] for h, w in images.sizes_N2], np.int32)
-    decoder = Decoder(look(device), len(KINDS))
+    decoder = DaliDecoder(look(device), len(KINDS))
     decoder.submit(Feed([images.read(i) for i in range(len(images))], window_B4))
     got_BHWC = in_levels(decoder.collect())
     for i, (kind, data) in enumerate(KINDS.items()):
@@ -104,7 +105,7 @@ def test_flip_colour_and_dtype(device, dtype):
     data = made.encoded(SMOOTH, subsampling=0)
     window_B4 = np.array([[0, 0, 90, 130]] * 3, np.int32)
     factors_B3 = np.array([[1, 1, 1], [0.5, 1, 1], [1, 1, 0]], np.float32)
-    decoder = Decoder(look(device, dtype, flip=True, colour=True), 3)
+    decoder = DaliDecoder(look(device, dtype, flip=True, colour=True), 3)
     decoder.submit(Feed([data] * 3, window_B4, np.array([0, 1, 0], np.int32), factors_B3))
     images = decoder.collect()
     assert images.dtype == dtype and images.shape == (3, 3, 48, 48) and images.device.type == device
@@ -116,7 +117,7 @@ def test_flip_colour_and_dtype(device, dtype):
 
 
 def test_batches_come_in_order_and_a_partial_one_too():
-    decoder = Decoder(look(), 4)
+    decoder = DaliDecoder(look(), 4)
     window = np.array([[0, 0, 60, 80]], np.int32)
     feeds = [Feed([made.encoded(made.picture(k))] * n, window.repeat(n, 0)) for k, n in
              enumerate([4, 4, 1, 3])]  # fmt: skip

@@ -213,12 +213,12 @@ def test_stand_ins_come_from_the_dropped_tail_on_any_rank_and_after_resume(broke
 
 
 def test_a_bad_image_costs_one_rebuild_not_one_an_epoch(broken, monkeypatch):
-    from cjepa_fast.data import batches as module
+    from cjepa_fast.data.dali import DaliDecoder
 
     images, _ = broken
     restarts = []
-    restart = module.Decoder.restart
-    monkeypatch.setattr(module.Decoder, "restart", lambda self: (restarts.append(1), restart(self)))
+    restart = DaliDecoder.restart
+    monkeypatch.setattr(DaliDecoder, "restart", lambda self: (restarts.append(1), restart(self)))
     take(loader(images, 8, 8), 29 * 3)
     assert len(restarts) <= 1 + 2  # the first build, and at most one for each of the two
 
@@ -282,12 +282,13 @@ def test_an_error_in_the_thread_reaches_the_consumer(images):
 
 
 def test_an_error_of_dali_that_no_image_explains_is_raised(images, monkeypatch):
-    from cjepa_fast.data import batches as module
+    from cjepa_fast.data.dali import DaliDecoder
+    from cjepa_fast.data.decode import DecodeFailed
 
     def collect(self):
-        raise RuntimeError("out of memory")
+        raise DecodeFailed("out of memory")
 
-    monkeypatch.setattr(module.Decoder, "collect", collect)
+    monkeypatch.setattr(DaliDecoder, "collect", collect)
     with pytest.raises(RuntimeError, match="out of memory"):
         next(loader(images).iterate(0))
 

@@ -1,8 +1,9 @@
 """Reading and decoding batches of an ImageSet, and what happens to images that fail.
 
-Work goes through three hands: a small pool of threads reads bytes, DALI decodes, the caller gets
-tensors in order. Threads rather than DALI's parallel external source: its worker processes cost
-seconds at the start and at each rebuild, and signals meant for the run reach them.
+Work goes through three hands: a small pool of threads reads bytes, a decoder (decode.py) makes
+tensors of them, the caller gets these in order. Threads rather than DALI's parallel external
+source: its worker processes cost seconds at the start and at each rebuild, and signals meant for
+the run reach them.
 """
 
 from collections import deque
@@ -14,23 +15,26 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cjepa_fast.data.dali import DEPTH, FAILURES, Decoder, Feed
+from cjepa_fast.data.decode import DEPTH, DecodeFailed, Decoder, Feed
 from cjepa_fast.data.sources import NAMES_LOGGED, ImageSet
 
 READ_TASKS = 4  # reads in parallel a batch
-READ_AHEAD = 2  # batches whose bytes are being read beside those inside DALI
+READ_AHEAD = 2  # batches whose bytes are being read beside those inside the decoder
 
 
 class Skipped:
     """Images that turned out bad while reading or decoding: `count` holes, each name once.
 
     Beyond NAMES_LOGGED only the first of a shard is told, so that no shard goes bad unsaid.
+    doubtful: those on which the decoder failed, also where Pillow then read them: they are asked
+    alone from then on.
     """
 
     def __init__(self, images: ImageSet, log: Callable[[str], None]):
         self._images, self._log = images, log
         self.count = 0
         self.reasons: dict[int, str] = {}
+        self.doubtful: set[int] = set()
         self._shards: set[Path | None] = {None}
         self._all_named = True
 
@@ -45,6 +49,12 @@ class Skipped:
             self._all_named = False
             self._log("more bad images are skipped without being named here")
         self._shards.add(shard)
+
+    def note_rescued(self, i: int) -> None:
+        """Image i decodes by Pillow alone."""
+        if i not in self.doubtful and len(self.doubtful) < NAMES_LOGGED:
+            self._log(f"image decoded by Pillow, since DALI cannot: {self._images.name(i)}")
+        self.doubtful.add(i)
 
     @property
     def names(self) -> list[tuple[str, str]]:
@@ -137,11 +147,27 @@ def _complete(work: Work, decoder: Decoder, skipped: Skipped, mend: Mend) -> Wor
     for b, data in enumerate(encoded):
         if isinstance(data, OSError):
             failed[b] = f"cannot be read ({data.strerror or data})"
-        elif int(work.index_B[b]) in skipped and not decoder.decodes(work.feed, b):
-            # Bad before: asked alone, so that it does not cost the whole pipeline again.
+        elif _is_doubtful(work, b, skipped) and not usable(work, b, decoder, skipped):
+            # Failed before: asked alone, so that it does not cost the whole pipeline again.
             failed[b] = "cannot be decoded"
     _mend_all(work, failed, decoder, skipped, mend)
     return work
+
+
+def _is_doubtful(work: Work, b: int, skipped: Skipped) -> bool:
+    i = int(work.index_B[b])
+    return i in skipped or i in skipped.doubtful
+
+
+def usable(work: Work, b: int, decoder: Decoder, skipped: Skipped) -> bool:
+    """Whether image b decodes; if only Pillow can read its bytes, these become Pillow's pixels."""
+    data = decoder.alone(work.feed, b)
+    if data is None:
+        return False
+    if data is not work.feed.encoded[b]:
+        skipped.note_rescued(int(work.index_B[b]))
+        work.feed.encoded[b] = data
+    return True
 
 
 def _mend_all(work: Work, failed: dict[int, str], decoder, skipped: Skipped, mend: Mend) -> None:
@@ -159,7 +185,7 @@ def _mend_all(work: Work, failed: dict[int, str], decoder, skipped: Skipped, men
 def _submit(inside: deque, decoder: Decoder, skipped: Skipped, mend: Mend) -> None:
     try:
         decoder.submit(inside[-1].feed)
-    except FAILURES as error:
+    except DecodeFailed as error:
         _repair(inside, decoder, skipped, mend, error)
 
 
@@ -168,7 +194,7 @@ def _collect(inside: deque, decoder, skipped, mend) -> tuple[torch.Tensor, Work]
         try:
             tensor = decoder.collect()
             return tensor, inside.popleft()
-        except FAILURES as error:
+        except DecodeFailed as error:
             _repair(inside, decoder, skipped, mend, error)
     return None  # every image that was inside turned out bad and was dropped
 
@@ -177,8 +203,9 @@ def _repair(inside: deque, decoder, skipped, mend, error: Exception) -> None:
     """After a failure: find the culprits, mend them, and start again with the same batches."""
     culprits = 0
     for work in inside:
-        bad = [b for b in range(len(work.index_B)) if not decoder.decodes(work.feed, b)]
-        culprits += len(bad)
+        doubtful = len(skipped.doubtful)
+        bad = [b for b in range(len(work.index_B)) if not usable(work, b, decoder, skipped)]
+        culprits += len(bad) + len(skipped.doubtful) - doubtful
         _mend_all(work, dict.fromkeys(bad, "cannot be decoded"), decoder, skipped, mend)
     if not culprits:
         raise error  # every image decodes alone: out of memory or the like, not a bad file

@@ -1,4 +1,4 @@
-"""The one DALI pipeline: bytes and windows in, normalised (B, 3, H, W) tensors out.
+"""All that knows DALI: bytes and windows in, normalised (B, 3, H, W) tensors out; whole images.
 
     external bytes -> decode the window -> resize (antialiased) -> [colour] -> [RandAugment]
       -> [mirror] normalise
@@ -8,53 +8,46 @@ in from outside (crops.py), so the pipeline holds no state that a checkpoint wou
 RandAugment alone, which fine-tuning asks for, is DALI's own and draws by its own seed.
 """
 
+import contextlib
 import warnings
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-DEPTH = 2  # batches inside DALI at once, so that its threads and the GPU do not wait for each other
+from cjepa_fast import out_of_memory
+from cjepa_fast.data import formats
+from cjepa_fast.data.decode import DEPTH, DecodeFailed, Feed, Look
+
 # DALI raises RuntimeError for a sample, IndexError once the pipeline is no longer valid.
 FAILURES = (RuntimeError, IndexError)
+# The smallest picture there is in a format that DALI reads on every device.
+DOT_PPM = b"P6 1 1 255\n\x00\x00\x00"
 
 
-@dataclass(frozen=True)
-class Look:
-    """How images are shown. mean, std: of RGB in 0..1. dtype: of the tensors that come out.
+def problem(device: torch.device) -> str | None:
+    """Why images cannot be decoded by DALI on this device, in a line; None if they can be.
 
-    rand_augment: how many changes an image gets, their magnitude in 0..30, a seed.
+    Raises what DALI raises where memory is short: that says nothing about DALI.
     """
+    look = Look(1, (0.0,) * 3, (1.0,) * 3, device, torch.float32, 1)
+    try:
+        pipe = build(look, 1, 1, 1)
+        _feed(pipe, look, Feed([DOT_PPM], np.array([[0, 0, 1, 1]], np.int32)))
+        pipe.run()
+    except (ImportError, OSError, *FAILURES) as error:
+        if out_of_memory.is_meant(error):
+            raise
+        return str(error).strip().split("\n")[0] or type(error).__name__
+    return None
 
-    image_size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    device: torch.device
-    dtype: torch.dtype
-    threads: int
-    flip: bool = False
-    colour: bool = False
-    hw_decoder_load: float = 0.65
-    rand_augment: tuple[int, int, int] | None = None
 
-
-@dataclass
-class Feed:
-    """What the pipeline is fed for a batch: encoded bytes and, per image, how to show it.
-
-    window_B4: int32 top, left, height, width; flip_B: int32 0 or 1, or None; colour_B3: float32
-    brightness, contrast, saturation factors, or None.
-    """
-
-    encoded: list[bytes]
-    window_B4: np.ndarray
-    flip_B: np.ndarray | None = None
-    colour_B3: np.ndarray | None = None
-
-    def rows(self, keep: list[int]) -> "Feed":
-        flip_B = None if self.flip_B is None else self.flip_B[keep]
-        colour_B3 = None if self.colour_B3 is None else self.colour_B3[keep]
-        return Feed([self.encoded[b] for b in keep], self.window_B4[keep], flip_B, colour_B3)
+@contextlib.contextmanager
+def _failures():
+    """What DALI raises of a batch, as the seam has it."""
+    try:
+        yield
+    except FAILURES as error:
+        raise DecodeFailed(str(error)) from error
 
 
 def build(look: Look, batch_size: int, threads: int, depth: int):
@@ -124,12 +117,8 @@ def _feed(pipe, look: Look, feed: Feed) -> None:
             pipe.feed_input(name, np.ascontiguousarray(feed.colour_B3[:, column]))
 
 
-class Decoder:
-    """Runs the pipeline a few batches deep: submit() batches, collect() them in the same order.
-
-    Used from one thread. After one of FAILURES the pipeline is dead: call restart(), which forgets
-    what was submitted, and submit again.
-    """
+class DaliDecoder:
+    """decode.Decoder by the pipeline above, on the device of the tensors."""
 
     def __init__(self, look: Look, batch_size: int):
         self._look, self._batch_size = look, batch_size
@@ -143,21 +132,22 @@ class Decoder:
         self._fed = 0
 
     def submit(self, feed: Feed) -> None:
-        _feed(self._pipe, self._look, feed)
-        self._last = feed
-        self._fed += 1
-        if self._fed >= DEPTH:  # the first call starts DEPTH runs, and each run needs its input
-            self._pipe.schedule_run()
+        with _failures():
+            _feed(self._pipe, self._look, feed)
+            self._last = feed
+            self._fed += 1
+            if self._fed >= DEPTH:  # the first call starts DEPTH runs, and each run needs its input
+                self._pipe.schedule_run()
 
     def collect(self) -> torch.Tensor:
-        """The oldest submitted batch: (B, 3, S, S), ready for any stream."""
         while self._fed < DEPTH:  # fewer batches than the pipeline is deep: repeats fill it
             self.submit(self._last)
-        (images,) = self._pipe.share_outputs()
-        try:
-            return self._copied(images.as_tensor())
-        finally:
-            self._pipe.release_outputs()
+        with _failures():
+            (images,) = self._pipe.share_outputs()
+            try:
+                return self._copied(images.as_tensor())
+            finally:
+                self._pipe.release_outputs()
 
     def _copied(self, images) -> torch.Tensor:
         if self._stream is None:
@@ -172,13 +162,22 @@ class Decoder:
         self._stream.synchronize()  # the loader's own thread waits, the training does not
         return copy
 
-    def decodes(self, feed: Feed, b: int) -> bool:
-        """Whether image b of the batch decodes when it is alone: DALI's own verdict, on its own
-        device. It judges the window that was asked for, so it depends on nothing before."""
+    def alone(self, feed: Feed, b: int) -> bytes | None:
+        one = feed.rows([b])
+        if self._decodes(one):
+            return feed.encoded[b]
+        try:
+            one.encoded = [formats.as_ppm(formats.decode_rgb(feed.encoded[b]))]
+        except OSError:
+            return None
+        return one.encoded[0] if self._decodes(one) else None
+
+    def _decodes(self, one: Feed) -> bool:
+        """DALI's own verdict, on its own device, about a batch of one."""
         if self._probe is None:
             self._probe = build(self._look, 1, 1, 1)
         try:
-            _feed(self._probe, self._look, feed.rows([b]))
+            _feed(self._probe, self._look, one)
             self._probe.schedule_run()
             self._probe.share_outputs()
             self._probe.release_outputs()
@@ -186,3 +185,34 @@ class Decoder:
             self._probe = None
             return False
         return True
+
+
+class DaliWholeDecoder:
+    """decode.WholeDecoder."""
+
+    def __init__(self, batch_size: int, threads: int):
+        self._batch_size, self._threads = batch_size, threads
+        self._pipe = None
+
+    def __call__(self, encoded: list[bytes]) -> list[np.ndarray]:
+        self._pipe = self._pipe or _build_whole(self._batch_size, self._threads)
+        try:
+            with _failures():
+                self._pipe.feed_input("encoded", [np.frombuffer(d, np.uint8) for d in encoded])
+                (images,) = self._pipe.run()
+        except DecodeFailed:
+            self._pipe = None  # a failure ends a pipeline
+            raise
+        return [np.array(images.at(b)) for b in range(len(encoded))]  # DALI uses its memory again
+
+
+def _build_whole(batch_size: int, threads: int):
+    import nvidia.dali.fn as fn
+    from nvidia.dali import Pipeline, types
+
+    pipe = Pipeline(batch_size, threads, None, prefetch_queue_depth=1)
+    with pipe:
+        encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
+        pipe.set_outputs(fn.decoders.image(encoded, device="cpu", output_type=types.RGB))
+    pipe.build()
+    return pipe

@@ -8,7 +8,7 @@ import torch
 
 from cjepa_fast.data import crops
 from cjepa_fast.data.batches import Skipped, Work, decode
-from cjepa_fast.data.dali import Decoder, Feed, Look
+from cjepa_fast.data.decode import Feed, Look, chosen, open_decoder
 from cjepa_fast.data.sources import ImageSet
 
 
@@ -24,18 +24,19 @@ def eval_batches(
     threads: int,
     resize: float = 1.0,
     windows_N4: np.ndarray | None = None,
+    decoder: str = "auto",
     log=print,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(images_B3HW, index_B), in order, the last batch partial; a bad image is left out.
 
     Each image is cropped to the centred square with `resize` times its short side, then resized to
-    image_size. windows_N4: of each image (crops.py), instead of that square. index_B: int64
-    positions in the set, on the CPU.
+    image_size. windows_N4: of each image (crops.py), instead of that square. decoder:
+    decode.CHOICES. index_B: int64 positions in the set, on the CPU.
     """
     if not 0 < resize <= 1:
         raise ValueError(f"resize is the share of the short side to keep, in (0, 1], not {resize}")
     look = Look(image_size, tuple(mean), tuple(std), torch.device(device), dtype, threads)
-    decoder = Decoder(look, batch_size)
+    made = open_decoder(chosen(decoder, look.device, log), look, batch_size)
     windows_N4 = crops.centre(images.sizes_N2, resize) if windows_N4 is None else windows_N4
 
     def show(index_B: np.ndarray) -> Feed:
@@ -44,7 +45,7 @@ def eval_batches(
     every_N = np.arange(len(images))
     works = (Work(every_N[a : a + batch_size], show) for a in range(0, len(images), batch_size))
     drop = lambda work, b, decoder: False  # noqa: E731
-    decoded = decode(works, images, decoder, Skipped(images, log), drop)
+    decoded = decode(works, images, made, Skipped(images, log), drop)
     with contextlib.closing(decoded):
         for images_B3HW, work in decoded:
             yield images_B3HW, torch.from_numpy(work.index_B)

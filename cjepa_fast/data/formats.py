@@ -28,6 +28,7 @@ HEAD_BYTES = 1 << 16  # holds the whole header of nearly every photograph
 TAIL_BYTES = 1 << 12
 MAX_PIXELS = 2 * 89_478_485  # Pillow's own limit against decompression bombs
 OTHER_FORMATS = ("GIF", "BMP", "WEBP")
+DECODED_FORMATS = (*OTHER_FORMATS, "PPM", "TIFF", "JPEG2000")  # by decode_rgb, beside JPEG and PNG
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -236,16 +237,27 @@ def _opened(data: bytes) -> tuple[ImageFile.ImageFile, bytes | None]:
         return JpegImageFile(io.BytesIO(data)), header.exif_block
     if data.startswith(_PNG_MAGIC):
         image = PngImageFile(io.BytesIO(data))
+        _checked(image.height, image.width)
         image.load()  # the EXIF chunk may follow the pixels
-    else:
-        image = Image.open(io.BytesIO(data), formats=OTHER_FORMATS)
-    return image, image.info.get("exif")
+        return image, image.info.get("exif")
+    Image.init()
+    for name in DECODED_FORMATS:
+        opens, accepts = Image.OPEN[name]
+        accepted = accepts(data[:16])
+        if isinstance(accepted, str):  # of this kind, but Pillow was built without it
+            raise Unusable(accepted)
+        if accepted:
+            image = opens(io.BytesIO(data), "")
+            # Of a TIFF, whose EXIF is its own folder, Pillow turns the pixels itself.
+            return image, None if name == "TIFF" else image.info.get("exif")
+    raise Unusable("not an image, or of an unsupported kind")
 
 
 def decode_rgb(data: bytes) -> Image.Image:
     """Upright RGB by Pillow. Raises OSError if the bytes cannot be decoded."""
     try:
         image, exif = _opened(data)
+        _checked(image.height, image.width)
         image.load()
         if image.mode.startswith("I;16"):  # Pillow clips 16 bits at 255 instead of scaling
             image = image.point(lambda v: v / 256).convert("L")

@@ -19,8 +19,8 @@ import torch
 
 from cjepa_fast import draws
 from cjepa_fast.data import crops
-from cjepa_fast.data.batches import ImagesGone, Skipped, Work, decode, read_one
-from cjepa_fast.data.dali import Decoder, Feed, Look
+from cjepa_fast.data.batches import ImagesGone, Skipped, Work, decode, read_one, usable
+from cjepa_fast.data.decode import Decoder, Feed, Look, chosen, open_decoder
 from cjepa_fast.data.sources import ImageSet
 from cjepa_fast.masks import Masks
 
@@ -57,8 +57,9 @@ class Loader:
     """Batches of an ImageSet for one rank. Raises ValueError for impossible sizes.
 
     global_batch: images a step on all ranks; micro_batch: images a Batch. Each step yields
-    global_batch / (world_size * micro_batch) Batches. threads: of DALI; prefetch: Batches kept
-    ready. rand_augment: how many changes an image gets, their magnitude in 0..30; DALI draws them.
+    global_batch / (world_size * micro_batch) Batches. threads: that decode; prefetch: Batches kept
+    ready. rand_augment: how many changes an image gets, their magnitude in 0..30; DALI draws them
+    itself. decoder: decode.CHOICES; as an attribute, the one that was chosen.
     masks: called as masks(epoch, step, places_B), for the CPU, in the loader's thread.
     skipped: what turned out bad (batches.Skipped); log: called once a bad image.
     """
@@ -85,6 +86,7 @@ class Loader:
         world_size: int = 1,
         hw_decoder_load: float = 0.65,
         rand_augment: tuple[int, int] | None = None,
+        decoder: str = "auto",
         masks: Callable[[int, int, torch.Tensor], Masks] | None = None,
         log: Callable[[str], None] = print,
     ):
@@ -98,6 +100,7 @@ class Loader:
         self._scale, self._ratio, self._colour = crop_scale, crop_ratio, colour
         self._seed, self._masks, self._prefetch = seed, masks, prefetch
         self._device = _with_index(torch.device(device))
+        self.decoder = chosen(decoder, self._device, log if rank == 0 else lambda line: None)
         self._look = Look(
             image_size, tuple(mean), tuple(std), self._device, dtype, threads,
             flip, colour > 0, hw_decoder_load, rand_augment and (*rand_augment, seed + rank),
@@ -146,6 +149,9 @@ class Loader:
             crops.colour_factors(uniforms(draws.COLOUR, 3), self._colour)
             if self._look.colour
             else None,
+            uniforms(draws.AUGMENT, 2 * self._look.rand_augment[0])
+            if self._look.rand_augment
+            else None,
         )
 
     def _stand_in(self, work: Work, b: int, decoder: Decoder) -> bool:
@@ -173,7 +179,7 @@ class Loader:
             encoded = [*work.feed.encoded[:b], data, *work.feed.encoded[b + 1 :]]
             work.feed = self._show(place, work.index_B)
             work.feed.encoded = encoded
-            if decoder.decodes(work.feed, b):
+            if usable(work, b, decoder, self.skipped):
                 return True
             self.skipped.note(candidate, "cannot be decoded")
         raise ImagesGone(
@@ -182,7 +188,7 @@ class Loader:
         )
 
     def _batches(self, start_step: int) -> Iterator[Batch]:
-        decoder = Decoder(self._look, self._micro_batch)
+        decoder = open_decoder(self.decoder, self._look, self._micro_batch)
         works = self._works(start_step)
         decoded = decode(works, self.images, decoder, self.skipped, self._stand_in)
         with contextlib.closing(decoded):  # or an error below would leave its reading threads

@@ -28,6 +28,7 @@ def load_images(
     std=(1.0,) * 3,
     crop: float = 1.0,
     keep: torch.Tensor | None = None,
+    decoder: str = "auto",
 ):
     """`count` images spread evenly over a set, or those at the positions `keep`: (B, 3, image_size,
     image_size) fp32, normalised (in 0..1 where no normalisation is named)."""
@@ -35,6 +36,7 @@ def load_images(
     batches = eval_batches(
         Subset(images, keep), image_size=image_size, resize=crop, batch_size=len(keep),
         device="cpu", dtype=torch.float32, mean=mean, std=std, threads=1,
+        decoder=decoder,
     )  # fmt: skip
     return torch.cat([images_B3HW.clone() for images_B3HW, _ in batches])
 

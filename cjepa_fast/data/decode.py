@@ -1,0 +1,157 @@
+"""The seam between the loader and what decodes: what goes in, how it is shown, who decodes it.
+
+DALI (dali.py) decodes where it works; elsewhere Pillow (pillow_decode.py) shows the same windows of
+the same images, in the same order. On the CPU their pixels differ by one level of 255 at most, but
+for the outermost row and column of a JPEG's window: DALI decodes the window alone, and there lacks
+the colours of the neighbours (tests/test_data_decode.py has the figures).
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+DEPTH = 2  # batches inside a decoder at once, so that its threads and the GPU never wait
+DALI, PILLOW = "dali", "pillow"
+CHOICES = ("auto", DALI, PILLOW)  # of data.decoder
+VARIABLE = "CJEPA_DECODER"  # what "auto" means, for the evaluations too
+
+
+@dataclass(frozen=True)
+class Look:
+    """How images are shown. mean, std: of RGB in 0..1. dtype: of the tensors that come out.
+
+    rand_augment: how many changes an image gets, their magnitude in 0..30, DALI's seed.
+    """
+
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    device: torch.device
+    dtype: torch.dtype
+    threads: int
+    flip: bool = False
+    colour: bool = False
+    hw_decoder_load: float = 0.65
+    rand_augment: tuple[int, int, int] | None = None
+
+
+@dataclass
+class Feed:
+    """What a decoder is fed for a batch: encoded bytes and, per image, how to show it.
+
+    window_B4: int32 top, left, height, width; flip_B: int32 0 or 1, or None; colour_B3: float32
+    brightness, contrast, saturation factors, or None; augment_BC: uniforms in [0, 1) that draw the
+    changes of RandAugment, two a change, or None. DALI draws those itself.
+    """
+
+    encoded: list[bytes]
+    window_B4: np.ndarray
+    flip_B: np.ndarray | None = None
+    colour_B3: np.ndarray | None = None
+    augment_BC: np.ndarray | None = None
+
+    def rows(self, keep: list[int]) -> "Feed":
+        given = (self.window_B4, self.flip_B, self.colour_B3, self.augment_BC)
+        kept = (None if values is None else values[keep] for values in given)
+        return Feed([self.encoded[b] for b in keep], *kept)
+
+
+class DecodeFailed(RuntimeError):
+    """A batch did not come out. Which image is to blame is found by asking for each alone."""
+
+
+class Decoder(Protocol):
+    """Works a few batches deep: submit() batches, collect() them in the same order.
+
+    Used from one thread. After DecodeFailed it is dead: call restart(), which forgets what was
+    submitted, and submit again.
+    """
+
+    def restart(self) -> None: ...
+
+    def submit(self, feed: Feed) -> None:
+        """Raises DecodeFailed."""
+
+    def collect(self) -> torch.Tensor:
+        """The oldest submitted batch: (B, 3, S, S), ready for any stream. Raises DecodeFailed."""
+
+    def alone(self, feed: Feed, b: int) -> bytes | None:
+        """The bytes by which image b of the batch decodes when it is alone, None if none do.
+
+        They are its own, or Pillow's pixels of it where the decoder cannot read the file. The
+        answer is about the window that was asked for, and depends on nothing before.
+        """
+
+
+class WholeDecoder(Protocol):
+    """Whole images in their own sizes, on the CPU."""
+
+    def __call__(self, encoded: list[bytes]) -> list[np.ndarray]:
+        """Upright RGB, each (H, W, 3) uint8. Raises DecodeFailed."""
+
+
+def open_decoder(kind: str, look: Look, batch_size: int) -> Decoder:
+    """kind: what chosen() answered."""
+    if kind == PILLOW:
+        from cjepa_fast.data.pillow_decode import PillowDecoder
+
+        return PillowDecoder(look)
+    from cjepa_fast.data.dali import DaliDecoder
+
+    return DaliDecoder(look, batch_size)
+
+
+def open_whole_decoder(kind: str, batch_size: int, threads: int) -> WholeDecoder:
+    """Of up to batch_size images at once. kind: what chosen() answered."""
+    if kind == PILLOW:
+        from cjepa_fast.data.pillow_decode import PillowWholeDecoder
+
+        return PillowWholeDecoder(threads)
+    from cjepa_fast.data.dali import DaliWholeDecoder
+
+    return DaliWholeDecoder(batch_size, threads)
+
+
+def chosen(wanted: str, device: torch.device, log: Callable[[str], None] = print) -> str:
+    """DALI or PILLOW. "auto": by CJEPA_DECODER, else DALI where it works on `device`, else Pillow,
+    and then log is told once. Raises ValueError for another word, or if DALI is demanded in vain.
+    """
+    key = "data.decoder"
+    if wanted == "auto":
+        key, wanted = VARIABLE, os.environ.get(VARIABLE) or "auto"
+    if wanted not in CHOICES:
+        raise ValueError(f"{key} = {wanted!r}: must be {', '.join(CHOICES)}")
+    problem = None if wanted == PILLOW else _problem_of_dali(str(device))
+    if wanted == PILLOW or (problem and wanted == "auto"):
+        if problem:
+            _say_once(
+                log, f"images are decoded by Pillow, since DALI does not work here: {problem}"
+            )
+        return PILLOW
+    if problem:
+        raise ValueError(
+            f"{key} = {DALI!r}: DALI does not work here ({problem}); install it "
+            "(pip install nvidia-dali-cuda130), or leave the choice to 'auto'"
+        )
+    return DALI
+
+
+@functools.cache
+def _problem_of_dali(device: str) -> str | None:
+    from cjepa_fast.data import dali
+
+    return dali.problem(torch.device(device))
+
+
+_said: set[str] = set()
+
+
+def _say_once(log: Callable[[str], None], line: str) -> None:
+    if line not in _said:
+        _said.add(line)
+        log(line)

@@ -1,0 +1,118 @@
+"""Decoding by Pillow, where DALI cannot be installed: the same steps on threads of the CPU.
+
+    bytes -> decode -> the window -> resize (antialiased) -> [colour] -> [RandAugment] -> [mirror]
+
+each rounded to 8 bits, as in dali.py; the batch is then normalised on the device of the tensors.
+"""
+
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+from PIL import Image
+
+from cjepa_fast.data import formats, rand_augment
+from cjepa_fast.data.decode import DecodeFailed, Feed, Look
+
+# DALI's, of R, G, B: luma, and two differences of colour that a saturation scales.
+YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
+RGB_OF_YIQ = np.linalg.inv(YIQ)
+HALF_RANGE = 128.0  # the level that a contrast leaves as it is
+
+
+class PillowDecoder:
+    """decode.Decoder: each image is a task of a pool of look.threads threads."""
+
+    def __init__(self, look: Look):
+        self._look = look
+        self._pool = ThreadPoolExecutor(look.threads, thread_name_prefix="decode")
+        self._inside: deque[tuple[Feed, list[Future]]] = deque()
+        self._stream = torch.cuda.Stream(look.device) if look.device.type == "cuda" else None
+        self._mean = torch.tensor(look.mean).mul(255.0).view(3, 1, 1).to(look.device)
+        self._scale = torch.tensor(look.std).mul(255.0).reciprocal().view(3, 1, 1).to(look.device)
+
+    def restart(self) -> None:
+        for _, tasks in self._inside:
+            for task in tasks:
+                task.cancel()
+        self._inside.clear()
+
+    def submit(self, feed: Feed) -> None:
+        tasks = [self._pool.submit(shown, self._look, feed, b) for b in range(len(feed.window_B4))]
+        self._inside.append((feed, tasks))
+
+    def collect(self) -> torch.Tensor:
+        _, tasks = self._inside[0]
+        try:
+            pixels_BHW3 = np.stack([task.result() for task in tasks])
+        except OSError as error:
+            raise DecodeFailed(str(error)) from error
+        self._inside.popleft()
+        if self._stream is None:
+            return self._normalised(pixels_BHW3)
+        with torch.cuda.stream(self._stream):
+            images_B3HW = self._normalised(pixels_BHW3)
+        self._stream.synchronize()  # the loader's own thread waits, the training does not
+        return images_B3HW
+
+    def _normalised(self, pixels_BHW3: np.ndarray) -> torch.Tensor:
+        pixels_B3HW = torch.from_numpy(pixels_BHW3).to(self._look.device).permute(0, 3, 1, 2)
+        images_B3HW = pixels_B3HW.to(torch.float32, memory_format=torch.contiguous_format)
+        return images_B3HW.sub_(self._mean).mul_(self._scale).to(self._look.dtype)
+
+    def alone(self, feed: Feed, b: int) -> bytes | None:
+        known = next((tasks[b] for inside, tasks in self._inside if inside is feed), None)
+        try:
+            known.result() if known else shown(self._look, feed, b)
+        except OSError:
+            return None
+        return feed.encoded[b]
+
+
+class PillowWholeDecoder:
+    """decode.WholeDecoder."""
+
+    def __init__(self, threads: int):
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+
+    def __call__(self, encoded: list[bytes]) -> list[np.ndarray]:
+        try:
+            return list(self._pool.map(pixels, encoded))
+        except OSError as error:
+            raise DecodeFailed(str(error)) from error
+
+
+def pixels(data: bytes) -> np.ndarray:
+    """Upright RGB (H, W, 3) uint8. Raises OSError if the bytes cannot be decoded."""
+    return np.array(formats.decode_rgb(data))
+
+
+def shown(look: Look, feed: Feed, b: int) -> np.ndarray:
+    """Image b of a batch as it is shown, (S, S, 3) uint8. Raises OSError if it cannot be."""
+    window = window_of(formats.decode_rgb(feed.encoded[b]), *map(int, feed.window_B4[b]))
+    size = (look.image_size, look.image_size)
+    pixels_HW3 = np.asarray(window.resize(size, Image.Resampling.BILINEAR))
+    if look.colour:
+        pixels_HW3 = twisted(pixels_HW3, *map(float, feed.colour_B3[b]))
+    if look.rand_augment:
+        _, magnitude, _ = look.rand_augment
+        pixels_HW3 = rand_augment.changed(pixels_HW3, feed.augment_BC[b], magnitude)
+    return pixels_HW3[:, ::-1] if look.flip and feed.flip_B[b] else pixels_HW3
+
+
+def window_of(image: Image.Image, top: int, left: int, height: int, width: int) -> Image.Image:
+    """Raises OSError for a window that reaches out of the image, which Pillow would fill."""
+    if top < 0 or left < 0 or top + height > image.height or left + width > image.width:
+        raise OSError(f"an image of {image.width}x{image.height} is smaller than its window")
+    return image.crop((left, top, left + width, top + height))
+
+
+def twisted(
+    pixels_HW3: np.ndarray, brightness: float, contrast: float, saturation: float
+) -> np.ndarray:
+    """DALI's colour twist: saturation, contrast, then brightness, rounded once at the end."""
+    colour_33 = RGB_OF_YIQ @ np.diag([1.0, saturation, saturation]) @ YIQ
+    matrix_33 = (brightness * contrast * colour_33).astype(np.float32)
+    offset = np.float32(brightness * HALF_RANGE * (1 - contrast))
+    return rand_augment.rounded(pixels_HW3 @ matrix_33.T + offset)
