@@ -1,4 +1,7 @@
-"""What the decoder puts out, against Pillow: formats, crops, flips, colours; on each device."""
+"""What each decoder puts out, against plain Pillow; who is chosen; images that only Pillow reads.
+
+test_data_pillow_decode.py sets the two decoders side by side.
+"""
 
 import io
 
@@ -8,20 +11,27 @@ import pytest
 import torch
 from PIL import Image
 
-from cjepa_fast.data import formats
-from cjepa_fast.data.dali import DaliDecoder
-from cjepa_fast.data.decode import Feed, Look
+from cjepa_fast.data import dali, decode, formats
+from cjepa_fast.data.decode import DALI, PILLOW, Feed, Look, open_decoder
 from cjepa_fast.data.evaluation import eval_batches
-from cjepa_fast.data.sources import open_images
+from cjepa_fast.data.loader import Loader
+from cjepa_fast.data.sources import ImageSet, open_images
+from cjepa_fast.data.whole import WholeImages
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+DECODERS = [DALI, PILLOW]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 # nvJPEG repeats chroma where libjpeg interpolates it: smooth pictures differ by a level or two.
-LEVELS = {"cpu": 1.0, "cuda": 3.0}
+LEVELS = {"cpu": 1.0, "cuda": 3.0}  # in the mean
 
 
 def look(device="cpu", dtype=torch.float32, **options):
     return Look(48, MEAN, STD, torch.device(device), dtype, 1, **options)
+
+
+@pytest.fixture(params=DECODERS)
+def kind_of_decoder(request):
+    return request.param
 
 
 def in_levels(images_B3HW):
@@ -70,7 +80,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_every_kind_is_upright_rgb_as_by_pillow(tmp_path, device):
+def test_every_kind_is_upright_rgb_as_by_pillow(tmp_path, device, kind_of_decoder):
     """All kinds in one batch, each through ImageSet.read, so the converting path counts too."""
     for number, data in enumerate(KINDS.values()):
         made.write(tmp_path / "set" / f"{number:02d}.jpg", data)
@@ -78,7 +88,7 @@ def test_every_kind_is_upright_rgb_as_by_pillow(tmp_path, device):
     assert len(images) == len(KINDS) and not images.skipped
     wide = np.array([17, 23, 51, 84]), np.array([23, 17, 84, 51])
     window_B4 = np.array([wide[0] if h < w else wide[1] for h, w in images.sizes_N2], np.int32)
-    decoder = DaliDecoder(look(device), len(KINDS))
+    decoder = open_decoder(kind_of_decoder, look(device), len(KINDS))
     decoder.submit(Feed([images.read(i) for i in range(len(images))], window_B4))
     got_BHWC = in_levels(decoder.collect())
     for i, (kind, data) in enumerate(KINDS.items()):
@@ -101,11 +111,11 @@ def test_the_reference_itself_is_upright():
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_flip_colour_and_dtype(device, dtype):
+def test_flip_colour_and_dtype(device, dtype, kind_of_decoder):
     data = made.encoded(SMOOTH, subsampling=0)
     window_B4 = np.array([[0, 0, 90, 130]] * 3, np.int32)
     factors_B3 = np.array([[1, 1, 1], [0.5, 1, 1], [1, 1, 0]], np.float32)
-    decoder = DaliDecoder(look(device, dtype, flip=True, colour=True), 3)
+    decoder = open_decoder(kind_of_decoder, look(device, dtype, flip=True, colour=True), 3)
     decoder.submit(Feed([data] * 3, window_B4, np.array([0, 1, 0], np.int32), factors_B3))
     images = decoder.collect()
     assert images.dtype == dtype and images.shape == (3, 3, 48, 48) and images.device.type == device
@@ -116,8 +126,8 @@ def test_flip_colour_and_dtype(device, dtype):
     assert grey.std(axis=-1).mean() < 1.5 < plain.std(axis=-1).mean()
 
 
-def test_batches_come_in_order_and_a_partial_one_too():
-    decoder = DaliDecoder(look(), 4)
+def test_batches_come_in_order_and_a_partial_one_too(kind_of_decoder):
+    decoder = open_decoder(kind_of_decoder, look(), 4)
     window = np.array([[0, 0, 60, 80]], np.int32)
     feeds = [Feed([made.encoded(made.picture(k))] * n, window.repeat(n, 0)) for k, n in
              enumerate([4, 4, 1, 3])]  # fmt: skip
@@ -134,7 +144,7 @@ def test_batches_come_in_order_and_a_partial_one_too():
 
 
 @pytest.mark.parametrize("batch_size", [3, 4, 100])
-def test_evaluation_is_in_order_centred_and_drops_the_bad(tmp_path, batch_size):
+def test_evaluation_is_in_order_centred_and_drops_the_bad(tmp_path, batch_size, kind_of_decoder):
     root = made.good_folder(tmp_path / "set", 8, classes=1)
     _, later = made.break_folder(root)
     said = []
@@ -147,6 +157,7 @@ def test_evaluation_is_in_order_centred_and_drops_the_bad(tmp_path, batch_size):
         "device": "cpu",
         "dtype": torch.float32,
         "threads": 1,
+        "decoder": kind_of_decoder,
     }
     batches = list(eval_batches(images, resize=0.5, batch_size=batch_size, log=said.append,
                                 **options))  # fmt: skip
@@ -162,7 +173,7 @@ def test_evaluation_is_in_order_centred_and_drops_the_bad(tmp_path, batch_size):
         assert np.abs(got - want).mean() < 1.5
 
 
-def test_evaluation_of_bad_images_alone_is_empty(tmp_path):
+def test_evaluation_of_bad_images_alone_is_empty(tmp_path, kind_of_decoder):
     for i in range(5):
         made.write(tmp_path / "set" / f"{i}.jpg", made.damaged_tables(i))
     images = open_images(tmp_path / "set", cache=tmp_path / "cache")
@@ -173,7 +184,132 @@ def test_evaluation_of_bad_images_alone_is_empty(tmp_path):
         "device": "cpu",
         "dtype": torch.float32,
         "threads": 1,
+        "decoder": kind_of_decoder,
     }
     assert list(eval_batches(images, batch_size=2, log=lambda line: None, **options)) == []
     with pytest.raises(ValueError, match="share of the short side"):
         next(eval_batches(images, batch_size=2, resize=1.2, **options))
+
+
+# ------------------------------------------------------------------------------------- the choice
+
+
+@pytest.fixture
+def broken_dali(monkeypatch):
+    """As on a machine for which there is no DALI."""
+    monkeypatch.setattr(decode, "_problem_of_dali", lambda device: "No module named 'nvidia.dali'")
+    monkeypatch.setattr(decode, "_said", set())
+
+
+CPU = torch.device("cpu")
+
+
+def test_dali_is_chosen_where_it_works_and_what_is_demanded_elsewhere(monkeypatch):
+    monkeypatch.delenv(decode.VARIABLE, raising=False)
+    said = []
+    assert decode.chosen("auto", CPU, said.append) == decode.chosen(DALI, CPU) == DALI
+    assert decode.chosen(PILLOW, CPU, said.append) == PILLOW
+    monkeypatch.setenv(decode.VARIABLE, PILLOW)
+    assert decode.chosen("auto", CPU, said.append) == PILLOW
+    assert decode.chosen(DALI, CPU, said.append) == DALI  # the configuration's word is the last
+    assert said == []
+
+
+def test_pillow_is_chosen_where_dali_does_not_work_and_that_is_said_once(broken_dali):
+    said = []
+    assert [decode.chosen("auto", CPU, said.append) for _ in range(3)] == [PILLOW] * 3
+    assert said == [
+        "Pillow decodes the images, since DALI does not work here: No module named 'nvidia.dali'"
+    ]
+
+
+def test_what_cannot_be_had_is_told(broken_dali, monkeypatch):
+    with pytest.raises(ValueError, match=r"decoder = 'dali': DALI does not work here \(No module"):
+        decode.chosen(DALI, CPU)
+    monkeypatch.setenv(decode.VARIABLE, "opencv")
+    with pytest.raises(ValueError, match=r"CJEPA_DECODER = 'opencv': must be auto, dali, pillow"):
+        decode.chosen("auto", CPU)
+
+
+@pytest.mark.parametrize(
+    "wrong, says", [((2, 31), "from 0 to 30"), ((-1, 3), "number of changes"), ((1, 2.5), "whole")]
+)
+def test_a_rand_augment_that_there_is_none_of_is_told(wrong, says):
+    with pytest.raises(ValueError, match=rf"rand_augment = \[{wrong[0]}, {wrong[1]}\].*{says}"):
+        look(rand_augment=(*wrong, 0))
+
+
+def test_a_dali_that_is_installed_and_does_not_run_is_a_problem(monkeypatch):
+    def fails(message):
+        def build(*args):
+            raise RuntimeError(message)
+
+        monkeypatch.setattr(dali, "build", build)
+
+    assert dali.problem(CPU) is None
+    fails("CUDA driver version is insufficient\nStacktrace")
+    assert dali.problem(CPU) == "CUDA driver version is insufficient"
+    fails("CUDA out of memory")
+    with pytest.raises(RuntimeError, match="out of memory"):  # that says nothing about DALI
+        dali.problem(CPU)
+
+
+# ------------------------------------------------------------------- images that DALI cannot read
+
+
+@pytest.fixture
+def unread(tmp_path, monkeypatch):
+    """16 JPEGs and 2 GIFs under such a name, all as they lie on the disk."""
+    root = made.good_folder(tmp_path / "set", 16, classes=1)
+    for i in (3, 9):
+        made.write(root / "c0" / f"gif{i}.jpg", made.encoded(IMAGE.quantize(64), "GIF"))
+    monkeypatch.setattr(ImageSet, "read", ImageSet.read_original)
+    return open_images(root, cache=tmp_path / "cache")
+
+
+EVALUATION = {
+    "image_size": 48, "mean": MEAN, "std": STD, "batch_size": 4, "device": "cpu",
+    "dtype": torch.float32, "threads": 1,
+}  # fmt: skip
+
+
+def test_what_dali_cannot_read_pillow_reads(unread):
+    """The images that are used do not depend on the decoder; neither do their pixels."""
+    said = []
+    seen = {
+        kind: list(eval_batches(unread, decoder=kind, log=said.append, **EVALUATION))
+        for kind in DECODERS
+    }
+    names = [unread.name(int(i)) for _, index_B in seen[DALI] for i in index_B]
+    assert names == [unread.name(i) for i in range(18)]
+    assert said == [
+        f"image decoded by Pillow, since DALI cannot: c0/gif{i}.jpg" for i in (3, 9)
+    ]  # said of DALI alone
+    by_dali, by_pillow = (in_levels(torch.cat([x for x, _ in seen[k]])) for k in DECODERS)
+    assert np.abs(by_dali - by_pillow)[:, 1:-1, 1:-1].max() < 1.01
+
+
+def test_what_pillow_alone_reads_costs_one_rebuild_each_not_one_an_epoch(unread, monkeypatch):
+    restarts, restart = [], dali.DaliDecoder.restart
+    monkeypatch.setattr(
+        dali.DaliDecoder, "restart", lambda self: (restarts.append(1), restart(self))
+    )
+    said = []
+    options = EVALUATION | {"seed": 0, "micro_batch": 6, "global_batch": 6, "prefetch": 1}
+    del options["batch_size"]
+    source = Loader(unread, log=said.append, **options)
+    batches = source.iterate(0)
+    seen = [i for _ in range(9) for i in next(batches).index_B.tolist()]
+    source.close()
+    assert sorted(seen) == sorted([*range(18)] * 3)
+    assert len(restarts) <= 1 + 2 and len(said) == 2 and source.skipped.count == 0
+
+
+def test_whole_images_that_dali_cannot_read(tmp_path):
+    gif, jpeg = made.encoded(IMAGE.quantize(64), "GIF"), made.encoded(SMOOTH)
+    images = WholeImages(3, 1)([jpeg, gif, jpeg], ["a", "b", "c"])
+    assert torch.equal(images[0], images[2])
+    for image, data in zip(images, (jpeg, gif), strict=False):
+        assert np.array_equal(image.permute(1, 2, 0).numpy(), formats.decode_rgb(data))
+    with pytest.raises(ValueError, match="b cannot be decoded: replace or remove it"):
+        WholeImages(3, 1)([jpeg, b"GIF89a nothing", jpeg], ["a", "b", "c"])

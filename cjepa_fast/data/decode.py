@@ -1,9 +1,8 @@
 """The seam between the loader and what decodes: what goes in, how it is shown, who decodes it.
 
 DALI (dali.py) decodes where it works; elsewhere Pillow (pillow_decode.py) shows the same windows of
-the same images, in the same order. On the CPU their pixels differ by one level of 255 at most, but
-for the outermost row and column of a JPEG's window: DALI decodes the window alone, and there lacks
-the colours of the neighbours (tests/test_data_decode.py has the figures).
+the same images, in the same order. On the CPU their pixels differ by one level of 255 at most
+(tests/test_data_pillow_decode.py).
 """
 
 import functools
@@ -18,6 +17,7 @@ import torch
 DEPTH = 2  # batches inside a decoder at once, so that its threads and the GPU never wait
 DALI, PILLOW = "dali", "pillow"
 CHOICES = ("auto", DALI, PILLOW)  # of data.decoder
+MOST_MAGNITUDE = 30  # of RandAugment: there the changes are strongest
 VARIABLE = "CJEPA_DECODER"  # what "auto" means, for the evaluations too
 
 
@@ -25,7 +25,7 @@ VARIABLE = "CJEPA_DECODER"  # what "auto" means, for the evaluations too
 class Look:
     """How images are shown. mean, std: of RGB in 0..1. dtype: of the tensors that come out.
 
-    rand_augment: how many changes an image gets, their magnitude in 0..30, DALI's seed.
+    rand_augment: how many changes an image gets, their magnitude, DALI's seed.
     """
 
     image_size: int
@@ -38,6 +38,17 @@ class Look:
     colour: bool = False
     hw_decoder_load: float = 0.65
     rand_augment: tuple[int, int, int] | None = None
+
+    def __post_init__(self):
+        """Raises ValueError for a RandAugment that there is none of."""
+        count, magnitude, _ = self.rand_augment or (0, 0, 0)
+        if not (isinstance(count, int) and isinstance(magnitude, int)):
+            raise ValueError(f"rand_augment = [{count}, {magnitude}]: must be whole numbers")
+        if count < 0 or not 0 <= magnitude <= MOST_MAGNITUDE:
+            raise ValueError(
+                f"rand_augment = [{count}, {magnitude}]: must be a number of changes, and a "
+                f"magnitude from 0 to {MOST_MAGNITUDE}"
+            )
 
 
 @dataclass
@@ -126,12 +137,11 @@ def chosen(wanted: str, device: torch.device, log: Callable[[str], None] = print
         key, wanted = VARIABLE, os.environ.get(VARIABLE) or "auto"
     if wanted not in CHOICES:
         raise ValueError(f"{key} = {wanted!r}: must be {', '.join(CHOICES)}")
-    problem = None if wanted == PILLOW else _problem_of_dali(str(device))
-    if wanted == PILLOW or (problem and wanted == "auto"):
-        if problem:
-            _say_once(
-                log, f"images are decoded by Pillow, since DALI does not work here: {problem}"
-            )
+    if wanted == PILLOW:
+        return PILLOW
+    problem = _problem_of_dali(str(device))
+    if problem and wanted == "auto":
+        _say_once(log, f"Pillow decodes the images, since DALI does not work here: {problem}")
         return PILLOW
     if problem:
         raise ValueError(

@@ -259,8 +259,8 @@ def decode_rgb(data: bytes) -> Image.Image:
         image, exif = _opened(data)
         _checked(image.height, image.width)
         image.load()
-        if image.mode.startswith("I;16"):  # Pillow clips 16 bits at 255 instead of scaling
-            image = image.point(lambda v: v / 256).convert("L")
+        if image.mode.startswith("I"):  # Pillow clips 16 bits at 255 instead of scaling
+            image = image.point(lambda v: v / 257 + 0.5).convert("L")
         if image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")  # straight to RGB warns; alpha is dropped either way
         image = image.convert("RGB")

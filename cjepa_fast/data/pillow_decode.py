@@ -5,6 +5,7 @@
 each rounded to 8 bits, as in dali.py; the batch is then normalised on the device of the tensors.
 """
 
+import math
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -91,8 +92,7 @@ def pixels(data: bytes) -> np.ndarray:
 def shown(look: Look, feed: Feed, b: int) -> np.ndarray:
     """Image b of a batch as it is shown, (S, S, 3) uint8. Raises OSError if it cannot be."""
     window = window_of(formats.decode_rgb(feed.encoded[b]), *map(int, feed.window_B4[b]))
-    size = (look.image_size, look.image_size)
-    pixels_HW3 = np.asarray(window.resize(size, Image.Resampling.BILINEAR))
+    pixels_HW3 = np.asarray(resized(window, look.image_size))
     if look.colour:
         pixels_HW3 = twisted(pixels_HW3, *map(float, feed.colour_B3[b]))
     if look.rand_augment:
@@ -106,6 +106,35 @@ def window_of(image: Image.Image, top: int, left: int, height: int, width: int) 
     if top < 0 or left < 0 or top + height > image.height or left + width > image.width:
         raise OSError(f"an image of {image.width}x{image.height} is smaller than its window")
     return image.crop((left, top, left + width, top + height))
+
+
+def resized(image: Image.Image, side: int) -> Image.Image:
+    """To a square, by a triangular filter that is as wide as the image shrinks.
+
+    At the edges the filter sees the outermost pixels repeated, as DALI's does. Pillow's own would
+    see nothing there, which makes noise at the edges differ by ten levels and more.
+    """
+    width, height = image.size
+    frame = math.ceil(max(width, height, side) / side)  # the filter's reach
+    box = (frame, frame, frame + width, frame + height)
+    return _framed(image, frame).resize((side, side), Image.Resampling.BILINEAR, box)
+
+
+def _framed(image: Image.Image, frame: int) -> Image.Image:
+    """With the outermost pixels repeated `frame` times on each side."""
+    width, height = image.size
+    right, bottom = frame + width, frame + height
+    framed = Image.new("RGB", (right + frame, bottom + frame))
+    framed.paste(image, (frame, frame))
+
+    def repeat(edge: tuple[int, int, int, int], x: int, y: int, size: tuple[int, int]) -> None:
+        framed.paste(framed.crop(edge).resize(size, Image.Resampling.NEAREST), (x, y))
+
+    repeat((frame, frame, right, frame + 1), frame, 0, (width, frame))
+    repeat((frame, bottom - 1, right, bottom), frame, bottom, (width, frame))
+    repeat((frame, 0, frame + 1, framed.height), 0, 0, (frame, framed.height))
+    repeat((right - 1, 0, right, framed.height), right, 0, (frame, framed.height))
+    return framed
 
 
 def twisted(

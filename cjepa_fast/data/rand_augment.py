@@ -14,7 +14,8 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageOps
 
-MOST = 30  # the magnitude at which a change is strongest
+from cjepa_fast.data.decode import MOST_MAGNITUDE
+
 FILL = (128, 128, 128)  # what comes in from outside the image
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 SHIFT = 100 / 224  # of the side
@@ -116,7 +117,8 @@ def identity(pixels: np.ndarray, _: float) -> np.ndarray:
     return pixels
 
 
-# Each change, its value at magnitude 0 and at MOST, and whether it may point the other way.
+# Each change, its values at the lowest and the highest magnitude, and whether it may point the
+# other way.
 CHANGES: tuple[tuple[Callable, float, float, bool], ...] = (
     (translate_x, 0.0, SHIFT, True),
     (translate_y, 0.0, SHIFT, True),
@@ -138,10 +140,10 @@ CHANGES: tuple[tuple[Callable, float, float, bool], ...] = (
 def changed(pixels: np.ndarray, uniform_C: np.ndarray, magnitude: int) -> np.ndarray:
     """A change for each two of the uniforms in [0, 1): the first draws it, the second its sign.
 
-    magnitude: 0..MOST.
+    magnitude: 0..MOST_MAGNITUDE.
     """
     for pick, sign in uniform_C.reshape(-1, 2).tolist():
         change, low, high, signed = CHANGES[int(pick * len(CHANGES))]
-        value = low + (high - low) * magnitude / MOST
+        value = low + (high - low) * magnitude / MOST_MAGNITUDE
         pixels = change(pixels, -value if signed and sign < 0.5 else value)
     return pixels
