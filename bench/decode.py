@@ -3,8 +3,10 @@
     python bench/decode.py --data-path /my/images --config vit_b --turns 7
     python bench/decode.py --data-path /my/few/images --epochs 10      # and the memory of 10 epochs
 
+    python bench/decode.py --data-path /my/images --pillow             # and the loader by Pillow
+
 DALI's own way: readers.file, decoders.image_random_crop, resize, crop_mirror_normalize, as many
-threads and as large a batch, copied to a tensor of the run's dtype. The two take turns, each on a
+threads and as large a batch, copied to a tensor of the run's dtype. They take turns, each on a
 pipeline that has been filled; figures are medians over the turns. Processor time is that of all
 threads of this process, and says more on a busy machine.
 """
@@ -109,13 +111,20 @@ def take_turns(
 
 
 def summary(found: dict[str, dict[str, list[float]]]) -> dict:
-    """Medians by side, and ours over DALI's: above 1 is better of images/s, worse of processor."""
+    """Medians by side, and ours over DALI's: above 1 is better of images/s, worse of processor.
+
+    Of the loader by Pillow, where it is a side, over the loader by DALI.
+    """
     medians = {
         side: {name: statistics.median(values) for name, values in figures.items()}
         for side, figures in found.items()
     }
-    ratios = {name: value / medians["DALI"][name] for name, value in medians["ours"].items()}
-    return {"medians": medians, "ours_over_dali": ratios, "turns": found}
+
+    def ratios(one: str, other: str) -> dict[str, float]:
+        return {name: value / medians[other][name] for name, value in medians[one].items()}
+
+    row = {"medians": medians, "ours_over_dali": ratios("ours", "DALI"), "turns": found}
+    return row | ({"pillow_over_ours": ratios("Pillow", "ours")} if "Pillow" in found else {})
 
 
 def resident_mib() -> float:
@@ -139,7 +148,8 @@ def configured(args: argparse.Namespace) -> Config:
     config = configuration.load(args.config, args.overrides)
     batch = args.batch or config.data.micro_batch_size
     sizes = [f"data.micro_batch_size={batch}", f"data.batch_size={batch}"]
-    own = [f"data.path={args.data_path}", "data.colour=0"]  # colour is no part of the comparison
+    # Colour is no part of the comparison; and what DALI is held against is decoded by DALI.
+    own = [f"data.path={args.data_path}", "data.colour=0", "data.decoder=dali"]
     return configuration.load(args.config, [*args.overrides, *sizes, *own])
 
 
@@ -150,6 +160,10 @@ def measure(config: Config, args: argparse.Namespace, device: torch.device) -> d
         "ours": lambda: ours_batches(build.build_loader(config, device, masks=None)),
         "DALI": lambda: dali_batches(paths, config, device),
     }
+    if args.pillow:
+        data = config.data.model_copy(update={"decoder": "pillow"})
+        other = config.model_copy(update={"data": data})
+        sides["Pillow"] = lambda: ours_batches(build.build_loader(other, device, masks=None))
     filled = config.data.prefetch + FILLED
     row = summary(take_turns(sides, args.turns, args.batches, filled, device))
     if args.epochs:
@@ -168,6 +182,9 @@ def text(row: dict) -> str:
     ratios = row["ours_over_dali"]
     lines.append(f"ours over DALI's: {ratios['images_per_s']:.3f} of the images/s, "
                  f"{ratios['cpu_ms_per_image']:.3f} of the processor time")  # fmt: skip
+    if ratios := row.get("pillow_over_ours"):
+        lines.append(f"the loader by Pillow over that by DALI: {ratios['images_per_s']:.3f} of the "
+                     f"images/s, {ratios['cpu_ms_per_image']:.3f} of the processor time")  # fmt: skip
     if held := row.get("resident_mib"):
         lines.append("MiB held after each epoch: " + ", ".join(f"{mib:.0f}" for mib in held))
     return "\n".join(lines)
@@ -182,6 +199,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--turns", type=int, default=5, help="of each")
     parser.add_argument("--batches", type=int, default=8, help="timed in a turn")
     parser.add_argument("--epochs", type=int, default=0, help="watch the memory of so many")
+    parser.add_argument("--pillow", action="store_true", help="also the loader by Pillow")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     args = parser.parse_args(argv)
     for name, least in (("batch", 1), ("turns", 1), ("batches", 1), ("epochs", 0)):

@@ -35,6 +35,10 @@ def test_the_ratio_is_of_the_medians():
     theirs = {"images_per_s": [100.0, 100.0, 500.0], "cpu_ms_per_image": [4.0, 1.0, 4.0]}
     row = decode.summary({"ours": ours, "DALI": theirs})
     assert row["ours_over_dali"] == {"images_per_s": 0.9, "cpu_ms_per_image": 0.5}
+    assert "pillow_over_ours" not in row
+    pillow = {"images_per_s": [45.0], "cpu_ms_per_image": [3.0]}
+    row = decode.summary({"ours": ours, "DALI": theirs, "Pillow": pillow})
+    assert row["pillow_over_ours"] == {"images_per_s": 0.5, "cpu_ms_per_image": 1.5}
 
 
 @pytest.mark.slow
@@ -42,13 +46,14 @@ def test_it_measures_a_folder(tmp_path):
     config, out = tiny.write_config(tmp_path), tmp_path / "decode.json"
     done = tiny.run(
         tiny.ROOT / "bench" / "decode.py", "--data-path", tmp_path / "images", "--config", config,
-        "--turns", "2", "--batches", "2", "--epochs", "3", "--json", out,
+        "--turns", "2", "--batches", "2", "--epochs", "3", "--json", out, "--pillow",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     row = json.loads(out.read_text())
     assert (row["images"], row["batch"], len(row["resident_mib"])) == (40, 8, 3)
     assert all(mib > 50 for mib in row["resident_mib"])
-    assert all(ratio > 0 for ratio in row["ours_over_dali"].values())
+    for ratios in ("ours_over_dali", "pillow_over_ours"):
+        assert all(ratio > 0 for ratio in row[ratios].values())
     assert "MiB held after each epoch" in done.stdout
 
 

@@ -15,6 +15,7 @@ from cjepa_fast.data.loader import Loader
 from cjepa_fast.data.sources import open_images
 from cjepa_fast.masks import MaskSampler
 
+DECODERS = ["dali", "pillow"]
 OPTIONS = {
     "image_size": 16,
     "mean": (0.5, 0.5, 0.5),
@@ -84,8 +85,9 @@ def test_an_epoch_has_each_image_once_less_the_tail(images):
 
 
 @pytest.mark.parametrize("start", [0, 1, 2, 3, 5])
-def test_resume_at_any_step_is_exact(images, start):
-    options = {"flip": True, "colour": 0.4}
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_resume_at_any_step_is_exact(images, start, decoder):
+    options = {"flip": True, "colour": 0.4, "decoder": decoder}
     whole = take(loader(images, **options), 7)
     resumed = take(loader(images, **options), 7 - start, start)
     for got, want in zip(resumed, whole[start * 6 :], strict=True):
@@ -168,10 +170,13 @@ def check_epoch(source, images, bad, batches, epoch):
     return sum(i in bad for i in order[:used])
 
 
-def test_broken_files_never_stop_an_epoch(broken):
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_broken_files_never_stop_an_epoch(broken, decoder):
     images, later = broken
     said, bad = [], bad_indices(images, later)
-    source = loader(images, 8, 8, said)  # 232 = 29 * 8: no tail, so stand-ins come from anywhere
+    source = loader(
+        images, 8, 8, said, decoder=decoder
+    )  # 232 = 29 * 8: no tail, so stand-ins come from anywhere
     batches = take(source, 2 * 29)
     for epoch in range(2):
         assert check_epoch(source, images, bad, batches, epoch) == 2
@@ -183,13 +188,14 @@ def test_broken_files_never_stop_an_epoch(broken):
     assert source.skipped.count >= 4  # the thread may be ahead, in the next epoch
 
 
-def test_stand_ins_come_from_the_dropped_tail_on_any_rank_and_after_resume(broken):
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_stand_ins_come_from_the_dropped_tail_on_any_rank_and_after_resume(broken, decoder):
     images, later = broken
     (images.root / "c1" / "0003.jpg").unlink()
     made.write(images.root / "c0" / "0004.jpg", b"\xff\xd8 shrunk")
     bad = bad_indices(images, later | {"c1/0003.jpg", "c0/0004.jpg"})
     assert len(bad) == 4
-    options = {"seed": 9}
+    options = {"seed": 9, "decoder": decoder}
     source = loader(images, 18, 18, **options)  # 232 = 12 * 18 + 16
     batches = take(source, 24)
     holes = 0
@@ -235,7 +241,8 @@ def test_a_set_that_vanishes_is_an_error(tmp_path):
 
 
 def loader_threads():
-    return [t for t in threading.enumerate() if t.name == "loader" or t.name.startswith("read")]
+    names = ("loader", "read", "decode")
+    return [t for t in threading.enumerate() if t.name.startswith(names)]
 
 
 def wait_until_gone():
@@ -246,8 +253,9 @@ def wait_until_gone():
 
 
 @pytest.mark.parametrize("end", ["close", "loader", "del", "generator"])
-def test_the_thread_ends(images, end):
-    source = loader(images)
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_the_thread_ends(images, end, decoder):
+    source = loader(images, decoder=decoder)
     iterator = source.iterate(0)
     next(iterator)
     assert loader_threads()
@@ -294,7 +302,8 @@ def test_an_error_of_dali_that_no_image_explains_is_raised(images, monkeypatch):
 
 
 @pytest.mark.parametrize("ending", ["", "raise SystemExit(3)", "1 / 0"])
-def test_the_interpreter_exits_with_a_loader_running(tmp_path, ending):
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_the_interpreter_exits_with_a_loader_running(tmp_path, ending, decoder):
     root = made.good_folder(tmp_path / "set", 16)
     script = textwrap.dedent(f"""
         import torch
@@ -303,7 +312,7 @@ def test_the_interpreter_exits_with_a_loader_running(tmp_path, ending):
         images = open_images({str(root)!r}, cache={str(tmp_path / "cache")!r})
         source = Loader(images, global_batch=4, micro_batch=4, image_size=16, mean=(0.5,) * 3,
                         std=(0.25,) * 3, seed=0, device="cpu", dtype=torch.bfloat16, threads=1,
-                        prefetch=2)
+                        prefetch=2, decoder={decoder!r})
         iterator = source.iterate(0)
         assert next(iterator).images_B3HW.dtype == torch.bfloat16
     """)

@@ -28,10 +28,11 @@ THIRD_PARTY = {
     "matplotlib", "PIL", "sklearn", "scipy", "pynvml", "triton", "flash_attn", "apex", "wandb",
     "transformers", "timm", "onnxruntime", "pycocotools", "torchvision",
 }  # fmt: skip
-# Slow to import: inside the function that uses them, never at the top of a module.
+# Slow to import, or not to be had everywhere: inside the function that uses them, never at the top
+# of a module.
 HEAVY = {
     "deepspeed", "matplotlib", "sklearn", "scipy", "tensorboard", "wandb", "apex", "flash_attn",
-    "transformers", "timm", "onnxruntime",
+    "transformers", "timm", "onnxruntime", "nvidia",
 }  # fmt: skip
 
 
