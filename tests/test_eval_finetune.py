@@ -234,8 +234,10 @@ def test_what_goes_on_ends_as_what_never_stopped(data, tmp_path, monkeypatch):
         assert torch.equal(again[name], value), name
 
 
-def test_the_command_learns_colours(data, saved, tmp_path, capsys):
+@pytest.mark.parametrize("decoder", ["dali", "pillow"])
+def test_the_command_learns_colours(data, saved, tmp_path, capsys, monkeypatch, decoder):
     """With the whole recipe, RandAugment too; it finds what sets the classes apart."""
+    monkeypatch.setenv("CJEPA_DECODER", decoder)
     out = tmp_path / "tuned.json"
     words = ["finetune", str(saved), "--data", str(data), "--threads", "1", "--crop", "1"]
     words += ["--out", str(tmp_path / "out"), "--json", str(out)]
