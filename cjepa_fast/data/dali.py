@@ -20,8 +20,7 @@ from cjepa_fast.data.decode import DEPTH, DecodeFailed, Feed, Look
 
 # DALI raises RuntimeError for a sample, IndexError once the pipeline is no longer valid.
 FAILURES = (RuntimeError, IndexError)
-# The smallest picture there is in a format that DALI reads on every device.
-DOT_PPM = b"P6 1 1 255\n\x00\x00\x00"
+BLACK_PPM = b"P6 16 16 255\n" + bytes(16 * 16 * 3)  # DALI reads it on every device
 
 
 def problem(device: torch.device) -> str | None:
@@ -29,10 +28,10 @@ def problem(device: torch.device) -> str | None:
 
     Raises what DALI raises where memory is short: that says nothing about DALI.
     """
-    look = Look(1, (0.0,) * 3, (1.0,) * 3, device, torch.float32, 1)
+    look = Look(8, (0.0,) * 3, (1.0,) * 3, device, torch.float32, 1)
     try:
         pipe = build(look, 1, 1, 1)
-        _feed(pipe, look, Feed([DOT_PPM], np.array([[0, 0, 1, 1]], np.int32)))
+        _feed(pipe, look, Feed([BLACK_PPM], np.array([[0, 0, 16, 16]], np.int32)))
         pipe.run()
     except (ImportError, OSError, *FAILURES) as error:
         if out_of_memory.is_meant(error):

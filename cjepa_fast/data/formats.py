@@ -248,8 +248,7 @@ def _opened(data: bytes) -> tuple[ImageFile.ImageFile, bytes | None]:
             raise Unusable(accepted)
         if accepted:
             image = opens(io.BytesIO(data), "")
-            # Of a TIFF, whose EXIF is its own folder, Pillow turns the pixels itself.
-            return image, None if name == "TIFF" else image.info.get("exif")
+            return image, image.info.get("exif")  # none of a TIFF, which Pillow itself turns
     raise Unusable("not an image, or of an unsupported kind")
 
 
