@@ -290,19 +290,29 @@ def test_what_dali_cannot_read_pillow_reads(unread):
 
 
 def test_what_pillow_alone_reads_costs_one_rebuild_each_not_one_an_epoch(unread, monkeypatch):
-    restarts, restart = [], dali.DaliDecoder.restart
-    monkeypatch.setattr(
-        dali.DaliDecoder, "restart", lambda self: (restarts.append(1), restart(self))
-    )
+    """Nor is DALI asked about it again, once that is known."""
+    calls = {"restart": [], "alone": []}
+    for name, noted in calls.items():
+        whole = getattr(dali.DaliDecoder, name)
+        monkeypatch.setattr(
+            dali.DaliDecoder, name, lambda *a, w=whole, noted=noted: (noted.append(1), w(*a))[1]
+        )
     said = []
     options = EVALUATION | {"seed": 0, "micro_batch": 6, "global_batch": 6, "prefetch": 1}
     del options["batch_size"]
     source = Loader(unread, log=said.append, **options)
     batches = source.iterate(0)
-    seen = [i for _ in range(9) for i in next(batches).index_B.tolist()]
+    epochs = [sorted(i for _ in range(3) for i in next(batches).index_B.tolist())]
+    batches.close()
+    asked = len(calls["alone"])
+    batches = source.iterate(3)
+    for _ in range(4):
+        epochs.append(sorted(i for _ in range(3) for i in next(batches).index_B.tolist()))
     source.close()
-    assert sorted(seen) == sorted([*range(18)] * 3)
-    assert len(restarts) <= 1 + 2 and len(said) == 2 and source.skipped.count == 0
+    assert epochs == [[*range(18)]] * 5
+    assert len(said) == 2 and source.skipped.count == 0 and not source.skipped.reasons
+    assert len(calls["restart"]) <= 2 + 2  # two iterations' first builds, and one each
+    assert 0 < asked == len(calls["alone"])
 
 
 def test_whole_images_that_dali_cannot_read(tmp_path):

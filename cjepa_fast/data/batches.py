@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from cjepa_fast.data import formats
 from cjepa_fast.data.decode import DEPTH, DecodeFailed, Decoder, Feed
 from cjepa_fast.data.sources import NAMES_LOGGED, ImageSet
 
@@ -26,15 +27,15 @@ class Skipped:
     """Images that turned out bad while reading or decoding: `count` holes, each name once.
 
     Beyond NAMES_LOGGED only the first of a shard is told, so that no shard goes bad unsaid.
-    doubtful: those on which the decoder failed, also where Pillow then read them: they are asked
-    alone from then on.
+    rescued: those that the decoder cannot read and Pillow can: they count as good, and from then on
+    Pillow reads them at once.
     """
 
     def __init__(self, images: ImageSet, log: Callable[[str], None]):
         self._images, self._log = images, log
         self.count = 0
         self.reasons: dict[int, str] = {}
-        self.doubtful: set[int] = set()
+        self.rescued: set[int] = set()
         self._shards: set[Path | None] = {None}
         self._all_named = True
 
@@ -51,10 +52,9 @@ class Skipped:
         self._shards.add(shard)
 
     def note_rescued(self, i: int) -> None:
-        """Image i decodes by Pillow alone."""
-        if i not in self.doubtful and len(self.doubtful) < NAMES_LOGGED:
+        if i not in self.rescued and len(self.rescued) < NAMES_LOGGED:
             self._log(f"image decoded by Pillow, since DALI cannot: {self._images.name(i)}")
-        self.doubtful.add(i)
+        self.rescued.add(i)
 
     @property
     def names(self) -> list[tuple[str, str]]:
@@ -95,8 +95,18 @@ def read_one(images: ImageSet, i: int) -> bytes | OSError:
         return error
 
 
-def _read_some(images: ImageSet, indexes: np.ndarray) -> list:
-    return [read_one(images, i) for i in indexes]
+def _read_some(images: ImageSet, indexes: np.ndarray, skipped: Skipped) -> list:
+    return [_as_decoded(read_one(images, i), int(i) in skipped.rescued) for i in indexes]
+
+
+def _as_decoded(data: bytes | OSError, by_pillow: bool) -> bytes | OSError:
+    """What the decoder gets: the file's bytes, or Pillow's pixels of them."""
+    if not by_pillow or isinstance(data, OSError):
+        return data
+    try:
+        return formats.as_ppm(formats.decode_rgb(data))
+    except OSError as error:
+        return error
 
 
 def decode(
@@ -112,7 +122,7 @@ def decode(
     with ThreadPoolExecutor(READ_TASKS, thread_name_prefix="read") as pool:
         try:
             while True:
-                _top_up(works, images, pool, reading, READ_AHEAD + 1)
+                _top_up(works, images, pool, reading, READ_AHEAD + 1, skipped)
                 if reading and len(inside) < DEPTH:
                     work = _complete(reading.popleft(), decoder, skipped, mend)
                     if len(work.index_B):
@@ -130,10 +140,10 @@ def decode(
                     task.cancel()
 
 
-def _top_up(works, images: ImageSet, pool, reading: deque, count: int) -> None:
+def _top_up(works, images: ImageSet, pool, reading: deque, count: int, skipped: Skipped) -> None:
     while len(reading) < count and (work := next(works, None)) is not None:
         parts = np.array_split(work.index_B, min(READ_TASKS, len(work.index_B)))
-        work.reads = [pool.submit(_read_some, images, part) for part in parts]
+        work.reads = [pool.submit(_read_some, images, part, skipped) for part in parts]
         reading.append(work)
 
 
@@ -147,16 +157,11 @@ def _complete(work: Work, decoder: Decoder, skipped: Skipped, mend: Mend) -> Wor
     for b, data in enumerate(encoded):
         if isinstance(data, OSError):
             failed[b] = f"cannot be read ({data.strerror or data})"
-        elif _is_doubtful(work, b, skipped) and not usable(work, b, decoder, skipped):
-            # Failed before: asked alone, so that it does not cost the whole pipeline again.
+        elif int(work.index_B[b]) in skipped and not usable(work, b, decoder, skipped):
+            # Bad before: asked alone, so that it does not cost the whole pipeline again.
             failed[b] = "cannot be decoded"
     _mend_all(work, failed, decoder, skipped, mend)
     return work
-
-
-def _is_doubtful(work: Work, b: int, skipped: Skipped) -> bool:
-    i = int(work.index_B[b])
-    return i in skipped or i in skipped.doubtful
 
 
 def usable(work: Work, b: int, decoder: Decoder, skipped: Skipped) -> bool:
@@ -203,9 +208,10 @@ def _repair(inside: deque, decoder, skipped, mend, error: Exception) -> None:
     """After a failure: find the culprits, mend them, and start again with the same batches."""
     culprits = 0
     for work in inside:
-        doubtful = len(skipped.doubtful)
+        before = list(work.feed.encoded)
         bad = [b for b in range(len(work.index_B)) if not usable(work, b, decoder, skipped)]
-        culprits += len(bad) + len(skipped.doubtful) - doubtful
+        rescued = [a for a, b in zip(before, work.feed.encoded, strict=True) if a is not b]
+        culprits += len(bad) + len(rescued)
         _mend_all(work, dict.fromkeys(bad, "cannot be decoded"), decoder, skipped, mend)
     if not culprits:
         raise error  # every image decodes alone: out of memory or the like, not a bad file
