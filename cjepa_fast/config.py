@@ -129,8 +129,8 @@ class DataSection(Section):
     threads: Count = Field(4, description="decoding threads of a process")
     prefetch: Count = Field(2, description="batches made ahead")
     hw_decoder_load: Fraction = Field(0.65, description="share of the GPU's JPEG engines")
-    decoder: Literal["auto", "dali", "pillow"] = Field(
-        "auto", description="DALI where it works, else Pillow, on the CPU"
+    decoder: Literal["auto", "dali", "pillow"] = later(
+        "auto", was="auto", description="DALI where it works, else Pillow, on the CPU"
     )
 
 
