@@ -245,20 +245,23 @@ def loader_threads():
     return [t for t in threading.enumerate() if t.name.startswith(names)]
 
 
-def wait_until_gone():
+def wait_until_gone(others=()):
+    """others: threads of decoders that other tests have left to the garbage collector."""
     limit = time.monotonic() + 20
-    while loader_threads() and time.monotonic() < limit:
+    while set(loader_threads()) - set(others) and time.monotonic() < limit:
         time.sleep(0.05)
-    assert not loader_threads()
+    assert not set(loader_threads()) - set(others)
 
 
 @pytest.mark.parametrize("end", ["close", "loader", "del", "generator"])
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_the_thread_ends(images, end, decoder):
+    others = loader_threads()
     source = loader(images, decoder=decoder)
     iterator = source.iterate(0)
     next(iterator)
-    assert loader_threads()
+    started = {t.name.split("_")[0] for t in set(loader_threads()) - set(others)}
+    assert started == {"loader", "read"} | ({"decode"} if decoder == "pillow" else set())
     if end == "close":
         iterator.close()
         with pytest.raises(StopIteration):
@@ -272,7 +275,7 @@ def test_the_thread_ends(images, end, decoder):
         generator.close()
     else:
         del iterator
-    wait_until_gone()
+    wait_until_gone(others)
 
 
 def test_an_error_in_the_thread_reaches_the_consumer(images):
@@ -281,12 +284,13 @@ def test_an_error_in_the_thread_reaches_the_consumer(images):
             raise ZeroDivisionError("from the masks")
         return None
 
+    others = loader_threads()
     iterator = loader(images, masks=masks).iterate(0)
     for _ in range(6):
         next(iterator)
     with pytest.raises(ZeroDivisionError, match="from the masks"):
         next(iterator)
-    wait_until_gone()
+    wait_until_gone(others)
 
 
 def test_an_error_of_dali_that_no_image_explains_is_raised(images, monkeypatch):
