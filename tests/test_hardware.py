@@ -1,13 +1,15 @@
 """What the machine can do: read from its flags and held to what the environment allows."""
 
+import json
 import os
 import subprocess
 import sys
 
 import pytest
+import tiny
 import torch
 
-from cjepa_fast import build, processes
+from cjepa_fast import build, checkpoint, processes
 from cjepa_fast import config as configuration
 from cjepa_fast.runtime import hardware
 
@@ -123,3 +125,26 @@ def test_a_processor_held_to_less_is_probed_as_such(limit):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=own)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[0] == "False"
+
+
+UNEQUAL = """
+import os, sys
+from cjepa_fast import processes, train
+from cjepa_fast.runtime import hardware
+
+mine = {"0": "bf16", "1": "fp32"}[os.environ["RANK"]]
+hardware.best_precision = lambda device: hardware.Choice(mine, "of this rank")
+processes.leave(train.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.multiprocess
+def test_a_training_on_unequal_machines_is_in_the_lowest_precision(tmp_path):
+    script = tmp_path / "unequal.py"
+    script.write_text(UNEQUAL)
+    done = tiny.run(script, "--config", tiny.write_config(tmp_path), processes=2)
+    assert done.returncode == 0, done.stderr
+    assert "precision: fp32, as run.precision or another process has it" in done.stdout
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["run"]["precision"] == "fp32"
+    state = checkpoint.state_of(checkpoint.latest(tmp_path / "run"))
+    assert state["config"]["run"]["precision"] == "fp32"
