@@ -1,16 +1,21 @@
 #!/usr/bin/env bash
-# The main job on every processor that this one can imitate, from the oldest on: oneDNN and torch are
-# held to an older instruction set by ONEDNN_MAX_CPU_ISA and ATEN_CPU_CAPABILITY. For each tier: the
-# demo's first steps, a save, a resume with the same bits, kNN, the bench, a dry run of ViT-S, and
-# the fast tests that touch numbers. From the repository's root, after `make install`:
-#     scripts/tiers.sh [--no-tests] [TIER ...]        tiers: see below; default: all below this one
-# Prints a table of what was covered; exits 1 where anything failed. Logs: build/tiers/.
+# The main job on every processor that this one can imitate, from the oldest on: oneDNN, torch and
+# MKL are held to an older instruction set by ONEDNN_MAX_CPU_ISA, ATEN_CPU_CAPABILITY and
+# MKL_ENABLE_INSTRUCTIONS. For each tier: the demo's first steps and a save, a resume with the same
+# bits, kNN, the step beside the reference's, a dry run of ViT-S, and the fast tests that touch
+# numbers. From the repository's root, after `make install`:
+#     scripts/tiers.sh [--no-tests] [TIER ...]       default: all up to this processor's own
+# Prints a table: seconds of each part, images/s of the demo's step and how many times as fast it is
+# as the plain reference in fp32 and under bf16 autocast. Exits 1 where anything failed.
+# Logs: build/tiers/.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
 PYTHON="${PYTHON:-.venv/bin/python}"
 LOGS=build/tiers
 TIERS=(SSE41 AVX2 AVX512_CORE AVX512_CORE_BF16 AVX512_CORE_AMX)
+declare -A MKL=([SSE41]=SSE4_2 [AVX2]=AVX2 [AVX512_CORE]=AVX512 [AVX512_CORE_BF16]=AVX512
+                [AVX512_CORE_AMX]=AVX512)
 declare -A ATEN=([SSE41]=default [AVX2]=avx2 [AVX512_CORE]=avx512 [AVX512_CORE_BF16]=avx512
                  [AVX512_CORE_AMX]=avx512)
 TESTS=(linear vit fused fp8 predictor checkpointing train run engine older_runs hardware)
@@ -72,6 +77,18 @@ tests() {
     "${TESTS[@]/#/tests/test_}" -p no:cacheprovider
 }
 
+# images/s and the two ratios of a tier's bench.
+speed() {
+  "$PYTHON" - "$1/bench.json" <<'END' 2>/dev/null || echo "-"
+import json
+import sys
+
+rows = {row["step"]: row for row in json.load(open(sys.argv[1])) if "step" in row}
+times = [f"{row['ours_times']:.2f}" for name, row in rows.items() if name != "ours"]
+print(f"{rows['ours']['images_per_s']:.0f}", *times)
+END
+}
+
 # The tiers up to this processor's own, which is the last line of what is printed.
 possible() {
   local own
@@ -92,7 +109,7 @@ mapfile -t here < <(possible)
 wanted=("${@:-${here[@]}}")
 prepare || exit 1
 failed=0
-table="tier              $(printf '%-9s' "${parts[@]}")"
+table="tier              $(printf '%-9s' "${parts[@]}")images/s, x fp32, x bf16"
 for tier in "${wanted[@]}"; do
   if [[ ! " ${here[*]} " == *" $tier "* ]]; then
     table+=$'\n'"$(printf '%-18s' "$tier")cannot be imitated here"
@@ -103,8 +120,8 @@ for tier in "${wanted[@]}"; do
   for part in "${parts[@]}"; do
     SECONDS=0
     log="$LOGS/$tier/$part.log"
-    if ONEDNN_MAX_CPU_ISA=$tier ATEN_CPU_CAPABILITY=${ATEN[$tier]} "$part" "$LOGS/$tier" \
-      >"$log" 2>&1; then
+    if ONEDNN_MAX_CPU_ISA=$tier ATEN_CPU_CAPABILITY=${ATEN[$tier]} \
+      MKL_ENABLE_INSTRUCTIONS=${MKL[$tier]} "$part" "$LOGS/$tier" >"$log" 2>&1; then
       row+=$(printf '%-9s' "${SECONDS} s")
     else
       failed=1
@@ -112,6 +129,8 @@ for tier in "${wanted[@]}"; do
       echo "$tier: $part failed ($log):" && tail -n 15 "$log"
     fi
   done
+  row+=$(speed "$LOGS/$tier")
+  [ ! -f "$LOGS/$tier/tests.log" ] || row+="; $(tail -n 1 "$LOGS/$tier/tests.log")"
   echo "$row"
   table+=$'\n'"$row"
 done
