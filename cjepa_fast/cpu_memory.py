@@ -13,7 +13,7 @@ from cjepa_fast import config as configuration
 from cjepa_fast import processes
 from cjepa_fast.build import build_networks, compute_dtype, meta_batch
 from cjepa_fast.config import Config
-from cjepa_fast.runtime import hardware, memory
+from cjepa_fast.runtime import memory
 
 SHARE = 0.8  # of what is free: the rest is for batches made ahead and for what else runs here
 # What lives for a moment within a step, beside what is saved for the backward, as a factor.
@@ -22,7 +22,6 @@ MOMENTARY = 1.5
 # the copy that a checkpoint is written from (16).
 PARAMETER_BYTES = 40
 COUNTED = 2  # images on the meta device
-WIDENED = 3  # times as much is saved where bf16 is multiplied in fp32: both copies
 
 
 def fitted(config: Config, device: torch.device, saved: Config | None) -> Config:
@@ -67,10 +66,7 @@ def needed(config: Config) -> tuple[float, float]:
     kept = memory.Kept(networks)
     with kept.counting():
         networks(*meta_batch(config, COUNTED))
-    image = MOMENTARY * kept.bytes / COUNTED
-    if config.run.precision == "bf16" and not hardware.cpu_multiplies_bf16():
-        image *= WIDENED
-    return float(PARAMETER_BYTES * trained), image
+    return float(PARAMETER_BYTES * trained), MOMENTARY * kept.bytes / COUNTED
 
 
 def _processes_here() -> int:

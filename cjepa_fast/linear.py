@@ -64,11 +64,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     """F.linear."""
     if not _plain(x, weight, bias):
         return F.linear(x, weight, bias)
-    if x.dtype == torch.float32:
-        return F.linear(x, weight, bias) if _fp32 == Ways() else _Linear.apply(x, weight, bias)
-    if hardware.cpu_multiplies_bf16():
-        return _Linear.apply(x, weight, bias)
-    return F.linear(x.float(), weight.float(), bias.float()).to(x.dtype)
+    if x.dtype == torch.float32 and _fp32 == Ways():
+        return F.linear(x, weight, bias)
+    return _Linear.apply(x, weight, bias)
 
 
 def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -93,19 +91,28 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         if _by_onednn(x, "forward"):
             return _fused(x, weight, bias, "none", [], "")
-        return F.linear(x, weight, bias)
+        wide = _widened(x, weight, bias)
+        return F.linear(*wide).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        rows, wanted = grad.flatten(0, -2), ctx.needs_input_grad
-        fused = x.dtype == torch.float32 and _by_onednn(x, "backward")
+        dtype, wanted = grad.dtype, ctx.needs_input_grad
+        grad, x, weight = _widened(grad, *ctx.saved_tensors)
+        rows = grad.flatten(0, -2)
+        fused = x.dtype == torch.float32 == dtype and _by_onednn(x, "backward")
         dx, dweight = _fused_gradients if fused else _gradients
         return (
-            dx(grad, weight) if wanted[0] else None,
-            dweight(rows, x.flatten(0, -2)) if wanted[1] else None,
-            rows.sum(0) if wanted[2] else None,
+            dx(grad, weight).to(dtype) if wanted[0] else None,
+            dweight(rows, x.flatten(0, -2)).to(dtype) if wanted[1] else None,
+            rows.sum(0).to(dtype) if wanted[2] else None,
         )
+
+
+def _widened(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """In fp32 where they are bf16 and this CPU multiplies none."""
+    if tensors[0].dtype != torch.bfloat16 or hardware.cpu_multiplies_bf16():
+        return tensors
+    return tuple(tensor.float() for tensor in tensors)
 
 
 # Of the input, from the output's gradient and the weight; of the weight, from rows of both.

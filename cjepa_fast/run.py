@@ -77,6 +77,7 @@ class Run:
         self.data_offset = progress.get("data_offset", 0)  # steps whose images were passed over
         self._go_on_from(state or {"step": 0})
         left = trainer.total_steps - self.done
+        trainer.after_micro_batch = self._after_micro_batch
         self.pace = Pace(left * loader.accumulation, trainer.micro_batch * processes.world_size())
         self.bad = BadSteps(
             self.config.run.max_bad_steps,
@@ -118,7 +119,7 @@ class Run:
         self.watch.mark("waiting for data", self.done + 1)
         for batches, wait_s in steps:
             self.watch.mark("in the step")
-            terms, applied = trainer.step(batches, self.done, self._after_micro_batch)
+            terms, applied = trainer.step(batches, self.done)
             self.done += 1
             stopping, writing, minutes_up, judging = processes.any_of(
                 self.stop.asked, self.saver.busy, self._minutes_are_up(), self._judging_is_due()

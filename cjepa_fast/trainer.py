@@ -85,6 +85,7 @@ class Trainer:
         if config.run.target_stream and device.type == "cuda":
             self.target = TargetStream(target, networks.predictor, device)
         self.features: deque[torch.Tensor] = deque(maxlen=-(-FEATURE_ROWS // self.micro_batch))
+        self.after_micro_batch: Callable[[], object] = lambda: None
         self._run = self.micro_step
         if config.run.cuda_graph:
             self._check_graph()
@@ -129,10 +130,9 @@ class Trainer:
             raise ConfigError(f"run.cuda_graph = true: {reason}; or leave it out")
 
     def step(
-        self, batches: list[Batch], index: int, between: Callable[[], object] = lambda: None
+        self, batches: list[Batch], index: int
     ) -> tuple[dict[str, torch.Tensor], bool | torch.Tensor]:
-        """Optimiser step number `index` (from 0) over the step's micro-batches; `between` is called
-        after each.
+        """Optimiser step number `index` (from 0) over the step's micro-batches.
 
         Returns the terms' means over the step's images, of all processes (0-d tensors by name), and
         whether the update was applied, perhaps as a tensor that nobody has waited for.
@@ -145,7 +145,7 @@ class Trainer:
             terms, features_BD, applied = self._run(batch.images_B3HW, batch.masks, *schedules)
             self.features.append(features_BD.clone())
             sums = {name: sums.get(name, 0) + term for name, term in terms.items()}
-            between()
+            self.after_micro_batch()
         means = {name: total / self.accumulation for name, total in sums.items()}
         return processes.mean_over_ranks(means), applied
 

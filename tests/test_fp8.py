@@ -14,6 +14,7 @@ from test_ema import STEPS, encoder_of, momentum_of, share, trained, walk, whole
 
 from cjepa_fast import build, fp8
 from cjepa_fast import config as configuration
+from cjepa_fast.attention import attend
 from cjepa_fast.config import ConfigError
 from cjepa_fast.ema import TargetEMA
 from cjepa_fast.kernels.fp8 import quantise_gelu, quantise_norm, quantise_rows
@@ -94,7 +95,7 @@ def test_a_block_is_the_bf16_one_with_its_four_products_in_8_bits(seed):
         part.unflatten(-1, (3, 16)).transpose(1, 2)
         for part in linear(normed, block.attn.qkv).chunk(3, -1)
     )
-    heads = ((q * 16**-0.5) @ k.transpose(-2, -1)).softmax(-1) @ v
+    heads = attend(q, k, v, "plain")
     y = x + linear(quantise_rows(heads.transpose(1, 2).flatten(2)), block.attn.proj)
     normed = quantise_norm(y, block.norm2.weight, block.norm2.bias, 1e-6)
     hidden = quantise_gelu(linear(normed, block.mlp.fc1))
