@@ -63,9 +63,10 @@ def needed(config: Config) -> tuple[float, float]:
         networks = build_networks(config)
     trained = sum(p.numel() for p in networks.parameters() if p.requires_grad)
     networks.to(compute_dtype(config))
+    images, context, target_idx, _ = meta_batch(config, COUNTED)
     kept = memory.Kept(networks)
-    with kept.counting():
-        networks(*meta_batch(config, COUNTED))
+    with kept.counting():  # what the loss saves is little
+        networks.predictor(networks.encoder(images, context), context, target_idx)
     return float(PARAMETER_BYTES * trained), MOMENTARY * kept.bytes / COUNTED
 
 

@@ -37,7 +37,7 @@ def failing(tmp_path) -> Path:
 @pytest.mark.slow
 def test_an_unexpected_error_in_a_step_is_one_line_and_a_report(tmp_path, failing):
     config = tiny.write_config(tmp_path, checkpoint={"every_steps": 1})
-    done = tiny.run(failing, 6, "--config", config)  # one to count memory, then two a step
+    done = tiny.run(failing, 5, "--config", config)  # two micro-batches a step: the third step
     assert done.returncode == 1
     assert "Traceback" not in done.stderr + done.stdout and "second line" not in done.stderr
     line = next(line for line in done.stderr.splitlines() if line.startswith("error: "))
@@ -67,7 +67,7 @@ def test_a_dry_run_leaves_its_report_elsewhere(tmp_path, failing):
 
 @pytest.mark.multiprocess
 def test_of_several_processes_each_leaves_its_own(tmp_path, failing):
-    done = tiny.run(failing, 5, "--config", tiny.write_config(tmp_path), processes=2)
+    done = tiny.run(failing, 3, "--config", tiny.write_config(tmp_path), processes=2)
     assert done.returncode == 1
     for rank in range(2):
         assert "Traceback" in (tmp_path / "run" / f"error_rank_{rank}.txt").read_text()
