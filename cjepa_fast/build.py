@@ -361,9 +361,13 @@ def build_online(config: Config, device: torch.device, steps_per_epoch: int) -> 
 
 
 def build_album(config: Config, loader: Loader, masks: MaskSampler) -> Album | None:
-    """Of the first process, a few of the training images, by eval.online.pictures."""
+    """Of the first process, a few of the training images, by eval.online.pictures.
+
+    None where nothing would show them: drawing takes longer than judging.
+    """
     data, count = config.data, config.eval.online.pictures
-    if config.eval.online.data is None or not count or processes.rank() != 0:
+    shown = config.telemetry.tensorboard or config.telemetry.wandb is not None
+    if config.eval.online.data is None or not (count and shown) or processes.rank() != 0:
         return None
     images_B3HW = load_images(
         loader.images,

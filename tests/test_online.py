@@ -43,12 +43,20 @@ def test_the_target_is_judged_before_between_and_at_the_end(tmp_path):
     assert rows[6]["linear"] == pytest.approx(100 * right.double().mean().item(), abs=1e-3)
 
 
+def test_nothing_is_drawn_that_nobody_shows(tmp_path, monkeypatch):
+    monkeypatch.setattr(online.Album, "draw", lambda *_: pytest.fail("drawn"))
+    config = write_config(tmp_path)
+    assert train.main(["--config", str(config), "--set", "run.epochs=1"]) == 0
+
+
 def test_training_is_the_same_with_and_without(tmp_path):
+    """Judged, and drawn for TensorBoard."""
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    with_it, without = write_config(tmp_path / "a"), write_config(tmp_path / "b", data=None)
+    with_it = write_config(tmp_path / "a", pictures=2)
+    without = write_config(tmp_path / "b", data=None)
     for config in (with_it, without):
-        assert train.main(["--config", str(config)]) == 0
+        assert train.main(["--config", str(config), "--set", "telemetry.tensorboard=true"]) == 0
     one, other = (
         {row["step"]: row["loss"] for row in read_log(config.parent / "run") if row["step"]}
         for config in (with_it, without)
