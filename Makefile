@@ -6,12 +6,13 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --constraint constraints.txt
 STAMP := $(VENV)/.installed
 FAST := not slow and not multiprocess and not gpu and not faults
-# A file of tests is one worker's; tests/conftest.py says how many there are.
-WORKERS := --dist loadfile -n auto
+# A worker takes tests that follow each other, which share their fixtures, and in the end some of
+# another's; tests/conftest.py says how many workers there are.
+WORKERS := --dist worksteal -n auto
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test faults docs-check lint check format bench clean
+.PHONY: help install demo test kernels-check faults docs-check lint check format bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | \
@@ -24,6 +25,9 @@ demo: $(STAMP) ## train a small ViT on a made-up picture set in minutes, and dra
 
 test: $(STAMP) ## every test that this machine can run
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not faults" $(WORKERS)
+
+kernels-check: $(STAMP) ## compile every configuration of every kernel for sm_80, 90 and 100
+	@$(RUN) tests/aot_worker.py --processes $$(nproc) --markdown bench/results/aot.md
 
 faults: $(STAMP) ## kill runs at 20 moments, on 1 and 2 processes, and compare them with whole ones
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest tests/faults

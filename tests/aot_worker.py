@@ -1,7 +1,7 @@
 """Compile every kernel in every configuration without a GPU, and report what came out.
 
-    aot_worker.py [--module gather ...] [--arch 80 90 100] [--only TEXT] [--one-each]
-                  [--json F] [--markdown F]
+    aot_worker.py [--module gather ...] [--arch 80 90 100] [--only TEXT] [--shipped]
+                  [--processes N] [--json F] [--markdown F]
 
 A process of its own, since one that interprets kernels cannot compile them. Exits with 1 where a
 kernel spills, needs more shared memory or registers than the device has, or lacks an instruction
@@ -10,6 +10,7 @@ that it must have; the report names it.
 
 import argparse
 import json
+import multiprocessing
 import os
 import re
 import subprocess
@@ -20,6 +21,8 @@ from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0"
 
+import aot_table
+import shipped
 import triton
 from kernel_checks import modules_to_compile
 from triton.backends.compiler import GPUTarget
@@ -78,6 +81,22 @@ def kernels(chosen: list[str] | None, only: str) -> list:
     return [one for one in made if only in one.name]
 
 
+_jobs: list = []  # (a launch.Compiled, an architecture): kernels cannot be sent to a process
+
+
+def _report(job: int) -> dict:
+    return report(*_jobs[job])
+
+
+def reports(jobs: list, processes: int) -> list[dict]:
+    """The rows of (kernel, architecture)s, by forked processes."""
+    _jobs[:] = jobs
+    if processes == 1:
+        return [*map(_report, range(len(jobs)))]
+    with multiprocessing.get_context("fork").Pool(processes) as pool:
+        return pool.map(_report, range(len(jobs)), chunksize=4)
+
+
 def markdown(rows: list[dict]) -> str:
     """A line a kernel and configuration, a column an architecture."""
     archs = sorted({row["arch"] for row in rows})
@@ -85,8 +104,8 @@ def markdown(rows: list[dict]) -> str:
     lines = [
         "# Kernels compiled ahead of time",
         "",
-        f"Triton {triton.__version__}, by `python tests/aot_worker.py --markdown"
-        " bench/results/aot.md`: no GPU is needed. For each architecture: registers a thread,"
+        aot_table.ingredients(),
+        "By `make kernels-check`: no GPU is needed. For each architecture: registers a thread,"
         " bytes of spills (none), KiB of shared memory a program, and the instructions that must"
         " be there. Empty: an architecture without the kernel's 8-bit types.",
         "",
@@ -113,19 +132,25 @@ def main() -> int:
     parser.add_argument("--module", nargs="+", help="of kernels/; without it, all")
     parser.add_argument("--arch", nargs="+", type=int, default=sorted(SHARED), choices=SHARED)
     parser.add_argument("--only", default="", help="kernels whose name has this text")
-    parser.add_argument("--one-each", action="store_true", help="of a kernel's configurations")
+    parser.add_argument("--shipped", action="store_true", help="what configs/ launch")
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     chosen = kernels(args.module, args.only)
-    if args.one_each:  # for each kernel and the types of its arguments
-        chosen = list({(id(k.kernel), *sorted(k.signature.items())): k for k in chosen}.values())
-    rows = [report(one, arch) for one in chosen for arch in args.arch if arch >= one.since]
+    wanted = {arch: shipped.shipped(arch)[0] for arch in args.arch} if args.shipped else {}
+    jobs = [
+        (one, arch)
+        for one in chosen
+        for arch in args.arch
+        if arch >= one.since and (not args.shipped or one.name in wanted[arch])
+    ]
+    rows = reports(jobs, args.processes)
     wrong = [row for row in rows if row["wrong"]]
     if args.json:
         args.json.write_text(json.dumps(rows), encoding="utf-8")
-    if args.markdown:
+    if args.markdown and not wrong:  # a table that is current says that nothing is
         args.markdown.parent.mkdir(parents=True, exist_ok=True)
         args.markdown.write_text(markdown(rows), encoding="utf-8")
     for row in wrong:

@@ -6,12 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import aot_table
 import pytest
+import shipped
 import triton.language as tl
 from kernel_checks import modules_to_compile
 
+from cjepa_fast.kernels.tuned import TUNED
+
 TESTS = Path(__file__).parent
-TABLE = TESTS.parent / "bench" / "results" / "aot.md"
+ARCHITECTURES = (80, 90, 100)
 
 
 def worker(*args: str) -> subprocess.CompletedProcess:
@@ -38,19 +42,55 @@ def test_no_constant_of_a_kernel_is_nan():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize(("arch", "which"), [(80, ["--one-each"]), (90, []), (100, ["--one-each"])])
-def test_configurations(arch, which):
-    """No spills, shared memory and registers that the device has, the instructions there. All of
-    them on Hopper; the committed table is of all on all three architectures."""
-    done = worker("--arch", str(arch), *which)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_what_the_trainings_launch(arch):
+    """No spills, shared memory and registers that the device has, the instructions there.
+
+    `make kernels-check` compiles every configuration; the committed table is of all of them.
+    """
+    done = worker("--arch", str(arch), "--shipped")
     assert done.returncode == 0, done.stdout + done.stderr
+    compiled = int(re.search(r"^(\d+) compiled, 0 wrong$", done.stdout, re.M)[1])
+    assert compiled == len(shipped.shipped(arch)[0])  # each name is one of ahead_of_time()
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_kernel_and_every_tuned_choice_is_among_what_is_launched(arch):
+    every = [one for module in modules_to_compile().values() for one in module.ahead_of_time()]
+    names, asked = shipped.shipped(arch)
+    kernels = {one.kernel.__name__ for one in every if one.since <= arch}
+    assert kernels == {one.kernel.__name__ for one in every if one.name in names}
+    assert TUNED.get(f"sm_{arch}", {}).keys() <= asked
 
 
 def test_the_committed_table_names_every_configuration():
-    """Stale after a change of kernels: `python tests/aot_worker.py --markdown` makes it anew."""
-    rows = {line.split(" | ")[0].removeprefix("| ") for line in TABLE.read_text().splitlines()}
+    """Stale after a change of kernels: `make kernels-check` makes it anew."""
+    lines = aot_table.TABLE.read_text(encoding="utf-8").splitlines()
+    rows = {line.split(" | ")[0].removeprefix("| ") for line in lines}
     modules = modules_to_compile()
     assert modules.keys() >= {"gather_tiles", "ema"}
     for module in modules.values():
         assert {one.name for one in module.ahead_of_time()} <= rows
+
+
+def test_a_table_is_stale_after_any_change_of_a_kernel_or_a_compiler(tmp_path, monkeypatch):
+    """Continuous integration compiles everything again then."""
+    kernels, table = tmp_path / "kernels", tmp_path / "aot.md"
+    kernels.mkdir()
+    (kernels / "a.py").write_text("x = 1\n")
+    monkeypatch.setattr(aot_table, "KERNELS", kernels)
+    table.write_text(f"# Kernels\n\n{aot_table.ingredients()}\n")
+    assert aot_table.is_current(table)
+    for change in ("x = 2\n", "x = 1\n\n"):
+        (kernels / "a.py").write_text(change)
+        assert not aot_table.is_current(table)
+    (kernels / "a.py").write_text("x = 1\n")
+    assert aot_table.is_current(table)
+    (kernels / "b.py").write_text("")
+    assert not aot_table.is_current(table)
+    (kernels / "b.py").unlink()
+    for name in ("triton", "torch"):
+        with monkeypatch.context() as patch:
+            versions = {"triton": "3.7.1", "torch": "2.13.0", name: "9.9"}
+            patch.setattr(aot_table.metadata, "version", versions.get)
+            assert f"{name} 9.9" in aot_table.ingredients() and not aot_table.is_current(table)
