@@ -189,8 +189,10 @@ GRADS = forced(vicreg_tiles.GRAD_CONFIGS)
 
 @pytest.mark.parametrize(("dtype", "gram", "config"), MOMENTS)
 def test_every_configuration_of_the_moments(seed, kernel_device, dtype, gram, config):
-    splits = 2
-    shape = (2, 135, 140) if gram else (2, 140, 135)
+    """A tile's width and a rest, in either direction; several blocks where that is not long."""
+    splits, size = 2, config.block + 7
+    M = 2 if config.block < 128 else 1
+    shape = (M, size, size + 5) if gram else (M, size + 5, size)
     z = spread(*shape, device=kernel_device).to(dtype)
     mean, variance = vicreg_tiles.launch_columns(z, splits)
     x = z.double()
@@ -200,7 +202,7 @@ def test_every_configuration_of_the_moments(seed, kernel_device, dtype, gram, co
     matrix = vicreg_tiles.empty_matrix(z, gram, True)
     partial = vicreg_tiles.launch_moments(z, mean, gram, config, splits)
     assert partial.shape[1] == splits and partial.shape[-1] == config.block
-    squares = vicreg_tiles.launch_reduce(partial, 135, 1 / (shape[1] - 1), gram, matrix)
+    squares = vicreg_tiles.launch_reduce(partial, size, 1 / (shape[1] - 1), gram, matrix)
     exact = exact_matrix(z, gram)
     got = matrix.float().sum(1)
     within_budget(got, eager_matrix(z, gram), exact, dtype, "matrix")
@@ -214,7 +216,9 @@ def test_every_configuration_of_the_moments(seed, kernel_device, dtype, gram, co
 
 @pytest.mark.parametrize(("dtype", "gram", "config"), GRADS)
 def test_every_configuration_of_the_gradient(seed, kernel_device, dtype, gram, config):
-    z = spread(2, *((130, 140) if gram else (140, 130)), device=kernel_device).to(dtype)
+    few, many = config.block + 2, config.block + 12
+    M = 2 if config.block < 128 else 1
+    z = spread(M, *((few, many) if gram else (many, few)), device=kernel_device).to(dtype)
     slopes = torch.randn(2, device=kernel_device)
     _, saved = vicreg_tiles.fused_forward(z, 1.0, 1e-4, True)
     dz = vicreg_tiles.launch_grad(z, saved, *slopes, 1.0, 1e-4, z.shape[1], config)
