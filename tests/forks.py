@@ -31,22 +31,44 @@ def run(
 
     Raises subprocess.TimeoutExpired, once it has ended them.
     """
-    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "stdout"), Path(folder, "stderr")
-        started = []
-        for rank in range(processes):
-            place = _place(rank, processes, store.port) if processes > 1 else {}
-            given = (str(script), args, environment | place, out, err)
-            started.append(_FORKS.Process(target=_main, args=given))
-            started[-1].start()
-        in_time = _wait(started, timeout_s)
+        started = Forked(script, args, processes, environment, out, err)
+        in_time = started.wait(timeout_s)
         said = out.read_text(), err.read_text()
     if not in_time:
         raise subprocess.TimeoutExpired(str(script), timeout_s, *said)
-    codes = [process.exitcode for process in started]
-    code = codes[0] if processes == 1 else int(any(codes))
-    return subprocess.CompletedProcess([script, *args], code, *said)
+    return subprocess.CompletedProcess([script, *args], started.poll(), *said)
+
+
+class Forked:
+    """Those processes, begun: where torchrun would be. stdout and stderr go to the files."""
+
+    def __init__(
+        self, script: Path, args: list[str], processes: int, environment: dict, out: Path, err: Path
+    ):
+        self._store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        self._processes = []
+        for rank in range(processes):
+            place = _place(rank, processes, self._store.port) if processes > 1 else {}
+            given = (str(script), args, environment | place, out, err)
+            self._processes.append(_FORKS.Process(target=_main, args=given))
+            self._processes[-1].start()
+        self.pids = [process.pid for process in self._processes]
+
+    def wait(self, timeout_s: float) -> bool:
+        """Until all have ended; one that fails has the others ended. False if it took too long."""
+        return _wait(self._processes, timeout_s)
+
+    def poll(self) -> int | None:
+        """Once all have ended, the exit status: one's own, of several 1 where any failed."""
+        codes = [process.exitcode for process in self._processes]
+        if None in codes:
+            return None
+        return codes[0] if len(codes) == 1 else int(any(codes))
+
+    def alive(self) -> list[int]:
+        return [process.pid for process in self._processes if process.exitcode is None]
 
 
 def _place(rank: int, processes: int, port: int) -> dict[str, str]:
@@ -65,7 +87,6 @@ def _place(rank: int, processes: int, port: int) -> dict[str, str]:
 
 
 def _wait(started: list, timeout_s: float) -> bool:
-    """Until all have ended; one that fails has the others ended. False where it took too long."""
     end, failed = time.monotonic() + timeout_s, False
     while running := [process for process in started if process.exitcode is None]:
         if time.monotonic() > end:
@@ -87,7 +108,7 @@ def _main(script: str, args: list[str], environment: dict[str, str], out: Path, 
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, number)
         os.close(descriptor)
-    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = [script, *args]

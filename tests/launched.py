@@ -10,7 +10,9 @@ import time
 import uuid
 from pathlib import Path
 
+import forks
 import tiny
+import torch
 
 TRAIN = tiny.ROOT / "cjepa_fast" / "train.py"
 LAUNCHERS = {
@@ -18,7 +20,6 @@ LAUNCHERS = {
     "deepspeed": [str(Path(sys.prefix, "bin", "deepspeed"))],
 }
 NUMBER = {"torchrun": "--nproc_per_node", "deepspeed": "--num_gpus"}
-DEADLINE_S = 240  # only bounds a hang
 
 
 class Launched:
@@ -32,7 +33,7 @@ class Launched:
         self.mark = f"LAUNCHED={uuid.uuid4().hex}"
         name, _, value = self.mark.partition("=")
         own = {name: value, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-        self.deadline = time.monotonic() + DEADLINE_S
+        self.deadline = time.monotonic() + tiny.HANG_S
         self.out, self.err = folder / "stdout", folder / "stderr"
         command = [*LAUNCHERS[launcher], NUMBER[launcher], str(processes)]
         if launcher == "deepspeed":  # else of all one port
@@ -51,7 +52,7 @@ class Launched:
         for pid in self.alive():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        self.launcher.wait()
+        self.launcher.wait(tiny.HANG_S)
 
     def alive(self, *more: str) -> list[int]:
         """Its processes that have `more` ("RANK=1") in their environment too."""
@@ -92,3 +93,33 @@ def _parent(pid: int) -> int:
     with contextlib.suppress(OSError):
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     return 0
+
+
+class Forked(Launched):
+    """The same without a launcher: forks of a process that has imported torch already."""
+
+    def __init__(self, processes: int, script: Path, args: list, folder: Path):
+        self.deadline = time.monotonic() + tiny.HANG_S
+        self.out, self.err = folder / "stdout", folder / "stderr"
+        for file in (self.out, self.err):
+            file.touch()
+        environment = tiny.environment() | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+        words = [str(arg) for arg in args]
+        self.launcher = forks.Forked(script, words, processes, environment, self.out, self.err)
+
+    def alive(self, *more: str) -> list[int]:
+        return self.launcher.alive()
+
+    def pid_of(self, rank: int) -> int:
+        return self.launcher.pids[rank]
+
+    def wait(self) -> int:
+        assert self.launcher.wait(tiny.HANG_S), self.err.read_text()[-5000:]
+        return self.launcher.poll()
+
+
+def started(processes: int, script: Path, args: list, folder: Path) -> Launched:
+    """A run whose launcher is not looked at: forked, but by torchrun where there is a GPU."""
+    if torch.cuda.is_available():
+        return Launched("torchrun", processes, script, args, folder)
+    return Forked(processes, script, args, folder)

@@ -8,7 +8,7 @@ import sys
 import pytest
 import tiny
 import torch
-from launched import Launched
+from launched import started
 
 from cjepa_fast import checkpoint, out_of_memory
 
@@ -127,7 +127,7 @@ def test_out_of_memory_on_one_of_two_ends_both(tmp_path):
     script = tmp_path / "short.py"
     script.write_text(SHORT)
     config = tiny.write_config(tmp_path, run={"epochs": 10000, "timeout_s": 3600})
-    with Launched("torchrun", 2, script, ["3", "1", "--config", config], tmp_path) as run:
+    with started(2, script, ["3", "1", "--config", config], tmp_path) as run:
         assert run.wait() != 0
     said = run.err.read_text()
     assert "error: out of memory on rank 1, with 8 images at a time" in said

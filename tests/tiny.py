@@ -7,6 +7,8 @@ import random
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import forks
@@ -15,6 +17,7 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
+HANG_S = 900  # it only bounds a hang: nothing here takes so long, however busy the machine is
 CONFIG = {
     "run": {"epochs": 2},
     "data": {"image_size": 24, "batch_size": 16, "micro_batch_size": 8, "threads": 1},
@@ -25,6 +28,8 @@ CONFIG = {
     "checkpoint": {"every_steps": 2, "keep": 3},
     "telemetry": {"every_steps": 1, "tensorboard": False},
 }
+
+IDLE_S = 0.1  # that patience() works for on one core of 2.6 GHz
 
 
 def write_images(folder: Path, count: int = 40, classes: int = 2) -> Path:
@@ -54,7 +59,9 @@ def environment() -> dict[str, str]:
     return {**os.environ, **own}
 
 
-def run(script: str | Path, *args, processes: int = 1, timeout_s: float = 240, fresh: bool = False):
+def run(
+    script: str | Path, *args, processes: int = 1, timeout_s: float = HANG_S, fresh: bool = False
+):
     """Run a Python file in `processes` processes; its result with stdout and stderr as text.
 
     fresh: by the interpreter and torchrun, not forked.
@@ -73,6 +80,24 @@ def run(script: str | Path, *args, processes: int = 1, timeout_s: float = 240, f
 
 def train(*args, **how):
     return run(ROOT / "cjepa_fast" / "train.py", *args, **how)
+
+
+def patience(seconds: float) -> float:
+    """`seconds` of an idle machine, in those that this one takes for the same work now.
+
+    For a time that a test must see run out, where what must not run out of it is work.
+    """
+    began = time.perf_counter()
+    sum(i * i for i in range(2_000_000))
+    return seconds * max(1.0, (time.perf_counter() - began) / IDLE_S)
+
+
+def wait_for(condition: Callable[[], object], what: str = "it") -> None:
+    """Until the condition holds. What it asks for is done by others, who may be slow."""
+    end = time.monotonic() + HANG_S
+    while not condition():
+        assert time.monotonic() < end, f"waited in vain for {what}"
+        time.sleep(0.02)
 
 
 def free_port(low: int = 20000, high: int = 30000) -> int:

@@ -82,7 +82,7 @@ def test_images_that_go_away_and_come_back(tmp_path, images, whole):
 
 
 @pytest.mark.faults
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(7200)
 @pytest.mark.parametrize(
     ("campaign", "processes", "kills"), [(0, 1, 5), (1, 1, 4), (2, 2, 4), (3, 2, 4)]
 )
