@@ -2,7 +2,7 @@
 
 import json
 import statistics
-import time
+import threading
 
 import pytest
 import test_run
@@ -107,7 +107,7 @@ def test_a_folder_with_another_training_is_refused(file, tmp_path, capsys):
 
 def test_a_training_on_each_gpu(file, tmp_path, monkeypatch):
     """Never two on one at a time, and all of them used."""
-    busy, used = set(), []
+    busy, used, both = set(), [], threading.Barrier(2)
 
     class Started:
         def __init__(self, command, env, **_):
@@ -117,7 +117,7 @@ def test_a_training_on_each_gpu(file, tmp_path, monkeypatch):
             used.append(self.gpu)
 
         def wait(self):
-            time.sleep(0.2)
+            both.wait(tiny.HANG_S)  # none ends before one has started on the other
             busy.discard(self.gpu)
             return 1
 

@@ -369,7 +369,7 @@ def test_the_gate_runs_every_part_and_fails_with_any(tmp_path, failing, no_gpu):
     images = str(tmp_path)
     gate = ["bash", str(BENCH / "gpu_gate.sh"), str(out), images]
     env["NO_GPU"] = no_gpu
-    done = subprocess.run(gate, env=env, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(gate, env=env, capture_output=True, text=True, timeout=tiny.HANG_S)
     summary = (out / "summary.txt").read_text()
     failed = [line.split()[0] for line in summary.splitlines() if "FAILED" in line]
     expected = {"nothing": [], "throughput.py": BY_THROUGHPUT, "--resume": ["resume"]}
@@ -408,7 +408,7 @@ def test_the_gate_starts_no_part_without_time(tmp_path):
     env = os.environ | {"PYTHON": str(python), "CALLS": str(calls), "FAILING": "nothing"}
     gate = ["bash", str(BENCH / "gpu_gate.sh"), str(out)]
     done = subprocess.run(
-        gate, env=env | {"BUDGET_S": "0", "NO_GPU": "1"}, capture_output=True, timeout=100
+        gate, env=env | {"BUDGET_S": "0", "NO_GPU": "1"}, capture_output=True, timeout=tiny.HANG_S
     )
     assert done.returncode == 1
     assert "train.py" not in calls.read_text()

@@ -4,11 +4,11 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 from collections import Counter
 
 import broken_images as made
 import pytest
+import tiny
 import torch
 
 from cjepa_fast.data.loader import Loader
@@ -247,10 +247,7 @@ def loader_threads():
 
 def wait_until_gone(others=()):
     """others: threads of decoders that other tests have left to the garbage collector."""
-    limit = time.monotonic() + 20
-    while set(loader_threads()) - set(others) and time.monotonic() < limit:
-        time.sleep(0.05)
-    assert not set(loader_threads()) - set(others)
+    tiny.wait_for(lambda: not set(loader_threads()) - set(others), "the loader's threads to end")
 
 
 @pytest.mark.parametrize("end", ["close", "loader", "del", "generator"])
@@ -321,7 +318,7 @@ def test_the_interpreter_exits_with_a_loader_running(tmp_path, ending, decoder):
         assert next(iterator).images_B3HW.dtype == torch.bfloat16
     """)
     script += f"\n{ending}\n"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=tiny.HANG_S)
     want = {"": 0, "raise SystemExit(3)": 3, "1 / 0": 1}[ending]
     assert done.returncode == want, done.stderr.decode()
     assert b"Fatal" not in done.stderr

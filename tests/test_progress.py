@@ -5,6 +5,7 @@ import sys
 import time
 
 import pytest
+import tiny
 
 from cjepa_fast import progress
 
@@ -14,15 +15,18 @@ class Terminal(io.StringIO):
         return True
 
 
-def bar() -> None:
+def bar(terminal: Terminal, shown: bool) -> None:
     with progress.shown_bar(14, "features") as bar:
         for _ in range(14):
             bar.update()
 
 
-def clock() -> None:
+def clock(terminal: Terminal, shown: bool) -> None:
     with progress.shown_clock("features"):
-        time.sleep(0.1)
+        if shown:
+            tiny.wait_for(terminal.getvalue, "a line of the clock")
+        else:
+            time.sleep(0.1)  # in which one would come
 
 
 @pytest.mark.parametrize("work", [bar, clock])
@@ -37,7 +41,7 @@ def test_what_takes_long_is_shown_by_the_first_process_and_wiped_off(
     monkeypatch.setattr(progress, "QUIET_S", quiet_s)
     monkeypatch.setattr(progress, "TICK_S", 0.01)
     monkeypatch.setattr(progress, "rank", lambda: int(not first))
-    work()
+    work(terminal, shown)
     said = terminal.getvalue()
     assert ("features: " in said) == shown
     assert not said or not said.rpartition("\r")[2].strip()

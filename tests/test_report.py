@@ -207,7 +207,7 @@ def test_a_browser_shows_it(whole, tmp_path):
             f"--window-size={width},900",
         ]
         words += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", shown.as_uri()]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=tiny.HANG_S)
         (seen,) = re.findall(r'data-seen="([^"]*)"', done.stdout)
         seen = json.loads(html.unescape(seen))
         assert seen["pictures"] == [True] * 4

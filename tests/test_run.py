@@ -89,7 +89,7 @@ def test_a_run_that_has_saved_nothing_yet_begins_anew_and_says_so(finished, capf
 def test_a_run_that_fails_keeps_the_checkpoint_that_was_being_written(tmp_path, monkeypatch, capfd):
     """However slow the disk: what the user is told to go on from is the newest there can be."""
     failing, written = threading.Event(), checkpoint.write_tensors
-    slow = lambda *args: failing.wait(30) and written(*args)  # noqa: E731
+    slow = lambda *args: failing.wait(tiny.HANG_S) and written(*args)  # noqa: E731
     monkeypatch.setattr(checkpoint, "write_tensors", slow)
     step = Trainer.step
 
@@ -334,7 +334,7 @@ def test_processes_whose_contexts_differ_in_length_do_the_same_collectives(tmp_p
     masks = build.build_masks(validate(json.loads(config.read_text())))
     lengths = [masks(0, 0, torch.arange(8) + 8 * rank).context_k for rank in range(2)]
     assert lengths[0] != lengths[1]
-    stage = ["--set", "deepspeed.zero_optimization.stage=3", "--set", "run.timeout_s=60"]
+    stage = ["--set", "deepspeed.zero_optimization.stage=3", "--set", "run.timeout_s=600"]
     result = tiny.train("--config", config, *stage, processes=2)
     assert result.returncode == 0, result.stderr
     assert len(tiny.losses(tmp_path / "run")) == 4

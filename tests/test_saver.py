@@ -6,6 +6,7 @@ import shutil
 import threading
 
 import pytest
+import tiny
 import torch
 
 from cjepa_fast import checkpoint, saver
@@ -53,7 +54,7 @@ def stored(folder, step: int) -> torch.Tensor:
 def test_what_is_saved_is_the_state_of_its_step_while_updates_go_on(tmp_path, made, monkeypatch):
     engine, save, said = made
     go, written = threading.Event(), checkpoint.write_tensors
-    slow = lambda *args: go.wait(30) and written(*args)  # noqa: E731
+    slow = lambda *args: go.wait(tiny.HANG_S) and written(*args)  # noqa: E731
     monkeypatch.setattr(checkpoint, "write_tensors", slow)
     save.begin(1, {"epoch": 0.5})
     for _ in range(3):  # the disk is slow: nobody waits for it
@@ -72,14 +73,14 @@ def test_what_is_saved_is_the_state_of_its_step_while_updates_go_on(tmp_path, ma
 def test_an_update_waits_for_the_copy(tmp_path, made, monkeypatch):
     engine, save, _ = made
     go, copy = threading.Event(), saver.Snapshot.copy
-    monkeypatch.setattr(saver.Snapshot, "copy", lambda self: go.wait(30) and copy(self))
+    monkeypatch.setattr(saver.Snapshot, "copy", lambda self: go.wait(tiny.HANG_S) and copy(self))
     save.begin(1, {})
     updating = threading.Thread(target=engine.update)
     updating.start()
     updating.join(0.2)
     assert updating.is_alive() and engine.values[0] == 0
     go.set()
-    updating.join(30)
+    updating.join(tiny.HANG_S)
     assert save.finish() and engine.values[0] == 1
     assert torch.equal(stored(tmp_path, 1), torch.arange(10.0))
 

@@ -9,6 +9,7 @@ import threading
 import types
 
 import pytest
+import tiny
 import torch
 
 from cjepa_fast import mirrors, telemetry
@@ -346,7 +347,7 @@ def test_a_dead_service_holds_nobody_up_and_is_said_once(
     def fail(*_, **__):
         if fault == "raises":
             raise ConnectionError("no route to host")
-        over.wait(60)
+        over.wait(tiny.HANG_S)
 
     run = types.SimpleNamespace(log=lambda *_, **__: None, finish=lambda: None)
     fake = types.ModuleType("wandb")
@@ -370,7 +371,7 @@ def test_a_dead_service_holds_nobody_up_and_is_said_once(
 def test_a_service_that_hangs_long_is_given_up_before_the_end(tmp_path, started, monkeypatch):
     over, stream = threading.Event(), io.StringIO()
     fake = types.ModuleType("wandb")
-    fake.init = lambda **_: over.wait(60)
+    fake.init = lambda **_: over.wait(tiny.HANG_S)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.setattr(mirrors, "ROWS_WAITING", 5)
     out = started(tmp_path, wandb="mine", stream=stream, interval=1)
