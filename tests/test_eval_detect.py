@@ -23,8 +23,15 @@ from cjepa_fast.vit import Encoder
 
 pytest.importorskip("pycocotools", reason="pycocotools is an extra (detect)")
 needs_torchvision = pytest.mark.skipif(
-    not vision_ops.available(), reason="torchvision is an extra (detect)"
+    not vision_ops.installed(), reason="torchvision is an extra (detect)"
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def torchvision() -> None:
+    """Loaded here, not as tests are collected: where that ends the process, a test is named."""
+    if vision_ops.installed():
+        vision_ops.load()
 
 
 @pytest.fixture(scope="module")
@@ -290,7 +297,7 @@ def test_what_is_wrong_is_said_in_one_line(run, folder, tmp_path, capsys, monkey
     (tmp_path / "config.json").unlink(missing_ok=True)
     cases = [("say --out", [str(loose), *options(folder)]),
              ("instances_train2017.json", [str(run), "--data", str(folder)])]  # fmt: skip
-    if vision_ops.available():
+    if vision_ops.installed():
         for expected, command in cases:
             assert main(["detect", *command]) == 2
             assert expected in capsys.readouterr().err

@@ -1,18 +1,32 @@
 """torchvision for the tests, also where its compiled operators do not load.
 
-The package index's torchvision is built for CUDA: beside torch's CPU build it cannot be imported,
+The package index's torchvision is built for CUDA. Beside torch's CPU build it cannot be imported,
 and whatever finds it installed (transformers does) fails with it. So `make install` lays it in a
-folder of its own, and the two operators that its detectors need stand here in plain PyTorch.
+folder of its own, and `load` takes it from there. A fresh process tries its compiled operators
+first: a library that does not fit may end the process that loads it. Only where that fails do the
+two operators that its detectors need stand here in plain PyTorch: registered beside the compiled
+ones, they would end the process.
 """
 
+import functools
 import importlib.util
+import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 ASIDE = Path(sys.prefix) / "torchvision"
+PROBE = """
+import sys
+sys.path += sys.argv[1:]
+import torch, torchvision
+box, score = torch.tensor([[0.0, 0, 8, 8]]), torch.ones(1)
+assert torchvision.ops.nms(box, score, 0.5).tolist() == [0]
+assert torchvision.ops.roi_align(torch.ones(1, 1, 8, 8), [box], 2).shape == (1, 1, 2, 2)
+"""
 _libraries = []  # an operator goes when its library does
 
 
@@ -57,20 +71,42 @@ def roi_align(maps_BCHW, rois_n5, scale, height, width, samples, aligned) -> tor
     return found
 
 
-def available() -> bool:
-    """Whether torchvision can be imported from here on."""
-    if importlib.util.find_spec("torchvision"):
-        return True
-    if not ASIDE.is_dir():
-        return False
+def installed() -> bool:
+    """Whether torchvision lies somewhere; nothing is imported."""
+    return importlib.util.find_spec("torchvision") is not None or ASIDE.is_dir()
+
+
+def failure(folders: Sequence[str] = ()) -> str | None:
+    """Why torchvision's compiled operators do not work in a process of their own, None if they do.
+
+    folders: added to the end of its sys.path.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, *folders], capture_output=True, text=True, timeout=200
+    )
+    lines = done.stderr.strip().splitlines()
+    return f"exit {done.returncode}: {lines[-1] if lines else ''}" if done.returncode else None
+
+
+@functools.cache
+def load() -> str:
+    """Have torchvision importable from here on, by its "compiled" operators or by "stand-ins"."""
+    if importlib.util.find_spec("torchvision") is None:
+        sys.path.append(str(ASIDE))
+    if failure([str(ASIDE)]) is None:
+        return "compiled"
+    stand_in()
+    return "stand-ins"
+
+
+def stand_in() -> None:
+    """Import torchvision with the operators above in the place of its own."""
     library = torch.library.Library("torchvision", "DEF")
     for name in ("nms", "qnms"):  # torchvision registers fakes of both as it is imported
         library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     library.impl("nms", nms, "CPU")
     _libraries.append(library)
-    sys.path.append(str(ASIDE))
     import torchvision.ops
 
     sys.modules["torchvision.ops.roi_align"]._roi_align = roi_align
     torchvision.ops.boxes._assert_has_ops = lambda: None
-    return True
