@@ -1,9 +1,7 @@
 # Every target works alone on a fresh clone: it makes .venv first where that is missing or out of
-# date. Needed beforehand: Python 3.10 to 3.13 with its venv module, make, a C++ compiler.
-PYTHON ?= python3
+# date. Needed beforehand: Python 3.10 to 3.13 with its venv module, and make.
 VENV := .venv
 RUN := $(VENV)/bin/python
-PIP := $(RUN) -m pip install --quiet --constraint constraints.txt
 STAMP := $(VENV)/.installed
 FAST := not slow and not multiprocess and not gpu and not faults
 # A worker takes tests that follow each other, which share their fixtures, and in the end some of
@@ -50,18 +48,12 @@ bench: $(STAMP) ## images/s of the demo's training step on this machine, in a mi
 	@$(RUN) bench/throughput.py
 
 clean: ## remove .venv and everything built or cached (runs/ stays)
-	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) $(VENV).* build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(STAMP): setup.py constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 14))' || { \
-	  echo "cjepa_fast needs Python 3.10 to 3.13; '$(PYTHON)' is not. Try: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; \
-	  exit 1; }
-	@test -x $(RUN) || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); } || { \
-	  rm -rf $(VENV); echo "no venv: install Python's venv module (Debian: python3-venv)" >&2; exit 1; }
-	@echo "installing torch"
-	@$(PIP) torch setuptools wheel
-	@echo "installing cjepa_fast and what it needs (versions: constraints.txt)"
-	@$(PIP) --editable '.[dev]'
-	@$(PIP) --no-deps --upgrade --target $(VENV)/torchvision torchvision  # tests/vision_ops.py
-	@touch $@
+$(STAMP): setup.py constraints.txt scripts/install.sh
+	@PYTHON='$(PYTHON)' sh scripts/install.sh '$(MAKECMDGOALS)'
+
+ifdef PYTHON  # .venv may be of another one, however new it is
+.PHONY: $(STAMP)
+endif

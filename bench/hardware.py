@@ -13,7 +13,7 @@ import torch
 
 from cjepa_fast.launchers import launcher
 from cjepa_fast.provenance import own_commit
-from cjepa_fast.runtime.hardware import has_gpu, processor_name, tier
+from cjepa_fast.runtime.hardware import cores, has_gpu, processor_name, tier
 from cjepa_fast.runtime.rates import measured_gb_per_s, measured_tflops, synchronize  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,7 +43,7 @@ def device_name(device: torch.device) -> str:
     """The GPU's name, or the processor's with the cores this process may use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{processor_name()}, {len(os.sched_getaffinity(0))} cores"
+    return f"{processor_name()}, {cores()} cores"
 
 
 def peak_tflops(name: str) -> float | None:
@@ -78,7 +78,7 @@ def provenance(device: torch.device) -> dict:
             "kind": device.type,
             "processor": processor_name(),
             "tier": tier(),
-            "cores": len(os.sched_getaffinity(0)),
+            "cores": cores(),
             "memory_gib": round(pages / 2**30, 1),
             "torch_threads": torch.get_num_threads(),
         },

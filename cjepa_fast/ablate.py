@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from cjepa_fast import checkpoint
+from cjepa_fast import caches, checkpoint
 from cjepa_fast import config as configuration
 from cjepa_fast.config import ConfigError
 from cjepa_fast.eval.command import positive, print_table
@@ -345,6 +345,7 @@ def places_of(args: argparse.Namespace) -> list[dict[str, str]]:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
+    caches.root()
     try:
         places = places_of(args)
         ablation = read(args.ablation, args.overrides, args.base)

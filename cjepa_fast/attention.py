@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from triton.runtime.errors import OutOfResources
 
 from cjepa_fast.kernels import attention as short
+from cjepa_fast.kernels.maybe_triton import OutOfResources
 from cjepa_fast.runtime import hardware
 from cjepa_fast.sequences import Sequences, evenly
 

@@ -93,18 +93,28 @@ def leave(status: int) -> NoReturn:
 
 
 def deepspeed():
-    """DeepSpeed, imported late (seconds), without what does not concern the user, and joined."""
+    """DeepSpeed, imported late (seconds), without what does not concern the user, and joined.
+
+    Raises ValueError where it cannot be imported.
+    """
     backend = "nccl" if hardware.has_gpu() else "gloo"
     if backend == "gloo":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # DeepSpeed 0.19 still calls collectives and amp helpers by names that torch 2.13 deprecates.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(deepspeed|torch)\.")
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ValueError(
+            f"DeepSpeed cannot be imported ({error}): several processes, and what the deepspeed "
+            "section asks for beyond a ZeRO stage, need it. Install it (pip install deepspeed; it "
+            "has no build for macOS), or train on one process: python cjepa_fast/train.py"
+        ) from error
     if "RANK" not in os.environ and not dist.is_initialized():
         # In memory: no port is taken, nor RANK set, which processes started from here would see.
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed wants it
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    # DeepSpeed 0.19 still calls collectives and amp helpers by names that torch 2.13 deprecates.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(deepspeed|torch)\.")
-    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
-    import deepspeed
     from deepspeed.runtime import compiler
 
     if hasattr(compiler, "dummy_decorator"):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from cjepa_fast import build, checkpoint, config, page
+from cjepa_fast import build, caches, checkpoint, config, page
 from cjepa_fast.data.sources import ImageSet, open_images
 from cjepa_fast.encoders import load_encoders
 from cjepa_fast.eval import attention, command, drawn_masks, pca, retrieve
@@ -49,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE.html", help="default: RUN/report.html")
     parser.add_argument("--images", metavar="SET", help="for the pictures; default: the run's own")
     args = parser.parse_args(argv)
+    caches.root()
     try:
         with shown_clock("report"):
             written = write(args.run, args.out or args.run / "report.html", args.images)

@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import itertools
 import os
-import resource
 import shlex
 import time
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ import torch
 
 from cjepa_fast import (
     __version__,
+    caches,
     checkpoint,
     cpu_memory,
     encoders,
@@ -48,6 +48,7 @@ from cjepa_fast.linear import Ways
 from cjepa_fast.provenance import machine, own_commit
 from cjepa_fast.run import Run, steps_of
 from cjepa_fast.runtime import error_report, hardware
+from cjepa_fast.runtime.memory import peak_resident_gib
 from cjepa_fast.telemetry import Telemetry
 from cjepa_fast.trainer import Trainer
 from cjepa_fast.watchdog import Watchdog
@@ -121,7 +122,7 @@ def peak_gib(device: torch.device) -> float:
     """The most memory this process has held: on the GPU what torch reserved, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return peak_resident_gib()
 
 
 def starting_points(run: Path, resume: str | None) -> list[Path]:
@@ -376,6 +377,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.print_config:
             print(config.to_json(), end="")
             return 0
+        caches.root()
         return pretrain(config, run, args)
     except ConfigError as error:
         if os.environ.get("RANK", "0") == "0":

@@ -13,8 +13,6 @@ Shapes are attention.py's. Lengths are not specialised on.
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 
 from cjepa_fast.kernels.launch import (
     INTERPRET,
@@ -24,6 +22,7 @@ from cjepa_fast.kernels.launch import (
     narrow,
     roomy,
 )
+from cjepa_fast.kernels.maybe_triton import tl, triton
 from cjepa_fast.kernels.sums import sum_parts
 
 LOG2_E = 1.4426950408889634

@@ -29,8 +29,6 @@ import itertools
 from collections.abc import Sequence
 
 import torch
-import triton
-import triton.language as tl
 
 from cjepa_fast.kernels.fp8 import E4M3, TO_E4M3, quantise_rows_reference, quantised
 from cjepa_fast.kernels.gather_tiles import WIDEST, row_tiles
@@ -43,6 +41,7 @@ from cjepa_fast.kernels.launch import (
     to_device,
     use_kernel,
 )
+from cjepa_fast.kernels.maybe_triton import tl, triton
 
 Tensors = Sequence[torch.Tensor]
 Number = float | torch.Tensor  # or 0-d, on the tensors' device

@@ -19,8 +19,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 
 from cjepa_fast.kernels.launch import (
     TRITON_NAMES,
@@ -28,6 +26,7 @@ from cjepa_fast.kernels.launch import (
     chosen,
     narrow,
 )
+from cjepa_fast.kernels.maybe_triton import tl, triton
 from cjepa_fast.kernels.sums import share_of, sum_parts
 
 BLOCKS = ((2048, 4), (1024, 4), (4096, 8))  # values a program takes, and warps

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-import triton
-import triton.language as tl
 
+from cjepa_fast.kernels.maybe_triton import tl, triton
 from cjepa_fast.kernels.tuned import TUNED
 
 T = TypeVar("T")

@@ -21,8 +21,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 
 from cjepa_fast.kernels.launch import (
     TRITON_NAMES,
@@ -31,6 +29,7 @@ from cjepa_fast.kernels.launch import (
     narrow,
     use_kernel,
 )
+from cjepa_fast.kernels.maybe_triton import tl, triton
 from cjepa_fast.kernels.sums import share_of, sum_parts
 
 WIDEST = 2048  # values of a row that a program holds

@@ -11,10 +11,9 @@ Bytes that must move: P C 4 and C b, little beside what the programs read.
 """
 
 import torch
-import triton
-import triton.language as tl
 
 from cjepa_fast.kernels.launch import KERNEL_DTYPES, TRITON_NAMES, Compiled, narrow, use_kernel
+from cjepa_fast.kernels.maybe_triton import tl, triton
 
 TILE = {"ROWS": 64, "WIDTH": 64}
 

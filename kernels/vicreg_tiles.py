@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 
 from cjepa_fast.kernels.launch import (
     INTERPRET,
@@ -19,6 +17,7 @@ from cjepa_fast.kernels.launch import (
     chosen,
     narrow,
 )
+from cjepa_fast.kernels.maybe_triton import tl, triton
 
 Terms = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cjepa_fast import caches
 from cjepa_fast.data import formats
 
 VERSION = 2  # of the cached file; raise it when the check or the layout changes
@@ -63,8 +64,7 @@ def cache_folder(cache: Path | None = None) -> Path:
     """Where indexes are kept: `cache`, else the user's cache folder."""
     if cache is not None:
         return Path(cache)
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "cjepa_fast" / "index"
+    return caches.folder("index")
 
 
 def cache_file(path: Path, cache: Path | None) -> Path:

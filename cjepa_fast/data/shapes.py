@@ -25,6 +25,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from cjepa_fast import caches
 from cjepa_fast.data.scenes import KINDS, SIDE, render
 
 VERSION = "shapes-v1"
@@ -34,8 +35,7 @@ SHARD = 1024  # pictures
 
 def cache_folder() -> Path:
     """Where the set lies: $XDG_CACHE_HOME or ~/.cache, then cjepa_fast/shapes-v1."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "cjepa_fast" / VERSION
+    return caches.folder(VERSION)
 
 
 def ensure(split: str = "train", log=print) -> Path:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from cjepa_fast import draws, processes
+from cjepa_fast import caches, draws, processes
 from cjepa_fast.checkpoint import write_text
 from cjepa_fast.data.sources import ImageSet, open_images
 from cjepa_fast.encoders import is_run, load_encoder
@@ -229,8 +229,7 @@ def vectors_of(
 
 def cache_of(args: argparse.Namespace) -> Path | None:
     """The folder features are kept in."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return None if args.no_cache else root / "cjepa_fast" / "features"
+    return None if args.no_cache else caches.folder("features")
 
 
 # ----------------------------------------------------------------------------------------- report

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from cjepa_fast import caches
 from cjepa_fast.encoders import load_encoder
 from cjepa_fast.export.card import card
 from cjepa_fast.export.formats import FORMATS, Format, Source, is_installed
@@ -34,6 +35,7 @@ LARGEST_ERROR = 1e-3
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
+    caches.root()
     try:
         error = export(args.checkpoint, args.to, args.out, args.which)
     except (ValueError, OSError) as problem:  # the user's input: said, without a traceback

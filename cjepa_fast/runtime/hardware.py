@@ -3,9 +3,11 @@
 Nothing is assumed from a dtype or a device's name. bench/ and the doctor print the same answers.
 """
 
+import contextlib
 import functools
 import os
 import platform
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -35,9 +37,21 @@ class Choice(NamedTuple):
 
 
 def processor_name() -> str:
-    """As the processor calls itself; its architecture where it does not say."""
+    """As the system calls it, else the architecture: Linux on aarch64 has no name."""
     names = _cpuinfo("model name")
-    return names[0] if names else platform.processor() or platform.machine()
+    if platform.system() == "Darwin":
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            found = subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL)
+            names = [found.strip()]
+    return names[0] if names and names[0] else platform.machine()
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _cpuinfo(*keys: str) -> list[str]:

@@ -2,6 +2,8 @@
 
 import contextlib
 import itertools
+import platform
+import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,12 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
     events = profiler.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     return max(itertools.accumulate((size for _, size in changes), initial=0))
+
+
+def peak_resident_gib() -> float:
+    """The most memory that this process has held."""
+    unit = 1 if platform.system() == "Darwin" else 1024  # bytes of ru_maxrss
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def free_bytes() -> int | None:

@@ -12,13 +12,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-
-def folder() -> Path | None:
-    """Where outcomes are kept, None without a home."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    with contextlib.suppress(RuntimeError):
-        return (Path(root) if root else Path.home() / ".cache") / "cjepa_fast" / "trials"
-    return None
+from cjepa_fast import caches
 
 
 def remembered(facts: dict, decide: Callable[[], dict], otherwise: dict) -> dict:
@@ -28,12 +22,9 @@ def remembered(facts: dict, decide: Callable[[], dict], otherwise: dict) -> dict
     down nothing is tried: `otherwise`.
     """
     name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
-    kept = folder()
-    if kept is None:
-        return otherwise
-    file = kept / f"{name}.json"
+    file = caches.folder("trials") / f"{name}.json"
     try:
-        kept.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         if not file.exists():
             _write_first(file, {"facts": facts, "outcome": decide()})
         return json.loads(file.read_text())["outcome"]

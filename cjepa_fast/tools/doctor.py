@@ -275,11 +275,10 @@ def trial_apart(name: str) -> Found:
 
 def machine_lines() -> Iterator[tuple[str, str]]:
     free, disk = memory.free_bytes(), shutil.disk_usage(".")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     yield (
         "processor",
         (
-            f"{hardware.processor_name()}, {cores} cores, tier {hardware.tier()}, bf16 "
+            f"{hardware.processor_name()}, {hardware.cores()} cores, tier {hardware.tier()}, bf16 "
             f"{'multiplied' if hardware.cpu_multiplies_bf16() else 'not multiplied'}"
         ),
     )
