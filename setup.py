@@ -7,7 +7,14 @@ overwrites another project's in a user's environment.
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
+
+# Triton and DALI have builds for Linux alone (x86-64 and aarch64); DeepSpeed and NVML serve there.
+LINUX = "platform_system == 'Linux'"
+
+packages = find_packages(include=["cjepa_fast", "cjepa_fast.*"])
+packages += ["cjepa_fast.configs", "cjepa_fast.kernels"]
+packages += [f"cjepa_fast.kernels.{name}" for name in find_packages("kernels")]
 
 setup(
     name="cjepa_fast",
@@ -17,25 +24,17 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10,<3.14",
-    packages=[
-        "cjepa_fast",
-        "cjepa_fast.configs",
-        "cjepa_fast.data",
-        "cjepa_fast.eval",
-        "cjepa_fast.export",
-        "cjepa_fast.interop",
-        "cjepa_fast.kernels",
-    ],
+    packages=packages,
     package_dir={"cjepa_fast.configs": "configs", "cjepa_fast.kernels": "kernels"},
     package_data={"cjepa_fast.configs": ["*.json", "ablations/*.json"]},
     # apex is optional and absent here: the registry's package of that name is another project.
     install_requires=[
         "torch>=2.11",
-        "triton; platform_system == 'Linux'",
+        f"triton; {LINUX}",
         "numpy",
-        "deepspeed",
-        "nvidia-dali-cuda130",
-        "nvidia-ml-py",
+        f"deepspeed; {LINUX}",
+        f"nvidia-dali-cuda130; {LINUX} and platform_machine in 'x86_64 aarch64'",
+        f"nvidia-ml-py; {LINUX}",
         "pydantic>=2",
         "safetensors",
         "tensorboard",

@@ -74,11 +74,16 @@ leave() {
   exit $status
 }
 
+is_alive() { # a dead process that nobody has waited for (Z) is none, where ps can tell
+  kill -0 "$1" 2>/dev/null || return 1
+  case $(ps -o stat= -p "$1" 2>/dev/null) in Z*) return 1 ;; esac
+}
+
 hold() {
   if ! (set -C && echo $$ >$lock) 2>/dev/null; then
     [ -e $lock ] || fail "$PWD cannot be written to"
     for holder in $(cat $lock); do
-      ! kill -0 "$holder" 2>/dev/null ||
+      ! is_alive "$holder" ||
         fail "process $holder installs into $venv: wait for it, or end it (not so? rm $lock)"
     done
     echo $$ >$lock

@@ -15,7 +15,7 @@ VARIABLES = ("XDG_CACHE_HOME", "MPLCONFIGDIR", "TRITON_HOME", "TORCHINDUCTOR_CAC
 
 @pytest.fixture
 def no_home(tmp_path, monkeypatch) -> Path:
-    """A home folder that not even root can make (a file lies there), and a place for temporaries."""
+    """A home folder that not even root can make, and a place for temporary files."""
     (tmp_path / "file").write_text("")
     (tmp_path / "tmp").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "file" / "home"))
