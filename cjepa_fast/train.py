@@ -53,6 +53,8 @@ from cjepa_fast.telemetry import Telemetry
 from cjepa_fast.trainer import Trainer
 from cjepa_fast.watchdog import Watchdog
 
+TIME_TO_SPEAK_S = 30  # at most: the launcher ends this wait as the first process exits
+
 
 def how_to_go_on(run: Path) -> str:
     """For the end of a run that failed: the checkpoint, if any, and the command."""
@@ -381,7 +383,9 @@ def main(argv: list[str] | None = None) -> int:
         return pretrain(config, run, args)
     except ConfigError as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:  # a launcher ends all processes when one exits: the first is to speak before
+            time.sleep(TIME_TO_SPEAK_S)
     except ImagesGone as error:
         back = f"Once they are back, go on with: {resume_command()}"
         print(f"error: {error}. {back}", file=sys.stderr, flush=True)

@@ -8,6 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from crashes import (  # noqa: F401 (pytest finds its hooks here)
+    pytest_collection_finish,
+    pytest_collectstart,
+    pytest_configure,
+    pytest_configure_node,
+    pytest_testnodedown,
+)
 
 HAS_CUDA = torch.cuda.is_available()
 if not HAS_CUDA:
