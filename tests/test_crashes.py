@@ -39,7 +39,7 @@ def test_a_file_whose_import_ends_the_process_is_named_and_tried_once(suite):
     done = run(suite)
     said = "worker gw0 crashed while test_bad.py was collected"
     assert done.returncode != 0 and said in done.stdout + done.stderr
-    assert "gw1" not in done.stdout + done.stderr
+    assert "[gw1]" not in done.stdout + done.stderr
 
 
 def test_a_test_that_ends_the_process_is_named_and_tried_once(suite):
