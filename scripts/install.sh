@@ -9,7 +9,7 @@ set -eu
 goal=${1:-install} # what the user asked make for
 venv=.venv
 log=$venv.log
-lock=$venv.lock # the ids of this process and of the one it waits for
+lock=$venv.lock # the numbers of this process and of the one it waits for
 unfinished=$venv/.unfinished
 stamp=$venv/.installed
 
@@ -64,32 +64,52 @@ is_up_to_date() {
 
 # ------------------------------------------------------------------- one at a time, and interruption
 
-child=
+running= # whether $! is a step's; it leads a process group, so that what it has started ends with it
+own_group='import os, sys; os.setpgid(0, 0); os.execvp(sys.argv[1], sys.argv[1:])'
+
+is_alive() { # a dead process that nobody has waited for (Z) is not, where ps can tell
+  kill -0 "$1" 2>/dev/null || return 1
+  case $(ps -o stat= -p "$1" 2>/dev/null) in Z*) return 1 ;; esac
+}
+
+end_group() {
+  kill -- "-$1" 2>/dev/null || kill "$1" 2>/dev/null || :
+  for signal in TERM TERM TERM KILL; do
+    is_alive "$1" || return 0
+    sleep 1
+    kill -$signal -- "-$1" 2>/dev/null || :
+  done
+}
 
 leave() {
   status=$?
   trap '' HUP INT TERM
-  if [ -n "$child" ] && kill "$child" 2>/dev/null; then wait "$child" || :; fi
+  set +u # an interruption may come before the first step has begun
+  if [ -n "$running" ] && [ -n "$!" ]; then end_group $!; fi
   rm -f $lock
   exit $status
-}
-
-is_alive() { # a dead process that nobody has waited for (Z) is none, where ps can tell
-  kill -0 "$1" 2>/dev/null || return 1
-  case $(ps -o stat= -p "$1" 2>/dev/null) in Z*) return 1 ;; esac
 }
 
 hold() {
   if ! (set -C && echo $$ >$lock) 2>/dev/null; then
     [ -e $lock ] || fail "$PWD cannot be written to"
-    for holder in $(cat $lock); do
-      ! is_alive "$holder" ||
-        fail "process $holder installs into $venv: wait for it, or end it (not so? rm $lock)"
-    done
+    read -r script pip <$lock || :
+    ! is_alive "$script" ||
+      fail "process $script installs into $venv: wait for it, or end it (not so? rm $lock)"
+    end_orphan "$pip"
     echo $$ >$lock
   fi
   trap leave EXIT
   trap 'echo; fail "interrupted: the next make begins the install anew"' HUP INT TERM
+}
+
+end_orphan() { # what a script that was killed has left running; another process may have its number
+  case $(ps -o args= -p "${1:-0}" 2>/dev/null) in
+    *" -m pip "* | *" -m venv "*)
+      echo "ending process $1, which an interrupted install left"
+      end_group "$1"
+      ;;
+  esac
 }
 
 # ---------------------------------------------------------------------------------------- the steps
@@ -105,18 +125,18 @@ step() { # step WHAT COMMAND...: into the log; at a terminal, with a line that t
   began=$(date +%s)
   printf '\n$ %s\n' "$*" >>$log
   if ! [ -t 1 ]; then echo "$what"; fi
-  "$@" >>$log 2>&1 </dev/null &
-  child=$!
-  echo "$$ $child" >$lock
-  while kill -0 $child 2>/dev/null; do
+  running=yes
+  "$python" -c "$own_group" "$@" >>$log 2>&1 </dev/null &
+  echo "$$ $!" >$lock
+  while kill -0 $! 2>/dev/null; do
     if [ -t 1 ]; then
       printf '\r\033[K%.78s' "$what: $(($(date +%s) - began)) s. $(doing)"
     fi
     sleep 1
   done
   status=0
-  wait $child || status=$?
-  child=
+  wait $! || status=$?
+  running=
   if [ -t 1 ]; then printf '\r\033[K'; fi
   if [ $status -ne 0 ]; then
     grep -v '^WARNING: Location\|^ *$' $log | tail -n 15 >&2
