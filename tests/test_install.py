@@ -116,13 +116,16 @@ def test_a_changed_pin_installs_into_the_same_environment(clone):
     assert (clone.tree / ".venv" / "mine").exists()
 
 
-def running_in(tree: Path) -> list[int]:
-    """Processes whose working directory is there."""
+def left_running_in(tree: Path, within_s: float = 10) -> list[int]:
+    """Processes whose working directory is there, once those that are dying have gone."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if Path(os.readlink(process / "cwd")) == tree and (process / "cmdline").read_bytes():
                 found.append(int(process.name))
+    if found and within_s > 0:
+        time.sleep(0.1)
+        return left_running_in(tree, within_s - 0.1)
     return found
 
 
@@ -136,10 +139,10 @@ def test_the_call_after_an_interruption_mends_it(clone, step, sent):
     assert process.returncode != 0 and not (clone.tree / ".venv" / ".installed").exists()
     if sent != signal.SIGKILL:
         assert "interrupted" in said and ".venv.lock" not in clone.left()
-        assert running_in(clone.tree) == []
+        assert left_running_in(clone.tree) == []
     again = clone.make("install")
     assert again.returncode == 0 and "beginning anew" in again.stdout, again.stderr
-    assert running_in(clone.tree) == []  # nor what the killed one had left
+    assert left_running_in(clone.tree) == []  # nor what the killed one had left
     assert not (clone.tree / ".venv" / "half").exists()
     assert (clone.tree / ".venv" / ".installed").exists() and clone.left() == {".venv", ".venv.log"}
 
