@@ -64,6 +64,7 @@ setup(
     },
     entry_points={
         "console_scripts": [
+            "cjepa-doctor = cjepa_fast.tools.doctor:main",
             "cjepa-eval = cjepa_fast.eval.__main__:main",
             "cjepa-export = cjepa_fast.export.__main__:main",
             "cjepa-report = cjepa_fast.report:main",

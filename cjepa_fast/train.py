@@ -109,7 +109,7 @@ def dry_run(trainer: Trainer, loader: Loader) -> None:
     gflop = gflop_of(trainer.config, K, M, P)
     rows, cols = encoder.grid
     parameters = trainer.parameters
-    print(told_precision(trainer.config.run.precision, trainer.device, False))
+    print(hardware.told_precision(trainer.config.run.precision, trainer.device, False))
     print(f"parameters   encoder {parameters['encoder']:,}, predictor {parameters['predictor']:,}")
     print(f"tokens       {rows} x {cols} patches, context {K:g}, targets {M} x {P}")
     print("GFLOP/image  " + ", ".join(f"{name} {value:.1f}" for name, value in gflop.items()))
@@ -216,18 +216,6 @@ def check_changes(state: dict, facts: dict, accepted: bool) -> None:
             + "\n  ".join(changes)
             + "\nset them back, or go on all the same with --accept-changes"
         )
-
-
-def told_precision(precision: str, device: torch.device, resumed: bool) -> str:
-    """What run.precision became, and why; a warning where it is slow here."""
-    best = hardware.best_precision(device)
-    if precision == best.precision:
-        return f"precision: {precision} ({best.reason})"
-    origin = "as the run began" if resumed else "as run.precision or another process has it"
-    if warning := hardware.slow_precision(precision, device):
-        way_out = "a new run with run.precision=fp32 does not have that"
-        return f"WARNING: precision: {precision}, {origin}; {warning}; {way_out}"
-    return f"precision: {precision}, {origin}; bf16 would be faster here ({best.reason})"
 
 
 def open_telemetry(
@@ -363,7 +351,7 @@ def _pretrain(config: Config, run: Path, args: argparse.Namespace, watching: lis
             trainer, loader, telemetry, watch, run, state, resume_command(), online, album
         )
         telemetry.message(f"on {machine(device)}; torch {torch.__version__}")
-        for line in (told_precision(config.run.precision, device, bool(state)), *told):
+        for line in (hardware.told_precision(config.run.precision, device, bool(state)), *told):
             telemetry.message(line)
         if onednn := [kind for kind, library in trainer.linear.items() if library == "onednn"]:
             telemetry.message(f"linear layers: {', '.join(onednn)} by oneDNN (faster here)")

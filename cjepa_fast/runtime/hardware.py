@@ -235,6 +235,18 @@ def slow_precision(precision: str, device: torch.device) -> str:
     return f"bf16 is slower than fp32 here: {best.reason}"
 
 
+def told_precision(precision: str, device: torch.device, resumed: bool) -> str:
+    """What run.precision became, and why; a warning where it is slow here."""
+    best = best_precision(device)
+    if precision == best.precision:
+        return f"precision: {precision} ({best.reason})"
+    origin = "as the run began" if resumed else "as run.precision or another process has it"
+    if warning := slow_precision(precision, device):
+        way_out = "a new run with run.precision=fp32 does not have that"
+        return f"WARNING: precision: {precision}, {origin}; {warning}; {way_out}"
+    return f"precision: {precision}, {origin}; bf16 would be faster here ({best.reason})"
+
+
 def warn_of_slow_bf16(device: torch.device, key: str) -> None:
     """One line to stderr where bf16, asked for by `key`, is slow here."""
     if warning := slow_precision("bf16", device):
