@@ -3,7 +3,8 @@
 # MKL are held to an older instruction set by ONEDNN_MAX_CPU_ISA, ATEN_CPU_CAPABILITY and
 # MKL_ENABLE_INSTRUCTIONS. For each tier: the demo's first steps and a save, a resume with the same
 # bits, kNN, the step beside the reference's, a dry run of ViT-S, and the fast tests that touch
-# numbers. From the repository's root, after `make install`:
+# numbers (on this processor's own tier `make test` runs them). From the repository's root, after
+# `make install`:
 #     scripts/tiers.sh [--no-tests] [TIER ...]       default: all up to this processor's own
 # Prints a table: seconds of each part, images/s of the demo's step and how many times as fast it is
 # as the plain reference in fp32 and under bf16 autocast. Exits 1 where anything failed.
@@ -115,9 +116,13 @@ for tier in "${wanted[@]}"; do
     table+=$'\n'"$(printf '%-18s' "$tier")cannot be imitated here"
     continue
   fi
-  mkdir -p "$LOGS/$tier"
+  rm -rf "${LOGS:?}/$tier" && mkdir -p "$LOGS/$tier"
   row=$(printf '%-18s' "$tier")
   for part in "${parts[@]}"; do
+    if [ "$part" = tests ] && [ "$tier" = "${here[-1]}" ]; then
+      row+=$(printf '%-9s' -)
+      continue
+    fi
     SECONDS=0
     log="$LOGS/$tier/$part.log"
     if ONEDNN_MAX_CPU_ISA=$tier ATEN_CPU_CAPABILITY=${ATEN[$tier]} \
@@ -130,7 +135,7 @@ for tier in "${wanted[@]}"; do
     fi
   done
   row+=$(speed "$LOGS/$tier")
-  [ ! -f "$LOGS/$tier/tests.log" ] || row+="; $(tail -n 1 "$LOGS/$tier/tests.log")"
+  [ ! -s "$LOGS/$tier/tests.log" ] || row+="; $(tail -n 1 "$LOGS/$tier/tests.log")"
   echo "$row"
   table+=$'\n'"$row"
 done

@@ -202,3 +202,18 @@ def test_wrong_settings_are_told(capsys, arguments, named):
 def test_what_does_not_fit_is_said(capsys):
     assert plan.main(["--config", "vit_g", "--gpu", "4090", "--count", "1"]) == 0
     assert "does not fit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("gpu", "precision"), [("h100", "bf16"), ("t4", "fp32")])
+def test_auto_is_what_it_becomes_on_the_planned_gpu(capsys, gpu, precision):
+    """Whatever this machine would take."""
+    config = validate(tiny.CONFIG | {"data": DATA})
+    assert config.run.precision == "auto"
+    assert plan.on_gpu(config, plan.GPUS[gpu]).run.precision == precision
+    assert plan.main(["--config", "vit_t", "--gpu", gpu]) == 0
+    assert "fp32 masters" in capsys.readouterr().out
+
+
+def test_bf16_is_refused_where_the_planned_gpu_multiplies_none(capsys):
+    assert plan.main(["--config", "vit_t", "--gpu", "t4", "--set", "run.precision=bf16"]) == 2
+    assert 'run.precision = "bf16": T4 multiplies none' in capsys.readouterr().err
