@@ -64,8 +64,18 @@ is_up_to_date() {
 
 # ------------------------------------------------------------------- one at a time, and interruption
 
-running= # whether $! is a step's; it leads a process group, so that what it has started ends with it
-own_group='import os, sys; os.setpgid(0, 0); os.execvp(sys.argv[1], sys.argv[1:])'
+running= # whether $! is a step's process
+
+# A step's process writes the lock before anything else, and leads a process group, so that what it
+# has started ends with it: begin LOCK SCRIPT COMMAND...
+begin='
+import os, sys
+lock, script, *command = sys.argv[1:]
+with open(lock, "w") as file:
+    file.write(f"{script} {os.getpid()}\n")
+os.setpgid(0, 0)
+os.execvp(command[0], command)
+'
 
 is_alive() { # a dead process that nobody has waited for (Z) is not, where ps can tell
   kill -0 "$1" 2>/dev/null || return 1
@@ -126,8 +136,7 @@ step() { # step WHAT COMMAND...: into the log; at a terminal, with a line that t
   printf '\n$ %s\n' "$*" >>$log
   if ! [ -t 1 ]; then echo "$what"; fi
   running=yes
-  "$python" -c "$own_group" "$@" >>$log 2>&1 </dev/null &
-  echo "$$ $!" >$lock
+  "$python" -c "$begin" $lock $$ "$@" >>$log 2>&1 </dev/null &
   while kill -0 $! 2>/dev/null; do
     if [ -t 1 ]; then
       printf '\r\033[K%.78s' "$what: $(($(date +%s) - began)) s. $(doing)"

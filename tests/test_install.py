@@ -19,7 +19,9 @@ ROOT = Path(__file__).resolve().parents[1]
 pytestmark = needs_make
 # $CALLS takes its calls; one that names $HANG waits, one that names $FAIL fails as pip does.
 STAND_IN = """#!/bin/sh
-if [ "$1" = -c ] && [ $# -gt 2 ]; then shift 2; exec setsid "$@"; fi  # in a group of its own
+if [ "$1" = -c ] && [ $# -gt 2 ]; then  # the script's `begin`
+  echo "$4 $$" >"$3"; shift 4; exec setsid "$@"
+fi
 if [ "$1" = -c ]; then echo VERSION; exit; fi
 case "$*" in *--version*) exit ;; esac
 echo "$*" >>"$CALLS"
