@@ -17,6 +17,7 @@ from typing import NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
+from cjepa_fast import caches
 from cjepa_fast.runtime import hardware
 
 T = TypeVar("T")
@@ -30,6 +31,7 @@ def start(seed: int, timeout_s: float = 0) -> torch.device:
 
     Without a GPU the CPU and gloo take its place. timeout_s: of the collectives; 0: by default.
     """
+    caches.root()
     cuda = hardware.has_gpu()
     local_rank = hardware.local_rank()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")

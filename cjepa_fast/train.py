@@ -22,7 +22,6 @@ import torch
 
 from cjepa_fast import (
     __version__,
-    caches,
     checkpoint,
     cpu_memory,
     encoders,
@@ -367,7 +366,6 @@ def main(argv: list[str] | None = None) -> int:
         if args.print_config:
             print(config.to_json(), end="")
             return 0
-        caches.root()
         return pretrain(config, run, args)
     except ConfigError as error:
         if os.environ.get("RANK", "0") == "0":

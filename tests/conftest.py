@@ -16,6 +16,9 @@ from crashes import (  # noqa: F401 (pytest finds its hooks here)
     pytest_testnodedown,
 )
 
+from cjepa_fast import caches
+
+caches.root()  # without a home folder: elsewhere, also for the processes that tests start
 HAS_CUDA = torch.cuda.is_available()
 if not HAS_CUDA:
     # DeepSpeed picks its accelerator at import, here and in the processes that tests start.

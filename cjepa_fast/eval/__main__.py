@@ -8,7 +8,7 @@ import argparse
 import importlib
 import sys
 
-from cjepa_fast import caches, config, processes
+from cjepa_fast import config, processes
 from cjepa_fast.data.batches import ImagesGone
 from cjepa_fast.eval import command
 from cjepa_fast.runtime import hardware
@@ -36,7 +36,6 @@ OF_THE_RUN = ("seed", "crop", "k", "temperature")  # where the command says noth
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    caches.root()
     parser = argparse.ArgumentParser(
         prog="cjepa-eval",
         description=__doc__.strip(),
