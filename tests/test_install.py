@@ -74,6 +74,8 @@ class Clone:
         process = subprocess.Popen(
             ["make", "install"], cwd=self.tree, env=self.environment(HANG=step),
             start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            # a shell's background jobs, as these tests may be one, ignore SIGINT
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
         while not any(step in call for call in self.called()):
             assert process.poll() is None, process.stdout.read()
