@@ -149,6 +149,7 @@ step() { # step WHAT COMMAND...: into the log; at a terminal, with a line that t
   if [ -t 1 ]; then printf '\r\033[K'; fi
   if [ $status -ne 0 ]; then
     grep -v '^WARNING: Location\|^ *$' $log | tail -n 15 >&2
+    [ $status -le 128 ] || echo "$what: killed by signal $((status - 128))" >&2
     return $status
   fi
   echo "$what: done in $(($(date +%s) - began)) s"

@@ -187,6 +187,13 @@ def test_a_failure_shows_the_end_of_the_log_and_no_noise(clone, step):
     assert clone.make("install").returncode == 0
 
 
+def test_a_step_that_somebody_kills_is_said_to_be_killed(clone):
+    process = clone.start("--editable")
+    os.kill(int((clone.tree / ".venv.lock").read_text().split()[1]), signal.SIGKILL)
+    said = process.communicate(timeout=20)[0]
+    assert process.returncode != 0 and "killed by signal 9" in said
+
+
 def test_without_the_venv_module_the_package_is_named(clone):
     done = clone.make("install", FAIL="-m venv")
     assert done.returncode != 0 and "python3-venv" in done.stderr
