@@ -20,7 +20,7 @@ import torch.distributed as dist
 GRACE_S = 30.0  # as torchrun gives the others, from SIGTERM to SIGKILL
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
-    ["torch.distributed", "torch._dynamo", "deepspeed", "cjepa_fast.train"]
+    ["torch.distributed", "torch._inductor.compile_fx", "deepspeed", "cjepa_fast.train"]
 )
 
 
