@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from hardware import synchronize
-from memory import peak_bytes
+
+from cjepa_fast.runtime.memory import peak_bytes
 
 FLUSH_BYTES = 2**30  # more than any cache; written in 0.2 ms, in which the host gets ahead
 

@@ -137,6 +137,7 @@ def check_folders(ablation: Ablation, trials: list[Trial]) -> None:
             continue
         saved = configuration.read(trial.folder)
         wanted = configuration.load(ablation.base, ablation.settings_of(trial))
+        wanted = configuration.as_begun(wanted, saved.model_dump(mode="json"))
         harmless, changes = checkpoint.differences(
             *({"config": made.model_dump(mode="json")} for made in (saved, wanted))
         )

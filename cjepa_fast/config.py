@@ -295,7 +295,7 @@ def completed(saved: dict, section: type[Section] = Config) -> dict:
         if isinstance(inner, type) and issubclass(inner, Section):
             values[key] = completed(values.get(key, {}), inner)
         elif key not in values:
-            values[key] = _was(field, field.get_default())
+            values[key] = _was(field, field.get_default(call_default_factory=True))
     return values
 
 

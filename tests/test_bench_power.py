@@ -12,6 +12,8 @@ sys.path.insert(0, str(tiny.ROOT / "bench"))  # no package: its scripts import e
 
 import power
 
+from cjepa_fast.runtime import hardware
+
 POWER, ENERGY = "nvmlDeviceGetPowerUsage", "nvmlDeviceGetTotalEnergyConsumption"
 REASONS = "nvmlDeviceGetCurrentClocksThrottleReasons"
 
@@ -58,7 +60,7 @@ def metered(monkeypatch):
     Its block takes so many seconds, and until all of NVML's values have been read.
     """
     found = types.SimpleNamespace(uuid="ffc79498")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(hardware, "has_gpu", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: found)
 

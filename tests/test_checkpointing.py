@@ -107,9 +107,9 @@ def test_what_is_kept(seed, stream, last):
     tokens, outputs, wide = B * S, B * (last or S), stream.itemsize
     norms = 2 * (tokens + outputs) * D + 2 * wide * (tokens + outputs)  # outputs, mean and 1 / std
     affine = 4 * D * wide if stream == torch.float32 else 0  # their weights and biases, widened
-    # torch's own Linear of the queries copies its part, the fused one keeps the view
-    fusable = linears._fusable(*(torch.empty(1, 1, dtype=torch.bfloat16) for _ in range(3)))
-    queries = 2 * outputs * D if last and not fusable else 0
+    # torch's own Linear of the queries copies its part, ours keeps the view
+    ours = linears._plain(*(torch.empty(1, 1, dtype=torch.bfloat16) for _ in range(3)))
+    queries = 2 * outputs * D if last and not ours else 0
     assert kept["none"] - kept["norm_gelu"] == norms + affine + queries + 2 * 4 * D * outputs
     assert kept["norm_gelu"] - kept["selective"] == 2 * 4 * D * outputs  # fc1's output
     least = 2 * D * (2 * tokens + 2 * outputs) + wide * D * outputs  # k, v, q, attended, the sum

@@ -31,8 +31,8 @@ def trainer_of(
     }
     # Not by trial: two trainings must not end up with two kernels for attention.
     sections["model"] = tiny.CONFIG["model"] | {"attention": attention}
-    config = validate(tiny.CONFIG | sections)
     device = processes.start(0)
+    config = build.with_precision(validate(tiny.CONFIG | sections), device)
     trainer, masks = train.Trainer(config, device, steps_per_epoch=10), build.build_masks(config)
     dtype = build.compute_dtype(config)
     steps = []

@@ -193,9 +193,9 @@ def trained(folder: Path, steps: range, from_: Path | None = None) -> tuple[list
         "mask": {"min_keep": 4, "context": "packed"},
         "optim": {"warmup_epochs": 0, "lr": 0.01},
     }
-    config = validate(tiny.CONFIG | sections)
-    torch.manual_seed(0)
-    trainer = Trainer(config, processes.start(0), steps_per_epoch=10, restoring=from_ is not None)
+    device = processes.start(0)
+    config = build.with_precision(validate(tiny.CONFIG | sections), device)
+    trainer = Trainer(config, device, steps_per_epoch=10, restoring=from_ is not None)
     if from_ is not None:
         assert checkpoint.restore(from_, trainer.engine)["step"] == steps.start
     masks, found = build.build_masks(config), []

@@ -14,6 +14,7 @@ import torch
 
 from cjepa_fast import mirrors, telemetry
 from cjepa_fast.gpu_counters import GpuCounters
+from cjepa_fast.runtime import hardware
 from cjepa_fast.telemetry import Telemetry, read_log, representation_stats
 
 
@@ -430,7 +431,7 @@ class FakeNVML(types.ModuleType):
 @pytest.fixture
 def one_gpu(monkeypatch):
     """Torch believes in a GPU; returns a function that installs a fake NVML."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(hardware, "has_gpu", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     found = types.SimpleNamespace(uuid="ffc79498-8ff3-c2dc-3b0d-fafd804516ae")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: found)
@@ -454,7 +455,7 @@ def test_a_missing_counter_is_left_out_and_a_missing_nvml_leaves_out_all(one_gpu
 
 
 def test_no_gpu_no_counters(tmp_path, started, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(hardware, "has_gpu", lambda: False)
     assert not [name for name in started(tmp_path).log_row() if name.startswith("gpu")]
 
 

@@ -3,11 +3,11 @@
 import json
 
 import pytest
-import torch
 from test_engine import assert_agree, work
 
 from cjepa_fast import engine
 from cjepa_fast.config import ConfigError, validate
+from cjepa_fast.runtime import hardware
 
 CPU = {"device": "cpu"}
 
@@ -72,7 +72,7 @@ def test_what_is_harmless_is_not_refused():
 
 
 def completed(monkeypatch, zero: dict, cuda: bool, processes: int, trained: int = 10**9) -> dict:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(hardware, "has_gpu", lambda: cuda)
     monkeypatch.setattr(engine, "world_size", lambda: processes)
     found = engine.complete_config({"zero_optimization": zero}, 4, 1, "bf16", 0.0, trained)
     return found["zero_optimization"]
