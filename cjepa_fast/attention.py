@@ -41,9 +41,9 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str) -> t
     if backend == "auto":
         backend = "sdpa" if q.is_cuda else "plain"
     if backend == "triton":
-        if not q.is_cuda or short.takes(q):
+        if short.takes(q):
             return short.attention(q, k, v)
-        backend = "sdpa"
+        backend = "sdpa" if q.is_cuda else "plain"
     if backend == "sdpa":
         return _OwnLayout.apply(F.scaled_dot_product_attention(q, k, v))
     if backend in SDPA:

@@ -75,7 +75,7 @@ dry() {
 
 tests() {
   "$PYTHON" -m pytest -q -n auto --dist loadfile -m "not faults and not multiprocess and not gpu" \
-    "${TESTS[@]/#/tests/test_}" -p no:cacheprovider
+    "${TESTS[@]/#/tests/test_}"
 }
 
 # images/s and the two ratios of a tier's bench.
