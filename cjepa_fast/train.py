@@ -12,6 +12,7 @@ if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
 
 import argparse
 import contextlib
+import dataclasses
 import itertools
 import os
 import shlex
@@ -55,6 +56,16 @@ from cjepa_fast.watchdog import Watchdog
 TIME_TO_SPEAK_S = 30  # at most: the launcher ends this wait as the first process exits
 
 
+@dataclasses.dataclass
+class Attempt:
+    """How far a training has come, for whoever has to tell of its end."""
+
+    config: Config  # as asked, then with what was resolved and cut for this machine
+    run: Path
+    args: argparse.Namespace
+    watchdog: Watchdog | None = None  # knows the step, and with what the process is busy
+
+
 def how_to_go_on(run: Path) -> str:
     """For the end of a run that failed: the checkpoint, if any, and the command."""
     last = checkpoint.latest(run)
@@ -73,8 +84,9 @@ def watchdog_of(config: Config, run: Path) -> Watchdog:
     )
 
 
-def memory_advice(error: Exception, config: Config, args: argparse.Namespace, run: Path) -> str:
+def memory_advice(error: Exception, attempt: Attempt) -> str:
     """What was too large, and the ways out."""
+    config, run, args = attempt.config, attempt.run, attempt.args
     processes = int(os.environ.get("WORLD_SIZE", "1"))  # their group has been left
     micro_batch, _ = configuration.micro_batches(
         config.data.batch_size, processes, config.data.micro_batch_size
@@ -167,10 +179,9 @@ def first_whole(found: list[Path], resume: str | None) -> Path | None:
     return None
 
 
-def begin(
-    config: Config, device: torch.device, run: Path, args: argparse.Namespace
-) -> tuple[Trainer, Loader, dict | None]:
+def begin(attempt: Attempt, device: torch.device) -> tuple[Trainer, Loader, dict | None]:
     """Build everything, restore the checkpoint to go on from, if any. Returns also its state."""
+    config, run, args = attempt.config, attempt.run, attempt.args
 
     def found() -> list[Path]:
         if args.dry_run:
@@ -188,7 +199,7 @@ def begin(
         config = configuration.as_begun(config, state["config"])
     config = with_precision(config, device)
     saved = configuration.validate(state["config"]) if state else None
-    config = cpu_memory.fitted(config, device, saved)
+    config = attempt.config = cpu_memory.fitted(config, device, saved)
     loader = build_loader(config, device, build_masks(config))
     trainer = Trainer(
         config,
@@ -282,12 +293,10 @@ def input_errors() -> Iterator[None]:
         raise ConfigError(str(error)) from error
 
 
-def unexpected(
-    error: Exception, where: str, config: Config, run: Path, args: argparse.Namespace
-) -> int:
-    """Tell of an error that has no words of its own, and write the rest down. Returns 1.
-
-    where: the step, and with what the process was busy."""
+def unexpected(error: Exception, attempt: Attempt) -> int:
+    """Tell of an error that has no words of its own, and write the rest down. Returns 1."""
+    config, run, args = attempt.config, attempt.run, attempt.args
+    where = attempt.watchdog.where() if attempt.watchdog else "starting"
     rank = int(os.environ.get("RANK", "0"))  # its group has been left
     facts = {
         "where": where,
@@ -313,29 +322,31 @@ def unexpected(
 
 def pretrain(config: Config, run: Path, args: argparse.Namespace) -> int:
     """All of a run, or of a dry one. Returns the exit status."""
-    watching: list[Watchdog] = []
+    attempt = Attempt(config, run, args)
     try:
-        return _pretrain(config, run, args, watching)
+        return _pretrain(attempt)
+    except (ConfigError, ImagesGone):
+        raise  # main() has words for these
     except Exception as error:
-        if isinstance(error, (ConfigError, ImagesGone)) or out_of_memory.is_meant(error):
-            raise  # main() has words for these
-        where = watching[0].where() if watching else "starting"
-        return unexpected(error, where, config, run, args)
+        if out_of_memory.is_meant(error):
+            print(f"error: {memory_advice(error, attempt)}", file=sys.stderr)
+            return 2
+        return unexpected(error, attempt)
 
 
-def _pretrain(config: Config, run: Path, args: argparse.Namespace, watching: list[Watchdog]) -> int:
-    """watching: takes the watchdog, which knows where an error was met."""
+def _pretrain(attempt: Attempt) -> int:
+    config, run, args = attempt.config, attempt.run, attempt.args
     with contextlib.ExitStack() as ending:
         ending.callback(processes.part)
         with input_errors():
             device = processes.start(config.run.seed, watchdog.START * config.run.timeout_s)
             watch = ending.enter_context(watchdog_of(config, run))
-            watching.append(watch)
+            attempt.watchdog = watch
             ending.callback(lock.release)
-            trainer, loader, state = begin(config, device, run, args)
+            trainer, loader, state = begin(attempt, device)
             ending.callback(loader.close)
-            told = cpu_memory.told(config, trainer.config)
-            config = trainer.config
+            told = cpu_memory.told(config, attempt.config)
+            config = attempt.config
             online = build_online(config, device, loader.steps_per_epoch)
             album = build_album(config, loader, build_masks(config))
             if not args.dry_run:
@@ -376,10 +387,6 @@ def main(argv: list[str] | None = None) -> int:
         back = f"Once they are back, go on with: {resume_command()}"
         print(f"error: {error}. {back}", file=sys.stderr, flush=True)
         return 1
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory.is_meant(error):
-            raise
-        print(f"error: {memory_advice(error, config, args, run)}", file=sys.stderr)
     except KeyboardInterrupt:
         print("\nstopped before the first step: nothing was to be saved", file=sys.stderr)
         return 130

@@ -62,7 +62,7 @@ def test_the_ways_out_are_those_that_are_left():
 
 SHORT = """
 import os, sys, torch
-from cjepa_fast import processes, train, trainer
+from cjepa_fast import cpu_memory, processes, train, trainer
 from cjepa_fast.jepa import JEPA
 
 where, rank = sys.argv[1], sys.argv[2]
@@ -76,6 +76,9 @@ def forward(self, *args):
 def build(*args):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
+if where == "cut":
+    cpu_memory.most_images = lambda config: 4
+    where = "1"
 if os.environ.get("RANK", "0") == rank:
     JEPA.forward = forward
     if where == "build":
@@ -120,6 +123,14 @@ def test_out_of_memory_in_a_step(tmp_path, step):
     last = checkpoint.latest(tmp_path / "run")
     assert (f"go on from {last} with: python" in result.stderr) is (step == 6)
     assert (last is not None) is (step == 6)
+
+
+@pytest.mark.slow
+def test_the_advice_is_of_the_micro_batch_that_was_cut(tmp_path):
+    result = run_short(tmp_path, "cut")
+    assert "micro-batch: 4 images instead of 8" in result.stdout
+    assert "out of memory on rank 0, with 4 images at a time: " in result.stderr
+    assert "  --set data.micro_batch_size=2\n" in result.stderr
 
 
 @pytest.mark.multiprocess
