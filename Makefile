@@ -25,13 +25,13 @@ test: $(STAMP) ## every test that this machine can run
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not faults" $(WORKERS)
 
 kernels-check: $(STAMP) ## compile every configuration of every kernel for sm_80, 90 and 100
-	@$(RUN) tests/aot_worker.py --processes $$(nproc) --markdown bench/results/aot.md
+	@PYTHONPATH=tests:. $(RUN) tests/kernels/aot_worker.py --processes $$(nproc) --markdown bench/results/aot.md
 
 faults: $(STAMP) ## kill runs at 20 moments, on 1 and 2 processes, and compare them with whole ones
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest tests/faults
 
 docs-check: $(STAMP) ## run the commands that the documentation shows, on a handful of images
-	@OMP_NUM_THREADS=1 PYTHONPATH=tests:. $(RUN) tests/docs_check.py
+	@OMP_NUM_THREADS=1 PYTHONPATH=tests:. $(RUN) tests/project/docs_check.py
 
 lint: $(STAMP) ## ruff
 	@$(RUN) -m ruff check .

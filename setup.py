@@ -67,7 +67,7 @@ setup(
             "cjepa-doctor = cjepa_fast.tools.doctor:main",
             "cjepa-eval = cjepa_fast.eval.__main__:main",
             "cjepa-export = cjepa_fast.export.__main__:main",
-            "cjepa-report = cjepa_fast.report:main",
+            "cjepa-report = cjepa_fast.tools.report:main",
         ]
     },
 )

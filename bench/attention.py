@@ -16,8 +16,9 @@ import files
 import torch
 from hardware import ROOT, here, provenance
 
-from cjepa_fast import attention, build
 from cjepa_fast import config as configuration
+from cjepa_fast.model import attention
+from cjepa_fast.training import build
 
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.json"))
 

@@ -25,11 +25,12 @@ import numpy as np
 import torch
 from hardware import provenance, synchronize
 
-from cjepa_fast import build, processes
 from cjepa_fast import config as configuration
 from cjepa_fast.config import Config, ConfigError
 from cjepa_fast.data import sources
 from cjepa_fast.data.loader import Loader
+from cjepa_fast.runtime import distributed
+from cjepa_fast.training import build
 
 FILLED = 3  # batches beside the loader's own that are made before the clock starts
 PAGE_MIB = 4096 / 2**20
@@ -214,7 +215,7 @@ def main(argv: list[str]) -> int:
     args = parse(argv)
     try:
         config = configured(args)
-        device = processes.start(config.run.seed)
+        device = distributed.start(config.run.seed)
         row = measure(build.with_precision(config, device), args, device)
     except (ConfigError, ValueError) as error:  # the user's input
         print(f"error: {error}", file=sys.stderr)
@@ -226,4 +227,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    processes.leave(main(sys.argv[1:]))
+    distributed.leave(main(sys.argv[1:]))

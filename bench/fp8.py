@@ -21,11 +21,13 @@ import torch
 import torch.nn.functional as F
 from stopwatch import Stopwatch
 
-from cjepa_fast import build, fp8, load_encoder
 from cjepa_fast import config as configuration
-from cjepa_fast.attention import Shape, fastest
-from cjepa_fast.flops import block_flop
-from cjepa_fast.vit import Encoder
+from cjepa_fast import load_encoder
+from cjepa_fast.model import fp8
+from cjepa_fast.model.attention import Shape, fastest
+from cjepa_fast.model.flops import block_flop
+from cjepa_fast.model.vit import Encoder
+from cjepa_fast.training import build
 
 TOY = ["data.image_size=64", "model.patch_size=16", "model.width=48", "model.heads=3"]
 TOY += ["model.depth=2", "data.micro_batch_size=2"]

@@ -72,7 +72,7 @@ part() {
 # no test of the kind.
 each_file='xargs -P "$(nproc)" -I{} bash -c "\"$0\" -m pytest -q -m \"$1\" {} || [[ \$? == 5 ]]"'
 gpu_tests="\"$PYTHON\" -m pytest -q -m gpu -n 8 --dist load \
-  \$(grep -lE 'mark.gpu|kernel_device' tests/test_*.py)"
+  \$(grep -rlE 'mark.gpu|kernel_device' tests --include='test_*.py')"
 
 # Train for SECONDS, then ask with SIGTERM: the run finishes its step, saves and exits with 0.
 train_for() { # SECONDS ARGUMENTS...
@@ -112,7 +112,7 @@ if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; th
   ops_size=(--seconds 0.2 --model H --widths 768 1280)
   fp8_size=(--seconds 2)
   saving_size=(--config vit_h --batch 128)
-  fast_tests="ls tests/test_*.py"
+  fast_tests="find tests -name test_*.py -not -path tests/faults/*"
   jpeg_config=vit_b
   train_s=40 resume_s=25 knn_train=10000
 else
@@ -128,7 +128,7 @@ else
   ops_size=(--seconds 0 --no-compile --batch 2 --rows 300 --widths 96)
   fp8_size=(--seconds 0)
   saving_size=(--config demo --batch 2 --saves 1)
-  fast_tests="echo tests/test_config.py tests/test_imports.py | xargs -n 1"
+  fast_tests="echo tests/config/test_config.py tests/project/test_imports.py | xargs -n 1"
   jpeg_config=demo
   train_sets+=(--set data.batch_size=16 --set data.micro_batch_size=16 --set model.depth=1)
   train_s=45 resume_s=30 knn_train=500

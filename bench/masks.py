@@ -16,7 +16,7 @@ import files
 import hardware
 import torch
 
-from cjepa_fast.masks import MaskSampler
+from cjepa_fast.data.masks import MaskSampler
 
 GRIDS = (14, 16)  # of B/16 and of H/14 at 224 pixels
 SAMPLERS, CONTEXTS = ("uniform", "ijepa"), ("random", "prefix", "fixed", "packed")

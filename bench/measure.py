@@ -20,11 +20,13 @@ from phases import Phases
 from power import PowerMeter, power_figures
 from reference import ReferenceTrainer
 
-from cjepa_fast import build, processes, train
-from cjepa_fast import trainer as trainer_module
+from cjepa_fast import train
 from cjepa_fast.config import Config
 from cjepa_fast.data.loader import Batch, Loader
+from cjepa_fast.runtime import distributed
 from cjepa_fast.runtime.memory import Kept, peak_bytes
+from cjepa_fast.training import build
+from cjepa_fast.training import trainer as trainer_module
 
 RING = 8  # synthetic batches, each with masks of its own, used in turn
 EPOCH_STEPS = 1000  # of synthetic data: only the schedules see it
@@ -144,7 +146,7 @@ def measure(
             loader.close()
     most = zip(*on_all_ranks((timed["total_s"], peak_gib)), strict=True)
     timed["total_s"], peak_gib = map(max, most)
-    images = steps * trainer.micro_batch * processes.world_size()
+    images = steps * trainer.micro_batch * distributed.world_size()
     return row_of(config, data, trainer, timed) | {
         **power_figures(on_all_ranks(meter.found), images),
         "phases_ms": parts.median_ms(),
@@ -167,7 +169,7 @@ def forget(device: torch.device) -> None:
 
 def on_all_ranks(value) -> list:
     """What every process gives, in their order."""
-    values = [value] * processes.world_size()
+    values = [value] * distributed.world_size()
     if len(values) > 1:
         dist.all_gather_object(values, value)
     return values
@@ -312,7 +314,7 @@ def spread(step_ms: list[float]) -> dict:
 
 def row_of(config: Config, data: str, trainer: train.Trainer, timed: dict) -> dict:
     """The figures of the timed steps."""
-    step_ms, images = timed["step_ms"], trainer.micro_batch * processes.world_size()
+    step_ms, images = timed["step_ms"], trainer.micro_batch * distributed.world_size()
     images_per_s = images * len(step_ms) / timed["total_s"]
     sizes = (timed[name] for name in ("context_k", "targets_m", "targets_p"))
     gflop = build.gflop_of(config, *sizes)
@@ -327,7 +329,7 @@ def row_of(config: Config, data: str, trainer: train.Trainer, timed: dict) -> di
         "targets_p": timed["targets_p"],
         "gflop_per_image": gflop["total"],
         "gflop_parts": gflop,
-        "tflops": gflop["total"] * images_per_s / 1e3 / processes.world_size(),
+        "tflops": gflop["total"] * images_per_s / 1e3 / distributed.world_size(),
     }
 
 

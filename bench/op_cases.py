@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from cjepa_fast import build
 from cjepa_fast import config as configuration
 from cjepa_fast.config import Config
+from cjepa_fast.data.masks import Masks
 from cjepa_fast.kernels import attention, ema, fp8, gather, gelu, norm, vicreg
-from cjepa_fast.masks import Masks
+from cjepa_fast.training import build
 
 MODELS = {"T": "vit_t", "B": "vit_b", "L": "vit_l", "H": "vit_h"}
 ROWS, WIDTHS = 25_088, (384, 768, 1024, 1280, 2048, 4096, 8192)

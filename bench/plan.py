@@ -22,13 +22,14 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-from cjepa_fast import build, vit
 from cjepa_fast import config as configuration
 from cjepa_fast.config import Config, ConfigError
-from cjepa_fast.flops import recomputed_gflop, step_gflop
-from cjepa_fast.jepa import JEPA
+from cjepa_fast.model import vit
+from cjepa_fast.model.flops import recomputed_gflop, step_gflop
+from cjepa_fast.model.jepa import JEPA
+from cjepa_fast.model.vit import Attention
 from cjepa_fast.runtime.memory import Kept
-from cjepa_fast.vit import Attention
+from cjepa_fast.training import build
 
 RESULTS = Path(__file__).parent / "results" / "throughput.json"
 IMAGENET = 1_281_167

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 
-from cjepa_fast.gpu_counters import COUNTERS, GpuCounters
+from cjepa_fast.telemetry.nvml import COUNTERS, GpuCounters
 
 PERIOD_S = 0.05  # between samples: NVML renews its figures no oftener
 SAMPLED = {

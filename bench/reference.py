@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cjepa_fast import optim
 from cjepa_fast.data.loader import Batch
-from cjepa_fast.predictor import Predictor
+from cjepa_fast.model.predictor import Predictor
+from cjepa_fast.model.vit import Encoder
 from cjepa_fast.train import Trainer
-from cjepa_fast.vit import Encoder
+from cjepa_fast.training import optim
 
 
 class Attention(nn.Module):

@@ -17,10 +17,12 @@ import files
 import hardware
 from measure import synthetic_batches
 
-from cjepa_fast import build, checkpoint, processes
+from cjepa_fast import checkpoint
 from cjepa_fast import config as configuration
-from cjepa_fast.saver import Saver
-from cjepa_fast.trainer import Trainer
+from cjepa_fast.checkpoint.writer import Saver
+from cjepa_fast.runtime import distributed
+from cjepa_fast.training import build
+from cjepa_fast.training.trainer import Trainer
 
 PLAIN = 3  # steps between two saves
 
@@ -40,7 +42,7 @@ class Paused:
 
 
 def measure(config: configuration.Config, saves: int, folder: Path) -> dict:
-    device = processes.start(config.run.seed)
+    device = distributed.start(config.run.seed)
     trainer = Trainer(config, device, steps_per_epoch=1000)
     batches = synthetic_batches(config, device, build.build_masks(config))
     saver = Saver(folder, trainer.engine, trainer.encoder_json, keep=1)

@@ -7,7 +7,7 @@
     deepspeed bench/throughput.py --config vit_b                # all GPUs here, and one for scaling
 
 The step is train.py's own: forward, backward, update and average. Warm-up is timed apart. MFU is
-the counted work (cjepa_fast/flops.py) over the device's data-sheet bf16 rate where that is known,
+the counted work (model/flops.py) over the device's data-sheet bf16 rate where that is known,
 and over the rate of a large matrix product measured in the same run. --against takes turns with the
 plain step of bench/reference.py, in fp32 and under bf16 autocast, on the same batches; of these,
 "kept GiB" is what the forward keeps for the backward beside the weights, "step GiB" the most that a
@@ -29,9 +29,9 @@ from measure import add_mfu, measure, measure_against, measure_decoding
 from tables import AGAINST_COLUMNS, columns_of, phase_table, table
 
 from cjepa_fast import config as configuration
-from cjepa_fast import processes
-from cjepa_fast.build import with_precision
 from cjepa_fast.config import Config
+from cjepa_fast.runtime import distributed
+from cjepa_fast.training.build import with_precision
 
 RESULTS = ROOT / "bench" / "results" / "throughput.json"
 DATA = {
@@ -76,7 +76,7 @@ def changed(args: argparse.Namespace, **values) -> argparse.Namespace:
 def measure_one(name: str, args: argparse.Namespace) -> list[dict]:
     """Rows of one configuration, in this process and those it was started with."""
     config = configured(name, args, launched())
-    device = processes.start(config.run.seed)
+    device = distributed.start(config.run.seed)
     config = with_precision(config, device)
     about = provenance(device)
     named = {"config": Path(name).stem, "precision": config.run.precision}
@@ -92,7 +92,7 @@ def measure_one(name: str, args: argparse.Namespace) -> list[dict]:
         found.append(row)
     if args.against:
         found += measure_against(config, device, args.steps, args.warmup)
-    return [named | row | {"processes": processes.world_size()} | about for row in found]
+    return [named | row | {"processes": distributed.world_size()} | about for row in found]
 
 
 def measure_apart(name: str, args: argparse.Namespace) -> list[dict]:
@@ -207,7 +207,7 @@ def measure_all(args: argparse.Namespace) -> list[dict]:
             for row in found:
                 add_scaling(row, rates)
         rows += found
-        if processes.rank() == 0:
+        if distributed.rank() == 0:
             if args.json:
                 write(rows, args.json)
             if not args.quiet:
@@ -223,7 +223,7 @@ def main(argv: list[str]) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         return 2
-    if processes.rank() == 0:
+    if distributed.rank() == 0:
         report(rows, args)
     return int(any("failed" in row for row in rows))
 
@@ -267,4 +267,4 @@ def plot(rows: list[dict], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    processes.leave(main(sys.argv[1:]))
+    distributed.leave(main(sys.argv[1:]))

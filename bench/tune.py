@@ -14,16 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from stopwatch import Stopwatch
 
-from cjepa_fast.kernels import (
-    attention_tiles,
-    ema,
-    gather_tiles,
-    gelu,
-    launch,
-    norm,
-    tuned,
-    vicreg_tiles,
-)
+from cjepa_fast.kernels import attention_tiles, ema, gather_tiles, gelu, norm, tuned, vicreg_tiles
+from cjepa_fast.kernels.common import launch
 
 TABLE = Path(tuned.__file__)
 WIDTHS = (192, 384, 768, 1024, 1280, 1408)

@@ -16,10 +16,10 @@ import sys
 import time
 from pathlib import Path
 
-from cjepa_fast import report
-from cjepa_fast.data import shapes
+from cjepa_fast.data.sets import shapes
 from cjepa_fast.eval.__main__ import main as evaluate
 from cjepa_fast.telemetry import read_log
+from cjepa_fast.tools import report
 
 TRAIN = Path(__file__).with_name("train.py")
 HELD_OUT = "shapes:val"

@@ -21,18 +21,22 @@ from collections.abc import Iterator
 
 import torch
 
-from cjepa_fast import (
-    __version__,
-    checkpoint,
-    cpu_memory,
-    encoders,
-    lock,
-    out_of_memory,
-    processes,
-    watchdog,
-)
+from cjepa_fast import checkpoint
 from cjepa_fast import config as configuration
-from cjepa_fast.build import (
+from cjepa_fast.checkpoint import encoders
+from cjepa_fast.config import Config, ConfigError
+from cjepa_fast.data.batches import ImagesGone
+from cjepa_fast.data.loader import Loader
+from cjepa_fast.model.cpu_linear import Ways
+from cjepa_fast.runtime import distributed, error_report, files, hardware, oom, run_lock, watchdog
+from cjepa_fast.runtime.launchers import resume_command
+from cjepa_fast.runtime.memory import peak_resident_gib
+from cjepa_fast.runtime.provenance import machine, own_commit
+from cjepa_fast.runtime.version import VERSION
+from cjepa_fast.runtime.watchdog import Watchdog
+from cjepa_fast.telemetry import Telemetry
+from cjepa_fast.training import cpu_micro_batch
+from cjepa_fast.training.build import (
     build_album,
     build_loader,
     build_masks,
@@ -40,18 +44,8 @@ from cjepa_fast.build import (
     gflop_of,
     with_precision,
 )
-from cjepa_fast.config import Config, ConfigError
-from cjepa_fast.data.batches import ImagesGone
-from cjepa_fast.data.loader import Loader
-from cjepa_fast.launchers import resume_command
-from cjepa_fast.linear import Ways
-from cjepa_fast.provenance import machine, own_commit
-from cjepa_fast.run import Run, steps_of
-from cjepa_fast.runtime import error_report, hardware
-from cjepa_fast.runtime.memory import peak_resident_gib
-from cjepa_fast.telemetry import Telemetry
-from cjepa_fast.trainer import Trainer
-from cjepa_fast.watchdog import Watchdog
+from cjepa_fast.training.loop import Run, steps_of
+from cjepa_fast.training.trainer import Trainer
 
 TIME_TO_SPEAK_S = 30  # at most: the launcher ends this wait as the first process exits
 
@@ -73,7 +67,7 @@ def how_to_go_on(run: Path) -> str:
 
 
 def watchdog_of(config: Config, run: Path) -> Watchdog:
-    rank, world_size = processes.rank(), processes.world_size()
+    rank, world_size = distributed.rank(), distributed.world_size()
     return Watchdog(
         config.run.timeout_s,
         advice=lambda: f"stacks of all threads: {run / 'stacks_rank_*.txt'}; {how_to_go_on(run)}",
@@ -91,7 +85,7 @@ def memory_advice(error: Exception, attempt: Attempt) -> str:
     micro_batch, _ = configuration.micro_batches(
         config.data.batch_size, processes, config.data.micro_batch_size
     )
-    advice = out_of_memory.advice(
+    advice = oom.advice(
         error,
         rank=int(os.environ.get("RANK", "0")),
         processes=processes,
@@ -113,7 +107,7 @@ def dry_run(trainer: Trainer, loader: Loader) -> None:
         terms, _ = trainer.step(batches, index)
         loss = float(terms["loss"])  # waits for the device
         step_s = time.perf_counter() - began
-    if processes.rank() != 0:
+    if distributed.rank() != 0:
         return
     encoder, masks = trainer.ema.module, batches[-1].masks
     K, (M, P) = masks.context_k, masks.target_idx_BMP.shape[1:]
@@ -127,7 +121,7 @@ def dry_run(trainer: Trainer, loader: Loader) -> None:
     print(f"memory       {peak_gib(trainer.device):.2f} GiB at the peak, {trainer.device}")
     print(
         f"step         {trainer.micro_batch} images x {loader.accumulation} x "
-        f"{processes.world_size()} processes, loss {loss:.4f}, {step_s:.2f} s (not warmed up)"
+        f"{distributed.world_size()} processes, loss {loss:.4f}, {step_s:.2f} s (not warmed up)"
     )
 
 
@@ -162,12 +156,12 @@ def first_whole(found: list[Path], resume: str | None) -> Path | None:
     """
     damaged = []
     for path in found:
-        shares = processes.from_all(
-            checkpoint.damage(path, processes.rank(), processes.world_size())
+        shares = distributed.from_all(
+            checkpoint.damage(path, distributed.rank(), distributed.world_size())
         )
         damaged += dict.fromkeys(line for share in shares for line in share)
         if not any(shares):
-            if damaged and processes.rank() == 0:
+            if damaged and distributed.rank() == 0:
                 lines = "\n".join(damaged)
                 print(f"WARNING: going on from the earlier {path}, since\n{lines}", file=sys.stderr)
             return path
@@ -187,10 +181,10 @@ def begin(attempt: Attempt, device: torch.device) -> tuple[Trainer, Loader, dict
         if args.dry_run:
             return []
         if run.is_dir():  # nobody else writes there from here on
-            lock.take(run)
+            run_lock.take(run)
         return starting_points(run, args.resume)
 
-    checkpointed = first_whole(processes.from_first_process(found), args.resume)
+    checkpointed = first_whole(distributed.from_first_process(found), args.resume)
     state = checkpoint.state_of(checkpointed) if checkpointed else {}
     if state:
         state["config"] = configuration.completed(state["config"])
@@ -199,7 +193,7 @@ def begin(attempt: Attempt, device: torch.device) -> tuple[Trainer, Loader, dict
         config = configuration.as_begun(config, state["config"])
     config = with_precision(config, device)
     saved = configuration.validate(state["config"]) if state else None
-    config = attempt.config = cpu_memory.fitted(config, device, saved)
+    config = attempt.config = cpu_micro_batch.fitted(config, device, saved)
     loader = build_loader(config, device, build_masks(config))
     trainer = Trainer(
         config,
@@ -235,8 +229,8 @@ def open_telemetry(
 
     Raises ValueError where another run holds it.
     """
-    config, first = trainer.config, processes.rank() == 0
-    processes.from_first_process(lambda: lock.take(run))
+    config, first = trainer.config, distributed.rank() == 0
+    distributed.from_first_process(lambda: run_lock.take(run))
     start = state["step"] if state else 0
     begun = (run / "log.jsonl").exists()
     telemetry = Telemetry(
@@ -250,7 +244,7 @@ def open_telemetry(
         wandb=config.telemetry.wandb,
     )
     if first:
-        checkpoint.write_text(run / "config.json", config.to_json())
+        files.write_text(run / "config.json", config.to_json())
         if trainer.device.type == "cuda" and trainer.attention:
             chosen = ", ".join(f"{part} {name}" for part, name in trainer.attention.items())
             telemetry.message(f"attention: {chosen} (the fastest of those here)")
@@ -301,7 +295,7 @@ def unexpected(error: Exception, attempt: Attempt) -> int:
     facts = {
         "where": where,
         "command": shlex.join(sys.argv),
-        "code": f"cjepa_fast {__version__}, commit {own_commit()}",
+        "code": f"cjepa_fast {VERSION}, commit {own_commit()}",
         "machine": machine(torch.device("cuda" if hardware.has_gpu() else "cpu")),
         "configuration": config.to_json(),
     }
@@ -328,7 +322,7 @@ def pretrain(config: Config, run: Path, args: argparse.Namespace) -> int:
     except (ConfigError, ImagesGone):
         raise  # main() has words for these
     except Exception as error:
-        if out_of_memory.is_meant(error):
+        if oom.is_meant(error):
             print(f"error: {memory_advice(error, attempt)}", file=sys.stderr)
             return 2
         return unexpected(error, attempt)
@@ -337,22 +331,22 @@ def pretrain(config: Config, run: Path, args: argparse.Namespace) -> int:
 def _pretrain(attempt: Attempt) -> int:
     config, run, args = attempt.config, attempt.run, attempt.args
     with contextlib.ExitStack() as ending:
-        ending.callback(processes.part)
+        ending.callback(distributed.part)
         with input_errors():
-            device = processes.start(config.run.seed, watchdog.START * config.run.timeout_s)
+            device = distributed.start(config.run.seed, watchdog.START * config.run.timeout_s)
             watch = ending.enter_context(watchdog_of(config, run))
             attempt.watchdog = watch
-            ending.callback(lock.release)
+            ending.callback(run_lock.release)
             trainer, loader, state = begin(attempt, device)
             ending.callback(loader.close)
-            told = cpu_memory.told(config, attempt.config)
+            told = cpu_micro_batch.told(config, attempt.config)
             config = attempt.config
             online = build_online(config, device, loader.steps_per_epoch)
             album = build_album(config, loader, build_masks(config))
             if not args.dry_run:
                 telemetry = open_telemetry(trainer, run, state, args.resume)
         if args.dry_run:
-            if processes.rank() == 0:
+            if distributed.rank() == 0:
                 print(*told, sep="\n", end="\n" * bool(told))
             dry_run(trainer, loader)
             return 0
@@ -394,4 +388,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    processes.leave(main())
+    distributed.leave(main())

@@ -25,7 +25,7 @@ The kernels are in attention_tiles.py.
 import torch
 
 from cjepa_fast.kernels.attention_tiles import launch_attention, launch_attention_backward
-from cjepa_fast.kernels.launch import use_kernel
+from cjepa_fast.kernels.common.launch import use_kernel
 
 WIDEST = 128  # values of a head
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from cjepa_fast.kernels.launch import (
+from cjepa_fast.kernels.common.launch import (
     INTERPRET,
     TRITON_NAMES,
     Compiled,
@@ -22,8 +22,8 @@ from cjepa_fast.kernels.launch import (
     narrow,
     roomy,
 )
-from cjepa_fast.kernels.maybe_triton import tl, triton
-from cjepa_fast.kernels.sums import sum_parts
+from cjepa_fast.kernels.common.maybe_triton import tl, triton
+from cjepa_fast.kernels.common.sums import sum_parts
 
 LOG2_E = 1.4426950408889634
 

@@ -30,9 +30,7 @@ from collections.abc import Sequence
 
 import torch
 
-from cjepa_fast.kernels.fp8 import E4M3, TO_E4M3, quantise_rows_reference, quantised
-from cjepa_fast.kernels.gather_tiles import WIDEST, row_tiles
-from cjepa_fast.kernels.launch import (
+from cjepa_fast.kernels.common.launch import (
     TRITON_NAMES,
     Compiled,
     chosen,
@@ -41,7 +39,9 @@ from cjepa_fast.kernels.launch import (
     to_device,
     use_kernel,
 )
-from cjepa_fast.kernels.maybe_triton import tl, triton
+from cjepa_fast.kernels.common.maybe_triton import tl, triton
+from cjepa_fast.kernels.fp8 import E4M3, TO_E4M3, quantise_rows_reference, quantised
+from cjepa_fast.kernels.gather_tiles import WIDEST, row_tiles
 
 Tensors = Sequence[torch.Tensor]
 Number = float | torch.Tensor  # or 0-d, on the tensors' device

@@ -21,10 +21,16 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from cjepa_fast.kernels.common.launch import (
+    KERNEL_DTYPES,
+    TRITON_NAMES,
+    Compiled,
+    narrow,
+    use_kernel,
+)
+from cjepa_fast.kernels.common.maybe_triton import tl, triton
 from cjepa_fast.kernels.gather_tiles import ROW_TILES, WIDE_LOADS, WIDEST, Tile, row_tiles
 from cjepa_fast.kernels.gelu import gelu_of
-from cjepa_fast.kernels.launch import KERNEL_DTYPES, TRITON_NAMES, Compiled, narrow, use_kernel
-from cjepa_fast.kernels.maybe_triton import tl, triton
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = tl.constexpr(448.0)

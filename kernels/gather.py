@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 
 from cjepa_fast.kernels import gather_tiles
+from cjepa_fast.kernels.common.launch import use_kernel
 from cjepa_fast.kernels.gather_tiles import promoted
-from cjepa_fast.kernels.launch import use_kernel
 
 # --- the definitions
 

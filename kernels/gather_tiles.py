@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import torch
 
-from cjepa_fast.kernels import launch
-from cjepa_fast.kernels.launch import Compiled, narrow
-from cjepa_fast.kernels.maybe_triton import tl, triton
+from cjepa_fast.kernels.common import launch
+from cjepa_fast.kernels.common.launch import Compiled, narrow
+from cjepa_fast.kernels.common.maybe_triton import tl, triton
 
 Rows = torch.Tensor  # of shape (B, S, D)
 SEARCH = 2048  # comparisons of a row with an index at a time, 16 for each of 128 threads

@@ -20,14 +20,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from cjepa_fast.kernels.launch import (
-    TRITON_NAMES,
-    Compiled,
-    chosen,
-    narrow,
-)
-from cjepa_fast.kernels.maybe_triton import tl, triton
-from cjepa_fast.kernels.sums import share_of, sum_parts
+from cjepa_fast.kernels.common.launch import TRITON_NAMES, Compiled, chosen, narrow
+from cjepa_fast.kernels.common.maybe_triton import tl, triton
+from cjepa_fast.kernels.common.sums import share_of, sum_parts
 
 BLOCKS = ((2048, 4), (1024, 4), (4096, 8))  # values a program takes, and warps
 

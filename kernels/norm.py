@@ -22,15 +22,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from cjepa_fast.kernels.launch import (
-    TRITON_NAMES,
-    Compiled,
-    chosen,
-    narrow,
-    use_kernel,
-)
-from cjepa_fast.kernels.maybe_triton import tl, triton
-from cjepa_fast.kernels.sums import share_of, sum_parts
+from cjepa_fast.kernels.common.launch import TRITON_NAMES, Compiled, chosen, narrow, use_kernel
+from cjepa_fast.kernels.common.maybe_triton import tl, triton
+from cjepa_fast.kernels.common.sums import share_of, sum_parts
 
 WIDEST = 2048  # values of a row that a program holds
 Sums = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

@@ -37,7 +37,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from cjepa_fast.kernels.launch import use_kernel
+from cjepa_fast.kernels.common.launch import use_kernel
 from cjepa_fast.kernels.ranks import (
     all_reduced,
     centred,

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from cjepa_fast.kernels.launch import (
+from cjepa_fast.kernels.common.launch import (
     INTERPRET,
     KERNEL_DTYPES,
     TRITON_NAMES,
@@ -17,7 +17,7 @@ from cjepa_fast.kernels.launch import (
     chosen,
     narrow,
 )
-from cjepa_fast.kernels.maybe_triton import tl, triton
+from cjepa_fast.kernels.common.maybe_triton import tl, triton
 
 Terms = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 

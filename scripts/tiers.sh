@@ -19,7 +19,9 @@ declare -A MKL=([SSE41]=SSE4_2 [AVX2]=AVX2 [AVX512_CORE]=AVX512 [AVX512_CORE_BF1
                 [AVX512_CORE_AMX]=AVX512)
 declare -A ATEN=([SSE41]=default [AVX2]=avx2 [AVX512_CORE]=avx512 [AVX512_CORE_BF16]=avx512
                  [AVX512_CORE_AMX]=avx512)
-TESTS=(linear vit fused fp8 predictor checkpointing train run engine older_runs hardware)
+TESTS=(tests/model/test_{linear,vit,fused,fp8,predictor,checkpointing}.py
+       tests/training/test_{train,run,engine}.py tests/checkpoint/test_older_runs.py
+       tests/runtime/test_hardware.py)
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 # A handful of the shapes in a folder, so that an epoch is eight steps.
@@ -75,7 +77,7 @@ dry() {
 
 tests() {
   "$PYTHON" -m pytest -q -n auto --dist loadfile -m "not faults and not multiprocess and not gpu" \
-    "${TESTS[@]/#/tests/test_}"
+    "${TESTS[@]}"
 }
 
 # images/s and the two ratios of a tier's bench.
@@ -104,7 +106,6 @@ possible() {
 
 parts=(demo resume knn bench dry tests)
 [ "${1:-}" = --no-tests ] && parts=(demo resume knn bench dry) && shift
-TESTS=("${TESTS[@]/%/.py}")
 mapfile -t here < <(possible)
 [ "${#here[@]}" -gt 0 ] || exit 1
 wanted=("${@:-${here[@]}}")

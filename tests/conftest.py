@@ -16,7 +16,7 @@ from crashes import (  # noqa: F401 (pytest finds its hooks here)
     pytest_testnodedown,
 )
 
-from cjepa_fast import caches
+from cjepa_fast.runtime import caches
 
 caches.root()  # without a home folder: elsewhere, also for the processes that tests start
 HAS_CUDA = torch.cuda.is_available()
@@ -70,7 +70,7 @@ def kernel_device(request) -> str:
 
     What torch.empty returns is filled with NaN meanwhile, so that a value never written shows.
     """
-    from cjepa_fast.kernels import launch
+    from cjepa_fast.kernels.common import launch
 
     if request.param == "cpu" and not launch.INTERPRETING:
         pytest.skip("Triton compiles here: the same test runs on the GPU")

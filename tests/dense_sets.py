@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from cjepa_fast.data.labelmaps import write_label_map
-from cjepa_fast.vit import Encoder
+from cjepa_fast.data.sets.labelmaps import write_label_map
+from cjepa_fast.model.vit import Encoder
 
 
 def write_encoder(folder: Path) -> Path:

@@ -110,8 +110,8 @@ def free_port(low: int = 20000, high: int = 30000) -> int:
 
 def save(folder: Path, engine, step: int, encoder_json: str = "{}") -> Path:
     """An engine's checkpoint in a run's folder, written at once; every process calls it."""
-    from cjepa_fast.processes import from_all
-    from cjepa_fast.saver import Saver
+    from cjepa_fast.checkpoint.writer import Saver
+    from cjepa_fast.runtime.distributed import from_all
 
     saver = Saver(folder / "checkpoints", engine, encoder_json, keep=9)
     saver.begin(step, {})
@@ -133,7 +133,7 @@ def write_run(folder: Path, encoder, images: str = "", **sections) -> Path:
     images: their fingerprint. Its last step is 7, of 2 epochs of 16 images a step.
     """
     from cjepa_fast import config as configuration
-    from cjepa_fast.encoders import FINAL, save_encoder
+    from cjepa_fast.checkpoint.encoders import FINAL, save_encoder
 
     config = configuration.load(str(write_config(folder, **sections)))
     encoder.mean, encoder.std = config.data.mean, config.data.std
@@ -156,7 +156,7 @@ def write_run(folder: Path, encoder, images: str = "", **sections) -> Path:
 
 def uneven_encoder(**sizes):
     """An encoder no two of whose parameters are alike, biases and norms too."""
-    from cjepa_fast.vit import Encoder
+    from cjepa_fast.model.vit import Encoder
 
     encoder = Encoder(
         **{"image_size": 24, "patch_size": 4, "width": 24, "depth": 2, "heads": 3, **sizes}

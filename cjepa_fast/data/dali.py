@@ -14,9 +14,9 @@ import warnings
 import numpy as np
 import torch
 
-from cjepa_fast import out_of_memory
 from cjepa_fast.data import formats
 from cjepa_fast.data.decode import DEPTH, DecodeFailed, Feed, Look
+from cjepa_fast.runtime import oom
 
 # DALI raises RuntimeError for a sample, IndexError once the pipeline is no longer valid.
 FAILURES = (RuntimeError, IndexError)
@@ -34,7 +34,7 @@ def problem(device: torch.device) -> str | None:
         _feed(pipe, look, Feed([BLACK_PPM], np.array([[0, 0, 16, 16]], np.int32)))
         pipe.run()
     except (ImportError, OSError, *FAILURES) as error:
-        if out_of_memory.is_meant(error):
+        if oom.is_meant(error):
             raise
         return str(error).strip().split("\n")[0] or type(error).__name__
     return None

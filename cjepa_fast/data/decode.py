@@ -2,7 +2,7 @@
 
 DALI (dali.py) decodes where it works; elsewhere Pillow (pillow_decode.py) shows the same windows of
 the same images, in the same order. On the CPU their pixels differ by one level of 255 at most
-(tests/test_data_pillow_decode.py).
+(tests/data/test_data_pillow_decode.py).
 """
 
 import functools

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cjepa_fast import caches
 from cjepa_fast.data import formats
+from cjepa_fast.runtime import caches
 
 VERSION = 2  # of the cached file; raise it when the check or the layout changes
 CHUNK = 256  # images a task

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from cjepa_fast.data import formats, index
-from cjepa_fast.progress import shown_bar
+from cjepa_fast.telemetry.progress import shown_bar
 
 # ------------------------------------------------------------------------------------- folders
 

@@ -17,12 +17,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from cjepa_fast import draws
-from cjepa_fast.data import crops
+from cjepa_fast.data import crops, rng
 from cjepa_fast.data.batches import ImagesGone, Skipped, Work, decode, read_one, usable
 from cjepa_fast.data.decode import Decoder, Feed, Look, chosen, open_decoder
+from cjepa_fast.data.masks import Masks
 from cjepa_fast.data.sources import ImageSet
-from cjepa_fast.masks import Masks
 
 STAND_IN_TRIES = 64
 POLL_S = 0.1  # how soon the thread notices that nobody wants its batches any more
@@ -138,18 +137,18 @@ class Loader:
 
     def _show(self, place: _Place, index_B: np.ndarray) -> Feed:
         def uniforms(stream: int, count: int) -> np.ndarray:
-            return draws.uniforms(self._seed, stream, place.epoch, place.places_B, count).numpy()
+            return rng.uniforms(self._seed, stream, place.epoch, place.places_B, count).numpy()
 
         sizes_B2 = self.images.sizes_N2[index_B]
-        crop_BC = uniforms(draws.CROP, crops.CROP_UNIFORMS)
+        crop_BC = uniforms(rng.CROP, crops.CROP_UNIFORMS)
         return Feed(
             [],
             crops.random_resized(sizes_B2, crop_BC, self._scale, self._ratio),
-            crops.flips(uniforms(draws.FLIP, 1)) if self._look.flip else None,
-            crops.colour_factors(uniforms(draws.COLOUR, 3), self._colour)
+            crops.flips(uniforms(rng.FLIP, 1)) if self._look.flip else None,
+            crops.colour_factors(uniforms(rng.COLOUR, 3), self._colour)
             if self._look.colour
             else None,
-            uniforms(draws.AUGMENT, 2 * self._look.rand_augment[0])
+            uniforms(rng.AUGMENT, 2 * self._look.rand_augment[0])
             if self._look.rand_augment
             else None,
         )
@@ -161,7 +160,7 @@ class Loader:
         any restart choose the same. Raises ImagesGone if none is good.
         """
         place: _Place = work.tag
-        draw_1T = draws.uniforms(self._seed, draws.SUBSTITUTE, place.epoch,
+        draw_1T = rng.uniforms(self._seed, rng.SUBSTITUTE, place.epoch,
                                  place.places_B[b : b + 1], STAND_IN_TRIES)  # fmt: skip
         order_N = self.order(place.epoch)
         tail = order_N[self.steps_per_epoch * self._global_batch :]
@@ -203,7 +202,7 @@ class Loader:
 
 def _order(seed: int, n: int, epoch: int) -> torch.Tensor:
     """int64 (n,): the image at each place of an epoch; what is past its last step is dropped."""
-    return draws.permutation(seed, epoch, n)
+    return rng.permutation(seed, epoch, n)
 
 
 def _check_sizes(n: int, global_batch: int, micro_batch: int, world_size: int, rank: int) -> None:

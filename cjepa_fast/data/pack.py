@@ -22,10 +22,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from cjepa_fast import draws
-from cjepa_fast.data import formats, listing
+from cjepa_fast.data import formats, listing, rng
 from cjepa_fast.data.sources import ImageSet, open_images
-from cjepa_fast.progress import shown_bar
+from cjepa_fast.telemetry.progress import shown_bar
 
 MANIFEST = "manifest.json"
 IMAGES_A_TASK = 16
@@ -60,7 +59,7 @@ def pack(
     _claim(out / MANIFEST, settings)
     if images.labels is not None and images.classes:
         _write_text(out / "classes.txt", "".join(f"{name}\n" for name in images.classes))
-    order = draws.permutation(0, 0, len(images)).tolist()
+    order = rng.permutation(0, 0, len(images)).tolist()
     left_out = list(images.skipped)
     with (
         ThreadPoolExecutor(workers or os.cpu_count()) as pool,

@@ -185,7 +185,7 @@ def _log_skipped(images: ImageSet, log) -> None:
 def _embedded(path: str) -> str:
     if path != "shapes" and not path.startswith("shapes:"):
         return path
-    from cjepa_fast.data import shapes
+    from cjepa_fast.data.sets import shapes
 
     split = path.partition(":")[2] or "train"
     if split not in ("train", "val"):

@@ -1,0 +1,1 @@
+"""What an encoder is worth: probes, fine-tuning, dense tasks, figures; `cjepa-eval`."""

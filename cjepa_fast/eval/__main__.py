@@ -8,27 +8,33 @@ import argparse
 import importlib
 import sys
 
-from cjepa_fast import config, processes
+from cjepa_fast import config
 from cjepa_fast.data.batches import ImagesGone
-from cjepa_fast.eval import command
-from cjepa_fast.runtime import hardware
+from cjepa_fast.eval import cli
+from cjepa_fast.runtime import distributed, hardware
 
-TASKS = {  # module below cjepa_fast.eval, imported when it is asked for
-    "knn": "k nearest neighbours on frozen features",
-    "linear": "linear probes on frozen features, the best of a sweep",
-    "semi": "fine-tuning or probing with few labels",
-    "finetune": "fine-tuning of the whole encoder",
-    "clevr": "linear probes that count objects and tell the nearest one's distance",
-    "segment": "semantic segmentation: a linear head, or UPerNet",
-    "video": "objects followed through DAVIS's videos by frozen patch features",
-    "detect": "boxes and masks in COCO's format, by fine-tuning in a Mask R-CNN",
-    "collapse": "signs of collapse: RankMe, LiDAR, spectra; no labels",
-    "compare": "several checkpoints in one table",
-    "attention": "picture: where target and context encoders look, side by side",
-    "pca": "picture: patch features as colours, side by side",
-    "retrieve": "picture: nearest neighbours on frozen features",
-    "curves": "picture: the log of one or several runs",
-    "masks": "picture: a run's masks on its images",
+TASKS = {  # by name: the module below cjepa_fast.eval, imported when it is asked for; help
+    "knn": ("probes.knn", "k nearest neighbours on frozen features"),
+    "linear": ("probes.linear", "linear probes on frozen features, the best of a sweep"),
+    "semi": ("probes.semi", "fine-tuning or probing with few labels"),
+    "finetune": ("finetuning.classify", "fine-tuning of the whole encoder"),
+    "clevr": (
+        "probes.clevr",
+        "linear probes that count objects and tell the nearest one's distance",
+    ),
+    "segment": ("dense.segment", "semantic segmentation: a linear head, or UPerNet"),
+    "video": ("dense.video", "objects followed through DAVIS's videos by frozen patch features"),
+    "detect": ("dense.detect", "boxes and masks in COCO's format, by fine-tuning in a Mask R-CNN"),
+    "collapse": ("probes.collapse", "signs of collapse: RankMe, LiDAR, spectra; no labels"),
+    "compare": ("compare", "several checkpoints in one table"),
+    "attention": (
+        "figures.attention",
+        "picture: where target and context encoders look, side by side",
+    ),
+    "pca": ("figures.pca", "picture: patch features as colours, side by side"),
+    "retrieve": ("figures.retrieve", "picture: nearest neighbours on frozen features"),
+    "curves": ("figures.curves", "picture: the log of one or several runs"),
+    "masks": ("figures.masks", "picture: a run's masks on its images"),
 }
 PATHS = ("data", "test", "images")
 OF_THE_RUN = ("seed", "crop", "k", "temperature")  # where the command says nothing
@@ -44,15 +50,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher's
     commands = parser.add_subparsers(dest="task", required=True, metavar="TASK")
     chosen = next((word for word in argv if word in TASKS), None)
-    for name, text in TASKS.items():
+    for name, (module, text) in TASKS.items():
         sub = commands.add_parser(name, help=text, description=text)
         if name == chosen:
-            task = importlib.import_module(f"cjepa_fast.eval.{name}")
+            task = importlib.import_module(f"cjepa_fast.eval.{module}")
             task.add_options(sub)
     args = parser.parse_args(argv)
     try:
         _complete(args)
-        device = processes.start(getattr(args, "seed", 0))
+        device = distributed.start(getattr(args, "seed", 0))
         if getattr(args, "bf16", False):
             hardware.warn_of_slow_bf16(device, "--bf16")
         task.run(args)
@@ -60,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     finally:
-        processes.part()
+        distributed.part()
     return 0
 
 
@@ -68,7 +74,7 @@ def _complete(args: argparse.Namespace) -> None:
     """Put in what the command line leaves to the run or to the environment."""
     first, *_ = getattr(args, "checkpoints", None) or [None]
     checkpoint = getattr(args, "checkpoint", first)
-    run = command.run_of(checkpoint) if checkpoint else None
+    run = cli.run_of(checkpoint) if checkpoint else None
     made_with = config.read(run) if run else config.Config()
     if getattr(args, "config", None):
         made_with = config.load(args.config)
@@ -82,4 +88,4 @@ def _complete(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    processes.leave(main())
+    distributed.leave(main())

@@ -12,12 +12,12 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from cjepa_fast.checkpoint import write_text
-from cjepa_fast.encoders import load_encoder
-from cjepa_fast.eval import command
-from cjepa_fast.eval.curves import short_names
+from cjepa_fast.checkpoint.encoders import load_encoder
+from cjepa_fast.eval import cli
 from cjepa_fast.eval.features import digest
-from cjepa_fast.eval.pictures import FIGURE, save
+from cjepa_fast.eval.figures.curves import short_names
+from cjepa_fast.eval.figures.pictures import FIGURE, save
+from cjepa_fast.runtime.files import write_text
 
 COMPUTED = ("knn", "linear", "collapse")  # with --data
 LOWER = {"alignment", "uniformity", "dead", "by_position", "j_decay", "f_decay"}  # is better
@@ -31,9 +31,9 @@ Found = dict[Measure, float]  # of one checkpoint
 def found_in(checkpoint: str | Path, which: str, more: Iterable[dict] = ()) -> list[dict]:
     """The records of a checkpoint's encoder, as its weights are now: of its run's folder, and
     `more`."""
-    run = command.run_of(checkpoint)
+    run = cli.run_of(checkpoint)
     weights = digest(load_encoder(checkpoint, which))
-    own = command.records(run) if run else []
+    own = cli.records(run) if run else []
     return [r for r in own if r.get("weights") == weights] + list(more)
 
 
@@ -102,7 +102,7 @@ def draw(names: list[str], values: list[Found], headings: dict[Measure, str], ou
             bars = [found.get(measure) for found in values]
             colours = ["#e6550d" if bar is not None and bar == top else "#9ecae1" for bar in bars]
             drawn = axes.barh(names, [bar or 0.0 for bar in bars], color=colours)
-            axes.bar_label(drawn, [command.cell(bar) for bar in bars], padding=2)
+            axes.bar_label(drawn, [cli.cell(bar) for bar in bars], padding=2)
             axes.margins(x=0.18)
             axes.invert_yaxis()
             axes.set_title(heading)
@@ -176,12 +176,12 @@ def _print(names: list[str], values: list[Found], headings: dict[Measure, str]) 
     tops = {measure: best(measure, values) for measure in headings}
     rows = []
     for name, found in zip(names, values, strict=True):
-        row: command.Row = {"checkpoint": name}
+        row: cli.Row = {"checkpoint": name}
         for measure in headings:
             value = found.get(measure)
             mark = BEST if value is not None and value == tops[measure] else ""
-            row[headings[measure]] = command.cell(value) + mark
+            row[headings[measure]] = cli.cell(value) + mark
         rows.append(row)
-    command.print_table(rows, {h: h for h in headings.values()}, label="checkpoint")
+    cli.print_table(rows, {h: h for h in headings.values()}, label="checkpoint")
     if any(top is not None for top in tops.values()):
         print(f"{BEST} best of its column")

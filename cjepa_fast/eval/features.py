@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cjepa_fast.checkpoint import read_tensors, write_tensors
 from cjepa_fast.data.evaluation import eval_batches
 from cjepa_fast.data.sources import ImageSet
-from cjepa_fast.processes import (
+from cjepa_fast.model.vit import Encoder
+from cjepa_fast.runtime.distributed import (
     from_all,
     from_first_process,
     rank,
@@ -28,8 +28,8 @@ from cjepa_fast.processes import (
     to_all,
     world_size,
 )
-from cjepa_fast.progress import shown_bar
-from cjepa_fast.vit import Encoder
+from cjepa_fast.runtime.files import read_tensors, write_tensors
+from cjepa_fast.telemetry.progress import shown_bar
 
 TOLD_BYTES = 2**30  # of a file of features, before it is told of
 WAY = 1  # counted up where the same image would be read in another way: older features are stale

@@ -15,13 +15,14 @@ import numpy as np
 import torch
 
 from cjepa_fast.data.evaluation import eval_batches
+from cjepa_fast.data.masks import Masks
 from cjepa_fast.data.sources import ImageSet
-from cjepa_fast.eval import knn, snapshots
-from cjepa_fast.eval.command import Side
+from cjepa_fast.eval.cli import Side
 from cjepa_fast.eval.features import Subset
-from cjepa_fast.masks import Masks
-from cjepa_fast.processes import from_all, rank, world_size
-from cjepa_fast.vit import Encoder
+from cjepa_fast.eval.figures import snapshots
+from cjepa_fast.eval.probes import knn
+from cjepa_fast.model.vit import Encoder
+from cjepa_fast.runtime.distributed import from_all, rank, world_size
 
 
 class Online:

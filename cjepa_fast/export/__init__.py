@@ -1,0 +1,1 @@
+"""Encoders written for others: safetensors, Hugging Face, timm, ONNX, with a model card."""

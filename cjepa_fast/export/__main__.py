@@ -20,12 +20,12 @@ from pathlib import Path
 
 import torch
 
-from cjepa_fast import caches
-from cjepa_fast.encoders import load_encoder
+from cjepa_fast.checkpoint.encoders import load_encoder
 from cjepa_fast.export.card import card
 from cjepa_fast.export.formats import FORMATS, Format, Source, is_installed
 from cjepa_fast.export.origin import origin_of
-from cjepa_fast.progress import shown_clock
+from cjepa_fast.runtime import caches
+from cjepa_fast.telemetry.progress import shown_clock
 
 CARD = "model_card.md"
 CROP = 0.875  # of the evaluation's images, where no run says it

@@ -9,12 +9,12 @@ from pathlib import PurePath
 
 import torch
 
-import cjepa_fast
 from cjepa_fast.eval.features import digest
 from cjepa_fast.export.formats import Source
 from cjepa_fast.export.origin import Origin
-from cjepa_fast.provenance import own_commit
-from cjepa_fast.vit import count_parameters
+from cjepa_fast.model.vit import count_parameters
+from cjepa_fast.runtime.provenance import own_commit
+from cjepa_fast.runtime.version import VERSION
 
 UNKNOWN = "Unknown: it was exported from an encoder's files, without the run that made it."
 LIBRARIES = {
@@ -244,7 +244,7 @@ def _plain(value: object) -> str:
 def _versions(origin: Origin) -> str:
     """Those of the training, and of the export with the code's commit."""
     now = {
-        "cjepa_fast": cjepa_fast.__version__,
+        "cjepa_fast": VERSION,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }

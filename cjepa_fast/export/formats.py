@@ -16,10 +16,10 @@ from typing import NamedTuple
 
 import torch
 
-from cjepa_fast.checkpoint import read_tensors, write_tensors, write_text
-from cjepa_fast.encoders import FINAL, load_encoder, save_encoder
+from cjepa_fast.checkpoint.encoders import FINAL, load_encoder, save_encoder
 from cjepa_fast.interop import huggingface
-from cjepa_fast.vit import Encoder
+from cjepa_fast.model.vit import Encoder
+from cjepa_fast.runtime.files import read_tensors, write_tensors, write_text
 
 Tokens = Callable[[torch.Tensor], torch.Tensor]
 

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cjepa_fast.checkpoint import latest, state_of
-from cjepa_fast.encoders import FINAL, is_run
-from cjepa_fast.eval.command import records
+from cjepa_fast.checkpoint.encoders import FINAL, is_run
+from cjepa_fast.eval.cli import records
 from cjepa_fast.telemetry import read_log
 
 

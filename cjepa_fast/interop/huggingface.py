@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from cjepa_fast.checkpoint import read_tensors, write_tensors, write_text
 from cjepa_fast.interop.weights import MEAN, STD, depth_of, fill, mismatches
-from cjepa_fast.vit import Encoder
+from cjepa_fast.model.vit import Encoder
+from cjepa_fast.runtime.files import read_tensors, write_tensors, write_text
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from cjepa_fast.interop.weights import MEAN, STD, depth_of, fill, listed, mismatches
-from cjepa_fast.predictor import Predictor
-from cjepa_fast.vit import MODELS, Encoder
+from cjepa_fast.model.predictor import Predictor
+from cjepa_fast.model.vit import MODELS, Encoder
 
 PARTS = ("encoder", "predictor", "target_encoder")
 

@@ -1,1 +1,1 @@
-"""The machine a training runs on: what its hardware can do."""
+"""The machine and its processes: what the hardware can do, ranks, locks, signals, reports."""

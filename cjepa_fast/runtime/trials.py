@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from cjepa_fast import caches
+from cjepa_fast.runtime import caches
 
 
 def remembered(facts: dict, decide: Callable[[], dict], otherwise: dict) -> dict:

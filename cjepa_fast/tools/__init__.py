@@ -1,1 +1,1 @@
-"""Commands that look over all layers."""
+"""Commands that look over several layers: doctor, plan, report, ablate."""

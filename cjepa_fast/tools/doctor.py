@@ -22,11 +22,13 @@ from typing import NamedTuple
 
 import torch
 
-from cjepa_fast import __version__, attention, build, cpu_memory, linear
 from cjepa_fast import config as configuration
 from cjepa_fast.config import Config, ConfigError
-from cjepa_fast.provenance import own_commit
+from cjepa_fast.model import attention, cpu_linear
 from cjepa_fast.runtime import hardware, memory, rates
+from cjepa_fast.runtime.provenance import own_commit
+from cjepa_fast.runtime.version import VERSION
+from cjepa_fast.training import build, cpu_micro_batch
 
 TRIAL_S = 180  # of a part; torch.compile may take a minute the first time
 GIB = 2**30
@@ -79,7 +81,7 @@ def try_onednn() -> str:
 
 def try_triton() -> str:
     version = _version("triton")
-    from cjepa_fast.kernels import launch
+    from cjepa_fast.kernels.common import launch
 
     device = _gpu()
     if problem := launch.problem_on(device):
@@ -179,10 +181,10 @@ def try_pillow() -> str:
 
 def try_deepspeed() -> str:
     version = _version("deepspeed")
-    from cjepa_fast import processes
+    from cjepa_fast.runtime import distributed
 
-    processes.deepspeed()
-    processes.part()
+    distributed.deepspeed()
+    distributed.part()
     return f"{version}, joined a group of one"
 
 
@@ -287,7 +289,7 @@ def machine_lines() -> Iterator[tuple[str, str]]:
     yield "system", f"{platform.platform()}, Python {platform.python_version()}"
     built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
     yield "torch", f"{torch.__version__} ({built}), {torch.get_num_threads()} threads"
-    yield "cjepa_fast", f"{__version__}, commit {own_commit() or 'unknown'}"
+    yield "cjepa_fast", f"{VERSION}, commit {own_commit() or 'unknown'}"
     yield from gpu_lines()
 
 
@@ -314,18 +316,18 @@ def choice_lines(config: Config, decoders: dict[str, Found]) -> Iterator[tuple[s
     best, given = hardware.best_precision(device), config.run.precision
     as_given = f"{given}: as run.precision has it"
     yield "precision", f"{best.precision}: {best.reason}" if given == "auto" else as_given
-    config = cpu_memory.fitted(build.with_precision(config, device), device, None)
+    config = cpu_micro_batch.fitted(build.with_precision(config, device), device, None)
     yield "attention", attention_choice(config, device)
     fused = config.model.fused and device.type == "cuda" and config.run.precision == "bf16"
     yield "blocks", "our fused kernels" if fused else "PyTorch's operators"
     yield "optimiser", build.optimizer_implementation(config)
     if device.type == "cpu" and config.run.precision == "fp32":
-        uses = [linear.Use(512, 384, 1536, True), linear.Use(512, 384, 1536, False)]
-        ways = linear.fastest(uses)._asdict().items()
+        uses = [cpu_linear.Use(512, 384, 1536, True), cpu_linear.Use(512, 384, 1536, False)]
+        ways = cpu_linear.fastest(uses)._asdict().items()
         yield "linear layers", ", ".join(f"{kind} by {library}" for kind, library in ways)
     dali = decoders["DALI" if device.type == "cpu" else "nvJPEG (DALI)"]
     yield "decoder", "DALI" if dali.state == WORKS else f"Pillow, since DALI: {dali.text}"
-    for line in cpu_memory.told(asked, config):
+    for line in cpu_micro_batch.told(asked, config):
         yield "memory", line
 
 

@@ -21,9 +21,10 @@ from pathlib import Path
 
 import torch
 
-from cjepa_fast import processes, train
+from cjepa_fast import train
 from cjepa_fast.data.sources import ImageSet
-from cjepa_fast.jepa import JEPA
+from cjepa_fast.model.jepa import JEPA
+from cjepa_fast.runtime import distributed
 
 RANK = int(os.environ.get("RANK", "0"))
 
@@ -109,4 +110,4 @@ def main(out: Path, start: str, moment: str, arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    processes.leave(main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4:]))
+    distributed.leave(main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4:]))

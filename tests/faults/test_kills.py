@@ -6,7 +6,7 @@ import harness
 import pytest
 from harness import Driven, Moment, assert_same, drive, some_moments, start
 
-from cjepa_fast import draws
+from cjepa_fast.data import rng
 from cjepa_fast.telemetry import read_log
 
 
@@ -53,7 +53,7 @@ def test_skipped_images_are_counted_over_all_processes(images, whole):
     listed = sorted(path.relative_to(images) for path in images.rglob("*.jpg"))
     broken = [path.name for path in listed].index("tables.jpg")
     places = [
-        draws.permutation(0, epoch, len(listed)).tolist().index(broken)
+        rng.permutation(0, epoch, len(listed)).tolist().index(broken)
         for epoch in range(harness.STEPS // 2)
     ]
     holes = [place for place in places if place < 32]

@@ -1,0 +1,127 @@
+"""The encoders that a run leaves, and the way any encoder is loaded, other projects' too."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from cjepa_fast.checkpoint import Stored, damage, latest
+from cjepa_fast.interop import huggingface, ijepa
+from cjepa_fast.model.vit import Encoder
+from cjepa_fast.runtime.files import read_tensors, sha256, write_tensors, write_text
+
+FINAL = {"target": "encoder", "context": "context_encoder"}  # file names at the end of a run
+
+
+def write_encoder(path: Path, which: str, checkpoint: Path) -> None:
+    """Write one encoder of a checkpoint, as save_encoder does."""
+    save_encoder(load_encoder(checkpoint, which), path)
+
+
+def save_encoder(encoder: Encoder, path: Path) -> None:
+    """Write an encoder as PATH (.safetensors), with a .json beside it that describes it."""
+    partial = path.with_suffix(".partial")
+    write_tensors({k: v.contiguous() for k, v in encoder.state_dict().items()}, partial)
+    normalisation = {"mean": encoder.mean, "std": encoder.std}
+    described = {**encoder.architecture, **normalisation, "sha256": sha256(partial)}
+    write_text(path.with_suffix(".json"), json.dumps(described, indent=2))
+    partial.rename(path)
+
+
+def load_encoder(path: str | os.PathLike, which: str = "target") -> Encoder:
+    """A pretrained encoder, fp32, on the CPU, in evaluation mode.
+
+    path: a run's folder, a checkpoint's folder, a .safetensors file with its .json beside it, a
+    Hugging Face I-JEPA folder, or one of I-JEPA's own files (.pth.tar).
+    which: "target" (the averaged one, used for evaluation) or "context"; a .safetensors file holds
+    one encoder, the target's unless its name says otherwise, a Hugging Face folder one, taken for
+    the target's. The module also carries `mean` and `std`, the normalisation its images had.
+    Raises FileNotFoundError or ValueError.
+    """
+    if which not in FINAL:
+        raise ValueError(f'which={which!r}: must be "target" or "context"')
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        if which == "context" and path.stem != FINAL["context"]:
+            raise ValueError(f"{path} holds a target encoder: give the run's folder instead")
+        return _build_encoder(_description(path), read_tensors(path), path)
+    if path.is_file():
+        return ijepa.read_encoder(path, which)
+    if huggingface.is_folder(path):
+        if which == "context":
+            raise ValueError(f"{path} holds one encoder, taken for a target: give a run's folder")
+        return huggingface.read_encoder(path)
+    final = path / f"{FINAL[which]}.safetensors"
+    if final.is_file():
+        return load_encoder(final, which)
+    checkpoint = path if (path / "state.json").is_file() else latest(path)
+    if checkpoint is None:
+        raise FileNotFoundError(f"{path}: neither a checkpoint nor {final.name} is there")
+    if damaged := damage(checkpoint):
+        raise ValueError("\n".join([*damaged, "give another checkpoint of the run instead"]))
+    return _build_encoder(checkpoint / "encoder.json", Stored(checkpoint).encoder_weights(which))
+
+
+def load_encoders(path: str | os.PathLike) -> dict[str, Encoder]:
+    """All that load_encoder finds at `path`, by "target" and "context": both, or the one there."""
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        which = "context" if path.stem == FINAL["context"] else "target"
+        return {which: load_encoder(path, which)}
+    if huggingface.is_folder(path):
+        return {"target": load_encoder(path)}
+    there = [which for which, name in FINAL.items() if (path / f"{name}.safetensors").is_file()]
+    export = there and latest(path) is None
+    return {which: load_encoder(path, which) for which in (there if export else FINAL)}
+
+
+def _description(weights: Path) -> Path:
+    """The .json beside a .safetensors file."""
+    path = weights.with_suffix(".json")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing, which says what {weights.name} holds; of a Hugging Face model "
+            "give the folder"
+        )
+    return path
+
+
+def _build_encoder(
+    description: Path, weights: dict[str, torch.Tensor], file: Path | None = None
+) -> Encoder:
+    """file: where the weights are from, if the description may have its checksum."""
+    try:
+        described = json.loads(description.read_text())
+        checksum = described.pop("sha256", None)
+        normalisation = {name: tuple(described.pop(name)) for name in ("mean", "std")}
+        encoder = Encoder(**described).eval()
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{description} does not describe an encoder: {error!r}") from error
+    if file and checksum not in (None, sha256(file)):
+        raise ValueError(f"{file} is damaged: it has not the checksum that {description.name} has")
+    own = {name: p for name, p in encoder.named_parameters() if p.requires_grad or name in weights}
+    if own.keys() != weights.keys():
+        raise ValueError(f"{description.parent}: weights differ: {sorted(own.keys() ^ weights)}")
+    with torch.no_grad():
+        for name, p in own.items():
+            p.copy_(weights[name].view(p.shape))
+    encoder.mean, encoder.std = normalisation["mean"], normalisation["std"]
+    return encoder
+
+
+def is_run(folder: Path) -> bool:
+    """Whether it is a run's: its config.json has a run's sections, which a model's has not."""
+    try:
+        return json.loads((folder / "config.json").read_text()).keys() >= {"run", "data", "model"}
+    except (FileNotFoundError, NotADirectoryError, ValueError, AttributeError):
+        return False
+
+
+def set_aside(run: Path) -> None:
+    """A run that goes on has no final encoders yet: those there become previous_*."""
+    for which in FINAL.values():
+        for suffix in (".safetensors", ".json"):
+            path = run / f"{which}{suffix}"
+            if path.exists():
+                path.replace(path.with_name(f"previous_{path.name}"))

@@ -1,0 +1,224 @@
+"""Save and resume, exactly, on any number of processes and under any ZeRO stage.
+
+A checkpoint is a folder of safetensors files, one a process, each with the fragments it owns:
+    RUN/checkpoints/step_00001000/
+        shard_00000_of_00002.safetensors   master/NAME@START, exp_avg/..., exp_avg_sq/..., ema/...
+        state.json                         step, epoch, optimiser's step, config, images, versions
+        encoder.json                       the encoder's architecture
+        manifest.json                      each file's size and SHA-256
+The shards also hold the state of torch's generators. All is written under a temporary name, the
+manifest last, synced and renamed (saver.py): what has no manifest is no checkpoint, and what the
+manifest does not bear out is refused by name. No pickle is written or read.
+"""
+
+import itertools
+import json
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from cjepa_fast.checkpoint.owned import Saved
+from cjepa_fast.runtime import hardware
+from cjepa_fast.runtime.distributed import rank, world_size
+from cjepa_fast.runtime.files import opened, sha256, write_text
+from cjepa_fast.runtime.version import VERSION
+
+FORMAT = 2
+MANIFEST = "manifest.json"
+
+
+class Receipt(NamedTuple):
+    """What a file must be: its name in the checkpoint's folder, its size and its SHA-256."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+def receipt(path: Path) -> Receipt:
+    return Receipt(path.name, path.stat().st_size, sha256(path))
+
+
+def write_manifest(folder: Path, shards: list[Receipt]) -> None:
+    """Of the shards, and of the other files there. Without it the folder is no checkpoint."""
+    receipts = shards + [receipt(folder / name) for name in ("encoder.json", "state.json")]
+    files = {name: {"bytes": size, "sha256": digest} for name, size, digest in receipts}
+    write_text(folder / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1))
+
+
+def damage(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
+    """What the manifest does not bear out, a line a file; of every `parts`-th file only."""
+    try:
+        files = sorted(json.loads((checkpoint / MANIFEST).read_text())["files"].items())
+        return [
+            f"{checkpoint / name} {problem}"
+            for name, facts in files[part::parts]
+            if (problem := _damage_of(checkpoint / name, **facts))
+        ]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        return [f"{checkpoint / MANIFEST} cannot be read: {error!r}"]
+
+
+def _damage_of(path: Path, bytes: int, sha256: str) -> str | None:
+    if not path.is_file():
+        return "is missing"
+    if path.stat().st_size != bytes:
+        return f"has {path.stat().st_size} bytes, and was written with {bytes}"
+    return None if receipt(path).sha256 == sha256 else "is damaged: its checksum has changed"
+
+
+def owned_tensors(engine: Saved) -> dict[str, torch.Tensor]:
+    """The fragments this process must write, by key "KIND/NAME@START", as they live in the engine;
+    replicas write none."""
+    tensors = {}
+    if engine.sharded or rank() == 0:
+        for owned in engine.state():
+            at = f"{owned.master.name}@{owned.master.start}"
+            tensors[f"master/{at}"] = owned.master.values
+            tensors |= {f"{moment}/{at}": values for moment, values in owned.moments.items()}
+        tensors |= {f"ema/{f.name}@{f.start}": f.values for f in engine.ema.fragments}
+    return {key: values.detach() for key, values in tensors.items()}
+
+
+def generator_states() -> dict[str, torch.Tensor]:
+    states = {f"generator/cpu@{rank()}": torch.get_rng_state()}
+    if hardware.has_gpu():
+        states[f"generator/cuda@{rank()}"] = torch.cuda.get_rng_state()
+    return states
+
+
+def describe(step: int, engine: Saved) -> dict:
+    """What state.json says beside the run's own facts."""
+    return {
+        "format": FORMAT,
+        "step": step,
+        "optimizer_step": engine.optimizer_step(),
+        "world_size": world_size(),
+        "versions": {
+            "cjepa_fast": VERSION,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def state_of(path: Path) -> dict:
+    """A checkpoint's state.json."""
+    try:
+        return json.loads((path / "state.json").read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is not a checkpoint: it has no state.json") from None
+
+
+class Stored:
+    """A checkpoint on disk: its state and its fragments, read by range."""
+
+    def __init__(self, path: Path):
+        self.path, self.state = path, state_of(path)
+        self.runs: dict[tuple[str, str], list[tuple[int, Path, str]]] = {}
+        for shard in sorted(path.glob("shard_*.safetensors")):
+            with opened(shard) as file:
+                for key in file.keys():  # noqa: SIM118 (not a dict)
+                    kind, _, rest = key.partition("/")
+                    name, _, start = rest.rpartition("@")
+                    self.runs.setdefault((kind, name), []).append((int(start), shard, key))
+
+    def _stored_runs(self, kind: str, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+        if (kind, name) not in self.runs:
+            raise ValueError(f"{self.path} holds no {kind} of {name}: was it saved by this model?")
+        for start, shard, key in sorted(self.runs[kind, name]):
+            with opened(shard) as file:
+                yield start, file.get_tensor(key)
+
+    def whole(self, kind: str, name: str) -> torch.Tensor:
+        """A parameter's flattened values, all of them."""
+        return torch.cat([values for _, values in self._stored_runs(kind, name)])
+
+    def read_into(self, kind: str, fragment) -> None:
+        """Fill a fragment from whatever runs of the parameter were stored."""
+        end, filled = fragment.start + len(fragment.values), 0
+        for start, values in self._stored_runs(kind, fragment.name):
+            low, high = max(start, fragment.start), min(start + len(values), end)
+            if low < high:
+                part = values[low - start : high - start]
+                fragment.values[low - fragment.start : high - fragment.start].copy_(part)
+                filled += high - low
+        if filled != len(fragment.values):
+            raise ValueError(
+                f"{self.path}: {fragment.name} has {filled} values at {fragment.start}, the model "
+                f"needs {len(fragment.values)}: was it saved by a model of another size?"
+            )
+
+    def restore_generators(self) -> None:
+        """Where the world is of the same size; every draw of a run is a pure function anyway."""
+        if self.state["world_size"] != world_size():
+            return
+        for device, setter in (("cpu", torch.set_rng_state), ("cuda", torch.cuda.set_rng_state)):
+            for start, shard, key in self.runs.get(("generator", device), []):
+                if start == rank() and (device == "cpu" or hardware.has_gpu()):
+                    with opened(shard) as file:
+                        setter(file.get_tensor(key))
+
+    def encoder_weights(self, which: str) -> dict[str, torch.Tensor]:
+        """Flat fp32 values of the encoder's trained parameters by name."""
+        kind, prefix = {"target": ("ema", ""), "context": ("master", "encoder.")}[which]
+        return {
+            name[len(prefix) :]: self.whole(kind, name)
+            for stored_kind, name in self.runs
+            if stored_kind == kind and name.startswith(prefix)
+        }
+
+
+def candidates(run: Path, resume: str | None) -> list[Path]:
+    """The checkpoints to resume from, the first that is whole: "auto" is the run's, newest first;
+    else a path, to one or to another run. None where nothing is to be resumed, or nothing there.
+
+    Raises FileNotFoundError for a path that holds none.
+    """
+    if resume is None:
+        return []
+    path = Path(resume)
+    found = newest_first(run if resume == "auto" else path)
+    if resume != "auto" and not found:
+        if not (path / "state.json").is_file():
+            raise FileNotFoundError(f"--resume {resume}: no checkpoint there")
+        return [path]
+    return found
+
+
+def newest_first(run: Path) -> list[Path]:
+    """The checkpoints of a run folder, whole or damaged."""
+    return _complete(run / "checkpoints")[::-1]
+
+
+def latest(run: Path) -> Path | None:
+    """The newest checkpoint of a run folder, or None."""
+    return next(iter(newest_first(run)), None)
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Rename a checkpoint so that it no longer counts, without losing it. Returns the new name."""
+    number = itertools.count(1)
+    free = (checkpoint.with_name(f"abandoned_{n}_{checkpoint.name}") for n in number)
+    return checkpoint.rename(next(path for path in free if not path.exists()))
+
+
+def set_aside_later_than(run: Path, step: int) -> list[Path]:
+    """What a run that goes on from an earlier step leaves behind: it is a branch of its own."""
+    complete = _complete(run / "checkpoints")
+    return [set_aside(path) for path in complete if step_of(path) > step]
+
+
+def _complete(folder: Path) -> list[Path]:
+    return sorted(
+        p
+        for p in folder.glob("step_*")
+        if p.name.removeprefix("step_").isdecimal() and (p / MANIFEST).is_file()
+    )
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))

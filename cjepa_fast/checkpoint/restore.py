@@ -1,0 +1,62 @@
+"""A checkpoint put back in place, and what differs from the training that wrote it."""
+
+from pathlib import Path
+
+from cjepa_fast.checkpoint.format import Stored
+from cjepa_fast.checkpoint.owned import Saved
+
+
+def restore(path: Path, engine: Saved) -> dict:
+    """Put a checkpoint's state in place and return its state.json.
+
+    Raises ValueError naming the first parameter that is missing or of another size.
+    """
+    stored = Stored(path)
+    for owned in engine.state():
+        stored.read_into("master", owned.master)
+        for moment, values in owned.moments.items():
+            stored.read_into(moment, owned.master._replace(values=values))
+    for fragment in engine.ema.fragments:
+        stored.read_into("ema", fragment)
+    names = [n for n, p in engine.module.named_parameters() if p.requires_grad]
+    engine.write_weights({name: stored.whole("master", name) for name in names})
+    engine.ema.write_working_copy()
+    engine.set_optimizer_step(stored.state["optimizer_step"])
+    stored.restore_generators()
+    return stored.state
+
+
+# Of these another value changes no number of the training but its rounding.
+HARMLESS = (
+    "linear",
+    "decoder",  # what data.decoder "auto" came to
+    *(f"config.{key}" for key in (
+        *("checkpoint", "deepspeed", "eval", "telemetry", "data.path", "data.threads"),
+        *("data.prefetch", "data.hw_decoder_load", "data.micro_batch_size", "model.attention"),
+        *("model.checkpointing", "model.fused", "optim.implementation", "run.dir", "run.init_from"),
+        *("run.compile", "run.cuda_graph", "run.target_stream", "run.max_bad_steps"),
+        *("run.on_spike", "run.spike_z", "run.timeout_s", "data.decoder"),
+    )),
+)  # fmt: skip
+
+
+def differences(saved: dict, facts: dict) -> tuple[list[str], list[str]]:
+    """ "KEY: X, saved with Y" for each fact that is not as a checkpoint's state.json has it.
+
+    Those that change nothing but rounding, and those that make it another training.
+    """
+    old, new = _flat(saved), _flat(facts)
+    changed = {key: value for key, value in new.items() if value != old.get(key)}
+    lines: tuple[list[str], list[str]] = [], []
+    for key, value in changed.items():
+        told = f"{key.removeprefix('config.')}: {value}, saved with {old.get(key)}"
+        lines[not key.startswith(HARMLESS)].append(told)
+    return lines
+
+
+def _flat(tree: dict, prefix: str = "") -> dict:
+    leaves = {}
+    for key, value in tree.items():
+        inner = isinstance(value, dict) and value
+        leaves |= _flat(value, f"{prefix}{key}.") if inner else {prefix + key: value}
+    return leaves

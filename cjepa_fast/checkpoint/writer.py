@@ -1,0 +1,298 @@
+"""Checkpoints written while the training goes on.
+
+    begin     the step after it starts at once; meanwhile a thread copies the state, which a forward
+              and a backward only read, and writes it; the next update waits for the copy alone
+    settle    after each step: once every process has written, the first one adds the manifest and
+              gives the folder its name, in that thread
+    finish    the same, waited for
+
+What cannot be written (a full disk, a value that is not finite) is said and taken away: the
+training goes on, and the checkpoints there stay.
+"""
+
+import json
+import queue
+import shutil
+import threading
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from cjepa_fast.checkpoint import format as stored
+from cjepa_fast.checkpoint.format import Receipt
+from cjepa_fast.checkpoint.owned import Saved
+from cjepa_fast.runtime import files
+from cjepa_fast.runtime.distributed import from_all, rank, world_size
+
+
+class Snapshot:
+    """A copy on the host of tensors that are about to change, in memory kept for the next one."""
+
+    def __init__(self):
+        self._buffers: dict[str, torch.Tensor] = {}
+        self._copied_on_host = threading.Event()
+        self._copied_from_gpu: torch.cuda.Event | None = None
+        self._waited = True
+
+    def begin(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Copies from a GPU are put on a stream of their own; those on the host wait for copy()."""
+        self._tensors, self._waited = tensors, False
+        self._copied_on_host.clear()
+        for key, values in tensors.items():
+            if key not in self._buffers:
+                self._buffers[key] = torch.empty(
+                    values.shape, dtype=values.dtype, pin_memory=values.is_cuda
+                )
+        on_gpu = [key for key, values in tensors.items() if values.is_cuda]
+        if on_gpu:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for key in on_gpu:
+                    self._buffers[key].copy_(tensors[key], non_blocking=True)
+            self._copied_from_gpu = stream.record_event()
+
+    def copy(self) -> dict[str, torch.Tensor]:
+        """In the thread: the copy, whole. The tensors may change from here on."""
+        try:
+            for key, values in self._tensors.items():
+                if not values.is_cuda:
+                    self._buffers[key].copy_(values)
+        finally:
+            self._copied_on_host.set()
+        if self._copied_from_gpu is not None:
+            self._copied_from_gpu.synchronize()
+        return {key: self._buffers[key] for key in self._tensors}
+
+    def wait(self) -> None:
+        """Before the tensors change; a GPU's own queue waits, not the host."""
+        if self._waited:
+            return
+        self._waited = True
+        self._copied_on_host.wait()
+        if self._copied_from_gpu is not None:
+            torch.cuda.current_stream().wait_event(self._copied_from_gpu)
+
+
+class Worker:
+    """A thread that does jobs, one at a time, and ends with this object.
+
+    One for all saves: the C library gives each new thread memory of its own, and keeps it.
+    """
+
+    def __init__(self, name: str):
+        self._jobs: queue.SimpleQueue = queue.SimpleQueue()
+        self._idle = threading.Event()
+        self._idle.set()
+        serve = threading.Thread(
+            target=_serve, args=(self._jobs, self._idle), name=name, daemon=True
+        )
+        serve.start()
+        weakref.finalize(self, self._jobs.put, None)
+
+    @property
+    def busy(self) -> bool:
+        return not self._idle.is_set()
+
+    def start(self, job: Callable[..., None], *args) -> None:
+        self._idle.clear()
+        self._jobs.put((job, args))
+
+    def wait(self) -> None:
+        self._idle.wait()
+
+
+def _serve(jobs: queue.SimpleQueue, idle: threading.Event) -> None:
+    """The thread's body. It holds no reference to the Worker, so that one can be collected."""
+    while (task := jobs.get()) is not None:
+        job, args = task
+        job(*args)
+        del task, job, args  # or they would stay until the next
+        idle.set()
+
+
+class Saver:
+    """Saves an engine's state below `folder`; every process makes one and calls it alike.
+
+    keep: of the newest checkpoints; besides, each whose step is a multiple of `keep_period` (0:
+    none). say: called on the first process with what the user should know.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        engine: Saved,
+        encoder_json: str,
+        *,
+        keep: int,
+        keep_period: int = 0,
+        say: Callable[[str], None] = print,
+    ):
+        self.folder, self.keep, self.keep_period = folder, keep, keep_period
+        self._engine, self._encoder_json, self._say = engine, encoder_json, say
+        self._snapshot = Snapshot()
+        engine.before_update = self._snapshot.wait
+        self._worker = Worker("checkpoint")
+        self._writing = self._naming = False  # what was begun and is not settled
+        self._failure: str | None = None  # of the naming
+        self._step: int | None = None
+        self._saved: int | None = None  # the last step that came through, on the first process
+        self.best: int | None = None  # a step whose checkpoint is kept, and named RUN/best
+
+    @property
+    def pending(self) -> bool:
+        """Whether a save has been begun that is not settled, on all processes alike."""
+        return self._writing
+
+    @property
+    def busy(self) -> bool:
+        """Whether this process's thread is still writing."""
+        return self._writing and self._worker.busy
+
+    def begin(self, step: int, facts: dict) -> None:
+        """Save the state of optimiser step `step` (updates done so far).
+
+        facts: what else state.json is to hold ("config", "epoch", "images", ...).
+        """
+        self.finish()
+        self._step = step
+        self._state = stored.describe(step, self._engine) | facts
+        self._partial = self.folder / f".step_{step:08d}.partial"
+        self._outcome: Receipt | str = ""
+        self._snapshot.begin(stored.owned_tensors(self._engine))
+        generators = stored.generator_states()
+        self._writing = True
+        self._worker.start(self._write, generators)
+
+    def settle(self) -> None:
+        """Once no process is busy: name what all have written, or say why it failed."""
+        if self._naming and not self._worker.busy:
+            self._named()
+        if not self._writing:
+            return
+        self._worker.wait()
+        self._writing = False
+        outcomes = from_all(self._outcome)
+        if rank() != 0:
+            return
+        failures = [outcome for outcome in outcomes if isinstance(outcome, str)]
+        if failures:
+            self._fail(failures[0])
+            return
+        self._naming = True
+        self._worker.start(self._name, outcomes)
+
+    def finish(self) -> bool:
+        """Wait until what was begun is settled and named. Returns, on the first process, whether
+        the last save came through."""
+        self.settle()
+        if self._naming:
+            self._named()
+        return self._saved == self._step
+
+    def point_at_best(self, step: int | None) -> bool:
+        """From now on this step's checkpoint is the best, and named so. False where it is not in
+        this folder (any more): then none is. The first process's answer counts."""
+        self.best = None
+        if rank() != 0:
+            return False
+        name, there = self.folder.parent / "best", self.folder / f"step_{step or 0:08d}"
+        if step is not None and there.is_dir():
+            self.best = step
+            files.point(name, there)
+        elif name.is_symlink() and not name.exists():
+            name.unlink()
+        return self.best is not None
+
+    def leave(self) -> None:
+        """Of a run that fails: finish what takes no other process."""
+        if world_size() == 1:
+            self.finish()
+        elif self._naming:
+            self._named()
+
+    def _named(self) -> None:
+        self._worker.wait()
+        self._naming = False
+        if self._failure:
+            self._fail(self._failure)
+
+    def _write(self, generators: dict[str, torch.Tensor]) -> None:
+        """In a thread: this process's shard."""
+        try:
+            tensors = self._snapshot.copy()
+            _check_finite(tensors)
+            self._partial.mkdir(parents=True, exist_ok=True)
+            shard = self._partial / f"shard_{rank():05d}_of_{world_size():05d}.safetensors"
+            files.write_tensors(tensors | generators, shard)
+            self._outcome = stored.receipt(shard)
+        except Exception as error:  # whatever it is, it is said, and the training goes on
+            self._outcome = f"process {rank()}: {error}"
+
+    def _name(self, receipts: list[Receipt]) -> None:
+        """In a thread of the first process: the rest of the files, the manifest, the final name."""
+        final = self.folder / f"step_{self._step:08d}"
+        self._failure = None
+        try:
+            self._check_all_are_here(receipts)
+            self._drop_what_another_start_left(receipts)
+            files.write_text(self._partial / "encoder.json", self._encoder_json)
+            files.write_text(self._partial / "state.json", json.dumps(self._state))
+            stored.write_manifest(self._partial, receipts)
+            files.sync_file(self._partial)
+            if final.exists():
+                stored.set_aside(final)
+            self._partial.rename(final)
+            files.sync_file(self.folder)
+            self._saved = self._step
+            if self._step == self.best:
+                files.point(self.folder.parent / "best", final)
+            self._prune()
+        except Exception as error:  # said by the main thread
+            self._failure = str(error)
+
+    def _check_all_are_here(self, receipts: list[Receipt]) -> None:
+        """Raises OSError where the processes do not write into one folder."""
+        for name, size, _ in receipts:
+            path = self._partial / name
+            if not path.is_file() or path.stat().st_size != size:
+                raise OSError(
+                    f"{path}, written by another process, is not to be seen here: run.dir must be "
+                    "a folder that all nodes share"
+                )
+
+    def _drop_what_another_start_left(self, receipts: list[Receipt]) -> None:
+        """One that was killed in a save of this step, perhaps on another number of processes, or of
+        an earlier one."""
+        for path in self._partial.iterdir():
+            if path.name not in {receipt.name for receipt in receipts}:
+                path.unlink()
+        for left in self.folder.glob(".step_*.partial"):
+            if left.name < self._partial.name:
+                shutil.rmtree(left)
+
+    def _prune(self) -> None:
+        for old in stored.newest_first(self.folder.parent)[self.keep :]:
+            step = stored.step_of(old)
+            for_good = self.keep_period and step % self.keep_period == 0
+            if not for_good and step != self.best:
+                # No longer a checkpoint, whatever comes between: the next save clears it away.
+                gone = old.rename(self.folder / f".{old.name}.partial")
+                shutil.rmtree(gone, ignore_errors=True)
+
+    def _fail(self, reason: str) -> None:
+        shutil.rmtree(self._partial, ignore_errors=True)
+        good = stored.latest(self.folder.parent)
+        self._say(
+            f"WARNING: the checkpoint of step {self._step} could not be saved: {reason}. The last "
+            f"good one is {good or 'none'}"
+        )
+
+
+def _check_finite(tensors: dict[str, torch.Tensor]) -> None:
+    """Raises ValueError naming the first tensor with a value that is not finite."""
+    for key, values in tensors.items():
+        if not torch.isfinite(values).all():
+            raise ValueError(f"{key.partition('@')[0]} holds values that are not finite")

@@ -1,0 +1,19 @@
+"""The configuration of a training: its schema, how it is read, and what is checked."""
+
+from cjepa_fast.config.checks import micro_batches
+from cjepa_fast.config.load import (
+    as_begun,
+    completed,
+    configs_folder,
+    expanded,
+    find,
+    load,
+    read,
+    validate,
+)
+from cjepa_fast.config.schema import MODEL_NAMES, Config, ConfigError, Section
+
+__all__ = [
+    "MODEL_NAMES", "Config", "ConfigError", "Section", "as_begun", "completed", "configs_folder",
+    "expanded", "find", "load", "micro_batches", "read", "validate",
+]  # fmt: skip

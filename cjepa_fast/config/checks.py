@@ -1,0 +1,174 @@
+"""What no single key shows to be wrong: checks between keys, before any machine is looked at."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from cjepa_fast.config.schema import Config, ConfigError
+
+OWN_OPTIMISER = "brings an optimiser of its own, whose state could not be saved; leave it out"
+NVME = 'what lies on a disk can be neither averaged nor saved; take "cpu"'
+# Keys of DeepSpeed's JSON that engine.py cannot live with, the values that are harmless, and why.
+# Found by training with each against training without (DeepSpeed 0.19), or in DeepSpeed's source.
+REFUSED_OF_DEEPSPEED: dict[str, tuple[tuple, str]] = {
+    "zero_optimization.mics_shard_size": (
+        (None,),
+        "DeepSpeed has MiCS no longer; take zero_hpz_partition_size, the GPUs of a node",
+    ),
+    "zero_optimization.round_robin_gradients": (
+        (None, False),
+        "several processes then train to other weights; leave it out",
+    ),
+    "zero_optimization.compute_grad_norm": (
+        (None, True),
+        "the gradient's norm is what bad steps are told by; leave it out",
+    ),
+    "zero_optimization.zero_quantized_nontrainable_weights": (
+        (None, False),
+        "the positions are such weights, and would be kept in 8 bits; leave it out",
+    ),
+    "zero_optimization.offload_optimizer.device": ((None, "none", "cpu"), NVME),
+    "zero_optimization.offload_param.device": ((None, "none", "cpu"), NVME),
+    "zero_optimization.offload_optimizer.ratio": (
+        (None, 1),
+        "a part of the update on the GPU wants DeepSpeed's own CPU Adam; leave it out",
+    ),
+    "zero_optimization.offload_optimizer.super_offload": ((None, False), OWN_OPTIMISER),
+    "zero_optimization.zenflow": ((None,), OWN_OPTIMISER),
+    "gradient_clipping": ((None,), "set optim.clip instead"),
+    "bf16.check_grad_overflow": (
+        (None, True),
+        "a step with a NaN would be applied; leave it out",
+    ),
+    "bf16.bf16_master_weights_and_grads": (
+        (None, False),
+        "weights and average would lose their digits; leave it out",
+    ),
+}
+
+
+def impossible(config: Config) -> Iterator[str]:
+    """What no single key shows to be wrong."""
+    data, mask, model, optim = config.data, config.mask, config.model, config.optim
+    if data.image_size % model.patch_size:
+        below = data.image_size - data.image_size % model.patch_size
+        yield (
+            f"data.image_size = {data.image_size}: must be a multiple of model.patch_size = "
+            f"{model.patch_size}, such as {below or model.patch_size}"
+        )
+    patches = (data.image_size // model.patch_size) ** 2
+    if mask.min_keep >= patches > 0:
+        yield (
+            f"mask.min_keep = {mask.min_keep}: the grid has only {patches} patches; "
+            f"at most {patches - 1} can be kept beside a target"
+        )
+    for section, key in (
+        ("data", "crop_scale"),
+        ("data", "crop_ratio"),
+        ("mask", "target_scale"),
+        ("mask", "target_aspect"),
+        ("mask", "context_scale"),
+    ):
+        low, high = getattr(getattr(config, section), key)
+        if low > high:
+            yield f"{section}.{key} = [{low}, {high}]: the first must not exceed the second"
+    if mask.context == "packed" and model.attention == "sdpa_cudnn":
+        yield (
+            'model.attention = "sdpa_cudnn": has no kernel for mask.context = "packed"; take '
+            '"auto", "sdpa_flash" or "flash_attn", or another mask.context'
+        )
+    if optim.warmup_epochs > config.run.epochs:
+        yield (
+            f"optim.warmup_epochs = {optim.warmup_epochs:g}: longer than the run; "
+            f"at most run.epochs = {config.run.epochs}"
+        )
+    if config.run.cuda_graph and mask.context not in ("fixed", "packed"):
+        yield (
+            f'run.cuda_graph = true: mask.context = "{mask.context}" changes the shapes; '
+            'set mask.context to "fixed" or "packed"'
+        )
+    if model.target_precision == "fp8" and config.run.precision == "fp32":
+        yield (
+            'model.target_precision = "fp8": not with run.precision = "fp32"; set that to "bf16"'
+        )
+    if config.run.target_stream and config.run.compile == "whole":
+        yield (
+            'run.target_stream = true: not with run.compile = "whole", which leaves no place '
+            'between predictor and loss to wait at; take "blocks" or "none"'
+        )
+    if config.predictor.mode == "one_pass" and mask.context == "packed":
+        yield (
+            'predictor.mode = "one_pass": not with mask.context = "packed", which cuts '
+            'its sequences another way; take "fixed" or "random"'
+        )
+    yield from _impossible_sizes(config)
+    yield from _impossible_deepspeed(config)
+
+
+def _impossible_sizes(config: Config) -> Iterator[str]:
+    given = {"model": ("width", "depth", "heads", "mlp_ratio"), "predictor": ("heads", "mlp_ratio")}
+    for section, keys in given.items() if config.run.init_from else ():
+        part = getattr(config, section)
+        for key in keys:
+            if getattr(part, key) != type(part).model_fields[key].default:
+                yield (
+                    f"{section}.{key} = {getattr(part, key)}: leave it out, since run.init_from "
+                    "names an I-JEPA checkpoint, which has its own"
+                )
+    for section in ("model", "predictor"):
+        part = getattr(config, section)
+        for key, value in (("width", part.width), ("heads", part.heads)):
+            if key == "width" and value is not None and value % 4:
+                yield f"{section}.width = {value}: must be a multiple of 4 (2-D positions)"
+        if part.width and part.heads and part.width % part.heads:
+            yield (
+                f"{section}.width = {part.width}: must be a multiple of {section}.heads = "
+                f"{part.heads}"
+            )
+
+
+def _impossible_deepspeed(config: Config) -> Iterator[str]:
+    """Keys that another section decides may stand in a user's DeepSpeed JSON only as "auto"."""
+    decided = {
+        "train_batch_size": "data.batch_size",
+        "train_micro_batch_size_per_gpu": "data.micro_batch_size",
+        "gradient_accumulation_steps": "data.batch_size and data.micro_batch_size",
+        "optimizer": "optim",
+        "scheduler": "optim",
+    }
+    for key, owner in decided.items():
+        value = config.deepspeed.get(key, "auto")
+        if value != "auto":
+            yield f'deepspeed.{key} = {json.dumps(value)}: set {owner} instead, or leave it "auto"'
+    for key in ("bf16", "fp16", "zero_optimization"):
+        value = config.deepspeed.get(key, {})
+        if not isinstance(value, dict):
+            yield f"deepspeed.{key} = {json.dumps(value)}: must be an object, as DeepSpeed has it"
+        elif key == "fp16" and value.get("enabled") is True:
+            yield "deepspeed.fp16.enabled = true: set run.precision (bf16 or fp32) instead"
+    for key, (allowed, reason) in REFUSED_OF_DEEPSPEED.items():
+        value = _at(config.deepspeed, key)
+        if value not in allowed:
+            yield f"deepspeed.{key} = {json.dumps(value)}: {reason}"
+
+
+def _at(values: Any, path: str) -> Any:
+    """The value at a dotted path, None where there is none."""
+    for part in path.split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    return values
+
+
+def micro_batches(batch_size: int, world_size: int, limit: int) -> tuple[int, int]:
+    """(images a process takes at a time, how many times a step): the fewest times within `limit`.
+
+    Raises ConfigError where batch_size does not divide evenly.
+    """
+    if batch_size % world_size:
+        raise ConfigError(
+            f"data.batch_size = {batch_size}: must be a multiple of the {world_size} processes, "
+            f"such as {max(1, batch_size // world_size) * world_size}"
+        )
+    share = batch_size // world_size
+    times = next(n for n in range(-(-share // limit), share + 1) if share % n == 0)
+    return share // times, times

@@ -1,0 +1,181 @@
+"""Configurations read from JSON, with "extends" and overrides, and from the folders of runs.
+
+`load("vit_h.json", ["optim.lr=3e-4"])` finds the file, resolves its "extends", applies the
+overrides and checks everything; whatever is wrong raises one ConfigError that names the key, the
+value, what is allowed and, for an unknown key, the nearest valid one.
+"""
+
+import difflib
+import json
+import os
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from cjepa_fast.config.checks import impossible
+from cjepa_fast.config.schema import Config, ConfigError, Section
+
+
+def load(name: str, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a file, with `key.path=value` overrides. Raises ConfigError."""
+    values = _resolved(find(name))
+    for override in overrides:
+        _override(values, override)
+    return validate(values, Path(name).stem)
+
+
+def validate(values: dict, name: str = "run") -> Config:
+    """Check a dict of sections; `name` fills {config} in run.dir. Raises ConfigError."""
+    try:
+        config = Config.model_validate_json(json.dumps(values))
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(e) for e in error.errors())) from None
+    problems = list(impossible(config))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    run = config.run.model_copy(update={"dir": config.run.dir.replace("{config}", name)})
+    return config.model_copy(update={"run": run})
+
+
+def read(run: Path) -> Config:
+    """The configuration a run was made with, from its folder. Raises ConfigError."""
+    return validate(completed(json.loads((run / "config.json").read_text())))
+
+
+def completed(saved: dict, section: type[Section] = Config) -> dict:
+    """A saved configuration with the keys that came later, each at what the code did before."""
+    values = dict(saved)
+    for key, field in section.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, Section):
+            values[key] = completed(values.get(key, {}), inner)
+        elif key not in values:
+            values[key] = _was(field, field.get_default(call_default_factory=True))
+    return values
+
+
+def _was(field: FieldInfo, otherwise: Any) -> Any:
+    extra = field.json_schema_extra
+    return extra.get("was", otherwise) if isinstance(extra, dict) else otherwise
+
+
+def as_begun(config: Config, saved: dict) -> Config:
+    """The configuration of a resumed run; `saved`: the one of its checkpoint, completed.
+
+    A key that the user has not set, and whose default is another than when the run began, keeps
+    the value of then; and what "auto" became stays as it is.
+    """
+    values = _as_begun(config, saved)
+    if config.run.precision == "auto":
+        values["run"]["precision"] = saved["run"]["precision"]
+    return Config.model_validate_json(json.dumps(values))
+
+
+def _as_begun(section: Section, saved: dict) -> dict:
+    values = section.model_dump(mode="json")
+    for key, field in type(section).model_fields.items():
+        inner, before = getattr(section, key), saved.get(key)
+        if isinstance(inner, Section):
+            values[key] = _as_begun(inner, before or {})
+        elif key not in section.model_fields_set and before == _was(field, values[key]):
+            values[key] = before
+    return values
+
+
+def find(name: str) -> Path:
+    """The file itself, or the one of that name (".json" may be left out) in configs/."""
+    shipped = configs_folder()
+    for path in (Path(name), Path(f"{name}.json"), shipped / name, shipped / f"{name}.json"):
+        if path.is_file():
+            return path
+    names = ", ".join(sorted(path.name for path in shipped.glob("*.json")))
+    raise ConfigError(f"--config {name}: no such file here or in configs/, which has {names}")
+
+
+def configs_folder() -> Path:
+    """configs/ of the source tree, or of the installed package."""
+    root = Path(__file__).resolve().parents[2]
+    beside = root / "configs"
+    own = (root / "setup.py").is_file()  # in site-packages a folder beside us is somebody else's
+    return beside if own and beside.is_dir() else Path(str(resources.files("cjepa_fast.configs")))
+
+
+def _resolved(path: Path, seen: tuple[Path, ...] = ()) -> dict:
+    """The file's values laid over those of the file it extends."""
+    if path.resolve() in seen:
+        raise ConfigError(f'{path}: "extends" goes in a circle')
+    try:
+        values = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}: not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: must hold a JSON object of sections")
+    parent = values.pop("extends", None)
+    if parent is None:
+        return values
+    beside = path.parent / str(parent)
+    base = beside if beside.is_file() else find(str(parent))
+    return _merged(_resolved(base, (*seen, path.resolve())), values)
+
+
+def _merged(base: dict, over: dict) -> dict:
+    both = {**base, **over}
+    for key in base.keys() & over.keys():
+        if isinstance(base[key], dict) and isinstance(over[key], dict):
+            both[key] = _merged(base[key], over[key])
+    return both
+
+
+def _override(values: dict, override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {override}: write it as section.key=value")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text  # a bare word is a string
+    *sections, last = key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"--set {override}: {section} is a value, it has no key below it")
+    values[last] = value
+
+
+def _section_at(path: Sequence) -> type[Section] | None:
+    model: Any = Config
+    for part in path:
+        field = model.model_fields.get(part) if hasattr(model, "model_fields") else None
+        model = field.annotation if field else None
+    return model if hasattr(model, "model_fields") else None
+
+
+def _explain(error: dict) -> str:
+    """One line for one of pydantic's errors."""
+    path = [str(part) for part in error["loc"]]
+    key, value = ".".join(path), json.dumps(error["input"])
+    if error["type"] == "extra_forbidden":
+        section = _section_at(path[:-1])
+        valid = sorted(section.model_fields) if section else []
+        near = difflib.get_close_matches(path[-1], valid, n=1, cutoff=0.0)
+        nearest = ".".join([*path[:-1], near[0]]) if near else ""
+        return f"{key} = {value}: no such key; nearest is {nearest}; valid: {', '.join(valid)}"
+    reason = error["msg"][0].lower() + error["msg"][1:]
+    return f"{key} = {value}: {reason}{_nearest_word(error)}"
+
+
+def _nearest_word(error: dict) -> str:
+    if error["type"] != "literal_error" or not isinstance(error["input"], str):
+        return ""
+    words = error["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
+    near = difflib.get_close_matches(error["input"], words, n=1, cutoff=0.4)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def expanded(path: str) -> str:
+    """A path with ~ and environment variables put in."""
+    return os.path.expandvars(os.path.expanduser(path))

@@ -1,0 +1,1 @@
+"""Datasets of a known form: the synthetic shapes, COCO, DAVIS, image and label-map pairs."""

@@ -1,0 +1,325 @@
+"""What the evaluations' command lines share: their arguments, encoders, sets and reports.
+
+A task is a module with `add_options(parser)` and `run(args)`. What it finds it gives to `report`:
+a table on the terminal, and JSON, also in the folder of the run, where model cards, `compare` and
+the report of a run read it.
+"""
+
+import argparse
+import contextlib
+import datetime
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+from cjepa_fast.checkpoint.encoders import is_run, load_encoder
+from cjepa_fast.data import rng
+from cjepa_fast.data.sources import ImageSet, open_images
+from cjepa_fast.eval.features import digest, extract, split_by_name
+from cjepa_fast.model.vit import Encoder
+from cjepa_fast.runtime import caches, distributed, hardware
+from cjepa_fast.runtime.files import write_text
+
+Row = dict[str, object]
+Side = tuple[ImageSet, torch.Tensor]  # a set and the positions used of it
+VERSIONS = (
+    "cjepa_fast", "torch", "nvidia-dali-cuda130", "scikit-learn", "torchvision", "pycocotools",
+)  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------- arguments
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def above_zero(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def share(text: str) -> float:
+    if (value := above_zero(text)) > 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share above 0 and at most 1")
+    return value
+
+
+def from_zero(text: str) -> float:
+    """A rate: 0 or more, and less than 1."""
+    with contextlib.suppress(ValueError):
+        if 0 <= (value := float(text)) < 1:
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to below 1")
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """CHECKPOINT and the encoders made of it, for a table."""
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run, a checkpoint, an encoder")
+    parser.add_argument("--which", choices=("target", "context"), default="target", help="encoder")
+    parser.add_argument("--untrained", action="store_true", help="also a fresh encoder beside it")
+    parser.add_argument("--seed", type=int, help="of fresh weights; default: the run's")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
+
+
+def add_sets(parser: argparse.ArgumentParser) -> None:
+    """Labelled images, and how they are read."""
+    parser.add_argument("--data", required=True, metavar="SET", help="labelled; 'shapes': embedded")
+    parser.add_argument("--test", metavar="SET", help="default: 20 %% of --data, by name")
+    parser.add_argument("--max-train", type=positive, metavar="N", help="use N training images")
+    add_reading(parser)
+
+
+def add_crop(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config", metavar="FILE", help="whose eval and seed to take: not the run's"
+    )
+    parser.add_argument("--crop", type=share, help="centre crop; default: the run's eval.crop")
+
+
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    add_crop(parser)
+    parser.add_argument("--batch-size", type=positive, default=128)
+    parser.add_argument("--threads", type=positive, default=2, help="decoding threads")
+
+
+def add_features(parser: argparse.ArgumentParser) -> None:
+    """How features are made of the images."""
+    parser.add_argument("--bf16", action="store_true", help="the encoder in bf16")
+    parser.add_argument("--no-cache", action="store_true", help="keep no features on disk")
+
+
+def add_picture(parser: argparse.ArgumentParser, count: int = 6, images: str = "") -> None:
+    """images: where they are from if nothing is said."""
+    known = f"default: {images}" if images else "a folder, shards or 'shapes'"
+    parser.add_argument("--images", required=not images, metavar="SET", help=known)
+    parser.add_argument("--count", type=positive, default=count, help="how many images")
+    add_out(parser)
+
+
+def add_out(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE.png")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
+
+
+# --------------------------------------------------------------------------- encoders and images
+
+
+def device() -> torch.device:
+    """Of this process."""
+    return torch.device("cuda" if hardware.has_gpu() else "cpu")
+
+
+def run_of(checkpoint: str | Path) -> Path | None:
+    """The folder of the run that a run's folder, a checkpoint or an encoder's file belongs to."""
+    path = Path(checkpoint)
+    folders = (path, *path.resolve().parents[:2])
+    return next((folder for folder in folders if is_run(folder)), None)
+
+
+def inside(checkpoint: str | Path) -> str | None:
+    """Its path below the run's folder, "." for the run itself; None outside of any run."""
+    run = run_of(checkpoint)
+    return run and os.path.relpath(checkpoint, run)
+
+
+def encoders_of(args: argparse.Namespace) -> dict[str, Encoder]:
+    """By the name of their row: the untrained one first, where it is asked for.
+
+    args.weights becomes the digest of the trained one's, for `report`: CHECKPOINT may move on.
+    """
+    trained = load_encoder(args.checkpoint, args.which)
+    args.weights = digest(trained)
+    fresh = {"untrained": fresh_like(trained, args.seed)} if args.untrained else {}
+    return {**fresh, "trained": trained}
+
+
+def fresh_like(encoder: Encoder, seed: int) -> Encoder:
+    """A newly initialised encoder of the same architecture and normalisation."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        fresh = Encoder(**encoder.architecture).eval()
+    fresh.mean, fresh.std = encoder.mean, encoder.std
+    return fresh
+
+
+def labelled(path: str) -> ImageSet:
+    images = open_images(path)
+    if images.labels is None:
+        raise ValueError(
+            f"{path} has no labels: it needs a folder for each class, or a .cls beside each image"
+        )
+    return images
+
+
+def labelled_sides(
+    data: str, test: str | None, max_train: int | None = None, max_test: int | None = None
+) -> tuple[Side, Side]:
+    """Training and test images, at most so many. Without `test`, 20 % of `data` by a hash of the
+    names; the embedded set has its own held-out split. Raises ValueError where labels are missing.
+    """
+    train_set = labelled(data)
+    if test is None and data == "shapes":
+        test = "shapes:val"
+    if test is None:
+        train_keep, test_keep = split_by_name(train_set)
+        test_set = train_set
+    else:
+        test_set = labelled(test)
+        train_keep, test_keep = torch.arange(len(train_set)), torch.arange(len(test_set))
+        sides = {data: train_set.classes, test: test_set.classes}
+        if train_set.classes != test_set.classes:
+            raise ValueError(f"{data} and {test} do not have the same classes: {_unlike(sides)}")
+    if not len(train_keep) or not len(test_keep):
+        raise ValueError(
+            f"{data}: splitting its {len(train_set)} images leaves {len(train_keep)} for training "
+            f"and {len(test_keep)} for testing; name a test set with --test"
+        )
+    return (train_set, some(train_keep, max_train)), (test_set, some(test_keep, max_test))
+
+
+def _unlike(sides: dict[str, list[str] | None]) -> str:
+    """What the first side has that the second has not, or the other way about."""
+    for one, other in itertools.permutations(sides):
+        if only := sorted(set(sides[one] or ()) - set(sides[other] or ())):
+            return f"{', '.join(map(repr, only[:3]))}{', ...' * (len(only) > 3)} only in {one}"
+    return "one has names of classes, the other numbers"
+
+
+def some(keep: torch.Tensor, most: int | None) -> torch.Tensor:
+    """At most so many positions, drawn evenly, ascending."""
+    if most is None or most >= len(keep):
+        return keep
+    return keep[rng.permutation(0, 0, len(keep))[:most].sort().values]
+
+
+def vectors_of(
+    encoder: Encoder,
+    sides: tuple[Side, Side],
+    args: argparse.Namespace,
+    layers: Sequence[int] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of both sides features (n, layers * D) and labels (n,), one after the other, on the CPU."""
+    found = []
+    for images, keep in sides:
+        vectors, place = extract(
+            encoder, images, keep=keep, crop=args.crop, layers=layers, device=device(),
+            bf16=args.bf16, batch_size=args.batch_size, threads=args.threads, cache=cache_of(args),
+        )  # fmt: skip
+        found += [vectors, images.labels[place]]
+    encoder.cpu()
+    return tuple(found)
+
+
+def cache_of(args: argparse.Namespace) -> Path | None:
+    """The folder features are kept in."""
+    return None if args.no_cache else caches.folder("features")
+
+
+# ----------------------------------------------------------------------------------------- report
+
+
+def report(
+    args: argparse.Namespace,
+    rows: list[Row],
+    headings: dict[str, str],
+    settings: Sequence[str],
+    picture: Path | None = None,
+) -> None:
+    """Print a table, and write it to --json and into the run's folder as eval/TASK-DIGEST.json.
+
+    rows: of plain values, each with "encoder", its name; headings: the columns by key, in order;
+    settings: names of the arguments that decide the numbers; picture: a file drawn of them. Only
+    the first process does so.
+    """
+    if distributed.rank() != 0:
+        return
+    print_table(rows, headings)
+    chosen = {name: getattr(args, name) for name in settings}
+    record = {
+        "task": args.task,
+        "made": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds"),
+        "command": shlex.join(["cjepa-eval", *sys.argv[1:]]),
+        "versions": _versions(),
+        "checkpoint": str(args.checkpoint),
+        "inside": inside(args.checkpoint),
+        "which": args.which,
+        "weights": args.weights,
+        "settings": chosen,
+        "headings": headings,
+        "rows": rows,
+        "picture": picture and str(picture),
+    }
+    text = json.dumps(record, indent=2, default=str) + "\n"
+    for path in _files(args, chosen):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)
+
+
+def tell(args: argparse.Namespace, rows: list[Row], headings: dict[str, str], label: str) -> None:
+    """Of a picture, print its numbers and write them to --json. label: the key of a row's name.
+    Only the first process does so."""
+    if distributed.rank() != 0:
+        return
+    print_table(rows, headings, label)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        write_text(args.json, json.dumps({"task": args.task, "rows": rows}, indent=2) + "\n")
+
+
+def _files(args: argparse.Namespace, chosen: dict) -> Iterable[Path]:
+    if args.json:
+        yield args.json
+    if run := run_of(args.checkpoint):
+        facts = json.dumps([inside(args.checkpoint), args.which, chosen], default=str)
+        digest = hashlib.sha256(facts.encode()).hexdigest()[:8]
+        yield run / "eval" / f"{args.task}-{digest}.json"
+
+
+def records(run: Path) -> list[dict]:
+    """What `report` has left in a run's folder, the oldest first."""
+    found = [json.loads(path.read_text()) for path in (run / "eval").glob("*-*.json")]
+    return sorted(found, key=lambda record: record["made"])
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in VERSIONS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def print_table(rows: list[Row], headings: dict[str, str], label: str = "encoder") -> None:
+    """Aligned columns; of `headings` those that any row has."""
+    shown = {key: word for key, word in headings.items() if any(key in row for row in rows)}
+    lines = [[label, *shown.values()]]
+    lines += [[str(row[label]), *(cell(row.get(key)) for key in shown)] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for first, *cells in lines:
+        print("  ".join([f"{first:{widths[0]}s}", *map(str.rjust, cells, widths[1:])]).rstrip())
+
+
+def cell(value: object) -> str:
+    """A value as tables show it."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.2f}" if abs(value) >= 0.1 or value == 0 else f"{value:.2g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

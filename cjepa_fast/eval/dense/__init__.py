@@ -1,0 +1,1 @@
+"""Labels for every pixel or box: segmentation, detection, video propagation."""

@@ -1,0 +1,27 @@
+"""What dense tasks share: images of any size made fit for an encoder."""
+
+import torch
+import torch.nn.functional as F
+
+from cjepa_fast.model.vit import Encoder
+
+
+def fitted(size: tuple[int, int], short_side: int, patch_size: int) -> tuple[int, int]:
+    """(height, width) with that short side, each rounded down to a multiple of the patch."""
+    scale = short_side / min(size)
+    height, width = (max(patch_size, int(side * scale) // patch_size * patch_size) for side in size)
+    return height, width
+
+
+def resized(image_3HW: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """A picture of 0..255 in another size: (3, height, width) fp32, antialiased."""
+    return F.interpolate(image_3HW[None].float(), size, mode="bilinear", antialias=True)[0]
+
+
+def normalised(images_B3HW: torch.Tensor, encoder: Encoder) -> torch.Tensor:
+    """Pictures of 0..255 as the encoder was shown its images."""
+    mean, std = (
+        255 * torch.tensor(x, device=images_B3HW.device)[:, None, None]
+        for x in (encoder.mean, encoder.std)
+    )
+    return (images_B3HW.float() - mean) / std

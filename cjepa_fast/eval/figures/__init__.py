@@ -1,0 +1,1 @@
+"""Figures: attention, PCA, masks, neighbours, curves."""

@@ -1,0 +1,74 @@
+"""The masks that one or several runs draw, on images."""
+
+import argparse
+import math
+
+import torch
+
+from cjepa_fast import config
+from cjepa_fast.config import Config
+from cjepa_fast.data.masks import Masks
+from cjepa_fast.data.sources import open_images
+from cjepa_fast.eval import cli
+from cjepa_fast.eval.figures.curves import short_names
+from cjepa_fast.eval.figures.mask_columns import columns
+from cjepa_fast.eval.figures.pictures import Column, load_images, save, sheet
+from cjepa_fast.training import build
+
+HEADINGS = {
+    "sampler": "sampler",
+    "context": "context",
+    "context_patches": "context patches",
+    "blocks": "blocks",
+    "block_patches": "patches a block",
+    "patches": "of",
+}
+ALONE = 3  # columns of a run beside others: its image, its context, its context and targets
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "checkpoints", metavar="RUN", nargs="*", help="or a configuration: --config"
+    )
+    parser.add_argument("--config", metavar="FILE", help="a configuration's masks too")
+    cli.add_picture(parser, images="the run's own")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Raises FileNotFoundError where there is no run's config.json."""
+    names = short_names(args.checkpoints) if args.checkpoints else []
+    named = dict(zip(names, map(_of_run, args.checkpoints), strict=True))
+    if args.config:
+        named[args.config] = config.load(args.config)
+    if not named:
+        raise ValueError("whose masks? Name a run's folder, or a configuration with --config")
+    shown: list[Column] = []
+    rows = []
+    for name, settings in named.items():
+        made, masks = _drawn(settings, args)
+        if len(named) > 1:
+            made = [(f"{name}\n{heading}", column) for heading, column in made[:ALONE]]
+        shown += made
+        _, M, P = masks.target_idx_BMP.shape
+        patches = math.prod(build.build_masks(settings).grid)
+        facts = settings.mask.sampler, settings.mask.context, masks.context_k, M, P, patches
+        rows.append({"run": name, **dict(zip(HEADINGS, facts, strict=True))})
+    cli.tell(args, rows, HEADINGS, "run")
+    print(save(sheet(shown, f"Masks: {', '.join(named)}", side=1.7), args.out))
+
+
+def _of_run(path: str) -> Config:
+    folder = cli.run_of(path)
+    if folder is None:
+        raise FileNotFoundError(f"{path}: no config.json there, so it is no run's folder")
+    return config.read(folder)
+
+
+def _drawn(settings: Config, args: argparse.Namespace) -> tuple[list[Column], Masks]:
+    data, sampler = settings.data, build.build_masks(settings)
+    images_B3HW = load_images(
+        open_images(args.images or config.expanded(data.path)), args.count,
+        image_size=data.image_size, mean=data.mean, std=data.std,
+    )  # fmt: skip
+    masks = sampler(epoch=0, step=0, places_B=torch.arange(len(images_B3HW)))
+    return columns(images_B3HW, data.mean, data.std, masks, sampler.grid), masks

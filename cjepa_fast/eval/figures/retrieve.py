@@ -1,0 +1,149 @@
+"""A contact sheet: images, and the others of the set that are nearest to each by their features.
+
+Shapes: n images of the set, q queries, k neighbours, D width.
+"""
+
+import argparse
+import itertools
+
+import torch
+import torch.nn.functional as F
+
+from cjepa_fast.checkpoint.encoders import load_encoder, load_encoders
+from cjepa_fast.data.sources import ImageSet, open_images
+from cjepa_fast.eval import cli
+from cjepa_fast.eval.features import extract
+from cjepa_fast.eval.figures.curves import short_names
+from cjepa_fast.eval.figures.pictures import FIGURE, as_pictures, load_images, save, spread_over
+from cjepa_fast.model.vit import Encoder
+from cjepa_fast.runtime.distributed import rank
+
+Found = tuple[torch.Tensor, torch.Tensor]  # similarities and rows, as `nearest` gives them
+HEADINGS = {"similarity": "similarity", "agreement": "of the query's class %"}
+PIXELS = 128  # a side of each picture
+RIGHT, WRONG, QUERY = "#31a354", "#d62728", "0.4"  # colours of the frames
+
+
+def nearest(features_nD: torch.Tensor, query_q: torch.Tensor, k: int) -> Found:
+    """Cosine similarities (q, k) of the images at rows query_q to their nearest others, falling,
+    and the rows of these (q, k). Raises ValueError for more neighbours than there are others."""
+    if not 1 <= k < len(features_nD):
+        raise ValueError(f"{k} neighbours of {len(features_nD)} images: take fewer")
+    unit_nD = F.normalize(features_nD.float(), dim=1)
+    similarity_qn = unit_nD[query_q] @ unit_nD.T
+    similarity_qn[torch.arange(len(query_q)), query_q] = -torch.inf
+    return tuple(similarity_qn.topk(k, dim=1))
+
+
+def figure(
+    images: ImageSet,
+    place_n: torch.Tensor,
+    query_q: torch.Tensor,
+    found: dict[str, Found],
+    title: str,
+    crop: float = 1.0,
+):
+    """A row a query: it first, then by encoder its neighbours, what `nearest` found of features of
+    the images at positions place_n. Where the set is labelled, a frame says if the class is the
+    query's."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    similarity_qk = torch.cat([similarity_qk for similarity_qk, _ in found.values()], 1)
+    rows_qc = torch.cat([query_q[:, None], *(near_qk for _, near_qk in found.values())], 1)
+    begins = itertools.accumulate((near.shape[1] for _, near in found.values()), initial=1)
+    headings = dict(zip(begins, found, strict=False)) if len(found) > 1 else {}
+    wanted = place_n[rows_qc]  # of the set
+    keep, inside = wanted.unique(return_inverse=True)
+    loaded = load_images(images, len(keep), image_size=PIXELS, crop=crop, keep=keep)
+    pictures = as_pictures(loaded, (0.0,) * 3, (1.0,) * 3)
+    q, c = wanted.shape
+    with rc_context(FIGURE | {"axes.titlesize": 7}):
+        figure = Figure(figsize=(1.25 * c, 1.45 * q + 0.6), layout="constrained")
+        for row, axes_c in enumerate(figure.subplots(q, c, squeeze=False)):
+            for column, axes in enumerate(axes_c):
+                axes.imshow(pictures[inside[row, column]])
+                said = f"{similarity_qk[row, column - 1]:.3f}" if column else "query"
+                colour, width = QUERY, 1.0
+                if images.labels is not None:
+                    label, of_query = images.labels[wanted[row, [column, 0]]].tolist()
+                    said += f"  {images.classes[label] if images.classes else f'class {label}'}"
+                    if column:
+                        colour, width = (RIGHT if label == of_query else WRONG), 2.5
+                if row == 0 and headings:
+                    said = f"{headings.get(column, '')}\n{said}"
+                axes.set_title(said, loc="left" if column in headings else "center")
+                _frame(axes, colour, width)
+        figure.suptitle(title)
+    return figure
+
+
+def _frame(axes, colour: str, width: float) -> None:
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set(color=colour, linewidth=width)
+
+
+def agreement(labels: torch.Tensor, place_n, query_q, near_qk) -> float:
+    """Percent of the neighbours that have their query's class."""
+    same_qk = labels[place_n[near_qk]] == labels[place_n[query_q]][:, None]
+    return 100 * same_qk.double().mean().item()
+
+
+def sheet_of(
+    encoders: dict[str, Encoder], images: ImageSet, *, queries: int, k: int, crop: float, **reading
+) -> tuple[object, list[cli.Row]]:
+    """The figure, for encoders by name on a set, and a row of HEADINGS for each. reading: the rest
+    of what `extract` takes. Raises ValueError where an image could be read for one of them only."""
+    found, places, rows = {}, [], []
+    for name, encoder in encoders.items():
+        features_nD, place_n = extract(encoder, images, crop=crop, **reading)
+        query_q = spread_over(place_n, queries)
+        found[name] = nearest(features_nD, query_q, k)
+        places.append(place_n)
+        rows.append({"encoder": name, "similarity": found[name][0].mean().item()})
+        if images.labels is not None:
+            rows[-1]["agreement"] = agreement(images.labels, place_n, query_q, found[name][1])
+    if not all(torch.equal(place_n, places[0]) for place_n in places):
+        raise ValueError(f"{images.root}: some images could be read only now and then: try again")
+    title = f"Nearest neighbours by cosine similarity: {', '.join(encoders)}"
+    if images.labels is not None:
+        shares = ", ".join(f"{row['agreement']:.0f} %" for row in rows)
+        title += f"\n{shares} of those shown are of the query's class (green)"
+    return figure(images, places[0], query_q, found, title, crop), rows
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="runs or checkpoints")
+    parser.add_argument("--which", choices=("target", "context", "both"), default="target")
+    parser.add_argument("--data", required=True, metavar="SET", help="labels are used where it has")
+    cli.add_out(parser)
+    parser.add_argument("--count", type=cli.positive, default=8, help="queries")
+    parser.add_argument(
+        "--neighbours", type=cli.positive, metavar="K", help="default: 8, fewer side by side"
+    )
+    parser.add_argument("--max-images", type=cli.positive, metavar="N", help="search N images")
+    cli.add_reading(parser)
+    cli.add_features(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    images = open_images(args.data)
+    encoders = {}
+    for name, checkpoint in zip(short_names(args.checkpoints), args.checkpoints, strict=True):
+        if args.which == "both":
+            both = load_encoders(checkpoint).items()
+            encoders |= {f"{name}, {which}": encoder for which, encoder in both}
+        else:
+            encoders[name] = load_encoder(checkpoint, args.which)
+    k = args.neighbours or max(3, 8 // len(encoders))
+    drawn, rows = sheet_of(
+        encoders, images, queries=args.count, k=k, crop=args.crop,
+        keep=spread_over(images, args.max_images or len(images)),
+        batch_size=args.batch_size, threads=args.threads, bf16=args.bf16, device=cli.device(),
+        cache=cli.cache_of(args),
+    )  # fmt: skip
+    cli.tell(args, rows, HEADINGS, "encoder")
+    if rank() == 0:
+        print(save(drawn, args.out))

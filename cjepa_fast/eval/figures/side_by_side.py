@@ -1,0 +1,59 @@
+"""Pictures of several checkpoints' target and context encoders on the same images.
+
+Of a checkpoint that holds one encoder, as an export does, that one is shown.
+"""
+
+import argparse
+from collections.abc import Callable
+
+import torch
+
+from cjepa_fast.checkpoint.encoders import load_encoders
+from cjepa_fast.data.sources import open_images
+from cjepa_fast.eval import cli
+from cjepa_fast.eval.figures.curves import short_names
+from cjepa_fast.eval.figures.pictures import Column, as_pictures, load_images
+from cjepa_fast.model.vit import Encoder
+from cjepa_fast.telemetry.progress import shown_clock
+
+Encoders = dict[str, Encoder]  # by "target" and "context"
+Drawn = Callable[[Encoders, torch.Tensor], list[Column]]  # of the encoders and the images
+Measured = Callable[[Encoder, torch.Tensor], cli.Row]  # of an encoder and the images
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="runs or checkpoints")
+    cli.add_picture(parser)
+    cli.add_crop(parser)
+
+
+def columns(
+    args: argparse.Namespace, drawn: Drawn, measured: Measured, size: int | None = None
+) -> tuple[list[Column], str, list[cli.Row]]:
+    """The images, then what `drawn` makes of each checkpoint; the checkpoints' names; and what
+    `measured` finds of each encoder.
+
+    size: of the images in pixels, rounded to whole patches; None: what each encoder was trained at.
+    """
+    images, shown, rows = open_images(args.images), [], []
+    names = short_names(args.checkpoints)
+    for name, checkpoint in zip(names, args.checkpoints, strict=True):
+        encoders = {k: x.to(cli.device()) for k, x in load_encoders(checkpoint).items()}
+        first = next(iter(encoders.values()))
+        patch = first.patch_size
+        pixels = max(round(size / patch), 1) * patch if size else first.image_size
+        images_B3HW = load_images(
+            images, args.count, image_size=pixels, mean=first.mean, std=first.std, crop=args.crop
+        )
+        if not shown:
+            shown.append(("image", as_pictures(images_B3HW, first.mean, first.std)))
+        over = f"{name}\n" if len(names) > 1 else ""
+        images_B3HW = images_B3HW.to(cli.device())
+        with shown_clock(f"pictures of {name}"):
+            made = drawn(encoders, images_B3HW)
+            rows += [
+                {"encoder": f"{name}, {which}", **measured(encoder, images_B3HW)}
+                for which, encoder in encoders.items()
+            ]
+        shown += [(over + heading, pictures) for heading, pictures in made]
+    return shown, ", ".join(names), rows

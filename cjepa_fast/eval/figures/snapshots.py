@@ -1,0 +1,35 @@
+"""The pictures of a moment of training, as arrays: for TensorBoard and the like."""
+
+import numpy as np
+import torch
+
+from cjepa_fast.data.masks import Masks
+from cjepa_fast.eval.figures import attention, mask_columns, pca
+from cjepa_fast.eval.figures.pictures import as_array, as_pictures, sheet
+from cjepa_fast.model.vit import Encoder
+
+
+@torch.inference_mode()
+def figures(
+    target: Encoder,
+    context: Encoder,
+    images_B3HW: torch.Tensor,
+    masks: Masks,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+) -> dict[str, np.ndarray]:
+    """Each (height, width, 3) uint8: "masks", "attention" and "pca", a row an image.
+
+    images_B3HW: normalised by mean and std, where the encoders are and in their dtype; masks: of
+    these images. Both encoders run over them twice.
+    """
+    both = {"target": target, "context": context}
+    image = ("image", as_pictures(images_B3HW, mean, std))
+    drawn = {
+        "masks": mask_columns.figure(images_B3HW, mean, std, masks, target.grid, "Masks"),
+        "attention": attention.figure(
+            [image, *attention.columns(both, images_B3HW, mean, std)], "Attention"
+        ),
+        "pca": sheet([image, *pca.columns(both, images_B3HW)], "Patch features"),
+    }
+    return {name: as_array(figure) for name, figure in drawn.items()}

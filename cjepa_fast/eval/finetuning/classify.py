@@ -1,0 +1,229 @@
+"""Fine-tuning of the whole encoder on labelled images: MAE's recipe, for B, L and H (recipe.py).
+
+tuning.py has the step of one process and of several. After each epoch all is saved, and `--resume`
+goes on.
+Shapes: B images, C classes.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from cjepa_fast.checkpoint.encoders import load_encoder
+from cjepa_fast.data.loader import Loader
+from cjepa_fast.eval import cli
+from cjepa_fast.eval.features import Subset, digest, image_vectors
+from cjepa_fast.eval.finetuning import recipe
+from cjepa_fast.eval.finetuning.layer_decay import add_drop_path, layer_decay_groups
+from cjepa_fast.eval.finetuning.recipe import Classifier, Recipe
+from cjepa_fast.eval.finetuning.tuning import Alone, Together, batches_of, restored, save
+from cjepa_fast.model.vit import Encoder
+from cjepa_fast.runtime.distributed import mean_over_ranks, rank, world_size
+from cjepa_fast.telemetry.progress import shown_bar
+from cjepa_fast.training import optim
+
+HEADINGS = {
+    "train_images": "train",
+    "test_images": "test",
+    "top1": "fine-tuned %",
+    "top5": "top 5 %",
+    "average_top1": "averaged weights %",
+    "average_top5": "top 5 %",
+}
+SETTINGS = ("data", "test", "max_train", "crop", "bf16", "seed", "recipe")
+FINAL_LR = 1e-6
+LR_BATCH = 256  # images that a recipe's learning rate is for
+
+
+def tune(
+    encoder: Encoder,
+    train: Subset,
+    label_n: torch.Tensor,
+    classes: int,
+    chosen: Recipe,
+    args: argparse.Namespace,
+    folder: Path,
+) -> tuple[Classifier, nn.Module]:
+    """The classifier and the average of its weights, trained on `train` with labels (n,).
+
+    folder: of the checkpoints. Raises ValueError for a loss that is not finite, or where `folder`
+    holds another training.
+    """
+    device = cli.device()
+    facts = {"recipe": asdict(chosen), "encoder": digest(encoder), "images": train.fingerprint}
+    facts |= {"classes": classes, "seed": args.seed, "processes": world_size()}
+    torch.manual_seed(args.seed)
+    model = Classifier(encoder, classes, args.bf16).to(device)
+    add_drop_path(encoder, chosen.drop_path)
+    groups = layer_decay_groups(model, encoder, chosen.layer_decay, chosen.weight_decay)
+    batch, micro_batch = batches_of(len(train), chosen.batch, args.micro_batch)
+    loader = Loader(
+        train, global_batch=batch, micro_batch=micro_batch, image_size=encoder.image_size,
+        mean=encoder.mean, std=encoder.std, seed=args.seed, device=device, dtype=torch.float32,
+        threads=args.threads, prefetch=2, crop_scale=chosen.crop_scale, flip=True, rank=rank(),
+        world_size=world_size(), rand_augment=chosen.rand_augment,
+    )  # fmt: skip
+    kind = Alone if world_size() == 1 else Together
+    engine = kind(model, groups, micro_batch, loader.accumulation)
+    average = recipe.averaged(model, chosen.average)
+    facts["batch"] = batch
+    first = restored(folder, json.loads(json.dumps(facts)), engine, average, args.resume)
+    steps = loader.steps_per_epoch
+    total, warmup = chosen.epochs * steps, min(chosen.warmup_epochs, chosen.epochs / 10) * steps
+    peak = chosen.lr * batch / LR_BATCH
+
+    def set_rate(step: int) -> None:
+        rate = optim.learning_rate(step + 1, total, warmup, 0.0, peak, FINAL_LR)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = rate * group["lr_scale"]
+
+    losses = _Losses(label_n, classes, chosen)
+    stream = loader.iterate(first * steps) if first < chosen.epochs else None
+    with shown_bar(total, "fine-tuning", "step") as bar:
+        bar.update(first * steps)
+        for epoch in range(first, chosen.epochs):
+            model.train()
+            losses.begin(args.seed, epoch)
+            for step in range(epoch * steps, (epoch + 1) * steps):
+                set_rate(step)
+                for _ in range(loader.accumulation):
+                    engine.backward(losses(engine, next(stream)))
+                    engine.step()
+                average.update_parameters(model)
+                bar.update()
+            losses.tell(epoch, chosen)
+            save(folder, epoch + 1, facts, engine, average)
+    loader.close()
+    return model, average.module
+
+
+class _Losses:
+    """The loss of a micro-batch, mixed and erased as the recipe has it, and their mean to tell."""
+
+    def __init__(self, label_n: torch.Tensor, classes: int, chosen: Recipe):
+        self._label_n, self._classes, self._recipe = label_n, classes, chosen
+
+    def begin(self, seed: int, epoch: int) -> None:
+        """An epoch's draws are its own, so that one that goes on draws as one that never ended."""
+        own = (seed * 10_000 + epoch) * 10_000 + rank()
+        torch.manual_seed(own)
+        self._random = torch.Generator().manual_seed(own)
+        self._sum, self._count = 0.0, 0
+
+    def __call__(self, model: Callable, batch) -> torch.Tensor:
+        images_B3HW = recipe.erase(batch.images_B3HW, self._recipe.erasing, self._random)
+        label_B = self._label_n[batch.index_B].to(images_B3HW.device)
+        target_BC = recipe.soft_targets(label_B, self._classes, self._recipe.smoothing)
+        images_B3HW, target_BC = recipe.mix(images_B3HW, target_BC, self._recipe, self._random)
+        loss = nn.functional.cross_entropy(model(images_B3HW), target_BC)
+        self._sum, self._count = self._sum + loss.detach(), self._count + 1
+        return loss
+
+    def tell(self, epoch: int, chosen: Recipe) -> None:
+        mean = float(mean_over_ranks({"loss": self._sum / self._count})["loss"])
+        if mean != mean or mean == float("inf"):
+            raise ValueError(f"the loss of epoch {epoch + 1} is {mean}: lower it by --set lr=...")
+        if rank() == 0:
+            print(f"epoch {epoch + 1} of {chosen.epochs}: loss {mean:.4f}", flush=True)
+
+
+# ------------------------------------------------------------------------------------------- test
+
+
+@torch.inference_mode()
+def percent(
+    model: Classifier, encoder: Encoder, side: cli.Side, args: argparse.Namespace
+) -> dict[str, float]:
+    """{"top1", "top5"} on a side; no top 5 where there are not more classes."""
+    images, keep = side
+    model.eval()
+
+    def best(images_B3HW: torch.Tensor) -> torch.Tensor:
+        logits_BC = model(images_B3HW)
+        return logits_BC.topk(min(5, logits_BC.shape[1]), 1).indices
+
+    best_mK, place_m = image_vectors(
+        images, best, image_size=encoder.image_size, mean=encoder.mean, std=encoder.std, keep=keep,
+        crop=args.crop, batch_size=args.batch_size, device=cli.device(), threads=args.threads,
+        title="test",
+    )  # fmt: skip
+    right_mK = best_mK.long() == images.labels[place_m][:, None]
+    found = {"top1": 100 * right_mK[:, 0].double().mean().item()}
+    if model.head.out_features > 5:
+        found["top5"] = 100 * right_mK.any(1).double().mean().item()
+    return found
+
+
+def tuned_row(
+    name: str, encoder: Encoder, sides: tuple[cli.Side, cli.Side], chosen: Recipe,
+    args: argparse.Namespace, folder: Path,
+) -> cli.Row:  # fmt: skip
+    """A row of HEADINGS: the encoder fine-tuned on the first side, tested on the second."""
+    (images, keep), test = sides
+    classes = 1 + int(torch.cat([images.labels[keep], test[0].labels[test[1]]]).max())
+    model, average = tune(
+        encoder, Subset(images, keep), images.labels[keep], classes, chosen, args, folder
+    )
+    row = {"encoder": name, "train_images": len(keep), "test_images": len(test[1])}
+    row |= percent(model, encoder, test, args)
+    averaged = percent(average, encoder, test, args)
+    return row | {f"average_{top}": value for top, value in averaged.items()}
+
+
+# ----------------------------------------------------------------------------------- command line
+
+
+def change(text: str) -> tuple[str, object]:
+    """ "lr=1e-3" -> ("lr", 0.001)."""
+    name, _, value = text.partition("=")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=NUMBER, such as lr=1e-3") from None
+
+
+def changed(base: Recipe, changes: list[tuple[str, object]] | None) -> Recipe:
+    """Raises ValueError for a name that no recipe has."""
+    names = [field.name for field in fields(Recipe)]
+    for name, _ in changes or ():
+        if name not in names:
+            raise ValueError(f"--set {name}: a recipe has {', '.join(names)}")
+    lists = {n: tuple(v) if isinstance(v, list) else v for n, v in changes or ()}
+    return replace(base, **lists)
+
+
+def add_tuning(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--bf16", action="store_true", help="the encoder in bf16")
+    parser.add_argument("--micro-batch", type=cli.positive, default=64, metavar="N",
+                        help="images at once on a process; default 64")  # fmt: skip
+    parser.add_argument("--set", type=change, nargs="+", metavar="NAME=VALUE",
+                        help="of the recipe: epochs=3 lr=1e-3 rand_augment=null")  # fmt: skip
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: RUN/TASK")
+    parser.add_argument("--resume", action="store_true", help="go on with what lies in --out")
+
+
+def folder_of(args: argparse.Namespace) -> Path:
+    return args.out or (cli.run_of(args.checkpoint) or Path()) / args.task
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    cli.add_checkpoint(parser)
+    cli.add_sets(parser)
+    add_tuning(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """A row for each encoder."""
+    sides = cli.labelled_sides(args.data, args.test, args.max_train)
+    chosen = changed(recipe.recipe_of(load_encoder(args.checkpoint, args.which)), args.set)
+    args.recipe = asdict(chosen)
+    rows = [
+        tuned_row(name, encoder, sides, chosen, args, folder_of(args) / name)
+        for name, encoder in cli.encoders_of(args).items()
+    ]
+    cli.report(args, rows, HEADINGS, SETTINGS)

@@ -1,0 +1,1 @@
+"""Frozen features judged: kNN, linear probes, few labels, counting, collapse."""

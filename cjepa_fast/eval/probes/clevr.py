@@ -1,0 +1,177 @@
+"""Clevr/Count and Clevr/Dist: linear probes that count objects and tell how far the nearest stands.
+
+The two tasks are VTAB's (Zhai et al. 2019, arXiv 1910.04867): 3 to 10 objects, and the smallest
+depth among the objects' `pixel_coords` in six bins. As in the paper the images are centre crops,
+in training mirrored ones too. The probes are those of `linear`.
+
+SET is CLEVR as it unpacks (images/train/*.png, scenes/CLEVR_train_scenes.json, the same of val,
+which is the test set), or a set whose images have a .json beside them: with CLEVR's "objects", or
+with a count "objects" and a "distance", as the shapes set has. Its distances, which have other
+units, are cut into six bins of equally many training images.
+Shapes: n training images, m test images.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from cjepa_fast.data.sources import ImageSet, open_images
+from cjepa_fast.eval import cli
+from cjepa_fast.eval.features import extract, split_by_name
+from cjepa_fast.eval.probes import linear
+from cjepa_fast.model.vit import Encoder
+
+DISTANCES = (8.0, 8.5, 9.0, 9.5, 10.0)  # between VTAB's bins
+HEADINGS = {"question": "question", "commonest": "commonest %"}
+
+
+class Fact(NamedTuple):
+    """is_depth: the distance of the nearest object is CLEVR's, which VTAB's bins are for."""
+
+    objects: int
+    distance: float
+    is_depth: bool
+
+
+def fact_of(scene: dict, where: str) -> Fact:
+    """Raises ValueError, naming `where`, for a scene without objects or distances."""
+    try:
+        objects = scene["objects"]
+        if isinstance(objects, int):
+            return Fact(objects, float(scene["distance"]), False)
+        nearest = min(float(thing["pixel_coords"][2]) for thing in objects)
+        return Fact(len(objects), nearest, True)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise ValueError(
+            f'{where}: no scene of CLEVR ("objects", each with "pixel_coords") nor a count '
+            f'"objects" with a "distance": {error!r}'
+        ) from error
+
+
+def facts_of_clevr(root: Path, split: str, images: ImageSet) -> list[Fact]:
+    """Of each image, from the scenes' file. Raises OSError or ValueError where it is not all."""
+    path = root / "scenes" / f"CLEVR_{split}_scenes.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there: CLEVR_v1.0.zip holds it beside images/")
+    try:
+        scenes = {
+            scene["image_filename"]: scene for scene in json.loads(path.read_text())["scenes"]
+        }
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is no file of CLEVR's scenes: {error!r}") from error
+    found = []
+    for i in range(len(images)):
+        name = images.name(i).rpartition("/")[2]
+        if name not in scenes:
+            raise ValueError(f"{path} has no scene of {name}, which is in images/{split}")
+        found.append(fact_of(scenes[name], f"{path}, {name}"))
+    return found
+
+
+def facts_beside(images: ImageSet) -> list[Fact]:
+    """Of each image, from the .json beside it. Raises ValueError naming the first without one."""
+    found = []
+    for i in range(len(images)):
+        text = images.sidecar(i, "json")
+        if text is None:
+            raise ValueError(
+                f"{images.name(i)} has no .json beside it, nor is {images.root} CLEVR's folder "
+                "with images/ and scenes/"
+            )
+        found.append(fact_of(json.loads(text), images.name(i)))
+    return found
+
+
+def sides_of(
+    data: str, test: str | None, max_train: int | None
+) -> tuple[list[cli.Side], list[list[Fact]]]:
+    """Training and test images with their facts, in the order of their positions."""
+    root = Path(data)
+    if (root / "images" / "train").is_dir():
+        if test:
+            raise ValueError(f"--test {test}: of a CLEVR folder its own val is taken; leave it out")
+        sets = [open_images(root / "images" / split) for split in ("train", "val")]
+        facts = [facts_of_clevr(root, s, x) for s, x in zip(("train", "val"), sets, strict=True)]
+        keeps = [torch.arange(len(images)) for images in sets]
+    elif test or data == "shapes":
+        sets = [open_images(path) for path in (data, test or "shapes:val")]
+        facts = [facts_beside(images) for images in sets]
+        keeps = [torch.arange(len(images)) for images in sets]
+    else:
+        sets = [open_images(data)] * 2
+        facts = [facts_beside(sets[0])] * 2
+        keeps = list(split_by_name(sets[0]))
+        if not all(map(len, keeps)):
+            raise ValueError(f"{data}: {len(sets[0])} images are too few to split; name a --test")
+    keeps[0] = cli.some(keeps[0], max_train)
+    chosen = [[fact[i] for i in keep.tolist()] for fact, keep in zip(facts, keeps, strict=True)]
+    return list(zip(sets, keeps, strict=True)), chosen
+
+
+def labels_of(train: list[Fact], test: list[Fact]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Classes from 0, for training (n,) and test (m,), by question: "count" and "distance"."""
+    sides = train, test
+    counts = [torch.tensor([fact.objects for fact in side]) for side in sides]
+    fewest = min(int(count.min()) for count in counts)
+    far = [torch.tensor([fact.distance for fact in side]).double() for side in sides]
+    bounds = torch.tensor(DISTANCES).double()
+    if not train[0].is_depth:
+        bounds = far[0].quantile(torch.arange(1, 6).double() / 6)
+    return {
+        "count": tuple(count - fewest for count in counts),
+        "distance": tuple(torch.bucketize(x, bounds) for x in far),
+    }
+
+
+def features_of(
+    encoder: Encoder, sides: list[cli.Side], layers: list[int], args: argparse.Namespace
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(features, positions) of the training images, of these mirrored, of the test images.
+
+    Raises ValueError where an image could be read but once.
+    """
+    (train, keep), (test, test_keep) = sides
+    options = {"crop": args.crop, "layers": layers, "device": cli.device(), "bf16": args.bf16}
+    options |= {"batch_size": args.batch_size, "threads": args.threads}
+    options["cache"] = cli.cache_of(args)
+    both = [extract(encoder, train, keep=keep, flip=flip, **options) for flip in (False, True)]
+    if not torch.equal(both[0][1], both[1][1]):
+        raise ValueError(
+            "some images of the training set could be read only now and then: try again"
+        )
+    return [*both, extract(encoder, test, keep=test_keep, **options)]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    cli.add_checkpoint(parser)
+    cli.add_sets(parser)
+    cli.add_features(parser)
+    linear.add_sweep(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """A row for each encoder, question and number of layers."""
+    linear.complete_sweep(args)
+    sides, facts = sides_of(args.data, args.test, args.max_train)
+    labels = labels_of(*facts)
+    rows = []
+    for name, encoder in cli.encoders_of(args).items():
+        for reading in linear.readings(encoder, args.layers):
+            (x_nD, place_n), (mirrored_nD, _), (y_mD, place_m) = features_of(
+                encoder, sides, reading.blocks, args
+            )
+            places = zip(sides, (place_n, place_m), strict=True)
+            # an image that could not be read has no features
+            at_n, at_m = (torch.searchsorted(keep, place) for (_, keep), place in places)
+            for question, (label_n, label_m) in labels.items():
+                train, label_m = label_n[at_n].repeat(2), label_m[at_m]
+                vectors = torch.cat([x_nD, mirrored_nD]), train, y_mD, label_m
+                commonest = 100 * label_m.bincount().max().item() / len(label_m)
+                found = linear.rows_of(name, encoder, vectors, reading, args, copies=2)
+                rows += [{**row, "question": question, "commonest": commonest} for row in found]
+    cli.report(
+        args, rows, HEADINGS | linear.headings(args), (*linear.SETTINGS, *linear.SWEEP_SETTINGS)
+    )

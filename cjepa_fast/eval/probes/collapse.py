@@ -1,0 +1,180 @@
+"""Signs of collapse, without labels: how much room the features of a set take.
+
+Views are random crops, as training draws them before it masks. LiDAR's authors take the views of
+the method itself, crops and masks both; here the encoder sees whole crops, since that is what every
+evaluation reads, needs no more than an encoder's file, and does not change with the settings of
+the masks, so that any two runs compare.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cjepa_fast.checkpoint.encoders import load_encoders
+from cjepa_fast.data import crops, rng
+from cjepa_fast.data.sources import ImageSet, open_images
+from cjepa_fast.eval import cli
+from cjepa_fast.eval.features import extract, image_vectors
+from cjepa_fast.eval.figures.pictures import FIGURE, save, spread_over
+from cjepa_fast.eval.probes import spread
+from cjepa_fast.model.vit import Encoder
+from cjepa_fast.runtime import distributed
+from cjepa_fast.telemetry import representation_stats
+
+HEADINGS = {
+    "images": "images",
+    "rankme": "RankMe",
+    "lidar": "LiDAR",
+    "std_mean": "std",
+    "std_min": "least std",
+    "dead": "dead dims %",
+    "uniformity": "uniformity",
+    "alignment": "alignment",
+    "by_position": "by position %",
+    "by_image": "by image %",
+    "by_both": "by both %",
+}
+CROP_SCALE, CROP_RATIO = (0.3, 1.0), (3 / 4, 4 / 3)  # I-JEPA's
+TOKEN_IMAGES = 256  # whose patches are held at once
+
+
+def measure(
+    encoder: Encoder,
+    images: ImageSet,
+    *,
+    count: int = 1000,
+    views: int = 5,
+    seed: int = 0,
+    crop: float = 1.0,
+    cache: Path | None = None,
+    **reading,
+) -> dict[str, float | list[float]]:
+    """HEADINGS' measures of `count` images spread over the set, and two spectra, largest first:
+    `singular_values` of the features as they are, `stds` of their dimensions.
+
+    crop: of the centre, for all but LiDAR and alignment, which take `views` random crops an image.
+    reading: device, batch_size, threads, bf16. Raises ValueError for fewer than two images.
+    """
+    keep = spread_over(images, count)
+    own = {"crop": crop, **reading}
+    clean_nD, _ = extract(encoder, images, keep=keep, cache=cache, **own)
+    tokens_nND, _ = extract(
+        encoder, images, keep=keep[:: -(-len(keep) // TOKEN_IMAGES)], pooled=False, title="patches",
+        **own,
+    )  # fmt: skip
+    views_nqD = _views(encoder, images, keep, views, seed, **reading)
+    stats, stds = representation_stats(clean_nD), spread.deviations(clean_nD)
+    shares = {name: 100 * share for name, share in spread.token_shares(tokens_nND).items()}
+    return {
+        "images": len(clean_nD),
+        "rankme": stats["rankme"].item(),
+        "lidar": spread.lidar(views_nqD),
+        "std_mean": stds.mean().item(),
+        "std_min": stds.min().item(),
+        "dead": 100 * spread.dead_share(clean_nD),
+        "uniformity": spread.uniformity(clean_nD),
+        "alignment": spread.alignment(views_nqD),
+        **shares,
+        "singular_values": torch.linalg.svdvals(clean_nD).tolist(),
+        "stds": stds.tolist(),
+    }
+
+
+@torch.inference_mode()
+def _views(encoder, images, keep, views, seed, *, device, bf16=False, **reading) -> torch.Tensor:
+    """Features of random crops of each image: (n, q, D)."""
+    keep_nq = keep.repeat_interleave(views)
+    uniforms = rng.uniforms(seed, rng.CROP, 0, torch.arange(len(keep_nq)), crops.CROP_UNIFORMS)
+    windows_nq4 = crops.random_resized(
+        images.sizes_N2[keep_nq.numpy()], uniforms.numpy(), CROP_SCALE, CROP_RATIO
+    )
+    encoder = encoder.to(device)
+
+    def pooled(images_B3HW: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
+            return encoder(images_B3HW).float().mean(1)
+
+    features, _ = image_vectors(
+        images, pooled, image_size=encoder.image_size, mean=encoder.mean, std=encoder.std,
+        keep=keep_nq, crop=1.0, windows_n4=windows_nq4, device=device, title="views", **reading,
+    )  # fmt: skip
+    return features.unflatten(0, (-1, views))
+
+
+def draw(rows: list[cli.Row], out: Path | str, title: str) -> Path:
+    """Both spectra, and how the variance of the patch tokens divides, an encoder a colour."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(FIGURE):
+        figure = Figure(figsize=(11, 3.4), layout="constrained")
+        singular, stds, tokens = figure.subplots(1, 3)
+        for i, row in enumerate(rows):
+            style = {"color": f"C{i}", "linestyle": ("-", "--", ":")[i % 3]}  # lines may coincide
+            label = f"{row['encoder']} (RankMe {row['rankme']:.1f}, LiDAR {row['lidar']:.1f})"
+            values = np.array(row["singular_values"])
+            singular.plot(range(1, len(values) + 1), values / values.sum(), label=label, **style)
+            stds.plot(range(1, len(row["stds"]) + 1), row["stds"], **style)
+        singular.set_title("singular values of the features, as a share of their sum")
+        stds.set_title("standard deviation of each dimension")
+        singular.set_yscale("log")
+        singular.set_ylim(bottom=1e-6)
+        stds.set_ylim(bottom=0)
+        for axes in (singular, stds):
+            axes.set_xlabel("rank")
+            axes.grid(alpha=0.25)
+        _divided(tokens, rows)
+        figure.suptitle(title)
+        figure.legend(*singular.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        return save(figure, out)
+
+
+def _divided(axes, rows: list[cli.Row]) -> None:
+    names = [row["encoder"] for row in rows]
+    left = np.zeros(len(rows))
+    parts = {"by_position": "0.75", "by_image": "#3182bd", "by_both": "#e6550d"}
+    for key, colour in parts.items():
+        widths = np.array([row[key] for row in rows])
+        bars = axes.barh(names, widths, left=left, color=colour, label=key.replace("_", " "))
+        axes.bar_label(bars, [f"{w:.0f}" if w >= 5 else "" for w in widths], label_type="center")
+        left += widths
+    axes.invert_yaxis()
+    axes.set_xlim(0, 100)
+    axes.set_title("variance of the patch tokens, %")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, frameon=False)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    cli.add_checkpoint(parser)
+    parser.add_argument("--data", required=True, metavar="SET", help="needs no labels")
+    parser.add_argument(
+        "--count",
+        type=cli.positive,
+        default=1000,
+        help="of its images; RankMe wants more than the width",
+    )
+    parser.add_argument("--views", type=cli.positive, default=5, help="crops of an image")
+    parser.add_argument("--out", type=Path, metavar="FILE.png", help="draw the spectra there")
+    cli.add_reading(parser)
+    cli.add_features(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """A row for each encoder: the other one of the run too, where it is there."""
+    images = open_images(args.data)
+    encoders = cli.encoders_of(args)
+    others = load_encoders(args.checkpoint) if Path(args.checkpoint).is_dir() else {}
+    encoders |= {which: other for which, other in others.items() if which != args.which}
+    options = {name: getattr(args, name) for name in ("count", "views", "seed", "crop", "bf16")}
+    options |= {"batch_size": args.batch_size, "threads": args.threads}
+    rows = []
+    for name, encoder in encoders.items():
+        found = measure(encoder, images, device=cli.device(), cache=cli.cache_of(args), **options)
+        rows.append({"encoder": name, **found})
+    if args.out and distributed.rank() == 0:
+        of = f"{Path(args.checkpoint).resolve().name} on {args.data}"
+        print(draw(rows, args.out, f"Room that the features take: {of}"))
+    settings = ("data", "count", "views", "crop", "bf16", "seed")
+    cli.report(args, rows, HEADINGS, settings, picture=args.out)

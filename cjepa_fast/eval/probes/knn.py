@@ -1,0 +1,152 @@
+"""k nearest neighbours under cosine similarity, each voting with exp(similarity / temperature).
+
+DINO's protocol (Caron et al. 2021, arXiv 2104.14294): k = 20, temperature 0.07.
+Shapes: n training images, m test images, D width, C classes.
+"""
+
+import argparse
+
+import torch
+import torch.nn.functional as F
+
+from cjepa_fast.data.sources import ImageSet
+from cjepa_fast.eval import cli
+from cjepa_fast.eval.features import image_vectors
+from cjepa_fast.eval.probes import linear
+from cjepa_fast.telemetry.progress import shown_bar
+
+HEADINGS = {
+    "train_images": "train",
+    "test_images": "test",
+    "top1": "kNN %",
+    "top1_centred": "mean-subtracted",
+    "linear": "linear %",
+}
+TRAIN, TEST = 65536, 2048  # images of either side that are compared at a time
+PIXELS = 32  # raw pixels are compared at this size: a plain kNN on more gains nothing and is slow
+
+
+def predict(
+    train_nD: torch.Tensor,
+    label_n: torch.Tensor,
+    test_mD: torch.Tensor,
+    *,
+    k: int = 20,
+    temperature: float = 0.07,
+    centre: bool = False,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """The class with the most votes for each test image: (m,) int64, on the CPU.
+
+    centre: subtract the training mean from both sides first, so that what all images share does
+    not hide what sets them apart. device: to compare on, a part of the training images at a time.
+    Raises ValueError for k or temperature below what makes sense.
+    """
+    if not 1 <= k <= len(train_nD):
+        raise ValueError(f"k = {k}: must be from 1 to the {len(train_nD)} training images")
+    if temperature <= 0:
+        raise ValueError(f"temperature = {temperature}: must be above 0")
+    mean_D = train_nD.mean(0) * centre
+
+    def unit(x_nD: torch.Tensor) -> torch.Tensor:
+        return F.normalize((x_nD - mean_D).to(device, torch.float32), dim=1)
+
+    test_mD = unit(test_mD)
+    nearest = test_mD.new_empty(len(test_mD), 0), label_n.new_empty(len(test_mD), 0, device=device)
+    with shown_bar(len(train_nD) * len(test_mD), "neighbours", "pair") as bar:
+        for train_tD, label_t in zip(train_nD.split(TRAIN), label_n.split(TRAIN), strict=True):
+            here = _nearest(test_mD, unit(train_tD), label_t.to(device), k, bar)
+            both = [torch.cat(pair, 1) for pair in zip(nearest, here, strict=True)]
+            similarity_mk, at_mk = both[0].topk(min(k, both[0].shape[1]), dim=1)
+            nearest = similarity_mk, both[1].gather(1, at_mk)
+    similarity_mk, label_mk = nearest
+    # relative to the nearest: the same winner, and no overflow at a low temperature
+    weight_mk = ((similarity_mk - similarity_mk[:, :1]) / temperature).exp()
+    votes_mC = torch.zeros(len(test_mD), int(label_n.max()) + 1, device=device)
+    return votes_mC.scatter_add_(1, label_mk, weight_mk).argmax(1).cpu()
+
+
+def _nearest(test_mD, train_tD, label_t, k: int, bar) -> tuple[torch.Tensor, torch.Tensor]:
+    """Similarities and labels of the nearest of some training images, at most k: (m, <= k)."""
+    found = []
+    for test_BD in test_mD.split(TEST):
+        found.append((test_BD @ train_tD.T).topk(min(k, len(train_tD)), dim=1))
+        bar.update(len(test_BD) * len(train_tD))
+    return torch.cat([x.values for x in found]), label_t[torch.cat([x.indices for x in found])]
+
+
+def top1(train_nD, label_n, test_mD, test_label_m, **options) -> float:
+    """Percent of the test images classified rightly; options as in `predict`."""
+    right_m = predict(train_nD, label_n, test_mD, **options) == test_label_m
+    return 100 * right_m.double().mean().item()
+
+
+def pixel_baselines(
+    train: ImageSet,
+    test: ImageSet,
+    *,
+    train_keep: torch.Tensor | None = None,
+    test_keep: torch.Tensor | None = None,
+    crop: float = 1.0,
+    threads: int = 2,
+    **options,
+) -> dict[str, dict[str, float]]:
+    """kNN in percent from what needs no learning, plain ("top1") and mean-subtracted
+    ("top1_centred"), for "raw pixels" (at PIXELS x PIXELS) and "mean colour".
+
+    train and test are labelled; train_keep and test_keep choose positions in them; options as in
+    `predict`.
+    """
+    sides = []
+    for images, keep in ((train, train_keep), (test, test_keep)):
+        flat_nD, place_n = image_vectors(
+            images, lambda x: x.flatten(1), image_size=PIXELS, mean=(0.0,) * 3, std=(1.0,) * 3,
+            keep=keep, crop=crop, batch_size=256, device="cpu", threads=threads, title="pixels",
+        )  # fmt: skip
+        colour_n3 = flat_nD.view(len(flat_nD), 3, -1).mean(2)
+        sides.append((flat_nD, colour_n3, images.labels[place_n]))
+    (*vectors, label), (*test_vectors, test_label) = sides
+    named = zip(("raw pixels", "mean colour"), vectors, test_vectors, strict=True)
+    return {name: both(x, label, y, test_label, **options) for name, x, y in named}
+
+
+def both(train_nD, label_n, test_mD, test_label_m, **options) -> dict[str, float]:
+    """top1 as it is and mean-subtracted."""
+    sides = train_nD, label_n, test_mD, test_label_m
+    centred = top1(*sides, centre=True, **options)
+    return {"top1": top1(*sides, **options), "top1_centred": centred}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    cli.add_checkpoint(parser)
+    cli.add_sets(parser)
+    cli.add_features(parser)
+    parser.add_argument("--k", type=cli.positive, help="neighbours; default: the run's eval.k")
+    parser.add_argument("--temperature", type=cli.above_zero, help="default: the run's")
+    parser.add_argument("--pixels", action="store_true", help="also raw pixels and mean colour")
+    parser.add_argument("--linear", action="store_true", help="also logistic regression")
+
+
+def run(args: argparse.Namespace) -> None:
+    """A row for each encoder, and for what needs no learning."""
+    sides = cli.labelled_sides(args.data, args.test, args.max_train)
+    encoders = cli.encoders_of(args)
+    options = {"k": args.k, "temperature": args.temperature, "device": cli.device()}
+    rows = []
+    if args.pixels:
+        (train, train_keep), (test, test_keep) = sides
+        found = pixel_baselines(
+            train, test, train_keep=train_keep, test_keep=test_keep, crop=args.crop,
+            threads=args.threads, **options,
+        )  # fmt: skip
+        counts = {"train_images": len(train_keep), "test_images": len(test_keep)}
+        rows += [{"encoder": name, **counts, **tops} for name, tops in found.items()]
+    for name, encoder in encoders.items():
+        vectors = cli.vectors_of(encoder, sides, args)
+        row = {"encoder": name, "train_images": len(vectors[0]), "test_images": len(vectors[2])}
+        row |= both(*vectors, **options)
+        if args.linear:
+            row["linear"] = linear.top1(*vectors)
+        rows.append(row)
+    settings = ("data", "test", "max_train", "crop", "bf16", "k", "temperature")
+    cli.report(args, rows, HEADINGS, settings)

@@ -1,0 +1,204 @@
+"""Linear probes of frozen features: the paper's sweep, and a quick one for where one will do.
+
+The sweep's best is chosen on a tenth of the training images, never on the test images, unless
+`--choose test` asks for what papers report. The quick one, `predict`, is scikit-learn's logistic
+regression by L-BFGS; its penalty C is the inverse of the L2 weight.
+Shapes: n training images, m test images, D width.
+"""
+
+import argparse
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from cjepa_fast.data import rng
+from cjepa_fast.eval import cli
+from cjepa_fast.eval.probes.probe_sweep import GRIDS, Plan, fit
+from cjepa_fast.model.vit import Encoder
+from cjepa_fast.telemetry.progress import shown_clock
+
+HEADINGS = {
+    "layers": "layers",
+    "train_images": "train",
+    "test_images": "test",
+    "chosen": "chosen",
+    "held_out": "held out %",
+    "top1": "linear %",
+    "top5": "top 5 %",
+}
+BEST_ON_TEST = {"top1": "best on test %", "top5": "its top 5 %"}
+SETTINGS = ("data", "test", "max_train", "crop", "bf16")
+SWEEP_SETTINGS = ("optimizer", "epochs", "batch", "sweep", "layers", "choose")
+HELD_OUT = 0.1  # share of the training images that the best probe is chosen on
+Vectors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def predict(
+    train_nD: torch.Tensor,
+    label_n: torch.Tensor,
+    test_mD: torch.Tensor,
+    *,
+    inverse_penalty: float = 0.1,
+    iterations: int = 3000,
+) -> torch.Tensor:
+    """The probe's class for each test image: (m,) int64.
+
+    Features are standardised by the training images' mean and standard deviation. Raises
+    ValueError where there is but one class to learn.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    if len(label_n.unique()) < 2:
+        raise ValueError("a linear probe needs at least two classes among the training images")
+    probe = make_pipeline(
+        StandardScaler(), LogisticRegression(C=inverse_penalty, max_iter=iterations)
+    )
+    with shown_clock("linear probe"):
+        probe.fit(train_nD.double().numpy(), label_n.numpy())
+    return torch.from_numpy(probe.predict(test_mD.double().numpy()))
+
+
+def top1(train_nD, label_n, test_mD, test_label_m, **options) -> float:
+    """Percent of the test images classified rightly; options as in `predict`."""
+    right_m = predict(train_nD, label_n, test_mD, **options) == test_label_m
+    return 100 * right_m.double().mean().item()
+
+
+def sweep(
+    vectors: Vectors, widths: list[int], plan: Plan, choose: str = "held-out", copies: int = 1
+) -> list[dict[str, object]]:
+    """The best probe on each of `widths` last columns: one row each, of HEADINGS, all in "probes".
+
+    vectors: features (n, D) and labels (n,) for training, then (m, D) and (m,) for the test.
+    choose: "held-out": by a tenth of the training images, drawn by their places; the winner is then
+    trained on all of them. "test": by the test images, as papers do, and named so. copies: how many
+    times all training images stand one after the other, as they are and mirrored.
+    """
+    train_nD, label_n, test_mD, test_label_m = vectors
+    settings, device = plan.settings(), cli.device()
+    classes = 1 + int(torch.cat([label_n, test_label_m]).max())
+    if choose == "test":
+        probes = fit(train_nD, label_n, classes, widths, plan, device)
+        judged = probes.percent(test_mD, test_label_m)
+    else:
+        images = len(label_n) // copies
+        order = rng.permutation(0, 0, images)
+        held, rest = order.split([cut := max(1, round(HELD_OUT * images)), images - cut])
+        rest = torch.cat([rest + copy * images for copy in range(copies)])
+        probes = fit(train_nD[rest], label_n[rest], classes, widths, plan, device)
+        judged = probes.percent(train_nD[held], label_n[held])
+    rows = []
+    for place, width in enumerate(widths):
+        mine = range(place * len(settings), (place + 1) * len(settings))
+        best = max(mine, key=lambda p: judged[p]["top1"])
+        chosen = settings[best - mine.start]
+        if choose == "test":
+            found = judged[best]
+        else:
+            grid = {name: (value,) for name, value in chosen.items()}
+            again = fit(train_nD, label_n, classes, [width], replace(plan, grid=grid), device)
+            found = {"held_out": judged[best]["top1"], **again.percent(test_mD, test_label_m)[0]}
+        tried = [{**setting, **judged[p]} for setting, p in zip(settings, mine, strict=True)]
+        text = ", ".join(f"{name} {value:g}" for name, value in chosen.items())
+        rows.append({"chosen": text, "settings": chosen, **found, "probes": tried})
+    return rows
+
+
+class Reading(NamedTuple):
+    """Blocks to read at once, and by name how many of the last of these a probe is to see."""
+
+    blocks: list[int]
+    probes: dict[str, int]
+
+
+def rows_of(
+    name: str, encoder: Encoder, vectors: Vectors, reading: Reading, args: argparse.Namespace,
+    copies: int = 1,
+) -> list[cli.Row]:  # fmt: skip
+    """`sweep` as the command line has it, one row for each of the reading's probes."""
+    plan = Plan(args.optimizer, args.epochs, args.batch, args.sweep)
+    widths = [count * encoder.width for count in reading.probes.values()]
+    found = sweep(vectors, widths, plan, args.choose, copies)
+    counts = {"train_images": len(vectors[0]) // copies, "test_images": len(vectors[2])}
+    return [
+        {"encoder": name, "layers": which, **counts, **row}
+        for which, row in zip(reading.probes, found, strict=True)
+    ]
+
+
+def headings(args: argparse.Namespace) -> dict[str, str]:
+    """What was chosen by the test images is named so."""
+    return HEADINGS | (BEST_ON_TEST if args.choose == "test" else {})
+
+
+def readings(encoder: Encoder, asked: list[int | list[int]]) -> list[Reading]:
+    """Numbers of last layers, as far as the encoder has them, are read at once; a list of blocks is
+    read by itself."""
+    last = sorted({min(layers, encoder.depth) for layers in asked if isinstance(layers, int)})
+    names = {"last" if count == 1 else f"last {count}": count for count in last}
+    found = [Reading(list(encoder.last(max(last))), names)] if last else []
+    lists = [layers for layers in asked if isinstance(layers, list)]
+    return found + [Reading(blocks, {"+".join(map(str, blocks)): len(blocks)}) for blocks in lists]
+
+
+def layer_list(text: str) -> list[int | list[int]]:
+    """ "1,4,3+6" -> [1, 4, [3, 6]]."""
+    parts = [[cli.positive(number) for number in part.split("+")] for part in text.split(",")]
+    return [sorted(set(part)) if len(part) > 1 else part[0] for part in parts]
+
+
+def values(text: str) -> tuple[str, tuple[float, ...]]:
+    """ "lr=0.01,0.05" -> ("lr", (0.01, 0.05))."""
+    name, _, listed = text.partition("=")
+    try:
+        found = tuple(float(part) for part in listed.split(","))
+    except ValueError:
+        found = (-1.0,)
+    if min(found) < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as lr=0.01,0.05")
+    return name, found
+
+
+def add_sweep(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--optimizer", choices=GRIDS, default="lars", help="default: the paper's")
+    parser.add_argument("--epochs", type=cli.positive, default=50)
+    parser.add_argument("--batch", type=cli.positive, metavar="N",
+                        help="default: 16384, or 1/78 of a small set")  # fmt: skip
+    parser.add_argument("--sweep", type=values, nargs="+", metavar="NAME=LIST",
+                        help="such as lr=0.01,0.05 wd=0; of lbfgs C=0.1,1")  # fmt: skip
+    parser.add_argument("--layers", type=layer_list, default=[1, 4], metavar="LIST",
+                        help="numbers of last layers, or blocks as 3+6+9; default 1,4")  # fmt: skip
+    parser.add_argument("--choose", choices=("held-out", "test"), default="held-out",
+                        help="the images that decide which probe is best")  # fmt: skip
+
+
+def complete_sweep(args: argparse.Namespace) -> None:
+    """Check --sweep against the optimiser, and make it the whole grid."""
+    known, given = GRIDS[args.optimizer], dict(args.sweep or ())
+    if foreign := sorted(given.keys() - known):
+        raise ValueError(
+            f"--sweep {foreign[0]}: --optimizer {args.optimizer} has {' and '.join(known)}"
+        )
+    args.sweep = {**known, **given}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    cli.add_checkpoint(parser)
+    cli.add_sets(parser)
+    cli.add_features(parser)
+    add_sweep(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """A row for each encoder and number of layers."""
+    complete_sweep(args)
+    sides = cli.labelled_sides(args.data, args.test, args.max_train)
+    rows = []
+    for name, encoder in cli.encoders_of(args).items():
+        for reading in readings(encoder, args.layers):
+            vectors = cli.vectors_of(encoder, sides, args, reading.blocks)
+            rows += rows_of(name, encoder, vectors, reading, args)
+    cli.report(args, rows, headings(args), (*SETTINGS, *SWEEP_SETTINGS))

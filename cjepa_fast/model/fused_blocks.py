@@ -1,0 +1,354 @@
+"""The blocks of a ViT as a chain of fused operators, each with its backward written out.
+
+vit.Block says what is computed; here is the same in 16 bits, by the kernels of norm.py, gelu.py and
+attention.py between cuBLAS's products:
+
+    s, qkv = x + y, Linear(norm1(x + y))      AddNormLinear
+    a      = attention(qkv)                   Attention
+    y      = Linear(a)                        Product
+    s, u   = s + y, Linear(norm2(s + y))      AddNormLinear
+    y      = Linear(gelu(u))                  GeluLinear
+
+A block hands on the stream and its last branch y unadded, since the next block's first kernel adds
+them as it reads them. Nothing is compiled, so a batch may have any lengths, and a block is 8
+launches forward and 16 backward.
+
+The gradient of a Linear's bias is the sum of the rows of its output's gradient. Whoever reads the
+output writes that gradient, and sums it on the way: so each operator takes the bias of the Linear
+before it, and returns its gradient.
+
+Shapes: B sequences, S tokens, D width, H heads; x, y, s (B, S, D), x and s in the dtype of the
+residual stream, the rest in the weights'.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from cjepa_fast.kernels.attention import takes as takes_attention
+from cjepa_fast.kernels.attention_tiles import launch_attention, launch_attention_backward
+from cjepa_fast.kernels.fp8 import E4M3, Rows, quantise_add_norm, quantise_gelu, quantise_norm
+from cjepa_fast.kernels.gelu import launch_gelu, launch_gelu_backward
+from cjepa_fast.kernels.norm import launch_add_norm, launch_add_norm_backward, takes
+from cjepa_fast.model.attention import attend
+
+Pending = tuple[torch.Tensor | None, torch.Tensor | None]  # a branch, and the bias of its Linear
+NONE: Pending = (None, None)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    out = torch.addmm(bias, x.flatten(0, -2), weight.t())
+    return out.view(*x.shape[:-1], len(weight))
+
+
+def linear_gradients(
+    dout: torch.Tensor, x: torch.Tensor, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of x and of the weight."""
+    rows = dout.reshape(-1, len(weight))
+    return (rows @ weight).view(x.shape), rows.t() @ x.reshape(len(rows), -1)
+
+
+def branch_gradients(
+    d: torch.Tensor, dy_bias: torch.Tensor, y_dtype: torch.dtype | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Of a branch, which is the stream's, and of its bias; None where there is no branch."""
+    return (None, None) if y_dtype is None else (d.to(y_dtype), dy_bias)
+
+
+class AddNorm(Function):
+    """norm(x + y)."""
+
+    @staticmethod
+    def forward(ctx, x, y, y_bias, gain, shift, eps):
+        s, h, stats = launch_add_norm(x, y, gain, shift, eps)
+        ctx.y_dtype = None if y is None else y.dtype
+        ctx.save_for_backward(s, stats, gain)
+        return h
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dh):
+        s, stats, gain = ctx.saved_tensors
+        d, (dgain, dshift, dy_bias) = launch_add_norm_backward(
+            dh.contiguous(), None, s, gain, stats
+        )
+        return d, *branch_gradients(d, dy_bias, ctx.y_dtype), dgain, dshift, None
+
+
+class AddNormLinear(Function):
+    """x + y, and the Linear of its norm. keep: the norm's output, else computed again."""
+
+    @staticmethod
+    def forward(ctx, x, y, y_bias, gain, shift, eps, weight, bias, keep):
+        s, h, stats = launch_add_norm(x, y, gain, shift, eps)
+        ctx.y_dtype, ctx.eps = None if y is None else y.dtype, eps
+        ctx.save_for_backward(s, h if keep else None, stats, gain, shift, weight)
+        ctx.set_materialize_grads(False)
+        return s.view_as(s), linear(h, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, ds, dout):
+        s, h, stats, gain, shift, weight = ctx.saved_tensors
+        if h is None:
+            _, h, _ = launch_add_norm(s, None, gain, shift, ctx.eps)
+        dh, dweight = linear_gradients(dout, h, weight)
+        ds = None if ds is None else ds.contiguous()
+        d, (dgain, dshift, dy_bias) = launch_add_norm_backward(dh, ds, s, gain, stats)
+        branch = branch_gradients(d, dy_bias, ctx.y_dtype)
+        return d, *branch, dgain, dshift, None, dweight, None, None
+
+
+class AddNormLast(Function):
+    """Of x + y the last tokens, and of its norm their queries, and all keys and values."""
+
+    @staticmethod
+    def forward(ctx, x, y, y_bias, gain, shift, eps, weight, bias, last):
+        s, h, stats = launch_add_norm(x, y, gain, shift, eps)
+        D = x.shape[-1]
+        h_last = h[:, -last:].contiguous()
+        ctx.y_dtype, ctx.last = None if y is None else y.dtype, last
+        ctx.save_for_backward(s, h, h_last, stats, gain, weight)
+        q = linear(h_last, weight[:D], bias[:D])
+        return s[:, -last:].contiguous(), q, linear(h, weight[D:], bias[D:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, ds_last, dq, dkv):
+        s, h, h_last, stats, gain, weight = ctx.saved_tensors
+        D = s.shape[-1]
+        dweight = torch.empty_like(weight)
+        dh_last, dweight[:D] = linear_gradients(dq, h_last, weight[:D])
+        dh, dweight[D:] = linear_gradients(dkv, h, weight[D:])
+        dh[:, -ctx.last :] += dh_last
+        ds = torch.zeros_like(s)
+        ds[:, -ctx.last :] = ds_last
+        d, (dgain, dshift, dy_bias) = launch_add_norm_backward(dh, ds, s, gain, stats)
+        branch = branch_gradients(d, dy_bias, ctx.y_dtype)
+        return d, *branch, dgain, dshift, None, dweight, None, None
+
+
+class Attention(Function):
+    """Of q, k and v side by side, (B, S, 3 D), by kernels/attention.py: (B, S, D)."""
+
+    @staticmethod
+    def forward(ctx, qkv, bias, heads):
+        out, lse = launch_attention(*qkv.chunk(3, -1), heads)
+        ctx.heads = heads
+        ctx.save_for_backward(qkv, out, lse)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        qkv, out, lse = ctx.saved_tensors
+        dqkv = torch.empty_like(qkv)
+        dbias = launch_attention_backward(
+            dout.contiguous(), *qkv.chunk(3, -1), out, lse, ctx.heads, dqkv.chunk(3, -1), True
+        )
+        return dqkv, dbias, None
+
+
+class AttentionLast(Function):
+    """The same of fewer queries: q (B, last, D), kv (B, S, 2 D)."""
+
+    @staticmethod
+    def forward(ctx, q, kv, bias, heads):
+        out, lse = launch_attention(q, *kv.chunk(2, -1), heads)
+        ctx.heads = heads
+        ctx.save_for_backward(q, kv, out, lse)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        q, kv, out, lse = ctx.saved_tensors
+        dq, dkv = torch.empty_like(q), torch.empty_like(kv)
+        dbias = launch_attention_backward(
+            dout.contiguous(), q, *kv.chunk(2, -1), out, lse, ctx.heads, (dq, *dkv.chunk(2, -1)),
+            True,
+        )  # fmt: skip
+        return dq, dkv, dbias, None
+
+
+class Biased(Function):
+    """x as it is; its rows' gradients sum to that of the bias of the Linear before."""
+
+    @staticmethod
+    def forward(ctx, x, bias):
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dx):
+        return dx, dx.flatten(0, -2).sum(0)
+
+
+class Product(Function):
+    """A Linear, its bias's gradient left to who reads it."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        return *linear_gradients(dout, *ctx.saved_tensors), None
+
+
+class GeluLinear(Function):
+    """The Linear of gelu(u). keep: the GELU's output, else computed again."""
+
+    @staticmethod
+    def forward(ctx, u, u_bias, weight, bias, keep, trained):
+        hidden = launch_gelu(u, None if trained else u)
+        ctx.save_for_backward(u, hidden if keep else None, weight)
+        return linear(hidden, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        u, hidden, weight = ctx.saved_tensors
+        hidden = launch_gelu(u) if hidden is None else hidden
+        dhidden, dweight = linear_gradients(dout, hidden, weight)
+        return *launch_gelu_backward(dhidden, u), dweight, None, None, None
+
+
+class Gelu(Function):
+    """gelu(u), for a Linear that checkpoint need not run again: torch's own, which keeps what its
+    backward asks for before it computes."""
+
+    @staticmethod
+    def forward(ctx, u, u_bias):
+        ctx.save_for_backward(u)
+        return launch_gelu(u)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dhidden):
+        return launch_gelu_backward(dhidden.contiguous(), *ctx.saved_tensors)
+
+
+# --- the blocks
+
+
+def run_8_bits(blocks: Sequence[nn.Module], norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The same as `run` of blocks whose linear layers are in 8 bits (fp8.py), which take none."""
+    y = None
+    for block in blocks:
+        attn, mlp = block.attn, block.mlp
+        x, rows = add_norm_8_bits(x, y, block.norm1)
+        a = attend_heads(attn, attn.qkv.side_by_side(rows), False)
+        x, rows = add_norm_8_bits(x, attn.proj(a), block.norm2)
+        y = mlp.fc2(quantise_gelu(mlp.fc1(rows)))
+    return AddNorm.apply(x, y, None, norm.weight, norm.bias, norm.eps)
+
+
+def add_norm_8_bits(
+    x: torch.Tensor, y: torch.Tensor | None, norm: nn.Module
+) -> tuple[torch.Tensor, Rows]:
+    args = norm.weight, norm.bias, norm.eps
+    return (x, quantise_norm(x, *args)) if y is None else quantise_add_norm(x, y, *args)
+
+
+def supports(blocks: Sequence[nn.Module], x: torch.Tensor) -> bool:
+    """Whether the kernels take this stream and these blocks, of 16 bits (or 8, see fp8.py)."""
+    weight = blocks[0].norm1.weight
+    return takes(x, weight) and weight.dtype.itemsize == 2 and not torch.compiler.is_compiling()
+
+
+def heads_of(x_BSX: torch.Tensor, parts: int, heads: int) -> list[torch.Tensor]:
+    """The parts that lie side by side in x, each as (B, H, S, d)."""
+    return [x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in x_BSX.chunk(parts, -1)]
+
+
+def attend_heads(attn: nn.Module, qkv_BSX: torch.Tensor, trained: bool) -> torch.Tensor:
+    """Attention by attn.backend of q, k and v side by side, (B, S, 3 D): (B, S, D)."""
+    q, k, v = heads_of(qkv_BSX, 3, attn.heads)
+    if attn.backend == "triton" and takes_attention(q):
+        return Attention.apply(qkv_BSX, attn.qkv.bias, attn.heads)
+    if trained:
+        q, k, v = heads_of(Biased.apply(qkv_BSX, attn.qkv.bias), 3, attn.heads)
+    return attend(q, k, v, attn.backend).transpose(1, 2).flatten(2)
+
+
+def attend_last(
+    attn: nn.Module, q_BPD: torch.Tensor, kv_BSX: torch.Tensor, trained: bool
+) -> torch.Tensor:
+    """The same of the last P tokens' queries, and of all keys and values side by side."""
+    D, bias = q_BPD.shape[-1], attn.qkv.bias
+    if attn.backend == "triton" and takes_attention(*heads_of(q_BPD, 1, attn.heads)):
+        return AttentionLast.apply(q_BPD, kv_BSX, bias, attn.heads)
+    if trained:
+        q_BPD, kv_BSX = Biased.apply(q_BPD, bias[:D]), Biased.apply(kv_BSX, bias[D:])
+    parts = *heads_of(q_BPD, 1, attn.heads), *heads_of(kv_BSX, 2, attn.heads)
+    return attend(*parts, attn.backend).transpose(1, 2).flatten(2)
+
+
+def run_block(
+    block: nn.Module, x: torch.Tensor, pending: Pending, last: int | None = None
+) -> tuple[torch.Tensor, Pending]:
+    """The stream and the branch after a block; last: of the last tokens alone, (B, last, D)."""
+    if not torch.is_grad_enabled() or "block" not in block.recomputed:
+        return _block(block, x, pending, last)
+    return checkpoint(
+        _block, block, x, pending, last, use_reentrant=False, preserve_rng_state=False
+    )
+
+
+def _block(
+    block: nn.Module, x: torch.Tensor, pending: Pending, last: int | None
+) -> tuple[torch.Tensor, Pending]:
+    attn, mlp, trained = block.attn, block.mlp, torch.is_grad_enabled()
+    one, two = block.norm1, block.norm2
+    args = x, *pending, one.weight, one.bias, one.eps, attn.qkv.weight, attn.qkv.bias
+    if last is None:
+        s, qkv = AddNormLinear.apply(*args, "heads" not in block.recomputed)
+        a = attend_heads(attn, qkv, trained)
+    else:
+        s, q, kv = AddNormLast.apply(*args, last)
+        a = attend_last(attn, q, kv, trained)
+    y = Product.apply(a, attn.proj.weight, attn.proj.bias)
+
+    again = trained and not {"block", "mlp"}.isdisjoint(block.recomputed)
+
+    def half(s, y):
+        s, u = AddNormLinear.apply(
+            s, y, attn.proj.bias, two.weight, two.bias, two.eps, mlp.fc1.weight, mlp.fc1.bias,
+            "hidden" not in block.recomputed,
+        )  # fmt: skip
+        if again:
+            hidden = Gelu.apply(u, mlp.fc1.bias)
+            return s, F.linear(hidden, mlp.fc2.weight, mlp.fc2.bias.detach())
+        keep = "output" not in block.recomputed
+        return s, GeluLinear.apply(u, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, keep, trained)
+
+    if trained and "mlp" in block.recomputed:
+        s, y = checkpoint(half, s, y, use_reentrant=False, preserve_rng_state=False)
+    else:
+        s, y = half(s, y)
+    return s, (y, mlp.fc2.bias)
+
+
+def run(
+    blocks: Sequence[nn.Module], norm: nn.Module, x: torch.Tensor, last: int | None = None
+) -> torch.Tensor:
+    """All blocks, then the norm: (B, S, D); last: of the last tokens alone, (B, last, D).
+
+    Equal to the blocks called one by one up to where sums are rounded.
+    """
+    x, pending = x.contiguous(), NONE
+    if blocks[0].mlp.fc1.weight.dtype == E4M3:
+        return run_8_bits(blocks, norm, x)
+    for block in blocks[:-1]:
+        x, pending = run_block(block, x, pending)
+    x, pending = run_block(blocks[-1], x, pending, last)
+    return AddNorm.apply(x, *pending, norm.weight, norm.bias, norm.eps)

@@ -1,0 +1,241 @@
+"""The processes of one training: joining them, what passes between them, leaving.
+
+One process alone needs no group: each function then returns its own. DeepSpeed is imported here, as
+it joins the group.
+"""
+
+import contextlib
+import ctypes
+import functools
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from typing import NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from cjepa_fast.runtime import caches, hardware
+
+T = TypeVar("T")
+PIECE_ROWS = 4096  # of a large tensor, passed on at a time
+
+_group_options: dict[str, timedelta] = {}  # of every process group, by start()
+
+
+def start(seed: int, timeout_s: float = 0) -> torch.device:
+    """Join the process group of several processes, and seed torch. Returns the device.
+
+    Without a GPU the CPU and gloo take its place. timeout_s: of the collectives; 0: by default.
+    """
+    caches.root()
+    cuda = hardware.has_gpu()
+    local_rank = hardware.local_rank()
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if not cuda and torch.cuda.is_available() and local_rank == 0:
+        print(f"WARNING: on the CPU, since {hardware.gpu_problem()}", file=sys.stderr)
+    if cuda:
+        grow_memory_in_place()
+        torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
+    if timeout_s:
+        _group_options["timeout"] = timedelta(seconds=timeout_s)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        deepspeed()
+    torch.manual_seed(seed)
+    return device
+
+
+def grow_memory_in_place() -> None:
+    """Have torch's allocator grow its segments, unless the user has told it how to work.
+
+    Lengths that change from step to step would else leave it with pieces that fit none of the next
+    ones: it then frees and asks for memory anew, which holds a step up.
+    """
+    told = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys()
+    tell = getattr(torch._C, "_accelerator_setAllocatorSettings", None)  # torch 2.10 and newer
+    if tell and not told:
+        tell("expandable_segments:True")
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep what a step frees for the next one, where it is glibc.
+
+    By default each large tensor is mapped anew, and its pages are zeroed as they are first written.
+    """
+    trim_threshold, mmap_threshold, most = -1, -3, 32 * 2**20  # malloc.h; glibc takes no more
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(mmap_threshold, most)
+        mallopt(trim_threshold, 2**31 - 1)
+
+
+def part() -> None:
+    """Leave the process group, where one was joined."""
+    _beside_the_gpus.cache_clear()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def leave(status: int) -> NoReturn:
+    """End this process with an exit status, its work done and its files closed.
+
+    One of several ends at once: a gloo thread may still hold the last collective's tensor, and
+    freeing that while the interpreter is being taken down aborts a run that had succeeded.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def deepspeed():
+    """DeepSpeed, imported late (seconds), without what does not concern the user, and joined.
+
+    Raises ValueError where it cannot be imported.
+    """
+    backend = "nccl" if hardware.has_gpu() else "gloo"
+    if backend == "gloo":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # DeepSpeed 0.19 still calls collectives and amp helpers by names that torch 2.13 deprecates.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(deepspeed|torch)\.")
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ValueError(
+            f"DeepSpeed cannot be imported ({error}): several processes, and what the deepspeed "
+            "section asks for beyond a ZeRO stage, need it. Install it (pip install deepspeed; it "
+            "has no build for macOS), or train on one process: python cjepa_fast/train.py"
+        ) from error
+    if "RANK" not in os.environ and not dist.is_initialized():
+        # In memory: no port is taken, nor RANK set, which processes started from here would see.
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed wants it
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    from deepspeed.runtime import compiler
+
+    if hasattr(compiler, "dummy_decorator"):
+        # Muon, which nothing here uses, is imported all the same and compiled as it is: 1.5 s.
+        compiler.compile = lambda: compiler.dummy_decorator
+    if backend == "gloo":
+        # Otherwise DeepSpeed compiles a shared-memory collective for over a minute; gloo serves.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(backend, verbose=False, **_group_options)
+    return deepspeed
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def mean_over_ranks(terms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """0-d tensors by name, averaged over all processes in one collective; no host sync."""
+    if world_size() == 1:
+        return terms
+    values = torch.stack(list(terms.values()))
+    dist.all_reduce(values)
+    return dict(zip(terms, values / world_size(), strict=True))
+
+
+def from_all(mine: T) -> list[T]:
+    """Every process's object, by rank."""
+    if world_size() == 1:
+        return [mine]
+    gathered: list = [None] * world_size()
+    dist.all_gather_object(gathered, mine, group=_beside_the_gpus())
+    return gathered
+
+
+def rows_on_first(mine_nD: torch.Tensor, row_n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of one tensor that each process has some of, put together by their ascending numbers.
+
+    mine_nD (n, ...) on the CPU, of one dtype everywhere, and its rows' numbers (n,), ascending.
+    Returns (N, ...), empty but on process 0, and the numbers of all (N,) on every process. They
+    pass a piece at a time, so process 0 needs room for them and its own, and no more.
+    """
+    if world_size() == 1:
+        return mine_nD, row_n
+    shares = from_all((row_n, mine_nD.shape[1:]))
+    row_N = torch.cat([row for row, _ in shares]).sort().values
+    if rank() != 0:
+        for piece in mine_nD.split(PIECE_ROWS) if len(row_n) else ():
+            dist.send(piece.contiguous(), 0, group=_beside_the_gpus())
+        return mine_nD.new_empty(0), row_N
+    shape = next((shape for row, shape in shares if len(row)), ())
+    whole_ND = mine_nD.new_empty(len(row_N), *shape)
+    if len(row_n):
+        whole_ND[torch.searchsorted(row_N, row_n)] = mine_nD
+    for source, (row, _) in enumerate(shares[1:], 1):
+        for part in row.split(PIECE_ROWS) if len(row) else ():
+            piece = mine_nD.new_empty(len(part), *shape)
+            dist.recv(piece, source, group=_beside_the_gpus())
+            whole_ND[torch.searchsorted(row_N, part)] = piece
+    return whole_ND, row_N
+
+
+def to_all(tensor: torch.Tensor) -> torch.Tensor:
+    """Process 0's tensor, on the CPU, on every process."""
+    if world_size() == 1:
+        return tensor
+    shape, dtype = from_first_process(lambda: (tensor.shape, tensor.dtype))
+    tensor = tensor if rank() == 0 else torch.empty(shape, dtype=dtype)
+    for piece in tensor.split(PIECE_ROWS):
+        dist.broadcast(piece, src=0, group=_beside_the_gpus())
+    return tensor
+
+
+def any_of(*flags: bool) -> tuple[bool, ...]:
+    """Of each flag, whether it is set on any process; no GPU waits for it."""
+    if world_size() == 1:
+        return flags
+    set_anywhere = torch.tensor(flags, dtype=torch.int32)
+    dist.all_reduce(set_anywhere, dist.ReduceOp.MAX, group=_beside_the_gpus())
+    return tuple(map(bool, set_anywhere))
+
+
+@functools.cache
+def _beside_the_gpus() -> dist.ProcessGroup:
+    """All processes, for small matters on the CPU."""
+    return dist.new_group(backend="gloo", **_group_options)
+
+
+def from_first_process(make: Callable[[], T]) -> T:
+    """What make() returns on process 0, on all; a ValueError or OSError of it is raised on all."""
+    made: list = [None, None]
+    if rank() == 0:
+        try:
+            made[0] = make()
+        except (ValueError, OSError) as error:
+            made[1] = error
+    if world_size() > 1:
+        dist.broadcast_object_list(made, src=0, group=_beside_the_gpus())
+    if made[1] is not None:
+        raise made[1]
+    return made[0]
+
+
+def first_on_each_node(make: Callable[[], T]) -> T:
+    """make() on the first process of each node, then on the others, which find its caches.
+
+    An error on any process is raised on all, so that none waits for one that has gone.
+    """
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    made, error = None, None
+    for turn in (True, False):
+        if first is turn:
+            try:
+                made = make()
+            except (ValueError, OSError) as caught:
+                error = caught
+        for found in from_all(error):
+            if found is not None:
+                raise found
+    return made

@@ -1,0 +1,76 @@
+"""Files written so that a reader sees the old or the new, and a crash loses neither."""
+
+import contextlib
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+
+def write_text(path: Path, text: str) -> None:
+    """Atomic: a reader sees the old text or the new."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    sync_file(partial)
+    partial.rename(path)
+
+
+def sync_file(path: Path) -> None:
+    """Make a file, or a folder's names, survive a crash of the machine."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def point(name: Path, target: Path) -> None:
+    """Make `name` a link to a folder beside or below it, in place of what it was."""
+    partial = name.with_name(f".{name.name}.partial")
+    partial.unlink(missing_ok=True)
+    partial.symlink_to(os.path.relpath(target, name.parent))
+    partial.replace(name)
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_tensors(
+    tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """A safetensors file, for whoever may read the files beside it, on the disk when this returns.
+
+    Not atomic: under a temporary name. Raises OSError where that fails, as on a full disk.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
+    path.chmod(mode)  # safetensors lets its owner alone read it
+    sync_file(path)
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All of a safetensors file. Raises as `opened`."""
+    with opened(path) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+
+
+@contextlib.contextmanager
+def opened(path: Path):
+    """A safetensors file. Raises ValueError where it is damaged, FileNotFoundError if missing."""
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error

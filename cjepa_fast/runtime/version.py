@@ -1,0 +1,3 @@
+"""The version of this code, also written into checkpoints, reports and exports."""
+
+VERSION = "0.1.0"

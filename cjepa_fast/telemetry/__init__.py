@@ -1,0 +1,6 @@
+"""What a training tells: its log, a progress line, TensorBoard and W&B scalars, GPU counters."""
+
+from cjepa_fast.telemetry.log import Telemetry, read_log
+from cjepa_fast.telemetry.representation import effective_rank, representation_stats
+
+__all__ = ["Telemetry", "effective_rank", "read_log", "representation_stats"]

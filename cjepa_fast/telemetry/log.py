@@ -1,0 +1,354 @@
+"""What a run tells: a progress line, log.jsonl, TensorBoard or W&B scalars, GPU counters.
+
+Between intervals nothing here waits for the device: scalars are added up where they lie, and
+only `log_row`, once an interval, reads them. A step is counted from 1: "step 100" is the state
+after 100 optimiser steps, as in the names of checkpoints.
+"""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+import torch
+
+from cjepa_fast.telemetry.nvml import GpuCounters
+from cjepa_fast.telemetry.sinks import Aside, Board, Mirror, WeightsAndBiases, is_number
+
+REFRESH_S = 0.5  # on a terminal the line is redrawn no oftener than this
+RATE_MEMORY = 0.7  # weight of the past in the moving average of the step time behind the ETA
+TERMS = ("jepa", "sim", "std", "cov")  # the loss's terms on the progress line
+
+
+class Telemetry:
+    """One run's telemetry; a rank without a folder stays silent and costs nothing.
+
+    folder: RUN, made if missing; log.jsonl and tensorboard/ go there. None: silent.
+    total_steps: steps of the whole run; steps_per_epoch, images_per_step: global figures.
+    interval: steps between rows. start_step: steps done before (resume): rows beyond it are
+    dropped from log.jsonl, so that a resumed log has each step once. wandb: a project there.
+    Raises ValueError for an interval below one.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str | None,
+        *,
+        total_steps: int,
+        steps_per_epoch: int,
+        images_per_step: int,
+        interval: int,
+        start_step: int = 0,
+        tensorboard: bool = True,
+        wandb: str | None = None,
+        stream: TextIO | None = None,
+    ):
+        if interval < 1:
+            raise ValueError(f"interval {interval}: telemetry needs at least one step between rows")
+        self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
+        self.images_per_step, self.interval = images_per_step, interval
+        self.silent = folder is None
+        if self.silent:
+            return
+        self._line = ProgressLine(stream or sys.stdout)
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._step = folder, start_step
+        self._said = Lines(self._line.message, folder / "events.jsonl")
+        kept = _drop_rows_after(folder / "log.jsonl", start_step)
+        self._before_s = kept[-1].get("time_s", 0.0) if kept else 0.0
+        self._start_s = time.perf_counter()
+        self._log = Lines(self.message, folder / "log.jsonl")
+        self._events: dict[str, Lines] = {}
+        self._mirrors: list[Mirror | Aside] = []
+        if tensorboard:
+            self._mirrors.append(Board(self.message, folder / "tensorboard", start_step))
+        if wandb:
+            self._mirrors.append(Aside(WeightsAndBiases, self.message, folder, wandb))
+        self._gpu = GpuCounters()
+        self._shown: dict = {}
+        self._step_s: float | None = None
+        self._new_interval(start_step)
+
+    def _new_interval(self, step: int) -> None:
+        self._means = DeviceMeans()
+        self._wait_s = self._pause_s = 0.0
+        self._interval_start_s = time.perf_counter()
+        self._interval_step = self._step = step
+
+    def due(self, step: int) -> bool:
+        """Whether `log_row` is to be called after this step: each interval, and the last."""
+        return step % self.interval == 0 or step >= self.total_steps
+
+    def step(
+        self, step: int, scalars: dict[str, torch.Tensor | float], data_wait_s: float = 0.0
+    ) -> None:
+        """Note a finished step (counted from 1).
+
+        scalars: 0-d tensors or numbers, logged as means over the interval's finite values.
+        data_wait_s: seconds this step waited for its data. Forces no host sync.
+        """
+        if self.silent:
+            return
+        self._step = step
+        self._wait_s += data_wait_s
+        self._means.add(scalars)
+        if self._shown:
+            self._line.refresh(lambda: self._text({**self._shown, "step": step}))
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time inside (a checkpoint, an evaluation) does not count as training."""
+        start_s = time.perf_counter()
+        try:
+            yield
+        finally:
+            if not self.silent:
+                self._pause_s += time.perf_counter() - start_s
+
+    def log_row(self, extra: dict[str, torch.Tensor | float] | None = None) -> dict | None:
+        """Write the interval's row and start the next; returns the row (None on a silent rank).
+
+        extra: values of this step as they are (lr, momentum, feature_std, skipped_steps ...).
+        A value that is not finite is written as null. This waits for the device.
+        """
+        if self.silent:
+            return None
+        means = self._means.read()  # waits for the device, so the clock below sees its work
+        now_s = time.perf_counter()
+        wall_s = max(now_s - self._interval_start_s - self._pause_s, 1e-9)
+        steps = max(self._step - self._interval_step, 1)
+        self._step_s = _moving_average(self._step_s, wall_s / steps)
+        row = {
+            "step": self._step,
+            "epoch": self._step / self.steps_per_epoch,
+            "time_s": self._before_s + now_s - self._start_s,
+            "images_per_s": steps * self.images_per_step / wall_s,
+            **means,
+            "data_wait": min(self._wait_s / wall_s, 1.0),
+            **{name: _number(value) for name, value in (extra or {}).items()},
+            **self._gpu.read(),
+        }
+        self._write(row)
+        self._shown = row
+        self._line.show(self._text(row))
+        self._new_interval(self._step)
+        return row
+
+    def first_row(self, values: dict[str, float]) -> None:
+        """What was measured before the first step."""
+        if not self.silent:
+            self._write({"step": 0, "epoch": 0.0, "time_s": self._before_s, **values})
+
+    def _write(self, row: dict) -> None:
+        self._log.write(row)
+        for mirror in self._mirrors:
+            mirror.write(row)
+
+    def pictures(self, figures: dict[str, np.ndarray], step: int) -> None:
+        """Figures by name, (height, width, 3) uint8, to TensorBoard."""
+        for mirror in () if self.silent else self._mirrors:
+            if isinstance(mirror, Board):
+                mirror.pictures(figures, step)
+
+    def _text(self, row: dict) -> str:
+        left_s = (self.total_steps - row["step"]) * (self._step_s or 0.0)
+        parts = [
+            f"step {row['step']}/{self.total_steps}",
+            f"epoch {row['step'] / self.steps_per_epoch:.2f}",
+            f"{row['images_per_s']:.0f} images/s",
+            f"ETA {_duration(left_s)}",
+        ]
+        if row.get("lr") is not None:
+            parts.append(f"lr {row['lr']:.2e}")
+        parts += [f"{name} {row[name]:.4f}" for name in ("loss", *TERMS) if is_number(row, name)]
+        return "  ".join(parts)
+
+    def message(self, text: str) -> None:
+        """Print a line of its own beside the progress line, and keep it in events.jsonl."""
+        if not self.silent:
+            self._line.message(text)
+            time_s = self._before_s + time.perf_counter() - self._start_s
+            self._said.write({"step": self._step, "time_s": time_s, "text": text})
+
+    def event(self, file: str, row: dict, text: str) -> None:
+        """Print what happened, and add it to a JSONL file of that name in the run's folder."""
+        if self.silent:
+            return
+        self._line.message(text)
+        if file not in self._events:
+            self._events[file] = Lines(self.message, self._folder / file)
+        self._events[file].write(row)
+
+    def back_to(self, step: int) -> None:
+        """The run has gone back to an earlier step: rows beyond it are dropped from the log."""
+        if not self.silent:
+            try:
+                _drop_rows_after(self._folder / "log.jsonl", step)
+            except OSError as error:
+                self.message(f"WARNING: {self._folder}/log.jsonl keeps rows beyond {step}: {error}")
+            self._new_interval(step)
+
+    def close(self) -> None:
+        """Finish the line and the files; may be called twice."""
+        if self.silent:
+            return
+        self._line.end()
+        for mirror in self._mirrors:
+            mirror.close()
+
+
+class Lines:
+    """A JSONL file that is added to. What a full disk refuses is said, kept, and written later."""
+
+    def __init__(self, say: Callable[[str], None], path: Path):
+        self._say, self._path = say, path
+        self._waiting: list[str] = []
+
+    def write(self, row: dict) -> None:
+        self._waiting.append(json.dumps(row, allow_nan=False) + "\n")
+        try:
+            with open(self._path, "a", encoding="utf-8") as file:
+                whole = file.tell()
+                try:
+                    file.writelines(self._waiting)
+                    file.flush()
+                except OSError:
+                    os.truncate(self._path, whole)  # no torn line stays
+                    raise
+        except OSError as error:
+            if len(self._waiting) == 1:
+                self._say(f"WARNING: {self._path} cannot be written ({error}); trying again later")
+        else:
+            self._waiting.clear()
+
+
+class DeviceMeans:
+    """Means of named scalars, kept on their own device until read; non-finite values left out."""
+
+    def __init__(self):
+        self._sums: dict[tuple, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def add(self, scalars: dict[str, torch.Tensor | float]) -> None:
+        groups: dict[torch.device, list[str]] = {}
+        for name, value in scalars.items():
+            device = value.device if isinstance(value, torch.Tensor) else torch.device("cpu")
+            groups.setdefault(device, []).append(name)
+        for device, names in groups.items():
+            values = torch.stack([_scalar(scalars[name]) for name in names])
+            finite = values.isfinite()
+            both = torch.stack([torch.where(finite, values, 0), finite.to(values.dtype)])
+            key = (device, *names)
+            self._sums[key] = self._sums[key] + both if key in self._sums else both
+
+    def read(self) -> dict[str, float | None]:
+        """The means by name (None where no value was finite): one transfer a device."""
+        totals: dict[str, list[float]] = {}
+        for (_, *names), both in self._sums.items():
+            for name, total, count in zip(names, *both.tolist(), strict=True):
+                known = totals.setdefault(name, [0.0, 0.0])
+                known[0] += total
+                known[1] += count
+        return {
+            name: _number(total / count) if count else None
+            for name, (total, count) in totals.items()
+        }
+
+
+class ProgressLine:
+    """A line that redraws itself on a terminal; elsewhere (files, pipes) a plain line each row."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+        self._live = stream.isatty()
+        self._drawn = ""
+        self._drawn_s = -math.inf
+
+    def show(self, text: str) -> None:
+        if not self._live:
+            self._stream.write(text + "\n")
+        else:
+            # a line that wraps cannot be returned to; \x1b[K wipes what a longer one left
+            self._drawn = text[: max(shutil.get_terminal_size().columns - 1, 20)]
+            self._drawn_s = time.perf_counter()
+            self._stream.write(f"\r{self._drawn}\x1b[K")
+        self._stream.flush()
+
+    def refresh(self, text: Callable[[], str]) -> None:
+        """Redraw with text() if this is a terminal and the last drawing is old enough."""
+        if self._live and time.perf_counter() - self._drawn_s >= REFRESH_S:
+            self.show(text())
+
+    def message(self, text: str) -> None:
+        if self._live and self._drawn:
+            self._stream.write(f"\r\x1b[K{text}\n{self._drawn}")
+        else:
+            self._stream.write(text + "\n")
+        self._stream.flush()
+
+    def end(self) -> None:
+        if self._drawn:
+            self._stream.write("\n")
+            self._stream.flush()
+            self._drawn = ""
+
+
+def read_log(path: Path | str) -> list[dict]:
+    """The rows of a log.jsonl (or of the run folder that holds one), in order.
+
+    A last line torn by a crash is left out. Raises ValueError for a broken line before it and
+    FileNotFoundError where there is no log.
+    """
+    path = Path(path)
+    path = path / "log.jsonl" if path.is_dir() else path
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+    return rows
+
+
+def _drop_rows_after(path: Path, step: int) -> list[dict]:
+    """Cut a log back to the rows up to `step`, whole; returns them."""
+    if not path.exists():
+        return []
+    rows = [row for row in read_log(path) if row["step"] <= step]
+    whole = path.with_name(path.name + ".tmp")
+    whole.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    os.replace(whole, path)
+    return rows
+
+
+def _scalar(value: torch.Tensor | float) -> torch.Tensor:
+    """A 0-d fp32 tensor where the value lies; a Python number (K, seconds) lies on the CPU."""
+    if isinstance(value, torch.Tensor):
+        return value.reshape(()).float()
+    return torch.tensor(float(value))
+
+
+def _number(value: torch.Tensor | float) -> float | int | None:
+    """A JSON number, or None for what JSON has no word for."""
+    value = value.item() if isinstance(value, torch.Tensor) else value
+    return value if math.isfinite(value) else None
+
+
+def _moving_average(past: float | None, new: float) -> float:
+    return new if past is None else RATE_MEMORY * past + (1 - RATE_MEMORY) * new
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -1,0 +1,383 @@
+"""Compare configurations over seeds: `python -m cjepa_fast.tools.ablate vicreg --base FILE`.
+
+An ablation is a JSON file, of your own or in configs/ablations/:
+
+    {"base": "cifar10_vit_t.json",                  the configuration all rows share
+     "set": {"run.epochs": 4},                      what is laid over it
+     "seeds": [0, 1, 2],
+     "rows": {"I-JEPA": {"loss.vicreg.beta": 0},    what each row changes
+              "C-JEPA": {}}}
+
+Every row is trained with every seed by train.py, several at a time with --parallel or --gpus, and
+judged while it trains (eval.online). Started again it goes on where it was. It ends with a table
+(mean and standard deviation over the seeds, and the difference from the first row, seed by seed)
+and the curves, in the folder of the ablation.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import queue
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from cjepa_fast import checkpoint
+from cjepa_fast import config as configuration
+from cjepa_fast.config import ConfigError
+from cjepa_fast.eval.cli import positive, print_table
+from cjepa_fast.eval.figures.pictures import FIGURE, save
+from cjepa_fast.runtime import caches
+from cjepa_fast.telemetry import read_log
+
+TRAIN = Path(__file__).parents[1] / "train.py"
+MEASURES = {"knn": "kNN %", "knn_centred": "mean-subtracted", "linear": "linear %"}
+KEYS = {"base", "set", "seeds", "rows"}
+# What a run may change when it goes on, but what an old training may not be tabled under.
+COUNTED = ("data.path", "data.micro_batch_size", "eval.", "run.init_from", "run.on_spike")
+COUNTED += ("run.spike_z",)
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """What a file says; overrides: "key=value" laid over all rows."""
+
+    name: str
+    base: str
+    seeds: tuple[int, ...]
+    rows: dict[str, dict]
+    overrides: tuple[str, ...]
+
+    def settings(self, row: str) -> list[str]:
+        changes = [f"{key}={json.dumps(value)}" for key, value in self.rows[row].items()]
+        return [*self.overrides, *changes]
+
+    def settings_of(self, trial: "Trial") -> list[str]:
+        own = [f"run.dir={json.dumps(str(trial.folder))}", f"run.seed={trial.seed}"]
+        return [*self.settings(trial.row), *own]
+
+
+class Trial(NamedTuple):
+    """One training."""
+
+    row: str
+    seed: int
+    folder: Path
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / "encoder.safetensors").is_file()
+
+
+def read(name: str, overrides: Sequence[str] = (), base: str | None = None) -> Ablation:
+    """An ablation's file, with every row's configuration checked. base: in the place of the file's.
+    Raises ConfigError."""
+    folder = configuration.configs_folder() / "ablations"
+    found = [p for p in (Path(name), folder / name, folder / f"{name}.json") if p.is_file()]
+    if not found:
+        known = ", ".join(sorted(path.stem for path in folder.glob("*.json")))
+        raise ConfigError(f"{name}: no such file here or in configs/ablations/, which has {known}")
+    try:
+        values = json.loads(found[0].read_text())
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{found[0]}: not JSON: {error}") from None
+    if not isinstance(values, dict) or values.keys() ^ KEYS:
+        raise ConfigError(f"{found[0]}: must be an object of {', '.join(sorted(KEYS))}")
+    for key, kind in (("base", str), ("set", dict), ("seeds", list), ("rows", dict)):
+        if not isinstance(values[key], kind):
+            raise ConfigError(f"{found[0]}: {key} = {values[key]!r}: see --help for what it is")
+    shared = [f"{key}={json.dumps(value)}" for key, value in values["set"].items()]
+    ablation = Ablation(
+        found[0].stem, base or values["base"], tuple(values["seeds"]), values["rows"],
+        (*shared, *overrides),
+    )  # fmt: skip
+    folders = [slug(row) for row in ablation.rows]
+    if not ablation.seeds or len(set(folders)) < max(1, len(folders)):
+        raise ConfigError(f"{found[0]}: it takes a seed, and rows that differ in their names")
+    for row in ablation.rows:
+        try:
+            made = configuration.load(ablation.base, ablation.settings(row))
+        except ConfigError as error:
+            raise ConfigError(f"{found[0]}, row {row!r}: {error}") from None
+        if made.eval.online.data is None:
+            raise ConfigError(
+                f"{found[0]}: rows are compared by eval.online: --set eval.online.data=SET names "
+                "labelled images"
+            )
+    return ablation
+
+
+def slug(text: str) -> str:
+    """As the name of a folder."""
+    return re.sub(r"[^a-z0-9.]+", "_", text.lower()).strip("_")
+
+
+def trials_of(ablation: Ablation, out: Path) -> list[Trial]:
+    """Seed by seed, so that rows can be compared before all is done."""
+    return [
+        Trial(row, seed, out / slug(row) / f"seed_{seed}")
+        for seed in ablation.seeds
+        for row in ablation.rows
+    ]
+
+
+def check_folders(ablation: Ablation, trials: list[Trial]) -> None:
+    """Raises ConfigError where a folder holds a training with other settings than its row's."""
+    for trial in trials:
+        if not (trial.folder / "config.json").is_file():
+            continue
+        saved = configuration.read(trial.folder)
+        wanted = configuration.load(ablation.base, ablation.settings_of(trial))
+        wanted = configuration.as_begun(wanted, saved.model_dump(mode="json"))
+        harmless, changes = checkpoint.differences(
+            *({"config": made.model_dump(mode="json")} for made in (saved, wanted))
+        )
+        changes += [line for line in harmless if line.startswith(COUNTED)]
+        if changes:
+            listed = "\n  ".join(changes)
+            raise ConfigError(
+                f"{trial.folder} holds another training:\n  {listed}\ngive another --out, or set "
+                "them back"
+            )
+
+
+# ------------------------------------------------------------------------------------- trainings
+
+
+def train_all(ablation: Ablation, trials: list[Trial], places: list[dict[str, str]]) -> list[Trial]:
+    """Train what is not finished, one in each place (an environment); returns what failed."""
+    free: queue.Queue = queue.Queue()
+    for place in places:
+        free.put(place)
+    stopping = threading.Event()
+    running: set[subprocess.Popen] = set()
+
+    def attempt(trial: Trial) -> bool:
+        place = free.get()
+        try:
+            if stopping.is_set():
+                return False
+            began = time.monotonic()
+            process = start(ablation, trial, place)
+            running.add(process)
+            status = process.wait()
+            running.discard(process)
+            tell(trial, status, time.monotonic() - began)
+            return trial.finished
+        finally:
+            free.put(place)
+
+    todo = [trial for trial in trials if not trial.finished]
+    print(f"{len(todo)} of {len(trials)} trainings to do, {len(places)} at a time", flush=True)
+    with ThreadPoolExecutor(len(places)) as pool:
+        futures = {trial: pool.submit(attempt, trial) for trial in todo}
+        try:
+            return [trial for trial, future in futures.items() if not future.result()]
+        except KeyboardInterrupt:
+            stopping.set()
+            for process in list(running):  # they save and end
+                process.terminate()
+            raise
+
+
+def start(ablation: Ablation, trial: Trial, place: dict[str, str]) -> subprocess.Popen:
+    trial.folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(TRAIN), "--config", ablation.base]
+    for setting in ablation.settings_of(trial):
+        command += ["--set", setting]
+    if (trial.folder / "config.json").is_file():
+        command += ["--resume", "auto"]
+    with open(trial.folder / "said.txt", "a") as said:
+        return subprocess.Popen(
+            command, stdout=said, stderr=subprocess.STDOUT, env={**os.environ, **place}
+        )
+
+
+def tell(trial: Trial, status: int, seconds: float) -> None:
+    if trial.finished:
+        last = marks_of(trial)[-1]
+        found = ", ".join(f"{word} {last[key]:.2f}" for key, word in MEASURES.items())
+        print(f"{trial.row}, seed {trial.seed}: {found} ({seconds / 60:.1f} min)", flush=True)
+    elif status:
+        print(f"{trial.row}, seed {trial.seed}: failed; see {trial.folder}/said.txt", flush=True)
+
+
+def marks_of(trial: Trial) -> list[dict]:
+    """The rows of its log that have marks."""
+    return [row for row in read_log(trial.folder) if "knn" in row]
+
+
+# --------------------------------------------------------------------------------------- results
+
+
+def table(ablation: Ablation, trials: list[Trial]) -> list[dict]:
+    """A dict a row, and one for the untrained encoder: by measure mean, std, and the paired
+    difference from the first row with its own std, over the seeds that both have finished."""
+    last = {(t.row, t.seed): marks_of(t)[-1] for t in trials if t.finished}
+    first = {(t.row, t.seed): marks_of(t)[0] for t in trials if t.finished}
+    base = next(iter(ablation.rows))
+    lines = [_line("untrained", [row for (name, _), row in first.items() if name == base])]
+    for name in ablation.rows:
+        line = _line(name, [row for (row_name, _), row in last.items() if row_name == name])
+        shared = [s for s in ablation.seeds if {(name, s), (base, s)} <= last.keys()]
+        if name != base and shared:
+            for key in MEASURES:
+                gaps = [last[name, s][key] - last[base, s][key] for s in shared]
+                line[f"{key}_gain"], line[f"{key}_gain_std"] = _mean_std(gaps)
+        lines.append(line)
+    return lines
+
+
+def _line(name: str, rows: list[dict]) -> dict:
+    line: dict = {"row": name, "seeds": len(rows)}
+    for key in MEASURES if rows else ():
+        line[key], line[f"{key}_std"] = _mean_std([row[key] for row in rows])
+    return line
+
+
+def _mean_std(values: list[float]) -> tuple[float, float | None]:
+    """std: of the sample (n - 1), None for a single value."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def as_text(lines: list[dict]) -> list[dict]:
+    """For a table: "41.20 +- 0.35 (+1.10 +- 0.20)"."""
+    return [
+        {"row": line["row"], "seeds": line["seeds"]}
+        | {key: _cell(line, key) for key in MEASURES if key in line}
+        for line in lines
+    ]
+
+
+def _cell(line: dict, key: str) -> str:
+    cell = _spread(line[key], line[f"{key}_std"], "")
+    if f"{key}_gain" in line:
+        cell += f" ({_spread(line[f'{key}_gain'], line[f'{key}_gain_std'], '+')})"
+    return cell
+
+
+def _spread(mean: float, std: float | None, sign: str) -> str:
+    return f"{mean:{sign}.2f}" + ("" if std is None else f" +- {std:.2f}")
+
+
+def markdown(ablation: Ablation, lines: list[dict]) -> str:
+    cells = [["row", "seeds", *MEASURES.values()]]
+    cells += [[str(row.get(key, "-")) for key in ("row", "seeds", *MEASURES)]
+              for row in as_text(lines)]  # fmt: skip
+    cells.insert(1, ["---"] * len(cells[0]))
+    body = "\n".join(f"| {' | '.join(row)} |" for row in cells)
+    last = dict(override.split("=", 1) for override in ablation.overrides)
+    return (
+        f"{body}\n\nMean and standard deviation over the seeds; in brackets the difference from "
+        f'"{next(iter(ablation.rows))}", seed by seed. Base: {ablation.base}, with '
+        f"{', '.join(f'{key}={value}' for key, value in last.items()) or 'nothing changed'}.\n"
+    )
+
+
+def draw(ablation: Ablation, trials: list[Trial], out: Path) -> Path:
+    """The measures against epochs: the mean of the seeds, and between the least and the most."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(FIGURE):
+        figure = Figure(figsize=(4.0 * len(MEASURES), 3.6), layout="constrained")
+        panels = figure.subplots(1, len(MEASURES))
+        for axes, (key, title) in zip(panels, MEASURES.items(), strict=True):
+            for i, row in enumerate(ablation.rows):
+                _curve(axes, [t for t in trials if t.row == row and t.finished], key, row, f"C{i}")
+            axes.set_title(title)
+            axes.set_xlabel("epoch")
+            axes.grid(alpha=0.25)
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=min(5, len(labels) or 1))
+        return save(figure, out)
+
+
+def _curve(axes, trials: list[Trial], key: str, label: str, colour: str) -> None:
+    by_epoch: dict[float, list[float]] = {}
+    for trial in trials:
+        for row in marks_of(trial):
+            by_epoch.setdefault(row["epoch"], []).append(row[key])
+    common = {e: v for e, v in sorted(by_epoch.items()) if len(v) == len(trials)}
+    if common:
+        epochs, values = list(common), list(common.values())
+        axes.fill_between(epochs, [min(v) for v in values], [max(v) for v in values],
+                          color=colour, alpha=0.15, linewidth=0)  # fmt: skip
+        means = [statistics.fmean(v) for v in values]
+        axes.plot(epochs, means, color=colour, label=label, marker="o", ms=3)
+
+
+# ---------------------------------------------------------------------------------- command line
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m cjepa_fast.tools.ablate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("ablation", metavar="FILE", help="here or in configs/ablations/")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: runs/ablations/NAME")
+    parser.add_argument("--base", metavar="FILE", help="configuration, in place of the file's")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--gpus", metavar="0,1,...", help="one training on each")
+    where.add_argument("--parallel", type=positive, default=1, metavar="N", help="at a time")
+    parser.add_argument("--table", action="store_true", help="train nothing: what is there so far")
+    return parser.parse_args(argv)
+
+
+def places_of(args: argparse.Namespace) -> list[dict[str, str]]:
+    if args.gpus is None:
+        return [{}] * args.parallel
+    if not re.fullmatch(r"\d+(,\d+)*", args.gpus):
+        raise ConfigError(f"--gpus {args.gpus}: name them as 0,1,2")
+    return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in args.gpus.split(",")]
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    caches.root()
+    try:
+        places = places_of(args)
+        ablation = read(args.ablation, args.overrides, args.base)
+        out = args.out or Path("runs/ablations") / ablation.name
+        trials, failed = trials_of(ablation, out), []
+        check_folders(ablation, trials)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if not args.table:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        with contextlib.suppress(KeyboardInterrupt):
+            failed = train_all(ablation, trials, places)
+    if not any(trial.finished for trial in trials):
+        print("no training is finished yet")
+        return 1
+    for line in results(ablation, trials, out):
+        print(line)
+    return 1 if failed else 0
+
+
+def results(ablation: Ablation, trials: list[Trial], out: Path) -> Iterator[str]:
+    """Write table.json, table.md and curves.png; yields what was written."""
+    lines = table(ablation, trials)
+    print_table(as_text(lines), {"seeds": "seeds", **MEASURES}, label="row")
+    (out / "table.json").write_text(json.dumps(lines, indent=2) + "\n")
+    (out / "table.md").write_text(markdown(ablation, lines))
+    yield str(out / "table.md")
+    yield str(draw(ablation, trials, out / "curves.png"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

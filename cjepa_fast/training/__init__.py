@@ -1,0 +1,1 @@
+"""A training put together and run: build, step, loop, engines."""

@@ -1,0 +1,415 @@
+"""From the configuration to the parts: networks, masks, loader."""
+
+import json
+import socket
+
+import torch
+
+from cjepa_fast import config as configuration
+from cjepa_fast.config import Config, ConfigError
+from cjepa_fast.data import sources
+from cjepa_fast.data.loader import Loader
+from cjepa_fast.data.masks import MaskSampler
+from cjepa_fast.eval.cli import labelled_sides
+from cjepa_fast.eval.figures.pictures import load_images
+from cjepa_fast.eval.online import Album, Online
+from cjepa_fast.interop import load_ijepa
+from cjepa_fast.model import cpu_linear, fp8
+from cjepa_fast.model.attention import Shape, fastest
+from cjepa_fast.model.attention import problem as unusable
+from cjepa_fast.model.flops import step_gflop
+from cjepa_fast.model.jepa import JEPA
+from cjepa_fast.model.loss import CJEPALoss, build_projector
+from cjepa_fast.model.predictor import Predictor
+from cjepa_fast.model.vit import MODELS, Encoder
+from cjepa_fast.runtime import distributed, hardware, trials
+from cjepa_fast.training.engines.single import LocalEngine
+from cjepa_fast.training.engines.zero import DTYPES, Engine
+from cjepa_fast.training.optim import parameter_groups
+
+
+def build_networks(config: Config, group=None) -> JEPA:
+    """Context encoder, predictor, projector and loss, freshly initialised in fp32."""
+    model, part = model_sizes(config), config.predictor
+    options = config.model.model_dump(include={"attention", "residual", "checkpointing"})
+    check_heads("model", model["width"], model["heads"])
+    check_heads("predictor", part.width, part.heads or model["heads"])
+    encoder = Encoder(config.data.image_size, config.model.patch_size, **model, **options)
+    encoder.mean, encoder.std = config.data.mean, config.data.std
+    predictor = Predictor(
+        encoder.width,
+        encoder.grid,
+        part.width,
+        part.depth,
+        part.heads or encoder.heads,
+        part.mlp_ratio,
+        mode=part.mode,
+        **options,
+    )
+    vicreg = config.loss.vicreg.model_dump()
+    widths = vicreg.pop("projector")
+    if not vicreg["beta"]:
+        widths = None  # nothing would train it
+    projector = build_projector(encoder.width, widths, group)
+    loss = CJEPALoss(prediction=config.loss.prediction, group=group, **vicreg)
+    return JEPA(encoder, predictor, loss, projector)
+
+
+def build_engine(
+    networks: JEPA, target: Encoder, config: Config, micro_batch: int, accumulation: int
+) -> Engine | LocalEngine:
+    """By optim.implementation; networks and target, in fp32 and on the device, become its own."""
+    optim = config.optim
+    options = {
+        "accumulation": accumulation,
+        "precision": config.run.precision,
+        "clip": optim.clip,
+        "betas": optim.betas,
+        "eps": optim.eps,
+        "fp8": config.model.target_precision == "fp8",
+    }
+    groups = parameter_groups(networks)
+    implementation = optimizer_implementation(config)
+    if implementation == "adamw_ema":
+        return LocalEngine(networks, target, groups, **options)
+    return Engine(
+        networks,
+        target,
+        groups,
+        config.deepspeed,
+        micro_batch=micro_batch,
+        implementation=implementation,
+        **options,
+    )
+
+
+def optimizer_implementation(config: Config) -> str:
+    """ "auto" resolved. Raises ConfigError for "adamw_ema" on several processes or with DeepSpeed
+    settings, which it does not read (but for a ZeRO stage: one process has nothing to shard)."""
+    asked, alone = config.optim.implementation, distributed.world_size() == 1
+    zero = config.deepspeed.get("zero_optimization", {})
+    own = set(config.deepspeed) <= {"zero_optimization"} and set(zero) <= {"stage"}
+    if asked == "auto":
+        return "adamw_ema" if alone and own else "fused"
+    if asked == "adamw_ema" and not (alone and own):
+        reason = (
+            f"the deepspeed section holds more than a ZeRO stage: {json.dumps(config.deepspeed)}"
+            if alone
+            else f"there are {distributed.world_size()} processes"
+        )
+        raise ConfigError(
+            f'optim.implementation = "adamw_ema": it trains on one process without DeepSpeed, but '
+            f'{reason}. Take "auto" or "fused"'
+        )
+    return asked
+
+
+def choose_attention(
+    networks: JEPA, target: Encoder, config: Config, device: torch.device, micro_batch: int
+) -> dict[str, str]:
+    """For attention "auto": the fastest kernel for each network at its own lengths, set in it.
+
+    Timed on the first process and the same on all. On a CPU nothing is timed. Returns the choices.
+    Another backend is tried once: raises ConfigError where it has no kernel here.
+    """
+    dtype, given = compute_dtype(config), config.model.attention
+    masks = build_masks(config)(0, 0, torch.arange(micro_batch))
+    K, (M, P) = round(masks.context_k), masks.target_idx_BMP.shape[1:]
+    N, L = target.grid[0] * target.grid[1], K + P
+    own = P if config.predictor.mode == "one_pass" else L  # queries of a call
+    uses = {
+        "target": (target.blocks, micro_batch, N, N, False),
+        "context": (networks.encoder.blocks, micro_batch, K, K, True),
+        "predictor": (networks.predictor.predictor_blocks, micro_batch * M, own, L, True),
+    }
+    choices = {}
+    for name, (blocks, sequences, queries, keys, trained) in uses.items():
+        part = blocks[0].attn
+        width = part.proj.in_features // part.heads
+        packed = trained and config.mask.context == "packed"
+        shape = Shape(sequences, part.heads, queries, keys, width, trained, packed)
+        if given != "auto":
+            if problem := unusable(shape, device, dtype, given):
+                raise ConfigError(
+                    f'model.attention = "{given}": not for the {name} here ({problem}); take "auto"'
+                )
+            continue
+        choices[name] = distributed.from_first_process(
+            lambda shape=shape: fastest(shape, device, dtype)[0]
+        )
+        for block in blocks:
+            block.attn.backend = choices[name]
+    return choices
+
+
+TRIED_ROWS = 2048  # of a Linear, in the trial of CPU libraries
+
+
+def choose_linear(
+    networks: JEPA, config: Config, device: torch.device, micro_batch: int, saved: dict | None
+) -> dict:
+    """For fp32 on a CPU: the library of each kind of Linear call (linear.Ways), set for all.
+
+    saved: a checkpoint's, which a resumed run keeps, so that its bits are those of before.
+    Tried on the first process, once a machine (trials.py), and the same on all. {} elsewhere.
+    """
+    if device.type != "cpu" or config.run.precision != "fp32":
+        return {}
+    otherwise = cpu_linear.Ways()._asdict()
+    uses = linear_uses(networks, micro_batch)
+    facts = {
+        "of": "linear", "uses": uses, "processor": hardware.processor_name(),
+        "tier": hardware.tier(), "torch": torch.__version__, "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    ways = saved or distributed.from_first_process(
+        lambda: trials.remembered(facts, lambda: cpu_linear.fastest(uses)._asdict(), otherwise)
+    )
+    cpu_linear.use(
+        cpu_linear.Ways(**{kind: ways.get(kind, "torch") for kind in cpu_linear.Ways._fields})
+    )
+    return cpu_linear.in_use()._asdict()
+
+
+def linear_uses(networks: JEPA, micro_batch: int) -> list[cpu_linear.Use]:
+    """One block's Linears of the encoder, trained and as target, and of the predictor."""
+    encoder, predictor = networks.encoder, networks.predictor
+    rows = min(TRIED_ROWS, micro_batch * encoder.grid[0] * encoder.grid[1])
+    parts = ((encoder.blocks[0], True), (encoder.blocks[0], False),
+             (predictor.predictor_blocks[0], True))  # fmt: skip
+    return [
+        cpu_linear.Use(rows, layer.in_features, layer.out_features, trained)
+        for block, trained in parts
+        for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
+    ]
+
+
+def compile_networks(networks: JEPA, target: Encoder, how: str, backend: str = "inductor") -> None:
+    """torch.compile, in place: of each block, or of the target encoder and of the rest "whole".
+
+    Whole networks fuse across blocks, take longer to compile, and are compiled anew for a few of
+    the lengths that the masks draw: mask.context "fixed" and "packed" have but one.
+    """
+    if how == "whole":
+        parts = [target, networks]
+    else:
+        parts = [*target.blocks, *networks.encoder.blocks, *networks.predictor.predictor_blocks]
+    for part in parts if how != "none" else []:
+        part.compile(backend=backend)
+
+
+def fuse_networks(networks: JEPA, target: Encoder, config: Config, stage: int) -> None:
+    """Let the blocks run as fused.py's operators, by model.fused, where nothing forbids it.
+
+    That is a compiler, which makes its own, and ZeRO stage 3, which gathers weights from module to
+    module. On a CPU and in fp32 they run as they are all the same.
+    """
+    if not config.model.fused or config.run.compile != "none" or stage == 3:
+        return
+    networks.encoder.fused = networks.predictor.fused = target.fused = True
+
+
+def check_target_precision(config: Config, device: torch.device) -> None:
+    """Raises ConfigError where the target encoder cannot compute in the precision asked for."""
+    if config.model.target_precision != "fp8":
+        return
+    sizes = model_sizes(config)
+    hidden = round(sizes["width"] * sizes["mlp_ratio"])
+    for key, value in (("width", sizes["width"]), ("width * mlp_ratio", hidden)):
+        if value % fp8.MULTIPLE:
+            raise ConfigError(
+                f"model.{key} = {value}: must be a multiple of {fp8.MULTIPLE} for "
+                'model.target_precision = "fp8"'
+            )
+    if config.run.precision != "bf16":
+        reason = hardware.best_precision(device).reason
+        raise ConfigError(
+            f'model.target_precision = "fp8": wants run.precision = "bf16", which is '
+            f'"{config.run.precision}" here ({reason}); set run.precision=bf16, or take "bf16"'
+        )
+    try:
+        fp8.check_device(device)
+    except ValueError as error:
+        raise ConfigError(f'model.target_precision = "fp8": {error}; take "bf16"') from None
+
+
+def model_sizes(config: Config) -> dict:
+    """The encoder's width, depth, heads and mlp_ratio: its name's, but for what the file sets."""
+    sizes = {**MODELS[config.model.name]}
+    own = {key: getattr(config.model, key) for key in sizes}
+    return sizes | {key: value for key, value in own.items() if value is not None}
+
+
+def gflop_of(
+    config: Config, context_k: float, targets_m: int, targets_p: float
+) -> dict[str, float]:
+    """flops.step_gflop of a configuration, at the masks' sizes given (they may be means)."""
+    return step_gflop(**counted_sizes(config, context_k, targets_m, targets_p))
+
+
+def counted_sizes(config: Config, context_k: float, targets_m: int, targets_p: float) -> dict:
+    """What the functions of flops.py ask for."""
+    part = config.predictor
+    return model_sizes(config) | {
+        "image_size": config.data.image_size,
+        "patch_size": config.model.patch_size,
+        "predictor_width": part.width,
+        "predictor_depth": part.depth,
+        "predictor_mlp_ratio": part.mlp_ratio,
+        "predictor_mode": part.mode,
+        "context_k": context_k,
+        "targets_m": targets_m,
+        "targets_p": targets_p,
+    }
+
+
+def check_heads(section: str, width: int, heads: int) -> None:
+    """Of the sizes that the model's name decides; those in the file config.py has checked."""
+    if width % heads:
+        raise ConfigError(f"{section}.width = {width}: must be a multiple of the {heads} heads")
+
+
+def compute_dtype(config: Config) -> torch.dtype:
+    """Of a configuration whose precision has been resolved."""
+    return DTYPES[config.run.precision]
+
+
+def with_precision(config: Config, device: torch.device) -> Config:
+    """The configuration with run.precision "auto" resolved: to the lowest that any process's
+    device is best at, the same on all."""
+    if config.run.precision != "auto":
+        return config
+    best = distributed.from_all(hardware.best_precision(device).precision)
+    precision = min(best, key=hardware.PRECISIONS.index)
+    run = config.run.model_copy(update={"precision": precision})
+    return config.model_copy(update={"run": run})
+
+
+def build_masks(config: Config) -> MaskSampler:
+    """Raises ConfigError for settings that leave a block empty or can never keep min_keep."""
+    side = config.data.image_size // config.model.patch_size
+    try:
+        return MaskSampler(grid=(side, side), seed=config.run.seed, **config.mask.model_dump())
+    except ValueError as error:
+        raise ConfigError(f"mask.{error}") from None
+
+
+def meta_batch(config: Config, images: int) -> tuple:
+    """One micro-batch without values, with the masks' sizes that a run would draw."""
+    masks = build_masks(config)(0, 0, torch.arange(images))
+    side, width = config.data.image_size, model_sizes(config)["width"]
+    N = (side // config.model.patch_size) ** 2
+    shapes = (images, 3, side, side), (images, N, width)
+    pictures, tokens = (
+        torch.empty(shape, dtype=compute_dtype(config), device="meta") for shape in shapes
+    )
+    return pictures, masks.context.to("meta"), masks.target_idx_BMP.to("meta"), tokens
+
+
+def initialise(networks: JEPA, target: Encoder, config: Config) -> None:
+    """Start from an I-JEPA checkpoint: fills encoder, predictor and target encoder."""
+    encoder, predictor, average = load_ijepa(
+        configuration.expanded(config.run.init_from),
+        config.model.name,
+        config.model.patch_size,
+        config.data.image_size,
+        config.predictor.depth,
+        config.predictor.width,
+    )
+    networks.encoder.load_state_dict(encoder.state_dict())
+    networks.predictor.load_state_dict(predictor.state_dict())
+    target.load_state_dict(average.state_dict())
+
+
+def check_same_images(path: str, images: sources.ImageSet) -> None:
+    """Raises ConfigError where this process's image set is not the first's, on another node."""
+    host = socket.gethostname()
+    found = distributed.from_all((images.fingerprint, f"{len(images):,} images on {host}"))
+    for fingerprint, where in found:
+        if fingerprint != found[0][0]:
+            raise ConfigError(
+                f"data.path = {path}: names another set there than here: {found[0][1]}, {where}; "
+                "give all nodes the same files, by a shared folder or copies"
+            )
+
+
+def build_online(config: Config, device: torch.device, steps_per_epoch: int) -> Online | None:
+    """By eval.online, None where it names no images."""
+    own, data = config.eval.online, config.data
+    if own.data is None:
+        return None
+    train, test = (path and configuration.expanded(path) for path in (own.data, own.test))
+    sides = distributed.first_on_each_node(
+        lambda: labelled_sides(train, test, own.max_train, own.max_test)
+    )
+    micro_batch, _ = configuration.micro_batches(
+        data.batch_size, distributed.world_size(), data.micro_batch_size
+    )
+    return Online(
+        sides,
+        every=own.every_epochs * steps_per_epoch,
+        share=own.share,
+        batch_size=micro_batch,
+        k=config.eval.k,
+        temperature=config.eval.temperature,
+        image_size=data.image_size,
+        resize=config.eval.crop,
+        mean=data.mean,
+        std=data.std,
+        device=device,
+        dtype=compute_dtype(config),
+        threads=data.threads,
+        decoder=data.decoder,
+    )
+
+
+def build_album(config: Config, loader: Loader, masks: MaskSampler) -> Album | None:
+    """Of the first process, a few of the training images, by eval.online.pictures.
+
+    None where nothing would show them: drawing takes longer than judging.
+    """
+    data, count = config.data, config.eval.online.pictures
+    shown = config.telemetry.tensorboard or config.telemetry.wandb is not None
+    if config.eval.online.data is None or not (count and shown) or distributed.rank() != 0:
+        return None
+    images_B3HW = load_images(
+        loader.images,
+        count,
+        image_size=data.image_size,
+        mean=data.mean,
+        std=data.std,
+        decoder=data.decoder,
+    )
+    drawn = masks(0, 0, torch.arange(len(images_B3HW)))
+    return Album(images_B3HW, drawn, data.mean, data.std)
+
+
+def build_loader(config: Config, device: torch.device, masks: MaskSampler) -> Loader:
+    data = config.data
+    path = configuration.expanded(data.path)
+    images = distributed.first_on_each_node(lambda: sources.open_images(path))
+    check_same_images(path, images)
+    micro_batch, _ = configuration.micro_batches(
+        data.batch_size, distributed.world_size(), data.micro_batch_size
+    )
+    return Loader(
+        images,
+        global_batch=data.batch_size,
+        micro_batch=micro_batch,
+        image_size=data.image_size,
+        crop_scale=data.crop_scale,
+        crop_ratio=data.crop_ratio,
+        flip=data.flip,
+        colour=data.colour,
+        mean=data.mean,
+        std=data.std,
+        seed=config.run.seed,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        device=device,
+        dtype=compute_dtype(config),
+        threads=data.threads,
+        prefetch=data.prefetch,
+        hw_decoder_load=data.hw_decoder_load,
+        decoder=data.decoder,
+        masks=masks,
+    )

@@ -1,0 +1,94 @@
+"""The micro-batch that fits a machine without a GPU: where the memory does not suffice, the system
+ends a process without a word.
+
+What a step saves for its backward is counted by running the networks on torch's meta device, which
+computes nothing. data.batch_size stays: a step takes more micro-batches.
+"""
+
+import os
+
+import torch
+
+from cjepa_fast import config as configuration
+from cjepa_fast.config import Config
+from cjepa_fast.runtime import distributed, memory
+from cjepa_fast.training.build import build_networks, compute_dtype, meta_batch
+
+SHARE = 0.8  # of what is free: the rest is for batches made ahead and for what else runs here
+# What lives for a moment within a step, beside what is saved for the backward, as a factor.
+MOMENTARY = 1.5
+# Of a trained parameter in fp32: weight, gradient, Adam's moments, average and its copy (24), and
+# the copy that a checkpoint is written from (16).
+PARAMETER_BYTES = 40
+COUNTED = 2  # images on the meta device
+
+
+def fitted(config: Config, device: torch.device, saved: Config | None) -> Config:
+    """The configuration with data.micro_batch_size cut to what fits, on a CPU; the same on all
+    processes. saved: of the checkpoint that is resumed from, whose cut stays, since VICReg's
+    statistics are of a micro-batch. config: its run.precision resolved."""
+    if device.type != "cpu":
+        return config
+    asked, world_size = config.data.micro_batch_size, distributed.world_size()
+    if saved and saved.data.micro_batch_size < asked:
+        return _with(config, saved.data.micro_batch_size)
+    fits = min(distributed.from_all(most_images(config)))
+    times = configuration.micro_batches(config.data.batch_size, world_size, asked)
+    if times[0] <= fits:
+        return config
+    smallest = 2 if config.loss.vicreg.beta > 0 and world_size == 1 else 1
+    images, _ = configuration.micro_batches(config.data.batch_size, world_size, max(fits, smallest))
+    return _with(config, max(images, min(smallest, times[0])))
+
+
+def _with(config: Config, micro_batch: int) -> Config:
+    data = config.data.model_copy(update={"micro_batch_size": micro_batch})
+    return config.model_copy(update={"data": data})
+
+
+def most_images(config: Config) -> int:
+    """Images a micro-batch that fit what this process may take; all where nobody says what."""
+    free = memory.free_bytes()
+    if free is None:
+        return config.data.micro_batch_size
+    fixed, image = needed(config)
+    room = SHARE * free / _processes_here() - fixed
+    return max(0, int(room // image))
+
+
+def needed(config: Config) -> tuple[float, float]:
+    """Bytes that a process holds whatever the micro-batch, and for each of its images."""
+    with torch.device("meta"):
+        networks = build_networks(config)
+    trained = sum(p.numel() for p in networks.parameters() if p.requires_grad)
+    networks.to(compute_dtype(config))
+    images, context, target_idx, _ = meta_batch(config, COUNTED)
+    kept = memory.Kept(networks)
+    with kept.counting():  # what the loss saves is little
+        networks.predictor(networks.encoder(images, context), context, target_idx)
+    return float(PARAMETER_BYTES * trained), MOMENTARY * kept.bytes / COUNTED
+
+
+def _processes_here() -> int:
+    """On this node: as torchrun or deepspeed says."""
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
+    return next((int(os.environ[n]) for n in names if n in os.environ), 1)
+
+
+def told(asked: Config, config: Config) -> list[str]:
+    """What the user must know of a cut, one line each; asked: the configuration before it."""
+    before, now = asked.data.micro_batch_size, config.data.micro_batch_size
+    if now >= before:
+        return []
+    free = (memory.free_bytes() or 0) / 2**30
+    lines = [
+        f"micro-batch: {now} images instead of {before}, for this machine's memory ({free:.0f} GiB "
+        f"free); a step still takes {config.data.batch_size} images"
+    ]
+    fixed = needed(config)[0] / 2**30
+    if fixed > free:
+        lines.append(
+            f"WARNING: weights and optimiser alone take about {fixed:.0f} GiB, of {free:.0f} free: "
+            "the system may end this training without a word. Take a smaller model, or a GPU"
+        )
+    return lines

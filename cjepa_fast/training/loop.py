@@ -1,0 +1,352 @@
+"""A run: step after step, saved, judged, stopped or gone back, until it is done."""
+
+import contextlib
+import itertools
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from cjepa_fast import checkpoint
+from cjepa_fast.checkpoint import encoders
+from cjepa_fast.checkpoint.writer import Saver
+from cjepa_fast.data.loader import Batch, Loader
+from cjepa_fast.eval.online import Album, Online
+from cjepa_fast.runtime import distributed
+from cjepa_fast.runtime.provenance import machine
+from cjepa_fast.runtime.signals import StopRequest
+from cjepa_fast.runtime.watchdog import Watchdog
+from cjepa_fast.telemetry import Telemetry
+from cjepa_fast.telemetry.pace import Pace
+from cjepa_fast.training.anomalies import BadSteps, Outcome, Outcomes, Spikes
+from cjepa_fast.training.trainer import Trainer
+
+BAD_STEPS = "bad_steps.jsonl"
+NONE_BEST = {"knn": -1.0, "step": None}
+MOST_REWINDS = 3  # to one checkpoint
+LEAST_FEATURES = 64  # images, before a collapse is believed
+
+
+def steps_of(loader: Loader, start: int) -> Iterator[tuple[list[Batch], float]]:
+    """For each optimiser step from `start`: its micro-batches and the seconds waited for them."""
+    with contextlib.closing(loader.iterate(start)) as batches:
+        while True:
+            began = time.perf_counter()
+            group = list(itertools.islice(batches, loader.accumulation))
+            yield group, time.perf_counter() - began
+
+
+class Run:
+    """Of `folder`, from where a checkpoint's `state` (its state.json) left it, or from the start.
+
+    go_on_with: the command line that resumes it, for the user.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        loader: Loader,
+        telemetry: Telemetry,
+        watch: Watchdog,
+        folder: Path,
+        state: dict | None = None,
+        go_on_with: str = "",
+        online: Online | None = None,
+        album: Album | None = None,
+    ):
+        self.trainer, self.loader, self.telemetry = trainer, loader, telemetry
+        self.watch, self.online, self.album = watch, online, album
+        if online:
+            online.say = telemetry.message
+        self.folder, self.go_on_with = folder, go_on_with
+        self.config = trainer.config
+        own = self.config.checkpoint
+        self.period = own.keep_every_epochs * trainer.steps_per_epoch  # of what is kept for good
+        self.saver = Saver(
+            folder / "checkpoints",
+            trainer.engine,
+            trainer.encoder_json,
+            keep=own.keep,
+            keep_period=self.period,
+            say=telemetry.message,
+        )
+        self.stop = StopRequest()
+        self.saved_s = time.monotonic()
+        self.told_of_collapse = False
+        self.rewinds: Counter[int] = Counter()  # by step
+        progress = (state or {}).get("progress", {})
+        self.data_offset = progress.get("data_offset", 0)  # steps whose images were passed over
+        self._go_on_from(state or {"step": 0})
+        left = trainer.total_steps - self.done
+        trainer.after_micro_batch = self._after_micro_batch
+        self.pace = Pace(left * loader.accumulation, trainer.micro_batch * distributed.world_size())
+        self.bad = BadSteps(
+            self.config.run.max_bad_steps,
+            progress.get("skipped_steps", 0),
+            progress.get("skipped_in_row", 0),
+        )
+        self.skipped_images = progress.get("skipped_images", 0)  # before this start
+
+    def _go_on_from(self, state: dict) -> None:
+        self.done = state["step"]
+        self.outcomes = Outcomes()
+        progress = state.get("progress", {})
+        self.spikes = Spikes(self.config.run.spike_z, progress.get("spikes"))
+        self.best: dict = progress.get("best") or NONE_BEST
+        if not distributed.from_first_process(lambda: self.saver.point_at_best(self.best["step"])):
+            self.best = NONE_BEST
+        self._limit()
+
+    def go(self) -> int:
+        """Train to the end, or until asked to stop. Returns the exit status."""
+        if self.done >= self.trainer.total_steps:  # it had been finished
+            return self._end()
+        status = None
+        if self.online and not self.done:
+            self.telemetry.first_row(self._evaluate())
+        try:
+            while status is None:
+                steps = steps_of(self.loader, self.done + self.data_offset)
+                with contextlib.closing(steps):
+                    status = self._stretch(steps)
+        except Exception:
+            self.saver.leave()
+            raise
+        return status
+
+    def _stretch(self, steps: Iterator[tuple[list[Batch], float]]) -> int | None:
+        """Steps up to the end of the run, or until it has gone back: then None."""
+        trainer, telemetry = self.trainer, self.telemetry
+        self.watch.mark("waiting for data", self.done + 1)
+        for batches, wait_s in steps:
+            self.watch.mark("in the step")
+            terms, applied = trainer.step(batches, self.done)
+            self.done += 1
+            stopping, writing, minutes_up, judging = distributed.any_of(
+                self.stop.asked, self.saver.busy, self._minutes_are_up(), self._judging_is_due()
+            )
+            if not writing:
+                self.saver.settle()
+            last = self.done == trainer.total_steps or stopping
+            saving = last or minutes_up or self._save_is_due() or judging
+            new = self.outcomes.after(
+                self.done, batches, applied, terms["loss"], trainer.engine.grad_norm
+            )
+            for outcome in itertools.chain(new, self._rest(saving)):
+                if self._judge(outcome) and self._rewound(outcome.step):
+                    return None
+            if self.bad.too_many:
+                return self._give_up()
+            self._limit()
+            telemetry.step(self.done, trainer.scalars(terms, batches), wait_s)
+            found = self._evaluate() if judging and not stopping else {}
+            if telemetry.due(self.done) or stopping or judging:
+                self._warn_of_collapse(telemetry.log_row({**self._details(), **found}))
+            if saving:
+                self._save()
+            if last:
+                return self._end()
+            self.watch.mark("waiting for data", self.done + 1)
+        raise AssertionError("the loader is endless")
+
+    def _after_micro_batch(self) -> None:
+        """A step may be longer than run.timeout_s where its micro-batches are not."""
+        self.watch.mark("in the step")
+        if line := self.pace.tick():
+            self.telemetry.message(line)
+
+    def _rest(self, wanted: bool) -> Iterator[Outcome]:
+        """The outcomes still on their way, where they are wanted: in a save, or for an end."""
+        if wanted or self.bad.too_many:
+            yield from self.outcomes.rest()
+
+    def _details(self) -> dict:
+        return self.trainer.details(self.done - 1, self.bad.count, self._all_skipped_images())
+
+    def _all_skipped_images(self) -> int:
+        return self.skipped_images + sum(distributed.from_all(self.loader.skipped.count))
+
+    def _judging_is_due(self) -> bool:
+        if self.online is None:
+            return False
+        return self.online.due(self.done) or self.done == self.trainer.total_steps
+
+    def _evaluate(self) -> dict[str, float]:
+        """The target encoder's marks, on the first process; the best by kNN is remembered."""
+        self.watch.mark("evaluating")
+        with self.telemetry.pause(), self.online.counted():
+            found = self.online.judge(self.trainer.ema.module)
+            self._draw()
+        marks = ", ".join(f"{name} {value:.2f} %" for name, value in found.items())
+        self.telemetry.message(f"target encoder after step {self.done}: {marks}")
+        if self.done:
+            mark = {"knn": found.get("knn"), "step": self.done}
+            self.best = distributed.from_first_process(
+                lambda: max(self.best, mark, key=lambda mark: mark["knn"])
+            )
+            self.saver.best = self.best["step"]
+        return found
+
+    def _draw(self) -> None:
+        """Masks, attention and patch features to TensorBoard: worth a message, never a run."""
+        if self.album is None:
+            return
+        try:
+            figures = self.album.draw(self.trainer.ema.module, self.trainer.context_encoder)
+            self.telemetry.pictures(figures, self.done)
+        except Exception as error:
+            self.album = None
+            self.telemetry.message(f"no more pictures of this run: {error!r}")
+
+    def _warn_of_collapse(self, row: dict | None) -> None:
+        """Once, where the target's features of many images come out nearly alike."""
+        own = self.config.telemetry
+        seen = sum(map(len, self.trainer.features))
+        if row is None or self.told_of_collapse or seen < LEAST_FEATURES:
+            return
+        floors = {"rankme": own.rankme_floor, "feature_std": own.feature_std_floor}
+        known = {name: floor for name, floor in floors.items() if row[name] is not None}
+        low = [f"{k} {row[k]:.3g}, floor {v:g}" for k, v in known.items() if row[k] < v]
+        if low:
+            self.told_of_collapse = True
+            optim, beta = self.config.optim, self.config.loss.vicreg.beta
+            cause = (
+                "loss.vicreg.beta is 0: nothing holds their variance up; 0.001 does"
+                if beta == 0
+                else f"optim.lr = {optim.lr:g} too high, optim.momentum = {optim.momentum:g} too "
+                f"low, or loss.vicreg.beta = {beta:g} too small or too large"
+            )
+            self.telemetry.message(
+                f"WARNING: the target's features are collapsing ({'; '.join(low)}; over the last "
+                f"{seen} images at step {row['step']}). Likely: {cause}"
+            )
+
+    def _judge(self, outcome: Outcome) -> bool:
+        """Tell and write down, with its images, a step that was not applied or stands out.
+
+        Returns whether it is a spike to go back from.
+        """
+        spike = self.spikes.judge(outcome)
+        self.bad.note(outcome.applied)
+        if outcome.applied and not spike:
+            return False
+        if spike:
+            text = f"step {outcome.step} is a spike: {spike}"
+        elif math.isfinite(outcome.loss) and math.isfinite(outcome.grad_norm):
+            text = f"step {outcome.step} was above the limit of spikes"
+        else:
+            text = f"step {outcome.step} was not finite"
+        if not outcome.applied:
+            text += f": update and average skipped ({self.bad.in_row} in a row)"
+        names = [self.loader.images.name(int(i)) for b in outcome.batches for i in b.index_B]
+        row = {
+            "step": outcome.step,
+            "applied": outcome.applied,
+            "images": list(itertools.chain(*distributed.from_all(names))),
+        }
+        self.telemetry.event(BAD_STEPS, row, text)
+        return spike is not None and self.config.run.on_spike == "rewind"
+
+    def _limit(self) -> None:
+        if self.config.run.on_spike == "skip":
+            self.trainer.engine.limit(*self.spikes.limits())
+
+    def _rewound(self, spike: int) -> bool:
+        """Go back to the newest checkpoint before step `spike`; its images are passed over."""
+        self.watch.mark("going back")
+        self.saver.finish()
+        good = distributed.from_first_process(lambda: self._newest_before(spike))
+        if good is None:
+            self.telemetry.message(
+                f"no checkpoint before step {spike} that has not been gone back to {MOST_REWINDS} "
+                "times: going on"
+            )
+            return False
+        step = checkpoint.step_of(good)
+        self.rewinds[step] += 1
+        if distributed.rank() == 0:
+            checkpoint.set_aside_later_than(self.folder, step)
+        passed_over = self.done - step
+        state = checkpoint.restore(good, self.trainer.engine)
+        self.data_offset += passed_over
+        self._go_on_from(state)
+        self.telemetry.back_to(step)
+        self.telemetry.message(
+            f"went back to step {step}; the images of the {passed_over} steps after it are passed "
+            "over"
+        )
+        return True
+
+    def _newest_before(self, step: int) -> Path | None:
+        for path in checkpoint.newest_first(self.folder):
+            if checkpoint.step_of(path) < step and not checkpoint.damage(path):
+                return path if self.rewinds[checkpoint.step_of(path)] < MOST_REWINDS else None
+        return None
+
+    def _save_is_due(self) -> bool:
+        periods = (self.config.checkpoint.every_steps, self.period)
+        return any(period and self.done % period == 0 for period in periods)
+
+    def _minutes_are_up(self) -> bool:
+        minutes = self.config.checkpoint.every_minutes
+        return 0 < minutes * 60 <= time.monotonic() - self.saved_s
+
+    def _save(self) -> None:
+        self.watch.mark("saving")
+        with self.telemetry.pause():
+            self.saved_s = time.monotonic()
+            self.saver.begin(self.done, self._facts())
+
+    def _is_saved(self) -> bool:
+        """Whether this state is, as the first process sees it."""
+        last = checkpoint.latest(self.folder) if distributed.rank() == 0 else None
+        return last is not None and checkpoint.step_of(last) == self.done
+
+    def _facts(self) -> dict:
+        return self.trainer.facts() | {
+            "epoch": self.done / self.trainer.steps_per_epoch,
+            "image_count": len(self.loader.images),
+            "machine": machine(self.trainer.device),
+            "progress": {
+                "skipped_steps": self.bad.count,
+                "skipped_in_row": self.bad.in_row,
+                "skipped_images": self._all_skipped_images(),
+                "data_offset": self.data_offset,
+                "spikes": self.spikes.history,
+                "best": self.best,
+            },
+        }
+
+    def _give_up(self) -> int:
+        """After too many bad steps: nothing has changed since the last good one."""
+        in_row, self.bad.in_row = self.bad.in_row, 0
+        self.done -= in_row
+        self.saver.finish()
+        if distributed.rank() == 0:
+            checkpoint.set_aside_later_than(self.folder, self.done)
+        saved = self._is_saved()
+        if not distributed.any_of(saved)[0]:
+            self._save()
+            saved = self.saver.finish()
+        state = f"The last good state is saved as step {self.done}" if saved else "See above"
+        self.telemetry.message(
+            f"stopped: {in_row} steps in a row could not be applied. {state}; the images "
+            f"are named in {self.folder / BAD_STEPS}"
+        )
+        return 1
+
+    def _end(self) -> int:
+        """Of a run that is done, or was asked to stop."""
+        self.watch.mark("writing the last checkpoint and the encoders")
+        if not distributed.any_of(self.saver.pending or self._is_saved())[0]:
+            self._save()  # a finished run's checkpoint, in another folder
+        saved = self.saver.finish()
+        if self.done < self.trainer.total_steps:
+            self.telemetry.message(f"stopped after step {self.done}; go on with: {self.go_on_with}")
+        elif saved and distributed.rank() == 0:
+            final = checkpoint.latest(self.folder)
+            encoders.write_encoder(self.folder / "encoder.safetensors", "target", final)
+            encoders.write_encoder(self.folder / "context_encoder.safetensors", "context", final)
+            self.telemetry.message(f"done: {self.folder / 'encoder.safetensors'}")
+        return 0 if saved or distributed.rank() else 1

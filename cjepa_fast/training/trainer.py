@@ -1,0 +1,213 @@
+"""The step: the networks under their engine, the target encoder, the schedules."""
+
+import copy
+import json
+from collections import deque
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from cjepa_fast import config as configuration
+from cjepa_fast.config import Config, ConfigError
+from cjepa_fast.data.loader import Batch
+from cjepa_fast.data.masks import Masks
+from cjepa_fast.kernels.ema import Number
+from cjepa_fast.model.vit import count_parameters
+from cjepa_fast.runtime import distributed, hardware
+from cjepa_fast.telemetry import representation_stats
+from cjepa_fast.training import optim
+from cjepa_fast.training.build import (
+    build_engine,
+    build_networks,
+    check_target_precision,
+    choose_attention,
+    choose_linear,
+    compile_networks,
+    fuse_networks,
+    initialise,
+)
+from cjepa_fast.training.engines.cuda_graph import Graphed
+from cjepa_fast.training.engines.single import LocalEngine
+from cjepa_fast.training.engines.target_stream import TargetStream
+
+FEATURE_ROWS = 1024  # pooled target features that RankMe and the per-dimension std are taken over
+
+
+class Trainer:
+    """One training: the networks under DeepSpeed, the target encoder, and the step."""
+
+    def __init__(
+        self,
+        config: Config,
+        device: torch.device,
+        steps_per_epoch: int,
+        *,
+        images: str = "",
+        decoder: str = "",
+        restoring: bool = False,
+        linear: dict | None = None,
+    ):
+        """config: its run.precision resolved (build.with_precision); images: the image set's
+        fingerprint; decoder: who decodes them; restoring: a checkpoint will give the weights;
+        linear: its linear.Ways."""
+        self.config, self.device = config, device
+        check_target_precision(config, device)
+        self.steps_per_epoch, self.images, self.decoder = steps_per_epoch, images, decoder
+        self.total_steps = config.run.epochs * steps_per_epoch
+        self.micro_batch, self.accumulation = configuration.micro_batches(
+            config.data.batch_size, distributed.world_size(), config.data.micro_batch_size
+        )
+        if self.micro_batch * distributed.world_size() < 2 and config.loss.vicreg.beta > 0:
+            raise ConfigError(
+                "data.batch_size or data.micro_batch_size = 1: VICReg's variance needs at least 2 "
+                "images at a time; or set loss.vicreg.beta=0"
+            )
+        networks = build_networks(
+            config, dist.group.WORLD if distributed.world_size() > 1 else None
+        )
+        target = copy.deepcopy(networks.encoder)
+        if config.run.init_from and not restoring:
+            initialise(networks, target, config)
+        self.encoder_json = json.dumps(
+            {**target.architecture, "mean": config.data.mean, "std": config.data.std}, indent=2
+        )
+        self.parameters = {name: count_parameters(part) for name, part in networks.named_children()}
+        networks.to(device)
+        target.to(device)
+        self.attention = choose_attention(networks, target, config, device, self.micro_batch)
+        self.linear = choose_linear(networks, config, device, self.micro_batch, linear)
+        self.engine = build_engine(networks, target, config, self.micro_batch, self.accumulation)
+        self.ema = self.engine.ema
+        self._check_stage()
+        self._check_compiler()
+        compile_networks(networks, target, config.run.compile)
+        fuse_networks(networks, target, config, self.engine.stage)
+        self.target, self.context_encoder = target, networks.encoder
+        if config.run.target_stream and device.type == "cuda":
+            self.target = TargetStream(target, networks.predictor, device)
+        self.features: deque[torch.Tensor] = deque(maxlen=-(-FEATURE_ROWS // self.micro_batch))
+        self.after_micro_batch: Callable[[], object] = lambda: None
+        self._run = self.micro_step
+        if config.run.cuda_graph:
+            self._check_graph()
+            self._run = Graphed(self.micro_step, device)
+
+    def _check_stage(self) -> None:
+        """Raises ConfigError for what ZeRO-3 leaves no room: it gathers weights between modules."""
+        run = self.config.run
+        if self.engine.stage < 3:
+            return
+        for key, on in {
+            "compile": run.compile != "none",
+            "target_stream": run.target_stream,
+        }.items():
+            if on:
+                raise ConfigError(
+                    f"run.{key} = {json.dumps(getattr(run, key))}: not with ZeRO stage 3, which "
+                    "gathers the weights as the forward comes to them; leave it out, or --set "
+                    "deepspeed.zero_optimization.stage=2"
+                )
+
+    def _check_compiler(self) -> None:
+        """Raises ConfigError where torch.compile does not work: a small function is tried."""
+        how = self.config.run.compile
+        if how != "none" and (problem := hardware.compile_problem(self.device)):
+            raise ConfigError(
+                f'run.compile = "{how}": torch.compile does not work here ({problem}); leave it out'
+            )
+
+    def _check_graph(self) -> None:
+        """Raises ConfigError where the step cannot be recorded."""
+        refused = {
+            f"the device is {self.device}": self.device.type != "cuda",
+            f"a step is {self.accumulation} micro-batches: raise data.micro_batch_size": (
+                self.accumulation > 1
+            ),
+            "DeepSpeed steps cannot be recorded: that takes one process": (
+                not isinstance(self.engine, LocalEngine)
+            ),
+        }
+        for reason in (text for text, holds in refused.items() if holds):
+            raise ConfigError(f"run.cuda_graph = true: {reason}; or leave it out")
+
+    def step(
+        self, batches: list[Batch], index: int
+    ) -> tuple[dict[str, torch.Tensor], bool | torch.Tensor]:
+        """Optimiser step number `index` (from 0) over the step's micro-batches.
+
+        Returns the terms' means over the step's images, of all processes (0-d tensors by name), and
+        whether the update was applied, perhaps as a tensor that nobody has waited for.
+        """
+        schedules = self.schedules(index)
+        sums: dict[str, torch.Tensor] = {}
+        if self.config.run.cuda_graph:  # it holds the update, which cannot wait inside it
+            self.engine.before_update()
+        for batch in batches:
+            terms, features_BD, applied = self._run(batch.images_B3HW, batch.masks, *schedules)
+            self.features.append(features_BD.clone())
+            sums = {name: sums.get(name, 0) + term for name, term in terms.items()}
+            self.after_micro_batch()
+        means = {name: total / self.accumulation for name, total in sums.items()}
+        return distributed.mean_over_ranks(means), applied
+
+    def micro_step(
+        self,
+        images_B3HW: torch.Tensor,
+        masks: Masks,
+        lr: Number,
+        weight_decay: Number,
+        momentum: Number,
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor, bool | torch.Tensor]:
+        """One micro-batch, and the update after a step's last.
+
+        Returns the terms, the target's mean tokens (B, D), and what the engine's step returns.
+        """
+        with torch.no_grad():
+            target_BND = self.target(images_B3HW)
+        terms = self.engine(images_B3HW, masks.context, masks.target_idx_BMP, target_BND)
+        self.engine.backward(terms["loss"])
+        applied = self.engine.step(lr, weight_decay, momentum)
+        return {name: t.detach() for name, t in terms.items()}, target_BND.mean(1), applied
+
+    def schedules(self, index: int) -> tuple[float, float, float]:
+        """Learning rate, weight decay and EMA momentum of step `index` (from 0)."""
+        o, total = self.config.optim, self.total_steps
+        warmup = int(o.warmup_epochs * self.steps_per_epoch)
+        return (
+            optim.learning_rate(index + 1, total, warmup, o.start_lr, o.lr, o.final_lr),
+            optim.weight_decay(index + 1, total, o.weight_decay, o.final_weight_decay),
+            optim.ema_momentum(index, total, o.momentum, o.final_momentum),
+        )
+
+    def scalars(self, terms: dict, batches: list[Batch]) -> dict:
+        """What is averaged over a telemetry interval, without waiting for the device."""
+        masks = [batch.masks for batch in batches]
+        return {
+            **terms,
+            "grad_norm": self.engine.grad_norm,
+            "context_k": sum(m.context_k for m in masks) / len(masks),
+            "targets_p": sum(m.target_idx_BMP.shape[2] for m in masks) / len(masks),
+        }
+
+    def details(self, index: int, skipped_steps: int, skipped_images: int) -> dict:
+        """What is logged of a single step, at the end of a telemetry interval."""
+        lr, weight_decay, momentum = self.schedules(index)
+        return {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "skipped_steps": skipped_steps,
+            "skipped_images": skipped_images,
+            **representation_stats(torch.cat(list(self.features))),
+        }
+
+    def facts(self) -> dict:
+        """What a run that goes on from here must share, or it becomes another training."""
+        facts = {"config": self.config.model_dump(mode="json"), "images": self.images}
+        facts["decoder"] = self.decoder
+        if self.linear:
+            facts["linear"] = self.linear
+        if self.config.loss.vicreg.beta > 0:
+            facts["images a VICReg statistic"] = self.micro_batch * distributed.world_size()
+        return facts

@@ -1,0 +1,56 @@
+"""bench/fp8.py: at toy size, what it says is what it measured."""
+
+import importlib.util
+import json
+import sys
+
+import pytest
+import tiny
+import torch
+
+from cjepa_fast.model import fp8
+from cjepa_fast.model.vit import Encoder
+
+sys.path.insert(0, str(tiny.ROOT / "bench"))  # no package: its scripts import each other by name
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """A second one gains these small products nothing, and waits where the cores are busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def bench():
+    spec = importlib.util.spec_from_file_location("bench_fp8", tiny.ROOT / "bench" / "fp8.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_it_measures_and_writes_what_it_saw(bench, tmp_path, capsys):
+    out = tmp_path / "new" / "fp8.json"
+    assert bench.main(["--config", "vit_b", "vit_t", "--seconds", "0", "--json", str(out)]) == 0
+    saved = json.loads(out.read_text())
+    assert [row["encoder"] for row in saved["rows"]] == ["vit_b", "vit_t"]
+    for row in saved["rows"]:
+        assert 0.001 < row["errors"]["bf16"] < 0.02 and 0.001 < row["errors"]["fp8"] < 0.05
+        assert row["ms"].keys() == row["tflops"].keys() == {"bf16", "fp8", "fp8, fast sums"}
+        assert row["speedup"]["fp8"] == pytest.approx(row["ms"]["bf16"] / row["ms"]["fp8"])
+    assert not fp8.FAST_SUMS
+    assert capsys.readouterr().out.count("| vit_") == 2
+
+
+def test_the_error_is_that_of_8_bits(bench, monkeypatch):
+    """None where the layers stay as they were."""
+    monkeypatch.setattr(fp8, "linears_to_8_bits", lambda encoder: {})
+    row = bench.row_of("x", Encoder(32, 8, 48, 1, 3), 2, torch.device("cpu"), 0.0)
+    assert row["errors"]["fp8"] == 0 < row["errors"]["bf16"]
+
+
+def test_a_missing_encoder_is_told(bench, capsys, tmp_path):
+    assert bench.main(["--encoder", str(tmp_path)]) == 2
+    assert "error: " in capsys.readouterr().err

@@ -1,0 +1,172 @@
+"""bench/ops.py: the work it counts, the rows it makes of times, and the tuner."""
+
+import json
+import sys
+
+import pytest
+import tiny
+import torch
+
+from cjepa_fast.kernels import tuned, vicreg_tiles
+from cjepa_fast.kernels.common import launch
+
+sys.path.insert(0, str(tiny.ROOT / "bench"))  # no package: its scripts import each other by name
+
+import op_cases
+import ops
+import tune
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def cases():
+    return op_cases.cases(["T"], 2, rows=12, widths=[8, 16])
+
+
+def test_every_public_op_is_there_and_ours_is_the_reference(cases):
+    names = {case.op for case in cases}
+    assert names == {
+        "gather_tokens", "embed_gather", "add_positions", "target_gather", "predictor_input",
+        "prediction_loss", "ema_update", "adamw_ema_step", "vicreg_terms",
+        "quantise_rows", "quantise_norm", "quantise_gelu", "ema_update_rows",
+        "add_norm", "add_norm_backward", "gelu", "gelu_backward", "attention",
+    }  # fmt: skip
+    for case in cases:
+        if case.op.startswith(("ema", "adamw")):
+            continue  # in place
+        torch.manual_seed(0)
+        inputs = case.make(CPU)
+        found, wanted = case.ours(*inputs), case.reference(*inputs)
+        if case.op.startswith("quantise"):
+            found, wanted = found.wide(), wanted.wide()
+        torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
+
+
+def test_the_work_is_the_docstrings(cases):
+    by_op = {case.op: case for case in cases if not case.shape.startswith("tokens")}
+    for op, case in by_op.items():
+        inputs = case.make(CPU)
+        if op in ("gather_tokens", "predictor_input"):
+            x, out = inputs[0], case.ours(*inputs)
+            read = x.numel() if op == "predictor_input" else out.numel()
+            assert case.work["forward"].bytes == 2 * (read + out.numel())
+        if op == "gather_tokens":
+            assert case.work["backward"].bytes == 2 * (out.numel() + x.numel())
+        if op == "ema_update":
+            moved = sum(t.nbytes * 2 for t in inputs[0]) + sum(t.nbytes for t in inputs[1])
+            assert case.work["forward"].bytes == moved + sum(t.nbytes for t in inputs[3])
+    wide = op_cases.vicreg_tokens(12, 16, torch.bfloat16).work
+    assert wide["forward"] == (2 * 12 * 16 * 2 + 12 * 12 * 4, 12 * 16 * 12)
+    assert wide["backward"].flop == 2 * wide["forward"].flop
+    tall = op_cases.vicreg_tokens(100, 16, torch.bfloat16).work
+    assert tall["forward"].flop == 100 * 16 * 16
+
+
+def test_the_roofline_is_what_binds():
+    rates = {"bytes_per_s": 4e12, "bfloat16": 8e14, "float32": 4e14}
+    assert ops.roofline_us(op_cases.Work(4e6, 1), torch.bfloat16, rates) == pytest.approx(1)
+    assert ops.roofline_us(op_cases.Work(4e6, 4e9), torch.float32, rates) == pytest.approx(10)
+
+
+def test_a_rows_figures():
+    times = {"eager": [300.0, 200.0, 400.0], "ours": [100.0, 90.0, 110.0], "compiled": [150.0] * 3}
+    row = ops.row_of(times, op_cases.Work(1e6, 2e9), 25.0)
+    assert row["us"] == {"eager": 300, "ours": 100, "compiled": 150}
+    assert row["speedup"] == {"eager": 3, "compiled": 1.5}
+    assert (row["gb_per_s"], row["tflops"]) == (pytest.approx(10), pytest.approx(20))
+    assert row["roofline_pct"] == 25 and row["turns"] == 3
+    assert row["us_p10"]["ours"] == pytest.approx(92) and row["us_p90"]["ours"] == pytest.approx(
+        108
+    )
+
+
+def test_it_measures_and_writes_what_it_saw(tmp_path, capsys, monkeypatch):
+    rates = {"bytes_per_s": 1e10, "bfloat16": 1e11, "float32": 1e11}
+    monkeypatch.setattr(ops, "measured_rates", lambda device: rates)
+    found = {"json": tmp_path / "new" / "ops.json", "markdown": tmp_path / "ops.md"}
+    small = ["--model", "T", "--batch", "2", "--rows", "12", "--widths", "8", "--seconds", "0"]
+    files = [part for name, path in found.items() for part in (f"--{name}", str(path))]
+    assert ops.main([*small, "--no-compile", "--only", "vicreg", *files]) == 0
+    saved = json.loads(found["json"].read_text())
+    assert saved["commit"] is None or saved["commit"]
+    assert [row["pass"] for row in saved["rows"]] == ["forward", "backward", "both"] * 2
+    assert all(row["us"]["ours"] > 0 and row["turns"] >= 5 for row in saved["rows"])
+    text = found["markdown"].read_text()
+    assert text in capsys.readouterr().out and text.count("| vicreg_terms |") == 6
+
+
+def test_what_is_predicted_says_so(capsys):
+    assert ops.main(["--predict", "--model", "T", "--batch", "2", "--widths", "384"]) == 0
+    text = capsys.readouterr().out
+    assert "predicted, not measured" in text and "| vicreg_terms | tokens:" in text
+
+
+@pytest.mark.parametrize("wrong", [["--only", "no_such"], ["--tune"]])
+def test_wrong_settings_are_told(capsys, wrong):
+    if wrong == ["--tune"] and torch.cuda.is_available():
+        pytest.skip("a GPU is here, so that --tune would run")
+    assert ops.main(["--model", "T", "--batch", "2", *wrong]) == 2
+    assert "error" in capsys.readouterr().err
+
+
+# --- the tuner
+
+
+class Fake:
+    """A stopwatch by which the second candidate is the fastest of VICReg's, the first of others."""
+
+    def __init__(self, seconds: tuple[float, ...]):
+        self.seconds = seconds
+
+    def turns(self, calls, seconds):
+        for call in calls.values():
+            call()
+        return {name: [t] for name, t in zip(calls, self.seconds, strict=False)}
+
+
+def test_every_knob_turns_and_names_a_choice_the_kernels_make(monkeypatch):
+    """In the interpreter, at toy sizes: each key is one that a launcher asks for."""
+    for name, size in {"IMAGES": 1, "PATCHES": 4, "CONTEXT": 2, "TARGETS": 1}.items():
+        monkeypatch.setattr(tune, name, size)
+    monkeypatch.setattr(tune, "PER_TARGET", 2)
+    asked = set()
+
+    def chosen(key, candidates, device):
+        asked.add(key)
+        return candidates[0]
+
+    for module in (vicreg_tiles, launch):
+        monkeypatch.setattr(module, "chosen", chosen)
+    monkeypatch.setattr("cjepa_fast.kernels.ema.chosen", chosen)
+    with launch.interpreted():
+        knobs = [
+            *tune.vicreg_knobs(CPU, [(5, 4), (4, 5)]),
+            *tune.gather_knobs(CPU, 1, 64),
+            *tune.average_knobs(CPU, [(5,)]),
+        ]
+        for knob in knobs:
+            knob.call(knob.candidates[-1])  # as the tuner does, with a configuration
+            knob.call(None)  # as a launcher does, which asks
+    assert {knob.key for knob in knobs} == asked
+
+
+@pytest.mark.parametrize(("times", "place"), [((9.0, 5.0), 1), ((5.0, 9.0), 0), ((5.0, 4.9), 0)])
+def test_the_fastest_is_written_down_unless_it_may_be_noise(times, place):
+    knob = tune.Knob("a kernel", ("one", "other"), lambda candidate: None)
+    table = tune.tune(iter([knob]), Fake(times), 0.0)
+    assert table == ({"a kernel": place} if place else {})
+
+
+def test_the_table_is_source_that_says_the_same():
+    table = {"sm_90": {"b": 1, "a": 2}, "sm_80": {}}
+    scope: dict = {}
+    exec(tune.source(table), scope)
+    assert scope["TUNED"] == {"sm_90": {"a": 2, "b": 1}}
+    assert tune.source(tuned.TUNED) == tune.TABLE.read_text()
+
+
+def test_a_kernel_takes_what_the_table_names(monkeypatch):
+    monkeypatch.setattr(launch, "TUNED", {"cpu": {"a kernel": 1}})
+    assert launch.chosen("a kernel", ("one", "other"), CPU) == "other"
+    assert launch.chosen("another", ("one", "other"), CPU) == "one"

@@ -1,0 +1,221 @@
+"""bench/plan.py: its memory against torch's own accounting, its time against the counted work."""
+
+import json
+import re
+import sys
+
+import pytest
+import tiny
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from cjepa_fast import train
+from cjepa_fast.config import load, validate
+from cjepa_fast.runtime import distributed
+from cjepa_fast.training import build
+
+sys.path.insert(0, str(tiny.ROOT / "bench"))  # no package: its scripts import each other by name
+
+import plan
+
+DATA = tiny.CONFIG["data"] | {"batch_size": 8}
+
+
+def configured(precision: str = "fp32", **sections):
+    return validate(tiny.CONFIG | {"run": {"precision": precision}, "data": DATA} | sections)
+
+
+def real_batch(config, images: int) -> tuple[torch.Tensor, ...]:
+    pictures, _, _, tokens = build.meta_batch(config, images)
+    masks = build.build_masks(config)(0, 0, torch.arange(images))
+    filled = (torch.randn(x.shape, dtype=x.dtype) for x in (pictures, tokens))
+    pictures, tokens = filled
+    return pictures, masks.context, masks.target_idx_BMP, tokens
+
+
+@pytest.mark.parametrize(
+    ("precision", "model", "predictor", "context"),
+    [
+        ("fp32", {}, {}, "random"),
+        ("bf16", {}, {}, "random"),
+        ("fp32", {}, {}, "packed"),
+        ("bf16", {"residual": "fp32"}, {}, "random"),
+        ("bf16", {"checkpointing": "norm_gelu"}, {"mode": "one_pass"}, "random"),
+        ("fp32", {"checkpointing": "selective"}, {}, "random"),
+        ("bf16", {"checkpointing": "selective", "residual": "fp32"}, {"depth": 3}, "random"),
+        ("bf16", {"checkpointing": "full"}, {"depth": 3, "mode": "one_pass"}, "random"),
+    ],
+)
+def test_what_is_kept_for_the_backward(precision, model, predictor, context):
+    """As torch's profiler counts it: allocated in the forward and not freed."""
+    model = {"name": "vit_tiny", "patch_size": 4, "depth": 3} | model
+    predictor = tiny.CONFIG["predictor"] | predictor
+    mask = {"min_keep": 4, "context": context}
+    config = configured(precision, model=model, predictor=predictor, mask=mask)
+    with torch.device("meta"):
+        meta = build.build_networks(config)
+    meta.to(build.compute_dtype(config))
+    counted = plan.kept_bytes(meta, build.meta_batch(config, 8), fused_attention=False)
+    networks = build.build_networks(config).to(build.compute_dtype(config))
+    batch = real_batch(config, 8)
+    networks(*batch)  # what is made once is made
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        terms = networks(*batch)
+    allocated = sum(event.self_cpu_memory_usage for event in profiler.key_averages())
+    assert terms["loss"].requires_grad
+    # the CPU's smooth-L1 leaves its mean in the storage of the errors
+    allocated -= terms["jepa"].untyped_storage().nbytes()
+    assert counted == pytest.approx(allocated, rel=0.1)
+    # The meta device keeps bf16 LayerNorm's statistics in fp32, the CPU in bf16.
+    real = plan.kept_bytes(networks, batch, fused_attention=False)
+    assert counted == pytest.approx(real, rel=0.005)
+
+
+def test_each_policy_keeps_less_than_the_one_before():
+    """And with an fp32 stream each keeps more. In bf16, under a fused attention."""
+    kept = {}
+    for residual in ("bf16", "fp32"):
+        for policy in ("none", "norm_gelu", "selective", "full"):
+            model = tiny.CONFIG["model"] | {"residual": residual, "checkpointing": policy}
+            kept[residual, policy] = plan.plan(configured("bf16", model=model), 0, 1).per_image
+    for residual in ("bf16", "fp32"):
+        sizes = [size for (of, _), size in kept.items() if of == residual]
+        assert sizes == sorted(set(sizes), reverse=True), residual
+    for policy in ("none", "norm_gelu", "selective", "full"):
+        assert kept["fp32", policy] > kept["bf16", policy]
+
+
+def test_a_fused_attention_keeps_no_map():
+    """A map is B H S S; q, k, v and the output are kept either way."""
+    config = configured()
+    with torch.device("meta"):
+        networks = build.build_networks(config)
+    batch = build.meta_batch(config, 8)
+    plain, fused = (plan.kept_bytes(networks, batch, fused_attention=f) for f in (False, True))
+    (B, K), (_, M, P) = batch[1].shape, batch[2].shape
+    heads = 3
+    maps = 4 * heads * (2 * B * K * K + B * M * (K + P) * P)  # the softmax, of two blocks and one
+    rows = 4 * heads * (2 * B * K + B * M * P)  # a number a query instead
+    scaled = 4 * (
+        2 * B * K * 24
+    )  # plain attention keeps a scaled q beside, and both take their own
+    assert plain - fused == pytest.approx(maps - rows, abs=3 * scaled)
+    assert networks(*batch)["loss"].requires_grad  # and the networks are as they were
+    assert {block.attn.backend for block in networks.encoder.blocks} == {"auto"}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_is_held_whatever_the_batch(precision):
+    config = configured(precision)
+    trainer = train.Trainer(config, distributed.start(0), steps_per_epoch=10)
+    counts = [sum(p.numel() for p in part.parameters() if p.requires_grad)
+              for part in (trainer.engine.module, trainer.engine.module.encoder)]  # fmt: skip
+    found = plan.static_bytes(*counts, precision, 0, 1)
+    weights = [p for p in trainer.engine.module.parameters() if p.requires_grad]
+    assert found["weights"] == sum(p.nbytes for p in weights)
+    states = trainer.engine.state()
+    assert found["Adam's moments"] == sum(m.nbytes for s in states for m in s.moments.values())
+    if precision == "bf16":
+        assert found["fp32 masters"] == sum(s.master.values.nbytes for s in states)
+    assert found["gradients"] == found["weights"]
+    assert found["average"] == sum(f.values.nbytes for f in trainer.ema.fragments)
+    averaged = [p for n, p in trainer.ema.module.named_parameters() if n != "pos_embed"]
+    assert found["its working copy"] == sum(p.nbytes for p in averaged)
+
+
+def test_packed_contexts_keep_no_maps_either():
+    """A fused kernel keeps a number a query; the plain way, a map of each padded sequence."""
+    config = configured("bf16", mask={"min_keep": 4, "context": "packed"})
+    with torch.device("meta"):
+        networks = build.build_networks(config).bfloat16()
+    batch = build.meta_batch(config, 8)
+    fused, plain = (plan.kept_bytes(networks, batch, fused_attention=f) for f in (True, False))
+    sequences, heads = batch[1].sequences, networks.encoder.heads
+    maps = 2 * heads * (len(sequences.starts) - 1) * sequences.longest**2  # of one block, bf16
+    assert plain - fused > maps * len(networks.encoder.blocks)
+
+
+def test_sharing_divides_what_the_stage_shares():
+    alone = plan.static_bytes(100, 60, "bf16", 0, 4)
+    shared = {stage: plan.static_bytes(100, 60, "bf16", stage, 4) for stage in (1, 2, 3)}
+    assert shared[1]["Adam's moments"] == alone["Adam's moments"] / 4
+    assert shared[1]["weights"] == alone["weights"] == 200 and shared[3]["weights"] == 50
+    assert shared[2]["gradients"] == (200 + 400) / 4 < shared[1]["gradients"] < alone["gradients"]
+    copies = [shared[stage]["its working copy"] for stage in (1, 2, 3)]
+    assert copies == [120, 120, 30]
+
+
+def test_the_largest_batch_fills_the_memory():
+    found = plan.Plan({"weights": 20e9}, 0.5e9, 1)
+    gpu = plan.GPU(100, 80, 100, "G")
+    batch = plan.largest_batch(found, gpu)
+    assert found.total(batch) <= 0.92 * 80e9 < found.total(batch + 1)
+    assert plan.largest_batch(found._replace(static={"weights": 90e9}), gpu) == 0
+
+
+def test_time_and_energy_follow_from_the_counted_work(capsys):
+    arguments = ["--config", "vit_b", "--gpu", "a100-80", "--count", "8"]
+    assert plan.main([*arguments, "--images", "1000000", "--epochs", "100"]) == 0
+    text = capsys.readouterr().out
+    rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line[:1].isalpha()}
+    gflop, again = plan.gflop_per_image(load("vit_b"))
+    assert again == 0
+    images_per_s = 8 * 0.4 * 312e3 / gflop
+    assert float(rows["images/s"][0]) == pytest.approx(images_per_s, rel=1e-3)
+    hours = 1e8 / images_per_s / 3600
+    assert float(rows["hours"][0]) == pytest.approx(hours, abs=0.06)
+    assert float(rows["kWh"][0]) == pytest.approx(hours * 8 * 0.4, abs=0.6)
+    assert all("predicted" in line for line in text.splitlines()[-4:])
+    override = ["--set", "model.checkpointing=full"]
+    again = plan.gflop_per_image(load("vit_b", override[1:]))[1]
+    assert plan.main([*arguments, *override]) == 0
+    slower = re.search(r"images/s +(\d+)", capsys.readouterr().out)[1]
+    assert float(slower) == pytest.approx(images_per_s * gflop / (gflop + again), rel=1e-3)
+
+
+@pytest.mark.parametrize("gpu", ["a100-40", "a100-80", "h100", "h200", "b200", "l40s", "4090"])
+def test_every_gpu_is_planned_for_and_every_figure_says_where_it_is_from(tmp_path, capsys, gpu):
+    arguments = ["--config", str(tiny.write_config(tmp_path)), "--gpu", gpu, "--count", "2"]
+    assert plan.main(arguments) == 0
+    head, memory, times = capsys.readouterr().out.split("\n\n")
+    assert f"2 x {gpu}" in head and "predicted" in memory.splitlines()[0]
+    assert "largest batch" in memory and "kWh" in times
+    assert all("predicted" in line or "measured" in line for line in times.splitlines())
+
+
+def test_a_measured_share_takes_the_place_of_the_assumed(tmp_path):
+    results = tmp_path / "throughput.json"
+    row = {"config": "vit_b", "mfu_sheet_pct": 47.0, "hardware": {"device": "NVIDIA H200"}}
+    results.write_text(json.dumps([row, row | {"mfu_sheet_pct": None}]))
+    assert plan.utilisation("vit_b.json", plan.GPUS["h200"], results) == (0.47, "measured")
+    for name, gpu in (("vit_b", "a100-80"), ("vit_h", "h200")):
+        assert plan.utilisation(name, plan.GPUS[gpu], results) == (0.4, "predicted")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [(["--config", "vit_x"], "vit_x"), (["--config", "vit_b", "--count", "3"], "batch_size")],
+)
+def test_wrong_settings_are_told(capsys, arguments, named):
+    assert plan.main([*arguments, "--gpu", "h200"]) == 2
+    assert named in capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_said(capsys):
+    assert plan.main(["--config", "vit_g", "--gpu", "4090", "--count", "1"]) == 0
+    assert "does not fit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("gpu", "precision"), [("h100", "bf16"), ("t4", "fp32")])
+def test_auto_is_what_it_becomes_on_the_planned_gpu(capsys, gpu, precision):
+    """Whatever this machine would take."""
+    config = validate(tiny.CONFIG | {"data": DATA})
+    assert config.run.precision == "auto"
+    assert plan.on_gpu(config, plan.GPUS[gpu]).run.precision == precision
+    assert plan.main(["--config", "vit_t", "--gpu", gpu]) == 0
+    assert "fp32 masters" in capsys.readouterr().out
+
+
+def test_bf16_is_refused_where_the_planned_gpu_multiplies_none(capsys):
+    assert plan.main(["--config", "vit_t", "--gpu", "t4", "--set", "run.precision=bf16"]) == 2
+    assert 'run.precision = "bf16": T4 multiplies none' in capsys.readouterr().err

@@ -1,0 +1,141 @@
+"""Checkpoints on disk: fragments read back by range, atomic names, encoders loaded."""
+
+import itertools
+import json
+import resource
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from cjepa_fast import checkpoint, load_encoder
+from cjepa_fast.checkpoint.owned import Fragment
+from cjepa_fast.model.vit import Encoder
+from cjepa_fast.runtime import files
+
+
+def stored_in_pieces(folder, weight: torch.Tensor, cuts: list[int]) -> checkpoint.Stored:
+    """A checkpoint of one parameter, cut as ranks would cut it."""
+    folder.mkdir()
+    (folder / "state.json").write_text(json.dumps({"step": 1, "world_size": len(cuts) - 1}))
+    pieces = list(itertools.pairwise(cuts))
+    for rank, (a, b) in enumerate(pieces):
+        name = f"shard_{rank:05d}_of_{len(pieces):05d}.safetensors"
+        save_file({f"master/x@{a}": weight[a:b].clone()}, folder / name)
+    return checkpoint.Stored(folder)
+
+
+@pytest.mark.parametrize("cuts", [[0, 10], [0, 3, 10], [0, 1, 2, 9, 10]])
+def test_any_run_is_read_from_any_cut(tmp_path, cuts):
+    weight = torch.randn(10)
+    stored = stored_in_pieces(tmp_path / "step_00000001", weight, cuts)
+    assert torch.equal(stored.whole("master", "x"), weight)
+    for start in range(10):
+        for end in range(start + 1, 11):
+            fragment = Fragment("x", start, torch.full((end - start,), float("nan")))
+            stored.read_into("master", fragment)
+            assert torch.equal(fragment.values, weight[start:end])
+
+
+def test_a_full_disk_is_an_os_error(tmp_path):
+    """safetensors raises an error of its own; the limit on a file's size stands in for the disk."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
+    try:
+        with pytest.raises(OSError, match=r"x\.safetensors cannot be written: .*File too large"):
+            files.write_tensors({"x": torch.zeros(100_000)}, tmp_path / "x.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
+def test_a_parameter_that_is_not_there_is_named(tmp_path):
+    stored = stored_in_pieces(tmp_path / "step_00000001", torch.randn(10), [0, 4, 10])
+    with pytest.raises(ValueError, match=r"no master of encoder\.norm"):
+        stored.whole("master", "encoder.norm")
+    with pytest.raises(ValueError, match="x has 5 values at 5"):
+        stored.read_into("master", Fragment("x", 5, torch.empty(7)))
+
+
+def test_what_was_not_renamed_does_not_exist(tmp_path):
+    steps = tmp_path / "checkpoints"
+    for name in ("step_00000005", ".step_00000009.partial", "step_00000007"):
+        (steps / name).mkdir(parents=True)
+    five = steps / "step_00000005"
+    for folder in (five, steps / ".step_00000009.partial"):
+        (folder / "state.json").write_text("{}")
+        (folder / "manifest.json").write_text("{}")
+    assert checkpoint.latest(tmp_path) == five
+    assert checkpoint.candidates(tmp_path, None) == []
+    assert checkpoint.candidates(tmp_path, "auto") == [five]
+    assert checkpoint.candidates(tmp_path / "other", str(tmp_path)) == [five]
+    assert checkpoint.candidates(tmp_path, str(five)) == [five]
+    assert checkpoint.candidates(tmp_path / "new", "auto") == []
+    with pytest.raises(FileNotFoundError, match="new"):
+        checkpoint.candidates(tmp_path, str(tmp_path / "new"))
+
+
+def test_write_text_is_whole_or_absent(tmp_path):
+    path = tmp_path / "latest"
+    for text in ("step_1\n", "step_2\n"):
+        files.write_text(path, text)
+        assert path.read_text() == text
+    assert [p.name for p in tmp_path.iterdir()] == ["latest"]
+
+
+@pytest.fixture
+def saved_encoder(tmp_path):
+    encoder = Encoder(32, 8, 24, 2, 3)
+    save_file(encoder.state_dict(), tmp_path / "encoder.safetensors")
+    described = {**encoder.architecture, "mean": [0.1, 0.2, 0.3], "std": [1.0, 1.0, 1.0]}
+    (tmp_path / "encoder.json").write_text(json.dumps(described))
+    return encoder
+
+
+def test_load_encoder_gives_the_module_back(tmp_path, saved_encoder):
+    images = torch.randn(2, 3, 32, 32)
+    for path in (tmp_path, tmp_path / "encoder.safetensors"):
+        loaded = load_encoder(path)
+        assert not loaded.training and loaded.mean == (0.1, 0.2, 0.3)
+        assert torch.equal(loaded(images), saved_encoder(images))
+
+
+def test_load_encoder_says_what_is_wrong(tmp_path, saved_encoder):
+    with pytest.raises(ValueError, match="teacher"):
+        load_encoder(tmp_path, "teacher")
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        load_encoder(tmp_path / "nothing")
+    weights = saved_encoder.state_dict()
+    weights["blocks.7.norm1.bias"] = weights.pop("norm.bias")
+    save_file(weights, tmp_path / "encoder.safetensors")
+    with pytest.raises(ValueError, match=r"blocks\.7\.norm1\.bias.*norm\.bias"):
+        load_encoder(tmp_path)
+
+
+def test_an_encoder_file_is_not_taken_for_the_other_encoder(tmp_path, saved_encoder):
+    with pytest.raises(ValueError, match="holds a target encoder"):
+        load_encoder(tmp_path / "encoder.safetensors", "context")
+
+
+def test_damaged_files_are_named(tmp_path, saved_encoder):
+    path = tmp_path / "encoder.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"encoder\.safetensors is damaged"):
+        load_encoder(tmp_path)
+    (tmp_path / "encoder.json").write_text("{}")
+    save_file(saved_encoder.state_dict(), path)
+    with pytest.raises(ValueError, match=r"encoder\.json does not describe"):
+        load_encoder(tmp_path)
+
+
+def test_a_run_that_goes_back_sets_its_later_checkpoints_aside(tmp_path):
+    steps = tmp_path / "checkpoints"
+    for step in (1, 2, 3):
+        (steps / f"step_{step:08d}").mkdir(parents=True)
+        (steps / f"step_{step:08d}" / "manifest.json").write_text(str(step))
+    moved = checkpoint.set_aside_later_than(tmp_path, 1)
+    assert [path.name for path in moved] == [
+        "abandoned_1_step_00000002",
+        "abandoned_1_step_00000003",
+    ]
+    assert (moved[1] / "manifest.json").read_text() == "3"
+    assert checkpoint.latest(tmp_path).name == "step_00000001"

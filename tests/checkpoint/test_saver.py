@@ -1,0 +1,230 @@
+"""Saving while training goes on: what is written, when it counts, and what goes wrong."""
+
+import errno
+import json
+import shutil
+import threading
+
+import pytest
+import tiny
+import torch
+
+from cjepa_fast import checkpoint
+from cjepa_fast.checkpoint import writer
+from cjepa_fast.checkpoint.owned import Fragment, OwnedState
+from cjepa_fast.checkpoint.writer import Saver
+from cjepa_fast.runtime import files
+
+
+class Engine:
+    """What a Saver needs of an engine: one parameter of ten values, and its average."""
+
+    sharded = False
+
+    def __init__(self):
+        self.values, self.average = torch.arange(10.0), torch.zeros(10)
+        moments = {"exp_avg": torch.ones(10), "exp_avg_sq": torch.ones(10)}
+        self._state = [OwnedState(Fragment("x", 0, self.values), moments)]
+        self.ema = type("EMA", (), {"fragments": [Fragment("x", 0, self.average)]})
+        self.before_update = lambda: None
+
+    def state(self):
+        return self._state
+
+    def optimizer_step(self):
+        return 7
+
+    def update(self):
+        self.before_update()
+        self.values += 1
+
+
+@pytest.fixture
+def made(tmp_path):
+    """(engine, saver, what it said)."""
+    engine, said = Engine(), []
+    return engine, Saver(tmp_path / "checkpoints", engine, "{}", keep=2, say=said.append), said
+
+
+def stored(folder, step: int) -> torch.Tensor:
+    path = folder / "checkpoints" / f"step_{step:08d}"
+    assert checkpoint.damage(path) == []
+    return checkpoint.Stored(path).whole("master", "x")
+
+
+def test_what_is_saved_is_the_state_of_its_step_while_updates_go_on(tmp_path, made, monkeypatch):
+    engine, save, said = made
+    go, written = threading.Event(), files.write_tensors
+    slow = lambda *args: go.wait(tiny.HANG_S) and written(*args)  # noqa: E731
+    monkeypatch.setattr(checkpoint, "write_tensors", slow)
+    save.begin(1, {"epoch": 0.5})
+    for _ in range(3):  # the disk is slow: nobody waits for it
+        engine.update()
+    assert save.busy and checkpoint.latest(tmp_path) is None
+    go.set()
+    assert save.finish() and not said
+    assert torch.equal(stored(tmp_path, 1), torch.arange(10.0))
+    state = checkpoint.state_of(checkpoint.latest(tmp_path))
+    assert (state["step"], state["optimizer_step"], state["epoch"]) == (1, 7, 0.5)
+    save.begin(2, {})
+    assert save.finish()
+    assert torch.equal(stored(tmp_path, 2), torch.arange(10.0) + 3)
+
+
+def test_an_update_waits_for_the_copy(tmp_path, made, monkeypatch):
+    engine, save, _ = made
+    go, copy = threading.Event(), writer.Snapshot.copy
+    monkeypatch.setattr(writer.Snapshot, "copy", lambda self: go.wait(tiny.HANG_S) and copy(self))
+    save.begin(1, {})
+    updating = threading.Thread(target=engine.update)
+    updating.start()
+    updating.join(0.2)
+    assert updating.is_alive() and engine.values[0] == 0
+    go.set()
+    updating.join(tiny.HANG_S)
+    assert save.finish() and engine.values[0] == 1
+    assert torch.equal(stored(tmp_path, 1), torch.arange(10.0))
+
+
+def test_a_full_disk_is_said_and_the_last_good_one_stays(tmp_path, made, monkeypatch):
+    engine, save, said = made
+    save.begin(1, {})
+    assert save.finish()
+    full = OSError(errno.ENOSPC, "No space left on device")
+    for name in ("write_tensors", "write_manifest"):
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, name, lambda *args: (_ for _ in ()).throw(full))
+            save.begin(2, {})
+            engine.update()
+            assert not save.finish()
+        assert "step 2 could not be saved" in said[-1] and "No space left" in said[-1]
+        assert "step_00000001" in said[-1] and checkpoint.latest(tmp_path).name == "step_00000001"
+        assert not list((tmp_path / "checkpoints").glob(".*"))
+    save.begin(3, {})
+    assert save.finish() and len(said) == 2
+    assert torch.equal(stored(tmp_path, 3), torch.arange(10.0) + 2)
+
+
+def test_who_may_read_one_file_may_read_all(tmp_path, made):
+    _, save, _ = made
+    save.begin(1, {})
+    save.finish()
+    assert len({path.stat().st_mode for path in checkpoint.latest(tmp_path).iterdir()}) == 1
+
+
+def test_values_that_are_not_finite_are_never_saved(tmp_path, made):
+    engine, save, said = made
+    engine.average[3] = torch.inf
+    save.begin(1, {})
+    assert not save.finish() and "ema/x holds values that are not finite" in said[0]
+    assert checkpoint.latest(tmp_path) is None
+
+
+def test_some_are_kept_by_number_and_some_for_good(tmp_path, made):
+    _, save, _ = made
+    save.keep_period = 4
+    for step in range(1, 12):
+        save.begin(step, {})
+    save.finish()
+    kept = [checkpoint.step_of(path) for path in checkpoint.newest_first(tmp_path)]
+    assert kept == [11, 10, 8, 4]
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 4
+
+
+@pytest.fixture
+def saved(tmp_path, made):
+    """(saver, the folder of its checkpoints): that of step 1 is there."""
+    _, save, _ = made
+    save.begin(1, {})
+    assert save.finish()
+    return save, tmp_path / "checkpoints"
+
+
+def test_what_a_killed_save_left_does_no_harm(tmp_path, saved):
+    """Of the same step on more processes, and of an earlier one."""
+    save, folder = saved
+    shutil.copytree(folder / "step_00000001", folder / ".step_00000003.partial")
+    (folder / ".step_00000003.partial" / "manifest.json").unlink()
+    shard = next((folder / ".step_00000003.partial").glob("shard*"))
+    shard.rename(shard.with_name("shard_00001_of_00002.safetensors"))
+    (folder / ".step_00000002.partial").mkdir()
+    save.begin(3, {})
+    assert save.finish()
+    assert torch.equal(stored(tmp_path, 3), torch.arange(10.0))
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "step_00000001",
+        "step_00000003",
+    ]
+
+
+def test_processes_that_do_not_share_a_folder_are_told(tmp_path, made, monkeypatch):
+    _, save, said = made
+    elsewhere = checkpoint.Receipt("shard_00001_of_00002.safetensors", 9, "")
+    monkeypatch.setattr(writer, "from_all", lambda mine: [mine, elsewhere])
+    save.begin(1, {})
+    assert not save.finish() and "run.dir must be a folder that all nodes share" in said[0]
+
+
+def test_a_copy_of_the_users_is_left_alone(tmp_path, saved):
+    save, folder = saved
+    shutil.copytree(folder / "step_00000001", folder / "step_00000001_mine")
+    for step in range(2, 6):
+        save.begin(step, {})
+    assert save.finish() and (folder / "step_00000001_mine" / "manifest.json").is_file()
+    assert [p.name for p in checkpoint.newest_first(tmp_path)] == ["step_00000005", "step_00000004"]
+    assert checkpoint.set_aside_later_than(tmp_path, 5) == []
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES = {
+    "its checksum has changed": flip_a_bit,
+    "bytes, and was written with": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "is missing": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("said", DAMAGES)
+@pytest.mark.parametrize("file", ["shard_00000_of_00001.safetensors", "state.json", "encoder.json"])
+def test_damage_is_seen_and_named(tmp_path, made, said, file):
+    _, save, _ = made
+    save.begin(1, {})
+    save.finish()
+    path = checkpoint.latest(tmp_path)
+    assert checkpoint.damage(path) == []
+    DAMAGES[said](path / file)
+    (line,) = checkpoint.damage(path)
+    assert str(path / file) in line and said in line
+    shares = [checkpoint.damage(path, part, 2) for part in range(2)]  # two processes share it
+    assert sorted(map(len, shares)) == [0, 1]
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"files": {"state.json": 3}}', "{}"])
+def test_a_manifest_that_is_none_is_damage(tmp_path, text):
+    (tmp_path / "manifest.json").write_text(text)
+    (line,) = checkpoint.damage(tmp_path)
+    assert "manifest.json cannot be read" in line
+
+
+def test_changes_that_matter_are_told_from_those_that_do_not():
+    saved = {"config": {"run": {"dir": "a", "epochs": 2}, "optim": {"lr": 1.0}}, "images": "x"}
+    now = json.loads(json.dumps(saved))
+    assert checkpoint.differences(saved, now) == ([], [])
+    now["config"]["run"] = {"dir": "b", "epochs": 3}
+    now["images"] = "y"
+    harmless, others = checkpoint.differences(saved, now)
+    assert harmless == ["run.dir: b, saved with a"]
+    assert others == ["run.epochs: 3, saved with 2", "images: y, saved with x"]
+
+
+def test_a_checkpoint_that_knows_nothing_of_fused_blocks_goes_on():
+    """Keys that came later and change but rounding: as ones that were saved with another value."""
+    saved = {"config": {"model": {"patch_size": 4}}}
+    for fused in (True, False):
+        now = {"config": {"model": {"patch_size": 4, "fused": fused}}}
+        harmless, others = checkpoint.differences(saved, now)
+        assert len(harmless) == 1 and not others

@@ -1,0 +1,425 @@
+"""The configuration: what is refused and how it is said, inheritance, and the shipped files."""
+
+import json
+import math
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from cjepa_fast import config as configuration
+from cjepa_fast.config import ConfigError, load, micro_batches
+from cjepa_fast.model.loss import CJEPALoss
+from cjepa_fast.model.vit import MODELS, count_parameters
+from cjepa_fast.training.build import build_masks, build_networks
+
+SHIPPED = sorted(path.name for path in configuration.configs_folder().glob("*.json"))
+
+
+# What the messages below speak of, whatever the demo's own settings are.
+SIZES = (
+    "run.epochs=4",
+    "data.image_size=96",
+    "model.patch_size=12",
+    "model.width=192",
+    "model.heads=3",
+    "predictor.width=96",
+)
+
+
+def refusal(*overrides: str, name: str = "demo.json") -> str:
+    with pytest.raises(ConfigError) as refused:
+        load(name, [*SIZES, *overrides])
+    return str(refused.value)
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """write(name, values) makes a file in the working directory, an empty one but for it."""
+    monkeypatch.chdir(tmp_path)
+
+    def writer(name: str, values) -> str:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(values if isinstance(values, str) else json.dumps(values))
+        return str(path)
+
+    return writer
+
+
+# --- what is refused: the key, the value, what is allowed
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("optim.lrr=1", ["optim.lrr = 1: no such key", "nearest is optim.lr;", "valid: betas,"]),
+        ("optin.lr=1", ['optin = {"lr": 1}: no such key', "nearest is optim;", "checkpoint, data"]),
+        ("loss.vicreg.betta=1", ["loss.vicreg.betta = 1", "nearest is loss.vicreg.beta;"]),
+        ("data.batchsize=8", ["nearest is data.batch_size;"]),
+        ("xyzzy=1", ["xyzzy = 1: no such key", "nearest is "]),
+        (
+            "model.name=vit_hug",
+            ['model.name = "vit_hug"', "'vit_giant'", "did you mean 'vit_huge'"],
+        ),
+        ("mask.context=prefx", ["'prefix', 'fixed' or 'packed'", "did you mean 'prefix'"]),
+        ("mask.sampler=zzz", ['mask.sampler = "zzz"', "'uniform' or 'ijepa'"]),
+    ],
+)
+def test_unknown_words_name_the_nearest(override, said):
+    message = refusal(override)
+    assert all(part in message for part in said), message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("optim.lr=fast", 'optim.lr = "fast": input should be a valid number'),
+        ("run.epochs=1.5", "run.epochs = 1.5: input should be a valid integer"),
+        ("run.epochs=true", "run.epochs = true: input should be a valid integer"),
+        ("data.flip=1", "data.flip = 1: input should be a valid boolean"),
+        ("data.path=7", "data.path = 7: input should be a valid string"),
+        ("data=7", "data = 7: input should be an object"),
+        ("data=null", "data = null: input should be an object"),
+        ("deepspeed=3", "deepspeed = 3: input should be an object"),
+        ("data.mean=[1,2]", "data.mean.2 = [1, 2]: field required"),
+        ("data.mean=[1,2,3,4]", "data.mean = [1, 2, 3, 4]: tuple should have at most 3 items"),
+        ("mask.target_scale=0.2", "mask.target_scale = 0.2: input should be a valid array"),
+    ],
+)
+def test_wrong_types(override, said):
+    assert refusal(override).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("data.image_size=100", "multiple of model.patch_size = 12, such as 96"),
+        ("data.image_size=5", "such as 12"),
+        ("mask.min_keep=64", "mask.min_keep = 64: the grid has only 64 patches"),
+        ("optim.warmup_epochs=5", "optim.warmup_epochs = 5: longer than the run; at most"),
+        ("mask.target_scale=[0.3,0.2]", "mask.target_scale = [0.3, 0.2]: the first must not"),
+        ("mask.target_aspect=[2,1]", "mask.target_aspect = [2.0, 1.0]: the first"),
+        ("mask.context_scale=[1,0.9]", "mask.context_scale = "),
+        ("data.crop_scale=[0.5,0.4]", "data.crop_scale = "),
+        ("data.crop_ratio=[1,0.5]", "data.crop_ratio = "),
+        ("data.crop_scale=[0,1]", "data.crop_scale.0 = 0: input should be greater than 0"),
+        ("data.crop_scale=[0.5,1.5]", "data.crop_scale.1 = 1.5: input should be less than or"),
+        ("data.std=[0,1,1]", "data.std.0 = 0: input should be greater than 0"),
+        ("optim.lr=0", "optim.lr = 0: input should be greater than 0"),
+        ("optim.lr=Infinity", "optim.lr = Infinity: input should be a finite number"),
+        ("optim.lr=NaN", "optim.lr = NaN: input should be"),
+        ("optim.betas=[0.9,1.0]", "optim.betas.1 = 1.0: input should be less than 1"),
+        ("optim.momentum=1.1", "optim.momentum = 1.1: input should be less than or equal to 1"),
+        ("loss.vicreg.beta=-1", "loss.vicreg.beta = -1: input should be greater than or equal"),
+        ("run.seed=-1", "run.seed = -1: input should be greater than or equal to 0"),
+        (f"run.seed={2**64}", f"run.seed = {2**64}: input should be less than"),
+        ("run.epochs=0", "run.epochs = 0: input should be greater than or equal to 1"),
+        ("mask.targets=0", "mask.targets = 0: input should be greater than or equal to 1"),
+        ("model.heads=5", "model.width = 192: must be a multiple of model.heads = 5"),
+        ("model.width=198", "model.width = 198: must be a multiple of 4"),
+        ("predictor.width=90", "predictor.width = 90: must be a multiple of 4"),
+        ("predictor.heads=5", "predictor.width = 96: must be a multiple of predictor.heads = 5"),
+        ("deepspeed.train_batch_size=8", "deepspeed.train_batch_size = 8: set data.batch_size"),
+        ("deepspeed.optimizer.type=Adam", 'deepspeed.optimizer = {"type": "Adam"}: set optim'),
+        ("deepspeed.fp16.enabled=true", "deepspeed.fp16.enabled = true: set run.precision"),
+        ("deepspeed.fp16=true", "deepspeed.fp16 = true: must be an object"),
+        ("deepspeed.zero_optimization=2", "deepspeed.zero_optimization = 2: must be an object"),
+    ],
+)
+def test_impossible_values(override, said):
+    message = refusal(override)
+    assert said in message and message.startswith(override.split("=")[0].split(".")[0])
+
+
+def test_packed_contexts_want_a_kernel_of_varying_lengths():
+    both = ["mask.context=packed", "model.attention=sdpa_cudnn"]
+    with pytest.raises(ConfigError, match=r'model\.attention = "sdpa_cudnn".*"packed".*"auto"'):
+        load("vit_t", both)
+    for override in both:
+        load("vit_t", [override])
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "said"),
+    [
+        ("model.target_precision=fp8", "run.precision=fp32", "; set that to"),
+        ("run.target_stream=true", "run.compile=whole", '; take "blocks"'),
+    ],
+)
+def test_settings_that_exclude_each_other(one, other, said):
+    load("demo.json", [one])
+    message = refusal(one, other)
+    key, value = other.split("=")
+    assert message.startswith(one.split("=")[0]) and said in message
+    assert f'not with {key} = "{value}"' in message
+
+
+@pytest.mark.parametrize("key", ["model.depth", "model.mlp_ratio", "predictor.heads"])
+def test_a_checkpoint_of_ijepa_has_its_own_sizes(key):
+    section, name = key.split(".")
+    values = {"run": {"init_from": "x.pth.tar"}, section: {name: 3}}
+    with pytest.raises(ConfigError, match=f"{key} = 3.*leave it out.*run.init_from"):
+        configuration.validate(values)
+
+
+def test_all_that_is_wrong_is_said_at_once():
+    message = refusal("optim.lrr=1", "run.epochs=0", "data.flip=3")
+    assert len(message.splitlines()) == 3
+    assert len(refusal("data.image_size=100", "optim.warmup_epochs=9").splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [("model.heads=5", "model.width"), ("predictor.width=100", "predictor.width")],
+)
+def test_sizes_that_the_models_name_decides_are_refused_by_key(override, key):
+    config = load("vit_t.json", [override])
+    with torch.device("meta"), pytest.raises(ConfigError, match=f"{key} = [0-9]+: must be a mult"):
+        build_networks(config)
+
+
+def test_auto_is_left_to_the_other_sections():
+    load("demo", ['deepspeed.train_batch_size="auto"', "deepspeed.fp16.enabled=false"])
+
+
+# --- overrides
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "value"),
+    [
+        ("optim.lr=3e-4", "optim.lr", 3e-4),
+        ("optim.lr=1", "optim.lr", 1.0),
+        ("data.path=/my/images", "data.path", "/my/images"),
+        ("data.path=a=b", "data.path", "a=b"),
+        ('data.path="7"', "data.path", "7"),
+        ("data.flip=true", "data.flip", True),
+        ("mask.target_scale=[0.1, 0.3]", "mask.target_scale", (0.1, 0.3)),
+        ("loss.vicreg.projector=[64,32]", "loss.vicreg.projector", (64, 32)),
+        ("loss.vicreg.projector=null", "loss.vicreg.projector", None),
+        ("deepspeed.zero_optimization.stage=3", "deepspeed.zero_optimization.stage", 3),
+        ("deepspeed.anything.of.theirs=[1]", "deepspeed.anything.of.theirs", [1]),
+    ],
+)
+def test_overrides(override, path, value):
+    found = load("demo", [override])
+    for part in path.split("."):
+        found = found[part] if isinstance(found, dict) else getattr(found, part)
+    assert found == value and type(found) is type(value)
+
+
+def test_the_last_override_holds_and_the_rest_stays():
+    config = load("demo", ["optim.lr=1e-4", "optim.lr=2e-4"])
+    assert config.optim.lr == 2e-4
+    assert config == load("demo").model_copy(update={"optim": config.optim})
+
+
+@pytest.mark.parametrize("override", ["optim.lr", "=3", ""])
+def test_an_override_without_key_or_value(override):
+    assert f"--set {override}: write it as section.key=value" == refusal(override)
+
+
+def test_an_override_below_a_value():
+    assert "path is a value, it has no key below it" in refusal("data.path.x=1")
+
+
+# --- files
+
+
+def test_the_working_directory_comes_before_configs(write):
+    assert load("vit_t").model.name == "vit_tiny"
+    write("vit_t.json", {"model": {"name": "vit_small"}})
+    assert load("vit_t.json").model.name == load("vit_t").model.name == "vit_small"
+
+
+def test_extends_lays_values_over(write):
+    write("base.json", {"optim": {"lr": 2e-3, "start_lr": 0.0}, "deepspeed": {"a": {"b": 1}}})
+    write("middle.json", {"extends": "base.json", "optim": {"lr": 3e-3}, "run": {"epochs": 40}})
+    child = write("child.json", {"extends": "middle", "deepspeed": {"a": {"c": 2}}})
+    config = load(child)
+    assert (config.optim.lr, config.optim.start_lr, config.run.epochs) == (3e-3, 0.0, 40)
+    assert config.deepspeed == {"a": {"b": 1, "c": 2}}
+
+
+def test_extends_looks_beside_the_file_then_in_configs(write):
+    write("sub/near.json", {"run": {"seed": 7}})
+    beside = write("sub/one.json", {"extends": "near.json"})
+    shipped = write("sub/two.json", {"extends": "vit_b.json", "optim": {"lr": 5e-4}})
+    assert load(beside).run.seed == 7
+    config = load(shipped)
+    assert (config.model.name, config.optim.lr, config.run.epochs) == ("vit_base", 5e-4, 600)
+
+
+@pytest.mark.parametrize("ring", [["a"], ["a", "b"], ["a", "b", "c"]])
+def test_extends_in_a_circle(write, ring):
+    for name, parent in zip(ring, ring[1:] + ring[:1], strict=True):
+        write(f"{name}.json", {"extends": f"{parent}.json"})
+    assert '"extends" goes in a circle' in refusal(name="a.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("{", "not JSON"), ("[1]", "must hold a JSON object"), ('{"extends": "no"}', "no such file")],
+)
+def test_files_that_are_no_configuration(write, text, said):
+    assert said in refusal(name=write("bad.json", text))
+
+
+def test_a_missing_file_names_those_there_are():
+    message = refusal(name="nope.json")
+    assert "--config nope.json: no such file" in message
+    assert all(name in message for name in SHIPPED)
+
+
+def test_a_configuration_is_frozen_and_survives_its_own_json(write):
+    config = load("vit_g", ["loss.vicreg.projector=[8,8]"])
+    for section, key in ((config, "run"), (config.optim, "lr"), (config.loss.vicreg, "beta")):
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(section, key, getattr(section, key))
+    assert load(write("copy.json", config.to_json())) == config
+
+
+def test_the_run_folder_bears_the_files_name(write):
+    assert load("demo").run.dir == "runs/demo"
+    assert load(write("mine.json", {"run": {"dir": "x/{config}/y"}})).run.dir == "x/mine/y"
+
+
+def test_paths_expand(monkeypatch):
+    monkeypatch.setenv("IMAGES", "/images")
+    monkeypatch.setenv("HOME", "/home/me")
+    assert configuration.expanded("~/$IMAGES/${IMAGES}") == "/home/me//images//images"
+
+
+# --- micro-batches
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 7, 12])
+@pytest.mark.parametrize("limit", [1, 5, 8, 64, 10**6])
+def test_micro_batches_make_up_the_batch_in_the_fewest_steps(world_size, limit):
+    for share in (1, 7, 60, 64, 97):
+        micro, times = micro_batches(share * world_size, world_size, limit)
+        assert micro * times * world_size == share * world_size and micro <= limit
+        fewer = [n for n in range(1, times) if share % n == 0 and share // n <= limit]
+        assert not fewer
+
+
+def test_micro_batches_of_known_runs():
+    assert micro_batches(2048, 16, 128) == (128, 1)
+    assert micro_batches(2048, 8, 128) == (128, 2)
+    assert micro_batches(2046, 3, 128) == (62, 11)  # 682 = 2 * 11 * 31
+
+
+@pytest.mark.parametrize(("batch", "world", "near"), [(2048, 3, 2046), (2, 3, 3), (64, 7, 63)])
+def test_a_batch_that_does_not_divide(batch, world, near):
+    with pytest.raises(ConfigError, match=rf"data.batch_size = {batch}: .* {world} .* {near}$"):
+        micro_batches(batch, world, 8)
+
+
+# --- what is shipped
+
+# width, depth, heads, predictor depth, epochs, patch and image of C-JEPA's and I-JEPA's runs
+TABLE = {
+    "vit_t.json": (192, 12, 3, 6, 600, 16, 224),
+    "vit_s.json": (384, 12, 6, 6, 600, 16, 224),
+    "vit_b.json": (768, 12, 12, 6, 600, 16, 224),
+    "vit_l.json": (1024, 24, 16, 12, 600, 16, 224),
+    "vit_h.json": (1280, 32, 16, 12, 300, 14, 224),
+    "vit_h_448.json": (1280, 32, 16, 12, 300, 16, 448),
+    "vit_g.json": (1408, 40, 16, 16, 300, 16, 224),
+    "ijepa_h.json": (1280, 32, 16, 12, 300, 14, 224),
+}
+SMALL = {"demo.json", "cifar10_vit_t.json", "imagenette128_vit_s.json"}
+# Encoders of the known ViTs at patch 16: published counts less class token, positions and head.
+MILLIONS = {"vit_t.json": 5.486, "vit_s.json": 21.590, "vit_b.json": 85.647, "vit_l.json": 303.099}
+
+
+def test_model_names_are_those_of_the_encoder():
+    assert tuple(MODELS) == configuration.MODEL_NAMES
+
+
+def test_every_promised_configuration_is_there():
+    assert set(SHIPPED) == TABLE.keys() | SMALL
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_configuration_builds(name):
+    config = load(name)
+    with torch.device("meta"):
+        networks = build_networks(config)
+    encoder, predictor = networks.encoder, networks.predictor
+    side = config.data.image_size // config.model.patch_size
+    assert encoder.grid == (side, side) == build_masks(config).grid
+    assert predictor.predictor_pos_embed.shape == (1, side * side, config.predictor.width)
+    assert {b.attn.heads for b in predictor.predictor_blocks} == {encoder.heads}
+    for world_size in (1, 2, 8, 16):
+        micro_batches(config.data.batch_size, world_size, config.data.micro_batch_size)
+    assert networks.projector is None
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_sizes_of_the_table(name):
+    config = load(name)
+    with torch.device("meta"):
+        networks = build_networks(config)
+    encoder = networks.encoder
+    found = (encoder.width, encoder.depth, encoder.heads, len(networks.predictor.predictor_blocks))
+    found += (config.run.epochs, encoder.patch_size, encoder.image_size)
+    assert found == TABLE[name]
+    assert config.predictor.width == 384
+    hidden = 6144 if name == "vit_g.json" else 4 * encoder.width
+    assert encoder.blocks[0].mlp.fc1.out_features == hidden
+    if name in MILLIONS:
+        assert count_parameters(encoder) / 1e6 == pytest.approx(MILLIONS[name], abs=5e-4)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_the_recipe_of_the_table(name):
+    config = load(name)
+    optim, mask, vicreg = config.optim, config.mask, config.loss.vicreg
+    huge = config.model.name in ("vit_huge", "vit_giant")
+    assert config.data.batch_size == 2048
+    assert (optim.start_lr, optim.warmup_epochs) == ((2e-4, 40) if huge else (1e-4, 15))
+    assert (optim.lr, optim.final_lr) == (1e-3, 1e-6)
+    assert (optim.weight_decay, optim.final_weight_decay) == (0.04, 0.4)
+    assert (optim.momentum, optim.final_momentum, optim.betas) == (0.996, 1.0, (0.9, 0.999))
+    assert (config.data.crop_scale, config.data.flip, config.data.colour) == ((0.3, 1.0), False, 0)
+    assert (mask.targets, mask.min_keep, mask.context_scale) == (4, 10, (0.85, 1.0))
+    assert (mask.target_scale, mask.target_aspect) == ((0.15, 0.2), (0.75, 1.5))
+    baseline = name == "ijepa_h.json"
+    assert vicreg.beta == (0.0 if baseline else 0.001)
+    assert (vicreg.sim, vicreg.std, vicreg.cov, vicreg.views) == (25.0, 25.0, 1.0, "blocks")
+    modes = ("ijepa", "prefix") if baseline else ("uniform", "random")
+    assert (mask.sampler, mask.context) == modes
+
+
+def test_the_loss_gets_every_key_of_its_section():
+    config = load("vit_t", [
+        "loss.prediction=l2", "loss.vicreg.views=tokens", "loss.vicreg.beta=0.5",
+        "loss.vicreg.sim=2", "loss.vicreg.std=3", "loss.vicreg.cov=4", "loss.vicreg.gamma=5",
+        "loss.vicreg.eps=0.25", "loss.vicreg.projector=[8,6]",
+    ])  # fmt: skip
+    with torch.device("meta"):
+        networks = build_networks(config)
+    wanted = CJEPALoss("l2", "tokens", beta=0.5, sim=2, std=3, cov=4, gamma=5, eps=0.25)
+    assert networks.loss == wanted
+    assert [p.shape[0] for p in networks.projector.parameters() if p.dim() == 2] == [8, 6]
+
+
+def test_without_vicreg_no_projector_is_built():
+    """At beta 0 nothing would train it."""
+    config = load("vit_t", ["loss.vicreg.beta=0", "loss.vicreg.projector=[8]"])
+    with torch.device("meta"):
+        assert build_networks(config).projector is None
+
+
+def test_own_sizes_take_the_named_models_place():
+    config = load("vit_t", ["model.depth=2", "model.mlp_ratio=3", "predictor.heads=6"])
+    with torch.device("meta"):
+        networks = build_networks(config)
+    encoder = networks.encoder
+    assert (encoder.width, encoder.depth, encoder.heads, encoder.mlp_ratio) == (192, 2, 3, 3.0)
+    assert networks.predictor.predictor_blocks[0].attn.heads == 6
+    assert (encoder.mean, encoder.std) == (config.data.mean, config.data.std)
+    assert math.prod(encoder.blocks[0].mlp.fc1.weight.shape) == 192 * 576

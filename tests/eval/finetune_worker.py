@@ -1,0 +1,36 @@
+"""Fine-tunes in each of several processes, stops after the first epoch, and goes on anew."""
+
+import os
+import sys
+from pathlib import Path
+
+import test_eval_finetune as test
+import torch
+
+from cjepa_fast.eval.finetuning import classify
+from cjepa_fast.runtime import distributed
+
+
+def main(data: Path, out: Path) -> int:
+    distributed.start(0)
+    saved = classify.save
+
+    def stop(*args):
+        saved(*args)
+        raise test.Stopped
+
+    classify.save = stop
+    try:
+        test.tuned(data, test.PLAIN, out / "training", micro_batch=4)
+    except test.Stopped:
+        classify.save = saved
+    weights = test.tuned(data, test.PLAIN, out / "training", micro_batch=4, resume=True)
+    if distributed.rank() == 0:
+        torch.save(weights, out / "weights.pt")
+    distributed.part()
+    return 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("XDG_CACHE_HOME", str(Path(sys.argv[2]) / "cache"))
+    distributed.leave(main(Path(sys.argv[1]), Path(sys.argv[2])))

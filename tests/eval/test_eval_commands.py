@@ -1,0 +1,252 @@
+"""`python -m cjepa_fast.eval`: the numbers it prints and writes, and one line for what is wrong."""
+
+import json
+import shutil
+
+import matplotlib.axes
+import pytest
+import tiny
+import torch
+from safetensors.torch import save_file
+
+from cjepa_fast import config as configuration
+from cjepa_fast import load_encoder
+from cjepa_fast.data.sources import open_images
+from cjepa_fast.eval import cli, features
+from cjepa_fast.eval.__main__ import main
+from cjepa_fast.eval.cli import labelled_sides
+from cjepa_fast.eval.probes import knn, linear
+from cjepa_fast.export.__main__ import main as export_main
+from cjepa_fast.model.vit import Encoder
+from cjepa_fast.telemetry import read_log
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tiny.write_images(tmp_path / "images", count=60, classes=3)
+
+
+@pytest.fixture
+def run(tmp_path, data, seed):
+    """A run's folder as training leaves it, with random weights."""
+    run = tmp_path / "run"
+    run.mkdir()
+    config = configuration.load(str(tiny.write_config(tmp_path, eval={"crop": 1.0, "k": 5})))
+    (run / "config.json").write_text(config.to_json())
+    encoder = Encoder(image_size=24, patch_size=4, width=24, depth=2, heads=3)
+    normalisation = {"mean": config.data.mean, "std": config.data.std}
+    for name in ("encoder", "context_encoder"):
+        weights = {key: p.contiguous() for key, p in encoder.state_dict().items()}
+        save_file(weights, run / f"{name}.safetensors")
+        (run / f"{name}.json").write_text(json.dumps({**encoder.architecture, **normalisation}))
+    return run
+
+
+def test_knn_writes_what_the_parts_compute(run, data, tmp_path, capsys):
+    out = tmp_path / "deep" / "knn.json"
+    test = shutil.copytree(data, tmp_path / "copy")
+    options = ["--k", "3", "--untrained", "--pixels", "--linear", "--json", str(out)]
+    assert main(["knn", str(run), "--data", str(data), "--test", str(test), *options]) == 0
+    rows = {row["encoder"]: row for row in json.loads(out.read_text())["rows"]}
+    assert list(rows) == ["raw pixels", "mean colour", "untrained", "trained"]
+
+    images = open_images(data)
+    found, _ = features.extract(load_encoder(run), images)
+    expected = knn.top1(found, images.labels, found, images.labels, k=3)
+    assert rows["trained"]["top1"] == pytest.approx(expected, abs=2)
+    probe = linear.top1(found, images.labels, found, images.labels)
+    assert rows["trained"]["linear"] == pytest.approx(probe, abs=2)
+    assert rows["trained"]["train_images"] == rows["trained"]["test_images"] == 60
+    printed = capsys.readouterr().out
+    assert f"{rows['trained']['top1']:.2f}" in printed and "train  test" in printed
+
+
+def test_the_run_s_settings_hold_where_the_command_names_none(run, data, tmp_path):
+    out = tmp_path / "knn.json"
+    for options, k in (([], 5), (["--k", "3"], 3)):
+        main(["knn", str(run), "--data", str(data), "--json", str(out), *options])
+        written = json.loads(out.read_text())["settings"]
+        assert (written["crop"], written["k"], written["temperature"]) == (1.0, k, 0.07)
+
+
+def test_linear_and_a_limit_of_images(run, data, tmp_path):
+    """A row for the last layer and one for the last two, which are all that there are."""
+    out = tmp_path / "linear.json"
+    options = ["--max-train", "21", "--epochs", "2", "--json", str(out)]
+    assert main(["linear", str(run), "--data", str(data), *options]) == 0
+    record = json.loads(out.read_text())
+    assert [row["layers"] for row in record["rows"]] == ["last", "last 2"]
+    for row in record["rows"]:
+        assert row["train_images"] == 21
+        assert 0 <= row["top1"] <= 100 and "top5" not in row  # of three classes
+        assert len(row["probes"]) == 6 and row["settings"].keys() == {"lr", "wd"}
+    assert record["headings"]["top1"] == "linear %"
+    main(["linear", str(run), "--data", str(data), "--choose", "test", *options])
+    assert json.loads(out.read_text())["headings"]["top1"] == "best on test %"
+
+
+def test_without_a_test_set_the_two_sides_share_no_image(data):
+    (train, train_keep), (test, test_keep) = labelled_sides(str(data), None, None)
+    assert train is test
+    assert sorted([*train_keep.tolist(), *test_keep.tolist()]) == list(range(60))
+    _, (_, again) = labelled_sides(str(data), None, 10)
+    assert torch.equal(again, test_keep)
+
+
+def test_what_is_found_lies_in_the_run_s_folder_too(run, data):
+    """A file for each set of settings: the same again takes its place."""
+    for k in (3, 4, 3):
+        assert main(["knn", str(run), "--data", str(data), "--k", str(k)]) == 0
+    found = cli.records(run)
+    assert [record["settings"]["k"] for record in found] == [4, 3]
+    assert found[0]["task"] == "knn" and found[0]["rows"][0]["encoder"] == "trained"
+    assert set(found[0]["headings"]) >= {"top1", "top1_centred"}
+
+
+def test_the_untrained_encoder_is_the_same_each_time(run, data, tmp_path):
+    tops = []
+    for name in ("a.json", "b.json"):
+        torch.rand(1)
+        out = tmp_path / name
+        main(["knn", str(run), "--data", str(data), "--untrained", "--json", str(out)])
+        rows = json.loads(out.read_text())["rows"]
+        tops.append([row["top1"] for row in rows if row["encoder"] == "untrained"])
+    assert tops[0] == tops[1]
+
+
+def picture(words, tmp_path) -> tuple[list[dict], list[str]]:
+    """The rows that a picture's --json has, and the headings drawn over its columns."""
+    out, numbers = tmp_path / "p.png", tmp_path / "p.json"
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        original = matplotlib.axes.Axes.set_title
+        patch.setattr(
+            matplotlib.axes.Axes, "set_title",
+            lambda axes, text, **more: drawn.append(text) or original(axes, text, **more),
+        )  # fmt: skip
+        assert main([*map(str, words), "--out", str(out), "--json", str(numbers)]) == 0
+    assert out.stat().st_size > 5_000
+    return json.loads(numbers.read_text())["rows"], drawn
+
+
+@pytest.fixture
+def other(run, tmp_path):
+    return shutil.copytree(run, tmp_path / "other" / run.name)
+
+
+@pytest.mark.parametrize(("task", "number"), [("attention", "evenness"), ("pca", "first")])
+def test_checkpoints_and_both_encoders_side_by_side(run, other, data, tmp_path, task, number):
+    few = ["--images", data, "--count", 2]
+    rows, headings = picture([task, run, other, *few], tmp_path)
+    assert len(rows) == 4 and all(0 < row[number] <= 100 for row in rows)
+    assert rows[0][number] == pytest.approx(rows[2][number])  # the same weights
+    assert headings[0] == "image" and len(headings) == 5
+    assert [heading.split("\n")[1] for heading in headings[1:]] == [
+        "target encoder", "context encoder"
+    ] * 2  # fmt: skip
+    # an encoder by itself, as an export leaves it
+    (only,), _ = picture([task, run / "encoder.safetensors", *few], tmp_path)
+    assert only[number] == pytest.approx(rows[0][number])
+
+
+def test_neighbours_of_several_encoders(run, other, data, tmp_path):
+    few = ["--data", data, "--count", 2, "--neighbours", 3]
+    rows, headings = picture(["retrieve", run, *few], tmp_path)
+    assert len(headings) == 2 * 4 and 0 <= rows[0]["agreement"] <= 100
+    rows, headings = picture(["retrieve", run, other, "--which", "both", *few], tmp_path)
+    assert len(rows) == 4 and len(headings) == 2 * (1 + 4 * 3)
+    assert rows[0]["similarity"] == pytest.approx(rows[2]["similarity"])
+
+
+def test_masks_of_runs_and_of_a_configuration(run, other, data, tmp_path, capsys):
+    few = ["--images", data, "--count", 2]
+    (row,), headings = picture(["masks", run, *few], tmp_path)
+    assert headings[:3] == ["image", "context", "context and targets"]
+    assert row["patches"] == 36 and row["blocks"] == len(headings) - 3
+    rows, headings = picture(["masks", run, "--config", "demo.json", *few], tmp_path)
+    assert len(rows) == 2 and len(headings) == 6
+    (row,), _ = picture(["masks", "--config", "demo.json", *few], tmp_path)
+    assert main(["masks", *map(str, few), "--out", str(tmp_path / "m.png")]) == 2
+    assert "whose masks?" in capsys.readouterr().err
+
+
+def test_curves_tell_their_ends(run, tmp_path):
+    rows = [{"step": step, "loss": 1 / step, "rankme": None} for step in (1, 2)]
+    (run / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (row,), _ = picture(["curves", run], tmp_path)
+    last = read_log(run)[-1]
+    assert (row["step"], row["loss"]) == (last["step"], last["loss"])
+
+
+def test_settings_are_the_run_s_or_another_configuration_s(run, data, tmp_path):
+    config = tmp_path / "own.json"
+    config.write_text(json.dumps({"eval": {"k": 2}}))
+    tops = [
+        main(["knn", str(run), "--data", str(data), *more])
+        for more in ([], ["--config", str(config)])
+    ]
+    assert tops == [0, 0]
+    assert [record["settings"]["k"] for record in cli.records(run)] == [5, 2]
+
+
+def test_an_export_shows_the_encoder_that_it_holds(run, data, tmp_path):
+    few = ["--images", data, "--count", 2]
+    for which in ("target", "context"):
+        out = tmp_path / which
+        assert (
+            export_main([str(run), "--which", which, "--to", "safetensors", "--out", str(out)]) == 0
+        )
+        (row,), headings = picture(["pca", out, *few], tmp_path)
+        assert row["encoder"] == f"{which}, {which}" and headings == ["image", f"{which} encoder"]
+
+
+def test_what_is_written_is_of_the_weights_that_were_read(run, data, monkeypatch):
+    """Though the folder holds others by the time that the figures are there."""
+    read = features.digest(load_encoder(run))
+    original = cli.print_table
+
+    def move_on(*given):
+        for path in run.glob("*encoder.safetensors"):
+            path.unlink()
+        original(*given)
+
+    monkeypatch.setattr(cli, "print_table", move_on)
+    assert main(["knn", str(run), "--data", str(data)]) == 0
+    assert cli.records(run)[-1]["weights"] == read
+
+
+def test_collapse_of_an_encoder_in_another_project_s_folder(run, data, tmp_path):
+    assert export_main([str(run), "--to", "hf", "--out", str(tmp_path / "hf")]) == 0
+    out = tmp_path / "c.json"
+    few = ["--data", str(data), "--count", "8", "--views", "2", "--json", str(out)]
+    assert main(["collapse", str(tmp_path / "hf"), *few]) == 0
+    assert [row["encoder"] for row in json.loads(out.read_text())["rows"]] == ["trained"]
+    assert main(["collapse", str(run), *few]) == 0
+    assert len(json.loads(out.read_text())["rows"]) == 2
+
+
+def test_what_is_wrong_is_said_in_one_line(run, data, tmp_path, capsys):
+    unlabelled = tmp_path / "unlabelled"
+    unlabelled.mkdir()
+    for i, path in enumerate(sorted(data.rglob("*.jpg"))[:4]):
+        shutil.copy(path, unlabelled / f"{i}.jpg")
+    one = tmp_path / "one" / "class"
+    one.mkdir(parents=True)
+    shutil.copy(unlabelled / "0.jpg", one / "0.jpg")
+    cases = {
+        "no labels": ["knn", str(run), "--data", str(unlabelled)],
+        "splitting its 1 images": ["knn", str(run), "--data", str(one.parent)],
+        "does not exist": ["knn", str(run), "--data", str(tmp_path / "absent")],
+        "nowhere": ["knn", str(tmp_path / "nowhere"), "--data", str(data)],
+        "class_2' only in": ["knn", str(run), "--data", str(data), "--test", str(one.parent)],
+        "k = 500": ["knn", str(run), "--data", str(data), "--k", "500"],
+        "no such run": ["curves", str(tmp_path / "nowhere"), "--out", "c.png"],
+        "no config.json": ["masks", str(tmp_path / "nowhere"), "--out", "m.png"],
+        "cannot draw": ["masks", str(run), "--images", str(data), "--out", "m.docx"],
+    }
+    for expected, words in cases.items():
+        assert main(words) == 2, words
+        said = capsys.readouterr().err
+        assert expected in said and said.startswith("error: ")
+        assert len(said.splitlines()) == 1, said

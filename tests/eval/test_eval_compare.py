@@ -1,0 +1,145 @@
+"""`compare`: whose records, which columns, which is best."""
+
+import json
+
+import pytest
+import tiny
+import torch
+
+from cjepa_fast.checkpoint.encoders import load_encoder, save_encoder
+from cjepa_fast.config import Config
+from cjepa_fast.eval import compare
+from cjepa_fast.eval.__main__ import main
+from cjepa_fast.eval.features import digest
+
+OWN = "those of the run that it is written to"
+
+
+def record(task="knn", top1=50.0, made="2026-01-01", weights=OWN, **settings):
+    row = {"encoder": "trained", "train_images": 9, "top1": top1, "top1_centred": 40.0}
+    return {
+        "task": task, "made": made, "inside": ".", "which": "target", "weights": weights,
+        "settings": {"data": "set", "k": 20, **settings},
+        "headings": {"train_images": "train", "top1": "kNN %", "top1_centred": "mean-subtracted"},
+        "rows": [{"encoder": "untrained", "top1": 99.0}, row],
+    }  # fmt: skip
+
+
+def write(run, *records):
+    (run / "eval").mkdir(parents=True)
+    (run / "config.json").write_text(Config().to_json())
+    encoder = tiny.uneven_encoder()
+    encoder.mean, encoder.std = (0.5,) * 3, (0.25,) * 3
+    save_encoder(encoder, run / "encoder.safetensors")
+    for i, one in enumerate(records):
+        weights = digest(encoder) if one["weights"] == OWN else one["weights"]
+        file = run / "eval" / f"{one['task']}-{i:08x}.json"
+        file.write_text(json.dumps({**one, "weights": weights}))
+    return run
+
+
+def test_a_column_for_each_way_a_task_was_run():
+    values, headings = compare.measures([[record(top1=1.0), record(top1=2.0, k=5)], [record()]])
+    assert list(headings.values()) == [
+        "knn: kNN % (k 20)", "knn: mean-subtracted (k 20)",
+        "knn: kNN % (k 5)", "knn: mean-subtracted (k 5)",
+    ]  # fmt: skip
+    assert values[0]["knn", "top1", "k 20"] == 1.0 and values[0]["knn", "top1", "k 5"] == 2.0
+    assert ("knn", "top1", "k 5") not in values[1]
+    _, alike = compare.measures([[record()], [record()]])
+    assert list(alike.values()) == ["knn: kNN %", "knn: mean-subtracted"]  # no count of images
+
+
+def test_each_row_of_an_encoder_has_its_column():
+    probed = record(task="linear")
+    probed["rows"] = [
+        {"encoder": name, "layers": layers, "top1": top1}
+        for name, layers, top1 in (
+            ("untrained", "last", 9.0), ("trained", "last", 1.0), ("trained", "last 4", 2.0)
+        )
+    ]  # fmt: skip
+    (values,), headings = compare.measures([[probed]])
+    assert values == {("linear", "top1", "last"): 1.0, ("linear", "top1", "last 4"): 2.0}
+    assert list(headings.values()) == ["linear: kNN % (last)", "linear: kNN % (last 4)"]
+
+
+def test_the_later_of_two_of_one_kind_counts():
+    values, _ = compare.measures([[record(top1=1.0), record(top1=2.0, made="2026-01-02")]])
+    assert values[0]["knn", "top1", ""] == 2.0
+
+
+def test_only_records_of_the_weights_as_they_are_now(tmp_path):
+    """Not those of the context encoder, of another checkpoint or of the run before it went on."""
+    run = write(tmp_path / "run", record(), record(top1=1.0, weights="others"))
+    (found,) = compare.found_in(run, "target")
+    assert found["rows"][1]["top1"] == 50.0
+    encoder = load_encoder(run)
+    with torch.no_grad():
+        encoder.norm.bias.add_(1.0)
+    save_encoder(encoder, run / "encoder.safetensors")
+    assert compare.found_in(run, "target") == []
+
+
+def test_another_test_set_is_another_evaluation(tmp_path, monkeypatch):
+    run = write(tmp_path / "run", record(test="held_out"), record(task="linear", test="elsewhere"))
+    asked = []
+    monkeypatch.setattr(compare, "_compute", lambda of, missing, args: asked.extend(missing) or [])
+    assert main(["compare", str(run), "--data", "set", "--test", "held_out"]) == 0
+    assert asked == ["linear", "collapse"]
+
+
+def test_the_best_is_high_or_low_by_what_is_measured():
+    def of(key, *values):
+        measure = ("task", key, "")
+        return compare.best(measure, [{measure: value} for value in values] + [{}])
+
+    assert of("top1", 1.0, 3.0, 2.0) == 3.0
+    assert of("alignment", 1.0, 3.0, 2.0) == of("j_decay", 1.0, 3.0, 2.0) == 1.0
+    assert of("by_image", 1.0, 3.0) is None
+    assert of("top1", 1.0) is None  # nothing to be better than
+
+
+def test_the_table_marks_the_best_and_what_is_missing(tmp_path, capsys):
+    a = write(tmp_path / "a", record(top1=60.0))
+    b = write(tmp_path / "b", record(top1=50.0), record(task="linear", top1=70.0))
+    out, bars = tmp_path / "c.json", tmp_path / "c.png"
+    assert main(["compare", str(a), str(b), "--json", str(out), "--out", str(bars)]) == 0
+    head, first, second, *_ = capsys.readouterr().out.strip().splitlines()
+    assert head.split("  ")[0] == "checkpoint" and "linear: kNN %" in head
+    assert first.split() == ["a", "60.00*", "40.00*", "-", "-"]
+    assert second.split() == ["b", "50.00", "40.00*", "70.00", "40.00"]
+    rows = json.loads(out.read_text())["rows"]
+    assert rows[0]["values"] == {"knn: kNN %": 60.0, "knn: mean-subtracted": 40.0}
+    assert bars.stat().st_size > 5_000
+
+
+def test_what_is_missing_is_computed(tmp_path, monkeypatch):
+    """The commands that would be run: for the set asked for, and only what is not there."""
+    run = write(tmp_path / "run", record(data="other"), record(task="linear"))
+    ran = []
+
+    def stand_in(words, **_):
+        ran.append(words[3:])
+        made = record(task=words[3], top1=12.0)
+        with open(words[words.index("--json") + 1], "w") as file:
+            json.dump(made, file)
+        return type("Done", (), {"returncode": 0})
+
+    monkeypatch.setattr(compare.subprocess, "run", stand_in)
+    assert main(["compare", str(run), "--data", "set", "--test", "held_out"]) == 0
+    assert [words[0] for words in ran] == ["knn", "collapse"]
+    assert "held_out" in ran[0] and "held_out" not in ran[1]
+    assert ran[0][1:4] == [str(run), "--data", "set"]
+
+
+def test_nothing_evaluated_is_said(tmp_path, capsys):
+    run = write(tmp_path / "run")
+    assert main(["compare", str(run)]) == 2
+    assert "no evaluations of these weights" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_task_that_fails_ends_it(tmp_path, capfd):
+    run = write(tmp_path / "run")
+    assert main(["compare", str(run), "--data", str(tmp_path / "absent")]) == 2
+    assert f"knn of {run} failed" in capfd.readouterr().err

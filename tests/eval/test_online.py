@@ -1,0 +1,180 @@
+"""Evaluation while training: what it finds, when it may, and that the training is the same."""
+
+import json
+import time
+
+import pytest
+import test_run
+import tiny
+import torch
+
+from cjepa_fast import checkpoint, load_encoder, train
+from cjepa_fast.data.sources import open_images
+from cjepa_fast.eval import features, online
+from cjepa_fast.eval.probes import knn
+from cjepa_fast.telemetry import read_log
+
+handlers = test_run.handlers
+MARKS = {"knn", "knn_centred", "linear"}
+
+
+def write_config(folder, **own):
+    images = tiny.write_images(folder / "images", count=44, classes=3)
+    judged = {"data": str(images), "every_epochs": 1, "share": 1.0, **own}
+    return tiny.write_config(
+        folder, run={"epochs": 3, "precision": "fp32"}, eval={"crop": 1.0, "k": 3, "online": judged}
+    )
+
+
+def test_the_target_is_judged_before_between_and_at_the_end(tmp_path):
+    config = write_config(tmp_path)
+    assert train.main(["--config", str(config)]) == 0
+    run = tmp_path / "run"
+    rows = {row["step"]: row for row in read_log(run)}
+    marked = [step for step, row in rows.items() if row.keys() >= MARKS]
+    assert marked == [0, 2, 4, 6]
+    images = open_images(tmp_path / "images")
+    train_keep, test_keep = features.split_by_name(images)
+    found = []
+    for keep in (train_keep, test_keep):
+        vectors, place = features.extract(load_encoder(run), images, keep=keep)
+        found += [vectors, images.labels[place]]
+    assert rows[6]["knn"] == pytest.approx(knn.top1(*found, k=3), abs=1e-3)
+    right = online.ridge(*found[:3]) == found[3]
+    assert rows[6]["linear"] == pytest.approx(100 * right.double().mean().item(), abs=1e-3)
+
+
+def test_nothing_is_drawn_that_nobody_shows(tmp_path, monkeypatch):
+    monkeypatch.setattr(online.Album, "draw", lambda *_: pytest.fail("drawn"))
+    config = write_config(tmp_path)
+    assert train.main(["--config", str(config), "--set", "run.epochs=1"]) == 0
+
+
+def test_training_is_the_same_with_and_without(tmp_path):
+    """Judged, and drawn for TensorBoard."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    with_it = write_config(tmp_path / "a", pictures=2)
+    without = write_config(tmp_path / "b", data=None)
+    for config in (with_it, without):
+        assert train.main(["--config", str(config), "--set", "telemetry.tensorboard=true"]) == 0
+    one, other = (
+        {row["step"]: row["loss"] for row in read_log(config.parent / "run") if row["step"]}
+        for config in (with_it, without)
+    )
+    assert one == other and len(one) == 6
+    both = [checkpoint.Stored(checkpoint.latest(c.parent / "run")) for c in (with_it, without)]
+    weights = [stored.encoder_weights("target") for stored in both]
+    assert all(torch.equal(p, weights[1][name]) for name, p in weights[0].items())
+
+
+def test_the_checkpoint_with_the_best_knn_is_kept(tmp_path, monkeypatch):
+    marks = iter([90.0, 10.0, 30.0, 20.0, 30.0])
+    monkeypatch.setattr(online, "_scores", lambda *args, **options: {"knn": next(marks)})
+    config = write_config(tmp_path)
+    sets = ["--set", "checkpoint.keep=1", "--set", "checkpoint.every_steps=1"]
+    assert train.main(["--config", str(config), *sets, "--set", "run.epochs=4"]) == 0
+    run = tmp_path / "run"
+    kept = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert kept == ["step_00000004", "step_00000008"]
+    assert (run / "best").resolve() == run / "checkpoints" / "step_00000004"
+    assert load_encoder(run / "best").width == 24
+    state = json.loads((run / "best" / "state.json").read_text())
+    assert state["progress"]["best"] == {"knn": 30.0, "step": 4}
+    # and a run that goes on remembers it
+    marks = iter([29.0, 31.0])
+    for path in checkpoint.newest_first(run)[:1]:
+        (path / "manifest.json").unlink()
+    resumed = ["--resume", str(run / "best"), "--set", "run.epochs=4"]
+    assert train.main(["--config", str(config), *sets, *resumed]) == 0
+    assert (run / "best").resolve().name == "step_00000008"
+
+
+def test_the_best_is_found_again_when_a_run_goes_back(tmp_path, monkeypatch):
+    """What comes after the step that is gone back to is set aside, RUN/best with it."""
+    marks = iter([9.0, 10.0, 30.0])
+    monkeypatch.setattr(online, "_scores", lambda *args, **options: {"knn": next(marks)})
+    config = write_config(tmp_path)
+    sets = ["--set", "checkpoint.every_steps=1", "--set", "checkpoint.keep=9"]
+    assert train.main(["--config", str(config), *sets, "--set", "run.epochs=2"]) == 0
+    run = tmp_path / "run"
+    assert (run / "best").resolve().name == "step_00000004"
+    marks = iter([5.0])
+    back = ["--resume", str(run / "checkpoints" / "step_00000002"), "--set", "run.epochs=2"]
+    assert train.main(["--config", str(config), *sets, *back]) == 0
+    assert (run / "best").resolve().name == "step_00000002"
+    assert (run / "best" / "state.json").is_file()
+    # in another folder the best is sought anew
+    marks = iter([5.0, 4.0])
+    away = [*back, "--set", f"run.dir={tmp_path / 'away'}", "--set", "run.epochs=3"]
+    assert train.main(["--config", str(config), *sets, "--accept-changes", *away]) == 0
+    assert (tmp_path / "away" / "best").resolve().name == "step_00000004"
+
+
+def test_it_takes_no_more_than_its_share(monkeypatch):
+    now, said = [0.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    judge = online.Online((), every=10, share=0.1, batch_size=1, k=1, temperature=1)
+    judge.say = said.append
+    monkeypatch.setattr(
+        online, "_scores", lambda *args, **options: now.__setitem__(0, now[0] + 7) or {}
+    )
+    with judge.counted():
+        judge.judge(None)
+    assert not judge.due(9)  # not its turn
+    now[0] = 60.0
+    assert not judge.due(10) and not judge.due(11) and len(said) == 1
+    assert "eval.online.share = 0.1" in said[0]
+    now[0] = 70.0
+    assert judge.due(12)  # late, but not forgotten
+    with judge.counted():
+        judge.judge(None)
+    now[0] = 1000.0
+    assert not judge.due(13) and judge.due(20)
+
+
+def test_a_set_without_labels_is_refused_at_the_start(tmp_path, capsys):
+    config = write_config(tmp_path)
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    next((tmp_path / "images").rglob("*.jpg")).rename(flat / "a.jpg")
+    assert train.main(["--config", str(config), "--set", f"eval.online.data={flat}"]) == 2
+    assert "has no labels" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+ZERO = """
+import sys
+from cjepa_fast import processes, train
+
+processes.leave(train.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.multiprocess
+def test_two_processes_under_zero_3_judge_alike(tmp_path):
+    """Their shares are uneven, 17 and 18 of 35 images: each runs the same collectives."""
+    config = write_config(tmp_path)
+    script = tmp_path / "zero.py"
+    script.write_text(ZERO)
+    rows = {}
+    for processes, run in ((1, "one"), (2, "two")):
+        stage = ["--set", f"deepspeed.zero_optimization.stage={3 if processes > 1 else 0}"]
+        where = ["--set", f"run.dir={tmp_path / run}", "--set", "data.micro_batch_size=4"]
+        done = tiny.run(script, "--config", config, *stage, *where, processes=processes)
+        assert done.returncode == 0, done.stderr
+        rows[run] = {row["step"]: row for row in read_log(tmp_path / run) if "knn" in row}
+    assert rows["one"].keys() == rows["two"].keys() == {0, 2, 4, 6}
+    first = ({name: rows[run][0][name] for name in MARKS} for run in rows)
+    assert next(first) == next(first)
+
+
+def test_tensorboard_has_masks_attention_and_features_at_each(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = write_config(tmp_path, pictures=2)
+    assert train.main(["--config", str(config), "--set", "telemetry.tensorboard=true"]) == 0
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert set(events.Tags()["images"]) == {"masks", "attention", "pca"}
+    shown = events.Images("pca")
+    assert [picture.step for picture in shown] == [0, 2, 4, 6] and shown[0].height > 100

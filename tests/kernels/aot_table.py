@@ -1,0 +1,43 @@
+"""Whether bench/results/aot.md is of these kernels and these compilers; exits with 1 if not.
+
+The table says what it is of in a line of its own. `make kernels-check` makes it anew. This imports
+neither torch nor Triton.
+"""
+
+import hashlib
+import sys
+from importlib import metadata
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+TABLE = ROOT / "bench" / "results" / "aot.md"
+KERNELS = ROOT / "kernels"
+
+
+def ingredients() -> str:
+    """The versions of Triton and torch, and a hash of all files of kernels/."""
+    found = hashlib.sha256()
+    for path in sorted(KERNELS.rglob("*.py")):
+        code = path.read_bytes()
+        found.update(f"{path.name} {len(code)}\n".encode() + code)
+    versions = ", ".join(f"{name} {_version(name)}" for name in ("triton", "torch"))
+    return f"Of {versions} and kernels/*.py with the hash {found.hexdigest()[:16]}."
+
+
+def _version(name: str) -> str:
+    return metadata.version(name).partition("+")[0]  # without "+cpu"
+
+
+def is_current(table: Path = TABLE) -> bool:
+    return ingredients() in table.read_text(encoding="utf-8").splitlines()
+
+
+def main() -> int:
+    current = is_current()
+    name, now = TABLE.relative_to(ROOT), ingredients()
+    print(f"{name}: {'current' if current else 'STALE'}. {now}")
+    return 0 if current else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

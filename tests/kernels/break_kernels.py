@@ -1,0 +1,443 @@
+"""Break each kernel in at least five ways and see which test notices.
+
+    python tests/kernels/break_kernels.py [--only TEXT] [--markdown bench/results/breaks.md]
+
+Each break is made in a copy, one at a time, and the kernel's tests run there until the first fails.
+Exits with 1 where a break goes unnoticed, or no longer fits the source. Minutes, so not in the test
+run; to be repeated when a kernel or its tests change.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+TESTS = {
+    "vicreg_tiles": "tests/kernels/test_kernels_vicreg_triton.py",
+    "gather_tiles": "tests/kernels/test_kernels_gather_triton.py",
+    "ema": "tests/kernels/test_kernels_ema.py",
+    "fp8": "tests/kernels/test_kernels_fp8.py",
+    "norm": "tests/kernels/test_kernels_norm.py",
+    "sums": "tests/kernels/test_kernels_norm.py",
+    "gelu": "tests/kernels/test_kernels_gelu.py",
+    "attention_tiles": "tests/kernels/test_kernels_attention.py",
+}
+
+
+class Break(NamedTuple):
+    """In a function of a file, the first `old` becomes `new`."""
+
+    file: str
+    function: str
+    what: str
+    old: str
+    new: str
+
+
+def broken(file: str, function: str, *breaks: tuple[str, str, str]) -> list[Break]:
+    return [Break(file, function, *one) for one in breaks]
+
+
+LIVE = ("the last row dropped", "live = row < total", "live = row < total - 1")
+WIDTH = ("columns beyond the first tile", "tl.program_id(1) * WIDTH + tl.arange", "tl.arange")
+COPIES = ("one copy unsummed", "range(M)", "range(1, M)")
+KEEP = ("the last column dropped", "(d < D)[None, :]", "(d < D - 1)[None, :]")
+
+BREAKS = [
+    *broken(
+        "vicreg_tiles", "_load_centred",
+        ("mask after centring dropped", "tl.where(inside, z - first - rest, 0.0)",
+         "z - first - rest"),
+        ("second part of the mean dropped", "z - first - rest", "z - first"),
+        ("last row dropped", "rows < n", "rows < n - 1"),
+        ("last column dropped", "cols < D", "cols < D - 1"),
+    ),
+    *broken(
+        "vicreg_tiles", "_column_kernel",
+        ("divisor: a whole stretch", "/ (end - begin)", "/ per_split"),
+        ("first rows unsummed", "range(begin, end", "range(begin + BLOCK_N, end"),
+        ("last row dropped", "per_split, n)", "per_split, n - 1)"),
+        ("squares about zero", "cols, first, rest, end", "cols, first, 0.0, end"),
+        ("one block for all", "(m * tl.num_programs(1) + tl.program_id(1))", "tl.program_id(1)"),
+    ),
+    *broken(
+        "vicreg_tiles", "_combine_kernel",
+        ("mask of stretches dropped", "tl.where(inside, within + rows * away * away, 0.0)",
+         "within + rows * away * away"),
+        ("divisor n for n - 1", "/ (n - 1)", "/ n"),
+        ("first stretches unsummed", "range(0, splits", "range(BLOCK_S, splits"),
+        ("ragged stretch as a whole one", "tl.minimum(per_split, n - split * per_split)",
+         "per_split + 0 * split"),
+        ("last stretch dropped", "split < splits", "split < splits - 1"),
+    ),
+    *broken(
+        "vicreg_tiles", "_moment_kernel",
+        ("diagonal tiles missing", "if i > j", "if i >= j"),
+        ("low halves of x left out", "acc = _bf16_dot(x_low, y_high, acc)", "acc += 0.0"),
+        ("low halves of y left out", "acc = _bf16_dot(x_high, y_low, acc)", "acc += 0.0"),
+        ("last step unsummed", "tl.minimum(begin + per_split, D if GRAM else n)",
+         "tl.minimum(begin + per_split, D if GRAM else n) - BLOCK_K"),
+        ("every stretch from the start", "begin = split * per_split", "begin = 0 * split"),
+        ("one tile's place taken twice", "j * (j + 1) // 2 + i", "j * (j + 1) // 2"),
+    ),
+    *broken(
+        "vicreg_tiles", "_reduce_kernel",
+        ("row mask dropped", "(a[:, None] < size) & (b < size)", "(a[:, None] >= 0) & (b < size)"),
+        ("diagonal tile counted twice", "tl.where(i == j, 1.0, 2.0)", "2.0"),
+        ("mirror image missing", "mask=inside & (i != j)", "mask=inside & (i > j)"),
+        ("first stretch unsummed", "range(splits)", "range(1, splits)"),
+        ("last column dropped", "(b < size)", "(b < size - 1)"),
+        ("diagonal kept", "if not KEEP_DIAGONAL", "if KEEP_DIAGONAL"),
+    ),
+    *broken(
+        "vicreg_tiles", "_finish_kernel",
+        ("column mask dropped", "(std >= gamma) | (col >= D)", "std >= gamma"),
+        ("divisor without M", "tl.sum(hinge) / (M * D)", "tl.sum(hinge) / D"),
+        ("one block unsummed", "range(M)", "range(1, M)"),
+        ("last piece dropped", "lane < pieces", "lane < pieces - 1"),
+        ("the Gram's diagonal kept", "cov -= tl.sum(diagonal)", "cov -= 0.0"),
+    ),
+    *broken(
+        "vicreg_tiles", "_grad_kernel",
+        ("divisor: 2 for 4", "4 * scale", "2 * scale"),
+        ("low half of the matrix left out", "acc = _bf16_dot(x_high, y_low, acc)", "acc += 0.0"),
+        ("the Gram's diagonal kept", "slope -= slope_cov * variance", "slope -= 0.0"),
+        ("last row of the matrix dropped", "k[:, None] < size", "k[:, None] < size - 1"),
+        ("last column dropped", "(rows < n) & (cols < D)", "(rows < n) & (cols < D - 1)"),
+        ("hinge everywhere", "std < gamma, -scale", "std >= 0, -scale"),
+    ),
+    *broken(
+        "gather_tiles", "_gather_forward_kernel",
+        LIVE, WIDTH, KEEP,
+        ("index mask dropped", "keep = (live & inside)", "keep = (live & live)"),
+        ("divisor N for S", "image = row // S", "image = row // N"),
+        ("position not added", "value.to(tl.float32) + added.to(tl.float32)",
+         "value.to(tl.float32) + 0.0 * added"),
+    ),
+    *broken(
+        "gather_tiles", "_gather_backward_kernel",
+        WIDTH, KEEP,
+        ("match mask dropped", "keep = (match < S)[:, None]", "keep = (match <= S)[:, None]"),
+        ("repeated index unsummed", "total += tl.load", "total = tl.load"),
+        ("divisor of the images", "tl.program_id(0) // tiles", "tl.program_id(0) // (tiles + 1)"),
+        ("second search unmade", "range(0, S, BLOCK_S)", "range(0, BLOCK_S, BLOCK_S)"),
+        ("last index dropped", "mask=s < S,", "mask=s < S - 1,"),
+    ),
+    *broken(
+        "gather_tiles", "_target_rows",
+        ("mask beyond D dropped", "x = tl.where(real, x - mean[:, None], 0.0)",
+         "x = x - mean[:, None]"),
+        ("divisor D - 1", "tl.sum(x * x, 1) / D", "tl.sum(x * x, 1) / (D - 1)"),
+        ("second centring left out", "x - (tl.sum(x, 1) / D)[:, None]", "x"),
+        ("eps left out", "variance + eps", "variance"),
+        ("divisor N for S", "row // S", "row // N"),
+        ("wrong index unmarked", "tl.where(inside, tl.sum(x, 1) / D, nan)", "tl.sum(x, 1) / D"),
+    ),
+    *broken("gather_tiles", "_target_gather_kernel", LIVE, KEEP),
+    *broken(
+        "gather_tiles", "_prediction_loss_kernel",
+        LIVE, KEEP,
+        ("half left out", "0.5 * square", "square"),
+        ("no difference beyond 1", "size - 0.5", "size"),
+        ("one partial sum for all", "partial + tl.program_id(0)", "partial"),
+    ),
+    *broken(
+        "gather_tiles", "_prediction_slope_kernel",
+        LIVE, KEEP,
+        ("mean left out", ".to(tl.float32) * share", ".to(tl.float32)"),
+        ("divisor of l2", "2.0 * error", "error"),
+        ("sign below -1", "error < -1.0, -1.0", "error < -1.0, 1.0"),
+        ("upstream left out", "tl.load(upstream).to(tl.float32) * share", "share"),
+    ),
+    *broken(
+        "gather_tiles", "_predictor_input_kernel",
+        WIDTH,
+        ("last row dropped", "mask=(row < K + P)[:, None]", "mask=(row < K + P - 1)[:, None]"),
+        ("one copy unwritten", "range(M)", "range(1, M)"),
+        ("first query taken for context", "(row >= K)", "(row > K)"),
+        ("targets shifted by one", "* P + row - K,", "* P + row - K - 1,"),
+        ("last column dropped", "real = (d < W)", "real = (d < W - 1)"),
+    ),
+    *broken(
+        "gather_tiles", "_predictor_input_backward_kernel",
+        WIDTH, COPIES,
+        ("first query unsummed", "(row >= K)", "(row > K)"),
+        ("first tile of queries dropped", "slot >= 0", "slot > 0"),
+        ("last row dropped", "(row < K + P)", "(row < K + P - 1)"),
+    ),
+    *broken(
+        "ema", "_lerp",
+        ("one end inexact", "new - (new - old) * (1.0 - weight)", "new - (new - old) * weight"),
+        ("half the step", "old + weight * (new - old)", "old + 0.5 * weight * (new - old)"),
+    ),
+    *broken(
+        "ema", "_range",
+        ("last value dropped", "size - start", "size - start - 1"),
+        ("a chunk too far", "(tl.program_id(0) - first) * CHUNK",
+         "(tl.program_id(0) - first) * (CHUNK + 1)"),
+    ),
+    *broken(
+        "ema", "_ema_kernel",
+        ("mask of the tail dropped", "tl.arange(0, CHUNK) < rest", "tl.full((CHUNK,), 1, tl.int1)"),
+        ("last value of the tail dropped", "CHUNK) < rest", "CHUNK) < rest - 1"),
+        ("copy written over the online", "_address(places, 2,", "_address(places, 1,"),
+    ),
+    *broken(
+        "ema", "_ema_chunk",
+        ("copy of the weights", "narrow(value, copy", "narrow(tl.load(online + at), copy"),
+        ("mask of the copy dropped", "copy.dtype.element_ty), mask=keep", "copy.dtype.element_ty)"),
+    ),
+    *broken(
+        "ema", "_ema_rows_kernel",
+        ("last value of a row dropped", "col < COLS", "col < COLS - 1"),
+        ("not rounded to bf16", "narrow(average, tl.bfloat16).to(tl.float32)", "average"),
+        ("one scale for all rows", "start // COLS", "0 * start"),
+        ("8 bits of the weights", "narrow(average, tl", "narrow(new, tl"),
+    ),
+    *broken(
+        "fp8", "quantised",
+        ("half the range", "tl.div_rn(LARGEST, largest)", "tl.div_rn(0.5 * LARGEST, largest)"),
+        ("scale upside down", "tl.div_rn(largest, LARGEST)", "tl.div_rn(LARGEST, largest)"),
+        ("zeros unsafe", "tl.maximum(tl.max(tl.abs(value), 1), SMALLEST)",
+         "tl.max(tl.abs(value), 1)"),
+        ("maximum of the positive", "tl.max(tl.abs(value), 1)", "tl.max(value, 1)"),
+    ),
+    *broken(
+        "fp8", "_normed",
+        ("mask beyond C dropped", "tl.where(real, value - (tl.sum(value, 1) / C)[:, None], 0.0)",
+         "value - (tl.sum(value, 1) / C)[:, None]"),
+        ("divisor C - 1", "tl.sum(value * value, 1) / C", "tl.sum(value * value, 1) / (C - 1)"),
+        ("eps left out", "/ C + eps", "/ C"),
+        ("shift left out", "+ shift[None, :]", "+ 0.0 * shift[None, :]"),
+        ("gain left out", "value * gain[None, :]", "value"),
+    ),
+    *broken(
+        "fp8", "_quantise_kernel",
+        ("last row dropped", "keep = (row < rows)", "keep = (row < rows - 1)"),
+        ("last column dropped", "(col < C)[None, :]", "(col < C - 1)[None, :]"),
+        ("no GELU", "value = gelu_of(value)", "value = value"),
+        ("the sum not written", "tl.store(s + at, total, mask=keep)", "total = total"),
+        ("the branch left out", "value += tl.load(y + at", "value += 0.0 * tl.load(y + at"),
+        ("last scale dropped", "mask=row < rows)", "mask=row < rows - 1)"),
+    ),
+    *broken(
+        "norm", "_add_norm_kernel",
+        ("last row dropped", "live, real = row < rows,", "live, real = row < rows - 1,"),
+        ("last column dropped", "(col < D)[None, :]", "(col < D - 1)[None, :]"),
+        ("the sum not rounded first", "value = total.to(tl.float32)", "value = value + added"),
+        ("mask after centring dropped", "tl.where(real, value - mean[:, None], 0.0)",
+         "value - mean[:, None]"),
+        ("eps left out", "/ D + eps", "/ D"),
+        ("shift left out", "+ shift[None, :]", "+ 0.0 * shift[None, :]"),
+        ("statistics of another row", "tl.store(stats + rows + row", "tl.store(stats + rows"),
+    ),
+    *broken(
+        "norm", "_add_norm_backward_kernel",
+        ("share of the first program for all", "begin = tl.program_id(0) * each", "begin = 0"),
+        ("last rows of a share dropped", "begin + each, rows)", "begin + each - ROWS, rows)"),
+        ("gradient from elsewhere left out", "result += tl.load(ds", "result += 0.0 * tl.load(ds"),
+        ("mean of the gradient left in", "(grad - (tl.sum(grad, 1) / D)[:, None]", "(grad"),
+        ("gain left out of the gradient", "grad *= gain", "grad *= 1.0"),
+        ("dweight of gained gradients", "dweight += grad * normed",
+         "dweight += grad * gain * normed"),
+        ("the branch's bias takes dh", "rounded.to(tl.float32), 0.0)", "grad, 0.0)"),
+        ("sums exchanged", "place + D, tl.sum(dbias", "place + D, tl.sum(dweight"),
+    ),
+    *broken(
+        "sums", "_sum_parts_kernel",
+        ("last part dropped", "row < P)", "row < P - 1)"),
+        ("first parts unsummed", "range(0, P", "range(ROWS, P"),
+        ("one tile for all", "tl.program_id(0) * WIDTH + tl", "tl"),
+        ("last column dropped", "mask=col < C)", "mask=col < C - 1)"),
+        ("the last parts alone", "total += tl.load", "total = tl.load"),
+    ),
+    *broken(
+        "gelu", "_normal",
+        ("tanh's own constant", "0.23164190", "0.33"),
+        ("one coefficient off", "1.421413741", "1.4214"),
+        ("exponent twice as large", "-0.72134752", "-1.44269504"),
+        ("both sides alike", "tl.where(u >= 0, 1.0 - tail, tail)", "1.0 - tail"),
+        ("tail twice as large", "0.5 * t * (", "1.0 * t * ("),
+    ),
+    *broken(
+        "gelu", "_gelu_backward_kernel",
+        ("density left out", "below + value * exponential * 0.39894228", "below"),
+        ("last rows of a share dropped", "begin + each, rows)", "begin + each - ROWS, rows)"),
+        ("one share for all", "begin = tl.program_id(1) * each", "begin = 0"),
+        ("last column dropped", "(col < C)[None, :]", "(col < C - 1)[None, :]"),
+        ("sums of the first rows alone", "total += rounded", "total = rounded"),
+        ("parts of one program", "parts + tl.program_id(1) * C", "parts"),
+    ),
+    *broken(
+        "attention_tiles", "_attention_kernel",
+        ("keys beyond the last seen", "tl.where((col < T)[None, :], scores, -float(\"inf\"))",
+         "scores"),
+        ("sum not shrunk", "total = total * shrunk", "total = total"),
+        ("output not shrunk", "out0 * shrunk[:, None]", "out0"),
+        ("second part of a head not shrunk", "out1 * shrunk[:, None]", "out1"),
+        ("not divided by the sum", "out0 / total[:, None]", "out0"),
+        ("another block's queries", "row = block * ROWS +", "row ="),
+        ("log of the sum alone", "most + tl.log2(total)", "tl.log2(total)"),
+        ("keys of the first sequence", "k += sequence * k_batch + head * d", "k += head * d"),
+    ),
+    *broken(
+        "attention_tiles", "_step",
+        ("keys that are not there seen", "tl.where(live[None, :], weights, 0.0)", "weights"),
+        ("delta left out", " - delta[:, None])", ")"),
+        ("values' gradient of slopes", "dv0 = _dot(tl.trans(low), do0, dv0)",
+         "dv0 = _dot(tl.trans(narrow(weights * 0.5, q0.dtype)), do0, dv0)"),
+        ("second part of dq left out", "dq1 = _dot(slopes, k1, dq1)", "dq1 = dq1"),
+        ("second part of dk left out", "dk1 = _dot(tl.trans(slopes), q1, dk1)", "dk1 = dk1"),
+        ("scale left out", "* scale - lse", "- lse"),
+    ),
+    *broken(
+        "attention_tiles", "_attention_backward_kernel",
+        ("keys not scaled", "dk0, dk1 = dk0 * factor", "dk0, dk1 = dk0"),
+        ("queries not scaled", "dqa0, dqa1 = dqa0 * factor", "dqa0, dqa1 = dqa0"),
+        ("second queries left out of the sums", "total0 + tl.sum(dqb0, 0)", "total0"),
+        ("sums of the last keys alone", "sum_k0 += tl.sum", "sum_k0 = tl.sum"),
+        ("sums of keys that are not there", "tl.where(live[:, None], dv0, 0.0)", "dv0 + 1.0"),
+        ("keys' sums for the values", "2 * H * d, sum_v0", "2 * H * d, sum_k0"),
+        ("one head's gradient for all", "dq += sequence * dq_batch + head * d",
+         "dq += sequence * dq_batch"),
+    ),
+    *broken(
+        "attention_tiles", "_write",
+        ("second part of a head not written", "if D1 > 0:", "if D1 > 64:"),
+    ),
+    *broken(
+        "attention_tiles", "_write_sums",
+        ("second part's sums at the first's", "parts + rest", "parts + rest - D0"),
+    ),
+    *broken(
+        "attention_tiles", "_attention_queries_kernel",
+        ("keys that are not there seen", "tl.where(there[None, :], weights, 0.0)", "weights"),
+        ("delta left out", " - delta_r[:, None])", ")"),
+        ("delta not kept", "delta_r, mask=live)", "delta_r * 0.0, mask=live)"),
+        ("second part of dq left out", "dq1 = _dot(slopes, k1, dq1)", "dq1 = dq1"),
+        ("keys of the first block alone", "block * ROWS < S, T, 0)", "block * ROWS < S, COLS, 0)"),
+        ("another block's queries", "        block * ROWS, ROWS,", "        0, ROWS,"),
+        ("queries not scaled", "dq0, dq1 = dq0 * factor", "dq0, dq1 = dq0"),
+        ("parts of one block", "(sequence * blocks + block) * 3", "(sequence * blocks) * 3"),
+    ),
+    *broken(
+        "attention_tiles", "_attention_keys_kernel",
+        ("keys that are not there seen", "tl.where(live[:, None], weights, 0.0)", "weights"),
+        ("delta left out", " - delta_c[None, :])", ")"),
+        ("another block's keys", "row = block * ROWS +", "row ="),
+        ("queries of the first block alone", "block * ROWS < T, S, 0)",
+         "block * ROWS < T, COLS, 0)"),
+        ("second part of dk left out", "dk1 = _dot(slopes, q1, dk1)", "dk1 = dk1"),
+        ("second part of dv left out", "dv1 = _dot(low, do1, dv1)", "dv1 = dv1"),
+        ("keys not scaled", "dk0, dk1 = dk0 * factor", "dk0, dk1 = dk0"),
+        ("keys' sums for the values", "2 * H * d, tl.sum(dv0, 0)", "2 * H * d, tl.sum(dk0, 0)"),
+        ("one head's delta for all", "delta += (sequence * H + head) * S",
+         "delta += sequence * H * S"),
+    ),
+    *broken(
+        "ema", "_adamw_ema_kernel",
+        ("one value beyond the tail", "tl.arange(0, CHUNK) < rest", "tl.arange(0, CHUNK) <= rest"),
+        ("copies exchanged", "_address(places, target_copies,", "_address(places, copies,"),
+        ("a bad step taken", "if tl.load(numbers + 9) == 0.0:", "if tl.load(numbers + 9) == 2.0:"),
+    ),
+    *broken(
+        "ema", "_adamw_ema_chunk",
+        ("square left out", "square_share * g * g", "square_share * g"),
+        ("bias correction left out", "tl.div_rn(tl.sqrt_rn(second), root_scale)",
+         "tl.sqrt_rn(second)"),
+        ("decay left out", "* decay - rate", "- rate"),
+        ("scale left out", ".to(tl.float32) * scale", ".to(tl.float32)"),
+        ("eps left out", ", root_scale) + eps", ", root_scale)"),
+        ("average of the old weights", "mask=keep), w, weight)",
+         "mask=keep), tl.load(param + at, mask=keep), lerp1)"),
+    ),
+]  # fmt: skip
+
+
+def source_with(one: Break) -> str:
+    """The file's text with the break in it. Raises ValueError where it does not fit."""
+    text = (ROOT / "kernels" / f"{one.file}.py").read_text()
+    start = text.index(f"def {one.function}(")
+    end = text.find("\n\n\n", start)
+    body = text[start:end]
+    if one.old not in body:
+        raise ValueError(f"{one.function} no longer holds {one.old!r}")
+    return text[:start] + body.replace(one.old, one.new, 1) + text[end:]
+
+
+def caught_by(one: Break, tree: Path) -> str | None:
+    """The first test that fails with this break in the copy, None where none does."""
+    target = tree / "kernels" / f"{one.file}.py"
+    whole = target.read_text()
+    target.write_text(source_with(one))
+    try:
+        return first_failure(one.file, tree)
+    finally:
+        target.write_text(whole)
+
+
+def first_failure(file: str, tree: Path) -> str | None:
+    """The first of a file's tests that fails in the copy, None where all pass."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider"]
+    # without PYTHONPATH the installed package would be tested, not the copy
+    environment = os.environ | {"PYTHONPATH": f"{tree}{os.pathsep}{tree / 'tests'}"}
+    done = subprocess.run(
+        [*command, TESTS[file]], cwd=tree, env=environment, capture_output=True, text=True
+    )
+    if done.returncode == 0:
+        return None
+    found = re.search(r"^(?:FAILED|ERROR) \S+?::(\w+)", done.stdout, re.M)
+    return found.group(1) if found else f"the process ended with status {done.returncode}"
+
+
+def copied_tree(folder: Path) -> Path:
+    """A copy of what the kernels' tests need, its kernels/ imported as cjepa_fast.kernels."""
+    tree = folder / "tree"
+    tree.mkdir()
+    ignored = shutil.ignore_patterns("__pycache__")
+    for name in ("cjepa_fast", "kernels", "configs", "tests"):
+        shutil.copytree(ROOT / name, tree / name, ignore=ignored, symlinks=True)
+    shutil.copy(ROOT / "pyproject.toml", tree)
+    link = tree / "cjepa_fast" / "kernels"
+    if not link.exists():
+        link.symlink_to("../kernels")
+    return tree
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", default="", help="functions whose name has this text")
+    parser.add_argument("--markdown", type=Path, metavar="FILE")
+    args = parser.parse_args()
+    lines = ["| kernel or its part | break | noticed by |", "|---|---|---|"]
+    missed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        tree = copied_tree(Path(folder))
+        for file in TESTS:  # or every break would seem noticed
+            if (wrong := first_failure(file, tree)) is not None:
+                raise SystemExit(f"{file}: {wrong} fails without a break")
+        for one in BREAKS:
+            if args.only not in one.function:
+                continue
+            noticed = caught_by(one, tree)
+            missed += noticed is None
+            lines.append(f"| {one.file}.{one.function} | {one.what} | {noticed or 'NOTHING'} |")
+            print(lines[-1], flush=True)
+    if args.markdown:
+        heading = (
+            "# Broken kernels and the tests that noticed\n\n`python tests/kernels/break_kernels.py"
+        )
+        heading += " --markdown bench/results/breaks.md`, each break alone.\n\n"
+        args.markdown.write_text(heading + "\n".join(lines) + "\n", encoding="utf-8")
+    print(f"{len(lines) - 2} breaks, {missed} unnoticed")
+    return int(missed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

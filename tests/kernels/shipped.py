@@ -1,0 +1,161 @@
+"""Which of the kernels' configurations the trainings in configs/ launch, by architecture.
+
+In bf16, with every option that has a kernel (FP8 among them), as launch.chosen picks. The names are
+those of the modules' ahead_of_time().
+"""
+
+import functools
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from cjepa_fast import config
+from cjepa_fast.kernels import attention_tiles, ema, gather_tiles, gelu, norm, vicreg_tiles
+from cjepa_fast.kernels.tuned import TUNED
+from cjepa_fast.training.build import build_masks, model_sizes
+
+CPU = torch.device("cpu")
+FOR_A_CPU = {"demo.json"}
+
+
+class Chooser:
+    """launch.chosen on sm_`arch`. asked: the keys of tuned.py that it was called with."""
+
+    def __init__(self, arch: int):
+        self.places, self.asked = TUNED.get(f"sm_{arch}", {}), set()
+
+    def __call__(self, key: str, candidates: tuple):
+        self.asked.add(key)
+        return candidates[self.places.get(key, 0)]
+
+
+class Stack(NamedTuple):
+    """Blocks of a network: their width, that of a head, and the queries of a sequence."""
+
+    role: str
+    width: int
+    d: int
+    queries: int
+
+
+@functools.cache
+def stacks() -> tuple[Stack, ...]:
+    """Of all trainings, each once, with the lengths that build.choose_attention tells them."""
+    found = set()
+    for path in config.configs_folder().glob("*.json"):
+        if path.name in FOR_A_CPU:
+            continue
+        trained = config.load(str(path))
+        model, part, masks = model_sizes(trained), trained.predictor, build_masks(trained)
+        drawn = masks(0, 0, torch.arange(64))
+        K, P = round(drawn.context_k), drawn.target_idx_BMP.shape[2]
+        N = (trained.data.image_size // trained.model.patch_size) ** 2
+        for role, width, heads, queries in (
+            ("target", model["width"], model["heads"], N),
+            ("context", model["width"], model["heads"], K),
+            ("predictor", part.width, part.heads or model["heads"], K + P),
+        ):
+            found.add(Stack(role, width, width // heads, queries))
+    return tuple(sorted(found))
+
+
+def shipped(arch: int) -> tuple[set[str], set[str]]:
+    """The names of what is launched on sm_`arch`, and the keys that tuned.py was asked for."""
+    choose = Chooser(arch)
+    found = {"sum_parts bf16", *_gelu(choose), *_ema(choose), *_vicreg(choose)}
+    for stack in stacks() + _tuned(choose):
+        found |= {*_attention(choose, stack)}
+        if stack.width:
+            found |= {*_copies(choose, stack.width), *_norm(choose, stack.width)}
+        if stack.role == "target":
+            found |= {*_losses(choose, stack.width)}
+            found |= {*_quantised(stack.width)} if arch >= 89 else set()
+    return found, choose.asked
+
+
+def _tuned(choose: Chooser) -> tuple[Stack, ...]:
+    """Sequences for which another tile than the first is chosen: contexts vary in length."""
+    keys = filter(None, (re.fullmatch(r"attention (\d+)x(\d+)", key) for key in choose.places))
+    return tuple(Stack("tuned", 0, int(key[2]), int(key[1])) for key in keys)
+
+
+def _tile(tile: tuple) -> str:
+    return f"bf16 {tile.rows}x{tile.width}"
+
+
+def _copies(choose: Chooser, width: int) -> Iterator[str]:
+    tiles = gather_tiles.copy_tiles(width)
+    gather = _tile(choose(f"gather {width}", tiles))
+    yield from (f"{op} {gather}" for op in ("gather_tokens", "embed_gather", "add_positions"))
+    for op in ("gather backward", "predictor_input", "predictor_input backward"):
+        yield f"{op} {_tile(choose(f'{op} {width}', tiles))}"
+
+
+def _losses(choose: Chooser, width: int) -> Iterator[str]:
+    for op in ("target_gather", "prediction_loss", "prediction_loss backward"):
+        yield f"{op} {_tile(choose(f'{op} {width}', gather_tiles.row_tiles(width)))}"
+
+
+def _quantised(width: int) -> Iterator[str]:
+    """A block's four inputs of matmuls, and the averaged weights."""
+    narrow, wide = (_tile(gather_tiles.row_tiles(size)[0]) for size in (width, 4 * width))
+    yield from (f"quantise {first} {narrow}" for first in ("rows", "norm", "add norm"))
+    yield f"quantise gelu {wide}"
+    yield from (f"ema_update_rows fp32 {size}" for size in (width, 4 * width) if size in ema.ROWS)
+
+
+def _norm(choose: Chooser, width: int) -> Iterator[str]:
+    """In and beside a residual stream of either width."""
+    tile = choose(f"add_norm {width}", norm.forward_tiles(width))
+    back = choose(f"add_norm backward {width}", norm.tiles(width))
+    for stream in ("bf16", "fp32"):
+        yield f"add_norm bf16 {stream} {tile.rows}x{tile.width} {tile.warps}"
+        name = f"{back.rows}x{back.width} {back.warps} {back.stages}"
+        yield f"add_norm backward bf16 {stream} {name}"
+
+
+def _gelu(choose: Chooser) -> Iterator[str]:
+    yield "gelu bf16 {} {}".format(*choose("gelu", gelu.BLOCKS))
+    tile = choose("gelu backward", gelu.TILES)
+    yield f"gelu backward {_tile(tile)} {tile.stages}"
+
+
+def _ema(choose: Chooser) -> Iterator[str]:
+    """Of one process, whose gradients are in bf16; and of ZeRO's fragments, aligned or not."""
+    chunk = choose("adamw_ema_step", ema.CHUNKS)
+    for average in ("", ", no average"):
+        yield f"adamw_ema_step bf16 {chunk}, aligned, copy bf16{average}"
+    chunk = choose("ema_update", ema.CHUNKS)
+    yield from (f"ema_update fp32 {chunk}, {kind}, copy bf16" for kind in ("aligned", "unaligned"))
+
+
+def _vicreg(choose: Chooser) -> Iterator[str]:
+    """Of few and of many rows, in small and in large matrices."""
+    yield from ("vicreg column bf16", "vicreg combine bf16", "vicreg finish", "vicreg finish gram")
+    for gram in (False, True):
+        for size in (vicreg_tiles.LARGE - 1, vicreg_tiles.LARGE):
+            n, D = (size, size + 1) if gram else (size + 1, size)
+            z = torch.empty(1, n, D, dtype=torch.bfloat16, device="meta")
+            for kernel in ("moment", "grad"):
+                tile = choose(*vicreg_tiles.candidates(kernel, z, gram))
+                name = f"bf16 {'gram ' * gram}{tile.block}x{tile.block_k}"
+                yield f"vicreg {kernel} {name}"
+                if kernel == "moment":
+                    yield from (f"vicreg reduce bf16 x 2 {tile.block}{k}" for k in ("", " keep"))
+
+
+def _attention(choose: Chooser, stack: Stack) -> Iterator[str]:
+    tile = choose(*attention_tiles.forward_candidates(stack.queries, stack.d))
+    yield f"attention bf16 {stack.d} {_joined(tile)}"
+    if stack.role in ("target", "tuned"):
+        return
+    tile = choose(*attention_tiles.backward_candidates(stack.queries, stack.d, CPU))
+    whole = isinstance(tile, attention_tiles.OnePass)
+    for part in ("",) if whole else (", queries", ", keys"):
+        yield f"attention backward{part} bf16 {stack.d} {_joined(tile)}"
+
+
+def _joined(tile: tuple) -> str:
+    return "x".join(map(str, tile))

@@ -1,0 +1,191 @@
+"""The blocks as fused operators: the networks' outputs and every gradient, against the modules."""
+
+import copy
+
+import pytest
+import torch
+from kernel_checks import same_bits
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cjepa_fast.config import validate
+from cjepa_fast.kernels.common import launch
+from cjepa_fast.model import fused_blocks
+from cjepa_fast.model.fp8 import linears_to_8_bits
+from cjepa_fast.model.predictor import Predictor
+from cjepa_fast.model.vit import Encoder
+from cjepa_fast.training import build
+
+POLICIES = ["none", "norm_gelu", "selective", "full"]
+B, M, P, K = 2, 2, 7, 20
+
+
+def networks(device: str, **options) -> torch.nn.ModuleDict:
+    """A small encoder and predictor whose every parameter matters."""
+    options = {"attention": "triton", **options}
+    encoder = Encoder(24, 4, 48, 2, 2, **options)
+    predictor = Predictor(48, encoder.grid, 32, 2, 2, **options)
+    made = torch.nn.ModuleDict({"encoder": encoder, "predictor": predictor})
+    for p in made.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, mean=0.3 * (p.dim() == 1), std=0.2)
+    return made.to(device)
+
+
+def inputs(device: str) -> tuple[torch.Tensor, ...]:
+    context = torch.stack([torch.randperm(36)[:K].sort().values for _ in range(B)])
+    images, upstream = torch.randn(B, 3, 24, 24), torch.randn(B, M, P, 48)
+    return tuple(x.to(device) for x in (images, context, torch.randint(36, (B, M, P)), upstream))
+
+
+def outcome(made, images, context, targets, upstream, dtype, fuse: bool) -> dict:
+    """The prediction, and the gradients of the images and of all parameters, by name."""
+    made = copy.deepcopy(made).to(dtype)
+    for network in made.values():
+        network.fused = fuse
+        network.residual = network.residual if dtype == torch.bfloat16 else "bf16"
+    if not fuse:
+        for block in (*made["encoder"].blocks, *made["predictor"].predictor_blocks):
+            block.attn.backend = "plain"
+    images = images.to(dtype).requires_grad_()
+    out = made["predictor"](made["encoder"](images, context), context, targets)
+    trained = {name: p for name, p in made.named_parameters() if p.requires_grad}
+    grads = torch.autograd.grad(out, [images, *trained.values()], upstream.to(out.dtype))
+    return {"out": out.detach(), "images": grads[0], **dict(zip(trained, grads[1:], strict=True))}
+
+
+def distance(x: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((x.double() - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("residual", ["bf16", "fp32"])
+def test_as_near_to_the_truth_as_the_modules(seed, kernel_device, residual, policy):
+    """In bf16: twice their error at most, in norm, of each gradient, and a bf16's own rounding."""
+    made = networks(kernel_device, residual=residual, checkpointing=policy)
+    batch = inputs(kernel_device)
+    exact = outcome(made, *batch, torch.float64, False)
+    plain = outcome(made, *batch, torch.bfloat16, False)
+    got = outcome(made, *batch, torch.bfloat16, True)
+    for name, wanted in exact.items():
+        assert got[name].dtype == plain[name].dtype == torch.bfloat16, name
+        allowed = 2 * distance(plain[name], wanted) + 2.0**-9
+        assert distance(got[name], wanted) <= allowed, name
+
+
+@pytest.mark.parametrize("policy", POLICIES[1:])
+def test_what_is_computed_again_has_the_same_bits(seed, kernel_device, policy):
+    made, batch = networks(kernel_device), inputs(kernel_device)
+    kept = outcome(made, *batch, torch.bfloat16, True)
+    for network in made.values():
+        for block in getattr(network, "blocks", None) or network.predictor_blocks:
+            block.recomputed = (
+                build.Encoder(24, 4, 48, 1, 2, checkpointing=policy).blocks[0].recomputed
+            )
+    again = outcome(made, *batch, torch.bfloat16, True)
+    for name, value in kept.items():
+        assert torch.equal(again[name], value), name
+
+
+class Counting(TorchDispatchMode):
+    """Products with a bias, which only a forward makes."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket is torch.ops.aten.addmm
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("policy", "again"), [("none", 0), ("norm_gelu", 0), ("selective", 1), ("full", 3)]
+)
+def test_how_many_products_run_again_in_the_backward(seed, kernel_device, policy, again):
+    """Of a block's four: fc1, or all but fc2, as vit.Block says."""
+    encoder = networks(kernel_device, checkpointing=policy)["encoder"].bfloat16()
+    encoder.fused = True
+    images, context, *_ = inputs(kernel_device)
+    out = encoder(images.bfloat16(), context)
+    with Counting() as products:
+        out.sum().backward()
+    assert products.count == again * len(encoder.blocks)
+
+
+@pytest.mark.parametrize("backend", ["plain", "sdpa"])
+def test_with_another_kernel_for_attention(seed, kernel_device, backend):
+    made, batch = networks(kernel_device, attention=backend), inputs(kernel_device)
+    exact = outcome(made, *batch, torch.float64, False)
+    plain = outcome(made, *batch, torch.bfloat16, False)
+    got = outcome(made, *batch, torch.bfloat16, True)
+    for name, wanted in exact.items():
+        allowed = 2 * distance(plain[name], wanted) + 2.0**-9
+        assert distance(got[name], wanted) <= allowed, name
+
+
+def test_same_bits_twice(seed, kernel_device):
+    made, batch = networks(kernel_device), inputs(kernel_device)
+    same_bits(lambda: tuple(outcome(made, *batch, torch.bfloat16, True).values()))
+
+
+def test_without_gradients_nothing_is_kept_and_all_is_equal(seed, kernel_device):
+    """As the target encoder runs: GELU in place, and the same values."""
+    made, (images, *_) = networks(kernel_device).bfloat16(), inputs(kernel_device)
+    encoder = made["encoder"]
+    encoder.fused = True
+    with_graph = encoder(images.bfloat16())
+    with torch.no_grad():
+        without = encoder(images.bfloat16())
+    assert with_graph.requires_grad and torch.equal(with_graph, without)
+
+
+def test_in_8_bits_as_near_to_the_truth_as_the_modules(seed, kernel_device):
+    encoder = networks(kernel_device)["encoder"].requires_grad_(False)
+    images = torch.randn(B, 3, 24, 24, device=kernel_device)
+    exact = copy.deepcopy(encoder).double()(images.double())
+    encoder.bfloat16()
+    linears_to_8_bits(encoder)
+    plain = encoder(images.bfloat16())
+    encoder.fused = True
+    got = encoder(images.bfloat16())
+    assert distance(got, exact) <= 1.5 * distance(plain, exact) < 0.1
+
+
+def test_the_fused_path_is_taken_where_it_can_be(seed, kernel_device, monkeypatch):
+    """And nowhere else: not for packed or one-pass sequences, fp32, or where it is off."""
+    ran = []
+    monkeypatch.setattr(fused_blocks, "run", lambda blocks, norm, x, last=None: ran.append(1) or x)
+    images = torch.randn(1, 3, 24, 24, device=kernel_device)
+    encoder = networks(kernel_device)["encoder"]
+    encoder(images)
+    encoder.fused = True
+    encoder(images)  # fp32
+    assert not ran
+    encoder.bfloat16()(images.bfloat16())
+    assert ran
+
+
+@pytest.mark.parametrize(
+    ("sections", "stage", "wanted"),
+    [
+        ({}, 0, True),
+        ({"model": {"fused": False}}, 0, False),
+        ({"run": {"compile": "blocks"}}, 0, False),
+        ({}, 2, True),
+        ({}, 3, False),
+    ],
+)
+def test_where_the_trainer_asks_for_it(sections, stage, wanted):
+    tiny = {"name": "vit_tiny", "patch_size": 16, "width": 48, "depth": 1, "heads": 2}
+    sections = {**sections, "model": tiny | sections.get("model", {})}
+    config = validate({**sections, "predictor": {"width": 24, "depth": 1, "heads": 1}})
+    made = build.build_networks(config)
+    target = copy.deepcopy(made.encoder)
+    build.fuse_networks(made, target, config, stage)
+    assert made.encoder.fused == made.predictor.fused == target.fused == wanted
+
+
+def test_on_a_cpu_the_modules_run(seed):
+    assert not launch.use_kernel(torch.zeros(1))
+    made, batch = networks("cpu"), inputs("cpu")
+    one, other = (outcome(made, *batch, torch.bfloat16, fuse) for fuse in (False, True))
+    for name, value in one.items():
+        assert torch.equal(other[name], value), name

@@ -1,0 +1,323 @@
+"""The encoder's parts, each against loops or a property that only right code has."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cjepa_fast.model import vit
+from cjepa_fast.model.attention import attend, attention_map
+from cjepa_fast.model.vit import MODELS, Encoder, patchify, sincos_positions
+
+SMALL = {"image_size": 12, "patch_size": 3, "width": 16, "depth": 2, "heads": 2}
+
+# Published counts of the classifiers, less class token, learnt positions and 1000-way head
+# (patch 16; huge and giant at patch 14 as released).
+KNOWN_SIZES = {
+    ("vit_tiny", 16): 5_717_416 - 192 - 197 * 192 - 1000 * 193,
+    ("vit_small", 16): 22_050_664 - 384 - 197 * 384 - 1000 * 385,
+    ("vit_base", 16): 86_567_656 - 768 - 197 * 768 - 1000 * 769,
+    ("vit_large", 16): 304_326_632 - 1024 - 197 * 1024 - 1000 * 1025,
+    ("vit_huge", 14): 632_045_800 - 1280 - 257 * 1280 - 1000 * 1281,
+    ("vit_giant", 14): 1_012_611_432 - 1408 - 257 * 1408 - 1000 * 1409,
+}
+
+
+@pytest.fixture
+def encoder(seed) -> Encoder:
+    return Encoder(**SMALL).double().eval()
+
+
+def images_of(encoder: Encoder, batch: int = 3, **size) -> torch.Tensor:
+    height, width = size.get("height", encoder.image_size), size.get("width", encoder.image_size)
+    return torch.randn(batch, 3, height, width, dtype=encoder.patch_embed.proj.weight.dtype)
+
+
+@pytest.mark.parametrize(("rows", "cols", "width"), [(3, 5, 24), (1, 1, 4), (14, 14, 192)])
+def test_positions_against_loops(rows, cols, width):
+    table = sincos_positions(rows, cols, width)
+    assert table.shape == (rows * cols, width) and table.dtype == torch.float32
+    quarter = width // 4
+    for row in range(rows):
+        for col in range(cols):
+            wanted = []
+            for place in (col, row):  # the column first, then the row
+                angles = [place / 10000 ** (i / quarter) for i in range(quarter)]
+                wanted += [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
+            got = table[row * cols + col].tolist()
+            assert got == pytest.approx(wanted, abs=1e-7), (row, col)
+
+
+def test_positions_need_a_width_of_four_parts():
+    with pytest.raises(ValueError, match="width 18 must be a multiple of 4"):
+        sincos_positions(2, 2, 18)
+
+
+def block_shapes(prefix: str, width: int, hidden: int) -> dict[str, tuple[int, ...]]:
+    return {
+        f"{prefix}.norm1.weight": (width,),
+        f"{prefix}.norm1.bias": (width,),
+        f"{prefix}.attn.qkv.weight": (3 * width, width),
+        f"{prefix}.attn.qkv.bias": (3 * width,),
+        f"{prefix}.attn.proj.weight": (width, width),
+        f"{prefix}.attn.proj.bias": (width,),
+        f"{prefix}.norm2.weight": (width,),
+        f"{prefix}.norm2.bias": (width,),
+        f"{prefix}.mlp.fc1.weight": (hidden, width),
+        f"{prefix}.mlp.fc1.bias": (hidden,),
+        f"{prefix}.mlp.fc2.weight": (width, hidden),
+        f"{prefix}.mlp.fc2.bias": (width,),
+    }
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_names_and_shapes_are_those_of_ijepa(name):
+    size = MODELS[name]
+    width, hidden = size["width"], {1408: 6144}.get(size["width"], 4 * size["width"])
+    with torch.device("meta"):
+        encoder = Encoder(224, 14, **size)
+    wanted = {
+        "pos_embed": (1, 256, width),
+        "patch_embed.proj.weight": (width, 3, 14, 14),
+        "patch_embed.proj.bias": (width,),
+        "norm.weight": (width,),
+        "norm.bias": (width,),
+    }
+    for i in range(size["depth"]):
+        wanted |= block_shapes(f"blocks.{i}", width, hidden)
+    assert {n: tuple(p.shape) for n, p in encoder.state_dict().items()} == wanted
+    trained = {n for n, p in encoder.named_parameters() if p.requires_grad}
+    assert trained == wanted.keys() - {"pos_embed"}
+
+
+@pytest.mark.parametrize(("name", "patch_size"), KNOWN_SIZES)
+def test_sizes_are_the_published_ones(name, patch_size):
+    with torch.device("meta"):
+        encoder = Encoder(224, patch_size, **MODELS[name])
+    assert vit.count_parameters(encoder) == KNOWN_SIZES[name, patch_size]
+
+
+def test_every_norm_has_ijepas_eps(encoder):
+    norms = [module for module in encoder.modules() if isinstance(module, nn.LayerNorm)]
+    assert len(norms) == 2 * SMALL["depth"] + 1
+    assert {norm.eps for norm in norms} == {1e-6}
+
+
+def test_initialisation(seed):
+    encoder = Encoder(32, 8, 256, 2, 4)
+    for name, p in encoder.named_parameters():
+        if not p.requires_grad:
+            assert torch.equal(p[0], sincos_positions(4, 4, 256))
+        elif name.endswith("bias"):
+            assert not p.any(), name
+        elif p.dim() == 1:
+            assert (p == 1).all(), name
+        else:  # at 48,000 values or more the spread is known to about 0.3 %
+            assert p.std().item() == pytest.approx(0.02, rel=0.02), name
+            assert abs(p.mean().item()) < 5 * 0.02 / p.numel() ** 0.5, name
+            assert p.abs().max() < 0.2, name  # no stray weight at the bounds of the cut
+
+
+def test_patches_are_cut_as_a_convolution_reads_them(seed):
+    images = torch.randn(2, 3, 6, 9, dtype=torch.float64)
+    convolution = nn.Conv2d(3, 5, 3, stride=3, dtype=torch.float64)
+    embed = vit.PatchEmbed(3, 5).double()
+    embed.load_state_dict({f"proj.{n}": p for n, p in convolution.state_dict().items()})
+    wanted = convolution(images).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(embed(patchify(images, 3)), wanted, rtol=0, atol=1e-12)
+
+
+def test_images_that_do_not_divide_are_refused(encoder):
+    with pytest.raises(ValueError, match="images of 12x13 do not divide into patches of 3"):
+        encoder(images_of(encoder, width=13))
+    with pytest.raises(ValueError, match="image_size 13 is not a multiple of patch_size 3"):
+        Encoder(13, 3, 16, 1, 2)
+    with pytest.raises(ValueError, match="width 16 is not a multiple of heads 3"):
+        Encoder(12, 3, 16, 1, 3)
+
+
+def test_all_patches_by_index_are_the_whole_image(encoder):
+    images = images_of(encoder)
+    everything = torch.arange(16).expand(3, 16)
+    torch.testing.assert_close(encoder(images, everything), encoder(images), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_the_order_of_the_context_only_orders_the_tokens(encoder, dtype):
+    images = images_of(encoder)
+    orders = torch.stack([torch.randperm(16) for _ in range(3)])
+    wanted = torch.stack([x[order] for x, order in zip(encoder(images), orders, strict=True)])
+    got = encoder(images, orders.to(dtype))
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_only_the_chosen_patches_are_seen(encoder):
+    images, context = images_of(encoder, 1), torch.tensor([[0, 6, 9]])
+    tokens = encoder(images, context)
+    assert tokens.shape == (1, 3, 16)
+    seen = torch.zeros(4, 4, dtype=torch.bool)
+    seen.view(-1)[context] = True
+    seen = seen.repeat_interleave(3, 0).repeat_interleave(3, 1)
+    elsewhere = torch.where(seen, images, torch.randn_like(images))
+    assert torch.equal(encoder(elsewhere, context), tokens)
+    assert not torch.allclose(encoder(elsewhere), encoder(images))
+    touched = images.clone()
+    touched[0, 0, 3, 6] += 1  # a pixel of patch 6
+    assert not torch.allclose(encoder(touched, context), tokens)
+
+
+def test_images_of_a_batch_do_not_mix(encoder):
+    images = images_of(encoder)
+    alone = torch.cat([encoder(image[None]) for image in images])
+    torch.testing.assert_close(encoder(images), alone, rtol=1e-12, atol=1e-12)
+
+
+def test_a_chosen_patch_keeps_its_position(encoder):
+    """With equal pixels everywhere, tokens before the blocks differ by their positions alone."""
+    images = torch.ones(1, 3, 12, 12, dtype=torch.float64)
+    context = torch.tensor([[3, 12, 5]])
+    tokens = encoder.embed(images, context)[0]
+    difference = tokens - encoder.embed(images, None)[0, :1]
+    wanted = encoder.pos_embed[0, context[0]] - encoder.pos_embed[0, :1]
+    torch.testing.assert_close(difference, wanted, rtol=0, atol=1e-12)
+
+
+def test_positions_of_the_trained_grid_are_untouched(encoder):
+    assert torch.equal(encoder.positions(4, 4), encoder.pos_embed[0])
+
+
+def test_positions_of_a_third_of_the_grid_are_the_middle_ones():
+    """The centre of a cell of a 3 times coarser grid falls on the centre of a finer cell."""
+    encoder = Encoder(36, 4, 32, 0, 2)
+    fine = encoder.pos_embed[0].view(9, 9, 32)
+    got = encoder.positions(3, 3).view(3, 3, 32)
+    torch.testing.assert_close(got, fine[1::3, 1::3], rtol=0, atol=1e-6)
+
+
+def test_interpolated_positions_of_a_larger_oblong_image(encoder):
+    tokens = encoder(images_of(encoder, height=18, width=24))
+    assert tokens.shape == (3, 6 * 8, 16) and tokens.isfinite().all()
+    table = Encoder(32, 4, 32, 0, 2).positions(12, 20).view(12, 20, 32)
+    column, row = table[..., :16], table[..., 16:]  # each varies along its own side alone
+    torch.testing.assert_close(column, column[:1].expand_as(column), rtol=0, atol=1e-6)
+    torch.testing.assert_close(row, row[:, :1].expand_as(row), rtol=0, atol=1e-6)
+    # the slowest sine of the column grows from left to right: the picture is not mirrored
+    assert (column[0, 1:, 7] > column[0, :-1, 7]).all() and (row[1:, 0, 7] > row[:-1, 0, 7]).all()
+
+
+def test_attention_against_loops(seed):
+    q, k, v = torch.randn(3, 2, 3, 5, 4, dtype=torch.float64)
+    for backend in ("auto", "plain", "sdpa"):
+        got = attend(q, k, v, backend)
+        for b, h, i in torch.cartesian_prod(*map(torch.arange, (2, 3, 5))).tolist():
+            scores = [math.exp(q[b, h, i] @ k[b, h, j] / math.sqrt(4)) for j in range(5)]
+            wanted = sum(s * v[b, h, j] for j, s in enumerate(scores)) / sum(scores)
+            torch.testing.assert_close(got[b, h, i], wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_attention_backends_agree_in_value_and_gradient(encoder):
+    images, gradients = images_of(encoder), []
+    for backend in ("plain", "sdpa"):
+        for block in encoder.blocks:
+            block.attn.backend = backend
+        encoder.zero_grad()
+        tokens = encoder(images)
+        tokens.square().sum().backward()
+        gradients.append([tokens, *(p.grad for p in encoder.parameters() if p.requires_grad)])
+    for plain, fused in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, fused, rtol=1e-9, atol=1e-10)
+
+
+def test_attention_maps_are_those_of_the_last_block(encoder):
+    images, seen = images_of(encoder), {}
+    encoder.blocks[-1].attn.qkv.register_forward_hook(lambda m, i, out: seen.update(qkv=out))
+    encoder(images)
+    q, k, _ = (x.view(3, 16, 2, 8).transpose(1, 2) for x in seen["qkv"])
+    wanted = F.softmax(torch.einsum("bhid,bhjd->bhij", q, k) / 8**0.5, -1)
+    maps = encoder.attention_maps(images)
+    assert maps.shape == (3, 2, 16, 16) and not maps.requires_grad
+    torch.testing.assert_close(maps, wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(maps.sum(-1), torch.ones(3, 2, 16).double(), rtol=0, atol=1e-12)
+
+
+def test_attention_map_survives_large_scores():
+    q = torch.full((1, 1, 2, 4), 300.0)
+    assert torch.allclose(attention_map(q, q), torch.tensor(0.5))
+
+
+def test_bf16_stays_bf16_and_close(seed):
+    encoder = Encoder(**SMALL)
+    images = images_of(encoder)
+    exact = encoder(images)
+    rounded = encoder.bfloat16()(images.bfloat16())
+    assert rounded.dtype == torch.bfloat16
+    assert (rounded - exact).abs().max() < 0.1  # tokens are of unit variance
+
+
+def stream_dtypes(network: nn.Module, *inputs: torch.Tensor) -> set[tuple[torch.dtype, ...]]:
+    """(what a block takes, what its qkv, its fc1 and the last norm give) over all blocks."""
+    found = []
+    hooks = [
+        part.register_forward_hook(lambda m, x, out: found.append((x[0].dtype, out.dtype)))
+        for part in network.modules()
+        if isinstance(part, (vit.Block, vit.Norm))
+    ]
+    network(*inputs)
+    for hook in hooks:
+        hook.remove()
+    return set(found)
+
+
+def test_the_residual_stream_is_fp32_and_the_products_are_not(seed):
+    """Of the context encoder and its copy, the target."""
+    wide, low = torch.float32, torch.bfloat16
+    context = torch.stack([torch.randperm(16)[:7] for _ in range(3)])
+    encoder = Encoder(**SMALL, residual="fp32").bfloat16()
+    images = images_of(encoder)
+    for network in (encoder, copy.deepcopy(encoder)):
+        for inputs in ((images,), (images, context)):
+            assert stream_dtypes(network, *inputs) == {(wide, wide), (wide, low)}
+            assert network(*inputs).dtype == low
+    assert stream_dtypes(Encoder(**SMALL).bfloat16(), images) == {(low, low)}
+
+
+def test_an_fp32_stream_is_closer_to_float64(seed):
+    """24 blocks with the same bf16 weights: only the rounding of the sums differs."""
+    encoder = Encoder(16, 4, 32, 24, 2).bfloat16()
+    images, context = images_of(encoder), torch.stack([torch.randperm(16)[:9] for _ in range(3)])
+    exact = copy.deepcopy(encoder).double()(images.double(), context)
+    error = {}
+    for encoder.residual in ("bf16", "fp32"):
+        error[encoder.residual] = (encoder(images, context) - exact).square().mean().sqrt()
+    assert error["fp32"] < error["bf16"] / 4  # measured: a ninth, over ten seeds 0.10 to 0.13
+
+
+def test_gradients_through_an_fp32_stream(seed):
+    """Of the weights, beside float64: no worse than through a bf16 stream."""
+    encoder = Encoder(16, 4, 32, 12, 2).bfloat16()
+    images, upstream = images_of(encoder), torch.randn(3, 16, 32)
+
+    def gradient(network: Encoder) -> torch.Tensor:
+        dtype = network.pos_embed.dtype
+        weights = [p for p in network.parameters() if p.requires_grad]
+        found = torch.autograd.grad(network(images.to(dtype)), weights, upstream.to(dtype))
+        return torch.cat([g.flatten().double() for g in found])
+
+    exact, error = gradient(copy.deepcopy(encoder).double()), {}
+    for encoder.residual in ("bf16", "fp32"):
+        error[encoder.residual] = (gradient(encoder) - exact).norm() / exact.norm()
+    assert error["fp32"] < error["bf16"] < 0.2
+
+
+def test_in_fp32_the_residuals_dtype_changes_no_bit(seed):
+    encoder = Encoder(**SMALL)
+    images, found = images_of(encoder), []
+    for encoder.residual in ("bf16", "fp32"):
+        encoder.zero_grad()
+        tokens = encoder(images)
+        tokens.square().sum().backward()
+        found.append([tokens, *(p.grad for p in encoder.parameters() if p.requires_grad)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -1,0 +1,150 @@
+"""Run the commands that README.md, docs/ and configs/README.md show: `make docs-check`.
+
+Each is run as it stands there, in a folder of its own, with small things in the place of large: the
+images are a handful, RUN a run of them, the configuration that of tests/tiny.py. What cannot be run
+so has a line in ELSEWHERE that says where it is tried. Words after the name choose commands.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import dense_sets
+import tiny
+
+ROOT = tiny.ROOT
+PAGES = [ROOT / "README.md", ROOT / "configs" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+WORDS = r"(python|torchrun|deepspeed|make|source|sbatch|pip|bench/\S+\.sh|cjepa-\w+)"
+ELSEWHERE = {
+    r"cjepa-eval TASK": "below it, task by task",
+    r"make (demo|test)": "continuous integration, and a fresh clone",
+    r"source ": "needs no test",
+    r"sbatch ": "tests/runtime/test_launch.py, with stand-ins for SLURM",
+    r"deepspeed .*--(hostfile|num_nodes)": "tests/runtime/test_launch.py",
+    r"torchrun .*--nnodes": "tests/runtime/test_launch.py",
+    r"cjepa-eval detect ": "tests/eval/test_eval_detect.py, where torchvision is not installed",
+    r"cjepa-eval clevr .*CLEVR": "tests/eval/test_eval_clevr.py",
+    r"python -m cjepa_fast.tools.ablate beta": "it wants four GPUs; the other is run",
+    r"pip install": "by hand: it changes the environment",
+    r"bench/gpu_gate.sh": "by hand, at toy size: minutes on a CPU",
+}
+SMALL = (
+    "--set data.image_size=24 --set model.width=24 --set model.heads=3 --set model.depth=1 "
+    "--set predictor.width=12 --set predictor.depth=1 --set mask.min_keep=4 --set run.epochs=1 "
+    "--set data.batch_size=32 --set eval.k=3 --set eval.online.share=1.0"
+)
+PLAIN = "--set epochs=1 batch=8 rand_augment=null"
+SHORT = {  # in the place of what would take long
+    r"^deepspeed (?=--module|\S+\.py)": "deepspeed --num_gpus 2 ",
+    r"(eval finetune .*)": rf"\1 {PLAIN}",
+    r"(eval segment .*)": r"\1 --steps 2 --batch-size 2 --crop-size 24 --short-side 24",
+    r"--slide \d+": "--slide 12",
+    r"--nproc_per_node[= ]\d+": "--nproc_per_node=2",
+    r"--save$": "",
+    r"(eval video .*)": r"\1 --short-side 40",
+    r"(?<=bench/ops.py)$": " --help",
+    r"--size \d+": "--size 48",
+    r"(ablate vicreg .*)": rf"\1 {SMALL}",
+}
+
+
+class Command(NamedTuple):
+    page: Path
+    line: int
+    text: str
+
+    @property
+    def elsewhere(self) -> str | None:
+        return next((why for how, why in ELSEWHERE.items() if re.match(how, self.text)), None)
+
+
+def commands(page: Path) -> Iterator[Command]:
+    """The shell lines of a page's indented blocks, continuation lines joined, comments cut."""
+    begun: Command | None = None
+    for number, line in enumerate(page.read_text().splitlines(), 1):
+        text = re.sub(r"\s+# .*", "", line).strip()
+        if begun:
+            begun = begun._replace(text=begun.text[:-1] + text)
+        elif re.match(rf"    {WORDS}(\s|$)", line) and not re.match(r"    \S+/?\s{2,}", line):
+            begun = Command(page, number, text)
+        if begun and not begun.text.endswith("\\"):
+            yield begun
+            begun = None
+
+
+def prepared(folder: Path) -> Path:
+    """The folder in which commands run: the sources, sets of images, and a run. Its config file."""
+    for name in ("cjepa_fast", "kernels", "bench", "configs", "scripts"):
+        (folder / name).symlink_to(ROOT / name)
+    tiny.write_images(folder / "my" / "images", count=60, classes=3)
+    (folder / "my" / "labelled").mkdir()
+    (folder / "my" / "labelled" / "images").symlink_to(folder / "my" / "images")
+    for name in ("train", "val"):
+        (folder / "my" / name).symlink_to(folder / "my" / "images")
+    dense_sets.write_davis(folder / "my" / "DAVIS")
+    dense_sets.write_pairs(folder / "my" / "ADEChallengeData2016", {"train": 4, "val": 2})
+    config = tiny.write_config(folder, data={"path": str(folder / "my" / "images")}, eval={"k": 3})
+    for name in ("vit_s", "vit_b", "vit_h"):
+        done = tiny.train("--config", config, "--set", f"run.dir={folder / 'runs' / name}")
+        if done.returncode:
+            raise SystemExit(done.stderr)
+    return config
+
+
+def as_run(command: Command, folder: Path, config: Path, number: int) -> str:
+    """The command with what is small in the place of what is large."""
+    text = command.text.replace("/my/", f"{folder}/my/")
+    for pattern, short in SHORT.items():
+        text = re.sub(pattern, short, text)
+    if "bench/plan.py" not in text:
+        names = r"(?<=--config |..--base )((vit_\w+|demo)(\.json)? ?)+"
+        text = re.sub(names, lambda m: f"{config} " * len(m[0].split()), text)
+    if "train.py" in text and "run.dir" not in text:
+        text += f" --set run.dir={folder}/runs/{number}"
+    scripts = {"cjepa-eval": "cjepa_fast.eval", "cjepa-export": "cjepa_fast.export"}
+    scripts |= {"cjepa-report": "cjepa_fast.tools.report", "torchrun": "torch.distributed.run"}
+    first, _, rest = text.partition(" ")
+    if first == "deepspeed":
+        return shlex.join([str(Path(sys.prefix, "bin", "deepspeed"))]) + f" {rest}"
+    python = shlex.quote(sys.executable)
+    return f"{python} -m {scripts[first]} {rest}" if first in scripts else f"{python} {rest}"
+
+
+def main() -> int:
+    failed = 0
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        config = prepared(folder)
+        cache = {"XDG_CACHE_HOME": str(folder / "cache")}
+        for number, command in enumerate(c for page in PAGES for c in commands(page)):
+            where = f"{command.page.relative_to(ROOT)}:{command.line}: {command.text}"
+            if not all(word in command.text for word in sys.argv[1:]):
+                continue
+            if command.elsewhere:
+                print(f"-     {where}  ({command.elsewhere})", flush=True)
+                continue
+            began = time.monotonic()
+            done = subprocess.run(
+                as_run(command, folder, config, number), shell=True, cwd=folder, text=True,
+                capture_output=True, env={**tiny.environment(), **cache},
+            )  # fmt: skip
+            bad = done.returncode != 0
+            failed += bad
+            print(f"{'FAIL' if bad else 'ok  '}  {where}  ({time.monotonic() - began:.0f} s)",
+                  flush=True)  # fmt: skip
+            if bad:
+                print(done.stdout[-2000:] + done.stderr[-2000:])
+    print(f"{failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    os.chdir(ROOT)
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""`make demo` from end to end, at toy size."""
+
+import json
+
+import pytest
+import tiny
+
+from cjepa_fast import demo
+from cjepa_fast.data.sets import shapes
+
+
+def test_a_run_that_is_there_is_never_overwritten(tmp_path):
+    run = tmp_path / "demo"
+    assert demo.free_folder(run) == run
+    run.mkdir()
+    (run / "config.json").write_text("{}")
+    assert demo.free_folder(run) == tmp_path / "demo-2"
+
+
+@pytest.mark.slow
+def test_the_demo_trains_compares_and_draws(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(shapes, "COUNTS", {"train": 48, "val": 16})
+    for name, value in tiny.environment().items():
+        monkeypatch.setenv(name, value)
+    sets = ["run.epochs=2", "optim.warmup_epochs=1", "data.batch_size=16", "data.threads=1"]
+    sets += ["model.depth=1", "telemetry.every_steps=1", "telemetry.tensorboard=false"]
+    arguments = [part for text in sets for part in ("--set", text)]
+    out = tmp_path / "a run"
+    assert demo.main(["--out", str(out), *arguments]) == 0
+    pictures = [f"{task}.png" for task in ("curves", "attention", "pca", "masks", "retrieve")]
+    for name in (*pictures, "encoder.safetensors", "report.html"):
+        assert (out / name).stat().st_size > 5_000
+    rows = [row["encoder"] for row in json.loads((out / "knn.json").read_text())["rows"]]
+    assert rows == ["raw pixels", "mean colour", "untrained", "trained"]
+    said = capfd.readouterr().out
+    assert "images/s" in said and str(out / "curves.png") in said
+    assert str(out / "report.html") in said
+
+
+def test_a_training_that_fails_ends_the_demo_with_its_status(tmp_path, monkeypatch):
+    monkeypatch.setattr(shapes, "ensure", lambda split: tmp_path)
+    assert demo.main(["--out", str(tmp_path / "run"), "--set", "optim.lr=-1"]) == 2

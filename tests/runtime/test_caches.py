@@ -1,0 +1,66 @@
+"""Caches: the user's folder, and what takes its place where that cannot be written to."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+from cjepa_fast.runtime import caches
+
+VARIABLES = ("XDG_CACHE_HOME", "MPLCONFIGDIR", "TRITON_HOME", "TORCHINDUCTOR_CACHE_DIR")
+
+
+@pytest.fixture
+def no_home(tmp_path, monkeypatch) -> Path:
+    """A home folder that not even root can make, and a place for temporary files."""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "file" / "home"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    for variable in VARIABLES:
+        monkeypatch.setenv(variable, "")  # so that what is set here is taken back
+        monkeypatch.delenv(variable)
+    return tmp_path / "tmp"
+
+
+def test_the_users_cache_folder_is_made_and_said_nothing_of(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a" / "b"))
+    assert caches.folder("index") == tmp_path / "a" / "b" / "cjepa_fast" / "index"
+    assert (tmp_path / "a" / "b").is_dir() and not any((tmp_path / "a" / "b").iterdir())
+    assert capsys.readouterr().err == ""
+
+
+def test_without_a_home_all_caches_go_to_one_place_that_is_said_once(no_home, capsys):
+    own = no_home / f"cjepa_fast-{os.getuid()}"
+    assert caches.root() == caches.root() == own
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1 and str(own) in said and "XDG_CACHE_HOME" in said
+    assert [Path(os.environ[name]).is_relative_to(own) for name in VARIABLES] == [True] * 4
+    assert own.stat().st_mode & 0o77 == 0  # nobody else's
+
+
+def test_what_the_user_set_for_another_package_stays(no_home, monkeypatch):
+    monkeypatch.setenv("TRITON_HOME", "/mine")
+    caches.root()
+    assert os.environ["TRITON_HOME"] == "/mine"
+
+
+def test_a_link_that_somebody_laid_is_not_followed(no_home):
+    (no_home / "theirs").mkdir()
+    (no_home / f"cjepa_fast-{os.getuid()}").symlink_to(no_home / "theirs")
+    assert caches.root().resolve().parent == no_home and not any((no_home / "theirs").iterdir())
+    assert caches.root().name != "theirs"
+
+
+@pytest.mark.slow
+def test_training_needs_no_home(no_home, tmp_path):
+    """Nothing at all is written outside the run's folder and the temporary one."""
+    config = tiny.write_config(tmp_path, run={"epochs": 1}, telemetry={"tensorboard": True})
+    command = [sys.executable, tiny.ROOT / "cjepa_fast" / "train.py", "--config", config]
+    env = {**tiny.environment(), "TMPDIR": str(no_home)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0 and "caches go to" in done.stderr, done.stderr
+    assert any((no_home / f"cjepa_fast-{os.getuid()}" / "cjepa_fast" / "index").iterdir())

@@ -1,0 +1,151 @@
+"""What the machine can do: read from its flags and held to what the environment allows."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+
+from cjepa_fast import checkpoint
+from cjepa_fast import config as configuration
+from cjepa_fast.runtime import distributed, hardware
+from cjepa_fast.training import build
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+AVX2 = {"sse4_1", "avx2"}
+AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
+
+
+@pytest.fixture
+def flags(monkeypatch):
+    """Sets the processor's flags; what was probed is forgotten before and after."""
+    probed = hardware.cpu_multiplies_bf16, hardware.gpu_problem
+
+    def pretend(names: set[str], limit: str = "") -> None:
+        monkeypatch.setattr(hardware, "cpu_flags", lambda: names)
+        monkeypatch.setattr(hardware, "onednn_linear_works", lambda dtype: True)
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+        for probe in probed:
+            probe.cache_clear()
+
+    yield pretend
+    for probe in probed:
+        probe.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("names", "limit", "tier", "precision"),
+    [
+        ({"sse4_1"}, "", "SSE41", "fp32"),
+        (AVX2, "", "AVX2", "fp32"),
+        (AVX512, "", "AVX512_CORE", "fp32"),
+        (AVX512 | {"avx512_bf16"}, "", "AVX512_CORE_BF16", "bf16"),
+        (AVX512 | {"avx512_bf16", "amx_bf16"}, "", "AVX512_CORE_AMX", "bf16"),
+        (AVX512 | {"amx_bf16"}, "AVX512_CORE", "AVX512_CORE", "fp32"),
+        (AVX512 | {"avx512_bf16"}, "avx2", "AVX2", "fp32"),
+        (AVX512 | {"avx512_bf16"}, "AVX512_CORE_BF16", "AVX512_CORE_BF16", "bf16"),
+    ],
+)
+def test_bf16_where_the_processor_multiplies_it(flags, names, limit, tier, precision):
+    flags(names, limit)
+    assert hardware.tier() == tier
+    found = hardware.best_precision(CPU)
+    assert found.precision == precision and tier in found.reason
+
+
+def test_of_an_arm_processor_the_flag_counts(flags):
+    flags({"asimd", "bf16"})
+    assert hardware.best_precision(CPU).precision == "bf16"
+    flags({"asimd"})
+    assert hardware.best_precision(CPU).precision == "fp32"
+
+
+def test_flags_without_a_primitive_are_not_believed(flags, monkeypatch):
+    flags(AVX512 | {"avx512_bf16"})
+    monkeypatch.setattr(hardware, "onednn_linear_works", lambda dtype: False)
+    assert hardware.best_precision(CPU).precision == "fp32"
+
+
+@pytest.mark.parametrize(("capability", "precision"), [((7, 5), "fp32"), ((8, 0), "bf16")])
+def test_old_gpus_train_in_fp32_and_say_what_is_lost(monkeypatch, capability, precision):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    found = hardware.best_precision(GPU)
+    assert found.precision == precision
+    assert ("FlashAttention" in found.reason) == (precision == "fp32")
+
+
+def test_a_gpu_that_this_torch_has_no_kernels_for_is_left_aside(flags, monkeypatch, capsys):
+    def refuse(*args, **kwargs):
+        raise RuntimeError("CUDA error: no kernel image is available\nmore lines")
+
+    flags(AVX2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_90"])
+    monkeypatch.setattr(torch, "ones", refuse)
+    assert distributed.start(0) == CPU
+    said = capsys.readouterr().err
+    assert "on the CPU, since Tesla V100 (sm_70): CUDA error: no kernel image" in said
+    assert "sm_75, sm_90" in said and "CUDA 12" in said and "more lines" not in said
+
+
+def test_all_processes_take_the_lowest_precision(monkeypatch):
+    config = configuration.validate({})
+    for mine, others in (("bf16", ["bf16", "bf16"]), ("bf16", ["bf16", "fp32"])):
+        monkeypatch.setattr(distributed, "from_all", lambda found, others=others: others)
+        monkeypatch.setattr(
+            hardware, "best_precision", lambda device, mine=mine: hardware.Choice(mine, "")
+        )
+        assert build.with_precision(config, CPU).run.precision == others[-1]
+    given = configuration.validate({"run": {"precision": "bf16"}})
+    assert build.with_precision(given, CPU) is given
+
+
+def test_what_is_slow_here_is_warned_of(flags, capsys):
+    flags(AVX2)
+    hardware.warn_of_slow_bf16(CPU, "--bf16")
+    assert "WARNING: --bf16: bf16 is slower than fp32 here" in capsys.readouterr().err
+    flags(AVX512 | {"avx512_bf16"})
+    hardware.warn_of_slow_bf16(CPU, "--bf16")
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("limit", ["SSE41", "AVX2", "AVX512_CORE"])
+def test_a_processor_held_to_less_is_probed_as_such(limit):
+    """In a process of its own, since oneDNN reads the variable once."""
+    code = (
+        "from cjepa_fast.runtime import hardware; import torch;"
+        "print(hardware.cpu_multiplies_bf16(), hardware.onednn_linear_works(torch.float32))"
+    )
+    own = {**os.environ, "ONEDNN_MAX_CPU_ISA": limit}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=own)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[0] == "False"
+
+
+UNEQUAL = """
+import os, sys
+from cjepa_fast import processes, train
+from cjepa_fast.runtime import hardware
+
+mine = {"0": "bf16", "1": "fp32"}[os.environ["RANK"]]
+hardware.best_precision = lambda device: hardware.Choice(mine, "of this rank")
+processes.leave(train.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.multiprocess
+def test_a_training_on_unequal_machines_is_in_the_lowest_precision(tmp_path):
+    script = tmp_path / "unequal.py"
+    script.write_text(UNEQUAL)
+    done = tiny.run(script, "--config", tiny.write_config(tmp_path), processes=2)
+    assert done.returncode == 0, done.stderr
+    assert "precision: fp32, as run.precision or another process has it" in done.stdout
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["run"]["precision"] == "fp32"
+    state = checkpoint.state_of(checkpoint.latest(tmp_path / "run"))
+    assert state["config"]["run"]["precision"] == "fp32"

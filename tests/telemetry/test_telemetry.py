@@ -1,0 +1,515 @@
+"""The log, the progress line, TensorBoard, GPU counters and the collapse measures."""
+
+import io
+import json
+import math
+import subprocess
+import sys
+import threading
+import types
+
+import pytest
+import tiny
+import torch
+
+from cjepa_fast import telemetry
+from cjepa_fast.runtime import hardware
+from cjepa_fast.telemetry import Telemetry, read_log, representation_stats, sinks
+from cjepa_fast.telemetry.nvml import GpuCounters
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+class Clock:
+    """Stands in for time.perf_counter: seconds move only when a test says so."""
+
+    def __init__(self):
+        self.now_s = 1000.0
+
+    def perf_counter(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(telemetry, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def started():
+    """Starts telemetry with small defaults, and closes all of it after the test."""
+    open_ones = []
+
+    def start(folder, **changes):
+        defaults = {
+            "total_steps": 40, "steps_per_epoch": 20, "images_per_step": 64, "interval": 10,
+            "tensorboard": False, "stream": io.StringIO(),
+        }  # fmt: skip
+        open_ones.append(Telemetry(folder, **(defaults | changes)))
+        return open_ones[-1]
+
+    yield start
+    for one in open_ones:
+        one.close()
+
+
+def test_a_row_holds_means_rates_and_what_it_is_given(tmp_path, started, clock):
+    out = started(tmp_path / "run")
+    for step in range(1, 11):
+        clock.now_s += 0.5
+        loss = torch.tensor(float(step), dtype=torch.bfloat16)
+        out.step(step, {"loss": loss, "jepa": torch.tensor(2.0), "context_k": step}, 0.2)
+    row = out.log_row({"lr": 1e-3, "rankme": torch.tensor(7.0), "skipped_steps": 2})
+    assert read_log(tmp_path / "run") == [row] == read_log(tmp_path / "run" / "log.jsonl")
+    expected = {
+        "step": 10, "epoch": 0.5, "time_s": 5.0, "images_per_s": 128.0, "loss": 5.5, "jepa": 2.0,
+        "context_k": 5.5, "data_wait": 0.4, "lr": 1e-3, "rankme": 7.0, "skipped_steps": 2,
+    }  # fmt: skip
+    assert {name: row[name] for name in expected} == pytest.approx(expected)
+
+
+def test_each_row_is_of_its_own_interval(tmp_path, started, clock):
+    out = started(tmp_path, interval=2)
+    for step, value in enumerate([1.0, 3.0, 10.0, 20.0], 1):
+        clock.now_s += 1.0 if step <= 2 else 4.0
+        out.step(step, {"loss": torch.tensor(value)}, data_wait_s=0.5)
+        if out.due(step):
+            out.log_row()
+    first, second = read_log(tmp_path)
+    assert (first["loss"], second["loss"]) == (2.0, 15.0)
+    assert (first["images_per_s"], second["images_per_s"]) == (64.0, 16.0)
+    assert (first["data_wait"], second["data_wait"]) == (0.5, 0.125)
+
+
+def test_due_each_interval_and_at_the_end(started):
+    out = started(None, total_steps=25, interval=10)
+    assert [step for step in range(1, 26) if out.due(step)] == [10, 20, 25]
+
+
+def test_a_pause_is_no_training_time(tmp_path, started, clock):
+    out = started(tmp_path, interval=1)
+    clock.now_s += 2.0
+    with out.pause():
+        clock.now_s += 100.0
+    out.step(1, {})
+    assert out.log_row()["images_per_s"] == 32.0
+
+
+def test_values_that_are_not_finite_leave_the_mean_and_the_json_whole(tmp_path, started):
+    out = started(tmp_path)
+    for step, value in enumerate([1.0, math.nan, 3.0, math.inf], 1):
+        out.step(step, {"loss": torch.tensor(value), "grad_norm": torch.tensor(math.nan)})
+    out.log_row({"rankme": torch.tensor(math.nan)})
+    line = (tmp_path / "log.jsonl").read_text()
+    assert "NaN" not in line and "Infinity" not in line
+    row = json.loads(line)
+    assert row["loss"] == 2.0 and row["grad_norm"] is None and row["rankme"] is None
+
+
+def test_a_term_that_comes_and_goes_is_averaged_over_its_own_steps(tmp_path, started):
+    out = started(tmp_path)
+    out.step(1, {"loss": torch.tensor(2.0)})
+    out.step(2, {"loss": torch.tensor(4.0), "cov": torch.tensor(5.0)})
+    row = out.log_row()
+    assert row["loss"] == 3.0 and row["cov"] == 5.0
+
+
+def test_a_buffer_that_is_written_over_does_not_change_what_was_noted(tmp_path, started):
+    """Captured graphs give the same output tensor each step."""
+    out, loss = started(tmp_path), torch.tensor(1.0)
+    out.step(1, {"loss": loss})
+    loss.fill_(9.0)
+    out.step(2, {"loss": loss})
+    assert out.log_row()["loss"] == 5.0
+
+
+def test_a_step_reads_nothing_from_the_device(tmp_path, started, monkeypatch):
+    """.item(), .tolist(), float(), bool() and .cpu() of a tensor would each wait for a GPU."""
+
+    def waits(*_, **__):
+        raise AssertionError("a step waited for the device")
+
+    out = started(tmp_path, stream=Terminal())
+    out.step(1, {"loss": torch.tensor(1.0)})
+    out.log_row()
+    reads = ("item", "tolist", "cpu", "numpy", "__float__", "__bool__", "__int__", "__index__")
+    with monkeypatch.context() as patched:
+        for name in reads:
+            patched.setattr(torch.Tensor, name, waits)
+        patched.setattr(telemetry, "REFRESH_S", 0.0)  # draws the line each step, too
+        for step in range(2, 8):
+            out.step(step, {"loss": torch.tensor(1.0, requires_grad=True), "k": 3}, 0.1)
+    assert out.log_row()["loss"] == 1.0
+
+
+def test_no_graph_is_kept_alive(tmp_path, started):
+    out = started(tmp_path)
+    weight = torch.ones((), requires_grad=True)
+    out.step(1, {"loss": weight * 2})
+    assert not any(total.requires_grad for total in out._means._sums.values())
+
+
+def test_a_resumed_log_has_each_step_once(tmp_path, started, clock):
+    out = started(tmp_path)
+    for step in range(1, 31):
+        clock.now_s += 1.0
+        out.step(step, {"loss": torch.tensor(0.0)})
+        if out.due(step):
+            out.log_row()
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 40, "lo')  # the crash
+    assert [row["step"] for row in read_log(tmp_path)] == [10, 20, 30]
+    clock.now_s += 500
+    again = started(tmp_path, start_step=20)
+    for step in range(21, 41):
+        clock.now_s += 1.0
+        again.step(step, {"loss": torch.tensor(1.0)})
+        if again.due(step):
+            again.log_row()
+    rows = read_log(tmp_path)
+    assert [(row["step"], row["loss"]) for row in rows] == [(10, 0), (20, 0), (30, 1), (40, 1)]
+    assert [row["time_s"] for row in rows] == [10.0, 20.0, 30.0, 40.0]
+    assert rows[2]["images_per_s"] == 64.0  # over the 10 steps since the resume, not all 30
+    started(tmp_path)  # from the start: nothing is kept
+    assert read_log(tmp_path) == []
+
+
+def test_read_log_names_a_broken_line_in_the_middle(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(ValueError, match="line 2 is not JSON"):
+        read_log(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        read_log(tmp_path / "elsewhere")
+
+
+def test_plain_lines_where_there_is_no_terminal(tmp_path, started, clock):
+    stream = io.StringIO()
+    out = started(tmp_path, stream=stream)
+    for step in range(1, 21):
+        clock.now_s += 1.0
+        out.step(step, {"loss": torch.tensor(0.25), "sim": torch.tensor(0.5)})
+        if out.due(step):
+            out.log_row({"lr": 5e-4})
+    out.close()
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 2 and "\r" not in stream.getvalue()
+    assert lines[1].split("  ") == [
+        "step 20/40", "epoch 1.00", "64 images/s", "ETA 0:00:20", "lr 5.00e-04", "loss 0.2500",
+        "sim 0.5000",
+    ]  # fmt: skip
+
+
+def test_a_terminal_line_redraws_itself_between_rows(tmp_path, started, clock, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    stream = Terminal()
+    out = started(tmp_path, stream=stream)
+    for step in range(1, 16):
+        clock.now_s += 0.1
+        out.step(step, {"loss": torch.tensor(0.25)})
+        if out.due(step):
+            out.log_row({"lr": 5e-4})
+    out.message("skipped broken.jpg")
+    out.close()
+    text = stream.getvalue()
+    shown = [part.split("\x1b[K")[0] for part in text.split("\r")[1:]]
+    steps = [line.split("/")[0] for line in shown if line.startswith("step")]
+    assert steps == ["step 10", "step 15"]  # 0.5 s after the row, no oftener
+    assert all(len(line) < 60 for line in shown)
+    assert text.count("\n") == 2  # one ends the message, one the run
+    assert "\r\x1b[Kskipped broken.jpg\nstep 15" in text
+
+
+def test_the_time_left_follows_the_recent_rate(tmp_path, started, clock):
+    stream = io.StringIO()
+    out = started(tmp_path, stream=stream, total_steps=1000)
+    for step in range(1, 31):
+        clock.now_s += 10.0 if step <= 10 else 1.0
+        out.step(step, {})
+        if out.due(step):
+            out.log_row()
+    step_s = 0.7 * (0.7 * 10 + 0.3 * 1) + 0.3 * 1
+    minutes = 970 * step_s / 60
+    assert f"ETA {int(minutes // 60)}:{int(minutes % 60):02d}:" in stream.getvalue().splitlines()[2]
+
+
+def test_a_silent_rank_writes_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out = Telemetry(None, total_steps=4, steps_per_epoch=2, images_per_step=2, interval=1)
+    with out.pause():
+        out.step(1, {"loss": torch.tensor(1.0)}, 0.1)
+    assert out.log_row({"lr": 1.0}) is None
+    out.message("nothing")
+    out.close()
+    assert capsys.readouterr().out == "" and list(tmp_path.iterdir()) == []
+
+
+def test_an_interval_below_one_is_refused():
+    with pytest.raises(ValueError, match="interval 0"):
+        Telemetry(None, total_steps=4, steps_per_epoch=2, images_per_step=2, interval=0)
+
+
+def scalars_of(folder) -> dict[str, list[tuple[int, float]]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder)).Reload()
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+    }
+
+
+def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path, started):
+    for start, end, loss in ((0, 30, 0.0), (20, 40, 1.0)):
+        out = started(tmp_path, start_step=start, tensorboard=True)
+        for step in range(start + 1, end + 1):
+            out.step(step, {"loss": torch.tensor(loss), "std": torch.tensor(math.nan)})
+            if out.due(step):
+                out.log_row({"lr": 0.5})
+        out.close()
+    shown = scalars_of(tmp_path / "tensorboard")
+    assert shown["loss"] == [(10, 0.0), (20, 0.0), (30, 1.0), (40, 1.0)]
+    assert shown["lr"][0] == (10, 0.5) and "std" not in shown and "step" not in shown
+
+
+def test_a_dying_tensorboard_is_said_once_and_the_run_goes_on(tmp_path, started, monkeypatch):
+    stream = io.StringIO()
+    out = started(tmp_path, tensorboard=True, interval=1, stream=stream)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(out._mirrors[0]._writer, "add_scalar", full)
+    for step in (1, 2, 3):
+        out.step(step, {"loss": torch.tensor(1.0)})
+        out.log_row()
+    out.close()
+    assert len(read_log(tmp_path)) == 3
+    assert stream.getvalue().count("TensorBoard is off") == 1
+    assert "No space left" in stream.getvalue()
+
+
+@pytest.mark.parametrize("broken", ["missing package", "file in the way"])
+def test_a_tensorboard_that_cannot_start_is_said(tmp_path, started, monkeypatch, broken):
+    stream = io.StringIO()
+    if broken == "missing package":
+        monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    else:
+        (tmp_path / "tensorboard").write_text("not a folder")
+    out = started(tmp_path, tensorboard=True, stream=stream)
+    out.step(1, {"loss": torch.tensor(1.0)})
+    out.log_row()
+    assert "TensorBoard is off" in stream.getvalue()
+    assert len(read_log(tmp_path)) == 1
+
+
+def test_weights_and_biases_gets_the_numbers_of_each_row(tmp_path, started, monkeypatch):
+    logged, opened = [], {}
+
+    class Run:
+        log = staticmethod(lambda scalars, step: logged.append((step, scalars)))
+        finish = staticmethod(lambda: logged.append("finished"))
+
+    fake = types.ModuleType("wandb")
+    fake.init = lambda **options: opened.update(options) or Run
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for start in (0, 2):
+        out = started(tmp_path, wandb="mine", interval=1, start_step=start)
+        out.step(start + 1, {"loss": torch.tensor(2.0), "std": torch.tensor(math.nan)})
+        out.log_row({"lr": 0.5})
+        out.close()
+        opened.setdefault("first_id", opened["id"])
+    assert opened["project"] == "mine" and opened["id"] == opened["first_id"]
+    assert [entry[0] for entry in logged[::2]] == [1, 3] and logged[1] == "finished"
+    assert logged[0][1]["loss"] == 2.0 and logged[0][1]["lr"] == 0.5 and "std" not in logged[0][1]
+
+
+def test_without_its_package_weights_and_biases_is_off(tmp_path, started, monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    out = started(tmp_path, wandb="mine", stream=stream)
+    out.step(1, {"loss": torch.tensor(1.0)})
+    out.log_row()
+    out.close()
+    assert "Weights & Biases is off" in stream.getvalue() and len(read_log(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("where", ["init", "log", "finish"])
+@pytest.mark.parametrize("fault", ["raises", "hangs"])
+def test_a_dead_service_holds_nobody_up_and_is_said_once(
+    tmp_path, started, monkeypatch, where, fault
+):
+    over = threading.Event()
+
+    def fail(*_, **__):
+        if fault == "raises":
+            raise ConnectionError("no route to host")
+        over.wait(tiny.HANG_S)
+
+    run = types.SimpleNamespace(log=lambda *_, **__: None, finish=lambda: None)
+    fake = types.ModuleType("wandb")
+    fake.init = lambda **_: run
+    setattr(fake if where == "init" else run, where, fail)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(sinks, "ANSWER_S", 0.2 if fault == "hangs" else 60)
+    stream = io.StringIO()
+    out = started(tmp_path, wandb="mine", stream=stream, interval=1)
+    for step in range(1, 41):
+        out.step(step, {"loss": torch.tensor(1.0)})
+        out.log_row()
+    out.close()
+    out.close()
+    over.set()
+    assert len(read_log(tmp_path)) == 40
+    assert stream.getvalue().count("Weights & Biases is off") == 1
+    assert ("no route to host" if fault == "raises" else "does not answer") in stream.getvalue()
+
+
+def test_a_service_that_hangs_long_is_given_up_before_the_end(tmp_path, started, monkeypatch):
+    over, stream = threading.Event(), io.StringIO()
+    fake = types.ModuleType("wandb")
+    fake.init = lambda **_: over.wait(tiny.HANG_S)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(sinks, "ROWS_WAITING", 5)
+    out = started(tmp_path, wandb="mine", stream=stream, interval=1)
+    for step in range(1, 8):
+        assert ("is off" in stream.getvalue()) == (step > 6)
+        out.step(step, {"loss": torch.tensor(1.0)})
+        out.log_row()
+    over.set()
+
+
+def test_a_tensorboard_folder_that_goes_away_is_said_once(tmp_path, started):
+    stream = io.StringIO()
+    out = started(tmp_path, tensorboard=True, interval=1, stream=stream)
+    for step in (1, 2, 3):
+        if step == 2:
+            (tmp_path / "tensorboard").rename(tmp_path / "moved")
+            (tmp_path / "tensorboard").write_text("a file")
+        out.step(step, {"loss": torch.tensor(1.0)})
+        out.log_row()
+    assert stream.getvalue().count("TensorBoard is off") == 1 and len(read_log(tmp_path)) == 3
+
+
+class FakeNVML(types.ModuleType):
+    """NVML with one GPU; `missing` names the calls that this one does not support."""
+
+    class NVMLError(Exception):
+        pass
+
+    class NotSupported(NVMLError):
+        pass
+
+    def __init__(self, missing=()):
+        super().__init__("pynvml")
+        self.missing = set(missing)
+
+    def __getattr__(self, name):
+        values = {
+            "nvmlInit": None,
+            "nvmlDeviceGetPowerUsage": 654_321,
+            "nvmlDeviceGetUtilizationRates": types.SimpleNamespace(gpu=83),
+            "nvmlDeviceGetMemoryInfo": types.SimpleNamespace(used=3 * 2**30),
+        }
+        if name == "nvmlDeviceGetHandleByUUID":
+            return lambda uuid: uuid
+        if name not in values:
+            raise AttributeError(name)
+
+        def call(*_):
+            if name in self.missing:
+                raise self.NotSupported(name)
+            return values[name]
+
+        return call
+
+
+@pytest.fixture
+def one_gpu(monkeypatch):
+    """Torch believes in a GPU; returns a function that installs a fake NVML."""
+    monkeypatch.setattr(hardware, "has_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    found = types.SimpleNamespace(uuid="ffc79498-8ff3-c2dc-3b0d-fafd804516ae")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: found)
+    return lambda *missing: monkeypatch.setitem(sys.modules, "pynvml", FakeNVML(missing))
+
+
+def test_gpu_counters_come_in_the_units_of_their_names(one_gpu, tmp_path, started):
+    one_gpu()
+    counters = GpuCounters()
+    assert counters._handle == "GPU-ffc79498-8ff3-c2dc-3b0d-fafd804516ae"
+    assert counters.read() == {"gpu_power_w": 654.321, "gpu_util": 0.83, "gpu_mem_gib": 3.0}
+    out = started(tmp_path)
+    assert out.log_row()["gpu_power_w"] == 654.321
+
+
+def test_a_missing_counter_is_left_out_and_a_missing_nvml_leaves_out_all(one_gpu):
+    one_gpu("nvmlDeviceGetPowerUsage")
+    assert set(GpuCounters().read()) == {"gpu_util", "gpu_mem_gib"}
+    one_gpu("nvmlInit")
+    assert GpuCounters().read() == {}
+
+
+def test_no_gpu_no_counters(tmp_path, started, monkeypatch):
+    monkeypatch.setattr(hardware, "has_gpu", lambda: False)
+    assert not [name for name in started(tmp_path).log_row() if name.startswith("gpu")]
+
+
+@pytest.mark.gpu
+def test_a_real_gpu_is_counted_and_a_step_does_not_wait_for_it(tmp_path, started):
+    out = started(tmp_path)
+    loss = torch.ones((), device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(1, 11):
+            out.step(step, {"loss": loss, "cov": loss.bfloat16(), "k": 3}, 0.0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    row = out.log_row(representation_stats(torch.randn(64, 32, device="cuda")))
+    assert row["loss"] == 1.0 and row["rankme"] > 20
+    assert 0 < row["gpu_mem_gib"] < 1000 and 0 < row["gpu_power_w"] < 5000
+
+
+def test_rankme_counts_equal_directions_and_std_is_the_raw_one(seed):
+    basis = torch.linalg.qr(torch.randn(64, 64))[0]
+    for rank in (1, 5, 64):
+        stats = representation_stats(3.0 * basis[:, :rank] @ torch.eye(rank, 64))
+        assert stats["rankme"].item() == pytest.approx(rank, rel=1e-4)
+    features = torch.randn(4000, 32) * torch.arange(1, 33) + 100
+    stats = representation_stats(features)
+    assert stats["feature_std"].item() == pytest.approx(features.std(0).mean().item(), rel=1e-5)
+    assert stats["feature_std"].item() == pytest.approx(16.5, rel=0.05)
+    assert stats["rankme"].ndim == stats["feature_std"].ndim == 0
+
+
+def test_rankme_equals_its_definition(seed):
+    features = torch.randn(50, 20, dtype=torch.float64) @ torch.randn(20, 20, dtype=torch.float64)
+    eigenvalues = torch.linalg.eigvalsh(features.T @ features).clamp(min=0)
+    share = eigenvalues.sqrt() / eigenvalues.sqrt().sum()
+    expected = math.exp(-sum(p * math.log(p) for p in share.tolist() if p > 0))
+    assert representation_stats(features)["rankme"].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_collapse_and_bad_features_never_raise():
+    same = representation_stats(torch.ones(16, 8))
+    assert same["rankme"].item() == pytest.approx(1, abs=1e-3)
+    assert same["feature_std"].item() == 0
+    zeros = representation_stats(torch.zeros(16, 8))
+    assert zeros["rankme"].isfinite() and zeros["feature_std"].item() == 0
+    assert representation_stats(torch.randn(1, 8))["feature_std"].item() == 0
+    for bad in (math.nan, math.inf):
+        features = torch.ones(4, 4)
+        features[1, 2] = bad
+        assert not any(value.isfinite() for value in representation_stats(features).values())
+    half = representation_stats(torch.randn(16, 8, requires_grad=True).bfloat16())
+    assert not half["rankme"].requires_grad
+
+
+def test_importing_telemetry_does_not_import_tensorboard():
+    code = "import sys, cjepa_fast.telemetry; print('tensorboard' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "False"

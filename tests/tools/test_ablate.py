@@ -1,0 +1,156 @@
+"""Ablations: what is trained, that it goes on, and what the table says."""
+
+import json
+import statistics
+import threading
+
+import pytest
+import test_run
+import tiny
+
+from cjepa_fast import config
+from cjepa_fast.config import ConfigError
+from cjepa_fast.tools import ablate
+
+handlers = test_run.handlers
+ROWS = {"none": {"loss.vicreg.beta": 0}, "All of it": {}}
+
+
+@pytest.fixture
+def file(tmp_path):
+    tiny.write_images(tmp_path / "images", count=40, classes=2)
+    base = tiny.write_config(tmp_path, run={"epochs": 1}, eval={"k": 3})
+    online = {"data": str(tmp_path / "images"), "every_epochs": 1, "share": 1.0}
+    shared = {f"eval.online.{key}": value for key, value in online.items()}
+    path = tmp_path / "two.json"
+    path.write_text(json.dumps({"base": str(base), "set": shared, "seeds": [0, 1], "rows": ROWS}))
+    return path
+
+
+def finish(trial, *marks) -> None:
+    """As a training with these marks of kNN leaves its folder."""
+    trial.folder.mkdir(parents=True)
+    rows = [
+        {"step": i, "epoch": float(i), "time_s": 1.0, **dict.fromkeys(ablate.MEASURES, mark)}
+        for i, mark in enumerate(marks)
+    ]
+    (trial.folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (trial.folder / "encoder.safetensors").write_bytes(b"")
+
+
+def test_the_table_has_means_spreads_and_paired_differences(file, tmp_path):
+    ablation = ablate.read(str(file))
+    trials = ablate.trials_of(ablation, tmp_path / "out")
+    ends = {("none", 0): 20.0, ("none", 1): 30.0, ("All of it", 0): 23.0, ("All of it", 1): 35.0}
+    for trial in trials:
+        finish(trial, 10.0 + trial.seed, ends[trial.row, trial.seed])
+    untrained, none, whole = ablate.table(ablation, trials)
+    assert (untrained["row"], untrained["knn"]) == ("untrained", 10.5)
+    assert (none["knn"], none["knn_std"]) == (25.0, statistics.stdev([20, 30]))
+    assert "knn_gain" not in none
+    assert (whole["knn_gain"], whole["knn_gain_std"]) == (4.0, statistics.stdev([3, 5]))
+    assert "29.00 +- 8.49 (+4.00 +- 1.41)" in ablate.markdown(ablation, [untrained, none, whole])
+    assert ablate.draw(ablation, trials, tmp_path / "c.png").stat().st_size > 5000
+
+
+def test_a_seed_that_only_one_row_has_is_not_compared(file, tmp_path):
+    ablation = ablate.read(str(file))
+    trials = ablate.trials_of(ablation, tmp_path / "out")
+    for trial in trials:
+        if (trial.row, trial.seed) != ("All of it", 1):
+            finish(trial, 10.0, 20.0 if trial.row == "none" else 23.0)
+    *_, whole = ablate.table(ablation, trials)
+    assert (whole["seeds"], whole["knn_gain"], whole["knn_gain_std"]) == (1, 3.0, None)
+
+
+@pytest.mark.slow
+def test_it_trains_what_is_missing_and_goes_on_after_a_failure(file, tmp_path, capsys):
+    file.write_text(json.dumps({**json.loads(file.read_text()), "seeds": [7]}))
+    out = tmp_path / "out"
+    done, missing = ablate.trials_of(ablate.read(str(file)), out)
+    finish(done, 10.0, 90.0)
+    command = [str(file), "--out", str(out), "--set", "mask.min_keep=3"]
+    assert ablate.main([*command, "--set", f"data.path={tmp_path / 'nowhere'}"]) == 1
+    said = capsys.readouterr().out
+    assert "1 of 2 trainings to do" in said and f"failed; see {missing.folder}/said.txt" in said
+    assert "nowhere" in (missing.folder / "said.txt").read_text()
+    assert ablate.main(command) == 0
+    assert "1 of 2 trainings to do" in capsys.readouterr().out
+    made = json.loads((missing.folder / "config.json").read_text())
+    assert (made["run"]["seed"], made["mask"]["min_keep"]) == (7, 3)
+    assert made["loss"]["vicreg"]["beta"] == 0.001
+    assert len(ablate.marks_of(missing)) == 2
+    _, none, whole = json.loads((out / "table.json").read_text())
+    assert none["knn"] == 90.0
+    assert whole["knn"] == ablate.marks_of(missing)[-1]["knn"] == 90 + whole["knn_gain"]
+    assert (out / "curves.png").is_file()
+    assert ablate.main([*command, "--table"]) == 0
+
+
+def test_a_folder_with_another_training_is_refused(file, tmp_path, capsys):
+    """What is finished counts only with the settings it was trained with."""
+    out = tmp_path / "out"
+    ablation = ablate.read(str(file))
+    for trial in ablate.trials_of(ablation, out):
+        finish(trial, 10.0, 20.0)
+        made = config.load(ablation.base, ablation.settings_of(trial))
+        (trial.folder / "config.json").write_text(made.to_json())
+    command = [str(file), "--out", str(out)]
+    assert ablate.main(command) == 0
+    others = ["optim.lr=0.5", f"data.path={tmp_path}", "eval.online.max_test=7"]
+    others += ["data.micro_batch_size=4", "run.on_spike=skip"]
+    for other in others:
+        assert ablate.main([*command, "--set", other]) == 2
+        said = capsys.readouterr().err
+        assert "holds another training" in said and other.partition("=")[0] in said
+    assert ablate.main([*command, "--set", "telemetry.every_steps=7"]) == 0
+
+
+def test_a_training_on_each_gpu(file, tmp_path, monkeypatch):
+    """Never two on one at a time, and all of them used."""
+    busy, used, both = set(), [], threading.Barrier(2)
+
+    class Started:
+        def __init__(self, command, env, **_):
+            self.gpu = env["CUDA_VISIBLE_DEVICES"]
+            assert self.gpu not in busy
+            busy.add(self.gpu)
+            used.append(self.gpu)
+
+        def wait(self):
+            both.wait(tiny.HANG_S)  # none ends before one has started on the other
+            busy.discard(self.gpu)
+            return 1
+
+    monkeypatch.setattr(ablate.subprocess, "Popen", Started)
+    assert ablate.main([str(file), "--out", str(tmp_path / "out"), "--gpus", "3,5"]) == 1
+    assert len(used) == 4 and set(used) == {"3", "5"}
+    assert ablate.main([str(file), "--gpus", "a"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"rows": {"x": {"loss.vicreg.bate": 0}}}, "row 'x': loss.vicreg.bate = 0: no such key"),
+        ({"set": {}}, "eval.online.data=SET"),
+        ({"rows": {"a b": {}, "a-b": {}}}, "differ in their names"),
+        ({"seeds": []}, "takes a seed"),
+        ({"more": 1}, "must be an object of base, rows, seeds, set"),
+        ({"seeds": 3}, "seeds = 3"),
+    ],
+)
+def test_a_file_that_is_wrong_is_refused(file, change, said):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(ConfigError, match=said):
+        ablate.read(str(file))
+
+
+def test_an_unknown_one_is_told_what_there_is():
+    with pytest.raises(ConfigError, match="vicreg"):
+        ablate.read("vicrag")
+
+
+@pytest.mark.parametrize("path", [*(config.configs_folder() / "ablations").glob("*.json")])
+def test_shipped_ablations_load(path):
+    ablation = ablate.read(path.stem)
+    assert len(ablation.seeds) == 3 and len(ablation.rows) >= 2

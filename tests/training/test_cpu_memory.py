@@ -1,0 +1,97 @@
+"""On a CPU the micro-batch is cut to what fits, and the step's images stay."""
+
+import pytest
+import tiny
+import torch
+
+from cjepa_fast.config import validate
+from cjepa_fast.runtime import distributed, memory
+from cjepa_fast.training import cpu_micro_batch
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def configured(**data):
+    own = {**tiny.CONFIG["data"], "batch_size": 48, "micro_batch_size": 48, **data}
+    return validate(tiny.CONFIG | {"run": {"precision": "fp32"}, "data": own})
+
+
+@pytest.fixture
+def room(monkeypatch):
+    """Gives a configuration room for so many images, and for what it holds whatever they are."""
+
+    def give(config, images: float) -> None:
+        fixed, image = cpu_micro_batch.needed(config)
+        free = int((fixed + images * image) / cpu_micro_batch.SHARE) + 1
+        monkeypatch.setattr(memory, "free_bytes", lambda: free)
+
+    return give
+
+
+@pytest.mark.parametrize(("images", "micro_batch"), [(99, 48), (48, 48), (30, 24), (7, 6), (0, 2)])
+def test_the_largest_even_share_that_fits(room, images, micro_batch):
+    config = configured()
+    room(config, images)
+    found = cpu_micro_batch.fitted(config, CPU, None)
+    assert found.data.micro_batch_size == micro_batch and found.data.batch_size == 48
+    assert bool(cpu_micro_batch.told(config, found)) == (micro_batch < 48)
+
+
+def test_a_gpu_is_left_to_its_own_messages(room):
+    config = configured()
+    room(config, 1)
+    assert cpu_micro_batch.fitted(config, GPU, None) is config
+
+
+def test_a_resumed_run_keeps_its_cut(room):
+    config = configured()
+    room(config, 1000)
+    assert (
+        cpu_micro_batch.fitted(config, CPU, configured(micro_batch_size=6)).data.micro_batch_size
+        == 6
+    )
+    assert cpu_micro_batch.fitted(config, CPU, config) is config
+
+
+def test_all_processes_take_the_smallest(room, monkeypatch):
+    config = configured()
+    room(config, 1000)
+    monkeypatch.setattr(distributed, "from_all", lambda mine: [mine, 5])
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    assert cpu_micro_batch.fitted(config, CPU, None).data.micro_batch_size == 4
+
+
+def test_what_is_told_names_both_sizes_and_a_model_that_is_too_large(room, monkeypatch):
+    config = configured()
+    room(config, 6)
+    found = cpu_micro_batch.fitted(config, CPU, None)
+    (line,) = cpu_micro_batch.told(config, found)
+    assert "6 images instead of 48" in line and "still takes 48 images" in line
+    monkeypatch.setattr(memory, "free_bytes", lambda: 1000)
+    assert "WARNING: weights and optimiser alone" in cpu_micro_batch.told(config, found)[1]
+
+
+def test_a_step_saves_no_more_than_is_counted():
+    """Against the bytes of a real forward."""
+    from cjepa_fast.training import build
+    from cjepa_fast.training.trainer import Trainer
+
+    config = configured(batch_size=8, micro_batch_size=8)
+    trainer = Trainer(config, CPU, 10)
+    masks = build.build_masks(config)(0, 0, torch.arange(8))
+    kept = memory.Kept(trainer.engine.module)
+    with kept.counting():
+        trainer.engine(
+            torch.randn(8, 3, 24, 24), masks.context, masks.target_idx_BMP, torch.randn(8, 36, 24)
+        )
+    assert kept.bytes <= 8 * cpu_micro_batch.needed(config)[1] <= 3 * kept.bytes
+
+
+def test_a_containers_limit_counts(tmp_path, monkeypatch):
+    whole = memory.free_bytes()
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("5\n")
+    assert memory._free_of_container() is None
+    (tmp_path / "memory.max").write_text("1000005\n")
+    assert memory.free_bytes() == 1_000_000 < whole
