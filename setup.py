@@ -5,6 +5,7 @@ installed as cjepa_fast.kernels and cjepa_fast.configs, so that no top-level `ke
 overwrites another project's in a user's environment.
 """
 
+import runpy
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -16,9 +17,11 @@ packages = find_packages(include=["cjepa_fast", "cjepa_fast.*"])
 packages += ["cjepa_fast.configs", "cjepa_fast.kernels"]
 packages += [f"cjepa_fast.kernels.{name}" for name in find_packages("kernels")]
 
+version = runpy.run_path(str(Path(__file__).parent / "cjepa_fast/runtime/version.py"))["VERSION"]
+
 setup(
     name="cjepa_fast",
-    version="0.1.0",
+    version=version,
     description="Fast C-JEPA pretraining of Vision Transformers",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -67,6 +70,7 @@ setup(
             "cjepa-doctor = cjepa_fast.tools.doctor:main",
             "cjepa-eval = cjepa_fast.eval.__main__:main",
             "cjepa-export = cjepa_fast.export.__main__:main",
+            "cjepa-train = cjepa_fast.train:main",
             "cjepa-report = cjepa_fast.tools.report:main",
         ]
     },

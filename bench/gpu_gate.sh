@@ -140,7 +140,7 @@ if ! (cd / && "$PYTHON" -c 'import cjepa_fast.kernels.gather' 2>/dev/null); then
 fi
 
 if [[ -z $IMAGES ]]; then
-  part shapes 120 "$PYTHON" -c 'from cjepa_fast.data import shapes
+  part shapes 120 "$PYTHON" -c 'from cjepa_fast.data.sets import shapes
 for split in ("train", "val"): shapes.ensure(split)'
 fi
 part doctor 120 "$PYTHON" -m cjepa_fast.tools.doctor

@@ -20,13 +20,13 @@ from phases import Phases
 from power import PowerMeter, power_figures
 from reference import ReferenceTrainer
 
-from cjepa_fast import train
 from cjepa_fast.config import Config
 from cjepa_fast.data.loader import Batch, Loader
 from cjepa_fast.runtime import distributed
 from cjepa_fast.runtime.memory import Kept, peak_bytes
-from cjepa_fast.training import build
+from cjepa_fast.training import build, dry_run, loop
 from cjepa_fast.training import trainer as trainer_module
+from cjepa_fast.training.trainer import Trainer
 
 RING = 8  # synthetic batches, each with masks of its own, used in turn
 EPOCH_STEPS = 1000  # of synthetic data: only the schedules see it
@@ -71,7 +71,7 @@ def synthetic_batches(config: Config, device: torch.device, masks) -> Iterator[l
     return itertools.cycle(ring)
 
 
-def built(config: Config, device: torch.device, steps_per_epoch: int) -> train.Trainer:
+def built(config: Config, device: torch.device, steps_per_epoch: int) -> Trainer:
     """A Trainer, its weights drawn on its device: the times hang on no particular ones, and on a
     CPU ViT-H's take ten seconds."""
 
@@ -80,10 +80,10 @@ def built(config: Config, device: torch.device, steps_per_epoch: int) -> train.T
             return build.build_networks(*args)
 
     with mock.patch.object(trainer_module, "build_networks", on_device):
-        return train.Trainer(config, device, steps_per_epoch)
+        return Trainer(config, device, steps_per_epoch)
 
 
-def run_steps(trainer: train.Trainer, batches, first: int, count: int) -> dict:
+def run_steps(trainer: Trainer, batches, first: int, count: int) -> dict:
     """`count` steps: their times, the seconds waited for data, and the masks' mean sizes."""
     clock, waited_s, sizes = StepClock(trainer.device), 0.0, []
     synchronize(trainer.device)
@@ -125,7 +125,7 @@ def measure(
     try:
         trainer = built(config, device, loader.steps_per_epoch if loader else EPOCH_STEPS)
         if loader:
-            batches = (group for group, _ in train.steps_of(loader, 0))
+            batches = (group for group, _ in loop.steps_of(loader, 0))
         else:
             batches = synthetic_batches(config, device, masks)
         synchronize(device)
@@ -133,7 +133,7 @@ def measure(
         warm = run_steps(trainer, batches, 0, warmup)
         with meter.running():
             timed = run_steps(trainer, batches, warmup, steps)
-        peak_gib = train.peak_gib(device)
+        peak_gib = dry_run.peak_gib(device)
         parts = Phases(trainer)
         if config.run.compile != "whole" and not config.run.cuda_graph:  # parts not called apart
             with parts.timed():
@@ -188,7 +188,7 @@ def made_ahead_ms(
     return found
 
 
-def profile(trainer: train.Trainer, batches, first: int, path: Path) -> None:
+def profile(trainer: Trainer, batches, first: int, path: Path) -> None:
     """Write the trace of some steps and print the operations that take longest."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     order = "self_cpu_time_total"
@@ -296,10 +296,10 @@ def against_row(name: str, step_ms: list[float], ours_ms: list[float], trainer) 
     }
 
 
-def step_memory(side: train.Trainer | ReferenceTrainer, batches: list[Batch], index: int) -> dict:
+def step_memory(side: Trainer | ReferenceTrainer, batches: list[Batch], index: int) -> dict:
     """GiB that a step's forward keeps for its backward beside the weights, and that a step holds
     at its peak beyond what is held between steps."""
-    kept = Kept(side.engine.module if isinstance(side, train.Trainer) else side.networks)
+    kept = Kept(side.engine.module if isinstance(side, Trainer) else side.networks)
     with kept.counting():
         side.step(batches, index)
     peak = peak_bytes(lambda: side.step(batches, index + 1), side.device)
@@ -312,7 +312,7 @@ def spread(step_ms: list[float]) -> dict:
     return {"step_ms": median, "step_ms_p10": deciles[0], "step_ms_p90": deciles[-1]}
 
 
-def row_of(config: Config, data: str, trainer: train.Trainer, timed: dict) -> dict:
+def row_of(config: Config, data: str, trainer: Trainer, timed: dict) -> dict:
     """The figures of the timed steps."""
     step_ms, images = timed["step_ms"], trainer.micro_batch * distributed.world_size()
     images_per_s = images * len(step_ms) / timed["total_s"]

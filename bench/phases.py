@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 from hardware import synchronize
 
-from cjepa_fast.train import Trainer
+from cjepa_fast.training.trainer import Trainer
 
 
 class Phases:

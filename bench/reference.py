@@ -18,8 +18,8 @@ from torch import nn
 from cjepa_fast.data.loader import Batch
 from cjepa_fast.model.predictor import Predictor
 from cjepa_fast.model.vit import Encoder
-from cjepa_fast.train import Trainer
 from cjepa_fast.training import optim
+from cjepa_fast.training.trainer import Trainer
 
 
 class Attention(nn.Module):

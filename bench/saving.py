@@ -47,7 +47,7 @@ def measure(config: configuration.Config, saves: int, folder: Path) -> dict:
     batches = synthetic_batches(config, device, build.build_masks(config))
     saver = Saver(folder, trainer.engine, trainer.encoder_json, keep=1)
     begin, settle = Paused(saver.begin), Paused(saver.settle)
-    waiting = trainer.engine.before_update = Paused(trainer.engine.before_update)
+    waiting = trainer.engine.snapshot.wait = Paused(trainer.engine.snapshot.wait)
     parts = begin, waiting, settle
     index = 0
 

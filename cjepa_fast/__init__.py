@@ -2,7 +2,7 @@
 
 from cjepa_fast.runtime.version import VERSION as __version__
 
-__all__ = ["__version__", "load_encoder"]
+__all__ = ["__version__", "load_encoder", "pretrain"]
 
 
 def __getattr__(name: str):
@@ -11,4 +11,8 @@ def __getattr__(name: str):
         from cjepa_fast.checkpoint.encoders import load_encoder
 
         return load_encoder
+    if name == "pretrain":
+        from cjepa_fast.train import pretrain
+
+        return pretrain
     raise AttributeError(f"module 'cjepa_fast' has no attribute {name!r}")

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 
 from cjepa_fast.kernels import gather_tiles
 from cjepa_fast.kernels.common.launch import use_kernel
+from cjepa_fast.kernels.common.ranks import wide
 from cjepa_fast.kernels.gather_tiles import promoted
 
 # --- the definitions
@@ -99,8 +100,14 @@ def prediction_loss_reference(
     eps: float = 1e-5,
 ) -> torch.Tensor:
     targets = target_gather_reference(target_tokens_BND, target_idx_BMP, eps)
-    pred = pred_BMPD if pred_BMPD.dtype == torch.float64 else pred_BMPD.float()
-    return {"smooth_l1": F.smooth_l1_loss, "l2": F.mse_loss}[kind](pred, targets)
+    return prediction_error(pred_BMPD, targets, kind)
+
+
+def prediction_error(
+    pred: torch.Tensor, targets: torch.Tensor, kind: str = "smooth_l1"
+) -> torch.Tensor:
+    """Mean over everything, in fp32 or float64: "smooth_l1" (beta 1, I-JEPA's code) or "l2"."""
+    return {"smooth_l1": F.smooth_l1_loss, "l2": F.mse_loss}[kind](wide(pred), wide(targets))
 
 
 # --- gather_tokens, embed_gather, add_positions

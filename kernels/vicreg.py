@@ -34,12 +34,11 @@ n = 25,088, D = 1280, bf16: 41 and 82 GFLOP against 128 MB each.
 """
 
 import torch
-import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from cjepa_fast.kernels.common.launch import use_kernel
-from cjepa_fast.kernels.ranks import (
-    all_reduced,
+from cjepa_fast.kernels.common.ranks import (
+    Ranks,
     centred,
     gathered,
     rows_of_ranks,
@@ -64,13 +63,13 @@ def vicreg_terms_reference(
     z: torch.Tensor,
     gamma: float = 1.0,
     eps: float = 1e-4,
-    group: dist.ProcessGroup | None = None,
+    ranks: Ranks | None = None,
 ) -> Terms:
     """The definition of `vicreg_terms`, in plain PyTorch and its automatic gradient."""
-    _check(z, group)
+    _check(z, ranks)
     with torch.autocast(z.device.type, enabled=False):
-        z, count = centred(wide(z), group)
-        covariance = sum_over_ranks(z.transpose(-2, -1) @ z, group) / (count - 1)
+        z, count = centred(wide(z), ranks)
+        covariance = sum_over_ranks(z.transpose(-2, -1) @ z, ranks) / (count - 1)
         variance = covariance.diagonal(dim1=-2, dim2=-1)
         std = (variance + eps).sqrt()
         off_diagonal = covariance - torch.diag_embed(variance)
@@ -79,10 +78,10 @@ def vicreg_terms_reference(
         return (gamma - std).relu().mean(), cov_loss, std_per_dim.detach()
 
 
-def _check(z: torch.Tensor, group: dist.ProcessGroup | None) -> None:
+def _check(z: torch.Tensor, ranks: Ranks | None) -> None:
     if z.dim() not in (2, 3):
         raise ValueError(f"z must be (n, D) or (M, n, D), not {tuple(z.shape)}")
-    if group is None and z.shape[-2] < 2:
+    if ranks is None and z.shape[-2] < 2:
         raise ValueError(f"the variance needs at least 2 rows, z is {tuple(z.shape)}")
 
 
@@ -150,7 +149,7 @@ def _plain_grad(
     return product.mul_(slope_cov).add_(x.mul_(slope[:, None])).to(z.dtype)
 
 
-# --- the operators, of z (M, n, D) on one process
+# --- the operators, of z (M, n, D) on one rank
 
 
 def _fused(z: torch.Tensor) -> bool:
@@ -227,26 +226,24 @@ def _backward(ctx, g_std, g_cov, *_):
 _terms_op.register_autograd(_backward, setup_context=_keep_for_backward)
 
 
-# --- several processes
+# --- several ranks
 
 
-def _about(
-    z: torch.Tensor, count: int, group: dist.ProcessGroup
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _about(z: torch.Tensor, count: int, ranks: Ranks) -> tuple[torch.Tensor, torch.Tensor]:
     """The mean of all ranks' rows in two parts (2, M, D), and this rank's Zc^T Zc (M, D, D)."""
     M, n, D = z.shape
     kind, fused = wide(z[:0]).dtype, _fused(z)
     mean, variance = launch_columns(z) if fused else (_plain_mean(z), None)
     mean = mean.double().sum(0)
     # D numbers, reduced in float64 so that two of `kind` carry the mean as precisely as locally.
-    common = all_reduced(n * mean if n else torch.zeros_like(mean), group) / count
+    common = ranks.sum(n * mean if n else torch.zeros_like(mean)) / count
     parts = torch.stack([common.to(kind), (common - common.to(kind)).to(kind)])
     if not fused:
         x = _plain_centred(z, parts)
         return parts, x.mT @ x
     second = torch.empty(M, 1, D, D, device=z.device)
     launch_reduce(launch_moments(z, parts, gram=False), D, 1.0, True, second)
-    # The variances are as precise as without a group, not as products of rounded values are.
+    # The variances are as precise as on one rank, not as products of rounded values are.
     squares = variance * (n - 1) if n > 1 else torch.zeros_like(variance)
     second[:, 0].diagonal(dim1=1, dim2=2).copy_(squares + n * (mean - common).square())
     return parts, second[:, 0]
@@ -270,21 +267,21 @@ class _GlobalTerms(torch.autograd.Function):
     """The terms of all ranks' rows together, on every rank; z (M, n, D)."""
 
     @staticmethod
-    def forward(ctx, z, gamma, eps, group):
+    def forward(ctx, z, gamma, eps, ranks):
         n = z.shape[1]
-        counts = rows_of_ranks(n, z.device, group)
+        counts = rows_of_ranks(n, z.device, ranks)
         count = sum(counts)
         if count < 2:
             raise ValueError(f"the variance needs at least 2 rows, all ranks together have {count}")
         need_grad = ctx.needs_input_grad[0]
-        ctx.arguments, ctx.group, ctx.own = (gamma, eps, count), group, None
+        ctx.arguments, ctx.ranks, ctx.own = (gamma, eps, count), ranks, None
         if _gathers(z, counts):
-            before = sum(counts[: group.rank()])
+            before = sum(counts[: ranks.index])
             ctx.own = slice(before, before + n)
-            z = gathered(z, counts, group)
+            z = gathered(z, counts, ranks)
             terms, saved = _forward(z, gamma, eps, need_grad)
         else:
-            terms, saved = _reduced_forward(z, gamma, eps, count, group, need_grad)
+            terms, saved = _reduced_forward(z, gamma, eps, count, ranks, need_grad)
         ctx.mark_non_differentiable(terms[2])
         if need_grad:
             ctx.save_for_backward(z, *saved)
@@ -294,17 +291,17 @@ class _GlobalTerms(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g_std, g_cov, _):
         z, *saved = ctx.saved_tensors
-        g_std, g_cov = all_reduced(torch.stack([g_std, g_cov]), ctx.group)
+        g_std, g_cov = ctx.ranks.sum(torch.stack([g_std, g_cov]))
         dz = _grad(z, Saved(*saved), g_std, g_cov, *ctx.arguments)
         return dz if ctx.own is None else dz[:, ctx.own], None, None, None
 
 
 def _reduced_forward(
-    z: torch.Tensor, gamma: float, eps: float, count: int, group: dist.ProcessGroup, need_grad: bool
+    z: torch.Tensor, gamma: float, eps: float, count: int, ranks: Ranks, need_grad: bool
 ) -> tuple[Terms, Saved]:
     with torch.autocast(z.device.type, enabled=False), torch.cuda.device_of(z):
-        mean, second = _about(z, count, group)
-        covariance = all_reduced(second, group).div_(count - 1)
+        mean, second = _about(z, count, ranks)
+        covariance = ranks.sum(second).div_(count - 1)
         variance, squares = _off_diagonal(covariance)
         matrix = _in_parts(covariance, z) if need_grad else covariance.new_empty(0)
         return _plain_terms(squares, variance, gamma, eps), Saved(mean, variance, matrix)
@@ -314,22 +311,22 @@ def vicreg_terms(
     z: torch.Tensor,
     gamma: float = 1.0,
     eps: float = 1e-4,
-    group: dist.ProcessGroup | None = None,
+    ranks: Ranks | None = None,
 ) -> Terms:
     """(std_loss, cov_loss, std_per_dim) of z (n, D), or their means over M of z (M, n, D).
 
     fp32 (float64 for float64 input), 0-d and (D,); std_per_dim takes no gradient. z: any strides.
-    With `group` the statistics are those of the batch concatenated over its processes, of equal or
-    uneven n, and each rank's gradient is that of the sum of all ranks' losses. All of the group's
-    processes must call it, and call backward. Each tells the others its n (the host waits for the
+    With `ranks` the statistics are those of the batch concatenated over them, of equal or uneven n,
+    and each rank's gradient is that of the sum of all ranks' losses. All of the ranks must call it,
+    and call backward. Each tells the others its n (the host waits for the
     device once), then either z is gathered, W * n * D elements of it for the largest n, or the
     columns' D sums in float64 and D^2 second moments in fp32 are reduced: whichever is fewer bytes.
     Raises ValueError for fewer than two rows, whose variance is undefined.
     """
-    _check(z, group)
+    _check(z, ranks)
     z_MnD = z if z.dim() == 3 else z[None]
-    if group is not None:
-        return _GlobalTerms.apply(z_MnD, gamma, eps, group)
+    if ranks is not None:
+        return _GlobalTerms.apply(z_MnD, gamma, eps, ranks)
     need_grad = torch.is_grad_enabled() and z.requires_grad
     std_loss, cov_loss, std_per_dim, *_ = _terms_op(z_MnD, gamma, eps, need_grad)
     return std_loss, cov_loss, std_per_dim.detach()

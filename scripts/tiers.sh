@@ -31,7 +31,7 @@ prepare() {
 import sys
 from pathlib import Path
 
-from cjepa_fast.data import shapes
+from cjepa_fast.data.sets import shapes
 from cjepa_fast.data.sources import open_images
 
 images = open_images(shapes.ensure("val"))

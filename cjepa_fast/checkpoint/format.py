@@ -207,7 +207,7 @@ def set_aside(checkpoint: Path) -> Path:
 
 
 def set_aside_later_than(run: Path, step: int) -> list[Path]:
-    """What a run that goes on from an earlier step leaves behind: it is a branch of its own."""
+    """What a run that resumes from an earlier step leaves behind: it is a branch of its own."""
     complete = _complete(run / "checkpoints")
     return [set_aside(path) for path in complete if step_of(path) > step]
 

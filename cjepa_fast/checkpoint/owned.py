@@ -3,6 +3,7 @@
 The engines (training/engines) provide it; how they shard it is theirs.
 """
 
+import threading
 from typing import NamedTuple, Protocol
 
 import torch
@@ -29,6 +30,55 @@ class OwnedState(NamedTuple):
     moments: dict[str, torch.Tensor]
 
 
+class Snapshot:
+    """A copy on the host of tensors that are about to change, in memory kept for the next one."""
+
+    def __init__(self):
+        self._buffers: dict[str, torch.Tensor] = {}
+        self._copied_on_host = threading.Event()
+        self._copied_from_gpu: torch.cuda.Event | None = None
+        self._waited = True
+
+    def begin(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Copies from a GPU are put on a stream of their own; those on the host wait for copy()."""
+        self._tensors, self._waited = tensors, False
+        self._copied_on_host.clear()
+        for key, values in tensors.items():
+            if key not in self._buffers:
+                self._buffers[key] = torch.empty(
+                    values.shape, dtype=values.dtype, pin_memory=values.is_cuda
+                )
+        on_gpu = [key for key, values in tensors.items() if values.is_cuda]
+        if on_gpu:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for key in on_gpu:
+                    self._buffers[key].copy_(tensors[key], non_blocking=True)
+            self._copied_from_gpu = stream.record_event()
+
+    def copy(self) -> dict[str, torch.Tensor]:
+        """In the thread: the copy, whole. The tensors may change from here on."""
+        try:
+            for key, values in self._tensors.items():
+                if not values.is_cuda:
+                    self._buffers[key].copy_(values)
+        finally:
+            self._copied_on_host.set()
+        if self._copied_from_gpu is not None:
+            self._copied_from_gpu.synchronize()
+        return {key: self._buffers[key] for key in self._tensors}
+
+    def wait(self) -> None:
+        """Before the tensors change; a GPU's own queue waits, not the host."""
+        if self._waited:
+            return
+        self._waited = True
+        self._copied_on_host.wait()
+        if self._copied_from_gpu is not None:
+            torch.cuda.current_stream().wait_event(self._copied_from_gpu)
+
+
 class Average(Protocol):
     """The target encoder's EMA."""
 
@@ -44,6 +94,7 @@ class Saved(Protocol):
     module: nn.Module
     ema: Average
     sharded: bool  # whether each rank owns only a share of the fp32 state
+    snapshot: Snapshot  # of the state, taken by who saves; the engine waits before it updates
 
     def state(self) -> list[OwnedState]:
         """This rank's share of the fp32 weights and moments, as views."""

@@ -27,55 +27,6 @@ from cjepa_fast.runtime import files
 from cjepa_fast.runtime.distributed import from_all, rank, world_size
 
 
-class Snapshot:
-    """A copy on the host of tensors that are about to change, in memory kept for the next one."""
-
-    def __init__(self):
-        self._buffers: dict[str, torch.Tensor] = {}
-        self._copied_on_host = threading.Event()
-        self._copied_from_gpu: torch.cuda.Event | None = None
-        self._waited = True
-
-    def begin(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Copies from a GPU are put on a stream of their own; those on the host wait for copy()."""
-        self._tensors, self._waited = tensors, False
-        self._copied_on_host.clear()
-        for key, values in tensors.items():
-            if key not in self._buffers:
-                self._buffers[key] = torch.empty(
-                    values.shape, dtype=values.dtype, pin_memory=values.is_cuda
-                )
-        on_gpu = [key for key, values in tensors.items() if values.is_cuda]
-        if on_gpu:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for key in on_gpu:
-                    self._buffers[key].copy_(tensors[key], non_blocking=True)
-            self._copied_from_gpu = stream.record_event()
-
-    def copy(self) -> dict[str, torch.Tensor]:
-        """In the thread: the copy, whole. The tensors may change from here on."""
-        try:
-            for key, values in self._tensors.items():
-                if not values.is_cuda:
-                    self._buffers[key].copy_(values)
-        finally:
-            self._copied_on_host.set()
-        if self._copied_from_gpu is not None:
-            self._copied_from_gpu.synchronize()
-        return {key: self._buffers[key] for key in self._tensors}
-
-    def wait(self) -> None:
-        """Before the tensors change; a GPU's own queue waits, not the host."""
-        if self._waited:
-            return
-        self._waited = True
-        self._copied_on_host.wait()
-        if self._copied_from_gpu is not None:
-            torch.cuda.current_stream().wait_event(self._copied_from_gpu)
-
-
 class Worker:
     """A thread that does jobs, one at a time, and ends with this object.
 
@@ -132,8 +83,6 @@ class Saver:
     ):
         self.folder, self.keep, self.keep_period = folder, keep, keep_period
         self._engine, self._encoder_json, self._say = engine, encoder_json, say
-        self._snapshot = Snapshot()
-        engine.before_update = self._snapshot.wait
         self._worker = Worker("checkpoint")
         self._writing = self._naming = False  # what was begun and is not settled
         self._failure: str | None = None  # of the naming
@@ -161,7 +110,7 @@ class Saver:
         self._state = stored.describe(step, self._engine) | facts
         self._partial = self.folder / f".step_{step:08d}.partial"
         self._outcome: Receipt | str = ""
-        self._snapshot.begin(stored.owned_tensors(self._engine))
+        self._engine.snapshot.begin(stored.owned_tensors(self._engine))
         generators = stored.generator_states()
         self._writing = True
         self._worker.start(self._write, generators)
@@ -222,7 +171,7 @@ class Saver:
     def _write(self, generators: dict[str, torch.Tensor]) -> None:
         """In a thread: this process's shard."""
         try:
-            tensors = self._snapshot.copy()
+            tensors = self._engine.snapshot.copy()
             _check_finite(tensors)
             self._partial.mkdir(parents=True, exist_ok=True)
             shard = self._partial / f"shard_{rank():05d}_of_{world_size():05d}.safetensors"

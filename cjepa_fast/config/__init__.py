@@ -8,6 +8,7 @@ from cjepa_fast.config.load import (
     expanded,
     find,
     load,
+    of,
     read,
     validate,
 )
@@ -15,5 +16,5 @@ from cjepa_fast.config.schema import MODEL_NAMES, Config, ConfigError, Section
 
 __all__ = [
     "MODEL_NAMES", "Config", "ConfigError", "Section", "as_begun", "completed", "configs_folder",
-    "expanded", "find", "load", "micro_batches", "read", "validate",
+    "expanded", "find", "load", "micro_batches", "of", "read", "validate",
 ]  # fmt: skip

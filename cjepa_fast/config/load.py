@@ -28,6 +28,17 @@ def load(name: str, overrides: Sequence[str] = ()) -> Config:
     return validate(values, Path(name).stem)
 
 
+def of(source: str | Path | dict | Config, sections: dict) -> Config:
+    """The configuration of a file (as in `load`) or of values, with `sections` laid over it."""
+    if isinstance(source, Config):
+        values, name = source.model_dump(mode="json", exclude_unset=True), "run"
+    elif isinstance(source, dict):
+        values, name = source, "run"
+    else:
+        values, name = _resolved(find(str(source))), Path(source).stem
+    return validate(_merged(values, sections), name)
+
+
 def validate(values: dict, name: str = "run") -> Config:
     """Check a dict of sections; `name` fills {config} in run.dir. Raises ConfigError."""
     try:

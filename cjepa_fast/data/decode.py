@@ -1,13 +1,5 @@
-"""The seam between the loader and what decodes: what goes in, how it is shown, who decodes it.
+"""The seam between the loader and what decodes: what goes in, and how it is shown."""
 
-DALI (dali.py) decodes where it works; elsewhere Pillow (pillow_decode.py) shows the same windows of
-the same images, in the same order. On the CPU their pixels differ by one level of 255 at most
-(tests/data/test_data_pillow_decode.py).
-"""
-
-import functools
-import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,10 +7,7 @@ import numpy as np
 import torch
 
 DEPTH = 2  # batches inside a decoder at once, so that its threads and the GPU never wait
-DALI, PILLOW = "dali", "pillow"
-CHOICES = ("auto", DALI, PILLOW)  # of data.decoder
 MOST_MAGNITUDE = 30  # of RandAugment: there the changes are strongest
-VARIABLE = "CJEPA_DECODER"  # what "auto" means, for the evaluations too
 
 
 @dataclass(frozen=True)
@@ -104,64 +93,3 @@ class WholeDecoder(Protocol):
 
     def __call__(self, encoded: list[bytes]) -> list[np.ndarray]:
         """Upright RGB, each (H, W, 3) uint8. Raises DecodeFailed."""
-
-
-def open_decoder(kind: str, look: Look, batch_size: int) -> Decoder:
-    """kind: what chosen() answered."""
-    if kind == PILLOW:
-        from cjepa_fast.data.pillow_decode import PillowDecoder
-
-        return PillowDecoder(look)
-    from cjepa_fast.data.dali import DaliDecoder
-
-    return DaliDecoder(look, batch_size)
-
-
-def open_whole_decoder(kind: str, batch_size: int, threads: int) -> WholeDecoder:
-    """Of up to batch_size images at once. kind: what chosen() answered."""
-    if kind == PILLOW:
-        from cjepa_fast.data.pillow_decode import PillowWholeDecoder
-
-        return PillowWholeDecoder(threads)
-    from cjepa_fast.data.dali import DaliWholeDecoder
-
-    return DaliWholeDecoder(batch_size, threads)
-
-
-def chosen(wanted: str, device: torch.device, log: Callable[[str], None] = print) -> str:
-    """DALI or PILLOW. "auto": by CJEPA_DECODER, else DALI where it works on `device`, else Pillow,
-    and then log is told once. Raises ValueError for another word, or if DALI is demanded in vain.
-    """
-    key = "data.decoder"
-    if wanted == "auto":
-        key, wanted = VARIABLE, os.environ.get(VARIABLE) or "auto"
-    if wanted not in CHOICES:
-        raise ValueError(f"{key} = {wanted!r}: must be {', '.join(CHOICES)}")
-    if wanted == PILLOW:
-        return PILLOW
-    problem = _problem_of_dali(str(device))
-    if problem and wanted == "auto":
-        _say_once(log, f"Pillow decodes the images, since DALI does not work here: {problem}")
-        return PILLOW
-    if problem:
-        raise ValueError(
-            f"{key} = {DALI!r}: DALI does not work here ({problem}); install it "
-            "(pip install nvidia-dali-cuda130), or leave the choice to 'auto'"
-        )
-    return DALI
-
-
-@functools.cache
-def _problem_of_dali(device: str) -> str | None:
-    from cjepa_fast.data import dali
-
-    return dali.problem(torch.device(device))
-
-
-_said: set[str] = set()
-
-
-def _say_once(log: Callable[[str], None], line: str) -> None:
-    if line not in _said:
-        _said.add(line)
-        log(line)

@@ -8,7 +8,8 @@ import torch
 
 from cjepa_fast.data import crops
 from cjepa_fast.data.batches import Skipped, Work, decode
-from cjepa_fast.data.decode import Feed, Look, chosen, open_decoder
+from cjepa_fast.data.decode import Feed, Look
+from cjepa_fast.data.decoders import chosen, open_decoder
 from cjepa_fast.data.sources import ImageSet
 
 
@@ -31,7 +32,7 @@ def eval_batches(
 
     Each image is cropped to the centred square with `resize` times its short side, then resized to
     image_size. windows_N4: of each image (crops.py), instead of that square. decoder:
-    decode.CHOICES. index_B: int64 positions in the set, on the CPU.
+    decoders.CHOICES. index_B: int64 positions in the set, on the CPU.
     """
     if not 0 < resize <= 1:
         raise ValueError(f"resize is the share of the short side to keep, in (0, 1], not {resize}")

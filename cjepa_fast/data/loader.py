@@ -19,7 +19,8 @@ import torch
 
 from cjepa_fast.data import crops, rng
 from cjepa_fast.data.batches import ImagesGone, Skipped, Work, decode, read_one, usable
-from cjepa_fast.data.decode import Decoder, Feed, Look, chosen, open_decoder
+from cjepa_fast.data.decode import Decoder, Feed, Look
+from cjepa_fast.data.decoders import chosen, open_decoder
 from cjepa_fast.data.masks import Masks
 from cjepa_fast.data.sources import ImageSet
 
@@ -58,7 +59,7 @@ class Loader:
     global_batch: images a step on all ranks; micro_batch: images a Batch. Each step yields
     global_batch / (world_size * micro_batch) Batches. threads: that decode; prefetch: Batches kept
     ready. rand_augment: how many changes an image gets, their magnitude in 0..30; DALI draws them
-    itself. decoder: decode.CHOICES; as an attribute, the one that was chosen.
+    itself. decoder: decoders.CHOICES; as an attribute, the one that was chosen.
     masks: called as masks(epoch, step, places_B), for the CPU, in the loader's thread.
     skipped: what turned out bad (batches.Skipped); log: called once a bad image.
     """

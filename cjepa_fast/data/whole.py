@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from cjepa_fast.data import pillow_decode
-from cjepa_fast.data.decode import DecodeFailed, chosen, open_whole_decoder
+from cjepa_fast.data.decode import DecodeFailed
+from cjepa_fast.data.decoders import chosen, open_whole_decoder
 
 T = TypeVar("T")
 

@@ -14,18 +14,22 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
+from cjepa_fast import config as configuration
+from cjepa_fast.config import Config
 from cjepa_fast.data.evaluation import eval_batches
-from cjepa_fast.data.masks import Masks
+from cjepa_fast.data.masks import Masks, MaskSampler
 from cjepa_fast.data.sources import ImageSet
-from cjepa_fast.eval.cli import Side
+from cjepa_fast.eval.cli import Side, labelled_sides
 from cjepa_fast.eval.features import Subset
 from cjepa_fast.eval.figures import snapshots
+from cjepa_fast.eval.figures.pictures import load_images
 from cjepa_fast.eval.probes import knn
 from cjepa_fast.model.vit import Encoder
+from cjepa_fast.runtime import distributed
 from cjepa_fast.runtime.distributed import from_all, rank, world_size
 
 
-class Online:
+class OnlineEvaluation:
     """Judges an encoder by two labelled sides, and knows when it may.
 
     every: optimiser steps between evaluations; share: of the run's time that they may take, the
@@ -123,7 +127,7 @@ class Online:
         return whole
 
 
-class Album:
+class SnapshotImages:
     """A few images with their masks, as the encoders of the moment see them.
 
     images_B3HW: fp32 on the CPU, normalised by mean and std; masks: of these images.
@@ -138,6 +142,59 @@ class Album:
         images_B3HW = self._images_B3HW.to(place.device, place.dtype)
         with torch.compiler.set_stance("force_eager"):
             return snapshots.figures(target, context, images_B3HW, self._masks, *self._look)
+
+
+def build_online(
+    config: Config, device: torch.device, dtype: torch.dtype, steps_per_epoch: int
+) -> OnlineEvaluation | None:
+    """By eval.online, None where it names no images."""
+    own, data = config.eval.online, config.data
+    if own.data is None:
+        return None
+    train, test = (path and configuration.expanded(path) for path in (own.data, own.test))
+    sides = distributed.first_on_each_node(
+        lambda: labelled_sides(train, test, own.max_train, own.max_test)
+    )
+    micro_batch, _ = configuration.micro_batches(
+        data.batch_size, distributed.world_size(), data.micro_batch_size
+    )
+    return OnlineEvaluation(
+        sides,
+        every=own.every_epochs * steps_per_epoch,
+        share=own.share,
+        batch_size=micro_batch,
+        k=config.eval.k,
+        temperature=config.eval.temperature,
+        image_size=data.image_size,
+        resize=config.eval.crop,
+        mean=data.mean,
+        std=data.std,
+        device=device,
+        dtype=dtype,
+        threads=data.threads,
+        decoder=data.decoder,
+    )
+
+
+def build_snapshots(config: Config, images: ImageSet, masks: MaskSampler) -> SnapshotImages | None:
+    """Of the first process, a few of the training images, by eval.online.pictures.
+
+    None where nothing would show them: drawing takes longer than judging.
+    """
+    data, count = config.data, config.eval.online.pictures
+    shown = config.telemetry.tensorboard or config.telemetry.wandb is not None
+    if config.eval.online.data is None or not (count and shown) or distributed.rank() != 0:
+        return None
+    images_B3HW = load_images(
+        images,
+        count,
+        image_size=data.image_size,
+        mean=data.mean,
+        std=data.std,
+        decoder=data.decoder,
+    )
+    drawn = masks(0, 0, torch.arange(len(images_B3HW)))
+    return SnapshotImages(images_B3HW, drawn, data.mean, data.std)
 
 
 def _scores(train_nD, label_n, test_mD, test_label_m, **options) -> dict[str, float]:

@@ -136,6 +136,26 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+class AllRanks:
+    """The ranks of this training, for a statistic over all of them (kernels/common/ranks.py)."""
+
+    @property
+    def index(self) -> int:
+        return rank()
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of x over the ranks, as a new tensor."""
+        x = x.contiguous().clone()
+        dist.all_reduce(x)
+        return x
+
+    def gather(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Every rank's x, all of one shape, in the ranks' order."""
+        parts = [torch.empty_like(x) for _ in range(world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return parts
+
+
 def mean_over_ranks(terms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """0-d tensors by name, averaged over all processes in one collective; no host sync."""
     if world_size() == 1:

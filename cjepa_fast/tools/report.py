@@ -1,4 +1,4 @@
-"""One HTML page about a run: `cjepa-report RUN [--out FILE.html]`, `python -m cjepa_fast.tools.report`.
+"""One HTML page about a run: `cjepa-report RUN`, or `python -m cjepa_fast.tools.report RUN`.
 
 Curves, throughput, events, evaluations, pictures and configuration, all in one file that can be
 mailed and read anywhere. The run may still be going on, and need have no checkpoint yet. Pictures

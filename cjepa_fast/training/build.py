@@ -10,10 +10,8 @@ from cjepa_fast.config import Config, ConfigError
 from cjepa_fast.data import sources
 from cjepa_fast.data.loader import Loader
 from cjepa_fast.data.masks import MaskSampler
-from cjepa_fast.eval.cli import labelled_sides
-from cjepa_fast.eval.figures.pictures import load_images
-from cjepa_fast.eval.online import Album, Online
 from cjepa_fast.interop import load_ijepa
+from cjepa_fast.kernels.common.ranks import Ranks
 from cjepa_fast.model import cpu_linear, fp8
 from cjepa_fast.model.attention import Shape, fastest
 from cjepa_fast.model.attention import problem as unusable
@@ -28,7 +26,7 @@ from cjepa_fast.training.engines.zero import DTYPES, Engine
 from cjepa_fast.training.optim import parameter_groups
 
 
-def build_networks(config: Config, group=None) -> JEPA:
+def build_networks(config: Config, ranks: Ranks | None = None) -> JEPA:
     """Context encoder, predictor, projector and loss, freshly initialised in fp32."""
     model, part = model_sizes(config), config.predictor
     options = config.model.model_dump(include={"attention", "residual", "checkpointing"})
@@ -50,8 +48,8 @@ def build_networks(config: Config, group=None) -> JEPA:
     widths = vicreg.pop("projector")
     if not vicreg["beta"]:
         widths = None  # nothing would train it
-    projector = build_projector(encoder.width, widths, group)
-    loss = CJEPALoss(prediction=config.loss.prediction, group=group, **vicreg)
+    projector = build_projector(encoder.width, widths, ranks)
+    loss = CJEPALoss(prediction=config.loss.prediction, ranks=ranks, **vicreg)
     return JEPA(encoder, predictor, loss, projector)
 
 
@@ -330,57 +328,6 @@ def check_same_images(path: str, images: sources.ImageSet) -> None:
                 f"data.path = {path}: names another set there than here: {found[0][1]}, {where}; "
                 "give all nodes the same files, by a shared folder or copies"
             )
-
-
-def build_online(config: Config, device: torch.device, steps_per_epoch: int) -> Online | None:
-    """By eval.online, None where it names no images."""
-    own, data = config.eval.online, config.data
-    if own.data is None:
-        return None
-    train, test = (path and configuration.expanded(path) for path in (own.data, own.test))
-    sides = distributed.first_on_each_node(
-        lambda: labelled_sides(train, test, own.max_train, own.max_test)
-    )
-    micro_batch, _ = configuration.micro_batches(
-        data.batch_size, distributed.world_size(), data.micro_batch_size
-    )
-    return Online(
-        sides,
-        every=own.every_epochs * steps_per_epoch,
-        share=own.share,
-        batch_size=micro_batch,
-        k=config.eval.k,
-        temperature=config.eval.temperature,
-        image_size=data.image_size,
-        resize=config.eval.crop,
-        mean=data.mean,
-        std=data.std,
-        device=device,
-        dtype=compute_dtype(config),
-        threads=data.threads,
-        decoder=data.decoder,
-    )
-
-
-def build_album(config: Config, loader: Loader, masks: MaskSampler) -> Album | None:
-    """Of the first process, a few of the training images, by eval.online.pictures.
-
-    None where nothing would show them: drawing takes longer than judging.
-    """
-    data, count = config.data, config.eval.online.pictures
-    shown = config.telemetry.tensorboard or config.telemetry.wandb is not None
-    if config.eval.online.data is None or not (count and shown) or distributed.rank() != 0:
-        return None
-    images_B3HW = load_images(
-        loader.images,
-        count,
-        image_size=data.image_size,
-        mean=data.mean,
-        std=data.std,
-        decoder=data.decoder,
-    )
-    drawn = masks(0, 0, torch.arange(len(images_B3HW)))
-    return Album(images_B3HW, drawn, data.mean, data.std)
 
 
 def build_loader(config: Config, device: torch.device, masks: MaskSampler) -> Loader:

@@ -1,25 +1,29 @@
-"""A run: step after step, saved, judged, stopped or gone back, until it is done."""
+"""The loop: step after step, saved, evaluated, stopped or rewound, until the training is done."""
 
 import contextlib
 import itertools
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import nn
 
 from cjepa_fast import checkpoint
 from cjepa_fast.checkpoint import encoders
 from cjepa_fast.checkpoint.writer import Saver
 from cjepa_fast.data.loader import Batch, Loader
-from cjepa_fast.eval.online import Album, Online
 from cjepa_fast.runtime import distributed
 from cjepa_fast.runtime.provenance import machine
 from cjepa_fast.runtime.signals import StopRequest
-from cjepa_fast.runtime.watchdog import Watchdog
 from cjepa_fast.telemetry import Telemetry
 from cjepa_fast.telemetry.pace import Pace
 from cjepa_fast.training.anomalies import BadSteps, Outcome, Outcomes, Spikes
+from cjepa_fast.training.start import Session
 from cjepa_fast.training.trainer import Trainer
 
 BAD_STEPS = "bad_steps.jsonl"
@@ -37,34 +41,51 @@ def steps_of(loader: Loader, start: int) -> Iterator[tuple[list[Batch], float]]:
             yield group, time.perf_counter() - began
 
 
-class Run:
-    """Of `folder`, from where a checkpoint's `state` (its state.json) left it, or from the start.
+class Evaluation(Protocol):
+    """What judges the target encoder now and then (eval/online.py)."""
 
-    go_on_with: the command line that resumes it, for the user.
-    """
+    say: Callable[[str], None]
+
+    def due(self, step: int) -> bool:
+        """Whether to evaluate after this step; on rank 0 alone the answer counts."""
+
+    def counted(self) -> contextlib.AbstractContextManager[None]:
+        """The time within it is that of evaluations."""
+
+    def judge(self, encoder: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        """Percent right by name, on rank 0; called by all ranks."""
+
+
+class Snapshots(Protocol):
+    """What draws the encoders of the moment (eval/online.py)."""
+
+    def draw(self, target: nn.Module, context: nn.Module) -> dict[str, np.ndarray]:
+        """By name, each (height, width, 3) uint8."""
+
+
+class Loop:
+    """A training, from where a checkpoint's `state` (its state.json) left it, or from the start."""
 
     def __init__(
         self,
+        session: Session,
         trainer: Trainer,
         loader: Loader,
         telemetry: Telemetry,
-        watch: Watchdog,
-        folder: Path,
         state: dict | None = None,
-        go_on_with: str = "",
-        online: Online | None = None,
-        album: Album | None = None,
+        online: Evaluation | None = None,
+        snapshots: Snapshots | None = None,
     ):
         self.trainer, self.loader, self.telemetry = trainer, loader, telemetry
-        self.watch, self.online, self.album = watch, online, album
+        self.watch, self.online, self.snapshots = session.watchdog, online, snapshots
         if online:
             online.say = telemetry.message
-        self.folder, self.go_on_with = folder, go_on_with
+        self.folder, self.resume_with = session.folder, session.options.resume_with
         self.config = trainer.config
         own = self.config.checkpoint
         self.period = own.keep_every_epochs * trainer.steps_per_epoch  # of what is kept for good
         self.saver = Saver(
-            folder / "checkpoints",
+            self.folder / "checkpoints",
             trainer.engine,
             trainer.encoder_json,
             keep=own.keep,
@@ -79,7 +100,6 @@ class Run:
         self.data_offset = progress.get("data_offset", 0)  # steps whose images were passed over
         self._go_on_from(state or {"step": 0})
         left = trainer.total_steps - self.done
-        trainer.after_micro_batch = self._after_micro_batch
         self.pace = Pace(left * loader.accumulation, trainer.micro_batch * distributed.world_size())
         self.bad = BadSteps(
             self.config.run.max_bad_steps,
@@ -121,7 +141,7 @@ class Run:
         self.watch.mark("waiting for data", self.done + 1)
         for batches, wait_s in steps:
             self.watch.mark("in the step")
-            terms, applied = trainer.step(batches, self.done)
+            terms, applied = trainer.step(batches, self.done, self._after_micro_batch)
             self.done += 1
             stopping, writing, minutes_up, judging = distributed.any_of(
                 self.stop.asked, self.saver.busy, self._minutes_are_up(), self._judging_is_due()
@@ -190,13 +210,13 @@ class Run:
 
     def _draw(self) -> None:
         """Masks, attention and patch features to TensorBoard: worth a message, never a run."""
-        if self.album is None:
+        if self.snapshots is None:
             return
         try:
-            figures = self.album.draw(self.trainer.ema.module, self.trainer.context_encoder)
+            figures = self.snapshots.draw(self.trainer.ema.module, self.trainer.context_encoder)
             self.telemetry.pictures(figures, self.done)
         except Exception as error:
-            self.album = None
+            self.snapshots = None
             self.telemetry.message(f"no more pictures of this run: {error!r}")
 
     def _warn_of_collapse(self, row: dict | None) -> None:
@@ -254,7 +274,7 @@ class Run:
 
     def _rewound(self, spike: int) -> bool:
         """Go back to the newest checkpoint before step `spike`; its images are passed over."""
-        self.watch.mark("going back")
+        self.watch.mark("rewinding")
         self.saver.finish()
         good = distributed.from_first_process(lambda: self._newest_before(spike))
         if good is None:
@@ -273,7 +293,7 @@ class Run:
         self._go_on_from(state)
         self.telemetry.back_to(step)
         self.telemetry.message(
-            f"went back to step {step}; the images of the {passed_over} steps after it are passed "
+            f"rewound to step {step}; the images of the {passed_over} steps after it are passed "
             "over"
         )
         return True
@@ -343,7 +363,9 @@ class Run:
             self._save()  # a finished run's checkpoint, in another folder
         saved = self.saver.finish()
         if self.done < self.trainer.total_steps:
-            self.telemetry.message(f"stopped after step {self.done}; go on with: {self.go_on_with}")
+            self.telemetry.message(
+                f"stopped after step {self.done}; resume with: {self.resume_with}"
+            )
         elif saved and distributed.rank() == 0:
             final = checkpoint.latest(self.folder)
             encoders.write_encoder(self.folder / "encoder.safetensors", "target", final)

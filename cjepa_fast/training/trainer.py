@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 
 from cjepa_fast import config as configuration
 from cjepa_fast.config import Config, ConfigError
@@ -51,7 +50,7 @@ class Trainer:
         """config: its run.precision resolved (build.with_precision); images: the image set's
         fingerprint; decoder: who decodes them; restoring: a checkpoint will give the weights;
         linear: its linear.Ways."""
-        self.config, self.device = config, device
+        self.config, self.device, self.restoring = config, device, restoring
         check_target_precision(config, device)
         self.steps_per_epoch, self.images, self.decoder = steps_per_epoch, images, decoder
         self.total_steps = config.run.epochs * steps_per_epoch
@@ -64,7 +63,7 @@ class Trainer:
                 "images at a time; or set loss.vicreg.beta=0"
             )
         networks = build_networks(
-            config, dist.group.WORLD if distributed.world_size() > 1 else None
+            config, distributed.AllRanks() if distributed.world_size() > 1 else None
         )
         target = copy.deepcopy(networks.encoder)
         if config.run.init_from and not restoring:
@@ -87,7 +86,6 @@ class Trainer:
         if config.run.target_stream and device.type == "cuda":
             self.target = TargetStream(target, networks.predictor, device)
         self.features: deque[torch.Tensor] = deque(maxlen=-(-FEATURE_ROWS // self.micro_batch))
-        self.after_micro_batch: Callable[[], object] = lambda: None
         self._run = self.micro_step
         if config.run.cuda_graph:
             self._check_graph()
@@ -132,7 +130,10 @@ class Trainer:
             raise ConfigError(f"run.cuda_graph = true: {reason}; or leave it out")
 
     def step(
-        self, batches: list[Batch], index: int
+        self,
+        batches: list[Batch],
+        index: int,
+        after_micro_batch: Callable[[], object] = lambda: None,
     ) -> tuple[dict[str, torch.Tensor], bool | torch.Tensor]:
         """Optimiser step number `index` (from 0) over the step's micro-batches.
 
@@ -142,12 +143,12 @@ class Trainer:
         schedules = self.schedules(index)
         sums: dict[str, torch.Tensor] = {}
         if self.config.run.cuda_graph:  # it holds the update, which cannot wait inside it
-            self.engine.before_update()
+            self.engine.snapshot.wait()
         for batch in batches:
             terms, features_BD, applied = self._run(batch.images_B3HW, batch.masks, *schedules)
             self.features.append(features_BD.clone())
             sums = {name: sums.get(name, 0) + term for name, term in terms.items()}
-            self.after_micro_batch()
+            after_micro_batch()
         means = {name: total / self.accumulation for name, total in sums.items()}
         return distributed.mean_over_ranks(means), applied
 
@@ -203,7 +204,7 @@ class Trainer:
         }
 
     def facts(self) -> dict:
-        """What a run that goes on from here must share, or it becomes another training."""
+        """What a run that resumes from here must share, or it becomes another training."""
         facts = {"config": self.config.model_dump(mode="json"), "images": self.images}
         facts["decoder"] = self.decoder
         if self.linear:

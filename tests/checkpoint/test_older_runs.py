@@ -1,6 +1,6 @@
 """A run of an earlier version resumes: its keys, its defaults, its state are what they were.
 
-tests/checkpoint/runs_of_0629fb0.tar.gz: 20 images, and a run of 8 steps in bf16 and in fp32, stopped at the
+runs_of_0629fb0.tar.gz: 20 images, and a run of 8 steps in bf16 and in fp32, stopped at the
 checkpoint of step 4, with the log of all 8. Its config.json has every key there was.
 """
 

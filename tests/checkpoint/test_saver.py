@@ -10,8 +10,9 @@ import tiny
 import torch
 
 from cjepa_fast import checkpoint
-from cjepa_fast.checkpoint import writer
-from cjepa_fast.checkpoint.owned import Fragment, OwnedState
+from cjepa_fast.checkpoint import format as checkpoint_format
+from cjepa_fast.checkpoint import owned, writer
+from cjepa_fast.checkpoint.owned import Fragment, OwnedState, Snapshot
 from cjepa_fast.checkpoint.writer import Saver
 from cjepa_fast.runtime import files
 
@@ -26,7 +27,7 @@ class Engine:
         moments = {"exp_avg": torch.ones(10), "exp_avg_sq": torch.ones(10)}
         self._state = [OwnedState(Fragment("x", 0, self.values), moments)]
         self.ema = type("EMA", (), {"fragments": [Fragment("x", 0, self.average)]})
-        self.before_update = lambda: None
+        self.snapshot = Snapshot()
 
     def state(self):
         return self._state
@@ -35,7 +36,7 @@ class Engine:
         return 7
 
     def update(self):
-        self.before_update()
+        self.snapshot.wait()
         self.values += 1
 
 
@@ -56,7 +57,7 @@ def test_what_is_saved_is_the_state_of_its_step_while_updates_go_on(tmp_path, ma
     engine, save, said = made
     go, written = threading.Event(), files.write_tensors
     slow = lambda *args: go.wait(tiny.HANG_S) and written(*args)  # noqa: E731
-    monkeypatch.setattr(checkpoint, "write_tensors", slow)
+    monkeypatch.setattr(files, "write_tensors", slow)
     save.begin(1, {"epoch": 0.5})
     for _ in range(3):  # the disk is slow: nobody waits for it
         engine.update()
@@ -73,8 +74,8 @@ def test_what_is_saved_is_the_state_of_its_step_while_updates_go_on(tmp_path, ma
 
 def test_an_update_waits_for_the_copy(tmp_path, made, monkeypatch):
     engine, save, _ = made
-    go, copy = threading.Event(), writer.Snapshot.copy
-    monkeypatch.setattr(writer.Snapshot, "copy", lambda self: go.wait(tiny.HANG_S) and copy(self))
+    go, copy = threading.Event(), owned.Snapshot.copy
+    monkeypatch.setattr(owned.Snapshot, "copy", lambda self: go.wait(tiny.HANG_S) and copy(self))
     save.begin(1, {})
     updating = threading.Thread(target=engine.update)
     updating.start()
@@ -91,9 +92,9 @@ def test_a_full_disk_is_said_and_the_last_good_one_stays(tmp_path, made, monkeyp
     save.begin(1, {})
     assert save.finish()
     full = OSError(errno.ENOSPC, "No space left on device")
-    for name in ("write_tensors", "write_manifest"):
+    for module, name in ((files, "write_tensors"), (checkpoint_format, "write_manifest")):
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, name, lambda *args: (_ for _ in ()).throw(full))
+            patch.setattr(module, name, lambda *args: (_ for _ in ()).throw(full))
             save.begin(2, {})
             engine.update()
             assert not save.finish()
@@ -159,7 +160,7 @@ def test_what_a_killed_save_left_does_no_harm(tmp_path, saved):
 
 def test_processes_that_do_not_share_a_folder_are_told(tmp_path, made, monkeypatch):
     _, save, said = made
-    elsewhere = checkpoint.Receipt("shard_00001_of_00002.safetensors", 9, "")
+    elsewhere = checkpoint_format.Receipt("shard_00001_of_00002.safetensors", 9, "")
     monkeypatch.setattr(writer, "from_all", lambda mine: [mine, elsewhere])
     save.begin(1, {})
     assert not save.finish() and "run.dir must be a folder that all nodes share" in said[0]

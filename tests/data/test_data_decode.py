@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from cjepa_fast.data import dali, decode, formats
-from cjepa_fast.data.decode import DALI, PILLOW, Feed, Look, open_decoder
+from cjepa_fast.data import dali, decoders, formats
+from cjepa_fast.data.decode import Feed, Look
+from cjepa_fast.data.decoders import DALI, PILLOW, open_decoder
 from cjepa_fast.data.evaluation import eval_batches
 from cjepa_fast.data.loader import Loader
 from cjepa_fast.data.sources import ImageSet, open_images
@@ -197,27 +198,29 @@ def test_evaluation_of_bad_images_alone_is_empty(tmp_path, kind_of_decoder):
 @pytest.fixture
 def broken_dali(monkeypatch):
     """As on a machine for which there is no DALI."""
-    monkeypatch.setattr(decode, "_problem_of_dali", lambda device: "No module named 'nvidia.dali'")
-    monkeypatch.setattr(decode, "_said", set())
+    monkeypatch.setattr(
+        decoders, "_problem_of_dali", lambda device: "No module named 'nvidia.dali'"
+    )
+    monkeypatch.setattr(decoders, "_said", set())
 
 
 CPU = torch.device("cpu")
 
 
 def test_dali_is_chosen_where_it_works_and_what_is_demanded_elsewhere(monkeypatch):
-    monkeypatch.delenv(decode.VARIABLE, raising=False)
+    monkeypatch.delenv(decoders.VARIABLE, raising=False)
     said = []
-    assert decode.chosen("auto", CPU, said.append) == decode.chosen(DALI, CPU) == DALI
-    assert decode.chosen(PILLOW, CPU, said.append) == PILLOW
-    monkeypatch.setenv(decode.VARIABLE, PILLOW)
-    assert decode.chosen("auto", CPU, said.append) == PILLOW
-    assert decode.chosen(DALI, CPU, said.append) == DALI  # the configuration's word is the last
+    assert decoders.chosen("auto", CPU, said.append) == decoders.chosen(DALI, CPU) == DALI
+    assert decoders.chosen(PILLOW, CPU, said.append) == PILLOW
+    monkeypatch.setenv(decoders.VARIABLE, PILLOW)
+    assert decoders.chosen("auto", CPU, said.append) == PILLOW
+    assert decoders.chosen(DALI, CPU, said.append) == DALI  # the configuration's word is the last
     assert said == []
 
 
 def test_pillow_is_chosen_where_dali_does_not_work_and_that_is_said_once(broken_dali):
     said = []
-    assert [decode.chosen("auto", CPU, said.append) for _ in range(3)] == [PILLOW] * 3
+    assert [decoders.chosen("auto", CPU, said.append) for _ in range(3)] == [PILLOW] * 3
     assert said == [
         "Pillow decodes the images, since DALI does not work here: No module named 'nvidia.dali'"
     ]
@@ -225,10 +228,10 @@ def test_pillow_is_chosen_where_dali_does_not_work_and_that_is_said_once(broken_
 
 def test_what_cannot_be_had_is_told(broken_dali, monkeypatch):
     with pytest.raises(ValueError, match=r"decoder = 'dali': DALI does not work here \(No module"):
-        decode.chosen(DALI, CPU)
-    monkeypatch.setenv(decode.VARIABLE, "opencv")
+        decoders.chosen(DALI, CPU)
+    monkeypatch.setenv(decoders.VARIABLE, "opencv")
     with pytest.raises(ValueError, match=r"CJEPA_DECODER = 'opencv': must be auto, dali, pillow"):
-        decode.chosen("auto", CPU)
+        decoders.chosen("auto", CPU)
 
 
 @pytest.mark.parametrize(

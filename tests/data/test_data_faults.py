@@ -151,7 +151,8 @@ def test_a_set_that_is_gone_is_named(tmp_path):
 
 SLOW = """
 import sys, time
-from cjepa_fast import processes, train
+from cjepa_fast import train
+from cjepa_fast.runtime import distributed
 from cjepa_fast.data.sources import ImageSet
 
 read = ImageSet.read
@@ -159,7 +160,7 @@ def slow(self, i):
     time.sleep(0.5)
     return read(self, i)
 ImageSet.read = slow
-processes.leave(train.main(sys.argv[1:]))
+distributed.leave(train.main(sys.argv[1:]))
 """
 
 

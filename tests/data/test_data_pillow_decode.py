@@ -14,7 +14,8 @@ from test_data_loader import indices, loader, take
 
 from cjepa_fast.data import crops, formats, pillow_decode
 from cjepa_fast.data.dali import DaliWholeDecoder
-from cjepa_fast.data.decode import DALI, PILLOW, DecodeFailed, Feed, Look, open_decoder
+from cjepa_fast.data.decode import DecodeFailed, Feed, Look
+from cjepa_fast.data.decoders import DALI, PILLOW, open_decoder
 from cjepa_fast.data.masks import MaskSampler
 from cjepa_fast.data.pillow_decode import PillowDecoder, PillowWholeDecoder
 from cjepa_fast.data.sources import open_images

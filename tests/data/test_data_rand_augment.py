@@ -8,7 +8,8 @@ from test_data_decode import look
 from test_data_loader import loader, take
 
 from cjepa_fast.data import rand_augment
-from cjepa_fast.data.decode import MOST_MAGNITUDE, PILLOW, Feed
+from cjepa_fast.data.decode import MOST_MAGNITUDE, Feed
+from cjepa_fast.data.decoders import PILLOW
 from cjepa_fast.data.pillow_decode import PillowDecoder
 from cjepa_fast.data.sources import open_images
 

@@ -89,7 +89,7 @@ def test_draws_do_not_touch_torchs_generator(seed):
 
 
 def test_draws_are_the_same_in_another_process(seed):
-    code = f"from cjepa_fast import draws; print(draws.permutation({seed}, 4, 50).tolist())"
+    code = f"from cjepa_fast.data import rng; print(rng.permutation({seed}, 4, 50).tolist())"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     shown = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment

@@ -141,12 +141,12 @@ def test_features_that_are_not_finite_are_refused(encoder, images):
 SHARES = """
 import sys, torch
 from pathlib import Path
-from cjepa_fast import processes
+from cjepa_fast.runtime import distributed
 from cjepa_fast.data.sources import open_images
 from cjepa_fast.eval import features
 from cjepa_fast.model.vit import Encoder
 
-processes.start(0)
+distributed.start(0)
 encoder = Encoder(image_size=24, patch_size=8, width=24, depth=2, heads=3).eval()
 encoder.mean, encoder.std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 seen, plain = [], features.Subset.read
@@ -167,13 +167,13 @@ def away(self, i):  # of two processes, all of the first one's images and one of
 features.Subset.read = away
 some = features.extract(encoder, images, keep=keep, cache=cache / "none")
 features.Subset.read = plain
-torch.save((made, kept, single, some, place, count), f"{sys.argv[2]}/{processes.rank()}.pt")
+torch.save((made, kept, single, some, place, count), f"{sys.argv[2]}/{distributed.rank()}.pt")
 encoder.norm.weight.data[0] = float("nan")
 try:
     features.extract(encoder, images, keep=keep, cache=cache)
 except ValueError as error:
     print(error)
-processes.leave(0)
+distributed.leave(0)
 """
 
 

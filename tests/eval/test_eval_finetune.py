@@ -225,7 +225,7 @@ def test_what_goes_on_ends_as_what_never_stopped(data, tmp_path, monkeypatch):
         tuned(data, chosen, tmp_path / "b")
     monkeypatch.setattr(classify, "save", original)
     assert [path.name for path in (tmp_path / "b").iterdir()] == ["epoch_0002"]
-    with pytest.raises(ValueError, match="go on with --resume"):
+    with pytest.raises(ValueError, match="resume it with --resume"):
         tuned(data, chosen, tmp_path / "b")
     with pytest.raises(ValueError, match="another training: seed was 0, is 1"):
         tuned(data, chosen, tmp_path / "b", resume=True, seed=1)

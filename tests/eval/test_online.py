@@ -45,7 +45,7 @@ def test_the_target_is_judged_before_between_and_at_the_end(tmp_path):
 
 
 def test_nothing_is_drawn_that_nobody_shows(tmp_path, monkeypatch):
-    monkeypatch.setattr(online.Album, "draw", lambda *_: pytest.fail("drawn"))
+    monkeypatch.setattr(online.SnapshotImages, "draw", lambda *_: pytest.fail("drawn"))
     config = write_config(tmp_path)
     assert train.main(["--config", str(config), "--set", "run.epochs=1"]) == 0
 
@@ -114,7 +114,7 @@ def test_the_best_is_found_again_when_a_run_goes_back(tmp_path, monkeypatch):
 def test_it_takes_no_more_than_its_share(monkeypatch):
     now, said = [0.0], []
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    judge = online.Online((), every=10, share=0.1, batch_size=1, k=1, temperature=1)
+    judge = online.OnlineEvaluation((), every=10, share=0.1, batch_size=1, k=1, temperature=1)
     judge.say = said.append
     monkeypatch.setattr(
         online, "_scores", lambda *args, **options: now.__setitem__(0, now[0] + 7) or {}
@@ -145,9 +145,10 @@ def test_a_set_without_labels_is_refused_at_the_start(tmp_path, capsys):
 
 ZERO = """
 import sys
-from cjepa_fast import processes, train
+from cjepa_fast import train
+from cjepa_fast.runtime import distributed
 
-processes.leave(train.main(sys.argv[1:]))
+distributed.leave(train.main(sys.argv[1:]))
 """
 
 

@@ -1,4 +1,4 @@
-"""Start a training, strike it at chosen moments, go on with it, and hold it against a whole one.
+"""Start a training, strike it at chosen moments, resume it, and hold it against a whole one.
 
     whole = drive(folder / "whole", images, [])
     struck = drive(folder / "struck", images, [Moment("disk", after=4, nth=3)])
@@ -224,7 +224,7 @@ def assert_each_image_once(one: Start) -> None:
 
 
 def assert_little_is_lost(before: Start, after: Start) -> None:
-    """A resume goes on from the last save, or the one before where that was being written."""
+    """A resume resumes from the last save, or the one before where that was being written."""
     if before.steps and after.steps:
         lost = before.steps[-1] + 1 - after.steps[0]
         assert 0 <= lost <= 2 * EVERY, f"{before.moment}: {lost} steps"

@@ -25,6 +25,7 @@ from cjepa_fast import train
 from cjepa_fast.data.sources import ImageSet
 from cjepa_fast.model.jepa import JEPA
 from cjepa_fast.runtime import distributed
+from cjepa_fast.training import start
 
 RANK = int(os.environ.get("RANK", "0"))
 
@@ -83,13 +84,13 @@ def row_of(step: int, batches: list, terms: dict, images: ImageSet) -> dict:
     }
 
 
-def main(out: Path, start: str, moment: str, arguments: list[str]) -> int:
-    halt = Halt(out / f"halted.{start}", moment)
+def main(out: Path, began: str, moment: str, arguments: list[str]) -> int:
+    halt = Halt(out / f"halted.{began}", moment)
     for name in ("fsync", "rename", "replace", "unlink"):
         setattr(os, name, announced(halt, "disk", getattr(os, name)))
     ImageSet.read = announced(halt, "read", ImageSet.read)
     JEPA.forward = announced(halt, "forward", JEPA.forward)
-    build_loader, step = train.build_loader, train.Trainer.step
+    build_loader, step = start.build_loader, start.Trainer.step
     images = []
 
     def remembered(*args):
@@ -97,15 +98,15 @@ def main(out: Path, start: str, moment: str, arguments: list[str]) -> int:
         images.append(loader.images)
         return loader
 
-    def recorded(self, batches, index):
-        terms, *rest = step(self, batches, index)
+    def recorded(self, batches, index, *more):
+        terms, *rest = step(self, batches, index, *more)
         row = row_of(index + 1, batches, terms, images[0])
-        with open(out / f"rows.{start}.{RANK}", "a") as file:
+        with open(out / f"rows.{began}.{RANK}", "a") as file:
             file.write(json.dumps(row) + "\n")
         halt.step_done = index + 1
         return (terms, *rest)
 
-    train.build_loader, train.Trainer.step = remembered, recorded
+    start.build_loader, start.Trainer.step = remembered, recorded
     return train.main(arguments)
 
 

@@ -35,7 +35,7 @@ def test_asked_to_stop_in_a_save(tmp_path, images, whole):
     moment = Moment("disk", after=6, nth=2, act=harness.ask_to_stop)
     struck = drive(tmp_path / "run", images, [moment])
     assert [one.status for one in struck.starts] == [0, 0]
-    assert "go on with" in struck.starts[0].said and 6 <= struck.starts[0].steps[-1] < 16
+    assert "resume with" in struck.starts[0].said and 6 <= struck.starts[0].steps[-1] < 16
     assert_same(struck, whole(1))
 
 

@@ -7,8 +7,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from cjepa_fast.kernels.vicreg import centred, sum_over_ranks, vicreg_terms
+from cjepa_fast.kernels.common.ranks import centred, sum_over_ranks
+from cjepa_fast.kernels.gather import prediction_error
+from cjepa_fast.kernels.vicreg import vicreg_terms
 from cjepa_fast.model.loss import CJEPALoss, build_projector
+from cjepa_fast.runtime.distributed import AllRanks
 
 EPS = 1e-4
 
@@ -118,27 +121,27 @@ def network() -> torch.nn.Module:
     return torch.nn.Linear(4, 6).double()
 
 
-def global_terms(z: torch.Tensor, group) -> torch.Tensor:
-    std, cov, _ = vicreg_terms(z, group=group)
+def global_terms(z: torch.Tensor, ranks) -> torch.Tensor:
+    std, cov, _ = vicreg_terms(z, ranks=ranks)
     return 25 * std + cov
 
 
-def local_terms(z: torch.Tensor, group) -> torch.Tensor:
+def local_terms(z: torch.Tensor, ranks) -> torch.Tensor:
     return global_terms(z, None)
 
 
-def undifferentiated_sum(z: torch.Tensor, group) -> torch.Tensor:
+def undifferentiated_sum(z: torch.Tensor, ranks) -> torch.Tensor:
     """Right in value, but the reduction passes no gradient on: others' rows are constants."""
-    if group is None:
+    if ranks is None:
         return global_terms(z, None)
     count = torch.tensor(float(len(z))).double()
     total = z.detach().sum(0)
-    dist.all_reduce(count, group=group)
-    dist.all_reduce(total, group=group)
+    dist.all_reduce(count)
+    dist.all_reduce(total)
     z = z - total / count
     second = z.t() @ z
     others = second.detach().clone()
-    dist.all_reduce(others, group=group)
+    dist.all_reduce(others)
     c = (second + others - second.detach()) / (count - 1)
     std = (c.diagonal() + EPS).sqrt()
     off = c - torch.diag(c.diagonal())
@@ -147,33 +150,33 @@ def undifferentiated_sum(z: torch.Tensor, group) -> torch.Tensor:
 
 VARIANTS = {
     "global": global_terms,
-    "several": lambda z, group: global_terms(torch.stack([z, 0.5 * z.square(), z.sin()]), group),
+    "several": lambda z, ranks: global_terms(torch.stack([z, 0.5 * z.square(), z.sin()]), ranks),
     "local": local_terms,
     "undifferentiated": undifferentiated_sum,
 }
 
 
-def projected(seed_rows: torch.Tensor, group) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def projected(seed_rows: torch.Tensor, ranks) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """VICReg's terms behind a projector with BatchNorm: value and gradients of its weights."""
     torch.manual_seed(2)
-    project = build_projector(4, [5, 7, 6], group).double()
-    value = global_terms(project(seed_rows), group)
+    project = build_projector(4, [5, 7, 6], ranks).double()
+    value = global_terms(project(seed_rows), ranks)
     value.backward()
     return value.detach(), [p.grad for p in project.parameters()]
 
 
-def whole_loss(views: str, rows: slice, group) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def whole_loss(views: str, rows: slice, ranks) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """CJEPALoss of an even share of a batch of 8, with a projector; one weight of each input."""
     generator = torch.Generator().manual_seed(3)
     draw = lambda *s: torch.randn(*s, generator=generator, dtype=torch.float64)  # noqa: E731
     inputs = [draw(8, 4, 3, 5), draw(8, 4, 3, 5), draw(8, 6, 5), draw(8, 9, 5)]
     torch.manual_seed(4)
-    project = build_projector(5, [6, 7], group).double()
+    project = build_projector(5, [6, 7], ranks).double()
     weights = [torch.ones(5, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     predicted, targets, context, tokens = (x[rows] for x in inputs)
     predicted, context = predicted * weights[0], context * weights[1]
-    loss = CJEPALoss(beta=0.5, views=views, group=group)
-    terms = loss(predicted, targets, context, tokens, project)
+    loss = CJEPALoss(beta=0.5, views=views, ranks=ranks)
+    terms = loss(prediction_error(predicted, targets), predicted, context, tokens, project)
     terms["loss"].backward()
     grads = [w.grad for w in (*weights, *project.parameters()) if w.grad is not None]
     return torch.stack([terms["std"], terms["cov"]]), grads
@@ -186,14 +189,14 @@ def averaged(grads: list[torch.Tensor]) -> list[torch.Tensor]:
     return grads
 
 
-def each_variant(x: torch.Tensor, group) -> dict[str, tuple[torch.Tensor, list[torch.Tensor]]]:
+def each_variant(x: torch.Tensor, ranks) -> dict[str, tuple[torch.Tensor, list[torch.Tensor]]]:
     found = {}
     for name, terms in VARIANTS.items():
         model = network()
-        value = terms(model(x), group)
+        value = terms(model(x), ranks)
         value.backward()
         found[name] = value.detach(), [p.grad for p in model.parameters()]
-    found["projector"] = projected(x, group)
+    found["projector"] = projected(x, ranks)
     return found
 
 
@@ -201,10 +204,10 @@ def worker(rank: int, port: int, x: torch.Tensor, out: str) -> None:
     torch.set_num_threads(1)
     address = f"tcp://127.0.0.1:{port}"
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=len(ROWS))
-    group = dist.group.WORLD
-    found = each_variant(x.split(ROWS)[rank], group)
+    ranks = AllRanks()
+    found = each_variant(x.split(ROWS)[rank], ranks)
     even = slice(4 * rank, 4 * rank + 4)
-    found |= {views: whole_loss(views, even, group) for views in VIEWS}
+    found |= {views: whole_loss(views, even, ranks) for views in VIEWS}
     found = {name: (value, averaged(grads)) for name, (value, grads) in found.items()}
     torch.save(found, f"{out}/rank{rank}.pt")
     dist.destroy_process_group()
@@ -261,7 +264,7 @@ def test_a_reduction_without_gradient_is_right_in_value_alone(parallel):
     assert differs(alone["global"], ranks[0]["undifferentiated"])
 
 
-def test_one_process_needs_no_group(seed):
+def test_one_rank_needs_no_others(seed):
     z = spread(4, 3).requires_grad_()
     assert sum_over_ranks(z, None) is z
     rows, count = centred(z, None)

@@ -14,6 +14,7 @@ from kernel_checks import within_budget
 
 from cjepa_fast.kernels.common import launch
 from cjepa_fast.kernels.vicreg import vicreg_terms, vicreg_terms_reference
+from cjepa_fast.runtime.distributed import AllRanks
 
 # The rows of each process; one of four has none, one a single row.
 WORLDS = {1: (9,), 2: (7, 2), 4: (5, 1, 0, 3)}
@@ -75,7 +76,7 @@ def found_by(rank: int, rows: tuple[int, ...], case: Case, counted: Counted) -> 
     z = case.batch().split(rows, dim=-2)[rank].requires_grad_()
     counted.bytes = 0
     with launch.interpreted() if case.kernels else contextlib.nullcontext():
-        std, cov, per_dim = vicreg_terms(z, group=dist.group.WORLD)
+        std, cov, per_dim = vicreg_terms(z, ranks=AllRanks())
         a, b = slopes_of(rank)
         (a * std + b * cov).backward()
     found = {"std": std.detach(), "cov": cov.detach(), "per_dim": per_dim, "dz": z.grad}
@@ -85,7 +86,7 @@ def found_by(rank: int, rows: tuple[int, ...], case: Case, counted: Counted) -> 
 def refuses(rows: int) -> bool:
     """Whether two rows are asked for, on every process; one process that waited would hang."""
     try:
-        vicreg_terms(torch.zeros(rows, 3), group=dist.group.WORLD)
+        vicreg_terms(torch.zeros(rows, 3), ranks=AllRanks())
     except ValueError as error:
         return "all ranks together have 1" in str(error)
     return False

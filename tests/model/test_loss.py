@@ -5,12 +5,12 @@ import torch
 from test_kernels_vicreg import by_loops, spread
 from torch import nn
 
+from cjepa_fast.kernels.gather import prediction_error
 from cjepa_fast.model.loss import (
     BatchNorm,
     CJEPALoss,
     block_terms,
     build_projector,
-    prediction_loss,
 )
 
 B, M, P, D, K, N = 5, 3, 2, 4, 6, 9
@@ -32,6 +32,12 @@ def gradients(loss: torch.Tensor, batch: dict) -> dict[str, torch.Tensor | None]
     return dict(zip(batch, found, strict=True))
 
 
+def terms_of(loss, predicted, targets, context, tokens, project=None) -> dict[str, torch.Tensor]:
+    """The terms, with the prediction error of targets that are gathered already."""
+    jepa = prediction_error(predicted, targets, loss.prediction)
+    return loss(jepa, predicted, context, tokens, project)
+
+
 # --- prediction
 
 
@@ -40,21 +46,21 @@ def test_smooth_l1_against_loops(batch):
     distance = (predicted - targets).abs().flatten().tolist()
     assert min(distance) < 1 < max(distance)  # both branches
     wanted = sum(0.5 * d * d if d < 1 else d - 0.5 for d in distance) / len(distance)
-    assert prediction_loss(predicted, targets).item() == pytest.approx(wanted, rel=1e-12)
+    assert prediction_error(predicted, targets).item() == pytest.approx(wanted, rel=1e-12)
 
 
 def test_l2_against_loops(batch):
     distance = (batch["predicted"] - batch["targets"]).flatten().tolist()
     wanted = sum(d * d for d in distance) / len(distance)
-    got = prediction_loss(batch["predicted"], batch["targets"], "l2").item()
+    got = prediction_error(batch["predicted"], batch["targets"], "l2").item()
     assert got == pytest.approx(wanted, rel=1e-12)
 
 
 def test_half_precision_is_compared_in_fp32(seed):
     predicted, targets = torch.randn(2, 400, 50).bfloat16()
-    got = prediction_loss(predicted, targets)
+    got = prediction_error(predicted, targets)
     assert got.dtype == torch.float32
-    exact = prediction_loss(predicted.double(), targets.double())
+    exact = prediction_error(predicted.double(), targets.double())
     assert got.item() == pytest.approx(exact.item(), rel=1e-5)
 
 
@@ -158,9 +164,11 @@ def test_tokens_view(batch):
 @pytest.mark.parametrize("views", ["blocks", "context_target", "tokens"])
 def test_the_loss_is_the_weighted_sum_of_its_terms(batch, views):
     loss = CJEPALoss(views=views, beta=0.3, sim=2.0, std=5.0, cov=7.0)
-    terms = loss(batch["predicted"], batch["targets"].detach(), batch["context"], batch["tokens"])
+    terms = terms_of(
+        loss, batch["predicted"], batch["targets"].detach(), batch["context"], batch["tokens"]
+    )
     sim, std, cov = loss.vicreg(*inputs_of(batch))
-    jepa = prediction_loss(batch["predicted"], batch["targets"])
+    jepa = prediction_error(batch["predicted"], batch["targets"])
     wanted = jepa + 0.3 * (2 * sim + 5 * std + 7 * cov)
     assert set(terms) == {"loss", "jepa", "sim", "std", "cov"}
     assert all(term.dim() == 0 for term in terms.values())
@@ -183,14 +191,14 @@ def test_beta_zero_is_exactly_ijepa(batch, views, projector):
     project = build_projector(D, projector)
     project = project and project.double()
     inputs = (batch["predicted"], batch["targets"], batch["context"], batch["tokens"])
-    terms = CJEPALoss(beta=0.0, views=views)(*inputs, project)
+    terms = terms_of(CJEPALoss(beta=0.0, views=views), *inputs, project)
     plain = nn.functional.smooth_l1_loss(batch["predicted"], batch["targets"])
     assert terms["loss"].item() == plain.item()
     for (name, wanted), got in zip(
         gradients(plain, batch).items(), gradients(terms["loss"], batch).values(), strict=True
     ):
         assert (got is None and wanted is None) or torch.equal(got, wanted), name
-    measured = CJEPALoss(beta=1.0, views=views)(*inputs, project)
+    measured = terms_of(CJEPALoss(beta=1.0, views=views), *inputs, project)
     for name in ("jepa", "sim", "std", "cov"):  # still shown
         assert terms[name].item() == measured[name].item()
     slopes = gradients(measured["loss"], batch)
@@ -203,7 +211,7 @@ def test_bf16_inputs_give_fp32_terms(batch):
     rounded = [x.bfloat16() for x in batch.values()]
     exact = [x.double() for x in rounded]
     for views in ("blocks", "context_target", "tokens"):
-        terms, wanted = CJEPALoss(views=views)(*rounded), CJEPALoss(views=views)(*exact)
+        terms, wanted = (terms_of(CJEPALoss(views=views), *x) for x in (rounded, exact))
         for name, term in terms.items():
             assert term.dtype == torch.float32
             assert term.item() == pytest.approx(wanted[name].item(), rel=1e-4), (views, name)
@@ -211,7 +219,7 @@ def test_bf16_inputs_give_fp32_terms(batch):
 
 def test_collapse_shows_in_std_not_in_cov(seed):
     same = torch.ones(B, M, P, D)
-    terms = CJEPALoss()(same, same, torch.ones(B, K, D), torch.ones(B, N, D))
+    terms = terms_of(CJEPALoss(), same, same, torch.ones(B, K, D), torch.ones(B, N, D))
     assert terms["jepa"] == terms["sim"] == terms["cov"] == 0
     assert terms["std"].item() == pytest.approx(0.99)
 
@@ -273,7 +281,7 @@ def test_the_projector_of_the_target_takes_no_gradient(batch):
 def test_ijepa_takes_a_single_image_and_vicreg_says_that_it_cannot():
     predicted, targets = torch.randn(1, 4, 3, 8), torch.randn(1, 4, 3, 8)
     context, tokens = torch.randn(1, 5, 8), torch.randn(1, 9, 8)
-    terms = CJEPALoss(beta=0.0)(predicted, targets, context, tokens)
+    terms = terms_of(CJEPALoss(beta=0.0), predicted, targets, context, tokens)
     assert terms["loss"].isfinite() and terms["std"].isnan()
     with pytest.raises(ValueError, match="at least 2 rows"):
-        CJEPALoss()(predicted, targets, context, tokens)
+        terms_of(CJEPALoss(), predicted, targets, context, tokens)

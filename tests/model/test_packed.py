@@ -16,8 +16,8 @@ from cjepa_fast.model.packed import PackedContext, Sequences, pack
 from cjepa_fast.model.predictor import Predictor
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime import distributed
-from cjepa_fast.train import Trainer
 from cjepa_fast.training import build
+from cjepa_fast.training.trainer import Trainer
 
 SIDE, WIDTH, N = 16, 16, 16  # pixels; 4 x 4 patches
 LENGTHS = [5, 1, 8, 3]

@@ -18,9 +18,9 @@ from cjepa_fast.model.jepa import JEPA
 from cjepa_fast.model.loss import CJEPALoss
 from cjepa_fast.model.predictor import Predictor
 from cjepa_fast.model.vit import Encoder
-from cjepa_fast.train import Trainer
 from cjepa_fast.training.ema import Fragment, TargetEMA
 from cjepa_fast.training.optim import parameter_groups
+from cjepa_fast.training.trainer import Trainer
 
 GRID, PATCH, WIDTH, HEADS, NARROW = 4, 3, 8, 2, 12
 B, M = 2, 3  # images, target blocks

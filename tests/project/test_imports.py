@@ -50,9 +50,7 @@ def imports_of(tree: ast.AST, package: str) -> dict[str, int]:
             if node.level:
                 kept = package.split(".")[: len(package.split(".")) - node.level + 1]
                 base = ".".join([*kept, base]).rstrip(".")
-            found |= {
-                name: node.lineno for name in (base, *(f"{base}.{a.name}" for a in node.names))
-            }
+            found |= dict.fromkeys((base, *(f"{base}.{a.name}" for a in node.names)), node.lineno)
     return found
 
 

@@ -12,7 +12,8 @@ from cjepa_fast.runtime import error_report
 
 FAILING = """
 import sys
-from cjepa_fast import processes, train
+from cjepa_fast import train
+from cjepa_fast.runtime import distributed
 from cjepa_fast.model.jepa import JEPA
 
 whole, calls = JEPA.forward, []
@@ -23,7 +24,7 @@ def forward(self, *args):
     return whole(self, *args)
 
 JEPA.forward = forward
-processes.leave(train.main(sys.argv[2:]))
+distributed.leave(train.main(sys.argv[2:]))
 """
 
 
@@ -79,7 +80,7 @@ def test_the_place_in_our_code_is_named():
     with pytest.raises(ValueError) as caught:
         find("no_such_file")
     assert "ConfigError: --config no_such_file" in error_report.summary(caught.value)
-    assert "(in find, cjepa_fast/config.py line " in error_report.summary(caught.value)
+    assert "(in find, cjepa_fast/config/load.py line " in error_report.summary(caught.value)
     with pytest.raises(ZeroDivisionError) as foreign:
         1 / 0  # noqa: B018
     assert error_report.summary(foreign.value) == "ZeroDivisionError: division by zero"
@@ -99,7 +100,7 @@ def test_a_folder_that_cannot_be_written_does_not_lose_the_report(tmp_path, monk
 def test_an_interrupt_before_the_first_step_is_a_word(tmp_path):
     code = (
         "import signal, os, sys; from cjepa_fast import train\n"
-        "train.begin = lambda *a: os.kill(os.getpid(), signal.SIGINT)\n"
+        "train.start.begin = lambda *a: os.kill(os.getpid(), signal.SIGINT)\n"
         "sys.exit(train.main(sys.argv[1:]))"
     )
     config = tiny.write_config(tmp_path)

@@ -130,12 +130,13 @@ def test_a_processor_held_to_less_is_probed_as_such(limit):
 
 UNEQUAL = """
 import os, sys
-from cjepa_fast import processes, train
+from cjepa_fast import train
+from cjepa_fast.runtime import distributed
 from cjepa_fast.runtime import hardware
 
 mine = {"0": "bf16", "1": "fp32"}[os.environ["RANK"]]
 hardware.best_precision = lambda device: hardware.Choice(mine, "of this rank")
-processes.leave(train.main(sys.argv[1:]))
+distributed.leave(train.main(sys.argv[1:]))
 """
 
 

@@ -113,7 +113,7 @@ def test_a_slurm_job_saves_before_its_limit_is_requeued_and_finishes(
     out, err = job.communicate(timeout=tiny.HANG_S)
     assert job.returncode == 0, err
     step = json.loads((checkpoint.latest(tmp_path / "run") / "state.json").read_text())["step"]
-    assert 1 <= step < 200 and f"stopped after step {step}; go on with: sbatch " in out
+    assert 1 <= step < 200 and f"stopped after step {step}; resume with: sbatch " in out
     assert queue.read_text() == f"requeue {cluster['SLURM_JOB_ID']}\n"
 
     for _ in ("goes on to its end", "finds nothing left to do")[: 2 if tasks == "1" else 1]:

@@ -63,7 +63,9 @@ def test_the_ways_out_are_those_that_are_left():
 
 SHORT = """
 import os, sys, torch
-from cjepa_fast import cpu_memory, processes, train, trainer
+from cjepa_fast import train
+from cjepa_fast.runtime import distributed
+from cjepa_fast.training import cpu_micro_batch, trainer
 from cjepa_fast.model.jepa import JEPA
 
 where, rank = sys.argv[1], sys.argv[2]
@@ -78,13 +80,13 @@ def build(*args):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 if where == "cut":
-    cpu_memory.most_images = lambda config: 4
+    cpu_micro_batch.most_images = lambda config: 4
     where = "1"
 if os.environ.get("RANK", "0") == rank:
     JEPA.forward = forward
     if where == "build":
         trainer.build_engine = build
-processes.leave(train.main(sys.argv[3:]))
+distributed.leave(train.main(sys.argv[3:]))
 """
 
 
@@ -109,7 +111,7 @@ def assert_one_message(result, folder) -> str:
 def test_out_of_memory_at_the_start(tmp_path):
     result = run_short(tmp_path, "build", "--set", "model.depth=1")
     assert "Tried to allocate 2.00 GiB" in assert_one_message(result, tmp_path)
-    assert "go on from" not in result.stderr
+    assert "resume from" not in result.stderr
     told = re.search(r"what fits: python (.*) GPU --count 1 ", result.stderr).group(1)
     plan = [sys.executable, *shlex.split(told), "h100", "--count", "1"]
     fits = subprocess.run(plan, capture_output=True, text=True, cwd=tiny.ROOT, check=True)
@@ -122,7 +124,7 @@ def test_out_of_memory_in_a_step(tmp_path, step):
     result = run_short(tmp_path, str(step))
     assert "DefaultCPUAllocator" in assert_one_message(result, tmp_path)
     last = checkpoint.latest(tmp_path / "run")
-    assert (f"go on from {last} with: python" in result.stderr) is (step == 6)
+    assert (f"resume from {last} with: python" in result.stderr) is (step == 6)
     assert (last is not None) is (step == 6)
 
 

@@ -212,7 +212,7 @@ def assert_named(stderr: str, rank: int, pid: int, folder) -> None:
     (said,) = [line for line in stderr.splitlines() if line.startswith("error: no sign of life")]
     assert f"from rank {rank} (host {os.uname().nodename}, pid {pid})" in said
     last = checkpoint.latest(folder / "run")
-    assert f"go on from {last} with: " in stderr and "--resume auto" in stderr
+    assert f"resume from {last} with: " in stderr and "--resume auto" in stderr
     stacks = (folder / "run" / f"stacks_rank_{1 - rank}.txt").read_text()
     assert said.removeprefix("error: ") in stacks and "train.py" in stacks
     assert not (folder / "run" / f"stacks_rank_{rank}.txt").exists()
@@ -242,20 +242,22 @@ def test_a_process_that_is_stopped_ends_the_run_with_its_name(tmp_path, launcher
 
 HANG = """
 import itertools, os, sys, threading, time
-from cjepa_fast import processes, run, train
+from cjepa_fast import train
+from cjepa_fast.runtime import distributed
+from cjepa_fast.training import loop
 
 def where_the_loader_hangs():
     time.sleep(3600)
 
-whole = run.steps_of
+whole = loop.steps_of
 def hanging(loader, start):
     for step, group in enumerate(whole(loader, start), 1):
         if step == 6 and os.environ.get("RANK", "0") == sys.argv[1]:
             where_the_loader_hangs()
         yield group
 
-run.steps_of = hanging
-processes.leave(train.main(sys.argv[2:]))
+loop.steps_of = hanging
+distributed.leave(train.main(sys.argv[2:]))
 """
 
 
@@ -273,7 +275,7 @@ def test_a_loader_that_hangs_ends_a_run_of_one_process(tmp_path):
     assert result.returncode == 1
     assert "error: rank 0 (host" in result.stderr and "got stuck (if" in result.stderr
     assert "step 6, waiting for data" in result.stderr
-    assert f"go on from {checkpoint.latest(tmp_path / 'run')} with: python" in result.stderr
+    assert f"resume from {checkpoint.latest(tmp_path / 'run')} with: python" in result.stderr
     assert_stack_of_the_loader(tmp_path, 0)
 
 
@@ -296,7 +298,8 @@ def test_a_loader_that_hangs_on_one_of_two_is_told_from_who_waits(tmp_path):
 
 JUMPS = """
 import sys, time
-from cjepa_fast import processes, train
+from cjepa_fast import train
+from cjepa_fast.runtime import distributed
 
 real, calls = time.time, []
 def jumping():
@@ -306,7 +309,7 @@ def jumping():
 time.time = jumping
 status = train.main(sys.argv[1:])
 print("read the clock", len(calls), "times")
-processes.leave(status)
+distributed.leave(status)
 """
 
 

@@ -80,7 +80,8 @@ def test_settings_that_only_deepspeed_has_say_so_too(blocked, tmp_path):
 def test_a_kernel_without_triton_tells_the_way_out(blocked):
     code = (
         "import torch\n"
-        "from cjepa_fast.kernels import gather_tiles, launch\n"
+        "from cjepa_fast.kernels import gather_tiles\n"
+        "from cjepa_fast.kernels.common import launch\n"
         "assert gather_tiles.row_tiles(96)[0].width == 128 and not launch.INTERPRETING\n"
         "gather_tiles._gather_forward_kernel[(1,)](torch.ones(1))"
     )

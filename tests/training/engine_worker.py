@@ -20,7 +20,6 @@ from pathlib import Path
 
 import tiny
 import torch
-import torch.distributed as dist
 
 from cjepa_fast import checkpoint
 from cjepa_fast.checkpoint.owned import Fragment
@@ -55,10 +54,10 @@ def build(stage: str, precision: str, options: dict) -> Engine | LocalEngine:
     recompute = {"checkpointing": "full" if "full" in options else "none"}
     torch.manual_seed(0)
     encoder = Encoder(32, 8, 24, 2, 3, **recompute)
-    group = dist.group.WORLD if world > 1 and options.get("bug") != "local" else None
+    ranks = distributed.AllRanks() if world > 1 and options.get("bug") != "local" else None
     # A strong VICReg term, so that statistics of a part of the batch could not go unseen.
     predictor = Predictor(24, encoder.grid, 12, 1, 3, **recompute)
-    network = JEPA(encoder, predictor, CJEPALoss(beta=0.1, group=group))
+    network = JEPA(encoder, predictor, CJEPALoss(beta=0.1, ranks=ranks))
     parts = network, copy.deepcopy(encoder), optim.parameter_groups(network)
     settings = {"accumulation": ACCUMULATION, "precision": precision, "clip": 0.5}
     if stage == "local":

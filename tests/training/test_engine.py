@@ -230,7 +230,10 @@ def test_the_users_deepspeed_json_is_kept():
 
 @pytest.mark.parametrize("processes", ["1", "2"])
 def test_a_process_leaves_with_its_status_and_its_last_words(processes):
-    code = "from cjepa_fast import processes; print('the last words', end=''); processes.leave(3)"
+    code = (
+        "from cjepa_fast.runtime import distributed\n"
+        "print('the last words', end=''); distributed.leave(3)"
+    )
     result = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True, text=True, env={**tiny.environment(), "WORLD_SIZE": processes},

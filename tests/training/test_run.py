@@ -58,7 +58,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(finished, capf
         test_saver.DAMAGES[said](path)
     assert run(config, "--resume", "auto") == 0
     out, err = capfd.readouterr()
-    assert "WARNING: going on from the earlier" in err and "step_00000002" in err
+    assert "WARNING: resuming from the earlier" in err and "step_00000002" in err
     assert all(str(path) in err for path in damaged) and err.count(said) == 2
     assert out.count("set aside") == 2
     assert tiny.losses(folder) == whole
@@ -89,10 +89,10 @@ def test_a_run_that_has_saved_nothing_yet_begins_anew_and_says_so(finished, capf
 
 
 def test_a_run_that_fails_keeps_the_checkpoint_that_was_being_written(tmp_path, monkeypatch, capfd):
-    """However slow the disk: what the user is told to go on from is the newest there can be."""
+    """However slow the disk: what the user is told to resume from is the newest there can be."""
     failing, written = threading.Event(), files.write_tensors
     slow = lambda *args: failing.wait(tiny.HANG_S) and written(*args)  # noqa: E731
-    monkeypatch.setattr(checkpoint, "write_tensors", slow)
+    monkeypatch.setattr(files, "write_tensors", slow)
     step = Trainer.step
 
     def third_fails(self, batches, index):
@@ -227,7 +227,7 @@ def test_a_spike_is_gone_back_from_and_its_images_passed_over(tmp_path, spike, c
 
     monkeypatch.setattr(Trainer, "step", record)
     losses = spiky_run(tmp_path, "rewind")
-    assert f"went back to step 40; the images of the {SPIKE - 40} steps" in capfd.readouterr().out
+    assert f"rewound to step 40; the images of the {SPIKE - 40} steps" in capfd.readouterr().out
     # (step, the step whose images it saw): after the spike, step 41 sees those of step 46.
     plain = [(i, i) for i in range(1, SPIKE + 1)]
     assert shown == plain + [(i, i + 5) for i in range(41, 61)]
@@ -344,7 +344,8 @@ def test_processes_whose_contexts_differ_in_length_do_the_same_collectives(tmp_p
 
 MARKED = """
 import sys
-from cjepa_fast import processes, train
+from cjepa_fast import train
+from cjepa_fast.runtime import distributed
 from cjepa_fast.runtime.watchdog import Watchdog
 
 whole = Watchdog.mark
@@ -353,7 +354,7 @@ def mark(self, phase, step=None):
     whole(self, phase, step)
 
 Watchdog.mark = mark
-processes.leave(train.main(sys.argv[1:]))
+distributed.leave(train.main(sys.argv[1:]))
 """
 
 

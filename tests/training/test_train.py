@@ -157,9 +157,9 @@ def test_a_signal_saves_and_tells_how_to_go_on(tmp_path, number):
     assert result.returncode == 0, result.stderr
     done = json.loads((checkpoint.latest(tmp_path / "run") / "state.json").read_text())["step"]
     assert done >= 1 and f"stopped after step {done}" in result.stdout
-    assert "go on with: python cjepa_fast/train.py" in result.stdout
+    assert "resume with: python cjepa_fast/train.py" in result.stdout
     assert "--resume auto" in result.stdout and done in tiny.losses(tmp_path / "run")
-    # The command as told, shortened, goes on from there and keeps the log whole.
+    # The command as told, shortened, resumes from there and keeps the log whole.
     again = interrupted(config, number, "--resume", "auto")
     assert again.returncode == 0, again.stderr
     steps = list(tiny.losses(tmp_path / "run"))

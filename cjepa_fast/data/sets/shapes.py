@@ -171,13 +171,6 @@ def main(argv: list[str] | None = None) -> int:
     print("kinds  " + ", ".join(KINDS))
     if args.sheet:
         print(f"sheet  {contact_sheet(args.sheet)}")
-    from cjepa_fast.data.sources import open_images
-    from cjepa_fast.eval.probes.knn import pixel_baselines
-
-    chance = 100 / len(KINDS)
-    for name, top in pixel_baselines(open_images("shapes"), open_images("shapes:val")).items():
-        plain, centred = top["top1"], top["top1_centred"]
-        print(f"kNN of {name}: {plain:.1f} %, mean-subtracted {centred:.1f} % (chance {chance} %)")
     return 0
 
 

@@ -40,7 +40,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         )  # fmt: skip
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER",
-        help="weights, to go on from, and the picture; default: eval/detect in the run's folder",
+        help="weights, to resume from, and the picture; default: eval/detect in the run's folder",
     )  # fmt: skip
     options = parser.add_argument_group("recipe, ViTDet's by default")
     whole, above, rate = cli.positive, cli.above_zero, cli.from_zero

@@ -1,7 +1,7 @@
 """Fine-tuning of a detector, by ViTDet's recipe (arXiv 2203.16527, appendix A.2), on any number of
 processes.
 
-What decides a step is a function of the seed and the epoch, so a training that goes on from its
+What decides a step is a function of the seed and the epoch, so a training that resumes from its
 last whole epoch is, on the CPU, the one that was never interrupted.
 """
 
@@ -59,7 +59,7 @@ class Recipe:
 
 
 class Kept:
-    """The state of a training after each epoch: a file that the next start goes on from.
+    """The state of a training after each epoch: a file that the next start resumes from.
 
     facts: what decides the training. Raises ValueError where the file is of another one.
     """
@@ -137,7 +137,7 @@ def fine_tune(
         if not torch.isfinite(torch.tensor(mean)):
             raise ValueError(
                 f"the loss is {mean} in epoch {epoch + 1}: a lower --lr or a longer "
-                f"--warmup-steps may help; {kept.file} goes on from the epoch before"
+                f"--warmup-steps may help; {kept.file} resumes from the epoch before"
             )
         kept.save(model, optimizer, epoch + 1)
 

@@ -207,7 +207,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=cli.positive, default=2, help="decoding threads")
     add("--save", type=Path, metavar="FOLDER", help="what is learnt: FOLDER/ENCODER.pt")
     add("--save-every", type=cli.positive, default=1000, metavar="N", help="steps")
-    add("--resume", action="store_true", help="go on from --save")
+    add("--resume", action="store_true", help="resume from --save")
     add("--out", type=Path, metavar="FILE.png", help="picture of some images")
     add("--count", type=cli.positive, default=4, help="images in the picture")
 
@@ -235,7 +235,7 @@ def complete(args: argparse.Namespace, patch_size: int) -> None:
     if args.slide and args.slide > args.crop_size:
         raise ValueError(f"--slide {args.slide} leaves gaps between windows of {args.crop_size}")
     if args.resume and not args.save:
-        raise ValueError("--resume goes on from what --save FOLDER kept: name the folder")
+        raise ValueError("--resume resumes from what --save FOLDER kept: name the folder")
     least = 2 if args.head == "upernet" else 1  # BatchNorm of UPerNet's pooling to 1 x 1
     if args.batch_size % world_size() or args.batch_size < least * world_size():
         raise ValueError(

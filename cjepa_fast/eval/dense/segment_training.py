@@ -1,4 +1,4 @@
-"""How a segmenter is trained: the batches, the schedule, what is kept to go on from.
+"""How a segmenter is trained: the batches, the schedule, what is kept to resume from.
 
 A batch is a function of the seed and the step, so a training that was stopped goes on as if it had
 not been, on any number of processes; each takes its share of a batch.
@@ -68,7 +68,7 @@ def train(
     """Train in place, on the device that the model is on.
 
     save_to: a file for all that is needed to go on, written every so many steps and at the end;
-    resume: go on from it, if it is there. Raises ValueError where it is another training's, and
+    resume: resume from it, if it is there. Raises ValueError where it is another training's, and
     for a loss that is no longer finite.
     """
     device = next(model.parameters()).device
@@ -183,7 +183,7 @@ def _keep(path: Path, model: Segmenter, optimizer, facts: dict, step: int) -> No
 
 
 def _restore(path: Path, model: Segmenter, optimizer, facts: dict) -> int:
-    """The step to go on with: 0 where nothing was kept."""
+    """The step to resume with: 0 where nothing was kept."""
     if not path.is_file():
         return 0
     device = next(model.parameters()).device

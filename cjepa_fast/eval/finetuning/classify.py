@@ -204,7 +204,7 @@ def add_tuning(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", type=change, nargs="+", metavar="NAME=VALUE",
                         help="of the recipe: epochs=3 lr=1e-3 rand_augment=null")  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: RUN/TASK")
-    parser.add_argument("--resume", action="store_true", help="go on with what lies in --out")
+    parser.add_argument("--resume", action="store_true", help="resume from what lies in --out")
 
 
 def folder_of(args: argparse.Namespace) -> Path:

@@ -111,7 +111,7 @@ def restored(folder: Path, facts: dict, engine, average: AveragedModel, resume: 
     if not found:
         return 0
     if not resume:
-        raise ValueError(f"{found[-1]} is there: go on with --resume, or name another --out")
+        raise ValueError(f"{found[-1]} is there: resume it with --resume, or name another --out")
     state = json.loads((found[-1] / "state.json").read_text())
     if foreign := [name for name in facts if state.get(name) != facts[name]]:
         name = foreign[0]

@@ -1,6 +1,5 @@
 """What the trainer asks of an engine, whoever owns the weights, and what the engines share."""
 
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -19,7 +18,6 @@ class Engine(Saved, Protocol):
     stage: int  # of ZeRO; 0 where nothing is sharded
     device: torch.device
     grad_norm: torch.Tensor | float  # of the last step
-    before_update: Callable[[], None]  # called before anything of the state changes
 
     def __call__(self, *args, **kwargs):
         """The model's forward."""

@@ -6,13 +6,13 @@ compute-dtype copies of weights and average. Whether a gradient is finite is dec
 and nobody waits for it.
 """
 
-from collections.abc import Callable, Container
+from collections.abc import Container
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from cjepa_fast.checkpoint.owned import Fragment, OwnedState
+from cjepa_fast.checkpoint.owned import Fragment, OwnedState, Snapshot
 from cjepa_fast.kernels.ema import Number, adamw_ema_step
 from cjepa_fast.training.ema import TargetEMA
 from cjepa_fast.training.engines.base import DTYPES, MOMENTS, masters_below, total_norm
@@ -86,7 +86,7 @@ class LocalEngine:
         self._micro_steps = 0
         self._sums: dict[str, torch.Tensor] = {}
         self.grad_norm: torch.Tensor | float = 0.0
-        self.before_update: Callable[[], None] = lambda: None
+        self.snapshot = Snapshot()
         self._loss: torch.Tensor | float = 0.0  # summed over micro-batches
         self._limits = torch.full((2,), torch.inf, dtype=torch.float64, device=self.device)
 
@@ -124,7 +124,7 @@ class LocalEngine:
         """Call after each micro-batch; at the last of a step, update weights and average.
 
         Returns whether the gradient was finite and within limits, else nothing is updated: a 0-d
-        tensor, so that nobody need wait for it; True between. before_update is called before
+        tensor, so that nobody need wait for it; True between. A snapshot is waited for before
         anything of the state changes.
         """
         self._micro_steps += 1
@@ -133,7 +133,7 @@ class LocalEngine:
             self._sums = gradients
             self._clear()
             return True
-        self.before_update()
+        self.snapshot.wait()
         scale = 1 / self.accumulation
         self.grad_norm = total_norm(list(gradients.values())) * scale
         seen = torch.stack([(self._loss * scale).double(), self.grad_norm.double()])

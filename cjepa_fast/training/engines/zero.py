@@ -8,13 +8,13 @@ One process has nothing to shard and trains without DeepSpeed: single.py.
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from cjepa_fast.checkpoint.owned import Fragment, OwnedState, fragment_of
+from cjepa_fast.checkpoint.owned import Fragment, OwnedState, Snapshot, fragment_of
 from cjepa_fast.runtime import hardware
 from cjepa_fast.runtime.distributed import deepspeed, mean_over_ranks, rank, world_size
 from cjepa_fast.training.ema import Place, TargetEMA
@@ -96,7 +96,7 @@ class Engine:
             self._partition if self.stage == 3 and self.sharded and not fp8 else None,
         )
         self.grad_norm: torch.Tensor | float = 0.0
-        self.before_update: Callable[[], None] = lambda: None
+        self.snapshot = Snapshot()
         self._accumulation = accumulation
         self._loss: torch.Tensor | float = 0.0  # summed over micro-batches
         self._limits = (math.inf, math.inf)
@@ -155,7 +155,7 @@ class Engine:
         """Call after each micro-batch; at the last of a step, update weights and average.
 
         Returns False where a gradient was not finite or above a limit: then nothing is updated.
-        before_update is called before anything of the state changes.
+        A snapshot is waited for before anything of the state changes.
         """
         boundary = self._deepspeed.is_gradient_accumulation_boundary()
         for group in self._optimizer.param_groups:
@@ -164,7 +164,7 @@ class Engine:
         if not boundary:
             self._deepspeed.step()
             return True
-        self.before_update()
+        self.snapshot.wait()
         self._refused = self._loss_is_above()
         if self.stage == 0:
             self.grad_norm = total_norm([p.grad for p in self._parameters if p.grad is not None])

@@ -1,0 +1,45 @@
+"""Two steps of a configuration, and what they are made of: `train.py --dry-run`."""
+
+import time
+
+import torch
+
+from cjepa_fast.data.loader import Loader
+from cjepa_fast.runtime import distributed, hardware
+from cjepa_fast.runtime.memory import peak_resident_gib
+from cjepa_fast.training.build import gflop_of
+from cjepa_fast.training.loop import steps_of
+from cjepa_fast.training.trainer import Trainer
+
+
+def dry_run(trainer: Trainer, loader: Loader, told: list[str]) -> None:
+    """Two steps, then what a run of this configuration is made of."""
+    for index, (batches, _) in zip(range(2), steps_of(loader, 0), strict=False):
+        began = time.perf_counter()
+        terms, _ = trainer.step(batches, index)
+        loss = float(terms["loss"])  # waits for the device
+        step_s = time.perf_counter() - began
+    if distributed.rank() != 0:
+        return
+    print(*told, sep="\n", end="\n" * bool(told))
+    encoder, masks = trainer.ema.module, batches[-1].masks
+    K, (M, P) = masks.context_k, masks.target_idx_BMP.shape[1:]
+    gflop = gflop_of(trainer.config, K, M, P)
+    rows, cols = encoder.grid
+    parameters = trainer.parameters
+    print(hardware.told_precision(trainer.config.run.precision, trainer.device, False))
+    print(f"parameters   encoder {parameters['encoder']:,}, predictor {parameters['predictor']:,}")
+    print(f"tokens       {rows} x {cols} patches, context {K:g}, targets {M} x {P}")
+    print("GFLOP/image  " + ", ".join(f"{name} {value:.1f}" for name, value in gflop.items()))
+    print(f"memory       {peak_gib(trainer.device):.2f} GiB at the peak, {trainer.device}")
+    print(
+        f"step         {trainer.micro_batch} images x {loader.accumulation} x "
+        f"{distributed.world_size()} processes, loss {loss:.4f}, {step_s:.2f} s (not warmed up)"
+    )
+
+
+def peak_gib(device: torch.device) -> float:
+    """The most memory this process has held: on the GPU what torch reserved, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 2**30
+    return peak_resident_gib()

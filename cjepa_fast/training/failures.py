@@ -1,0 +1,108 @@
+"""The end of a training that failed, in words: what happened, and the ways out."""
+
+import contextlib
+import dataclasses
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+
+import torch
+
+from cjepa_fast import checkpoint
+from cjepa_fast import config as configuration
+from cjepa_fast.config import ConfigError
+from cjepa_fast.data.batches import ImagesGone
+from cjepa_fast.runtime import error_report, hardware, oom
+from cjepa_fast.runtime.provenance import machine, own_commit
+from cjepa_fast.runtime.version import VERSION
+from cjepa_fast.training.start import Options, Session, how_to_resume
+
+TIME_TO_SPEAK_S = 30  # at most: the launcher ends this wait as the first process exits
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What became of a command."""
+
+    status: int = 0
+    session: Session | None = None  # once the configuration is read
+
+
+@contextlib.contextmanager
+def told(options: Options) -> Iterator[Outcome]:
+    """Within it, whatever goes wrong is told on stderr, and decides the exit status."""
+    outcome = Outcome()
+    try:
+        yield outcome
+    except ConfigError as error:
+        outcome.status = 2
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:  # a launcher ends all processes when one exits: the first is to speak before
+            time.sleep(TIME_TO_SPEAK_S)
+    except ImagesGone as error:
+        outcome.status = 1
+        back = f"Once they are back, resume with: {options.resume_with}"
+        print(f"error: {error}. {back}", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        outcome.status = 130
+        print("\nstopped before the first step: nothing was to be saved", file=sys.stderr)
+    except Exception as error:
+        if outcome.session is None:
+            raise
+        if oom.is_meant(error):
+            outcome.status = 2
+            print(f"error: {_memory_advice(error, outcome.session)}", file=sys.stderr)
+        else:
+            outcome.status = 1
+            _unexpected(error, outcome.session)
+
+
+def _memory_advice(error: Exception, session: Session) -> str:
+    """What was too large, and the ways out."""
+    config, options = session.config, session.options
+    processes = int(os.environ.get("WORLD_SIZE", "1"))  # their group has been left
+    micro_batch, _ = configuration.micro_batches(
+        config.data.batch_size, processes, config.data.micro_batch_size
+    )
+    advice = oom.advice(
+        error,
+        rank=int(os.environ.get("RANK", "0")),
+        processes=processes,
+        micro_batch=micro_batch,
+        smallest=2 if config.loss.vicreg.beta > 0 and processes == 1 else 1,
+        checkpointing=config.model.checkpointing,
+        stage=config.deepspeed.get("zero_optimization", {}).get("stage", 0),
+        command_line=list(options.command_line),
+    )
+    if options.dry_run or checkpoint.latest(session.folder) is None:
+        return advice
+    return f"{advice}\n{how_to_resume(session)}"
+
+
+def _unexpected(error: Exception, session: Session) -> None:
+    """Tell of an error that has no words of its own, and write the rest down."""
+    config, run, options = session.config, session.folder, session.options
+    where = session.watchdog.where() if session.watchdog else "starting"
+    rank = int(os.environ.get("RANK", "0"))  # its group has been left
+    facts = {
+        "where": where,
+        "command": shlex.join(sys.argv),
+        "code": f"cjepa_fast {VERSION}, commit {own_commit()}",
+        "machine": machine(torch.device("cuda" if hardware.has_gpu() else "cpu")),
+        "configuration": config.to_json(),
+    }
+    folders = [run] if run.is_dir() and not options.dry_run else []
+    report = error_report.write(error, folders, rank, facts)
+    plain = "--set model.attention=plain --set model.fused=false --set run.compile=none"
+    lines = [
+        f"error: rank {rank}, {where}: {error_report.summary(error)}",
+        f"traceback, machine and configuration: {report or 'above'}",
+        "what works on this machine: python -m cjepa_fast.tools.doctor",
+        f"the plainest way through a step: {plain} --set run.precision=fp32",
+    ]
+    if not options.dry_run:
+        lines.append(how_to_resume(session))
+    print("\n".join(lines), file=sys.stderr)

@@ -1,0 +1,246 @@
+"""The start of a training: what to resume from, everything built, the run's folder taken."""
+
+import contextlib
+import dataclasses
+import itertools
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from cjepa_fast import checkpoint
+from cjepa_fast import config as configuration
+from cjepa_fast.checkpoint import encoders
+from cjepa_fast.config import Config, ConfigError
+from cjepa_fast.data.loader import Loader
+from cjepa_fast.model.cpu_linear import Ways
+from cjepa_fast.runtime import distributed, files, hardware, run_lock, watchdog
+from cjepa_fast.runtime.watchdog import Watchdog
+from cjepa_fast.telemetry import Telemetry
+from cjepa_fast.training import cpu_micro_batch
+from cjepa_fast.training.build import build_loader, build_masks, with_precision
+from cjepa_fast.training.trainer import Trainer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is asked of a training beside its configuration."""
+
+    resume: str | None = None  # "auto", or the path of a checkpoint or of another run
+    accept_changes: bool = False  # resume although the configuration makes it another training
+    dry_run: bool = False
+    command_line: tuple[str, ...] = ()  # --config and --set, as they were given
+    resume_with: str = ""  # the command, or the call, that resumes this training
+
+
+@dataclasses.dataclass
+class Session:
+    """How far a training has come, for whoever has to tell of its end."""
+
+    config: Config  # as asked, then with what was resolved and cut for this machine
+    options: Options
+    watchdog: Watchdog | None = None  # knows the step, and with what the process is busy
+
+    @property
+    def folder(self) -> Path:
+        """Of the run."""
+        return Path(configuration.expanded(self.config.run.dir))
+
+
+@contextlib.contextmanager
+def input_errors() -> Iterator[None]:
+    """What is wrong with the user's input becomes a ConfigError: said, without a traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from error
+
+
+def how_to_resume(session: Session) -> str:
+    """For the end of a training that failed: the checkpoint, if any, and the command."""
+    last = checkpoint.latest(session.folder)
+    if last is None:
+        return "no checkpoint is there yet"
+    return f"resume from {last} with: {session.options.resume_with}"
+
+
+def watchdog_of(session: Session) -> Watchdog:
+    rank, world_size = distributed.rank(), distributed.world_size()
+    stacks = session.folder / "stacks_rank_*.txt"
+    return Watchdog(
+        session.config.run.timeout_s,
+        advice=lambda: f"stacks of all threads: {stacks}; {how_to_resume(session)}",
+        stacks=session.folder / f"stacks_rank_{rank}.txt",
+        rank=rank,
+        world_size=world_size,
+        connect=watchdog.meeting_point if world_size > 1 else None,
+    )
+
+
+def begin(
+    session: Session, ending: contextlib.ExitStack
+) -> tuple[Trainer, Loader, dict | None, list[str]]:
+    """Join the other ranks, build everything, restore the checkpoint to resume from, if any.
+
+    Returns also that checkpoint's state.json, and what the user must know of the start, a line
+    each. ending: takes what is to be undone, whatever happens. Raises ConfigError.
+    """
+    asked = session.config
+    ending.callback(distributed.part)
+    with input_errors():
+        device = distributed.start(asked.run.seed, watchdog.START * asked.run.timeout_s)
+        session.watchdog = ending.enter_context(watchdog_of(session))
+        ending.callback(run_lock.release)
+        trainer, loader, state = _built(session, device)
+        ending.callback(loader.close)
+        return trainer, loader, state, cpu_micro_batch.told(asked, session.config)
+
+
+def _built(session: Session, device: torch.device) -> tuple[Trainer, Loader, dict | None]:
+    config, run, options = session.config, session.folder, session.options
+
+    def found() -> list[Path]:
+        if options.dry_run:
+            return []
+        if run.is_dir():  # nobody else writes there from here on
+            run_lock.take(run)
+        return starting_points(run, options.resume)
+
+    checkpointed = first_whole(distributed.from_first_process(found), options.resume)
+    state = checkpoint.state_of(checkpointed) if checkpointed else {}
+    if state:
+        state["config"] = configuration.completed(state["config"])
+        state.setdefault("linear", Ways()._asdict())
+        state.setdefault("decoder", "dali")
+        config = configuration.as_begun(config, state["config"])
+    config = with_precision(config, device)
+    saved = configuration.validate(state["config"]) if state else None
+    config = session.config = cpu_micro_batch.fitted(config, device, saved)
+    loader = build_loader(config, device, build_masks(config))
+    trainer = Trainer(
+        config,
+        device,
+        loader.steps_per_epoch,
+        images=loader.images.fingerprint,
+        decoder=loader.decoder,
+        restoring=bool(state),
+        linear=state.get("linear"),
+    )
+    if not state:
+        return trainer, loader, None
+    check_changes(state, trainer.facts(), options.accept_changes)
+    checkpoint.restore(checkpointed, trainer.engine)
+    return trainer, loader, state
+
+
+def starting_points(run: Path, resume: str | None) -> list[Path]:
+    """The checkpoints to go on from, the first that is whole.
+
+    A run that is there already is never overwritten. Raises ConfigError for such a run,
+    and for a folder that cannot be made.
+    """
+    if resume is None and (run / "config.json").exists():
+        raise ConfigError(
+            f"run.dir = {run}: already holds a run: go on with --resume auto, or choose another "
+            "with --set run.dir=FOLDER"
+        )
+    nearest = next(path for path in (run, *run.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ConfigError(f"run.dir = {run}: {nearest} is no folder that can be written to")
+    return checkpoint.candidates(run, resume)
+
+
+def first_whole(found: list[Path], resume: str | None) -> Path | None:
+    """The first of the checkpoints that its manifest bears out; each process reads its share.
+
+    What is damaged is named. Raises ValueError where that is all there is, or what was asked for.
+    """
+    damaged = []
+    for path in found:
+        shares = distributed.from_all(
+            checkpoint.damage(path, distributed.rank(), distributed.world_size())
+        )
+        damaged += dict.fromkeys(line for share in shares for line in share)
+        if not any(shares):
+            if damaged and distributed.rank() == 0:
+                lines = "\n".join(damaged)
+                print(f"WARNING: going on from the earlier {path}, since\n{lines}", file=sys.stderr)
+            return path
+    if damaged:
+        raise ValueError(
+            "\n".join(damaged) + f"\n--resume {resume}: nothing else is left to go on from there; "
+            "name another checkpoint or run with --resume PATH, or begin anew in another run.dir"
+        )
+    return None
+
+
+def check_changes(state: dict, facts: dict, accepted: bool) -> None:
+    """Raises ConfigError listing what would make it another training, unless that is accepted."""
+    _, changes = checkpoint.differences(state, facts)
+    if changes and not accepted:
+        raise ConfigError(
+            "this would be another training than the one that was saved:\n  "
+            + "\n  ".join(changes)
+            + "\nset them back, or go on all the same with --accept-changes"
+        )
+
+
+def open_telemetry(
+    session: Session,
+    trainer: Trainer,
+    state: dict | None,
+    told: list[str],
+    ending: contextlib.ExitStack,
+) -> Telemetry:
+    """The run's folder taken and made ready: log, configuration, nothing beyond the state's step.
+
+    state, told, ending: as in `begin`. Raises ConfigError where another run holds the folder.
+    """
+    config, run, rank = session.config, session.folder, distributed.rank()
+    with input_errors():
+        distributed.from_first_process(lambda: run_lock.take(run))
+        begun = (run / "log.jsonl").exists()
+        telemetry = Telemetry(
+            run if rank == 0 else None,
+            total_steps=trainer.total_steps,
+            steps_per_epoch=trainer.steps_per_epoch,
+            images_per_step=config.data.batch_size,
+            interval=config.telemetry.every_steps,
+            start_step=state["step"] if state else 0,
+            tensorboard=config.telemetry.tensorboard,
+            wandb=config.telemetry.wandb,
+        )
+        ending.callback(telemetry.close)
+        if rank == 0:
+            files.write_text(run / "config.json", config.to_json())
+            if session.options.resume and begun and not state:
+                told = [f"WARNING: {run} holds no checkpoint: beginning at step 0", *told]
+            for line in (*_choices(trainer), *_left_behind(run, trainer, state), *told):
+                telemetry.message(line)
+    return telemetry
+
+
+def _choices(trainer: Trainer) -> Iterator[str]:
+    """What was chosen for this machine."""
+    config, device = trainer.config, trainer.device
+    yield hardware.told_precision(config.run.precision, device, trainer.restoring)
+    if device.type == "cuda" and trainer.attention:
+        chosen = ", ".join(f"{part} {name}" for part, name in trainer.attention.items())
+        yield f"attention: {chosen} (the fastest of those here)"
+    if device.type == "cpu" and config.model.target_precision == "fp8":
+        yield "model.target_precision fp8: right on a CPU, but slower than bf16"
+    if onednn := [kind for kind, library in trainer.linear.items() if library == "onednn"]:
+        yield f"linear layers: {', '.join(onednn)} by oneDNN (faster here)"
+
+
+def _left_behind(run: Path, trainer: Trainer, state: dict | None) -> Iterator[str]:
+    """Sets aside what is later than the state, and tells of it and of what has changed since."""
+    step = state["step"] if state else 0
+    for path in checkpoint.set_aside_later_than(run, step):
+        yield f"resuming from step {step}; set aside: {path}"
+    encoders.set_aside(run)
+    if state:
+        for line in itertools.chain(*checkpoint.differences(state, trainer.facts())):
+            yield f"resumed with another {line}"
