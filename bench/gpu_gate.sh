@@ -112,7 +112,7 @@ if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; th
   ops_size=(--seconds 0.2 --model H --widths 768 1280)
   fp8_size=(--seconds 2)
   saving_size=(--config vit_h --batch 128)
-  fast_tests="find tests -name test_*.py -not -path tests/faults/*"
+  fast_tests="find tests -name 'test_*.py' -not -path 'tests/faults/*'"
   jpeg_config=vit_b
   train_s=40 resume_s=25 knn_train=10000
 else

@@ -136,14 +136,14 @@ def _built(session: Session, device: torch.device) -> tuple[Trainer, Loader, dic
 
 
 def starting_points(run: Path, resume: str | None) -> list[Path]:
-    """The checkpoints to go on from, the first that is whole.
+    """The checkpoints to resume from, the first that is whole.
 
     A run that is there already is never overwritten. Raises ConfigError for such a run,
     and for a folder that cannot be made.
     """
     if resume is None and (run / "config.json").exists():
         raise ConfigError(
-            f"run.dir = {run}: already holds a run: go on with --resume auto, or choose another "
+            f"run.dir = {run}: already holds a run: resume with --resume auto, or choose another "
             "with --set run.dir=FOLDER"
         )
     nearest = next(path for path in (run, *run.absolute().parents) if path.exists())
@@ -166,11 +166,11 @@ def first_whole(found: list[Path], resume: str | None) -> Path | None:
         if not any(shares):
             if damaged and distributed.rank() == 0:
                 lines = "\n".join(damaged)
-                print(f"WARNING: going on from the earlier {path}, since\n{lines}", file=sys.stderr)
+                print(f"WARNING: resuming from the earlier {path}, since\n{lines}", file=sys.stderr)
             return path
     if damaged:
         raise ValueError(
-            "\n".join(damaged) + f"\n--resume {resume}: nothing else is left to go on from there; "
+            "\n".join(damaged) + f"\n--resume {resume}: nothing else is left to resume from there; "
             "name another checkpoint or run with --resume PATH, or begin anew in another run.dir"
         )
     return None
@@ -183,7 +183,7 @@ def check_changes(state: dict, facts: dict, accepted: bool) -> None:
         raise ConfigError(
             "this would be another training than the one that was saved:\n  "
             + "\n  ".join(changes)
-            + "\nset them back, or go on all the same with --accept-changes"
+            + "\nset them back, or resume all the same with --accept-changes"
         )
 
 

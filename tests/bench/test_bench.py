@@ -13,6 +13,7 @@ import torch
 
 from cjepa_fast.model.flops import step_gflop
 from cjepa_fast.runtime import memory
+from cjepa_fast.training.trainer import Trainer
 
 sys.path.insert(0, str(tiny.ROOT / "bench"))  # no package: its scripts import each other by name
 
@@ -92,7 +93,6 @@ def test_mfu_is_of_the_sheet_and_of_the_measured_product(monkeypatch):
 @pytest.fixture
 def trainer(tmp_path):
     """A tiny trainer in fp32 without VICReg, whose step is I-JEPA's, and its batches."""
-    from cjepa_fast import train
     from cjepa_fast.config import validate
     from cjepa_fast.runtime import distributed
     from cjepa_fast.training import build
@@ -100,7 +100,7 @@ def trainer(tmp_path):
     sections = {"run": {"precision": "fp32"}, "loss": {"vicreg": {"beta": 0}}}
     sections["data"] = tiny.CONFIG["data"] | {"batch_size": 8}
     config = validate(tiny.CONFIG | {**sections, "optim": {"warmup_epochs": 0, "lr": 0.01}})
-    trainer = train.Trainer(config, distributed.start(0), steps_per_epoch=10)
+    trainer = Trainer(config, distributed.start(0), steps_per_epoch=10)
     return trainer, build.build_masks(config)
 
 

@@ -9,10 +9,10 @@ import tiny
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from cjepa_fast import train
 from cjepa_fast.config import load, validate
 from cjepa_fast.runtime import distributed
 from cjepa_fast.training import build
+from cjepa_fast.training.trainer import Trainer
 
 sys.path.insert(0, str(tiny.ROOT / "bench"))  # no package: its scripts import each other by name
 
@@ -107,7 +107,7 @@ def test_a_fused_attention_keeps_no_map():
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_what_is_held_whatever_the_batch(precision):
     config = configured(precision)
-    trainer = train.Trainer(config, distributed.start(0), steps_per_epoch=10)
+    trainer = Trainer(config, distributed.start(0), steps_per_epoch=10)
     counts = [sum(p.numel() for p in part.parameters() if p.requires_grad)
               for part in (trainer.engine.module, trainer.engine.module.encoder)]  # fmt: skip
     found = plan.static_bytes(*counts, precision, 0, 1)

@@ -14,6 +14,7 @@ import torch
 
 from cjepa_fast import checkpoint
 from cjepa_fast import config as configuration
+from cjepa_fast.checkpoint.format import owned_tensors
 from cjepa_fast.config import Config, Section
 from cjepa_fast.runtime import distributed
 from cjepa_fast.training import build
@@ -99,7 +100,7 @@ def test_the_restored_state_is_bit_for_bit_the_saved_one(unpacked, precision):
     trainer = Trainer(config, distributed.start(0), 2, restoring=True, linear={})
     checkpoint.restore(path, trainer.engine)
     stored = checkpoint.Stored(path)
-    owned = checkpoint.owned_tensors(trainer.engine)
+    owned = owned_tensors(trainer.engine)
     kinds = {key.partition("/")[0] for key in owned}
     assert kinds == {"master", "exp_avg", "exp_avg_sq", "ema"}
     for key, values in owned.items():

@@ -153,7 +153,7 @@ seen, plain = [], features.Subset.read
 features.Subset.read = lambda self, i: seen.append(i) or plain(self, i)
 keep = torch.tensor([0, 2, 3, 5, 7, 11, 13])
 images, cache = open_images(sys.argv[1]), Path(sys.argv[2]) / "features"
-processes.PIECE_ROWS = 2
+distributed.PIECE_ROWS = 2
 made, place = features.extract(encoder, images, keep=keep)
 count = len(seen)
 kept, _ = features.extract(encoder, images, keep=keep, cache=cache)

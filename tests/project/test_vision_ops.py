@@ -58,7 +58,7 @@ def test_stand_ins_only_where_the_compiled_operators_do_not_work(build):
 def test_collecting_the_tests_imports_no_torchvision():
     """Its import may end the process, and a crash while tests are collected names none."""
     code = (
-        f"import sys; sys.path[:0] = [{str(TESTS)!r}]\n"
+        f"import sys; sys.path[:0] = [{str(TESTS)!r}, {str(TESTS / 'eval')!r}]\n"
         "import test_eval_detect\n"
         "print('torchvision' in sys.modules)"
     )

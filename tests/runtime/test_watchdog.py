@@ -353,7 +353,9 @@ def test_an_error_on_one_of_two_is_told_by_the_other(tmp_path):
     assert "failed (RuntimeError: the disk of rank 1 is gone)" in said
 
 
-@pytest.mark.parametrize("module", ["watchdog", "telemetry", "train", "interrupt"])
+@pytest.mark.parametrize(
+    "module", ["runtime/watchdog", "telemetry/log", "training/loop", "runtime/signals"]
+)
 def test_what_measures_and_judges_never_asks_for_the_time_of_day(module):
     source = (tiny.ROOT / "cjepa_fast" / f"{module}.py").read_text()
     assert "time.time" not in source and "datetime.now" not in source

@@ -12,9 +12,8 @@ import pytest
 import tiny
 import torch
 
-from cjepa_fast import telemetry
 from cjepa_fast.runtime import hardware
-from cjepa_fast.telemetry import Telemetry, read_log, representation_stats, sinks
+from cjepa_fast.telemetry import Telemetry, log, read_log, representation_stats, sinks
 from cjepa_fast.telemetry.nvml import GpuCounters
 
 
@@ -36,7 +35,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(telemetry, "time", clock)
+    monkeypatch.setattr(log, "time", clock)
     return clock
 
 
@@ -141,7 +140,7 @@ def test_a_step_reads_nothing_from_the_device(tmp_path, started, monkeypatch):
     with monkeypatch.context() as patched:
         for name in reads:
             patched.setattr(torch.Tensor, name, waits)
-        patched.setattr(telemetry, "REFRESH_S", 0.0)  # draws the line each step, too
+        patched.setattr(log, "REFRESH_S", 0.0)  # draws the line each step, too
         for step in range(2, 8):
             out.step(step, {"loss": torch.tensor(1.0, requires_grad=True), "k": 3}, 0.1)
     assert out.log_row()["loss"] == 1.0

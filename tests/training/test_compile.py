@@ -7,12 +7,12 @@ import torch._dynamo
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
 
-from cjepa_fast import train
 from cjepa_fast.config import validate
 from cjepa_fast.data.loader import Batch
 from cjepa_fast.model.vit import Block
 from cjepa_fast.runtime import distributed
 from cjepa_fast.training import build
+from cjepa_fast.training.trainer import Trainer
 
 STEPS = 5
 
@@ -31,7 +31,7 @@ def losses(
     }
     config = validate(tiny.CONFIG | sections)
     torch.manual_seed(0)
-    trainer = train.Trainer(config, distributed.start(0), steps_per_epoch=10)
+    trainer = Trainer(config, distributed.start(0), steps_per_epoch=10)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     networks, target = trainer.engine.module, trainer.ema.module

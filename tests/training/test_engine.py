@@ -244,7 +244,7 @@ def test_a_process_leaves_with_its_status_and_its_last_words(processes):
 def test_a_start_imports_no_compiler(tmp_path):
     """A second and a half, for an optimiser of DeepSpeed's that nothing uses."""
     code = (
-        "import sys, engine_worker\n"
+        f"import sys; sys.path.append({str(WORKER.parent)!r}); import engine_worker\n"
         "engine_worker.main(); print('torch._inductor.compile_fx' in sys.modules)"
     )
     done = subprocess.run(

@@ -8,7 +8,7 @@ import tiny
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cjepa_fast import checkpoint, train
+from cjepa_fast import checkpoint
 from cjepa_fast.checkpoint.writer import Saver
 from cjepa_fast.config import ConfigError, validate
 from cjepa_fast.data.loader import Batch
@@ -18,13 +18,14 @@ from cjepa_fast.runtime import distributed
 from cjepa_fast.training import build
 from cjepa_fast.training.engines import single
 from cjepa_fast.training.engines.cuda_graph import WARM, Graphed
+from cjepa_fast.training.trainer import Trainer
 
 STEPS = WARM + 4
 
 
 def trainer_of(
     context: str = "fixed", attention: str = "sdpa", **run
-) -> tuple[train.Trainer, list[list[Batch]]]:
+) -> tuple[Trainer, list[list[Batch]]]:
     """A tiny trainer with fixed shapes, and a few steps' batches on its device."""
     sections = {
         "run": run,
@@ -36,7 +37,7 @@ def trainer_of(
     sections["model"] = tiny.CONFIG["model"] | {"attention": attention}
     device = distributed.start(0)
     config = build.with_precision(validate(tiny.CONFIG | sections), device)
-    trainer, masks = train.Trainer(config, device, steps_per_epoch=10), build.build_masks(config)
+    trainer, masks = Trainer(config, device, steps_per_epoch=10), build.build_masks(config)
     dtype = build.compute_dtype(config)
     steps = []
     for index in range(STEPS):

@@ -95,11 +95,11 @@ def test_a_run_that_fails_keeps_the_checkpoint_that_was_being_written(tmp_path, 
     monkeypatch.setattr(files, "write_tensors", slow)
     step = Trainer.step
 
-    def third_fails(self, batches, index):
+    def third_fails(self, batches, index, *more):
         if index == 2:
             threading.Timer(0.2, failing.set).start()  # after the run has begun to end
             raise RuntimeError("boom")
-        return step(self, batches, index)
+        return step(self, batches, index, *more)
 
     monkeypatch.setattr(Trainer, "step", third_fails)
     assert run(tiny.write_config(tmp_path)) == 1
@@ -151,12 +151,12 @@ def test_a_run_that_gave_up_gives_up_again_at_the_same_step(tmp_path, capfd, mon
     """From step 3 on nothing is finite; a checkpoint of each step, the bad ones too."""
     whole = Trainer.step
 
-    def poisoned(self, batches, index):
+    def poisoned(self, batches, index, *more):
         if index >= 2:
             batches = [
                 dataclasses.replace(b, images_B3HW=b.images_B3HW * math.nan) for b in batches
             ]
-        return whole(self, batches, index)
+        return whole(self, batches, index, *more)
 
     monkeypatch.setattr(Trainer, "step", poisoned)
     config = tiny.write_config(
@@ -221,9 +221,9 @@ def test_a_spike_is_skipped(tmp_path, spike, capfd, monkeypatch):
 def test_a_spike_is_gone_back_from_and_its_images_passed_over(tmp_path, spike, capfd, monkeypatch):
     shown, step = [], Trainer.step
 
-    def record(self, batches, index):
+    def record(self, batches, index, *more):
         shown.append((index + 1, batches[0].epoch * 2 + batches[0].step + 1))
-        return step(self, batches, index)
+        return step(self, batches, index, *more)
 
     monkeypatch.setattr(Trainer, "step", record)
     losses = spiky_run(tmp_path, "rewind")
