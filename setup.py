@@ -29,7 +29,10 @@ setup(
     python_requires=">=3.10,<3.14",
     packages=packages,
     package_dir={"cjepa_fast.configs": "configs", "cjepa_fast.kernels": "kernels"},
-    package_data={"cjepa_fast.configs": ["*.json", "ablations/*.json"]},
+    package_data={
+        "cjepa_fast.configs": ["*.json", "ablations/*.json"],
+        "cjepa_fast.tools": ["measured.json"],
+    },
     # apex is optional and absent here: the registry's package of that name is another project.
     install_requires=[
         "torch>=2.11",
@@ -71,6 +74,7 @@ setup(
             "cjepa-eval = cjepa_fast.eval.__main__:main",
             "cjepa-export = cjepa_fast.export.__main__:main",
             "cjepa-train = cjepa_fast.train:main",
+            "cjepa-plan = cjepa_fast.tools.plan:main",
             "cjepa-report = cjepa_fast.tools.report:main",
         ]
     },

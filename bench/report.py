@@ -1,7 +1,7 @@
-"""The README's table of results, and the picture of throughput, from the files in bench/results/.
+"""RESULTS.md, the README's figures and cjepa-plan's measured shares, from bench/results/.
 
-    python bench/report.py            # writes both
-    python bench/report.py --check    # exits with 1 where the README says something else
+    python bench/report.py            # writes them all
+    python bench/report.py --check    # exits with 1 where one of the texts says something else
     python bench/report.py --collect bench/results/gate-DATE    # first takes over what a GPU gave
 
 So no figure is typed by hand. What was not measured is said to be so.
@@ -16,12 +16,14 @@ from pathlib import Path
 import files
 import matplotlib
 
+from cjepa_fast.tools.plan import MEASURED, measured_shares
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
-README = ROOT / "README.md"
+README, TABLE = ROOT / "README.md", ROOT / "RESULTS.md"
 BEGIN, END = "<!-- bench/report.py writes from here -->\n", "<!-- to here -->\n"
 UNTRAINED, TRAINED, PIXELS = "untrained", "trained", "raw pixels"
 PHASES = ("target", "context", "predictor", "loss", "backward", "optimiser", "average", "rest")
@@ -29,6 +31,21 @@ PHASES = ("target", "context", "predictor", "loss", "backward", "optimiser", "av
 APPENDED, REPLACED = "throughput*.json", ("ops.json", "attention.json", "saving.json")
 SIZES = ("model.", "predictor.", "data.image_size")  # overrides after which a model is another
 Line = tuple[str, str, str, str]  # what, hardware, figure, where it is from
+# The README's rows: the first line of the table that begins so.
+SHOWN = (
+    "vit_h, batch",
+    "vit_b, batch",
+    "vit_t, vit_s, vit_b",
+    "CIFAR-10, 20 epochs",
+    "`make demo`: kNN",
+)
+HEAD = """# Results
+
+Every figure comes from a run; `python bench/report.py` writes this page from `bench/results/`,
+which has the versions and commits. Times of a shared CPU say little, so of a CPU ratios are shown,
+between steps that took turns in one process.
+
+"""
 
 
 def loaded(results: Path, name: str):
@@ -79,21 +96,20 @@ def encoder_of(rows: list[dict], encoder: str, **facts) -> dict:
 
 def cifar_lines(found: dict) -> Iterator[Line]:
     rows, where = found["rows"], "[bench/results/cifar10](bench/results/cifar10/README.md)"
-    most = max(row["train_images"] for row in rows)
-    ours, theirs = (encoder_of(rows, TRAINED, beta=b, train_images=most) for b in (0.001, 0.0))
-    fresh = encoder_of(rows, UNTRAINED, train_images=most)
-    figures = "; ".join(f"{row['top1']:.1f}, {row['linear']:.1f}" for row in (ours, theirs, fresh))
-    what = f"CIFAR-10, {found['epochs']} epochs, one seed: kNN, linear of C-JEPA; I-JEPA; untrained"
-    yield what, found["hardware"]["device"], f"{figures} %", where
+    device, most = found["hardware"]["device"], max(row["train_images"] for row in rows)
+
+    def figure(rows: list[dict], name: str, encoder: str, **facts) -> str:
+        row = encoder_of(rows, encoder, train_images=most, **facts)
+        return f"{name} {row['top1']:.1f}, {row['linear']:.1f}"
+
+    fresh = figure(rows, "untrained", UNTRAINED)
+    both = (figure(rows, n, TRAINED, beta=b) for n, b in (("C-JEPA", 0.001), ("I-JEPA", 0.0)))
+    what = "kNN and linear probe, %, one seed"
+    yield f"CIFAR-10, {found['epochs']} epochs: {what}", device, "; ".join([*both, fresh]), where
     if longer := found.get("longer"):
-        ours, fresh = (
-            encoder_of(longer["rows"], name, train_images=most) for name in (TRAINED, UNTRAINED)
-        )
-        figures = ", ".join(
-            f"{row[key]:.1f}" for key in ("top1", "linear") for row in (ours, fresh)
-        )
-        what = f"the same, {longer['epochs']} epochs: kNN of C-JEPA, untrained; linear of both"
-        yield what, found["hardware"]["device"], f"{figures} %", where
+        ours = figure(longer["rows"], "C-JEPA", TRAINED)
+        fresh = figure(longer["rows"], "untrained", UNTRAINED)
+        yield f"CIFAR-10, {longer['epochs']} epochs: {what}", device, f"{ours}; {fresh}", where
 
 
 def ablation_lines(found: dict) -> Iterator[Line]:
@@ -105,7 +121,7 @@ def ablation_lines(found: dict) -> Iterator[Line]:
             f"{name} {row[f'{key}_gain']:+.1f} ± {row[f'{key}_gain_std']:.1f}"
             for key, name in (("knn", "kNN"), ("linear", "linear"))
         ]
-        what = f"{found['what']}: C-JEPA less I-JEPA over {row['seeds']} seeds, points"
+        what = f"{found['what']}: C-JEPA minus I-JEPA over {row['seeds']} seeds, points"
         where = "[bench/results/ablations](bench/results/ablations/README.md)"
         yield what, found["hardware"], ", ".join(gaps), where
 
@@ -114,12 +130,12 @@ def demo_lines(found: dict) -> Iterator[Line]:
     rows, where = found["rows"], "[bench/results/demo](bench/results/demo/demo.json)"
     ours, fresh, raw = (encoder_of(rows, name) for name in (TRAINED, UNTRAINED, PIXELS))
     device = found["hardware"]["device"]
-    figure = f"{ours['linear']:.1f}, {fresh['linear']:.1f} %"
-    yield "`make demo`: linear probe of trained, untrained (chance 12.5)", device, figure, where
-    kinds = {"top1": "kNN", "top1_centred": "kNN, mean-subtracted,"}
+    kinds = {"top1": "kNN", "top1_centred": "kNN, mean-subtracted", "linear": "linear probe"}
     for key, name in kinds.items():
-        figure = f"{ours[key]:.1f}, {fresh[key]:.1f}, {raw[key]:.1f} %"
-        yield f"the same: {name} of trained, untrained, raw pixels", device, figure, where
+        figure = f"trained {ours[key]:.1f}; untrained {fresh[key]:.1f}"
+        if key in raw:
+            figure += f"; raw pixels {raw[key]:.1f}"
+        yield f"`make demo`: {name}, %, chance 12.5", device, figure, where
 
 
 def kernel_line(found: dict) -> Line:
@@ -152,6 +168,15 @@ def lines(results: Path) -> list[Line]:
     for path in sorted((results / "ablations").glob("*.json")):
         found += ablation_lines(loaded(results, path.relative_to(results)))
     return found
+
+
+def headline(found: list[Line]) -> str:
+    """The README's: the chosen lines, without where they are from."""
+    chosen = [
+        next((line[:3] for line in found if line[0].startswith(name)), None) for name in SHOWN
+    ]
+    rows = [("what", "hardware", "figure"), ("---",) * 3, *filter(None, chosen)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
 
 
 def table(found: list[Line]) -> str:
@@ -188,6 +213,38 @@ def draw(rows: list[dict], path: Path) -> bool:
     speed.invert_yaxis()
     figure.suptitle(rows[0]["hardware"]["device"])
     figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+    return True
+
+
+def draw_beside_reference(rows: list[dict], path: Path) -> bool:
+    """How many times as fast as the plain step in fp32 ours and the plain one under bf16 autocast
+    are, a group of bars a configuration; of a GPU where there is one. False without such rows."""
+    turns = latest([row for row in rows if "step" in row], "config", "step", "hardware")
+    turns = [row for row in turns if on_gpu(row)] or turns
+    plain = {row["config"]: row for row in turns if row["step"] == "reference, fp32"}
+    if not plain:
+        return False
+    shown = {"reference, fp32": "#bbbbbb", "reference, bf16 autocast": "#7ba7c7", "ours": "#33658a"}
+    figure, axes = plt.subplots(figsize=(7, 2.6))
+    for place, (step, colour) in enumerate(shown.items()):
+        speed = {row["config"]: row["images_per_s"] for row in turns if row["step"] == step}
+        times = [speed[name] / plain[name]["images_per_s"] for name in plain]
+        offsets = [i + 0.27 * (place - 1) for i in range(len(plain))]
+        bars = axes.bar(
+            offsets, times, 0.25, label=f"I-JEPA {step}" if place < 2 else step, color=colour
+        )
+        axes.bar_label(bars, [f"{t:.1f}" for t in times], fontsize=8)
+    axes.set_xticks(range(len(plain)), list(plain))
+    axes.set_ylabel("times as fast")
+    first = next(iter(plain.values()))
+    axes.set_title(
+        f"images/s of a step beside the plain one; {first['hardware']['device']}", fontsize=9
+    )
+    axes.legend(fontsize=8, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.12))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(y=0.15)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(figure)
     return True
 
@@ -233,17 +290,29 @@ def main(argv: list[str]) -> int:
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-    readme = README.read_text(encoding="utf-8")
-    fresh = with_table(readme, table(lines(RESULTS)))
-    if args.check:
-        if fresh != readme:
-            print("the README's table is stale: python bench/report.py", file=sys.stderr)
-        return int(fresh != readme)
-    README.write_text(fresh, encoding="utf-8")
     rows = loaded(RESULTS, "throughput.json") or []
+    texts = fresh_texts(rows)
+    if args.check:
+        stale = [path.name for path, text in texts.items() if path.read_text("utf-8") != text]
+        if stale:
+            print(f"stale: {', '.join(stale)}: python bench/report.py", file=sys.stderr)
+        return int(bool(stale))
+    for path, text in texts.items():
+        path.write_text(text, encoding="utf-8")
     # Of a shared CPU only ratios are told.
     draw([row for row in rows if on_gpu(row)], RESULTS / "throughput.png")
+    draw_beside_reference(rows, RESULTS / "beside_reference.png")
     return 0
+
+
+def fresh_texts(rows: list[dict]) -> dict[Path, str]:
+    """What each of the written files must hold."""
+    found = lines(RESULTS)
+    return {
+        README: with_table(README.read_text(encoding="utf-8"), headline(found)),
+        TABLE: HEAD + table(found),
+        MEASURED: json.dumps(measured_shares(rows), indent=1) + "\n",
+    }
 
 
 if __name__ == "__main__":

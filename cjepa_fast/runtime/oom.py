@@ -28,7 +28,7 @@ def advice(
     """For the user. micro_batch: images, and the smallest that the loss can take; checkpointing:
     model.checkpointing; stage: ZeRO's; command_line: --config and --set, as train.py had them."""
     what = str(error).strip().split("\n")[0] or type(error).__name__
-    plan = ["python", "bench/plan.py", *command_line, "--gpu"]
+    plan = ["cjepa-plan", *command_line, "--gpu"]
     return "\n".join(
         [
             f"out of memory on rank {rank}, with {micro_batch} images at a time: {what}",

@@ -103,12 +103,13 @@ def as_run(command: Command, folder: Path, config: Path, number: int) -> str:
     text = command.text.replace("/my/", f"{folder}/my/")
     for pattern, short in SHORT.items():
         text = re.sub(pattern, short, text)
-    if "bench/plan.py" not in text:
+    if not text.startswith("cjepa-plan"):
         names = r"(?<=--config |..--base )((vit_\w+|demo)(\.json)? ?)+"
         text = re.sub(names, lambda m: f"{config} " * len(m[0].split()), text)
     if "train.py" in text and "run.dir" not in text:
         text += f" --set run.dir={folder}/runs/{number}"
     scripts = {"cjepa-eval": "cjepa_fast.eval", "cjepa-export": "cjepa_fast.export"}
+    scripts |= {"cjepa-plan": "cjepa_fast.tools.plan", "cjepa-train": "cjepa_fast.train"}
     scripts |= {"cjepa-report": "cjepa_fast.tools.report", "torchrun": "torch.distributed.run"}
     first, _, rest = text.partition(" ")
     if first == "deepspeed":

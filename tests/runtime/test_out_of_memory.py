@@ -112,8 +112,16 @@ def test_out_of_memory_at_the_start(tmp_path):
     result = run_short(tmp_path, "build", "--set", "model.depth=1")
     assert "Tried to allocate 2.00 GiB" in assert_one_message(result, tmp_path)
     assert "resume from" not in result.stderr
-    told = re.search(r"what fits: python (.*) GPU --count 1 ", result.stderr).group(1)
-    plan = [sys.executable, *shlex.split(told), "h100", "--count", "1"]
+    told = re.search(r"what fits: cjepa-plan (.*) GPU --count 1 ", result.stderr).group(1)
+    plan = [
+        sys.executable,
+        "-m",
+        "cjepa_fast.tools.plan",
+        *shlex.split(told),
+        "h100",
+        "--count",
+        "1",
+    ]
     fits = subprocess.run(plan, capture_output=True, text=True, cwd=tiny.ROOT, check=True)
     assert "largest batch" in fits.stdout
 

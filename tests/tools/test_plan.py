@@ -1,8 +1,7 @@
-"""bench/plan.py: its memory against torch's own accounting, its time against the counted work."""
+"""cjepa-plan: its memory against torch's own accounting, its time against the counted work."""
 
 import json
 import re
-import sys
 
 import pytest
 import tiny
@@ -11,12 +10,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from cjepa_fast.config import load, validate
 from cjepa_fast.runtime import distributed
+from cjepa_fast.tools import plan
 from cjepa_fast.training import build
 from cjepa_fast.training.trainer import Trainer
-
-sys.path.insert(0, str(tiny.ROOT / "bench"))  # no package: its scripts import each other by name
-
-import plan
 
 DATA = tiny.CONFIG["data"] | {"batch_size": 8}
 
@@ -118,7 +114,7 @@ def test_what_is_held_whatever_the_batch(precision):
     if precision == "bf16":
         assert found["fp32 masters"] == sum(s.master.values.nbytes for s in states)
     assert found["gradients"] == found["weights"]
-    assert found["average"] == sum(f.values.nbytes for f in trainer.ema.fragments)
+    assert found["EMA"] == sum(f.values.nbytes for f in trainer.ema.fragments)
     averaged = [p for n, p in trainer.ema.module.named_parameters() if n != "pos_embed"]
     assert found["its working copy"] == sum(p.nbytes for p in averaged)
 
@@ -184,12 +180,15 @@ def test_every_gpu_is_planned_for_and_every_figure_says_where_it_is_from(tmp_pat
 
 
 def test_a_measured_share_takes_the_place_of_the_assumed(tmp_path):
-    results = tmp_path / "throughput.json"
+    measured = tmp_path / "measured.json"
     row = {"config": "vit_b", "mfu_sheet_pct": 47.0, "hardware": {"device": "NVIDIA H200"}}
-    results.write_text(json.dumps([row, row | {"mfu_sheet_pct": None}]))
-    assert plan.utilisation("vit_b.json", plan.GPUS["h200"], results) == (0.47, "measured")
+    rows = [row, row | {"mfu_sheet_pct": None}, row | {"mfu_sheet_pct": 46.0}]
+    found = plan.measured_shares(rows)
+    assert found == [{"config": "vit_b", "device": "NVIDIA H200", "mfu_pct": 47.0}]
+    measured.write_text(json.dumps(found))
+    assert plan.utilisation("vit_b.json", plan.GPUS["h200"], measured) == (0.47, "measured")
     for name, gpu in (("vit_b", "a100-80"), ("vit_h", "h200")):
-        assert plan.utilisation(name, plan.GPUS[gpu], results) == (0.4, "predicted")
+        assert plan.utilisation(name, plan.GPUS[gpu], measured) == (0.4, "predicted")
 
 
 @pytest.mark.parametrize(
