@@ -15,6 +15,7 @@ import contextlib
 
 from cjepa_fast import config as configuration
 from cjepa_fast.config import Config
+from cjepa_fast.config.describe import explained
 from cjepa_fast.eval.online import build_online, build_snapshots
 from cjepa_fast.runtime import distributed
 from cjepa_fast.runtime.launchers import resume_command
@@ -68,7 +69,7 @@ def train(session: Session) -> int:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="cjepa-train", description=__doc__.split("\n")[0])
-    parser.add_argument("--config", required=True, metavar="FILE", help="here or in configs/")
+    parser.add_argument("--config", metavar="FILE", help="here or in configs/")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
     parser.add_argument("--resume", metavar="auto|PATH", help="resume from a checkpoint")
     parser.add_argument(
@@ -76,20 +77,27 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="resume although the configuration makes it another training",
     )  # fmt: skip
     parser.add_argument("--print-config", action="store_true", help="print the resolved one, exit")
+    parser.add_argument("--help-config", metavar="KEY", help="explain a key or a section, exit")
     parser.add_argument("--dry-run", action="store_true", help="build all, run 2 steps, exit")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not (args.config or args.help_config):
+        parser.error("name a configuration with --config FILE, such as --config vit_s")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit status; whatever goes wrong is told on stderr."""
     args = parse(sys.argv[1:] if argv is None else argv)
-    given = ("--config", args.config, *(f"--set={override}" for override in args.overrides))
+    given = ("--config", str(args.config), *(f"--set={override}" for override in args.overrides))
     options = Options(
         resume=args.resume, accept_changes=args.accept_changes, dry_run=args.dry_run,
         command_line=given, resume_with=resume_command(),
     )  # fmt: skip
     with failures.told(options) as told:
+        if args.help_config:
+            print(explained(args.help_config))
+            return 0
         with start.input_errors():
             told.session = Session(configuration.load(args.config, args.overrides), options)
         if args.print_config:

@@ -37,8 +37,10 @@ def later(default: Any, *, was: Any, **described: Any) -> Any:
 
 class RunSection(Section):
     dir: str = Field("runs/{config}", description="folder of the run; {config} is the file's name")
-    seed: Seed = 0
-    epochs: Count = 300
+    seed: Seed = Field(
+        0, description="decides every draw: weights, order of the images, crops, masks"
+    )
+    epochs: Count = Field(300, description="passes over the images")
     precision: Literal["auto", "bf16", "fp32"] = later(
         "auto", was="bf16", description="auto: bf16 where the hardware multiplies it, else fp32"
     )
@@ -54,7 +56,7 @@ class RunSection(Section):
     )
     max_bad_steps: Count = Field(10, description="skipped steps in a row before the run stops")
     on_spike: Literal["log", "skip", "rewind"] = Field(
-        "log", description="of the loss or the gradient's norm: tell, skip the update, or go back"
+        "log", description="of the loss or the gradient's norm: tell, skip the update, or rewind"
     )
     spike_z: Positive = Field(8.0, description="standard deviations above the last 128 steps")
     timeout_s: NonNegative = Field(
@@ -65,16 +67,24 @@ class RunSection(Section):
 
 class DataSection(Section):
     path: str = Field("data/imagenet/train", description="folder, shards, or 'shapes'")
-    image_size: Count = 224
-    batch_size: Count = Field(2048, description="images a step, over all processes")
-    micro_batch_size: Count = Field(128, description="most images a process takes at a time")
-    crop_scale: tuple[Share, Share] = (0.3, 1.0)
-    crop_ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
-    flip: bool = False
+    image_size: Count = Field(224, description="pixels a side of the square that the networks see")
+    batch_size: Count = Field(2048, description="images a step, over all ranks")
+    micro_batch_size: Count = Field(128, description="most images a rank takes at a time")
+    crop_scale: tuple[Share, Share] = Field(
+        (0.3, 1.0), description="least and most share of an image's area in a crop"
+    )
+    crop_ratio: tuple[Positive, Positive] = Field(
+        (3 / 4, 4 / 3), description="least and most width over height of a crop"
+    )
+    flip: bool = Field(False, description="mirror half of the crops")
     colour: NonNegative = Field(0.0, description="strength of colour jitter")
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
-    threads: Count = Field(4, description="decoding threads of a process")
+    mean: tuple[float, float, float] = Field(
+        (0.485, 0.456, 0.406), description="of RGB in 0..1, subtracted"
+    )
+    std: tuple[Positive, Positive, Positive] = Field(
+        (0.229, 0.224, 0.225), description="of RGB in 0..1, divided by"
+    )
+    threads: Count = Field(4, description="decoding threads of a rank")
     prefetch: Count = Field(2, description="batches made ahead")
     hw_decoder_load: Fraction = Field(0.65, description="share of the GPU's JPEG engines")
     decoder: Literal["auto", "dali", "pillow"] = later(
@@ -83,22 +93,34 @@ class DataSection(Section):
 
 
 class MaskSection(Section):
-    sampler: Literal["uniform", "ijepa"] = "uniform"
-    context: Literal["random", "prefix", "fixed", "packed"] = "random"
-    targets: Count = 4
-    target_scale: tuple[Share, Share] = (0.15, 0.2)
-    target_aspect: tuple[Positive, Positive] = (0.75, 1.5)
-    context_scale: tuple[Share, Share] = (0.85, 1.0)
-    min_keep: Count = 10
+    sampler: Literal["uniform", "ijepa"] = Field(
+        "uniform", description='draws of block sizes; "ijepa": one number for scale and aspect'
+    )
+    context: Literal["random", "prefix", "fixed", "packed"] = Field(
+        "random", description="how contexts of different sizes make a batch: see configs/README.md"
+    )
+    targets: Count = Field(4, description="target blocks an image")
+    target_scale: tuple[Share, Share] = Field(
+        (0.15, 0.2), description="least and most share of the patches in a target block"
+    )
+    target_aspect: tuple[Positive, Positive] = Field(
+        (0.75, 1.5), description="least and most height over width of a target block"
+    )
+    context_scale: tuple[Share, Share] = Field(
+        (0.85, 1.0), description="least and most share of the patches in the context block"
+    )
+    min_keep: Count = Field(10, description="fewest context patches left beside the targets")
 
 
 class ModelSection(Section):
-    name: Literal[MODEL_NAMES] = "vit_huge"  # type: ignore[valid-type]
-    patch_size: Count = 14
+    name: Literal[MODEL_NAMES] = Field(
+        "vit_huge", description="width, depth and heads of the encoder"
+    )  # type: ignore[valid-type]
+    patch_size: Count = Field(14, description="pixels a side of a patch")
     width: Count | None = Field(None, description="instead of the named model's")
-    depth: Count | None = None
-    heads: Count | None = None
-    mlp_ratio: Positive | None = None
+    depth: Count | None = Field(None, description="instead of the named model's")
+    heads: Count | None = Field(None, description="instead of the named model's")
+    mlp_ratio: Positive | None = Field(None, description="instead of the named model's")
     attention: Literal[
         "auto", "plain", "sdpa", "sdpa_flash", "sdpa_cudnn", "flash_attn", "triton"
     ] = Field("auto", description="the fastest by trial on a GPU, plain on a CPU")
@@ -107,21 +129,22 @@ class ModelSection(Section):
         description="the blocks by our own kernels, on a GPU in bf16 without run.compile",
     )
     target_precision: Literal["bf16", "fp8"] = Field(
-        "bf16", description="of the target's products; fp8 wants run.precision bf16 and sm_89"
+        "bf16", description="of the target's matmuls; fp8 wants run.precision bf16 and sm_89"
     )
     residual: Literal["bf16", "fp32"] = Field(
-        "bf16", description="dtype of the stream between the blocks, where run.precision is bf16"
+        "bf16", description="dtype of the residual stream, where run.precision is bf16"
     )
     checkpointing: Literal["none", "norm_gelu", "selective", "full"] = Field(
-        "none", description="what is computed again in the backward, to save memory: see vit.Block"
+        "none",
+        description="what is recomputed in the backward, to save memory: see configs/README.md",
     )
 
 
 class PredictorSection(Section):
-    width: Count = 384
-    depth: Count = 12
+    width: Count = Field(384, description="of its tokens")
+    depth: Count = Field(12, description="blocks")
     heads: Count | None = Field(None, description="null: the encoder's")
-    mlp_ratio: Positive = 4.0
+    mlp_ratio: Positive = Field(4.0, description="width of the MLP over the predictor's")
     mode: Literal["per_target", "one_pass"] = Field(
         "per_target", description='"one_pass" runs the context once an image: other maths'
     )
@@ -129,47 +152,53 @@ class PredictorSection(Section):
 
 class VICRegSection(Section):
     beta: NonNegative = Field(0.001, description="0 is exactly I-JEPA")
-    sim: NonNegative = 25.0
-    std: NonNegative = 25.0
-    cov: NonNegative = 1.0
-    gamma: Positive = 1.0
-    eps: Positive = 1e-4
-    views: Literal["blocks", "context_target", "tokens"] = "blocks"
-    projector: tuple[Count, ...] | None = None
+    sim: NonNegative = Field(25.0, description="weight of the invariance term")
+    std: NonNegative = Field(25.0, description="weight of the variance term")
+    cov: NonNegative = Field(1.0, description="weight of the covariance term")
+    gamma: Positive = Field(1.0, description="standard deviation that the variance term asks for")
+    eps: Positive = Field(1e-4, description="added to a variance before its root")
+    views: Literal["blocks", "context_target", "tokens"] = Field(
+        "blocks", description="what the terms compare: see model/loss.py"
+    )
+    projector: tuple[Count, ...] | None = Field(
+        None, description="widths of an expander before the terms; null: none"
+    )
 
 
 class LossSection(Section):
-    prediction: Literal["smooth_l1", "l2"] = "smooth_l1"
+    prediction: Literal["smooth_l1", "l2"] = Field(
+        "smooth_l1", description='"smooth_l1" as in I-JEPA\'s code, "l2" as in the papers'
+    )
     vicreg: VICRegSection = VICRegSection()
 
 
 class OptimSection(Section):
     implementation: Literal["auto", "adamw_ema", "fused", "apex", "deepspeed"] = Field(
-        "auto", description="adamw_ema (weights and average in one pass) on one process, else fused"
+        "auto", description="adamw_ema (weights and EMA in one pass) on one rank, else fused"
     )
-    lr: Positive = 1e-3
-    start_lr: NonNegative = 1e-4
-    final_lr: NonNegative = 1e-6
-    warmup_epochs: NonNegative = 15
-    weight_decay: NonNegative = 0.04
-    final_weight_decay: NonNegative = 0.4
-    betas: tuple[Decay, Decay] = (0.9, 0.999)
-    eps: Positive = 1e-8
+    lr: Positive = Field(1e-3, description="learning rate after warm-up, for the whole batch")
+    start_lr: NonNegative = Field(1e-4, description="at the first step of the warm-up")
+    final_lr: NonNegative = Field(1e-6, description="at the end of the cosine")
+    warmup_epochs: NonNegative = Field(15, description="of a linear rise of the learning rate")
+    weight_decay: NonNegative = Field(0.04, description="at the start; of matrices alone")
+    final_weight_decay: NonNegative = Field(0.4, description="at the end of its cosine")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="AdamW's")
+    eps: Positive = Field(1e-8, description="AdamW's")
     clip: NonNegative = Field(0.0, description="largest gradient norm; 0: no clipping")
-    momentum: Fraction = Field(0.996, description="of the target's average")
-    final_momentum: Fraction = 1.0
+    momentum: Fraction = Field(0.996, description="of the target's EMA at the start")
+    final_momentum: Fraction = Field(1.0, description="at the end; it rises linearly")
 
 
 class CheckpointSection(Section):
-    every_steps: Whole = Field(1000, description="0: only at the end")
-    every_minutes: NonNegative = Field(0, description="besides; 0: not by the clock")
-    keep: Count = Field(2, description="of the newest")
-    keep_every_epochs: Whole = Field(0, description="saved and kept for good besides; 0: none")
+    every_steps: Whole = Field(1000, description="steps between checkpoints; 0: only at the end")
+    every_minutes: NonNegative = Field(0, description="by the clock besides; 0: not")
+    keep: Count = Field(2, description="how many of the newest checkpoints stay")
+    keep_every_epochs: Whole = Field(0, description="checkpoints kept for good besides; 0: none")
 
 
 class TelemetrySection(Section):
-    every_steps: Count = 20
-    tensorboard: bool = True
+    every_steps: Count = Field(20, description="steps between rows of the log")
+    tensorboard: bool = Field(True, description="write its event files")
     wandb: str | None = Field(None, description="a project of Weights & Biases; needs .[wandb]")
     rankme_floor: NonNegative = Field(2.0, description="of the target's features; below: warned of")
     feature_std_floor: NonNegative = Field(0.02, description="the same, of their mean std")
@@ -178,17 +207,17 @@ class TelemetrySection(Section):
 class OnlineSection(Section):
     data: str | None = Field(None, description="labelled images to judge by; null: none")
     test: str | None = Field(None, description="null: 20 % of data, by name")
-    every_epochs: Count = 10
+    every_epochs: Count = Field(10, description="between evaluations")
     share: Share = Field(0.01, description="of the run's time that it may take")
-    max_train: Count = 4096
-    max_test: Count = 1024
+    max_train: Count = Field(4096, description="images to fit on")
+    max_test: Count = Field(1024, description="images to score")
     pictures: Whole = Field(6, description="images that TensorBoard shows masks and features of")
 
 
 class EvalSection(Section):
     crop: Share = Field(0.875, description="centre crop, as a share of the short side")
-    k: Count = 20
-    temperature: Positive = 0.07
+    k: Count = Field(20, description="neighbours of kNN")
+    temperature: Positive = Field(0.07, description="of the weights of kNN's votes")
     online: OnlineSection = OnlineSection()
 
 
