@@ -20,7 +20,13 @@ import dense_sets
 import tiny
 
 ROOT = tiny.ROOT
-PAGES = [ROOT / "README.md", ROOT / "configs" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(
+        ROOT / name
+        for name in ("README.md", "CONTRIBUTING.md", "configs/README.md", "bench/README.md")
+    ),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 WORDS = r"(python|torchrun|deepspeed|make|source|sbatch|pip|bench/\S+\.sh|cjepa-\w+)"
 ELSEWHERE = {
     r"cjepa-eval TASK": "below it, task by task",

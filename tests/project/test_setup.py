@@ -212,7 +212,7 @@ def test_readme_names_only_what_exists():
     for config in set(re.findall(r"--config (\w+)\.json", text)):
         assert (ROOT / "configs" / f"{config}.json").is_file(), config
     assert set(re.findall(r"^ *make (\w+)", text, flags=re.M)) <= makefile_targets()
-    assert len(text.splitlines()) < 200
+    assert len(text.splitlines()) <= 120
 
 
 def test_readme_settings_are_keys_of_the_configuration():
@@ -226,14 +226,14 @@ def test_readme_settings_are_keys_of_the_configuration():
 
 def test_the_tree_lists_every_module():
     tree = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    for path in [*(ROOT / "cjepa_fast").glob("*.py"), *(ROOT / "kernels").glob("*.py")]:
-        if path.name != "__init__.py":
+    for path in [*(ROOT / "cjepa_fast").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
+        if path.name not in ("__init__.py", "__main__.py"):
             assert path.name in tree, path.name
 
 
 def test_every_promise_names_tests_that_are_there():
-    """docs/reliability.md: whole names, or their beginning before "..."."""
-    text = (ROOT / "docs" / "reliability.md").read_text()
+    """tests/promises.md: whole names, or their beginning before "..."."""
+    text = (ROOT / "tests" / "promises.md").read_text()
     sources = {path.name: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
     there = set(re.findall(r"def (test_\w+)", "\n".join(sources.values())))
     named = re.findall(r"`(test_\w+?)(\.\.\.)?`", text)
