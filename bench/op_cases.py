@@ -135,7 +135,7 @@ def averages(model: str, config: Config) -> list[Case]:
     adamw = pair(ema, "adamw_ema_step")
     for name in ("ours", "reference"):
         adamw[name] = _with_copies(adamw[name])
-    # 14 and 38 bytes a value: see the docstring of kernels/ema.py, here with bf16 gradients
+    # 14 and 38 bytes a value: see the docstrings of kernels/ema/, here with bf16 gradients
     return [
         Case(
             shape=label, dtype=fp32, make=averaged, work={"forward": Work(14 * values)},
@@ -183,7 +183,7 @@ def blocks(model: str, config: Config, masks: Masks) -> list[Case]:
             return tuple(part.detach().requires_grad_(trained) for part in parts)
 
         passes = {"forward": 4.0} | ({"backward": 8.0} if trained else {})
-        pair = attention.attention, attention.attention_reference
+        pair = attention.short_attention, attention.short_attention_reference
         return case("attention", (rows, length, width), make, *pair, **passes)
 
     return [

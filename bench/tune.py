@@ -14,8 +14,18 @@ from typing import Any, NamedTuple
 import torch
 from stopwatch import Stopwatch
 
-from cjepa_fast.kernels import attention_tiles, ema, gather_tiles, gelu, norm, tuned, vicreg_tiles
+from cjepa_fast.kernels import gelu, norm, tuned
+from cjepa_fast.kernels.attention import backward as attention_backward
+from cjepa_fast.kernels.attention import forward as attention_forward
 from cjepa_fast.kernels.common import launch
+from cjepa_fast.kernels.common.row_tiles import copy_tiles, row_tiles
+from cjepa_fast.kernels.ema import adamw, plain_update
+from cjepa_fast.kernels.ema.lists import CHUNKS, on_device
+from cjepa_fast.kernels.gather import predictor, targets, tokens
+from cjepa_fast.kernels.vicreg import backward as vicreg_backward
+from cjepa_fast.kernels.vicreg import forward as vicreg_forward
+from cjepa_fast.kernels.vicreg.columns import launch_columns
+from cjepa_fast.kernels.vicreg.tiles import candidates
 
 TABLE = Path(tuned.__file__)
 WIDTHS = (192, 384, 768, 1024, 1280, 1408)
@@ -36,54 +46,55 @@ def vicreg_knobs(device: torch.device, shapes: Sequence[tuple[int, int]]) -> Ite
     """Of z (n, D): products are fp32 or bf16, the matrix n x n or D x D, small or large."""
     for (n, D), dtype in ((s, d) for s in shapes for d in (torch.float32, torch.bfloat16)):
         z, gram = torch.randn(1, n, D, device=device, dtype=dtype), n < D
-        mean, _ = vicreg_tiles.launch_columns(z)
-        _, saved = vicreg_tiles.fused_forward(z, 1.0, 1e-4, True)
+        mean, _ = launch_columns(z)
+        _, saved = vicreg_forward.fused_forward(z, 1.0, 1e-4, True)
         one = torch.ones((), device=device)
 
         def moments(config, z=z, mean=mean, gram=gram, matrix=saved.matrix):
             # with their sum: smaller tiles, or more of them, leave it more to read
-            partial = vicreg_tiles.launch_moments(z, mean, gram, config)
-            vicreg_tiles.launch_reduce(partial, matrix.shape[-1], 1.0, gram, matrix)
+            partial = vicreg_forward.launch_moments(z, mean, gram, config)
+            vicreg_forward.launch_reduce(partial, matrix.shape[-1], 1.0, gram, matrix)
 
         def grad(config, z=z, saved=saved, one=one):
-            vicreg_tiles.launch_grad(z, saved, one, one, 1.0, 1e-4, z.shape[1], config)
+            vicreg_backward.launch_grad(z, saved, one, one, 1.0, 1e-4, z.shape[1], config)
 
-        yield Knob(*vicreg_tiles.candidates("moment", z, gram), moments)
-        yield Knob(*vicreg_tiles.candidates("grad", z, gram), grad)
+        yield Knob(*candidates("moment", z, gram), moments)
+        yield Knob(*candidates("grad", z, gram), grad)
 
 
 def gather_knobs(device: torch.device, images: int, width: int) -> Iterator[Knob]:
     """Of bf16 tokens (B, N, D), positions and mask token."""
     B, K, M, P = images, CONTEXT, TARGETS, PER_TARGET
-    g = gather_tiles
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=device, dtype=torch.bfloat16)
 
     order = torch.rand(B, PATCHES, device=device).argsort(1)
-    context, targets = order[:, :K].contiguous(), order[:, : M * P].contiguous()
+    context, blocks = order[:, :K].contiguous(), order[:, : M * P].contiguous()
     x, pred, pos = normal(B, PATCHES, width), normal(B, M * P, width), normal(PATCHES, width)
     kept, grad, one = (
         x[:, :K].contiguous(),
         normal(B * M, K + P, width),
         x.new_ones((), dtype=torch.float32),
     )
-    sequences = kept, pos, pos[0], context, targets.view(B, M, P)
-    errors = pred, x, targets, "smooth_l1", 1e-5
+    sequences = kept, pos, pos[0], context, blocks.view(B, M, P)
+    errors = pred, x, blocks, "smooth_l1", 1e-5
     copied: dict[str, Callable] = {
-        "gather": lambda t: g.launch_gather(x, None, context, tile=t),
-        "gather backward": lambda t: g.launch_gather_backward(kept, context, PATCHES, x.dtype, t),
-        "predictor_input": lambda t: g.launch_predictor_input(*sequences, t),
-        "predictor_input backward": lambda t: g.launch_predictor_input_backward(
+        "gather": lambda t: tokens.launch_gather(x, None, context, tile=t),
+        "gather backward": lambda t: tokens.launch_gather_backward(
+            kept, context, PATCHES, x.dtype, t
+        ),
+        "predictor_input": lambda t: predictor.launch_predictor_input(*sequences, t),
+        "predictor_input backward": lambda t: predictor.launch_predictor_input_backward(
             grad, B, K, (x.dtype, x.dtype), t
         ),
     }
     rows: dict[str, Callable] = {
-        "target_gather": lambda t: g.launch_target_gather(x, targets, 1e-5, t),
-        "prediction_loss": lambda t: g.launch_prediction_loss(*errors, t),
-        "prediction_loss backward": lambda t: g.launch_prediction_slope(one, *errors, t),
+        "target_gather": lambda t: targets.launch_target_gather(x, blocks, 1e-5, t),
+        "prediction_loss": lambda t: targets.launch_prediction_loss(*errors, t),
+        "prediction_loss backward": lambda t: targets.launch_prediction_slope(one, *errors, t),
     }
-    for kernels, tiles in ((copied, g.copy_tiles(width)), (rows, g.row_tiles(width))):
+    for kernels, tiles in ((copied, copy_tiles(width)), (rows, row_tiles(width))):
         yield from (Knob(f"{name} {width}", tiles, call) for name, call in kernels.items())
 
 
@@ -118,10 +129,10 @@ def attention_knobs(
     for B, S, H, d, trained in shapes:
         qkv = torch.randn(B, S, 3 * H * d, device=device, dtype=torch.bfloat16)
         q, k, v = qkv.chunk(3, -1)
-        out, lse = attention_tiles.launch_attention(q, k, v, H)
+        out, lse = attention_forward.launch_attention(q, k, v, H)
         yield Knob(
-            *attention_tiles.forward_candidates(S, d),
-            lambda tile, q=q, k=k, v=v, H=H: attention_tiles.launch_attention(q, k, v, H, tile),
+            *attention_forward.forward_candidates(S, d),
+            lambda tile, q=q, k=k, v=v, H=H: attention_forward.launch_attention(q, k, v, H, tile),
         )  # fmt: skip
         if not trained:
             continue
@@ -129,11 +140,11 @@ def attention_knobs(
 
         def backward(tile, qkv=qkv, out=out, lse=lse, H=H, dqkv=dqkv):
             parts = qkv.chunk(3, -1), dqkv.chunk(3, -1)
-            attention_tiles.launch_attention_backward(
+            attention_backward.launch_attention_backward(
                 out, *parts[0], out, lse, H, parts[1], True, tile
             )
 
-        yield Knob(*attention_tiles.backward_candidates(S, d, device), backward)
+        yield Knob(*attention_backward.backward_candidates(S, d, device), backward)
 
 
 # Target, context and predictor of the models in configs/, as their masks draw them.
@@ -154,15 +165,15 @@ def average_knobs(device: torch.device, shapes: Sequence[tuple[int, ...]]) -> It
     arrays = [weights(torch.float32) for _ in range(5)]
     arrays[1] = weights(torch.bfloat16)
     copies = [weights(torch.bfloat16) for _ in range(2)]
-    numbers = ema.adamw_numbers(device, 10, 1e-4, 0.996, (0.9, 0.999), 1e-8, 0.05)
-    weight = ema.on_device([0.004], device)
+    numbers = adamw.adamw_numbers(device, 10, 1e-4, 0.996, (0.9, 0.999), 1e-8, 0.05)
+    weight = on_device([0.004], device)
     yield Knob(
-        "ema_update", ema.CHUNKS,
-        lambda chunk: ema.launch_ema(arrays[4], arrays[0], copies[1], weight, chunk),
+        "ema_update", CHUNKS,
+        lambda chunk: plain_update.launch_ema(arrays[4], arrays[0], copies[1], weight, chunk),
     )  # fmt: skip
     yield Knob(
-        "adamw_ema_step", ema.CHUNKS,
-        lambda chunk: ema.launch_adamw_ema(arrays, *copies, numbers, chunk),
+        "adamw_ema_step", CHUNKS,
+        lambda chunk: adamw.launch_adamw_ema(arrays, *copies, numbers, chunk),
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ values * scales is off by 1/16 of a value at most, 2.4 % of it in the mean squar
 in fp32 and rounded once. A row that is not finite comes out with NaN, and so does its product.
 
 `x_reference` is the definition, and the path on the CPU; on CUDA (sm_89 and newer have e4m3) one
-kernel serves all three. The averaged weights' rows are quantised in kernels/ema.py, by `quantised`.
+kernel serves all three. The averaged weights' rows are quantised in kernels/ema/, by `quantised`.
 
 Bytes a value that must move, of x in bf16: 3. Apart, the norm or GELU would move 4 more.
 """
@@ -29,7 +29,7 @@ from cjepa_fast.kernels.common.launch import (
     use_kernel,
 )
 from cjepa_fast.kernels.common.maybe_triton import tl, triton
-from cjepa_fast.kernels.gather_tiles import ROW_TILES, WIDE_LOADS, WIDEST, Tile, row_tiles
+from cjepa_fast.kernels.common.row_tiles import ROW_TILES, WIDE_LOADS, WIDEST, Tile, row_tiles
 from cjepa_fast.kernels.gelu import gelu_of
 
 E4M3 = torch.float8_e4m3fn
@@ -48,7 +48,7 @@ class Rows(NamedTuple):
         return self.values.float() * self.scales
 
 
-# --- the definitions
+# --- the reference
 
 
 def quantise_rows_reference(x_RC: torch.Tensor) -> Rows:
@@ -104,7 +104,14 @@ def _normed(value, weight, bias, col, C, eps):
 
 @triton.jit
 def _quantise_kernel(
-    x, y, s, weight, bias, values, scales, rows, C, eps,
+    x,  # (rows, C)
+    y,  # (rows, C), read with ADD alone
+    s,  # (rows, C), written with ADD alone
+    weight,  # (C,), of the norm
+    bias,  # (C,), of the norm
+    values,  # (rows, C) e4m3
+    scales,  # (rows, 1) fp32
+    rows, C, eps,
     FIRST: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """ROWS whole rows of x, dense; FIRST: what is done to them before, "norm", "gelu" or None. With
@@ -126,6 +133,9 @@ def _quantise_kernel(
     value, scale = quantised(value)
     tl.store(values + at, value, mask=keep)
     tl.store(scales + row, scale, mask=row < rows)
+
+
+# --- the launcher
 
 
 def launch_quantise(
@@ -176,6 +186,9 @@ def quantise_gelu_op(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 @quantise_gelu_op.register_fake
 def _(x, *others):
     return x.new_empty(x.shape, dtype=E4M3), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+
+
+# --- public
 
 
 def _takes(x: torch.Tensor, *others: torch.Tensor) -> bool:

@@ -10,7 +10,7 @@ to. Its exponential is the one that phi needs. The device library's erf takes tw
 instructions: with it a pass is bound by them and not by its bytes.
 
 Shapes: rows of C values, u of any leading dimensions. `gelu_reference` is the definition, its
-automatic gradient that of the backward. The launchers are the operators of fused.py.
+automatic gradient that of the backward. The launchers serve the operators of model/fused_blocks.py.
 
 Bytes a value that must move, with e bytes a value: forward 2 e, backward 3 e.
 """
@@ -22,25 +22,10 @@ import torch.nn.functional as F
 
 from cjepa_fast.kernels.common.launch import TRITON_NAMES, Compiled, chosen, narrow
 from cjepa_fast.kernels.common.maybe_triton import tl, triton
+from cjepa_fast.kernels.common.row_tiles import WIDE_COPIES, WIDE_LOADS
 from cjepa_fast.kernels.common.sums import share_of, sum_parts
 
-BLOCKS = ((2048, 4), (1024, 4), (4096, 8))  # values a program takes, and warps
-
-
-class Tile(NamedTuple):
-    """Rows and columns that a program of the backward takes at a time, by that many warps, and how
-    many steps' loads are under way at once."""
-
-    rows: int
-    width: int
-    warps: int
-    stages: int
-
-
-# Programs of a backward: 8 on each of 132 multiprocessors. A constant, so that the order of the
-# sums does not follow the GPU's size.
-PROGRAMS = 1056
-TILES = (Tile(16, 128, 4, 1), Tile(8, 256, 4, 1), Tile(16, 128, 4, 3), Tile(8, 256, 4, 3))
+# --- the reference
 
 
 def gelu_reference(u: torch.Tensor) -> torch.Tensor:
@@ -71,7 +56,12 @@ def gelu_of(u):
 
 
 @triton.jit
-def _gelu_kernel(u, out, size, BLOCK: tl.constexpr):
+def _gelu_kernel(
+    u,  # (size,)
+    out,  # (size,)
+    size,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     value = gelu_of(tl.load(u + at, mask=at < size, other=0.0).to(tl.float32))
     tl.store(out + at, narrow(value, out.dtype.element_ty), mask=at < size)
@@ -79,7 +69,11 @@ def _gelu_kernel(u, out, size, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "each"])
 def _gelu_backward_kernel(
-    u, dg, du, parts, rows, C, each,
+    u,  # (rows, C)
+    dg,  # (rows, C)
+    du,  # (rows, C)
+    parts,  # (programs of rows, C) fp32
+    rows, C, each,
     STAGES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """WIDTH columns of `each` rows; parts (programs of rows, C): the sums of du, as it is rounded.
@@ -104,6 +98,24 @@ def _gelu_backward_kernel(
 
 
 # --- launchers
+
+BLOCKS = ((2048, 4), (1024, 4), (4096, 8))  # values a program takes, and warps
+
+
+class Tile(NamedTuple):
+    """Rows and columns that a program of the backward takes at a time, by that many warps, and how
+    many steps' loads are under way at once."""
+
+    rows: int
+    width: int
+    warps: int
+    stages: int
+
+
+# Programs of a backward: 8 on each of 132 multiprocessors. A constant, so that the order of the
+# sums does not follow the GPU's size.
+PROGRAMS = 1056
+TILES = (Tile(16, 128, 4, 1), Tile(8, 256, 4, 1), Tile(16, 128, 4, 3), Tile(8, 256, 4, 3))
 
 
 def launch_gelu(
@@ -138,9 +150,6 @@ def launch_gelu_backward(
 
 
 # --- ahead of time
-
-WIDE_LOADS = (r"ld\.global[\w.:]*\.v[48]\.b32",)
-WIDE_COPIES = (r"cp\.async\.c[ag]\.shared\.global[^;]*0x10",)  # of a loop in stages
 
 
 def ahead_of_time() -> list[Compiled]:

@@ -10,8 +10,9 @@ y comes from a Linear, whose bias takes dy_bias: summed here, it costs no pass o
 
 Shapes: rows of D values, x of any leading dimensions. Statistics are fp32: mean and rstd of each
 row, (2, rows), are kept for the backward. `add_norm_reference` is the definition of the forward,
-its automatic gradient that of the backward. The launchers are the operators of fused.py. Sums over
-rows are each program's own and then added up (sums.py), in a fixed order.
+its automatic gradient that of the backward. The launchers serve the operators of
+model/fused_blocks.py. Sums over rows are each program's own and then added up (common/sums.py),
+in a fixed order.
 
 Bytes a value that must move, with e bytes a value of the stream and of h alike:
     forward 4 e (x and y in, s and h out; 2 e without y)   backward 4 e (s, dh, ds in, d out)
@@ -24,36 +25,13 @@ import torch.nn.functional as F
 
 from cjepa_fast.kernels.common.launch import TRITON_NAMES, Compiled, chosen, narrow, use_kernel
 from cjepa_fast.kernels.common.maybe_triton import tl, triton
+from cjepa_fast.kernels.common.row_tiles import WIDE_COPIES, WIDE_LOADS
 from cjepa_fast.kernels.common.sums import share_of, sum_parts
 
 WIDEST = 2048  # values of a row that a program holds
 Sums = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
-
-class Rows(NamedTuple):
-    """What a program takes at a time: rows of up to `width` values, by that many warps.
-
-    Of the backward alone: how many programs share the rows (a constant, so that the order of the
-    sums does not follow the GPU's size), and how many steps' loads are under way at once.
-    """
-
-    rows: int
-    width: int
-    warps: int
-    programs: int
-    stages: int
-
-
-def tiles(width: int) -> tuple[Rows, ...]:
-    """Candidates for the backward of rows of `width` values."""
-    wide = max(128, triton.next_power_of_2(width))
-    shares = ((4, 528, 1), (8, 528, 1), (8, 396, 3), (4, 396, 3))  # of 132 multiprocessors
-    return tuple(Rows(2048 // wide, wide, *share) for share in shares if wide <= 2048)
-
-
-def forward_tiles(width: int) -> tuple[Rows, ...]:
-    """Those that differ in what the forward reads of them."""
-    return tuple(tile for tile in tiles(width) if tile.stages == 1)
+# --- the reference
 
 
 def add_norm_reference(
@@ -74,7 +52,14 @@ def add_norm_reference(
 
 @triton.jit(do_not_specialize=["rows"])
 def _add_norm_kernel(
-    x, y, weight, bias, s, h, stats, rows, D, eps,
+    x,  # (rows, D)
+    y,  # (rows, D), read with ADD alone
+    weight,  # (D,)
+    bias,  # (D,)
+    s,  # (rows, D), written with ADD alone
+    h,  # (rows, D)
+    stats,  # (2, rows) fp32, means and rstds
+    rows, D, eps,
     ADD: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """ROWS whole rows; s is written with ADD alone."""
@@ -102,7 +87,14 @@ def _add_norm_kernel(
 
 @triton.jit(do_not_specialize=["rows", "each"])
 def _add_norm_backward_kernel(
-    s, dh, ds, weight, stats, d, parts, rows, D, each,
+    s,  # (rows, D)
+    dh,  # (rows, D)
+    ds,  # (rows, D), read with LATER alone
+    weight,  # (D,)
+    stats,  # (2, rows) fp32
+    d,  # (rows, D)
+    parts,  # (programs, 3, D) fp32
+    rows, D, each,
     LATER: tl.constexpr, STAGES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """`each` rows, ROWS at a time; parts (programs, 3, D): dweight, dbias, dy_bias of these rows.
@@ -143,6 +135,32 @@ def _add_norm_backward_kernel(
 
 
 # --- launchers
+
+
+class Rows(NamedTuple):
+    """What a program takes at a time: rows of up to `width` values, by that many warps.
+
+    Of the backward alone: how many programs share the rows (a constant, so that the order of the
+    sums does not follow the GPU's size), and how many steps' loads are under way at once.
+    """
+
+    rows: int
+    width: int
+    warps: int
+    programs: int
+    stages: int
+
+
+def tiles(width: int) -> tuple[Rows, ...]:
+    """Candidates for the backward of rows of `width` values."""
+    wide = max(128, triton.next_power_of_2(width))
+    shares = ((4, 528, 1), (8, 528, 1), (8, 396, 3), (4, 396, 3))  # of 132 multiprocessors
+    return tuple(Rows(2048 // wide, wide, *share) for share in shares if wide <= 2048)
+
+
+def forward_tiles(width: int) -> tuple[Rows, ...]:
+    """Those that differ in what the forward reads of them."""
+    return tuple(tile for tile in tiles(width) if tile.stages == 1)
 
 
 def launch_add_norm(
@@ -201,8 +219,6 @@ def takes(x: torch.Tensor, *others: torch.Tensor) -> bool:
 
 # --- ahead of time
 
-WIDE_LOADS = (r"ld\.global[\w.:]*\.v[48]\.b32",)
-WIDE_COPIES = (r"cp\.async\.c[ag]\.shared\.global[^;]*0x10",)  # of a loop in stages
 WIDTHS = (192, 384, 768, 1280)  # of the models and the predictors, each of another tile
 
 

@@ -76,11 +76,9 @@ def compiles_whole(function: Callable, *args: torch.Tensor) -> None:
 
 
 def modules_to_compile() -> dict[str, ModuleType]:
-    """The modules of kernels/, by name, that say what is to be compiled ahead of time."""
-    names = [info.name for info in pkgutil.iter_modules(kernels.__path__)]
-    modules = {name: importlib.import_module(f"{kernels.__name__}.{name}") for name in names}
-    return {
-        name: module
-        for name, module in modules.items()
-        if getattr(module, "ahead_of_time", None) and module.ahead_of_time.__module__.endswith(name)
-    }
+    """The modules of kernels/ that say what is to be compiled ahead of time, by name: "gelu",
+    "gather.tokens"."""
+    prefix = f"{kernels.__name__}."
+    names = [info.name for info in pkgutil.walk_packages(kernels.__path__, prefix)]
+    modules = {name.removeprefix(prefix): importlib.import_module(name) for name in names}
+    return {name: m for name, m in modules.items() if hasattr(m, "ahead_of_time")}

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cjepa_fast.kernels import attention as short
+from cjepa_fast.kernels.attention import short_attention, takes
 from cjepa_fast.kernels.common.maybe_triton import OutOfResources
 from cjepa_fast.model.packed import Sequences, evenly
 from cjepa_fast.runtime import hardware
@@ -35,14 +35,14 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str) -> t
 
     "plain" writes the attention map: in bf16 on a CPU it is faster than SDPA. "sdpa" lets torch
     choose among its kernels, "sdpa_flash" and "sdpa_cudnn" name one, "flash_attn" is the package,
-    "triton" is kernels/attention.py where that takes the shape, else sdpa.
+    "triton" is kernels/attention/ where that takes the shape, else sdpa.
     "auto" is sdpa on CUDA and plain elsewhere, until `fastest` has been asked.
     """
     if backend == "auto":
         backend = "sdpa" if q.is_cuda else "plain"
     if backend == "triton":
-        if short.takes(q):
-            return short.attention(q, k, v)
+        if takes(q):
+            return short_attention(q, k, v)
         backend = "sdpa" if q.is_cuda else "plain"
     if backend == "sdpa":
         return _OwnLayout.apply(F.scaled_dot_product_attention(q, k, v))

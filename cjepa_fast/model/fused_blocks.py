@@ -1,7 +1,7 @@
 """The blocks of a ViT as a chain of fused operators, each with its backward written out.
 
 vit.Block says what is computed; here is the same in 16 bits, by the kernels of norm.py, gelu.py and
-attention.py between cuBLAS's products:
+attention/ between cuBLAS's products:
 
     s, qkv = x + y, Linear(norm1(x + y))      AddNormLinear
     a      = attention(qkv)                   Attention
@@ -31,7 +31,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from cjepa_fast.kernels.attention import takes as takes_attention
-from cjepa_fast.kernels.attention_tiles import launch_attention, launch_attention_backward
+from cjepa_fast.kernels.attention.backward import launch_attention_backward
+from cjepa_fast.kernels.attention.forward import launch_attention
 from cjepa_fast.kernels.fp8 import E4M3, Rows, quantise_add_norm, quantise_gelu, quantise_norm
 from cjepa_fast.kernels.gelu import launch_gelu, launch_gelu_backward
 from cjepa_fast.kernels.norm import launch_add_norm, launch_add_norm_backward, takes
@@ -135,7 +136,7 @@ class AddNormLast(Function):
 
 
 class Attention(Function):
-    """Of q, k and v side by side, (B, S, 3 D), by kernels/attention.py: (B, S, D)."""
+    """Of q, k and v side by side, (B, S, 3 D), by kernels/attention/: (B, S, D)."""
 
     @staticmethod
     def forward(ctx, qkv, bias, heads):

@@ -29,7 +29,12 @@ def sum_parts_reference(parts_PC: torch.Tensor, dtype: torch.dtype) -> torch.Ten
 
 
 @triton.jit(do_not_specialize=["P"])
-def _sum_parts_kernel(parts, out, P, C, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+def _sum_parts_kernel(
+    parts,  # (P, C) fp32
+    out,  # (C,)
+    P, C,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     """Programs: tiles of the columns."""
     col = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     total = tl.zeros((ROWS, WIDTH), tl.float32)

@@ -7,8 +7,10 @@ import pytest
 import tiny
 import torch
 
-from cjepa_fast.kernels import tuned, vicreg_tiles
+from cjepa_fast.kernels import tuned
 from cjepa_fast.kernels.common import launch
+from cjepa_fast.kernels.ema import adamw, plain_update
+from cjepa_fast.kernels.vicreg import backward, forward
 
 sys.path.insert(0, str(tiny.ROOT / "bench"))  # no package: its scripts import each other by name
 
@@ -136,9 +138,8 @@ def test_every_knob_turns_and_names_a_choice_the_kernels_make(monkeypatch):
         asked.add(key)
         return candidates[0]
 
-    for module in (vicreg_tiles, launch):
+    for module in (forward, backward, plain_update, adamw, launch):
         monkeypatch.setattr(module, "chosen", chosen)
-    monkeypatch.setattr("cjepa_fast.kernels.ema.chosen", chosen)
     with launch.interpreted():
         knobs = [
             *tune.vicreg_knobs(CPU, [(5, 4), (4, 5)]),

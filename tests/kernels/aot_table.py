@@ -19,7 +19,7 @@ def ingredients() -> str:
     found = hashlib.sha256()
     for path in sorted(KERNELS.rglob("*.py")):
         code = path.read_bytes()
-        found.update(f"{path.name} {len(code)}\n".encode() + code)
+        found.update(f"{path.relative_to(KERNELS).as_posix()} {len(code)}\n".encode() + code)
     versions = ", ".join(f"{name} {_version(name)}" for name in ("triton", "torch"))
     return f"Of {versions} and kernels/*.py with the hash {found.hexdigest()[:16]}."
 

@@ -1,6 +1,6 @@
 """Compile every kernel in every configuration without a GPU, and report what came out.
 
-    aot_worker.py [--module gather ...] [--arch 80 90 100] [--only TEXT] [--shipped]
+    aot_worker.py [--module gather ema.adamw ...] [--arch 80 90 100] [--only TEXT] [--shipped]
                   [--processes N] [--json F] [--markdown F]
 
 A process of its own, since one that interprets kernels cannot compile them. Exits with 1 where a
@@ -75,8 +75,12 @@ def report(one, arch: int) -> dict:
 
 
 def kernels(chosen: list[str] | None, only: str) -> list:
+    """Of the chosen modules and folders of kernels/, or of all."""
     modules = modules_to_compile()
-    made = [one for name in chosen or modules for one in modules[name].ahead_of_time()]
+    wanted = tuple(f"{name}." for name in chosen or modules)
+    assert all(any(f"{name}.".startswith(w) for name in modules) for w in wanted), wanted
+    taken = [module for name, module in modules.items() if f"{name}.".startswith(wanted)]
+    made = [one for module in taken for one in module.ahead_of_time()]
     assert len({one.name for one in made}) == len(made), "two of one name"
     return [one for one in made if only in one.name]
 
@@ -129,7 +133,7 @@ def _cell(row: dict) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--module", nargs="+", help="of kernels/; without it, all")
+    parser.add_argument("--module", nargs="+", help="or folders of kernels/; without it, all")
     parser.add_argument("--arch", nargs="+", type=int, default=sorted(SHARED), choices=SHARED)
     parser.add_argument("--only", default="", help="kernels whose name has this text")
     parser.add_argument("--shipped", action="store_true", help="what configs/ launch")

@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-TESTS = {
-    "vicreg_tiles": "tests/kernels/test_kernels_vicreg_triton.py",
-    "gather_tiles": "tests/kernels/test_kernels_gather_triton.py",
+TESTS = {  # by file or folder of kernels/
+    "vicreg": "tests/kernels/test_kernels_vicreg_triton.py",
+    "gather": "tests/kernels/test_kernels_gather_triton.py",
     "ema": "tests/kernels/test_kernels_ema.py",
     "fp8": "tests/kernels/test_kernels_fp8.py",
     "norm": "tests/kernels/test_kernels_norm.py",
-    "sums": "tests/kernels/test_kernels_norm.py",
+    "common": "tests/kernels/test_kernels_norm.py",
     "gelu": "tests/kernels/test_kernels_gelu.py",
-    "attention_tiles": "tests/kernels/test_kernels_attention.py",
+    "attention": "tests/kernels/test_kernels_attention.py",
 }
 
 
@@ -51,7 +51,7 @@ KEEP = ("the last column dropped", "(d < D)[None, :]", "(d < D - 1)[None, :]")
 
 BREAKS = [
     *broken(
-        "vicreg_tiles", "_load_centred",
+        "vicreg/tiles", "load_centred",
         ("mask after centring dropped", "tl.where(inside, z - first - rest, 0.0)",
          "z - first - rest"),
         ("second part of the mean dropped", "z - first - rest", "z - first"),
@@ -59,7 +59,7 @@ BREAKS = [
         ("last column dropped", "cols < D", "cols < D - 1"),
     ),
     *broken(
-        "vicreg_tiles", "_column_kernel",
+        "vicreg/columns", "_column_kernel",
         ("divisor: a whole stretch", "/ (end - begin)", "/ per_split"),
         ("first rows unsummed", "range(begin, end", "range(begin + BLOCK_N, end"),
         ("last row dropped", "per_split, n)", "per_split, n - 1)"),
@@ -67,7 +67,7 @@ BREAKS = [
         ("one block for all", "(m * tl.num_programs(1) + tl.program_id(1))", "tl.program_id(1)"),
     ),
     *broken(
-        "vicreg_tiles", "_combine_kernel",
+        "vicreg/columns", "_combine_kernel",
         ("mask of stretches dropped", "tl.where(inside, within + rows * away * away, 0.0)",
          "within + rows * away * away"),
         ("divisor n for n - 1", "/ (n - 1)", "/ n"),
@@ -77,17 +77,17 @@ BREAKS = [
         ("last stretch dropped", "split < splits", "split < splits - 1"),
     ),
     *broken(
-        "vicreg_tiles", "_moment_kernel",
+        "vicreg/forward", "_moment_kernel",
         ("diagonal tiles missing", "if i > j", "if i >= j"),
-        ("low halves of x left out", "acc = _bf16_dot(x_low, y_high, acc)", "acc += 0.0"),
-        ("low halves of y left out", "acc = _bf16_dot(x_high, y_low, acc)", "acc += 0.0"),
+        ("low halves of x left out", "acc = bf16_dot(x_low, y_high, acc)", "acc += 0.0"),
+        ("low halves of y left out", "acc = bf16_dot(x_high, y_low, acc)", "acc += 0.0"),
         ("last step unsummed", "tl.minimum(begin + per_split, D if GRAM else n)",
          "tl.minimum(begin + per_split, D if GRAM else n) - BLOCK_K"),
         ("every stretch from the start", "begin = split * per_split", "begin = 0 * split"),
         ("one tile's place taken twice", "j * (j + 1) // 2 + i", "j * (j + 1) // 2"),
     ),
     *broken(
-        "vicreg_tiles", "_reduce_kernel",
+        "vicreg/forward", "_reduce_kernel",
         ("row mask dropped", "(a[:, None] < size) & (b < size)", "(a[:, None] >= 0) & (b < size)"),
         ("diagonal tile counted twice", "tl.where(i == j, 1.0, 2.0)", "2.0"),
         ("mirror image missing", "mask=inside & (i != j)", "mask=inside & (i > j)"),
@@ -96,7 +96,7 @@ BREAKS = [
         ("diagonal kept", "if not KEEP_DIAGONAL", "if KEEP_DIAGONAL"),
     ),
     *broken(
-        "vicreg_tiles", "_finish_kernel",
+        "vicreg/forward", "_finish_kernel",
         ("column mask dropped", "(std >= gamma) | (col >= D)", "std >= gamma"),
         ("divisor without M", "tl.sum(hinge) / (M * D)", "tl.sum(hinge) / D"),
         ("one block unsummed", "range(M)", "range(1, M)"),
@@ -104,16 +104,16 @@ BREAKS = [
         ("the Gram's diagonal kept", "cov -= tl.sum(diagonal)", "cov -= 0.0"),
     ),
     *broken(
-        "vicreg_tiles", "_grad_kernel",
+        "vicreg/backward", "_grad_kernel",
         ("divisor: 2 for 4", "4 * scale", "2 * scale"),
-        ("low half of the matrix left out", "acc = _bf16_dot(x_high, y_low, acc)", "acc += 0.0"),
+        ("low half of the matrix left out", "acc = bf16_dot(x_high, y_low, acc)", "acc += 0.0"),
         ("the Gram's diagonal kept", "slope -= slope_cov * variance", "slope -= 0.0"),
         ("last row of the matrix dropped", "k[:, None] < size", "k[:, None] < size - 1"),
         ("last column dropped", "(rows < n) & (cols < D)", "(rows < n) & (cols < D - 1)"),
         ("hinge everywhere", "std < gamma, -scale", "std >= 0, -scale"),
     ),
     *broken(
-        "gather_tiles", "_gather_forward_kernel",
+        "gather/tokens", "_gather_forward_kernel",
         LIVE, WIDTH, KEEP,
         ("index mask dropped", "keep = (live & inside)", "keep = (live & live)"),
         ("divisor N for S", "image = row // S", "image = row // N"),
@@ -121,7 +121,7 @@ BREAKS = [
          "value.to(tl.float32) + 0.0 * added"),
     ),
     *broken(
-        "gather_tiles", "_gather_backward_kernel",
+        "gather/tokens", "_gather_backward_kernel",
         WIDTH, KEEP,
         ("match mask dropped", "keep = (match < S)[:, None]", "keep = (match <= S)[:, None]"),
         ("repeated index unsummed", "total += tl.load", "total = tl.load"),
@@ -130,7 +130,7 @@ BREAKS = [
         ("last index dropped", "mask=s < S,", "mask=s < S - 1,"),
     ),
     *broken(
-        "gather_tiles", "_target_rows",
+        "gather/targets", "_target_rows",
         ("mask beyond D dropped", "x = tl.where(real, x - mean[:, None], 0.0)",
          "x = x - mean[:, None]"),
         ("divisor D - 1", "tl.sum(x * x, 1) / D", "tl.sum(x * x, 1) / (D - 1)"),
@@ -139,16 +139,16 @@ BREAKS = [
         ("divisor N for S", "row // S", "row // N"),
         ("wrong index unmarked", "tl.where(inside, tl.sum(x, 1) / D, nan)", "tl.sum(x, 1) / D"),
     ),
-    *broken("gather_tiles", "_target_gather_kernel", LIVE, KEEP),
+    *broken("gather/targets", "_target_gather_kernel", LIVE, KEEP),
     *broken(
-        "gather_tiles", "_prediction_loss_kernel",
+        "gather/targets", "_prediction_loss_kernel",
         LIVE, KEEP,
         ("half left out", "0.5 * square", "square"),
         ("no difference beyond 1", "size - 0.5", "size"),
         ("one partial sum for all", "partial + tl.program_id(0)", "partial"),
     ),
     *broken(
-        "gather_tiles", "_prediction_slope_kernel",
+        "gather/targets", "_prediction_slope_kernel",
         LIVE, KEEP,
         ("mean left out", ".to(tl.float32) * share", ".to(tl.float32)"),
         ("divisor of l2", "2.0 * error", "error"),
@@ -156,7 +156,7 @@ BREAKS = [
         ("upstream left out", "tl.load(upstream).to(tl.float32) * share", "share"),
     ),
     *broken(
-        "gather_tiles", "_predictor_input_kernel",
+        "gather/predictor", "_predictor_input_kernel",
         WIDTH,
         ("last row dropped", "mask=(row < K + P)[:, None]", "mask=(row < K + P - 1)[:, None]"),
         ("one copy unwritten", "range(M)", "range(1, M)"),
@@ -165,36 +165,36 @@ BREAKS = [
         ("last column dropped", "real = (d < W)", "real = (d < W - 1)"),
     ),
     *broken(
-        "gather_tiles", "_predictor_input_backward_kernel",
+        "gather/predictor", "_predictor_input_backward_kernel",
         WIDTH, COPIES,
         ("first query unsummed", "(row >= K)", "(row > K)"),
         ("first tile of queries dropped", "slot >= 0", "slot > 0"),
         ("last row dropped", "(row < K + P)", "(row < K + P - 1)"),
     ),
     *broken(
-        "ema", "_lerp",
+        "ema/lists", "lerp",
         ("one end inexact", "new - (new - old) * (1.0 - weight)", "new - (new - old) * weight"),
         ("half the step", "old + weight * (new - old)", "old + 0.5 * weight * (new - old)"),
     ),
     *broken(
-        "ema", "_range",
+        "ema/lists", "chunk_of_program",
         ("last value dropped", "size - start", "size - start - 1"),
         ("a chunk too far", "(tl.program_id(0) - first) * CHUNK",
          "(tl.program_id(0) - first) * (CHUNK + 1)"),
     ),
     *broken(
-        "ema", "_ema_kernel",
+        "ema/plain_update", "_ema_kernel",
         ("mask of the tail dropped", "tl.arange(0, CHUNK) < rest", "tl.full((CHUNK,), 1, tl.int1)"),
         ("last value of the tail dropped", "CHUNK) < rest", "CHUNK) < rest - 1"),
-        ("copy written over the online", "_address(places, 2,", "_address(places, 1,"),
+        ("copy written over the online", "address(places, 2,", "address(places, 1,"),
     ),
     *broken(
-        "ema", "_ema_chunk",
+        "ema/plain_update", "_ema_chunk",
         ("copy of the weights", "narrow(value, copy", "narrow(tl.load(online + at), copy"),
         ("mask of the copy dropped", "copy.dtype.element_ty), mask=keep", "copy.dtype.element_ty)"),
     ),
     *broken(
-        "ema", "_ema_rows_kernel",
+        "ema/rows_update", "_ema_rows_kernel",
         ("last value of a row dropped", "col < COLS", "col < COLS - 1"),
         ("not rounded to bf16", "narrow(average, tl.bfloat16).to(tl.float32)", "average"),
         ("one scale for all rows", "start // COLS", "0 * start"),
@@ -250,7 +250,7 @@ BREAKS = [
         ("sums exchanged", "place + D, tl.sum(dbias", "place + D, tl.sum(dweight"),
     ),
     *broken(
-        "sums", "_sum_parts_kernel",
+        "common/sums", "_sum_parts_kernel",
         ("last part dropped", "row < P)", "row < P - 1)"),
         ("first parts unsummed", "range(0, P", "range(ROWS, P"),
         ("one tile for all", "tl.program_id(0) * WIDTH + tl", "tl"),
@@ -275,7 +275,7 @@ BREAKS = [
         ("parts of one program", "parts + tl.program_id(1) * C", "parts"),
     ),
     *broken(
-        "attention_tiles", "_attention_kernel",
+        "attention/forward", "_attention_kernel",
         ("keys beyond the last seen", "tl.where((col < T)[None, :], scores, -float(\"inf\"))",
          "scores"),
         ("sum not shrunk", "total = total * shrunk", "total = total"),
@@ -287,17 +287,17 @@ BREAKS = [
         ("keys of the first sequence", "k += sequence * k_batch + head * d", "k += head * d"),
     ),
     *broken(
-        "attention_tiles", "_step",
+        "attention/one_pass_backward", "_step",
         ("keys that are not there seen", "tl.where(live[None, :], weights, 0.0)", "weights"),
         ("delta left out", " - delta[:, None])", ")"),
-        ("values' gradient of slopes", "dv0 = _dot(tl.trans(low), do0, dv0)",
-         "dv0 = _dot(tl.trans(narrow(weights * 0.5, q0.dtype)), do0, dv0)"),
-        ("second part of dq left out", "dq1 = _dot(slopes, k1, dq1)", "dq1 = dq1"),
-        ("second part of dk left out", "dk1 = _dot(tl.trans(slopes), q1, dk1)", "dk1 = dk1"),
+        ("values' gradient of slopes", "dv0 = dot(tl.trans(low), do0, dv0)",
+         "dv0 = dot(tl.trans(narrow(weights * 0.5, q0.dtype)), do0, dv0)"),
+        ("second part of dq left out", "dq1 = dot(slopes, k1, dq1)", "dq1 = dq1"),
+        ("second part of dk left out", "dk1 = dot(tl.trans(slopes), q1, dk1)", "dk1 = dk1"),
         ("scale left out", "* scale - lse", "- lse"),
     ),
     *broken(
-        "attention_tiles", "_attention_backward_kernel",
+        "attention/one_pass_backward", "_attention_backward_kernel",
         ("keys not scaled", "dk0, dk1 = dk0 * factor", "dk0, dk1 = dk0"),
         ("queries not scaled", "dqa0, dqa1 = dqa0 * factor", "dqa0, dqa1 = dqa0"),
         ("second queries left out of the sums", "total0 + tl.sum(dqb0, 0)", "total0"),
@@ -308,46 +308,46 @@ BREAKS = [
          "dq += sequence * dq_batch"),
     ),
     *broken(
-        "attention_tiles", "_write",
+        "attention/heads", "store_parts",
         ("second part of a head not written", "if D1 > 0:", "if D1 > 64:"),
     ),
     *broken(
-        "attention_tiles", "_write_sums",
+        "attention/heads", "store_sums",
         ("second part's sums at the first's", "parts + rest", "parts + rest - D0"),
     ),
     *broken(
-        "attention_tiles", "_attention_queries_kernel",
+        "attention/two_pass_backward", "_attention_queries_kernel",
         ("keys that are not there seen", "tl.where(there[None, :], weights, 0.0)", "weights"),
         ("delta left out", " - delta_r[:, None])", ")"),
         ("delta not kept", "delta_r, mask=live)", "delta_r * 0.0, mask=live)"),
-        ("second part of dq left out", "dq1 = _dot(slopes, k1, dq1)", "dq1 = dq1"),
+        ("second part of dq left out", "dq1 = dot(slopes, k1, dq1)", "dq1 = dq1"),
         ("keys of the first block alone", "block * ROWS < S, T, 0)", "block * ROWS < S, COLS, 0)"),
         ("another block's queries", "        block * ROWS, ROWS,", "        0, ROWS,"),
         ("queries not scaled", "dq0, dq1 = dq0 * factor", "dq0, dq1 = dq0"),
         ("parts of one block", "(sequence * blocks + block) * 3", "(sequence * blocks) * 3"),
     ),
     *broken(
-        "attention_tiles", "_attention_keys_kernel",
+        "attention/two_pass_backward", "_attention_keys_kernel",
         ("keys that are not there seen", "tl.where(live[:, None], weights, 0.0)", "weights"),
         ("delta left out", " - delta_c[None, :])", ")"),
         ("another block's keys", "row = block * ROWS +", "row ="),
         ("queries of the first block alone", "block * ROWS < T, S, 0)",
          "block * ROWS < T, COLS, 0)"),
-        ("second part of dk left out", "dk1 = _dot(slopes, q1, dk1)", "dk1 = dk1"),
-        ("second part of dv left out", "dv1 = _dot(low, do1, dv1)", "dv1 = dv1"),
+        ("second part of dk left out", "dk1 = dot(slopes, q1, dk1)", "dk1 = dk1"),
+        ("second part of dv left out", "dv1 = dot(low, do1, dv1)", "dv1 = dv1"),
         ("keys not scaled", "dk0, dk1 = dk0 * factor", "dk0, dk1 = dk0"),
         ("keys' sums for the values", "2 * H * d, tl.sum(dv0, 0)", "2 * H * d, tl.sum(dk0, 0)"),
         ("one head's delta for all", "delta += (sequence * H + head) * S",
          "delta += sequence * H * S"),
     ),
     *broken(
-        "ema", "_adamw_ema_kernel",
+        "ema/adamw", "_adamw_ema_kernel",
         ("one value beyond the tail", "tl.arange(0, CHUNK) < rest", "tl.arange(0, CHUNK) <= rest"),
-        ("copies exchanged", "_address(places, target_copies,", "_address(places, copies,"),
+        ("copies exchanged", "address(places, target_copies,", "address(places, copies,"),
         ("a bad step taken", "if tl.load(numbers + 9) == 0.0:", "if tl.load(numbers + 9) == 2.0:"),
     ),
     *broken(
-        "ema", "_adamw_ema_chunk",
+        "ema/adamw", "_adamw_ema_chunk",
         ("square left out", "square_share * g * g", "square_share * g"),
         ("bias correction left out", "tl.div_rn(tl.sqrt_rn(second), root_scale)",
          "tl.sqrt_rn(second)"),
@@ -377,18 +377,18 @@ def caught_by(one: Break, tree: Path) -> str | None:
     whole = target.read_text()
     target.write_text(source_with(one))
     try:
-        return first_failure(one.file, tree)
+        return first_failure(TESTS[one.file.partition("/")[0]], tree)
     finally:
         target.write_text(whole)
 
 
-def first_failure(file: str, tree: Path) -> str | None:
-    """The first of a file's tests that fails in the copy, None where all pass."""
+def first_failure(tests: str, tree: Path) -> str | None:
+    """The first of a file of tests that fails in the copy, None where all pass."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider"]
     # without PYTHONPATH the installed package would be tested, not the copy
     environment = os.environ | {"PYTHONPATH": f"{tree}{os.pathsep}{tree / 'tests'}"}
     done = subprocess.run(
-        [*command, TESTS[file]], cwd=tree, env=environment, capture_output=True, text=True
+        [*command, tests], cwd=tree, env=environment, capture_output=True, text=True
     )
     if done.returncode == 0:
         return None
@@ -419,9 +419,9 @@ def main() -> int:
     missed = 0
     with tempfile.TemporaryDirectory() as folder:
         tree = copied_tree(Path(folder))
-        for file in TESTS:  # or every break would seem noticed
-            if (wrong := first_failure(file, tree)) is not None:
-                raise SystemExit(f"{file}: {wrong} fails without a break")
+        for tests in dict.fromkeys(TESTS.values()):  # or every break would seem noticed
+            if (wrong := first_failure(tests, tree)) is not None:
+                raise SystemExit(f"{tests}: {wrong} fails without a break")
         for one in BREAKS:
             if args.only not in one.function:
                 continue

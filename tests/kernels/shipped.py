@@ -12,8 +12,15 @@ from typing import NamedTuple
 import torch
 
 from cjepa_fast import config
-from cjepa_fast.kernels import attention_tiles, ema, gather_tiles, gelu, norm, vicreg_tiles
+from cjepa_fast.kernels import gelu, norm
+from cjepa_fast.kernels.attention.backward import backward_candidates
+from cjepa_fast.kernels.attention.forward import forward_candidates
+from cjepa_fast.kernels.attention.one_pass_backward import OnePass
+from cjepa_fast.kernels.common.row_tiles import copy_tiles, row_tiles
+from cjepa_fast.kernels.ema.lists import CHUNKS
+from cjepa_fast.kernels.ema.rows_update import ROWS
 from cjepa_fast.kernels.tuned import TUNED
+from cjepa_fast.kernels.vicreg import tiles as vicreg_tiles
 from cjepa_fast.training.build import build_masks, model_sizes
 
 CPU = torch.device("cpu")
@@ -86,7 +93,7 @@ def _tile(tile: tuple) -> str:
 
 
 def _copies(choose: Chooser, width: int) -> Iterator[str]:
-    tiles = gather_tiles.copy_tiles(width)
+    tiles = copy_tiles(width)
     gather = _tile(choose(f"gather {width}", tiles))
     yield from (f"{op} {gather}" for op in ("gather_tokens", "embed_gather", "add_positions"))
     for op in ("gather backward", "predictor_input", "predictor_input backward"):
@@ -95,15 +102,15 @@ def _copies(choose: Chooser, width: int) -> Iterator[str]:
 
 def _losses(choose: Chooser, width: int) -> Iterator[str]:
     for op in ("target_gather", "prediction_loss", "prediction_loss backward"):
-        yield f"{op} {_tile(choose(f'{op} {width}', gather_tiles.row_tiles(width)))}"
+        yield f"{op} {_tile(choose(f'{op} {width}', row_tiles(width)))}"
 
 
 def _quantised(width: int) -> Iterator[str]:
     """A block's four inputs of matmuls, and the averaged weights."""
-    narrow, wide = (_tile(gather_tiles.row_tiles(size)[0]) for size in (width, 4 * width))
+    narrow, wide = (_tile(row_tiles(size)[0]) for size in (width, 4 * width))
     yield from (f"quantise {first} {narrow}" for first in ("rows", "norm", "add norm"))
     yield f"quantise gelu {wide}"
-    yield from (f"ema_update_rows fp32 {size}" for size in (width, 4 * width) if size in ema.ROWS)
+    yield from (f"ema_update_rows fp32 {size}" for size in (width, 4 * width) if size in ROWS)
 
 
 def _norm(choose: Chooser, width: int) -> Iterator[str]:
@@ -124,10 +131,10 @@ def _gelu(choose: Chooser) -> Iterator[str]:
 
 def _ema(choose: Chooser) -> Iterator[str]:
     """Of one process, whose gradients are in bf16; and of ZeRO's fragments, aligned or not."""
-    chunk = choose("adamw_ema_step", ema.CHUNKS)
+    chunk = choose("adamw_ema_step", CHUNKS)
     for average in ("", ", no average"):
         yield f"adamw_ema_step bf16 {chunk}, aligned, copy bf16{average}"
-    chunk = choose("ema_update", ema.CHUNKS)
+    chunk = choose("ema_update", CHUNKS)
     yield from (f"ema_update fp32 {chunk}, {kind}, copy bf16" for kind in ("aligned", "unaligned"))
 
 
@@ -147,12 +154,12 @@ def _vicreg(choose: Chooser) -> Iterator[str]:
 
 
 def _attention(choose: Chooser, stack: Stack) -> Iterator[str]:
-    tile = choose(*attention_tiles.forward_candidates(stack.queries, stack.d))
+    tile = choose(*forward_candidates(stack.queries, stack.d))
     yield f"attention bf16 {stack.d} {_joined(tile)}"
     if stack.role in ("target", "tuned"):
         return
-    tile = choose(*attention_tiles.backward_candidates(stack.queries, stack.d, CPU))
-    whole = isinstance(tile, attention_tiles.OnePass)
+    tile = choose(*backward_candidates(stack.queries, stack.d, CPU))
+    whole = isinstance(tile, OnePass)
     for part in ("",) if whole else (", queries", ", keys"):
         yield f"attention backward{part} bf16 {stack.d} {_joined(tile)}"
 

@@ -4,14 +4,12 @@ import pytest
 import torch
 from kernel_checks import FLOOR, check_operator, compiles_whole, same_bits, within_budget
 
-from cjepa_fast.kernels import attention, attention_tiles
-from cjepa_fast.kernels.attention_tiles import (
-    TWO_PASSES,
-    TwoPasses,
-    launch_attention,
-    launch_attention_backward,
-    one_pass,
-)
+from cjepa_fast.kernels.attention import short_attention, short_attention_reference
+from cjepa_fast.kernels.attention.backward import backward_candidates, launch_attention_backward
+from cjepa_fast.kernels.attention.forward import TILES, attention_op, launch_attention
+from cjepa_fast.kernels.attention.heads import split
+from cjepa_fast.kernels.attention.one_pass_backward import one_pass
+from cjepa_fast.kernels.attention.two_pass_backward import TWO_PASSES, TwoPasses
 
 DTYPES = [torch.bfloat16, torch.float16]
 # Sequences, queries, keys, heads, values of a head.
@@ -46,7 +44,7 @@ def tensors(shape: tuple, device: str, dtype) -> tuple[torch.Tensor, ...]:
 
 def definition(q, k, v, dout, H: int, dtype=None) -> dict[str, torch.Tensor]:
     inputs = [x.to(dtype or x.dtype).detach().requires_grad_() for x in (q, k, v)]
-    out = attention.attention_reference(*(heads(x, H) for x in inputs)).transpose(1, 2).flatten(2)
+    out = short_attention_reference(*(heads(x, H) for x in inputs)).transpose(1, 2).flatten(2)
     grads = torch.autograd.grad(out, inputs, dout.to(out.dtype))
     found = dict(zip(("out", "dq", "dk", "dv"), (out.detach(), *grads), strict=True))
     return found | {"sums": torch.cat([g.sum((0, 1)) for g in grads])}
@@ -92,7 +90,7 @@ def test_outputs_gradients_and_sums_are_within_the_error_budget(seed, kernel_dev
     check(shape, kernel_device, dtype)
 
 
-@pytest.mark.parametrize("tile", attention_tiles.TILES, ids=str)
+@pytest.mark.parametrize("tile", TILES, ids=str)
 def test_every_tile(seed, kernel_device, tile):
     check((1, 70, 77, 2, 24), kernel_device, torch.bfloat16, tile)
 
@@ -175,7 +173,7 @@ def test_same_bits_twice(seed, kernel_device):
      (88, (64, 32)), (96, (64, 32)), (112, (128, 0)), (128, (128, 0))],
 )  # fmt: skip
 def test_parts_of_a_head(d, parts):
-    assert attention_tiles.split(d) == parts and sum(parts) >= d
+    assert split(d) == parts and sum(parts) >= d
 
 
 def test_one_pass_holds_all_queries_and_the_others_take_two():
@@ -183,7 +181,7 @@ def test_one_pass_holds_all_queries_and_the_others_take_two():
         for S in (1, 64, 65, 128, 129, 144, 145, 256, 257, 1024):
             assert all(t.rows0 + t.rows1 >= S for t in one_pass(S, d))
             assert bool(one_pass(S, d)) == ((256 if d <= 32 else 128) >= S)
-            _, found = attention_tiles.backward_candidates(S, d, torch.device("cpu"))
+            _, found = backward_candidates(S, d, torch.device("cpu"))
             assert found == one_pass(S, d) + TWO_PASSES
     assert one_pass(64, 64, room=False) and not one_pass(64, 80, room=False)
 
@@ -193,7 +191,7 @@ def test_a_length_has_one_key_and_one_list():
     for d in (24, 80):
         lists = {}
         for S in range(1, 600):
-            key, found = attention_tiles.backward_candidates(S, d, torch.device("cpu"))
+            key, found = backward_candidates(S, d, torch.device("cpu"))
             assert lists.setdefault(key, found) == found
 
 
@@ -213,7 +211,7 @@ def test_the_operator_follows_any_layout(seed, kernel_device):
         q, k, v = parts_of(qkv, 2)
         if apart:
             q, k, v = q.contiguous(), k.contiguous(), v
-        out = attention.attention(q, k, v)
+        out = short_attention(q, k, v)
         results.append((out.detach(), *torch.autograd.grad(out, qkv, upstream)))
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
@@ -222,14 +220,14 @@ def test_the_operator_follows_any_layout(seed, kernel_device):
 def test_opcheck_and_compilation(seed, kernel_device):
     q, k, v, _ = tensors((1, 9, 12, 2, 16), kernel_device, torch.bfloat16)
     inputs = [x.contiguous().requires_grad_() for x in (q, k, v)]
-    check_operator(attention.attention_op, (*inputs, 2))
+    check_operator(attention_op, (*inputs, 2))
     views = [heads(x.detach(), 2).requires_grad_() for x in inputs]
-    compiles_whole(attention.attention, *views)
+    compiles_whole(short_attention, *views)
 
 
 def test_what_the_kernels_do_not_take_is_refused_or_goes_by_the_definition(seed, kernel_device):
     def call(S: int, d: int, dtype=torch.bfloat16):
-        return attention.attention(*torch.randn(3, 1, 2, S, d).to(kernel_device, dtype))
+        return short_attention(*torch.randn(3, 1, 2, S, d).to(kernel_device, dtype))
 
     with pytest.raises(RuntimeError, match=r"no kernel.*4, 136"):
         call(4, 136)
@@ -238,4 +236,4 @@ def test_what_the_kernels_do_not_take_is_refused_or_goes_by_the_definition(seed,
 
 def test_on_a_cpu_it_is_the_definition(seed):
     q, k, v = (torch.randn(2, 3, 5, 8) for _ in range(3))
-    assert torch.equal(attention.attention(q, k, v), attention.attention_reference(q, k, v))
+    assert torch.equal(short_attention(q, k, v), short_attention_reference(q, k, v))

@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 from kernel_checks import check_operator, same_bits, within_budget
 
 from cjepa_fast.kernels import ema
+from cjepa_fast.kernels.ema import adamw, plain_update
+from cjepa_fast.kernels.ema import lists as ema_lists
 from cjepa_fast.kernels.fp8 import quantise_rows_reference
 
-CHUNK = ema.CHUNKS[0]
+CHUNK = ema_lists.CHUNKS[0]
 # Less than a chunk, just one, one value more and less, several, prime, a matrix, a scalar, nothing.
 SHAPES = [(5,), (CHUNK,), (CHUNK + 1,), (CHUNK - 1,), (2 * CHUNK + 7,), (1009,), (33, 70), (), (0,)]
 FEW = [(5,), (CHUNK + 1,), (3, 7)]  # the interpreter takes tens of milliseconds a chunk
@@ -114,22 +116,22 @@ def test_any_sizes(seed, kernel_device, sizes, momentum, copy):
     assert not copies or torch.equal(flat(copies), flat(ours).to(copy))
 
 
-@pytest.mark.parametrize("chunk", ema.CHUNKS)
+@pytest.mark.parametrize("chunk", ema_lists.CHUNKS)
 def test_every_chunk(seed, kernel_device, chunk):
     """Forced, on sizes about its own: each value is that of the default, bit for bit."""
     shapes = [(chunk - 1,), (chunk,), (chunk + 1,), (3,)]
     start, online = randoms(kernel_device, shapes), randoms(kernel_device, shapes)
     forced, default, copies = clones(start), clones(start), empties(start, torch.bfloat16)
-    weight = ema.on_device([1 - 0.9], start[0].device)
-    ema.launch_ema(forced, online, copies, weight, chunk=chunk)
+    weight = ema_lists.on_device([1 - 0.9], start[0].device)
+    plain_update.launch_ema(forced, online, copies, weight, chunk=chunk)
     ema.ema_update(default, online, 0.9)
     assert torch.equal(flat(forced), flat(default))
     assert torch.equal(flat(copies), flat(default).bfloat16())
     lists = [[clones(start), online, *(clones(start) for _ in range(3))] for _ in range(2)]
-    numbers = ema.adamw_numbers(start[0].device, 1, 0.1, 0.9, (0.9, 0.99), 1e-8, 0.1)
+    numbers = adamw.adamw_numbers(start[0].device, 1, 0.1, 0.9, (0.9, 0.99), 1e-8, 0.1)
     for arrays, size in zip(lists, (chunk, CHUNK), strict=True):
         arrays[3] = [x.square() for x in arrays[3]]
-        ema.launch_adamw_ema(arrays, (), (), numbers, chunk=size)
+        adamw.launch_adamw_ema(arrays, (), (), numbers, chunk=size)
     for one, other in zip(*lists, strict=True):
         assert torch.equal(flat(one), flat(other))
 
@@ -159,10 +161,10 @@ def test_lists_that_the_kernel_cannot_take_go_by_the_definition(seed, kernel_dev
 def test_the_tables_follow_the_tensors(seed, kernel_device):
     """Made once for the same tensors, anew for others of the same shapes."""
     target, online = randoms(kernel_device, [(7,), (9,)]), randoms(kernel_device, [(7,), (9,)])
-    first = ema.tables(target, online, chunk=8)
-    assert ema.tables(target, online, chunk=8)[0] is first[0]
+    first = ema_lists.tables(target, online, chunk=8)
+    assert ema_lists.tables(target, online, chunk=8)[0] is first[0]
     moved = clones(target)
-    assert ema.tables(moved, online, chunk=8)[0] is not first[0]
+    assert ema_lists.tables(moved, online, chunk=8)[0] is not first[0]
     ema.ema_update(target, online, 0.5)
     ema.ema_update(moved, online, 0.5)
     assert torch.equal(flat(moved), flat(target))
@@ -247,7 +249,7 @@ def test_rows_pass_opcheck_and_compile(seed, kernel_device):
     lists = clones(target), online, [v.view(torch.uint8) for v in values], scales
     check_operator(
         torch.ops.cjepa_fast.ema_update_rows.default,
-        (*lists, ema.on_device([0.1], scales[0].device)),
+        (*lists, ema_lists.on_device([0.1], scales[0].device)),
     )
     found = []
     backend = "inductor" if kernel_device == "cuda" else "aot_eager"
@@ -331,7 +333,7 @@ def test_adamw_and_average_within_the_error_budget(seed, kernel_device, narrow, 
 @pytest.mark.parametrize(("narrow", "copy"), DTYPES)
 def test_the_way_on_a_cpu_within_the_error_budget(seed, monkeypatch, narrow, copy):
     """Without kernels, in runs of 8 values: shorter tensors, whole runs, a tail."""
-    monkeypatch.setattr(ema, "CACHED", 8)
+    monkeypatch.setattr(adamw, "CACHED", 8)
     shapes = [(5,), (8,), (16, 3), (33,), (), (0,)]
     params, target = randoms("cpu", shapes), randoms("cpu", shapes)
     grads = [randoms("cpu", shapes, narrow) for _ in range(3)]
@@ -479,13 +481,13 @@ def some_lists(device: str, count: int) -> list[list[torch.Tensor]]:
 def test_the_operators_pass_opcheck(seed, kernel_device):
     target, online = some_lists(kernel_device, 2)
     ops = torch.ops.cjepa_fast
-    weight = ema.on_device([0.1], target[0].device)
+    weight = ema_lists.on_device([0.1], target[0].device)
     check_operator(ops.ema_update.default, (target, online, [], weight))
     copies = empties(target, torch.bfloat16)
     check_operator(ops.ema_update.default, (target, online, copies, weight))
     lists = some_lists(kernel_device, 5)
     lists[3] = [v.abs() for v in lists[3]]
-    numbers = ema.adamw_numbers(target[0].device, 3, 1e-3, 0.9, [0.9, 0.95], 1e-8, 0.04)
+    numbers = adamw.adamw_numbers(target[0].device, 3, 1e-3, 0.9, [0.9, 0.95], 1e-8, 0.04)
     check_operator(ops.adamw_ema_step.default, (*lists, [], [], numbers))
     check_operator(ops.adamw_ema_step.default, (*lists[:4], [], copies, [], numbers))
     check_operator(ops.adamw_ema_step.default, (*lists, copies, clones(copies), numbers))

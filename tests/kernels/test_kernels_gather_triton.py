@@ -10,8 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_checks import check_operator, compiles_whole, same_bits, within_budget
 
-from cjepa_fast.kernels import gather, gather_tiles
-from cjepa_fast.kernels.common import launch
+from cjepa_fast.kernels import gather
+from cjepa_fast.kernels.common import launch, row_tiles
+from cjepa_fast.kernels.gather import predictor, targets, tokens
 from cjepa_fast.model.jepa import JEPA
 from cjepa_fast.model.loss import CJEPALoss
 from cjepa_fast.model.predictor import Predictor
@@ -203,7 +204,7 @@ def test_offsets_beyond_int32(seed):
     small, near = x[:, -2:].clone(), idx - (2**16 - 2)
     assert torch.equal(gather.gather_tokens(x, idx), small.flip(1))
     assert torch.equal(gather.target_gather(x, idx), gather.target_gather(small, near))
-    grad = gather_tiles.launch_gather_backward(small, idx, 2**16, torch.bfloat16)
+    grad = tokens.launch_gather_backward(small, idx, 2**16, torch.bfloat16)
     assert torch.equal(grad[:, -2:], small.flip(1)) and not grad[:, :-2].any()
 
 
@@ -220,18 +221,19 @@ def test_smooth_l1_on_both_sides_of_one(seed, kernel_device):
 # --- every tile, forced
 
 
-@pytest.mark.parametrize("tile", gather_tiles.COPY_TILES.values(), ids=str)
+@pytest.mark.parametrize("tile", row_tiles.COPY_TILES.values(), ids=str)
 @pytest.mark.parametrize("width", [40, 136])  # within one tile's width for most; cut by others
 @pytest.mark.parametrize("name", ["gather_tokens", "embed_gather", "predictor_input"])
 def test_every_copy_tile(seed, kernel_device, monkeypatch, name, width, tile):
-    monkeypatch.setattr(gather_tiles, "copy_tiles", lambda width: (tile,))
+    for module in (tokens, predictor):
+        monkeypatch.setattr(module, "copy_tiles", lambda width: (tile,))
     check(CASES[name], tensors_of(Shape(2, 70, 9, 2, 67, width), torch.float32, kernel_device))
 
 
-@pytest.mark.parametrize("tile", [*itertools.chain(*gather_tiles.ROW_TILES.values())], ids=str)
+@pytest.mark.parametrize("tile", [*itertools.chain(*row_tiles.ROW_TILES.values())], ids=str)
 @pytest.mark.parametrize("name", ["target_gather", "smooth_l1"])
 def test_every_row_tile(seed, kernel_device, name, tile, monkeypatch):
-    monkeypatch.setattr(gather_tiles, "row_tiles", lambda width: (tile,))
+    monkeypatch.setattr(targets, "row_tiles", lambda width: (tile,))
     check(CASES[name], tensors_of(Shape(2, 5, 1, 1, 3, 40), torch.float32, kernel_device))
 
 
@@ -244,28 +246,28 @@ def test_the_launchers_take_a_tile(seed, kernel_device):
     dtypes = (torch.float32, torch.float32)
     places = t["context"], t["pos"], t["token"], t["context_idx"], t["target_idx"]
     calls = [
-        (gather_tiles.launch_gather, (x, None, idx), gather_tiles.COPY_TILES[64]),
+        (tokens.launch_gather, (x, None, idx), row_tiles.COPY_TILES[64]),
         (
-            gather_tiles.launch_gather_backward,
+            tokens.launch_gather_backward,
             (pred, idx, 7, torch.float32),
-            gather_tiles.COPY_TILES[512],
+            row_tiles.COPY_TILES[512],
         ),
-        (gather_tiles.launch_predictor_input, places, gather_tiles.COPY_TILES[256]),
+        (predictor.launch_predictor_input, places, row_tiles.COPY_TILES[256]),
         (
-            gather_tiles.launch_predictor_input_backward,
+            predictor.launch_predictor_input_backward,
             (grad, 2, 3, dtypes),
-            gather_tiles.COPY_TILES[256],
+            row_tiles.COPY_TILES[256],
         ),
-        (gather_tiles.launch_target_gather, (x, idx, 1e-5), gather_tiles.ROW_TILES[128][0]),
+        (targets.launch_target_gather, (x, idx, 1e-5), row_tiles.ROW_TILES[128][0]),
         (
-            gather_tiles.launch_prediction_loss,
+            targets.launch_prediction_loss,
             (pred, x, idx, "l2", 1e-5),
-            gather_tiles.ROW_TILES[256][0],
+            row_tiles.ROW_TILES[256][0],
         ),
         (
-            gather_tiles.launch_prediction_slope,
+            targets.launch_prediction_slope,
             (ones, pred, x, idx, "l2", 1e-5),
-            gather_tiles.ROW_TILES[64][0],
+            row_tiles.ROW_TILES[64][0],
         ),
     ]
     for launcher, args, tile in calls:
@@ -274,11 +276,11 @@ def test_the_launchers_take_a_tile(seed, kernel_device):
 
 def test_the_chosen_tile_fits_the_width():
     for width in (192, 384, 768, 1024, 1280, 1408):
-        assert all(width % tile.width == 0 for tile in gather_tiles.copy_tiles(width))
-    assert [tile.width for tile in gather_tiles.copy_tiles(768)] == [256, 128, 64]
+        assert all(width % tile.width == 0 for tile in row_tiles.copy_tiles(width))
+    assert [tile.width for tile in row_tiles.copy_tiles(768)] == [256, 128, 64]
     for width in range(1, 2000):
-        assert all(tile.width >= width for tile in gather_tiles.row_tiles(width))
-        assert set(gather_tiles.copy_tiles(width)) <= set(gather_tiles.COPY_TILES.values())
+        assert all(tile.width >= width for tile in row_tiles.row_tiles(width))
+        assert set(row_tiles.copy_tiles(width)) <= set(row_tiles.COPY_TILES.values())
 
 
 # --- shapes that nobody thought of
@@ -348,21 +350,21 @@ def test_a_wrong_index_comes_out_as_nan(seed, kernel_device, wrong):
     right = t["target_idx"].flatten(1)
     idx = with_wrong(right, wrong)
     for call in (
-        lambda i: gather_tiles.launch_gather(t["x"], None, i),
-        lambda i: gather_tiles.launch_gather(t["x"], t["pos"], i),
-        lambda i: gather_tiles.launch_gather(t["pred"].flatten(1, 2), t["pos"], i, gather=False),
-        lambda i: gather_tiles.launch_target_gather(t["x"], i, 1e-5),
+        lambda i: tokens.launch_gather(t["x"], None, i),
+        lambda i: tokens.launch_gather(t["x"], t["pos"], i),
+        lambda i: tokens.launch_gather(t["pred"].flatten(1, 2), t["pos"], i, gather=False),
+        lambda i: targets.launch_target_gather(t["x"], i, 1e-5),
     ):
         got, wanted = call(idx), call(right)
         assert got[0, 0].isnan().all()
         assert torch.equal(got.flatten(0, 1)[1:], wanted.flatten(0, 1)[1:])
     pred = t["pred"].flatten(1, 2)
-    assert gather_tiles.launch_prediction_loss(pred, t["x"], idx, "smooth_l1", 1e-5).isnan()
+    assert targets.launch_prediction_loss(pred, t["x"], idx, "smooth_l1", 1e-5).isnan()
     one = torch.ones((), device=kernel_device)
-    slope = gather_tiles.launch_prediction_slope(one, pred, t["x"], idx, "smooth_l1", 1e-5)
+    slope = targets.launch_prediction_slope(one, pred, t["x"], idx, "smooth_l1", 1e-5)
     assert slope[0, 0].isnan().all() and not slope[0, 1:].isnan().any()
     inputs = [t["context"], t["pos"], t["token"]]
-    sequences = gather_tiles.launch_predictor_input(
+    sequences = predictor.launch_predictor_input(
         *inputs, with_wrong(t["context_idx"], wrong), with_wrong(t["target_idx"], wrong)
     )
     assert sequences[:2, 0].isnan().all() and sequences[0, 3].isnan().all()
@@ -389,12 +391,12 @@ def test_the_debug_switch_asserts_on_the_device(seed, monkeypatch):
     monkeypatch.setattr(launch, "DEBUG_INDICES", True)
     t = tensors_of(Shape(2, 7, 3, 2, 4, 40), torch.float32, "cpu")
     calls = {
-        "rows": lambda i: gather_tiles.launch_gather(t["x"], None, i.flatten(1)),
-        "targets": lambda i: gather_tiles.launch_target_gather(t["x"], i, 1e-5),
-        "loss": lambda i: gather_tiles.launch_prediction_loss(
+        "rows": lambda i: tokens.launch_gather(t["x"], None, i.flatten(1)),
+        "targets": lambda i: targets.launch_target_gather(t["x"], i, 1e-5),
+        "loss": lambda i: targets.launch_prediction_loss(
             t["pred"].flatten(1, 2), t["x"], i, "l2", 1e-5
         ),
-        "sequences": lambda i: gather_tiles.launch_predictor_input(
+        "sequences": lambda i: predictor.launch_predictor_input(
             t["context"], t["pos"], t["token"], t["context_idx"], i
         ),
     }
@@ -415,7 +417,7 @@ def test_arguments_that_do_not_fit(seed, kernel_device):
     with pytest.raises(ValueError, match=r"indices \[2, 2\] for tokens \[2, 3, 40\]"):
         gather.predictor_input(t["context"], t["pos"], t["token"], places, t["target_idx"])
     with pytest.raises(ValueError, match=r"indices \[1, 2, 4\] cpu for \[2, 7, 40\]"):
-        gather_tiles.launch_gather(t["x"].cpu(), None, t["target_idx"][:1].cpu())
+        tokens.launch_gather(t["x"].cpu(), None, t["target_idx"][:1].cpu())
     with pytest.raises(ValueError, match="'huber'"):
         gather.prediction_loss(t["pred"], t["x"], t["target_idx"], "huber")
     with pytest.raises(ValueError, match=r"pred is \(2, 2, 4, 39\)"):
@@ -451,7 +453,8 @@ def step_of(network: JEPA, device: str, autocast: bool) -> dict[str, torch.Tenso
 def test_the_network_learns_the_same(kernel_device, monkeypatch, autocast):
     network = small_network().to(kernel_device)
     ours = step_of(network, kernel_device, autocast)
-    monkeypatch.setattr(gather, "use_kernel", lambda *tensors: False)
+    for module in (tokens, targets, predictor):
+        monkeypatch.setattr(module, "use_kernel", lambda *tensors: False)
     plain = step_of(network, kernel_device, autocast)
     exact = step_of(network.double(), kernel_device, False)
     assert ours.keys() == plain.keys() == exact.keys() and len(ours) > 30

@@ -8,9 +8,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_checks import FLOOR, check_operator, compiles_whole, same_bits, within_budget
 
-from cjepa_fast.kernels import vicreg, vicreg_tiles
 from cjepa_fast.kernels.common import launch
-from cjepa_fast.kernels.vicreg import vicreg_terms, vicreg_terms_reference
+from cjepa_fast.kernels.vicreg import (
+    backward,
+    columns,
+    forward,
+    terms,
+    tiles,
+    vicreg_terms,
+    vicreg_terms_reference,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -190,12 +197,12 @@ def forced(configs: dict) -> list:
         pytest.param(dtype, gram, config, id=f"{dtype}-{'gram' if gram else 'moments'}-{config}")
         for dtype in DTYPES
         for gram in (False, True)
-        for config in vicreg_tiles.every(configs, dtype, gram)
+        for config in tiles.every(configs, dtype, gram)
     ]
 
 
-MOMENTS = forced(vicreg_tiles.MOMENT_CONFIGS)
-GRADS = forced(vicreg_tiles.GRAD_CONFIGS)
+MOMENTS = forced(tiles.MOMENT_CONFIGS)
+GRADS = forced(tiles.GRAD_CONFIGS)
 
 
 @pytest.mark.parametrize(("dtype", "gram", "config"), MOMENTS)
@@ -205,15 +212,15 @@ def test_every_configuration_of_the_moments(seed, kernel_device, dtype, gram, co
     M = 2 if config.block < 128 else 1
     shape = (M, size, size + 5) if gram else (M, size + 5, size)
     z = spread(*shape, device=kernel_device).to(dtype)
-    mean, variance = vicreg_tiles.launch_columns(z, splits)
+    mean, variance = columns.launch_columns(z, splits)
     x = z.double()
     within_budget(variance, x.var(1).float(), x.var(1), torch.float32, "variance")
     exact_mean = x.mean(1)
     within_budget(mean.sum(0), exact_mean.float(), exact_mean, torch.float32, "mean")
-    matrix = vicreg_tiles.empty_matrix(z, gram, True)
-    partial = vicreg_tiles.launch_moments(z, mean, gram, config, splits)
+    matrix = forward.empty_matrix(z, gram, True)
+    partial = forward.launch_moments(z, mean, gram, config, splits)
     assert partial.shape[1] == splits and partial.shape[-1] == config.block
-    squares = vicreg_tiles.launch_reduce(partial, size, 1 / (shape[1] - 1), gram, matrix)
+    squares = forward.launch_reduce(partial, size, 1 / (shape[1] - 1), gram, matrix)
     exact = exact_matrix(z, gram)
     got = matrix.float().sum(1)
     within_budget(got, eager_matrix(z, gram), exact, dtype, "matrix")
@@ -231,8 +238,8 @@ def test_every_configuration_of_the_gradient(seed, kernel_device, dtype, gram, c
     M = 2 if config.block < 128 else 1
     z = spread(M, *((few, many) if gram else (many, few)), device=kernel_device).to(dtype)
     slopes = torch.randn(2, device=kernel_device)
-    _, saved = vicreg_tiles.fused_forward(z, 1.0, 1e-4, True)
-    dz = vicreg_tiles.launch_grad(z, saved, *slopes, 1.0, 1e-4, z.shape[1], config)
+    _, saved = forward.fused_forward(z, 1.0, 1e-4, True)
+    dz = backward.launch_grad(z, saved, *slopes, 1.0, 1e-4, z.shape[1], config)
     eager, exact = (
         outcome(vicreg_terms_reference, x, slopes.double())["dz"] for x in (z, z.double())
     )
@@ -242,7 +249,7 @@ def test_every_configuration_of_the_gradient(seed, kernel_device, dtype, gram, c
 def test_without_gradient_no_matrix_is_kept(seed, kernel_device):
     z = spread(30, 20, device=kernel_device)[None]
     for need, size in ((True, 400), (False, 0)):
-        *_, matrix = vicreg._terms_op(z, 1.0, 1e-4, need)
+        *_, matrix = terms.terms_op(z, 1.0, 1e-4, need)
         assert matrix.numel() == size
     wanted = vicreg_terms(z.requires_grad_())
     with torch.no_grad():
@@ -269,7 +276,7 @@ def test_operator(seed, kernel_device, shape, dtype):
     z = spread(*shape, device=kernel_device).to(dtype).requires_grad_()
     check_operator(torch.ops.cjepa_fast.vicreg_terms.default, (z, 1.0, 1e-4, True))
     check_operator(torch.ops.cjepa_fast.vicreg_terms.default, (z.detach(), 1.0, 1e-4, False))
-    *_, mean, variance, matrix = vicreg._terms_op(z.detach(), 1.0, 1e-4, True)
+    *_, mean, variance, matrix = terms.terms_op(z.detach(), 1.0, 1e-4, True)
     slopes = torch.randn(2, device=kernel_device).to(variance.dtype)
     saved = (mean, variance, matrix, *slopes)
     check_operator(torch.ops.cjepa_fast.vicreg_grad.default, (z.detach(), *saved, 1.0, 1e-4))
@@ -295,8 +302,9 @@ def test_autocast_changes_nothing(seed, kernel_device, dtype):
 
 
 def test_float64_and_empty_tensors_take_the_plain_path(seed, kernel_device, monkeypatch):
-    for name in ("launch_columns", "launch_moments", "launch_reduce", "launch_grad"):
-        monkeypatch.setattr(vicreg_tiles, name, None)
+    for name in ("launch_columns", "launch_moments", "launch_reduce"):
+        monkeypatch.setattr(forward, name, None)
+    monkeypatch.setattr(backward, "launch_grad", None)
     check_plain(spread(9, 5, device=kernel_device).double())
     for shape in ((4, 0), (0, 4, 3)):
         for term, wanted in zip(

@@ -166,7 +166,7 @@ def test_the_wheel_works_away_from_its_source(tmp_path):
     assert top <= {"cjepa_fast", "bin"}
     seen = packages_seen_from(site, tmp_path)
     assert Path(seen["package"]) == site / "cjepa_fast" / "__init__.py"
-    assert Path(seen["kernels"]) == site / "cjepa_fast" / "kernels" / "gather.py"
+    assert Path(seen["kernels"]) == site / "cjepa_fast" / "kernels" / "gather" / "__init__.py"
     assert seen["configs"] == shipped_configs()
 
 
@@ -176,7 +176,7 @@ def test_an_editable_install_finds_what_lies_outside_the_package(tmp_path):
     pip_install(site, "--editable", str(source))
     seen = packages_seen_from(site, tmp_path)
     assert Path(seen["package"]) == source / "cjepa_fast" / "__init__.py"
-    assert Path(seen["kernels"]) == source / "kernels" / "gather.py"
+    assert Path(seen["kernels"]) == source / "kernels" / "gather" / "__init__.py"
     assert seen["configs"] == shipped_configs()
 
 

@@ -80,10 +80,10 @@ def test_settings_that_only_deepspeed_has_say_so_too(blocked, tmp_path):
 def test_a_kernel_without_triton_tells_the_way_out(blocked):
     code = (
         "import torch\n"
-        "from cjepa_fast.kernels import gather_tiles\n"
-        "from cjepa_fast.kernels.common import launch\n"
-        "assert gather_tiles.row_tiles(96)[0].width == 128 and not launch.INTERPRETING\n"
-        "gather_tiles._gather_forward_kernel[(1,)](torch.ones(1))"
+        "from cjepa_fast.kernels.gather import tokens\n"
+        "from cjepa_fast.kernels.common import launch, row_tiles\n"
+        "assert row_tiles.row_tiles(96)[0].width == 128 and not launch.INTERPRETING\n"
+        "tokens._gather_forward_kernel[(1,)](torch.ones(1))"
     )
     done = python("-c", code)
     last = done.stderr.strip().splitlines()[-1]

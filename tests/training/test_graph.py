@@ -13,7 +13,7 @@ from cjepa_fast.checkpoint.writer import Saver
 from cjepa_fast.config import ConfigError, validate
 from cjepa_fast.data.loader import Batch
 from cjepa_fast.data.masks import Masks
-from cjepa_fast.kernels import gather
+from cjepa_fast.kernels.gather import predictor, targets, tokens
 from cjepa_fast.runtime import distributed
 from cjepa_fast.training import build
 from cjepa_fast.training.engines import single
@@ -90,7 +90,8 @@ def test_nothing_in_a_step_waits_for_the_device(monkeypatch, context):
     """But for what a CPU alone does: check indices, read the numbers of the optimiser's pass."""
     passes = []
     monkeypatch.setattr(single, "adamw_ema_step", lambda *a, **numbers: passes.append(numbers))
-    monkeypatch.setattr(gather, "_check", lambda idx, patches: None)
+    for module in (tokens, targets, predictor):
+        monkeypatch.setattr(module, "check_indices", lambda idx, patches: None)
     trainer, steps = trainer_of(context)
     with NoReading():
         for index, batches in enumerate(steps):

@@ -1,7 +1,7 @@
 """Training on one process, which owns everything: nothing to shard, so no DeepSpeed.
 
 Gradients stay where autograd leaves them, in the compute dtype. One pass over the weights
-(kernels/ema.py) reads them and writes the fp32 weights, Adam's moments, the fp32 average, and the
+(kernels/ema/) reads them and writes the fp32 weights, Adam's moments, the fp32 average, and the
 compute-dtype copies of weights and average. Whether a gradient is finite is decided on the device,
 and nobody waits for it.
 """
