@@ -2,7 +2,8 @@
 
 kernels/ and configs/ lie at the top of the repository, where they are found and edited, and are
 installed as cjepa_fast.kernels and cjepa_fast.configs, so that no top-level `kernels` or `configs`
-overwrites another project's in a user's environment.
+overwrites another project's in a user's environment. kernels/__init__.py says how tools that read
+the source follow these names.
 """
 
 import runpy

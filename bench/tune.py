@@ -18,7 +18,7 @@ from cjepa_fast.kernels import gelu, norm, tuned
 from cjepa_fast.kernels.attention import backward as attention_backward
 from cjepa_fast.kernels.attention import forward as attention_forward
 from cjepa_fast.kernels.common import launch
-from cjepa_fast.kernels.common.row_tiles import copy_tiles, row_tiles
+from cjepa_fast.kernels.common.tiles import copy_tiles, row_tiles
 from cjepa_fast.kernels.ema import adamw, plain_update
 from cjepa_fast.kernels.ema.lists import CHUNKS, on_device
 from cjepa_fast.kernels.gather import predictor, targets, tokens

@@ -12,15 +12,15 @@ or at forward and backward, each of its files in the same order:
     attention/   attention for short sequences
     ema/         the EMA of weights, alone, with its rows in 8 bits, or with AdamW
     fp8.py       rows in 8 bits; norm.py: sum and LayerNorm; gelu.py: GELU
-    common/      launch.py, row_tiles.py, sums.py, ranks.py, maybe_triton.py
+    common/      launch.py, tiles.py, sums.py, ranks.py, maybe_triton.py
     tuned.py     the fastest configurations, by GPU
 
 How it is found. The folder is kernels/ at the top of the repository, and setup.py installs it as
 the package `cjepa_fast.kernels` (package_dir): a wheel holds a copy, an editable install a finder
-that maps the name to the folder. PYTHONPATH alone does not find it. Tools that read source and run
-no finder (pyright, mypy, editors) follow the imports after
-    pip install -e . --no-build-isolation --config-settings editable_mode=strict
-which leaves a tree of links in build/ on the path; install again after adding a file.
+that maps the name to the folder. PYTHONPATH alone does not find it. Pyright and Pylance run no
+finder: they follow the imports through a link in typings/, where they look of their own accord, and
+which git ignores:
+    mkdir -p typings/cjepa_fast && ln -s ../../kernels typings/cjepa_fast/kernels
 """
 
 import importlib

@@ -29,7 +29,7 @@ from cjepa_fast.kernels.common.launch import (
     use_kernel,
 )
 from cjepa_fast.kernels.common.maybe_triton import tl, triton
-from cjepa_fast.kernels.common.row_tiles import ROW_TILES, WIDE_LOADS, WIDEST, Tile, row_tiles
+from cjepa_fast.kernels.common.tiles import ROW_TILES, WIDE_LOADS, WIDEST, Tile, row_tiles
 from cjepa_fast.kernels.gelu import gelu_of
 
 E4M3 = torch.float8_e4m3fn

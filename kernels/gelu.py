@@ -22,8 +22,8 @@ import torch.nn.functional as F
 
 from cjepa_fast.kernels.common.launch import TRITON_NAMES, Compiled, chosen, narrow
 from cjepa_fast.kernels.common.maybe_triton import tl, triton
-from cjepa_fast.kernels.common.row_tiles import WIDE_COPIES, WIDE_LOADS
 from cjepa_fast.kernels.common.sums import share_of, sum_parts
+from cjepa_fast.kernels.common.tiles import WIDE_COPIES, WIDE_LOADS
 
 # --- the reference
 

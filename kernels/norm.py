@@ -25,8 +25,8 @@ import torch.nn.functional as F
 
 from cjepa_fast.kernels.common.launch import TRITON_NAMES, Compiled, chosen, narrow, use_kernel
 from cjepa_fast.kernels.common.maybe_triton import tl, triton
-from cjepa_fast.kernels.common.row_tiles import WIDE_COPIES, WIDE_LOADS
 from cjepa_fast.kernels.common.sums import share_of, sum_parts
+from cjepa_fast.kernels.common.tiles import WIDE_COPIES, WIDE_LOADS
 
 WIDEST = 2048  # values of a row that a program holds
 Sums = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

@@ -11,7 +11,7 @@ import torch
 
 from cjepa_fast.kernels.common.launch import TRITON_NAMES, Compiled, narrow
 from cjepa_fast.kernels.common.maybe_triton import tl, triton
-from cjepa_fast.kernels.common.row_tiles import WIDEST, row_tiles
+from cjepa_fast.kernels.common.tiles import WIDEST, row_tiles
 from cjepa_fast.kernels.ema.lists import (
     TYPES,
     WIDE_LOADS,

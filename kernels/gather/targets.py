@@ -20,7 +20,7 @@ from cjepa_fast.kernels.common import launch
 from cjepa_fast.kernels.common.launch import Compiled, narrow, use_kernel
 from cjepa_fast.kernels.common.maybe_triton import tl, triton
 from cjepa_fast.kernels.common.ranks import wide
-from cjepa_fast.kernels.common.row_tiles import (
+from cjepa_fast.kernels.common.tiles import (
     ROW_TILES,
     WIDE_LOADS,
     WIDEST,

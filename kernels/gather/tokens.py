@@ -17,7 +17,7 @@ import torch
 from cjepa_fast.kernels.common import launch
 from cjepa_fast.kernels.common.launch import Compiled, narrow, use_kernel
 from cjepa_fast.kernels.common.maybe_triton import tl, triton
-from cjepa_fast.kernels.common.row_tiles import (
+from cjepa_fast.kernels.common.tiles import (
     COPY_TILES,
     WIDE_LOADS,
     Tile,

@@ -16,7 +16,7 @@ from cjepa_fast.kernels import gelu, norm
 from cjepa_fast.kernels.attention.backward import backward_candidates
 from cjepa_fast.kernels.attention.forward import forward_candidates
 from cjepa_fast.kernels.attention.one_pass_backward import OnePass
-from cjepa_fast.kernels.common.row_tiles import copy_tiles, row_tiles
+from cjepa_fast.kernels.common.tiles import copy_tiles, row_tiles
 from cjepa_fast.kernels.ema.lists import CHUNKS
 from cjepa_fast.kernels.ema.rows_update import ROWS
 from cjepa_fast.kernels.tuned import TUNED

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from kernel_checks import check_operator, compiles_whole, same_bits
 
 from cjepa_fast.kernels import fp8
-from cjepa_fast.kernels.common.row_tiles import ROW_TILES
+from cjepa_fast.kernels.common.tiles import ROW_TILES
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # One value, a power of two, one less, prime, several rows of a tile and a rest, wider than a tile.

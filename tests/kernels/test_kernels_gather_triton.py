@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from kernel_checks import check_operator, compiles_whole, same_bits, within_budget
 
 from cjepa_fast.kernels import gather
-from cjepa_fast.kernels.common import launch, row_tiles
+from cjepa_fast.kernels.common import launch, tiles
 from cjepa_fast.kernels.gather import predictor, targets, tokens
 from cjepa_fast.model.jepa import JEPA
 from cjepa_fast.model.loss import CJEPALoss
@@ -221,7 +221,7 @@ def test_smooth_l1_on_both_sides_of_one(seed, kernel_device):
 # --- every tile, forced
 
 
-@pytest.mark.parametrize("tile", row_tiles.COPY_TILES.values(), ids=str)
+@pytest.mark.parametrize("tile", tiles.COPY_TILES.values(), ids=str)
 @pytest.mark.parametrize("width", [40, 136])  # within one tile's width for most; cut by others
 @pytest.mark.parametrize("name", ["gather_tokens", "embed_gather", "predictor_input"])
 def test_every_copy_tile(seed, kernel_device, monkeypatch, name, width, tile):
@@ -230,7 +230,7 @@ def test_every_copy_tile(seed, kernel_device, monkeypatch, name, width, tile):
     check(CASES[name], tensors_of(Shape(2, 70, 9, 2, 67, width), torch.float32, kernel_device))
 
 
-@pytest.mark.parametrize("tile", [*itertools.chain(*row_tiles.ROW_TILES.values())], ids=str)
+@pytest.mark.parametrize("tile", [*itertools.chain(*tiles.ROW_TILES.values())], ids=str)
 @pytest.mark.parametrize("name", ["target_gather", "smooth_l1"])
 def test_every_row_tile(seed, kernel_device, name, tile, monkeypatch):
     monkeypatch.setattr(targets, "row_tiles", lambda width: (tile,))
@@ -246,28 +246,28 @@ def test_the_launchers_take_a_tile(seed, kernel_device):
     dtypes = (torch.float32, torch.float32)
     places = t["context"], t["pos"], t["token"], t["context_idx"], t["target_idx"]
     calls = [
-        (tokens.launch_gather, (x, None, idx), row_tiles.COPY_TILES[64]),
+        (tokens.launch_gather, (x, None, idx), tiles.COPY_TILES[64]),
         (
             tokens.launch_gather_backward,
             (pred, idx, 7, torch.float32),
-            row_tiles.COPY_TILES[512],
+            tiles.COPY_TILES[512],
         ),
-        (predictor.launch_predictor_input, places, row_tiles.COPY_TILES[256]),
+        (predictor.launch_predictor_input, places, tiles.COPY_TILES[256]),
         (
             predictor.launch_predictor_input_backward,
             (grad, 2, 3, dtypes),
-            row_tiles.COPY_TILES[256],
+            tiles.COPY_TILES[256],
         ),
-        (targets.launch_target_gather, (x, idx, 1e-5), row_tiles.ROW_TILES[128][0]),
+        (targets.launch_target_gather, (x, idx, 1e-5), tiles.ROW_TILES[128][0]),
         (
             targets.launch_prediction_loss,
             (pred, x, idx, "l2", 1e-5),
-            row_tiles.ROW_TILES[256][0],
+            tiles.ROW_TILES[256][0],
         ),
         (
             targets.launch_prediction_slope,
             (ones, pred, x, idx, "l2", 1e-5),
-            row_tiles.ROW_TILES[64][0],
+            tiles.ROW_TILES[64][0],
         ),
     ]
     for launcher, args, tile in calls:
@@ -276,11 +276,11 @@ def test_the_launchers_take_a_tile(seed, kernel_device):
 
 def test_the_chosen_tile_fits_the_width():
     for width in (192, 384, 768, 1024, 1280, 1408):
-        assert all(width % tile.width == 0 for tile in row_tiles.copy_tiles(width))
-    assert [tile.width for tile in row_tiles.copy_tiles(768)] == [256, 128, 64]
+        assert all(width % tile.width == 0 for tile in tiles.copy_tiles(width))
+    assert [tile.width for tile in tiles.copy_tiles(768)] == [256, 128, 64]
     for width in range(1, 2000):
-        assert all(tile.width >= width for tile in row_tiles.row_tiles(width))
-        assert set(row_tiles.copy_tiles(width)) <= set(row_tiles.COPY_TILES.values())
+        assert all(tile.width >= width for tile in tiles.row_tiles(width))
+        assert set(tiles.copy_tiles(width)) <= set(tiles.COPY_TILES.values())
 
 
 # --- shapes that nobody thought of

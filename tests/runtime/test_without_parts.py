@@ -81,8 +81,8 @@ def test_a_kernel_without_triton_tells_the_way_out(blocked):
     code = (
         "import torch\n"
         "from cjepa_fast.kernels.gather import tokens\n"
-        "from cjepa_fast.kernels.common import launch, row_tiles\n"
-        "assert row_tiles.row_tiles(96)[0].width == 128 and not launch.INTERPRETING\n"
+        "from cjepa_fast.kernels.common import launch, tiles\n"
+        "assert tiles.row_tiles(96)[0].width == 128 and not launch.INTERPRETING\n"
         "tokens._gather_forward_kernel[(1,)](torch.ones(1))"
     )
     done = python("-c", code)
