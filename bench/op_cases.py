@@ -150,7 +150,7 @@ def averages(model: str, config: Config) -> list[Case]:
 
 
 def blocks(model: str, config: Config, masks: Masks) -> list[Case]:
-    """What fused.py's blocks do between their products: of the target's tokens forward, of the
+    """What fused blocks do between their matmuls: of the target's tokens forward, of the
     context's and the predictor's backward."""
     (B, K), (_, M, P) = masks.context_idx_BK.shape, masks.target_idx_BMP.shape
     N = (config.data.image_size // config.model.patch_size) ** 2

@@ -41,7 +41,7 @@ def recomputed_block_flop(
     outputs: float | None = None,
     pairs: float | None = None,
 ) -> float:
-    """What of block_flop runs again in the backward, by the policies of vit.Block."""
+    """What of block_flop runs again in the backward, by the policies of recompute.py."""
     outputs = tokens_s if outputs is None else outputs
     fc1 = fc2 = 2 * outputs * width * round(width * mlp_ratio)
     whole = block_flop(tokens_s, width, mlp_ratio, outputs, pairs)
@@ -127,7 +127,7 @@ def recomputed_gflop(
 ) -> float:
     """GFLOP of one image in one training step beyond step_gflop's, of the same sizes.
 
-    They are run, but not counted as useful: see vit.Block for the policies.
+    They are run, but not counted as useful: see recompute.py.
     """
     again = functools.partial(recomputed_block_flop, checkpointing)
     narrow = predictor_width, predictor_mlp_ratio, predictor_depth

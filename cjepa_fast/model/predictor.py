@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from cjepa_fast.kernels.gather import add_positions, predictor_input
-from cjepa_fast.model import fused_blocks
+from cjepa_fast.model.block import Block, Norm, run_fused, supports
 from cjepa_fast.model.cpu_linear import Linear
 from cjepa_fast.model.packed import PackedContext, Sequences
-from cjepa_fast.model.vit import Block, Norm, frozen_positions, init_weights, stream_of
+from cjepa_fast.model.vit import frozen_positions, init_weights, stream_of
 
 
 class Predictor(nn.Module):
@@ -24,7 +24,7 @@ class Predictor(nn.Module):
     which a mask token sees the context and the mask tokens of its own block, and the context itself
     alone. With one block the outputs are those of "per_target"; with more it is other maths, since
     there the context sees the mask tokens from the second block on. Never the default without
-    evidence that it learns as well. residual and checkpointing: see vit.Encoder and vit.Block.
+    evidence that it learns as well. residual and checkpointing: see vit.Encoder and recompute.py.
     """
 
     def __init__(
@@ -69,8 +69,8 @@ class Predictor(nn.Module):
         made = self._packed_input if isinstance(context, PackedContext) else self._input
         x, length, layout = made(x, positions, context, target_idx_BMP)
         # What becomes of the context is not read after the last block.
-        if self.fused and layout is None and fused_blocks.supports(self.predictor_blocks, x):
-            queries = fused_blocks.run(self.predictor_blocks, self.predictor_norm, x, length)
+        if self.fused and layout is None and supports(self.predictor_blocks, x):
+            queries = run_fused(self.predictor_blocks, self.predictor_norm, x, length)
         else:
             for block in self.predictor_blocks[:-1]:
                 x = block(x, layout=layout)

@@ -7,28 +7,19 @@ sequences (sequences.py) are one row of S = T tokens, B = 1, of which only atten
 """
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from cjepa_fast.kernels.gather import add_positions, gather_tokens
-from cjepa_fast.model import fused_blocks
 from cjepa_fast.model.attention import (
-    attend,
-    attend_by_block,
-    attend_packed,
     attention_map,
-    flash_attention,
 )
-from cjepa_fast.model.cpu_linear import Linear, linear, linear_gelu
-from cjepa_fast.model.packed import PackedContext, Sequences
-
-# What attention must know of a row: one sequence; or several packed; or (M, P), a context and then
-# M blocks of P tokens, as attention.attend_by_block sees them.
-Layout = None | Sequences | tuple[int, int]
+from cjepa_fast.model.block import Block, Norm, run_fused, supports
+from cjepa_fast.model.cpu_linear import linear
+from cjepa_fast.model.packed import PackedContext
 
 MODELS = {
     "vit_tiny": {"width": 192, "depth": 12, "heads": 3, "mlp_ratio": 4.0},
@@ -37,14 +28,6 @@ MODELS = {
     "vit_large": {"width": 1024, "depth": 24, "heads": 16, "mlp_ratio": 4.0},
     "vit_huge": {"width": 1280, "depth": 32, "heads": 16, "mlp_ratio": 4.0},
     "vit_giant": {"width": 1408, "depth": 40, "heads": 16, "mlp_ratio": 48 / 11},
-}
-
-# The parts of a trained block that run again in the backward, by policy: see Block.
-RECOMPUTED = {
-    "none": (),
-    "norm_gelu": ("heads", "hidden", "output"),
-    "selective": ("heads", "mlp"),
-    "full": ("block",),
 }
 
 
@@ -92,167 +75,6 @@ class PatchEmbed(nn.Module):
         return self.proj(patches_BKC)
 
 
-class Norm(nn.LayerNorm):
-    """LayerNorm in the dtype of the residual stream; its output has the dtype of its weights."""
-
-    def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
-        affine = self.weight.to(x_BSD.dtype), self.bias.to(x_BSD.dtype)
-        return F.layer_norm(x_BSD, self.normalized_shape, *affine, self.eps).to(self.weight.dtype)
-
-
-def last_of(x_BSD: torch.Tensor, last: int, layout: Layout) -> torch.Tensor:
-    """The last tokens of each sequence: (B, last, D), or packed again, (1, real * last, D)."""
-    if isinstance(layout, Sequences):
-        return x_BSD.index_select(1, layout.last(last))
-    return x_BSD[:, -last:]
-
-
-class QueryKeyValue(Linear):
-    """The three projections of attention as one Linear of width D -> 3 D."""
-
-    def forward(
-        self, x_BSD: torch.Tensor, last: int | None = None, layout: Layout = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """q, k and v, each (B, S, D); q of the last tokens alone if asked, (B, last, D)."""
-        D = x_BSD.shape[-1]
-        if last is None:
-            return super().forward(x_BSD).split(D, -1)
-        q = linear(last_of(x_BSD, last, layout), self.weight[:D], self.bias[:D])
-        return q, *linear(x_BSD, self.weight[D:], self.bias[D:]).split(D, -1)
-
-
-class Attention(nn.Module):
-    def __init__(self, width: int, heads: int, backend: str = "auto"):
-        super().__init__()
-        if width % heads:
-            raise ValueError(f"width {width} is not a multiple of heads {heads}")
-        if backend == "flash_attn":
-            flash_attention()  # to fail here, not in the first step
-        self.heads = heads
-        self.backend = backend
-        self.qkv = QueryKeyValue(width, 3 * width)
-        self.proj = Linear(width, width)
-
-    def heads_of(
-        self, x_BSD: torch.Tensor, last: int | None = None, layout: Layout = None
-    ) -> list[torch.Tensor]:
-        """q, k and v, each (B, H, S, d); q of the last tokens alone if asked."""
-        parts = self.qkv(x_BSD, last, layout)
-        return [x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in parts]
-
-    def forward(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        last: int | None = None,
-        layout: Layout = None,
-    ) -> torch.Tensor:
-        """(B, S, D) from what `heads_of` gave, asked for the same."""
-        if isinstance(layout, Sequences):
-            queries = layout if last is None else layout.of_last(last)
-            rows = (x_1HSd[0].transpose(0, 1) for x_1HSd in (q, k, v))
-            return self.proj(attend_packed(*rows, queries, layout, self.backend).flatten(1)[None])
-        if layout is None:
-            x_BHSd = attend(q, k, v, self.backend)
-        else:
-            x_BHSd = attend_by_block(q, k, v, *layout, self.backend)
-        return self.proj(x_BHSd.transpose(1, 2).flatten(2))
-
-
-class MLP(nn.Module):
-    def __init__(self, width: int, hidden: int):
-        super().__init__()
-        self.fc1 = Linear(width, hidden)
-        self.fc2 = Linear(hidden, width)
-
-    def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
-        return self.fc2(linear_gelu(x_BSD, self.fc1.weight, self.fc1.bias))
-
-    def output(self, hidden_BSX: torch.Tensor) -> torch.Tensor:
-        """What follows fc1."""
-        return self.fc2(F.gelu(hidden_BSX))
-
-
-def _keep_products():
-    """For checkpoint: the contexts in which the outputs of matrix products stay."""
-    aten = torch.ops.aten
-    return create_selective_checkpoint_contexts([aten.addmm.default, aten.mm.default])
-
-
-class Block(nn.Module):
-    """x + attention(norm1(x)), and to that the MLP of its norm2; sums in the dtype of x.
-
-    checkpointing says what is kept for the backward, given here in values a token at MLP ratio 4,
-    beside the maps or sums of attention. The rest is computed again there, to the same bits.
-      "none": all that autograd asks for, 16 D;
-      "norm_gelu": all but the outputs of LayerNorm and GELU, 10 D. No product runs twice (but the
-        queries of a predictor's last block, where nothing is compiled);
-      "selective": x, q, k, v, attention's output and the sum after it, 6 D. fc1 runs twice: 1/9 of
-        the products of forward and backward more, attention's left out;
-      "full": x alone, D (fused, x and the branch not yet added to it, 2 D). All but fc2 runs twice,
-        attention too: 2/9 more.
-    """
-
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        mlp_ratio: float,
-        backend: str = "auto",
-        checkpointing: str = "none",
-    ):
-        super().__init__()
-        self.norm1 = Norm(width, eps=1e-6)
-        self.attn = Attention(width, heads, backend)
-        self.norm2 = Norm(width, eps=1e-6)
-        self.mlp = MLP(width, round(width * mlp_ratio))
-        self.recomputed = RECOMPUTED[checkpointing]
-
-    def forward(
-        self,
-        x_BSD: torch.Tensor,
-        last: int | None = None,
-        layout: Layout = None,
-    ) -> torch.Tensor:
-        """All tokens, or the last of each sequence alone, (B, last, D), having attended to all."""
-        return self._run("block", self._forward, x_BSD, last, layout)
-
-    def _recomputes(self, part: str) -> bool:
-        return part in self.recomputed and torch.is_grad_enabled()
-
-    def _run(self, part: str, function: Callable, *args) -> torch.Tensor:
-        """function(*args). Of a part that is recomputed only the arguments are kept.
-
-        It runs again until all is there that its own backward asks for: a Linear at its end does
-        not. A compiler would have it run where the next part's backward asks for its output, so it
-        is told to keep that.
-        """
-        if not self._recomputes(part):
-            return function(*args)
-        options = {}
-        if part in ("heads", "hidden") and torch.compiler.is_compiling():
-            options["context_fn"] = _keep_products
-        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, **options)
-
-    def _forward(self, x_BSD: torch.Tensor, last: int | None, layout: Layout) -> torch.Tensor:
-        heads = self._run("heads", self._heads, x_BSD, last, layout)
-        x_BSD = x_BSD if last is None else last_of(x_BSD, last, layout)
-        x_BSD = x_BSD + self.attn(*heads, last, layout)
-        return x_BSD + self._run("mlp", self._mlp, x_BSD)
-
-    def _heads(self, x_BSD: torch.Tensor, last: int | None, layout: Layout) -> list[torch.Tensor]:
-        return self.attn.heads_of(self.norm1(x_BSD), last, layout)
-
-    def _mlp(self, x_BSD: torch.Tensor) -> torch.Tensor:
-        if not self._recomputes("hidden"):
-            return self.mlp(self.norm2(x_BSD))
-        return self._run("output", self.mlp.output, self._run("hidden", self._hidden, x_BSD))
-
-    def _hidden(self, x_BSD: torch.Tensor) -> torch.Tensor:
-        return self.mlp.fc1(self.norm2(x_BSD))
-
-
 def init_weights(module: nn.Module, std: float = 0.02) -> None:
     """I-JEPA's initialisation: truncated normal weights, zero biases, unit norms."""
     if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -274,7 +96,7 @@ class Encoder(nn.Module):
     image_size and patch_size are in pixels; the grid is (image_size // patch_size) squared.
     residual: "fp32" keeps the stream between the blocks in fp32 where the weights are bf16; the
     products and the output stay bf16. checkpointing: see Block. Where `fused` is set, the blocks
-    run as fused.py's operators on what those take.
+    run by our kernels on what those take.
     Raises ValueError when the image is no multiple of the patch or the width none of the heads.
     """
 
@@ -351,8 +173,8 @@ class Encoder(nn.Module):
         """
         packed = context.sequences if isinstance(context, PackedContext) else None
         x = self.embed(images_B3HW, context)
-        if self.fused and packed is None and fused_blocks.supports(self.blocks, x):
-            return fused_blocks.run(self.blocks, self.norm, x)
+        if self.fused and packed is None and supports(self.blocks, x):
+            return run_fused(self.blocks, self.norm, x)
         for block in self.blocks:
             x = block(x, layout=packed)
         return self.norm(x)

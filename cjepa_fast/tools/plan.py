@@ -24,10 +24,10 @@ import torch.nn.functional as F
 
 from cjepa_fast import config as configuration
 from cjepa_fast.config import Config, ConfigError
-from cjepa_fast.model import vit
+from cjepa_fast.model import block
+from cjepa_fast.model.block import Attention
 from cjepa_fast.model.flops import recomputed_gflop, step_gflop
 from cjepa_fast.model.jepa import JEPA
-from cjepa_fast.model.vit import Attention
 from cjepa_fast.runtime.memory import Kept
 from cjepa_fast.training import build
 
@@ -87,7 +87,9 @@ def kept_bytes(networks: JEPA, batch: tuple, fused_attention: bool) -> int:
         if fused_attention:
             fused = mock.patch.object(F, "scaled_dot_product_attention", KeptAttention.apply)
             patches.enter_context(fused)
-            packed = mock.patch.object(vit, "attend_packed", lambda *a: KeptAttention.apply(*a[:3]))
+            packed = mock.patch.object(
+                block, "attend_packed", lambda *a: KeptAttention.apply(*a[:3])
+            )
             patches.enter_context(packed)
             for part in networks.modules():
                 if isinstance(part, Attention):

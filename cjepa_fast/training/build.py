@@ -196,7 +196,7 @@ def compile_networks(networks: JEPA, target: Encoder, how: str, backend: str = "
 
 
 def fuse_networks(networks: JEPA, target: Encoder, config: Config, stage: int) -> None:
-    """Let the blocks run as fused.py's operators, by model.fused, where nothing forbids it.
+    """Let the blocks run by our kernels (Block.fused), by model.fused, where nothing forbids it.
 
     That is a compiler, which makes its own, and ZeRO stage 3, which gathers weights from module to
     module. On a CPU and in fp32 they run as they are all the same.

@@ -9,7 +9,7 @@ from kernel_checks import same_bits, within_budget
 from cjepa_fast.kernels import gelu
 from cjepa_fast.kernels.gelu import launch_gelu, launch_gelu_backward
 
-DTYPES = [torch.bfloat16, torch.float16]  # what fused.py asks it for
+DTYPES = [torch.bfloat16, torch.float16]  # what fused_ops.py asks it for
 SHAPES = {
     "aligned": (64, 256),
     "ragged": (37, 72),

@@ -8,11 +8,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cjepa_fast.model import cpu_linear as linears
+from cjepa_fast.model.block import Block
 from cjepa_fast.model.predictor import Predictor
-from cjepa_fast.model.vit import RECOMPUTED, Block, Encoder
+from cjepa_fast.model.recompute import PARTS
+from cjepa_fast.model.vit import Encoder
 
 B, S, D, LAST = 2, 12, 16, 5
-POLICIES = list(RECOMPUTED)
+POLICIES = list(PARTS)
 # Of a block's forward, what its backward runs again.
 AGAIN = {
     "none": {},

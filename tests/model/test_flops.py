@@ -132,5 +132,5 @@ def test_agrees_with_torchs_counter(mlp_ratio, mode, policy):
             assert work[part] * 1e9 * batch == pytest.approx(count, rel=1e-9), part
     again = recomputed_gflop(policy, **sizes) * 1e9
     if policy in ("norm_gelu", "selective"):
-        again += m * p * 2 * 24**2  # the last block's queries, as vit.Block says: not counted
+        again += m * p * 2 * 24**2  # the last block's queries, as recompute.py says: not counted
     assert work["total"] * 1e9 + again == pytest.approx(sum(counts.values()) / batch, rel=1e-9)

@@ -9,9 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cjepa_fast.config import validate
 from cjepa_fast.kernels.common import launch
-from cjepa_fast.model import fused_blocks
+from cjepa_fast.model import predictor, vit
 from cjepa_fast.model.fp8 import linears_to_8_bits
 from cjepa_fast.model.predictor import Predictor
+from cjepa_fast.model.recompute import RecomputePolicy
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.training import build
 
@@ -78,9 +79,7 @@ def test_what_is_computed_again_has_the_same_bits(seed, kernel_device, policy):
     kept = outcome(made, *batch, torch.bfloat16, True)
     for network in made.values():
         for block in getattr(network, "blocks", None) or network.predictor_blocks:
-            block.recomputed = (
-                build.Encoder(24, 4, 48, 1, 2, checkpointing=policy).blocks[0].recomputed
-            )
+            block.policy = RecomputePolicy(policy)
     again = outcome(made, *batch, torch.bfloat16, True)
     for name, value in kept.items():
         assert torch.equal(again[name], value), name
@@ -100,7 +99,7 @@ class Counting(TorchDispatchMode):
     ("policy", "again"), [("none", 0), ("norm_gelu", 0), ("selective", 1), ("full", 3)]
 )
 def test_how_many_products_run_again_in_the_backward(seed, kernel_device, policy, again):
-    """Of a block's four: fc1, or all but fc2, as vit.Block says."""
+    """Of a block's four: fc1, or all but fc2, as recompute.py says."""
     encoder = networks(kernel_device, checkpointing=policy)["encoder"].bfloat16()
     encoder.fused = True
     images, context, *_ = inputs(kernel_device)
@@ -152,7 +151,9 @@ def test_in_8_bits_as_near_to_the_truth_as_the_modules(seed, kernel_device):
 def test_the_fused_path_is_taken_where_it_can_be(seed, kernel_device, monkeypatch):
     """And nowhere else: not for packed or one-pass sequences, fp32, or where it is off."""
     ran = []
-    monkeypatch.setattr(fused_blocks, "run", lambda blocks, norm, x, last=None: ran.append(1) or x)
+    for module in (vit, predictor):
+        run = lambda blocks, norm, x, last=None: ran.append(1) or x  # noqa: E731
+        monkeypatch.setattr(module, "run_fused", run)
     images = torch.randn(1, 3, 24, 24, device=kernel_device)
     encoder = networks(kernel_device)["encoder"]
     encoder(images)

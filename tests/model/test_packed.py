@@ -9,6 +9,7 @@ import torch
 from cjepa_fast import checkpoint
 from cjepa_fast.config import validate
 from cjepa_fast.data.loader import Batch
+from cjepa_fast.kernels.gather import prediction_error
 from cjepa_fast.model.attention import attend, attend_packed
 from cjepa_fast.model.jepa import JEPA
 from cjepa_fast.model.loss import CJEPALoss, build_projector
@@ -109,7 +110,8 @@ def test_the_whole_loss(networks, batch, views):
     means = torch.stack([x.mean(0) for x in tokens])[:, None]
     there = torch.stack([x[idx] for x, idx in zip(target_tokens, targets, strict=True)])
     normed = torch.nn.functional.layer_norm(there, (WIDTH,))
-    wanted = networks.loss(predicted, normed, means, target_tokens, networks.projector)
+    jepa = prediction_error(predicted, normed)
+    wanted = networks.loss(jepa, predicted, means, target_tokens, networks.projector)
     same(terms, wanted)
     one, other = (gradients(t["loss"], networks) for t in (terms, wanted))
     assert {name.partition(".")[0] for name in one} == {"encoder", "predictor", "projector"}

@@ -9,7 +9,7 @@ from torch._dynamo.backends.common import aot_autograd
 
 from cjepa_fast.config import validate
 from cjepa_fast.data.loader import Batch
-from cjepa_fast.model.vit import Block
+from cjepa_fast.model.block import Block
 from cjepa_fast.runtime import distributed
 from cjepa_fast.training import build
 from cjepa_fast.training.trainer import Trainer

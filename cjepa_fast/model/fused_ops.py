@@ -1,41 +1,39 @@
-"""The blocks of a ViT as a chain of fused operators, each with its backward written out.
+"""The operators of a fused block, each with its backward written out.
 
-vit.Block says what is computed; here is the same in 16 bits, by the kernels of norm.py, gelu.py and
-attention/ between cuBLAS's products:
+block.Block.forward says what is computed; Block.fused does the same in 16 bits, by the kernels of
+norm.py, gelu.py and attention/ between cuBLAS's matmuls:
 
     s, qkv = x + y, Linear(norm1(x + y))      AddNormLinear
     a      = attention(qkv)                   Attention
-    y      = Linear(a)                        Product
+    y      = Linear(a)                        Matmul
     s, u   = s + y, Linear(norm2(s + y))      AddNormLinear
     y      = Linear(gelu(u))                  GeluLinear
 
-A block hands on the stream and its last branch y unadded, since the next block's first kernel adds
-them as it reads them. Nothing is compiled, so a batch may have any lengths, and a block is 8
-launches forward and 16 backward.
+A block hands on the residual stream and its last branch y unadded, since the next block's first
+kernel adds them as it reads them. Nothing is compiled, so a batch may have any lengths, and a block
+is 8 launches forward and 16 backward.
 
-The gradient of a Linear's bias is the sum of the rows of its output's gradient. Whoever reads the
-output writes that gradient, and sums it on the way: so each operator takes the bias of the Linear
-before it, and returns its gradient.
+The bias gradient is taken by the consumer. The gradient of a Linear's bias is the sum over rows of
+its output's gradient. That output's consumer writes this gradient in its own backward and has it in
+registers, so it sums it there, and no pass over memory is spent on it. So each operator here takes
+the bias of the Linear BEFORE it and returns its gradient, and a Linear returns none for its own.
+Where the consumer is no operator of ours, BiasGradientByConsumer stands between.
 
 Shapes: B sequences, S tokens, D width, H heads; x, y, s (B, S, D), x and s in the dtype of the
 residual stream, the rest in the weights'.
 """
 
-from collections.abc import Sequence
-
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
 from cjepa_fast.kernels.attention import takes as takes_attention
 from cjepa_fast.kernels.attention.backward import launch_attention_backward
 from cjepa_fast.kernels.attention.forward import launch_attention
-from cjepa_fast.kernels.fp8 import E4M3, Rows, quantise_add_norm, quantise_gelu, quantise_norm
+from cjepa_fast.kernels.fp8 import Rows, quantise_add_norm, quantise_norm
 from cjepa_fast.kernels.gelu import launch_gelu, launch_gelu_backward
-from cjepa_fast.kernels.norm import launch_add_norm, launch_add_norm_backward, takes
+from cjepa_fast.kernels.norm import launch_add_norm, launch_add_norm_backward
 from cjepa_fast.model.attention import attend
 
 Pending = tuple[torch.Tensor | None, torch.Tensor | None]  # a branch, and the bias of its Linear
@@ -83,7 +81,7 @@ class AddNorm(Function):
 
 
 class AddNormLinear(Function):
-    """x + y, and the Linear of its norm. keep: the norm's output, else computed again."""
+    """x + y, and the Linear of its norm. keep: the norm's output, else recomputed."""
 
     @staticmethod
     def forward(ctx, x, y, y_bias, gain, shift, eps, weight, bias, keep):
@@ -178,7 +176,7 @@ class AttentionLast(Function):
         return dq, dkv, dbias, None
 
 
-class Biased(Function):
+class BiasGradientByConsumer(Function):
     """x as it is; its rows' gradients sum to that of the bias of the Linear before."""
 
     @staticmethod
@@ -191,7 +189,7 @@ class Biased(Function):
         return dx, dx.flatten(0, -2).sum(0)
 
 
-class Product(Function):
+class Matmul(Function):
     """A Linear, its bias's gradient left to who reads it."""
 
     @staticmethod
@@ -206,7 +204,7 @@ class Product(Function):
 
 
 class GeluLinear(Function):
-    """The Linear of gelu(u). keep: the GELU's output, else computed again."""
+    """The Linear of gelu(u). keep: the GELU's output, else recomputed."""
 
     @staticmethod
     def forward(ctx, u, u_bias, weight, bias, keep, trained):
@@ -238,32 +236,11 @@ class Gelu(Function):
         return launch_gelu_backward(dhidden.contiguous(), *ctx.saved_tensors)
 
 
-# --- the blocks
-
-
-def run_8_bits(blocks: Sequence[nn.Module], norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """The same as `run` of blocks whose linear layers are in 8 bits (fp8.py), which take none."""
-    y = None
-    for block in blocks:
-        attn, mlp = block.attn, block.mlp
-        x, rows = add_norm_8_bits(x, y, block.norm1)
-        a = attend_heads(attn, attn.qkv.side_by_side(rows), False)
-        x, rows = add_norm_8_bits(x, attn.proj(a), block.norm2)
-        y = mlp.fc2(quantise_gelu(mlp.fc1(rows)))
-    return AddNorm.apply(x, y, None, norm.weight, norm.bias, norm.eps)
-
-
-def add_norm_8_bits(
+def add_norm_fp8(
     x: torch.Tensor, y: torch.Tensor | None, norm: nn.Module
 ) -> tuple[torch.Tensor, Rows]:
     args = norm.weight, norm.bias, norm.eps
     return (x, quantise_norm(x, *args)) if y is None else quantise_add_norm(x, y, *args)
-
-
-def supports(blocks: Sequence[nn.Module], x: torch.Tensor) -> bool:
-    """Whether the kernels take this stream and these blocks, of 16 bits (or 8, see fp8.py)."""
-    weight = blocks[0].norm1.weight
-    return takes(x, weight) and weight.dtype.itemsize == 2 and not torch.compiler.is_compiling()
 
 
 def heads_of(x_BSX: torch.Tensor, parts: int, heads: int) -> list[torch.Tensor]:
@@ -277,7 +254,7 @@ def attend_heads(attn: nn.Module, qkv_BSX: torch.Tensor, trained: bool) -> torch
     if attn.backend == "triton" and takes_attention(q):
         return Attention.apply(qkv_BSX, attn.qkv.bias, attn.heads)
     if trained:
-        q, k, v = heads_of(Biased.apply(qkv_BSX, attn.qkv.bias), 3, attn.heads)
+        q, k, v = heads_of(BiasGradientByConsumer.apply(qkv_BSX, attn.qkv.bias), 3, attn.heads)
     return attend(q, k, v, attn.backend).transpose(1, 2).flatten(2)
 
 
@@ -289,67 +266,9 @@ def attend_last(
     if attn.backend == "triton" and takes_attention(*heads_of(q_BPD, 1, attn.heads)):
         return AttentionLast.apply(q_BPD, kv_BSX, bias, attn.heads)
     if trained:
-        q_BPD, kv_BSX = Biased.apply(q_BPD, bias[:D]), Biased.apply(kv_BSX, bias[D:])
+        q_BPD, kv_BSX = (
+            BiasGradientByConsumer.apply(q_BPD, bias[:D]),
+            BiasGradientByConsumer.apply(kv_BSX, bias[D:]),
+        )
     parts = *heads_of(q_BPD, 1, attn.heads), *heads_of(kv_BSX, 2, attn.heads)
     return attend(*parts, attn.backend).transpose(1, 2).flatten(2)
-
-
-def run_block(
-    block: nn.Module, x: torch.Tensor, pending: Pending, last: int | None = None
-) -> tuple[torch.Tensor, Pending]:
-    """The stream and the branch after a block; last: of the last tokens alone, (B, last, D)."""
-    if not torch.is_grad_enabled() or "block" not in block.recomputed:
-        return _block(block, x, pending, last)
-    return checkpoint(
-        _block, block, x, pending, last, use_reentrant=False, preserve_rng_state=False
-    )
-
-
-def _block(
-    block: nn.Module, x: torch.Tensor, pending: Pending, last: int | None
-) -> tuple[torch.Tensor, Pending]:
-    attn, mlp, trained = block.attn, block.mlp, torch.is_grad_enabled()
-    one, two = block.norm1, block.norm2
-    args = x, *pending, one.weight, one.bias, one.eps, attn.qkv.weight, attn.qkv.bias
-    if last is None:
-        s, qkv = AddNormLinear.apply(*args, "heads" not in block.recomputed)
-        a = attend_heads(attn, qkv, trained)
-    else:
-        s, q, kv = AddNormLast.apply(*args, last)
-        a = attend_last(attn, q, kv, trained)
-    y = Product.apply(a, attn.proj.weight, attn.proj.bias)
-
-    again = trained and not {"block", "mlp"}.isdisjoint(block.recomputed)
-
-    def half(s, y):
-        s, u = AddNormLinear.apply(
-            s, y, attn.proj.bias, two.weight, two.bias, two.eps, mlp.fc1.weight, mlp.fc1.bias,
-            "hidden" not in block.recomputed,
-        )  # fmt: skip
-        if again:
-            hidden = Gelu.apply(u, mlp.fc1.bias)
-            return s, F.linear(hidden, mlp.fc2.weight, mlp.fc2.bias.detach())
-        keep = "output" not in block.recomputed
-        return s, GeluLinear.apply(u, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, keep, trained)
-
-    if trained and "mlp" in block.recomputed:
-        s, y = checkpoint(half, s, y, use_reentrant=False, preserve_rng_state=False)
-    else:
-        s, y = half(s, y)
-    return s, (y, mlp.fc2.bias)
-
-
-def run(
-    blocks: Sequence[nn.Module], norm: nn.Module, x: torch.Tensor, last: int | None = None
-) -> torch.Tensor:
-    """All blocks, then the norm: (B, S, D); last: of the last tokens alone, (B, last, D).
-
-    Equal to the blocks called one by one up to where sums are rounded.
-    """
-    x, pending = x.contiguous(), NONE
-    if blocks[0].mlp.fc1.weight.dtype == E4M3:
-        return run_8_bits(blocks, norm, x)
-    for block in blocks[:-1]:
-        x, pending = run_block(block, x, pending)
-    x, pending = run_block(blocks[-1], x, pending, last)
-    return AddNorm.apply(x, *pending, norm.weight, norm.bias, norm.eps)
