@@ -23,7 +23,7 @@ import torch
 from cjepa_fast.checkpoint.owned import Saved
 from cjepa_fast.runtime import hardware
 from cjepa_fast.runtime.distributed import rank, world_size
-from cjepa_fast.runtime.files import opened, sha256, write_text
+from cjepa_fast.runtime.files import opened, read_json, sha256, write_text
 from cjepa_fast.runtime.version import VERSION
 
 FORMAT = 2
@@ -52,7 +52,7 @@ def write_manifest(folder: Path, shards: list[Receipt]) -> None:
 def damage(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
     """What the manifest does not bear out, a line a file; of every `parts`-th file only."""
     try:
-        files = sorted(json.loads((checkpoint / MANIFEST).read_text())["files"].items())
+        files = sorted(read_json(checkpoint / MANIFEST)["files"].items())
         return [
             f"{checkpoint / name} {problem}"
             for name, facts in files[part::parts]
@@ -106,9 +106,10 @@ def describe(step: int, engine: Saved) -> dict:
 
 
 def state_of(path: Path) -> dict:
-    """A checkpoint's state.json."""
+    """A checkpoint's state.json. Raises ValueError where it is damaged, FileNotFoundError if it is
+    missing."""
     try:
-        return json.loads((path / "state.json").read_text())
+        return read_json(path / "state.json")
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is not a checkpoint: it has no state.json") from None
 

@@ -2,12 +2,15 @@
 
 import contextlib
 import hashlib
+import json
 import os
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+MOST_JSON_BYTES = 2**26  # of a description; what is larger is none of ours
 
 
 def write_text(path: Path, text: str) -> None:
@@ -16,6 +19,20 @@ def write_text(path: Path, text: str) -> None:
     partial.write_text(text)
     sync_file(partial)
     partial.rename(path)
+
+
+def read_json(path: Path) -> dict:
+    """The object that a JSON file holds. Raises ValueError, naming the file, for anything else,
+    FileNotFoundError if it is missing."""
+    if (size := path.stat().st_size) > MOST_JSON_BYTES:
+        raise ValueError(f"{path} is damaged: a description of {size} bytes is none of ours")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged or no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged: it must hold an object, not a {type(found).__name__}")
+    return found
 
 
 def sync_file(path: Path) -> None:

@@ -7,23 +7,23 @@ from pathlib import Path
 import test_eval_finetune as test
 import torch
 
-from cjepa_fast.eval.finetuning import classify
+from cjepa_fast.eval.finetuning.kept import Kept
 from cjepa_fast.runtime import distributed
 
 
 def main(data: Path, out: Path) -> int:
     distributed.start(0)
-    saved = classify.save
+    save = Kept.save
 
     def stop(*args):
-        saved(*args)
+        save(*args)
         raise test.Stopped
 
-    classify.save = stop
+    Kept.save = stop
     try:
         test.tuned(data, test.PLAIN, out / "training", micro_batch=4)
     except test.Stopped:
-        classify.save = saved
+        Kept.save = save
     weights = test.tuned(data, test.PLAIN, out / "training", micro_batch=4, resume=True)
     if distributed.rank() == 0:
         torch.save(weights, out / "weights.pt")

@@ -17,7 +17,8 @@ from cjepa_fast.eval.__main__ import main
 from cjepa_fast.eval.dense import rcnn_training
 from cjepa_fast.eval.dense.detect import detections, open_split
 from cjepa_fast.eval.dense.pyramid import Pyramid
-from cjepa_fast.eval.dense.rcnn_training import Kept, Recipe, fine_tune
+from cjepa_fast.eval.dense.rcnn_training import Recipe, fine_tune
+from cjepa_fast.eval.finetuning.kept import Kept
 from cjepa_fast.eval.finetuning.layer_decay import add_drop_path, layer_decay_groups
 from cjepa_fast.model.vit import Encoder
 
@@ -131,23 +132,23 @@ def test_a_canvas_off_the_coarsest_stride_is_refused():
 # ------------------------------------------------------------------------------------ fine-tuning
 
 RECIPE = Recipe(
-    image_size=64, epochs=8, batch_size=3, lr=2e-3, warmup_steps=1, channels=16, drop_path=0.1
-)
+    image_size=64, epochs=8, batch_size=3, lr=2e-3, warmup_steps=1, channels=16, drop_path=0.1,
+    layer_decay=0.8,
+)  # fmt: skip
 
 
 def start(folder: Path, kept: Kept, recipe: Recipe = RECIPE):
     torch.manual_seed(0)
     model = detector()
     add_drop_path(model.backbone.encoder, recipe.drop_path)
-    groups = layer_decay_groups(model, model.backbone.encoder, 0.8, 0.1)
-    fine_tune(model, groups, open_split(folder, "train"), recipe, kept, torch.device("cpu"))
+    fine_tune(model, open_split(folder, "train"), recipe, kept, torch.device("cpu"))
     return model
 
 
 class Interrupted(Kept):
-    def save(self, model, optimizer, epochs):
-        super().save(model, optimizer, epochs)
-        if epochs == 1:
+    def save(self, learner, done):
+        super().save(learner, done)
+        if done == 2:  # an epoch
             raise KeyboardInterrupt
 
 
@@ -167,7 +168,7 @@ def test_it_learns_where_objects_are_what_they_are_and_their_masks(folder, tmp_p
     train = open_split(folder, "train")
     torch.manual_seed(0)
     before = losses(detector(), train)
-    after = losses(start(folder, Kept(tmp_path / "a.pt", {})), train)
+    after = losses(start(folder, Kept(tmp_path / "a", {})), train)
     for name in ("loss_objectness", "loss_classifier", "loss_mask"):
         assert after[name] < 0.85 * before[name], name
 
@@ -175,16 +176,16 @@ def test_it_learns_where_objects_are_what_they_are_and_their_masks(folder, tmp_p
 @needs_torchvision
 def test_an_interrupted_training_goes_on_as_if_it_had_not_been(folder, tmp_path, capsys):
     recipe = dataclasses.replace(RECIPE, epochs=2)
-    whole = start(folder, Kept(tmp_path / "whole.pt", {"lr": 1}), recipe)
+    whole = start(folder, Kept(tmp_path / "whole", {"lr": 1}), recipe)
     with pytest.raises(KeyboardInterrupt):
-        start(folder, Interrupted(tmp_path / "half.pt", {"lr": 1}), recipe)
+        start(folder, Interrupted(tmp_path / "half", {"lr": 1}), recipe)
     torch.rand(9)
-    resumed = start(folder, Kept(tmp_path / "half.pt", {"lr": 1}), recipe)
-    assert "1 epochs are done" in capsys.readouterr().out
+    resumed = start(folder, Kept(tmp_path / "half", {"lr": 1}), recipe)
+    assert "epoch 1 of 2 is done, from" in capsys.readouterr().out
     for name, p in whole.state_dict().items():
         assert torch.equal(p, resumed.state_dict()[name]), name
-    with pytest.raises(ValueError, match=r"half\.pt is of a training with lr 1, not 2"):
-        start(folder, Kept(tmp_path / "half.pt", {"lr": 2}), recipe)
+    with pytest.raises(ValueError, match=r"half.* is of another training: lr was 1, is 2"):
+        start(folder, Kept(tmp_path / "half", {"lr": 2}), recipe)
 
 
 def test_the_learning_rate_rises_and_falls_in_two_steps():
@@ -257,10 +258,10 @@ def test_the_command_trains_scores_draws_and_goes_on(run, folder, capsys):
     capsys.readouterr()
     assert main(["detect", str(run), *options(folder)]) == 0
     said = capsys.readouterr().out
-    assert "1 epochs are done" in said and "loss" not in said
+    assert "epoch 1 of 1 is done, from" in said and "loss" not in said
     assert json.loads(path.read_text())["rows"] == [row]
     assert main(["detect", str(run), *options(folder), "--lr", "1"]) == 2
-    assert "with lr 0.0001, not 1.0" in capsys.readouterr().err
+    assert "another training: lr was 0.0001, is 1.0" in capsys.readouterr().err
 
 
 @needs_torchvision

@@ -17,6 +17,7 @@ from cjepa_fast.data.sources import open_images
 from cjepa_fast.eval.__main__ import main
 from cjepa_fast.eval.features import Subset
 from cjepa_fast.eval.finetuning import classify, layer_decay, recipe
+from cjepa_fast.eval.finetuning.kept import Kept
 from cjepa_fast.eval.finetuning.recipe import Classifier, Recipe
 from cjepa_fast.eval.probes import semi
 from cjepa_fast.model.vit import Encoder
@@ -214,17 +215,17 @@ def test_what_goes_on_ends_as_what_never_stopped(data, tmp_path, monkeypatch):
     chosen = replace(PLAIN, epochs=3, drop_path=0.3, mixup=0.8, cutmix=1.0, erasing=0.5)
     whole = tuned(data, chosen, tmp_path / "a")
 
-    def stop(folder, epochs, *rest):
-        original(folder, epochs, *rest)
-        if epochs == 2:
+    def stop(kept, learner, done):
+        save(kept, learner, done)
+        if done == 6:
             raise Stopped
 
-    original = classify.save
-    monkeypatch.setattr(classify, "save", stop)
-    with pytest.raises(Stopped):
+    save = Kept.save
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(Kept, "save", stop)
         tuned(data, chosen, tmp_path / "b")
-    monkeypatch.setattr(classify, "save", original)
-    assert [path.name for path in (tmp_path / "b").iterdir()] == ["epoch_0002"]
+    (kept,) = (tmp_path / "b" / "checkpoints").iterdir()
+    assert kept.name == "step_00000006"  # of 3 an epoch: the first epoch's is gone
     with pytest.raises(ValueError, match="resume it with --resume"):
         tuned(data, chosen, tmp_path / "b")
     with pytest.raises(ValueError, match="another training: seed was 0, is 1"):
@@ -344,7 +345,7 @@ def test_few_labels_by_probe(data, saved, tmp_path):
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_two_processes_stopped_and_gone_on_end_where_one_does(data, tmp_path):
-    """Under DeepSpeed, whose checkpoint the second part begins with."""
+    """By the mean of the ranks' gradients, and from the checkpoint of the first part."""
     whole = tuned(data, PLAIN, tmp_path / "one", micro_batch=4)
     worker = Path(__file__).with_name("finetune_worker.py")
     done = tiny.run(worker, data, tmp_path / "two", processes=2)

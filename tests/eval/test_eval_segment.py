@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from sklearn.metrics import accuracy_score, confusion_matrix, jaccard_score, recall_score
 
+from cjepa_fast.checkpoint import state_of
 from cjepa_fast.checkpoint.encoders import load_encoder
 from cjepa_fast.data.sets.labelmaps import read_label_map, write_label_map
 from cjepa_fast.data.sets.pairs import IGNORE, classes_of, named_classes, open_pairs
@@ -23,6 +24,7 @@ from cjepa_fast.eval.dense import segment, segment_training, segmenter
 from cjepa_fast.eval.dense.confusion import confusion, scores
 from cjepa_fast.eval.dense.segmenter import Segmenter, logits_sliding, logits_whole, loss_of
 from cjepa_fast.eval.dense.upernet import UPerHead
+from cjepa_fast.eval.finetuning.kept import Kept
 from cjepa_fast.eval.finetuning.layer_decay import layer_decay_groups
 
 RECIPE = segment_training.Recipe(
@@ -268,7 +270,7 @@ def test_sliding_windows_cover_the_image(seed):
 @pytest.mark.parametrize("head", ["linear", "upernet"])
 def test_a_training_that_was_stopped_ends_as_if_it_had_not(encoder, data, tmp_path, narrow, head):
     pairs = open_pairs(data, segment.TRAINING)
-    kept = tmp_path / "kept.pt"
+    kept = tmp_path / "kept"
 
     def trained(recipe=RECIPE, **options):
         torch.manual_seed(1)
@@ -279,19 +281,21 @@ def test_a_training_that_was_stopped_ends_as_if_it_had_not(encoder, data, tmp_pa
 
     whole = trained()
     with pytest.MonkeyPatch.context() as patch:
-        keep = segment_training._keep
+        save = Kept.save
 
         def killed(*args):
-            keep(*args)
+            save(*args)
             raise KeyboardInterrupt
 
-        patch.setattr(segment_training, "_keep", killed)
+        patch.setattr(Kept, "save", killed)
         with pytest.raises(KeyboardInterrupt):
             trained(save_to=kept, save_every=2)
-    assert torch.load(kept)["step"] == 2
+    assert state_of(kept / "checkpoints" / "step_00000002")["step"] == 2
+    with pytest.raises(ValueError, match="resume it with --resume, or name another --save"):
+        trained(save_to=kept)
     assert dense_sets.same(trained(save_to=kept, resume=True), whole)
     assert dense_sets.same(trained(save_to=kept, resume=True), whole)  # nothing is left to do
-    with pytest.raises(ValueError, match=r"kept\.pt is of another training, which differs in lr"):
+    with pytest.raises(ValueError, match=r"is of another training: lr was 0\.01, is 1\.0"):
         trained(dataclasses.replace(RECIPE, lr=1.0), save_to=kept, resume=True)
 
 

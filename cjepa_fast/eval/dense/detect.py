@@ -16,9 +16,10 @@ from cjepa_fast.eval import cli
 from cjepa_fast.eval.dense.average_precision import KINDS, as_results, average_precision
 from cjepa_fast.eval.dense.boxes import draw
 from cjepa_fast.eval.dense.pyramid import Pyramid
-from cjepa_fast.eval.dense.rcnn_training import Kept, Recipe, as_input, fine_tune, read
+from cjepa_fast.eval.dense.rcnn_training import Recipe, as_input, fine_tune, read
 from cjepa_fast.eval.features import digest
-from cjepa_fast.eval.finetuning.layer_decay import add_drop_path, layer_decay_groups
+from cjepa_fast.eval.finetuning.kept import Kept
+from cjepa_fast.eval.finetuning.layer_decay import add_drop_path
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime.distributed import from_all, from_first_process, rank, world_size
 from cjepa_fast.telemetry.progress import shown_bar, shown_clock
@@ -40,7 +41,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         )  # fmt: skip
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER",
-        help="weights, to resume from, and the picture; default: eval/detect in the run's folder",
+        help="the state, to resume from, and the picture; default: eval/detect in the run's folder",
     )  # fmt: skip
     options = parser.add_argument_group("recipe, ViTDet's by default")
     whole, above, rate = cli.positive, cli.above_zero, cli.from_zero
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
     rows = []
     for name, encoder in cli.encoders_of(args).items():
         recipe = recipe_of(args, encoder)
-        model = trained(encoder, train, recipe, out / f"{name}.pt", "mask" in kinds, args.threads)
+        model = trained(encoder, train, recipe, out / name, "mask" in kinds, args.threads)
         results = detections(model, val, cli.device(), args.threads)
         counts = {"train_images": len(train), "val_images": len(val)}
         scores = from_first_process(lambda found=results: scored(val, found, kinds))
@@ -147,9 +148,9 @@ def recipe_of(args: argparse.Namespace, encoder: Encoder) -> Recipe:
 
 
 def trained(
-    encoder: Encoder, train: Coco, recipe: Recipe, file: Path, masks: bool, threads: int
+    encoder: Encoder, train: Coco, recipe: Recipe, folder: Path, masks: bool, threads: int
 ) -> nn.Module:
-    """The encoder in a detector, fine-tuned as far as `file` has not."""
+    """The encoder in a detector, fine-tuned as far as what `folder` holds has not been."""
     from cjepa_fast.eval.dense import rcnn
 
     facts = dataclasses.asdict(recipe) | {
@@ -159,8 +160,7 @@ def trained(
     pyramid = Pyramid(encoder, recipe.channels, recipe.bf16)
     model = rcnn.mask_rcnn(pyramid, len(train.names), recipe.image_size, masks)
     add_drop_path(encoder, recipe.drop_path)
-    groups = layer_decay_groups(model, encoder, recipe.layer_decay, recipe.weight_decay)
-    fine_tune(model, groups, train, recipe, Kept(file, facts), cli.device(), threads)
+    fine_tune(model, train, recipe, Kept(folder, facts), cli.device(), threads)
     return model
 
 

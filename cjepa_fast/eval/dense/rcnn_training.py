@@ -6,18 +6,17 @@ last whole epoch is, on the CPU, the one that was never interrupted.
 """
 
 import dataclasses
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from cjepa_fast.data import rng
 from cjepa_fast.data.sets.coco import Coco, TrainViews
-from cjepa_fast.runtime.distributed import mean_over_ranks, rank, world_size
-from cjepa_fast.telemetry.progress import shown_bar
+from cjepa_fast.eval.finetuning import loop
+from cjepa_fast.eval.finetuning.kept import Kept, Learner
+from cjepa_fast.runtime.distributed import rank, world_size
 
 DROPS = (8 / 9, 26 / 27)  # of all steps: there the learning rate falls to a tenth
 
@@ -58,88 +57,58 @@ class Recipe:
         return rise * 0.1 ** sum(step >= share * steps for share in DROPS)
 
 
-class Kept:
-    """The state of a training after each epoch: a file that the next start resumes from.
+class Objects:
+    """loop.Task of annotated images."""
 
-    facts: what decides the training. Raises ValueError where the file is of another one.
-    """
+    def __init__(self, train: Coco, recipe: Recipe, device: torch.device, threads: int):
+        self._train, self._recipe, self._device, self._threads = train, recipe, device, threads
+        self._micro, self._usable = recipe.micro_batch(world_size()), usable_images(train)
+        self.steps_per_epoch = -(-len(self._usable) // recipe.batch_size)
+        self.accumulation = recipe.batch_size // world_size() // self._micro
 
-    def __init__(self, file: Path, facts: dict):
-        self.file, self.facts = file, facts
+    def begin(self, step: int) -> None:
+        epoch, within = divmod(step, self.steps_per_epoch)
+        if within == 0:
+            stream = torch.tensor([rank()])
+            torch.manual_seed(rng.bits(self._recipe.seed, rng.SUBSTITUTE, epoch, stream).item())
 
-    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-        """How many epochs are done."""
-        if not self.file.is_file():
-            return 0
-        state = torch.load(self.file, map_location="cpu", weights_only=True)
-        for name in self.facts:
-            if state["facts"].get(name) != self.facts[name]:
-                raise ValueError(
-                    f"{self.file} is of a training with {name} {state['facts'].get(name)}, not "
-                    f"{self.facts[name]}: remove it, or give another --out"
-                )
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        if rank() == 0:
-            print(f"{self.file}: {state['epochs']} epochs are done")
-        return state["epochs"]
+    def batches(self, start: int) -> Iterator[tuple]:
+        for epoch in range(start // self.steps_per_epoch, self._recipe.epochs):
+            yield from epoch_batches(
+                self._train, self._usable, self._recipe, epoch, self._micro, self._threads
+            )
 
-    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, epochs: int) -> None:
-        if rank() != 0:
-            return
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.file.with_suffix(".partial")
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        torch.save({**state, "epochs": epochs, "facts": self.facts}, partial)
-        partial.replace(self.file)
+    def loss(self, model: Callable, batch: tuple) -> torch.Tensor:
+        return loss_of(model, *batch, self._device)
 
 
 def fine_tune(
     model: nn.Module,
-    groups: list[dict],
     train: Coco,
     recipe: Recipe,
     kept: Kept,
     device: torch.device,
     threads: int = 0,
 ) -> None:
-    """Train a detector, as `rcnn.mask_rcnn` makes it, in place. groups: by_depth's.
+    """Train a detector, as `rcnn.mask_rcnn` makes it over a Pyramid, in place.
 
-    Raises ValueError where the loss is no longer finite.
+    Raises ValueError where the loss is no longer finite, and as `kept` does.
     """
-    model.to(device).train()
-    optimizer = torch.optim.AdamW(groups)
-    micro, usable = recipe.micro_batch(world_size()), usable_images(train)
-    steps = -(-len(usable) // recipe.batch_size)
-    done = kept.load(model, optimizer)
-    spread = DistributedDataParallel(model) if world_size() > 1 else model
-    for epoch in range(done, recipe.epochs):
-        stream = torch.tensor([rank()])
-        torch.manual_seed(rng.bits(recipe.seed, rng.SUBSTITUTE, epoch, stream).item())
-        batches = epoch_batches(train, usable, recipe, epoch, micro, threads)
-        total = torch.zeros((), device=device)
-        accumulated = recipe.batch_size // world_size() // micro
-        with shown_bar(steps, f"epoch {epoch + 1} of {recipe.epochs}", "step") as bar:
-            for step in range(steps):
-                rate = recipe.lr * recipe.lr_factor(epoch * steps + step, recipe.epochs * steps)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate * group["lr_scale"]
-                optimizer.zero_grad()
-                for _ in range(accumulated):
-                    loss = loss_of(spread, *next(batches), device) / accumulated
-                    loss.backward()
-                    total += loss.detach() / steps
-                optimizer.step()
-                bar.update()
-        mean = mean_over_ranks({"loss": total})["loss"].item()
-        if rank() == 0:
-            print(f"epoch {epoch + 1} of {recipe.epochs}: loss {mean:.4f}", flush=True)
-        if not torch.isfinite(torch.tensor(mean)):
-            raise ValueError(
-                f"the loss is {mean} in epoch {epoch + 1}: a lower --lr or a longer "
-                f"--warmup-steps may help; {kept.file} resumes from the epoch before"
-            )
-        kept.save(model, optimizer, epoch + 1)
+    model.to(device)
+    learner = Learner(model, model.backbone.encoder, recipe.layer_decay, recipe.weight_decay)
+    task = Objects(train, recipe, device, threads)
+    steps = recipe.epochs * task.steps_per_epoch
+    plan = loop.Plan(
+        "fine-tuning",
+        steps=steps,
+        period=task.steps_per_epoch,
+        unit="epoch",
+        rate=lambda step: recipe.lr * recipe.lr_factor(step, steps),
+        advice="a lower --lr or a longer --warmup-steps may help; what is kept is of the epoch "
+        "before",
+        accumulation=task.accumulation,
+    )
+    loop.train(learner, task, plan, kept)
 
 
 def usable_images(train: Coco) -> list[int]:

@@ -205,7 +205,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "crop's size, that many pixels apart; default: images as wholes")  # fmt: skip
     add("--bf16", action="store_true", help="forward passes in bf16")
     add("--threads", type=cli.positive, default=2, help="decoding threads")
-    add("--save", type=Path, metavar="FOLDER", help="what is learnt: FOLDER/ENCODER.pt")
+    add("--save", type=Path, metavar="FOLDER", help="what is learnt: FOLDER/ENCODER/")
     add("--save-every", type=cli.positive, default=1000, metavar="N", help="steps")
     add("--resume", action="store_true", help="resume from --save")
     add("--out", type=Path, metavar="FILE.png", help="picture of some images")
@@ -262,7 +262,7 @@ def run(args: argparse.Namespace) -> None:
         ).to(cli.device())
         train(
             model, pairs, classes, recipe, threads=args.threads, save_every=args.save_every,
-            save_to=args.save and args.save / f"{name}.pt", resume=args.resume, title=name,
+            save_to=args.save and args.save / name, resume=args.resume, title=name,
         )  # fmt: skip
         matrix_CC, found[name] = evaluate(
             model, tests, classes, short_side=args.short_side, window=args.crop_size,

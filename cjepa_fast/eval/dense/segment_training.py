@@ -6,7 +6,6 @@ not been, on any number of processes; each takes its share of a batch.
 
 import dataclasses
 import functools
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,11 +18,11 @@ from cjepa_fast.data.whole import WholeImages, ahead
 from cjepa_fast.eval.dense.segment_views import DRAWS, View, chosen_view, shown
 from cjepa_fast.eval.dense.segmenter import Segmenter, loss_of
 from cjepa_fast.eval.features import digest
-from cjepa_fast.eval.finetuning.layer_decay import add_drop_path, layer_decay_groups
+from cjepa_fast.eval.finetuning import loop
+from cjepa_fast.eval.finetuning.kept import Kept, Learner
+from cjepa_fast.eval.finetuning.layer_decay import add_drop_path
+from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime.distributed import rank, world_size
-from cjepa_fast.telemetry.progress import shown_bar
-
-LOSS_EVERY = 20  # steps between looks at the loss, each of which waits for the device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,59 +66,55 @@ def train(
 ) -> None:
     """Train in place, on the device that the model is on.
 
-    save_to: a file for all that is needed to go on, written every so many steps and at the end;
-    resume: resume from it, if it is there. Raises ValueError where it is another training's, and
-    for a loss that is no longer finite.
+    save_to: a folder for all that is needed to go on, written every so many steps and at the end;
+    resume: resume from it, if it is there. Raises ValueError where it is another training's, or is
+    not to be resumed, and for a loss that is no longer finite.
     """
     device = next(model.parameters()).device
-    optimizer = torch.optim.AdamW(
-        layer_decay_groups(model, model.encoder, recipe.layer_decay, recipe.weight_decay)
-    )
+    if world_size() > 1 and device.type == "cuda":
+        model.head = nn.SyncBatchNorm.convert_sync_batchnorm(model.head)
     add_drop_path(model.encoder, recipe.drop_path)
     facts = _facts(model, pairs, classes, recipe)
-    start = _restore(save_to, model, optimizer, facts) if resume and save_to else 0
-    run = _parallel(model.train(), device)
-    batches = ahead(_batches(pairs, classes, recipe, start, threads))
-    with shown_bar(recipe.steps, title, unit="step") as bar:
-        bar.update(start)
-        for step, samples in enumerate(batches, start):
-            torch.manual_seed(recipe.seed + step * world_size() + rank())  # of the dropout
-            rate = recipe.lr * share_of_peak(step, recipe.steps, recipe.warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = rate * group["lr_scale"]
-            views = [
-                shown(image, view, recipe.plain_colours, model.encoder, device)
-                for image, view in samples
-            ]
-            images_B3CC, labels_BCC = (torch.stack(parts) for parts in zip(*views, strict=True))
-            with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bf16):
-                logits = run(images_B3CC)
-            loss = loss_of(logits, labels_BCC.long(), IGNORE)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            bar.update()
-            due = (step + 1) % save_every == 0 or step + 1 == recipe.steps
-            if due or step % LOSS_EVERY == 0:
-                bar.set_postfix(loss=_finite(loss, step))
-            if due and save_to:
-                _keep(save_to, model, optimizer, facts, step + 1)
+    plan = loop.Plan(
+        title,
+        steps=recipe.steps,
+        period=save_every,
+        unit="step",
+        rate=lambda step: recipe.lr * share_of_peak(step, recipe.steps, recipe.warmup),
+        advice="try a smaller --lr",
+    )
+    loop.train(
+        Learner(model, model.encoder, recipe.layer_decay, recipe.weight_decay),
+        Crops(model.encoder, pairs, classes, recipe, threads, device),
+        plan,
+        Kept(save_to, facts, resume=resume, option="--save"),
+    )
 
 
-def _finite(loss: torch.Tensor, step: int) -> float:
-    if not (value := loss.item()) < float("inf"):
-        raise ValueError(f"the loss is {value} at step {step}: try a smaller --lr")
-    return value
+class Crops:
+    """loop.Task of crops of images and of their labels."""
 
+    def __init__(
+        self, encoder: Encoder, pairs: Pairs, classes: Classes, recipe: Recipe, threads: int,
+        device: torch.device,
+    ):  # fmt: skip
+        self._encoder, self._recipe, self._device = encoder, recipe, device
+        self._of = pairs, classes, recipe
+        self._threads = threads
 
-def _parallel(model: Segmenter, device: torch.device) -> Callable:
-    """The model, its gradients averaged over the processes where there are several."""
-    if world_size() == 1:
-        return model
-    if device.type == "cuda":
-        model.head = nn.SyncBatchNorm.convert_sync_batchnorm(model.head)
-    ids = [device.index] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(model, device_ids=ids)
+    def begin(self, step: int) -> None:
+        torch.manual_seed(self._recipe.seed + step * world_size() + rank())  # of the dropout
+
+    def batches(self, start: int) -> Iterator[list[tuple[torch.Tensor, View]]]:
+        return ahead(_batches(*self._of, start, self._threads))
+
+    def loss(self, model: Callable, batch: list[tuple[torch.Tensor, View]]) -> torch.Tensor:
+        plain = self._recipe.plain_colours
+        views = [shown(image, view, plain, self._encoder, self._device) for image, view in batch]
+        images_B3CC, labels_BCC = (torch.stack(parts) for parts in zip(*views, strict=True))
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._recipe.bf16):
+            logits = model(images_B3CC)
+        return loss_of(logits, labels_BCC.long(), IGNORE)
 
 
 # ---------------------------------------------------------------------------------------- batches
@@ -153,9 +148,6 @@ def _view(labels_HW: torch.Tensor, recipe: Recipe, epoch: int, at: int) -> View:
     return chosen_view(labels_HW, uniforms.tolist(), recipe.short_side, recipe.crop_size)
 
 
-# ------------------------------------------------------------------------------------ kept on disk
-
-
 def _facts(model: Segmenter, pairs: Pairs, classes: Classes, recipe: Recipe) -> dict:
     """What must be the same for a training to go on."""
     return {
@@ -167,34 +159,3 @@ def _facts(model: Segmenter, pairs: Pairs, classes: Classes, recipe: Recipe) -> 
         "images": pairs.images.fingerprint,
         "classes": list(classes.names),
     }
-
-
-def _keep(path: Path, model: Segmenter, optimizer, facts: dict, step: int) -> None:
-    if rank() != 0:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    learnt = {"head": model.head.state_dict()}
-    if not model.frozen:
-        learnt["encoder"] = model.encoder.state_dict()
-    state = {"facts": facts, "step": step, "learnt": learnt, "optimizer": optimizer.state_dict()}
-    torch.save(state, partial)
-    os.replace(partial, path)
-
-
-def _restore(path: Path, model: Segmenter, optimizer, facts: dict) -> int:
-    """The step to resume with: 0 where nothing was kept."""
-    if not path.is_file():
-        return 0
-    device = next(model.parameters()).device
-    state = torch.load(path, map_location=device, weights_only=True)
-    different = [key for key in facts if state["facts"].get(key) != facts[key]]
-    if different:
-        raise ValueError(
-            f"{path} is of another training, which differs in {', '.join(different)}: give the "
-            "options it was begun with, or another --save"
-        )
-    for part, weights in state["learnt"].items():
-        getattr(model, part).load_state_dict(weights)
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"]

@@ -1,13 +1,12 @@
 """Fine-tuning of the whole encoder on labelled images: MAE's recipe, for B, L and H (recipe.py).
 
-tuning.py has the step of one process and of several. After each epoch all is saved, and `--resume`
-goes on.
+loop.py trains, on one process or several. After each epoch all is saved, and `--resume` goes on.
 Shapes: B images, C classes.
 """
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -15,16 +14,15 @@ import torch
 from torch import nn
 
 from cjepa_fast.checkpoint.encoders import load_encoder
-from cjepa_fast.data.loader import Loader
+from cjepa_fast.data.loader import Batch, Loader
 from cjepa_fast.eval import cli
 from cjepa_fast.eval.features import Subset, digest, image_vectors
-from cjepa_fast.eval.finetuning import recipe
-from cjepa_fast.eval.finetuning.layer_decay import add_drop_path, layer_decay_groups
+from cjepa_fast.eval.finetuning import loop, recipe
+from cjepa_fast.eval.finetuning.kept import Kept, Learner
+from cjepa_fast.eval.finetuning.layer_decay import add_drop_path
 from cjepa_fast.eval.finetuning.recipe import Classifier, Recipe
-from cjepa_fast.eval.finetuning.tuning import Alone, Together, batches_of, restored, save
 from cjepa_fast.model.vit import Encoder
-from cjepa_fast.runtime.distributed import mean_over_ranks, rank, world_size
-from cjepa_fast.telemetry.progress import shown_bar
+from cjepa_fast.runtime.distributed import rank, world_size
 from cjepa_fast.training import optim
 
 HEADINGS = {
@@ -54,82 +52,85 @@ def tune(
     folder: of the checkpoints. Raises ValueError for a loss that is not finite, or where `folder`
     holds another training.
     """
-    device = cli.device()
     facts = {"recipe": asdict(chosen), "encoder": digest(encoder), "images": train.fingerprint}
     facts |= {"classes": classes, "seed": args.seed, "processes": world_size()}
     torch.manual_seed(args.seed)
-    model = Classifier(encoder, classes, args.bf16).to(device)
+    model = Classifier(encoder, classes, args.bf16).to(cli.device())
     add_drop_path(encoder, chosen.drop_path)
-    groups = layer_decay_groups(model, encoder, chosen.layer_decay, chosen.weight_decay)
-    batch, micro_batch = batches_of(len(train), chosen.batch, args.micro_batch)
-    loader = Loader(
-        train, global_batch=batch, micro_batch=micro_batch, image_size=encoder.image_size,
-        mean=encoder.mean, std=encoder.std, seed=args.seed, device=device, dtype=torch.float32,
-        threads=args.threads, prefetch=2, crop_scale=chosen.crop_scale, flip=True, rank=rank(),
-        world_size=world_size(), rand_augment=chosen.rand_augment,
-    )  # fmt: skip
-    kind = Alone if world_size() == 1 else Together
-    engine = kind(model, groups, micro_batch, loader.accumulation)
     average = recipe.averaged(model, chosen.average)
-    facts["batch"] = batch
-    first = restored(folder, json.loads(json.dumps(facts)), engine, average, args.resume)
-    steps = loader.steps_per_epoch
-    total, warmup = chosen.epochs * steps, min(chosen.warmup_epochs, chosen.epochs / 10) * steps
-    peak = chosen.lr * batch / LR_BATCH
-
-    def set_rate(step: int) -> None:
-        rate = optim.learning_rate(step + 1, total, warmup, 0.0, peak, FINAL_LR)
-        for group in engine.optimizer.param_groups:
-            group["lr"] = rate * group["lr_scale"]
-
-    losses = _Losses(label_n, classes, chosen)
-    stream = loader.iterate(first * steps) if first < chosen.epochs else None
-    with shown_bar(total, "fine-tuning", "step") as bar:
-        bar.update(first * steps)
-        for epoch in range(first, chosen.epochs):
-            model.train()
-            losses.begin(args.seed, epoch)
-            for step in range(epoch * steps, (epoch + 1) * steps):
-                set_rate(step)
-                for _ in range(loader.accumulation):
-                    engine.backward(losses(engine, next(stream)))
-                    engine.step()
-                average.update_parameters(model)
-                bar.update()
-            losses.tell(epoch, chosen)
-            save(folder, epoch + 1, facts, engine, average)
-    loader.close()
+    learner = Learner(model, encoder, chosen.layer_decay, chosen.weight_decay, average)
+    batch, micro_batch = batches_of(len(train), chosen.batch, args.micro_batch)
+    loader = loader_of(train, encoder, chosen, args, batch, micro_batch)
+    kept = Kept(folder, facts | {"batch": batch}, resume=args.resume)
+    task = Labelled(loader, label_n, classes, chosen, args.seed)
+    loop.train(learner, task, plan_of(loader, chosen, batch), kept)
     return model, average.module
 
 
-class _Losses:
-    """The loss of a micro-batch, mixed and erased as the recipe has it, and their mean to tell."""
+def batches_of(n: int, batch: int, micro_batch: int) -> tuple[int, int]:
+    """(images a step, images a micro-batch), of this many processes and no more than there are."""
+    processes = world_size()
+    batch = min(batch, n)
+    micro_batch = min(micro_batch, batch // processes)
+    if not micro_batch:
+        raise ValueError(f"a batch of {batch} images for {processes} processes: start fewer")
+    return batch - batch % (micro_batch * processes), micro_batch
 
-    def __init__(self, label_n: torch.Tensor, classes: int, chosen: Recipe):
-        self._label_n, self._classes, self._recipe = label_n, classes, chosen
 
-    def begin(self, seed: int, epoch: int) -> None:
+def loader_of(
+    train: Subset, encoder: Encoder, chosen: Recipe, args: argparse.Namespace, batch: int,
+    micro_batch: int,
+) -> Loader:  # fmt: skip
+    return Loader(
+        train, global_batch=batch, micro_batch=micro_batch, image_size=encoder.image_size,
+        mean=encoder.mean, std=encoder.std, seed=args.seed, device=cli.device(),
+        dtype=torch.float32, threads=args.threads, prefetch=2, crop_scale=chosen.crop_scale,
+        flip=True, rank=rank(), world_size=world_size(), rand_augment=chosen.rand_augment,
+    )  # fmt: skip
+
+
+def plan_of(loader: Loader, chosen: Recipe, batch: int) -> loop.Plan:
+    """Linear warm-up, then half a cosine, to the last step of the last epoch."""
+    steps = loader.steps_per_epoch
+    total, warmup = chosen.epochs * steps, min(chosen.warmup_epochs, chosen.epochs / 10) * steps
+    peak = chosen.lr * batch / LR_BATCH
+    return loop.Plan(
+        "fine-tuning",
+        steps=total,
+        period=steps,
+        unit="epoch",
+        rate=lambda step: optim.learning_rate(step + 1, total, warmup, 0.0, peak, FINAL_LR),
+        advice="lower the rate by --set lr=...",
+        accumulation=loader.accumulation,
+    )
+
+
+class Labelled:
+    """loop.Task of labelled images, mixed and erased as the recipe has it."""
+
+    def __init__(
+        self, loader: Loader, label_n: torch.Tensor, classes: int, chosen: Recipe, seed: int
+    ):
+        self._loader, self._label_n, self._classes = loader, label_n, classes
+        self._recipe, self._seed = chosen, seed
+
+    def begin(self, step: int) -> None:
         """An epoch's draws are its own, so that one that goes on draws as one that never ended."""
-        own = (seed * 10_000 + epoch) * 10_000 + rank()
-        torch.manual_seed(own)
-        self._random = torch.Generator().manual_seed(own)
-        self._sum, self._count = 0.0, 0
+        epoch, within = divmod(step, self._loader.steps_per_epoch)
+        if within == 0:
+            own = (self._seed * 10_000 + epoch) * 10_000 + rank()
+            torch.manual_seed(own)
+            self._random = torch.Generator().manual_seed(own)
 
-    def __call__(self, model: Callable, batch) -> torch.Tensor:
+    def batches(self, start: int) -> Iterator[Batch]:
+        return self._loader.iterate(start)
+
+    def loss(self, model: Callable, batch: Batch) -> torch.Tensor:
         images_B3HW = recipe.erase(batch.images_B3HW, self._recipe.erasing, self._random)
         label_B = self._label_n[batch.index_B].to(images_B3HW.device)
         target_BC = recipe.soft_targets(label_B, self._classes, self._recipe.smoothing)
         images_B3HW, target_BC = recipe.mix(images_B3HW, target_BC, self._recipe, self._random)
-        loss = nn.functional.cross_entropy(model(images_B3HW), target_BC)
-        self._sum, self._count = self._sum + loss.detach(), self._count + 1
-        return loss
-
-    def tell(self, epoch: int, chosen: Recipe) -> None:
-        mean = float(mean_over_ranks({"loss": self._sum / self._count})["loss"])
-        if mean != mean or mean == float("inf"):
-            raise ValueError(f"the loss of epoch {epoch + 1} is {mean}: lower it by --set lr=...")
-        if rank() == 0:
-            print(f"epoch {epoch + 1} of {chosen.epochs}: loss {mean:.4f}", flush=True)
+        return nn.functional.cross_entropy(model(images_B3HW), target_BC)
 
 
 # ------------------------------------------------------------------------------------------- test
