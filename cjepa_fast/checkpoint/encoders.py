@@ -9,7 +9,7 @@ import torch
 from cjepa_fast.checkpoint import Stored, damage, latest
 from cjepa_fast.interop import huggingface, ijepa
 from cjepa_fast.model.vit import Encoder
-from cjepa_fast.runtime.files import read_tensors, sha256, write_tensors, write_text
+from cjepa_fast.runtime.files import read_json, read_tensors, sha256, write_tensors, write_text
 
 FINAL = {"target": "encoder", "context": "context_encoder"}  # file names at the end of a run
 
@@ -92,11 +92,11 @@ def _build_encoder(
 ) -> Encoder:
     """file: where the weights are from, if the description may have its checksum."""
     try:
-        described = json.loads(description.read_text())
+        described = read_json(description)
         checksum = described.pop("sha256", None)
         normalisation = {name: tuple(described.pop(name)) for name in ("mean", "std")}
         encoder = Encoder(**described).eval()
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{description} does not describe an encoder: {error!r}") from error
     if file and checksum not in (None, sha256(file)):
         raise ValueError(f"{file} is damaged: it has not the checksum that {description.name} has")
@@ -113,8 +113,8 @@ def _build_encoder(
 def is_run(folder: Path) -> bool:
     """Whether it is a run's: its config.json has a run's sections, which a model's has not."""
     try:
-        return json.loads((folder / "config.json").read_text()).keys() >= {"run", "data", "model"}
-    except (FileNotFoundError, NotADirectoryError, ValueError, AttributeError):
+        return read_json(folder / "config.json").keys() >= {"run", "data", "model"}
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return False
 
 

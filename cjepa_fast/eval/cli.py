@@ -27,7 +27,7 @@ from cjepa_fast.data.sources import ImageSet, open_images
 from cjepa_fast.eval.features import digest, extract, split_by_name
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime import caches, distributed, hardware
-from cjepa_fast.runtime.files import write_text
+from cjepa_fast.runtime.files import read_json, write_text
 
 Row = dict[str, object]
 Side = tuple[ImageSet, torch.Tensor]  # a set and the positions used of it
@@ -293,8 +293,9 @@ def _files(args: argparse.Namespace, chosen: dict) -> Iterable[Path]:
 
 
 def records(run: Path) -> list[dict]:
-    """What `report` has left in a run's folder, the oldest first."""
-    found = [json.loads(path.read_text()) for path in (run / "eval").glob("*-*.json")]
+    """What `report` has left in a run's folder, the oldest first. Raises ValueError, naming the
+    file, for one that is damaged."""
+    found = [read_json(path) for path in (run / "eval").glob("*-*.json")]
     return sorted(found, key=lambda record: record["made"])
 
 

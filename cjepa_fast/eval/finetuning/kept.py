@@ -201,8 +201,9 @@ class Kept:
         """Of files that are as they were written, and may yet not be what they should be."""
         try:
             return operator.index(restore(path, learner)["step"])
-        except (LookupError, TypeError, RuntimeError) as error:
-            raise ValueError(f"{path} cannot be resumed: {error!r}; {self._elsewhere}") from error
+        except (LookupError, TypeError, RuntimeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{path} cannot be resumed ({reason}); {self._elsewhere}") from error
 
 
 def _warn(text: str) -> None:

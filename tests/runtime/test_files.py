@@ -1,0 +1,40 @@
+"""What is read from the disk: a description is an object of JSON, or the file is named."""
+
+import pickle
+
+import pytest
+
+from cjepa_fast.runtime import files
+
+DAMAGED = {
+    "deep": b'{"a": ' + b"[" * 200_000,
+    "cut": b'{"step": 1',
+    "a pickle": pickle.dumps({"step": 1}),
+    "a list": b"[1, 2]",
+    "a number of many digits": b'{"step": ' + b"9" * 10_000 + b"}",
+    "empty": b"",
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_description_is_named_in_one_line(tmp_path, content):
+    path = tmp_path / "state.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"state\.json is damaged") as raised:
+        files.read_json(path)
+    assert len(str(raised.value)) < len(str(path)) + 200 and "\n" not in str(raised.value)
+
+
+def test_a_huge_description_is_not_read(tmp_path):
+    path = tmp_path / "state.json"
+    with path.open("wb") as file:
+        file.truncate(files.MOST_JSON_BYTES + 1)  # a hole: no disk is filled
+    with pytest.raises(ValueError, match=r"state\.json is damaged: .* bytes"):
+        files.read_json(path)
+
+
+def test_a_description_is_read_and_a_missing_one_is_missing(tmp_path):
+    files.write_text(tmp_path / "state.json", '{"step": 3}')
+    assert files.read_json(tmp_path / "state.json") == {"step": 3}
+    with pytest.raises(FileNotFoundError):
+        files.read_json(tmp_path / "other.json")
