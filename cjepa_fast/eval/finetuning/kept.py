@@ -202,7 +202,7 @@ class Kept:
         try:
             return operator.index(restore(path, learner)["step"])
         except (LookupError, TypeError, RuntimeError, ValueError) as error:
-            reason = f"{type(error).__name__}: {error}"
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise ValueError(f"{path} cannot be resumed ({reason}); {self._elsewhere}") from error
 
 
