@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -205,6 +206,15 @@ def test_micro_batches_sum_up_to_the_batch(data, tmp_path):
         torch.testing.assert_close(parts[name], value, atol=2e-4, rtol=0, msg=name)
     first = small().state_dict()["blocks.0.mlp.fc1.weight"]
     assert not torch.equal(whole["encoder.blocks.0.mlp.fc1.weight"], first)
+
+
+def test_one_process_imports_no_deepspeed(data, tmp_path, monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "deepspeed"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "deepspeed", None)  # its import fails
+    chosen = replace(PLAIN, epochs=1)
+    tuned(data, chosen, tmp_path / "a")
+    tuned(data, chosen, tmp_path / "a", resume=True)
 
 
 class Stopped(Exception):

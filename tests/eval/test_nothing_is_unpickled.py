@@ -28,8 +28,6 @@ from cjepa_fast.eval.__main__ import main
 
 EVAL = tiny.ROOT / "cjepa_fast" / "eval" / "__main__.py"
 
-# ------------------------------------------------------------------------------------- the source
-
 PICKLERS = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 CALLS = {"torch.load", "torch.save", "torch.jit.load", "torch.export.load", "torch.export.save"}
 METHODS = {"load_checkpoint", "save_checkpoint", "read_pickle", "Unpickler"}
@@ -151,8 +149,7 @@ def detect(tmp_path: Path) -> Training:
 
 
 TRAININGS = {"finetune": finetune, "segment": segment, "detect": detect}
-# What may lie in a file's place, beside a pickle and the file itself less its last byte.
-OTHER = (b"[" * 200_000, b"")  # JSON too deep, and nothing
+OTHER = (b"[" * 200_000, b"")  # in a file's place: JSON too deep, and nothing
 
 
 @pytest.fixture
@@ -161,7 +158,7 @@ def training(request, tmp_path, monkeypatch, seed) -> Training:
     return TRAININGS[getattr(request, "param", "finetune")](tmp_path)
 
 
-def refused(words: list[str], path: Path | str, capsys) -> str:
+def refused(words: list[str], path: Path, capsys) -> str:
     """The one line that says why, which names the file."""
     capsys.readouterr()
     assert main(words) == 2, path
@@ -189,12 +186,11 @@ def test_whatever_lies_in_a_training_s_place_is_refused_by_name(training, marker
 @pytest.mark.parametrize("asked", [True, False], ids=["resume", "anew"])
 def test_what_an_earlier_version_saved_is_refused(training, marker, capsys, asked):
     words, resume, kept = training
-    task = words[0]
     old = kept / "epoch_0001" / "training" / "mp_rank_00_model_states.pt"
-    old = old if task == "finetune" else kept.with_name("trained.pt")
+    old = old if words[0] == "finetune" else kept.with_name("trained.pt")
     old.parent.mkdir(parents=True)
     old.write_bytes(pickle.dumps(Bomb(marker)))
-    named = kept / "epoch_0001" if task == "finetune" else old
+    named = kept / "epoch_0001" if words[0] == "finetune" else old
     said = refused(words + (resume if asked else []), named, capsys)
     assert "was saved by an earlier version" in said and "to start anew" in said
 

@@ -1,7 +1,8 @@
 """What a training keeps to resume from: checkpoints as pretraining writes them, the newest alone.
 
     FOLDER/checkpoints/step_00001000/
-        shard_00000_of_00001.safetensors   master/NAME@0, exp_avg/..., exp_avg_sq/..., ema/...
+        shard_00000_of_00001.safetensors   master/NAME@0, exp_avg/..., exp_avg_sq/..., step/...,
+                                           ema/...; of each the values, flat
         state.json                         the steps done, and the facts that decide the training
         encoder.json                       the encoder's architecture
         manifest.json                      each file's size and SHA-256
@@ -25,7 +26,7 @@ from cjepa_fast.eval.finetuning.layer_decay import layer_decay_groups
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime.distributed import first_on_each_node, from_all
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+ADAM = ("exp_avg", "exp_avg_sq", "step")  # its state of a weight
 
 
 class Average(NamedTuple):
@@ -57,8 +58,8 @@ class Learner:
         groups = layer_decay_groups(model, encoder, layer_decay, weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=0.0)
         for p in self._trained().values():
-            zeros = {moment: torch.zeros_like(p) for moment in MOMENTS}
-            self.optimizer.state[p] = {"step": torch.zeros(()), **zeros}
+            moments = {name: torch.zeros_like(p) for name in ADAM[:2]}
+            self.optimizer.state[p] = {"step": torch.zeros(()), **moments}
         self.snapshot = Snapshot()
 
     def set_rate(self, rate: float) -> None:
@@ -91,9 +92,10 @@ class Learner:
         return Average([_whole(name, averages[name]) for name in self._trained()])
 
     def state(self) -> list[OwnedState]:
-        """Weights with their moments, and buffers, which have none."""
+        """Weights with Adam's state of them, and buffers, which have none."""
+        adam = self.optimizer.state
         found = [
-            OwnedState(_whole(name, p), {m: _flat(self.optimizer.state[p][m]) for m in MOMENTS})
+            OwnedState(_whole(name, p), {kind: _flat(adam[p][kind]) for kind in ADAM})
             for name, p in self._trained().items()
         ]
         buffers = self.module.named_buffers()
@@ -103,13 +105,16 @@ class Learner:
         return max(int(state["step"]) for state in self.optimizer.state.values())
 
     def set_optimizer_step(self, step: int) -> None:
-        for state in self.optimizer.state.values():
-            state["step"].fill_(step)
+        """Adam's own counts are in its state; the EMA has one too."""
         if self.average is not None:
             self.average.n_averaged.fill_(step)
 
     def write_weights(self, weights: dict[str, torch.Tensor]) -> None:
-        """The weights are their own fp32 masters."""
+        """The weights are their own fp32 masters; the EMA's buffers are as the model's."""
+        if self.average is not None:
+            pairs = zip(self.average.module.buffers(), self.module.buffers(), strict=True)
+            for copy, values in pairs:
+                copy.copy_(values)
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
