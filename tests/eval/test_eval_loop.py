@@ -1,9 +1,12 @@
 """The loop of the trainings with labels, on a model of one weight: rates, periods, what is kept."""
 
 import contextlib
+import re
 import shutil
+from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from torch import nn
 
@@ -84,9 +87,9 @@ def test_a_training_goes_on_from_its_last_period(tmp_path, capsys):
     loop.train(whole, Draws(), plan(), Kept(None, {}))
     assert capsys.readouterr().out.count("epoch ") == 3
     kept, task = Kept(tmp_path / "kept", {}), Draws(bad_from=5)
-    with pytest.raises(ValueError, match="the loss of epoch 3 of 3 is nan: lower it"):
+    with pytest.raises(ValueError, match="the loss of epoch 3 of 3 is nan: lower it") as raised:
         loop.train(learner_of(), task, plan(), kept)
-    assert task.closed
+    assert task.closed and raised.tb  # not by the end of the frames that the traceback holds
     assert [path.name for path in (tmp_path / "kept/checkpoints").iterdir()] == ["step_00000004"]
     again, task = learner_of(), Draws()
     loop.train(again, task, plan(), Kept(tmp_path / "kept", {}))
@@ -189,3 +192,20 @@ def test_gradients_of_a_step_s_micro_batches_pass_between_the_ranks_once(monkeyp
     monkeypatch.setattr(loop, "_spread", Parallel)
     loop.train(learner_of(), Draws(), plan(steps=2, accumulation=3), Kept(None, {}))
     assert seen == [True, True, False] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(
+    ("case", "why"),
+    [
+        ("damaged_for_one", r"manifest\.json cannot be read"),
+        ("not_shared", "must be in a folder that all processes share"),
+        ("bad_for_one", "the loss of epoch 3 of 3 is nan"),
+    ],
+)
+def test_what_one_rank_finds_wrong_ends_all(tmp_path, case, why):
+    done = tiny.run(Path(__file__).with_name("loop_worker.py"), case, tmp_path, processes=2)
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        assert re.search(f"rank {rank}: .*{why}", done.stdout), done.stdout + done.stderr

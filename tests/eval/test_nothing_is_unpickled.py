@@ -234,7 +234,7 @@ def test_a_forged_training_is_refused(training, marker, capsys):
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_two_processes_refuse_together(training, marker):
-    """The second hears of what the first has read, and neither waits for the other."""
+    """And neither waits for the other."""
     words, resume, kept = training
     done = tiny.run(EVAL, *words, processes=2)
     assert done.returncode == 0, done.stderr
