@@ -26,7 +26,8 @@ class Model(nn.Module):
         self.weight = nn.Parameter(torch.ones(1))
 
     def forward(self, x_B1: torch.Tensor) -> torch.Tensor:
-        return self.norm(self.encoder.patch_embed.proj.bias.sum() + x_B1 * self.weight)
+        total = sum(p.square().mean() for p in self.encoder.parameters())
+        return self.norm(total * x_B1 * self.weight + x_B1 * x_B1)
 
 
 class Draws:
@@ -70,7 +71,7 @@ def state_of(learner: Learner) -> dict[str, torch.Tensor]:
 
 
 def test_all_of_the_state_comes_back(tmp_path):
-    """Weights, moments, counts of updates (0 of what has no gradient), EMA, BatchNorm's buffers."""
+    """Weights, moments, counts of updates, EMA, BatchNorm's buffers."""
     first, again = learner_of(), learner_of()
     loop.train(first, Draws(), plan(), Kept(tmp_path / "kept", {"a": 1}))
     assert Kept(tmp_path / "kept", {"a": 1}).restore(again) == 6
