@@ -69,7 +69,7 @@ def row_of(name: str, encoder: Encoder, batch: int, device: torch.device, second
     for block in plain.blocks:
         block.attn.backend = backend
     narrow = copy.deepcopy(plain)
-    fp8.linears_to_8_bits(narrow)
+    fp8.linears_to_fp8(narrow)
     wanted = plain(some)
 
     def with_fast_sums(images: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@
 # throughput, and memory beside the reference step's, a profile, the same recorded and compiled, the
 # other configurations, each kernel beside its definition, the target in fp8 and on its own stream,
 # what a checkpoint costs the step, decoding alone, a run from JPEG files, a short training on
-# IMAGES (a labelled folder or shards; also read from CJEPA_REAL_IMAGES; else the made-up shapes)
+# IMAGES (a labelled folder or shards; also read from CJEPA_REAL_IMAGES; else the synthetic shapes)
 # that is interrupted and resumed, kNN on its features, the kernels under compute-sanitizer where it
 # is installed, and the fast tests. A part
 # that fails or runs out of time leaves the rest be; each is a process of its own, since an error of

@@ -168,7 +168,7 @@ def forget(device: torch.device) -> None:
 
 
 def on_all_ranks(value) -> list:
-    """What every process gives, in their order."""
+    """What every rank gives, in their order."""
     values = [value] * distributed.world_size()
     if len(values) > 1:
         dist.all_gather_object(values, value)

@@ -260,7 +260,7 @@ def quantisations(model: str, config: Config, images: int) -> list[Case]:
 
 
 def averaged_rows(model: str, D: int, depth: int) -> Case:
-    """The average of one square matrix a block, and its rows in 8 bits."""
+    """The average of one square matrix a block, and its rows in FP8."""
 
     def make(device: torch.device) -> tuple:
         target, online = (normal(device, depth, D, D, dtype=torch.float32) for _ in range(2))

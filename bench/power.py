@@ -85,7 +85,7 @@ def _named(masks: list[int]) -> str:
 
 
 def power_figures(gpus: list[dict[str, float]], images: int) -> dict:
-    """A row's columns, of the meters of all processes and the images they took together.
+    """A row's columns, of the meters of all ranks and the images they took together.
 
     Power is the mean over the GPUs, a clock that of the slowest.
     """

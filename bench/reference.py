@@ -3,7 +3,7 @@
 The published method (Assran et al. 2023, arXiv 2301.08243) done the published way: all patches are
 embedded and then gathered by an index expanded to the width, attention writes its map, each target
 block has a whole sequence in every predictor block, position tables are repeated for every image,
-the target's average is a loop over parameters. Without its logging: the step is as fast as such a
+the target's EMA is a loop over parameters. Without its logging: the step is as fast as such a
 step is. Parameter names are those of cjepa_fast, whose weights it takes.
 
 Letters: B images, N patches, K context patches, M target blocks, P patches a block, D width.

@@ -6,9 +6,9 @@
     python bench/throughput.py --config vit_b --batch 32,64,128 --profile traces/ --plot bars.png
     deepspeed bench/throughput.py --config vit_b                # all GPUs here, and one for scaling
 
-The step is train.py's own: forward, backward, update and average. Warm-up is timed apart. MFU is
+The step is train.py's own: forward, backward, update and EMA. Warm-up is timed apart. MFU is
 the counted work (model/flops.py) over the device's data-sheet bf16 rate where that is known,
-and over the rate of a large matrix product measured in the same run. --against takes turns with the
+and over the rate of a large matmul measured in the same run. --against takes turns with the
 plain step of bench/reference.py, in fp32 and under bf16 autocast, on the same batches; of these,
 "kept GiB" is what the forward keeps for the backward beside the weights, "step GiB" the most that a
 step holds beyond what is held between steps. NVIDIA GPUs add energy, power and clocks, by NVML.

@@ -1,4 +1,4 @@
-"""The whole way in minutes, on made-up pictures: `python -m cjepa_fast.demo` (`make demo`).
+"""The whole way in minutes, on synthetic pictures: `python -m cjepa_fast.demo` (`make demo`).
 
 Renders the shapes set, trains configs/demo.json on its pictures (never on its labels) through the
 same command a user would give, compares kNN with what needs no learning, and draws what happened:

@@ -10,8 +10,8 @@ or at forward and backward, each of its files in the same order:
     gather/      tokens by index, the targets and their loss, the predictor's input
     vicreg/      VICReg's variance and covariance terms
     attention/   attention for short sequences
-    ema/         the EMA of weights, alone, with its rows in 8 bits, or with AdamW
-    fp8.py       rows in 8 bits; norm.py: sum and LayerNorm; gelu.py: GELU
+    ema/         the EMA of weights, alone, with its rows in FP8, or with AdamW
+    fp8.py       rows in FP8; norm.py: sum and LayerNorm; gelu.py: GELU
     common/      launch.py, tiles.py, sums.py, ranks.py, maybe_triton.py
     tuned.py     the fastest configurations, by GPU
 

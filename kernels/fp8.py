@@ -38,7 +38,7 @@ SMALLEST = tl.constexpr(1e-12)  # that a row's maximum counts as
 
 
 class Rows(NamedTuple):
-    """A tensor (..., C) in 8 bits: values (..., C) e4m3 and scales (..., 1) fp32."""
+    """A tensor (..., C) in FP8: values (..., C) e4m3 and scales (..., 1) fp32."""
 
     values: torch.Tensor
     scales: torch.Tensor
@@ -197,7 +197,7 @@ def _takes(x: torch.Tensor, *others: torch.Tensor) -> bool:
 
 @torch.no_grad()
 def quantise_rows(x_RC: torch.Tensor) -> Rows:
-    """x in 8 bits by row; it may have any leading dimensions. Takes no gradient."""
+    """x in FP8 by row; it may have any leading dimensions. Takes no gradient."""
     return Rows(*quantise_rows_op(x_RC)) if _takes(x_RC) else quantise_rows_reference(x_RC)
 
 
@@ -205,7 +205,7 @@ def quantise_rows(x_RC: torch.Tensor) -> Rows:
 def quantise_norm(
     x_RC: torch.Tensor, weight_C: torch.Tensor, bias_C: torch.Tensor, eps: float
 ) -> Rows:
-    """layer_norm(x) * weight + bias, in 8 bits by row. Takes no gradient."""
+    """layer_norm(x) * weight + bias, in FP8 by row. Takes no gradient."""
     args = x_RC, weight_C, bias_C, eps
     return Rows(*quantise_norm_op(*args)) if _takes(*args[:3]) else quantise_norm_reference(*args)
 
@@ -228,7 +228,7 @@ def quantise_add_norm(
 
 @torch.no_grad()
 def quantise_gelu(x_RC: torch.Tensor) -> Rows:
-    """gelu(x), the exact one, in 8 bits by row. Takes no gradient."""
+    """gelu(x), the exact one, in FP8 by row. Takes no gradient."""
     return Rows(*quantise_gelu_op(x_RC)) if _takes(x_RC) else quantise_gelu_reference(x_RC)
 
 

@@ -1,4 +1,4 @@
-"""A made-up detection set in COCO's format: red and blue rectangles on grey noise, with masks."""
+"""A synthetic detection set in COCO's format: red and blue rectangles on grey noise, with masks."""
 
 import json
 from pathlib import Path

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from cjepa_fast.checkpoint.owned import Saved
+from cjepa_fast.checkpoint.owned import SavedEngine
 from cjepa_fast.runtime import hardware
 from cjepa_fast.runtime.distributed import rank, world_size
 from cjepa_fast.runtime.files import opened, read_json, sha256, write_text
@@ -70,7 +70,7 @@ def _damage_of(path: Path, bytes: int, sha256: str) -> str | None:
     return None if receipt(path).sha256 == sha256 else "is damaged: its checksum has changed"
 
 
-def owned_tensors(engine: Saved) -> dict[str, torch.Tensor]:
+def owned_tensors(engine: SavedEngine) -> dict[str, torch.Tensor]:
     """The fragments this process must write, by key "KIND/NAME@START", as they live in the engine;
     replicas write none."""
     tensors = {}
@@ -90,7 +90,7 @@ def generator_states() -> dict[str, torch.Tensor]:
     return states
 
 
-def describe(step: int, engine: Saved) -> dict:
+def describe(step: int, engine: SavedEngine) -> dict:
     """What state.json says beside the run's own facts."""
     return {
         "format": FORMAT,

@@ -88,7 +88,7 @@ class Average(Protocol):
         """Cast the fp32 EMA into the module that computes the targets."""
 
 
-class Saved(Protocol):
+class SavedEngine(Protocol):
     """What is saved and restored."""
 
     module: nn.Module

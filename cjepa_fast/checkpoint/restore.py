@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from cjepa_fast.checkpoint.format import Stored
-from cjepa_fast.checkpoint.owned import Saved
+from cjepa_fast.checkpoint.owned import SavedEngine
 
 
-def restore(path: Path, engine: Saved) -> dict:
+def restore(path: Path, engine: SavedEngine) -> dict:
     """Put a checkpoint's state in place and return its state.json.
 
     Raises ValueError naming the first parameter that is missing or of another size.

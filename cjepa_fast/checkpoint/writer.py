@@ -2,7 +2,7 @@
 
     begin     the step after it starts at once; meanwhile a thread copies the state, which a forward
               and a backward only read, and writes it; the next update waits for the copy alone
-    settle    after each step: once every process has written, the first one adds the manifest and
+    settle    after each step: once every rank has written, the first one adds the manifest and
               gives the folder its name, in that thread
     finish    the same, waited for
 
@@ -22,7 +22,7 @@ import torch
 
 from cjepa_fast.checkpoint import format as stored
 from cjepa_fast.checkpoint.format import Receipt
-from cjepa_fast.checkpoint.owned import Saved
+from cjepa_fast.checkpoint.owned import SavedEngine
 from cjepa_fast.runtime import files
 from cjepa_fast.runtime.distributed import from_all, rank, world_size
 
@@ -65,16 +65,16 @@ def _serve(jobs: queue.SimpleQueue, idle: threading.Event) -> None:
 
 
 class Saver:
-    """Saves an engine's state below `folder`; every process makes one and calls it alike.
+    """Saves an engine's state below `folder`; every rank makes one and calls it alike.
 
     keep: of the newest checkpoints; besides, each whose step is a multiple of `keep_period` (0:
-    none). say: called on the first process with what the user should know.
+    none). say: called on rank 0 with what the user should know.
     """
 
     def __init__(
         self,
         folder: Path,
-        engine: Saved,
+        engine: SavedEngine,
         encoder_json: str,
         *,
         keep: int,
@@ -87,12 +87,12 @@ class Saver:
         self._writing = self._naming = False  # what was begun and is not settled
         self._failure: str | None = None  # of the naming
         self._step: int | None = None
-        self._saved: int | None = None  # the last step that came through, on the first process
+        self._saved: int | None = None  # the last step that came through, on rank 0
         self.best: int | None = None  # a step whose checkpoint is kept, and named RUN/best
 
     @property
     def pending(self) -> bool:
-        """Whether a save has been begun that is not settled, on all processes alike."""
+        """Whether a save has been begun that is not settled, on all ranks alike."""
         return self._writing
 
     @property
@@ -134,7 +134,7 @@ class Saver:
         self._worker.start(self._name, outcomes)
 
     def finish(self) -> bool:
-        """Wait until what was begun is settled and named. Returns, on the first process, whether
+        """Wait until what was begun is settled and named. Returns, on rank 0, whether
         the last save came through."""
         self.settle()
         if self._naming:
@@ -181,7 +181,7 @@ class Saver:
             self._outcome = f"process {rank()}: {error}"
 
     def _name(self, receipts: list[Receipt]) -> None:
-        """In a thread of the first process: the rest of the files, the manifest, the final name."""
+        """In a thread of rank 0: the rest of the files, the manifest, the final name."""
         final = self.folder / f"step_{self._step:08d}"
         self._failure = None
         try:

@@ -42,7 +42,7 @@ REFUSED_OF_DEEPSPEED: dict[str, tuple[tuple, str]] = {
     ),
     "bf16.bf16_master_weights_and_grads": (
         (None, False),
-        "weights and average would lose their digits; leave it out",
+        "weights and EMA would lose their digits; leave it out",
     ),
 }
 

@@ -205,7 +205,7 @@ class TelemetrySection(Section):
 
 
 class OnlineSection(Section):
-    data: str | None = Field(None, description="labelled images to judge by; null: none")
+    data: str | None = Field(None, description="labelled images to evaluate on; null: none")
     test: str | None = Field(None, description="null: 20 % of data, by name")
     every_epochs: Count = Field(10, description="between evaluations")
     share: Share = Field(0.01, description="of the run's time that it may take")

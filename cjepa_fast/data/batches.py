@@ -1,7 +1,7 @@
 """Reading and decoding batches of an ImageSet, and what happens to images that fail.
 
-Work goes through three hands: a small pool of threads reads bytes, a decoder (decode.py) makes
-tensors of them, the caller gets these in order. Threads rather than DALI's parallel external
+A request goes through three hands: a small pool of threads reads bytes, a decoder (decode.py)
+makes tensors of them, the caller gets these in order. Threads rather than DALI's parallel external
 source: its worker processes cost seconds at the start and at each rebuild, and signals meant for
 the run reach them.
 """
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from cjepa_fast.data import formats
-from cjepa_fast.data.decode import DEPTH, DecodeFailed, Decoder, Feed
+from cjepa_fast.data.decode import DEPTH, DecodeFailed, Decoder, DecodeRequest
 from cjepa_fast.data.sources import NAMES_LOGGED, ImageSet
 
 READ_TASKS = 4  # reads in parallel a batch
@@ -66,22 +66,22 @@ class Skipped:
 
 
 @dataclass(eq=False)
-class Work:
+class BatchRequest:
     """A batch on its way: which images, how each is shown, then their bytes.
 
-    show: index_B -> Feed without bytes; it is asked again when an image is replaced.
+    show: index_B -> DecodeRequest without bytes; it is asked again when an image is replaced.
     tag: whatever the caller wants back with the tensors.
     """
 
     index_B: np.ndarray
-    show: Callable[[np.ndarray], Feed]
+    show: Callable[[np.ndarray], DecodeRequest]
     tag: object = None
     reads: list[Future] = field(default_factory=list)
-    feed: Feed | None = None
+    feed: DecodeRequest | None = None
 
 
 # Given the work and the place b of a bad image: fills the hole, or returns False to drop it.
-Mend = Callable[[Work, int, Decoder], bool]
+Mend = Callable[[BatchRequest, int, Decoder], bool]
 
 
 class ImagesGone(RuntimeError):
@@ -110,15 +110,15 @@ def _as_decoded(data: bytes | OSError, by_pillow: bool) -> bytes | OSError:
 
 
 def decode(
-    works: Iterator[Work],
+    works: Iterator[BatchRequest],
     images: ImageSet,
     decoder: Decoder,
     skipped: Skipped,
     mend: Mend,
-) -> Iterator[tuple[torch.Tensor, Work]]:
+) -> Iterator[tuple[torch.Tensor, BatchRequest]]:
     """(images_B3HW, work) in the order of `works`; bad images replaced or dropped by `mend`."""
-    reading: deque[Work] = deque()
-    inside: deque[Work] = deque()
+    reading: deque[BatchRequest] = deque()
+    inside: deque[BatchRequest] = deque()
     with ThreadPoolExecutor(READ_TASKS, thread_name_prefix="read") as pool:
         try:
             while True:
@@ -147,7 +147,7 @@ def _top_up(works, images: ImageSet, pool, reading: deque, count: int, skipped: 
         reading.append(work)
 
 
-def _complete(work: Work, decoder: Decoder, skipped: Skipped, mend: Mend) -> Work:
+def _complete(work: BatchRequest, decoder: Decoder, skipped: Skipped, mend: Mend) -> BatchRequest:
     """Wait for the bytes; treat what could not be read and what is known to be doubtful."""
     encoded = [data for task in work.reads for data in task.result()]
     work.reads = []
@@ -164,7 +164,7 @@ def _complete(work: Work, decoder: Decoder, skipped: Skipped, mend: Mend) -> Wor
     return work
 
 
-def usable(work: Work, b: int, decoder: Decoder, skipped: Skipped) -> bool:
+def usable(work: BatchRequest, b: int, decoder: Decoder, skipped: Skipped) -> bool:
     """Whether image b decodes; if only Pillow can read its bytes, these become Pillow's pixels."""
     data = decoder.alone(work.feed, b)
     if data is None:
@@ -175,7 +175,9 @@ def usable(work: Work, b: int, decoder: Decoder, skipped: Skipped) -> bool:
     return True
 
 
-def _mend_all(work: Work, failed: dict[int, str], decoder, skipped: Skipped, mend: Mend) -> None:
+def _mend_all(
+    work: BatchRequest, failed: dict[int, str], decoder, skipped: Skipped, mend: Mend
+) -> None:
     dropped = []
     for b, reason in failed.items():
         skipped.count += 1
@@ -194,7 +196,7 @@ def _submit(inside: deque, decoder: Decoder, skipped: Skipped, mend: Mend) -> No
         _repair(inside, decoder, skipped, mend, error)
 
 
-def _collect(inside: deque, decoder, skipped, mend) -> tuple[torch.Tensor, Work] | None:
+def _collect(inside: deque, decoder, skipped, mend) -> tuple[torch.Tensor, BatchRequest] | None:
     while inside:
         try:
             tensor = decoder.collect()

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from cjepa_fast.data import formats
-from cjepa_fast.data.decode import DEPTH, DecodeFailed, Feed, Look
+from cjepa_fast.data.decode import DEPTH, DecodeFailed, DecodeRequest, DecodeSettings
 from cjepa_fast.runtime import oom
 
 # DALI raises RuntimeError for a sample, IndexError once the pipeline is no longer valid.
@@ -28,13 +28,13 @@ def problem(device: torch.device) -> str | None:
 
     Raises what DALI raises where memory is short: that says nothing about DALI.
     """
-    look = Look(8, (0.0,) * 3, (1.0,) * 3, device, torch.float32, 1)
+    look = DecodeSettings(8, (0.0,) * 3, (1.0,) * 3, device, torch.float32, 1)
     try:
         pipe = build(look, 1, 1, 1)
-        _feed(pipe, look, Feed([BLACK_PPM], np.array([[0, 0, 16, 16]], np.int32)))
+        _feed(pipe, look, DecodeRequest([BLACK_PPM], np.array([[0, 0, 16, 16]], np.int32)))
         pipe.run()
     except (ImportError, OSError, *FAILURES) as error:
-        if oom.is_meant(error):
+        if oom.is_out_of_memory(error):
             raise
         return str(error).strip().split("\n")[0] or type(error).__name__
     return None
@@ -49,8 +49,8 @@ def _failures():
         raise DecodeFailed(str(error)) from error
 
 
-def build(look: Look, batch_size: int, threads: int, depth: int):
-    """A built DALI pipeline with the inputs of Feed. On the CPU it needs no GPU at all."""
+def build(look: DecodeSettings, batch_size: int, threads: int, depth: int):
+    """A built DALI pipeline with the inputs of DecodeRequest. On the CPU it needs no GPU at all."""
     import nvidia.dali.fn as fn
     from nvidia.dali import pipeline_def, types
     from nvidia.dali.auto_aug.rand_augment import rand_augment
@@ -105,7 +105,7 @@ def build(look: Look, batch_size: int, threads: int, depth: int):
     return pipe
 
 
-def _feed(pipe, look: Look, feed: Feed) -> None:
+def _feed(pipe, look: DecodeSettings, feed: DecodeRequest) -> None:
     pipe.feed_input("encoded", [np.frombuffer(data, np.uint8) for data in feed.encoded])
     pipe.feed_input("start", np.ascontiguousarray(feed.window_B4[:, :2]))
     pipe.feed_input("shape", np.ascontiguousarray(feed.window_B4[:, 2:]))
@@ -119,7 +119,7 @@ def _feed(pipe, look: Look, feed: Feed) -> None:
 class DaliDecoder:
     """decode.Decoder by the pipeline above, on the device of the tensors."""
 
-    def __init__(self, look: Look, batch_size: int):
+    def __init__(self, look: DecodeSettings, batch_size: int):
         self._look, self._batch_size = look, batch_size
         self._stream = torch.cuda.Stream(look.device) if look.device.type == "cuda" else None
         self._probe = None
@@ -130,7 +130,7 @@ class DaliDecoder:
         self._pipe = build(self._look, self._batch_size, self._look.threads, DEPTH)
         self._fed = 0
 
-    def submit(self, feed: Feed) -> None:
+    def submit(self, feed: DecodeRequest) -> None:
         with _failures():
             _feed(self._pipe, self._look, feed)
             self._last = feed
@@ -161,7 +161,7 @@ class DaliDecoder:
         self._stream.synchronize()  # the loader's own thread waits, the training does not
         return copy
 
-    def alone(self, feed: Feed, b: int) -> bytes | None:
+    def alone(self, feed: DecodeRequest, b: int) -> bytes | None:
         one = feed.rows([b])
         if self._decodes(one):
             return feed.encoded[b]
@@ -171,7 +171,7 @@ class DaliDecoder:
             return None
         return one.encoded[0] if self._decodes(one) else None
 
-    def _decodes(self, one: Feed) -> bool:
+    def _decodes(self, one: DecodeRequest) -> bool:
         """DALI's own verdict, on its own device, about a batch of one."""
         if self._probe is None:
             self._probe = build(self._look, 1, 1, 1)

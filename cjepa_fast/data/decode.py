@@ -11,7 +11,7 @@ MOST_MAGNITUDE = 30  # of RandAugment: there the changes are strongest
 
 
 @dataclass(frozen=True)
-class Look:
+class DecodeSettings:
     """How images are shown. mean, std: of RGB in 0..1. dtype: of the tensors that come out.
 
     rand_augment: how many changes an image gets, their magnitude, DALI's seed.
@@ -41,7 +41,7 @@ class Look:
 
 
 @dataclass
-class Feed:
+class DecodeRequest:
     """What a decoder is fed for a batch: encoded bytes and, per image, how to show it.
 
     window_B4: int32 top, left, height, width; flip_B: int32 0 or 1, or None; colour_B3: float32
@@ -55,10 +55,10 @@ class Feed:
     colour_B3: np.ndarray | None = None
     augment_BC: np.ndarray | None = None
 
-    def rows(self, keep: list[int]) -> "Feed":
+    def rows(self, keep: list[int]) -> "DecodeRequest":
         given = (self.window_B4, self.flip_B, self.colour_B3, self.augment_BC)
         kept = (None if values is None else values[keep] for values in given)
-        return Feed([self.encoded[b] for b in keep], *kept)
+        return DecodeRequest([self.encoded[b] for b in keep], *kept)
 
 
 class DecodeFailed(RuntimeError):
@@ -74,13 +74,13 @@ class Decoder(Protocol):
 
     def restart(self) -> None: ...
 
-    def submit(self, feed: Feed) -> None:
+    def submit(self, feed: DecodeRequest) -> None:
         """Raises DecodeFailed."""
 
     def collect(self) -> torch.Tensor:
         """The oldest submitted batch: (B, 3, S, S), ready for any stream. Raises DecodeFailed."""
 
-    def alone(self, feed: Feed, b: int) -> bytes | None:
+    def alone(self, feed: DecodeRequest, b: int) -> bytes | None:
         """The bytes by which image b of the batch decodes when it is alone, None if none do.
 
         They are its own, or Pillow's pixels of it where the decoder cannot read the file. The

@@ -12,7 +12,7 @@ import torch
 
 from cjepa_fast.data import dali
 from cjepa_fast.data.dali import DaliDecoder, DaliWholeDecoder
-from cjepa_fast.data.decode import Decoder, Look, WholeDecoder
+from cjepa_fast.data.decode import Decoder, DecodeSettings, WholeDecoder
 from cjepa_fast.data.pillow_decode import PillowDecoder, PillowWholeDecoder
 
 DALI, PILLOW = "dali", "pillow"
@@ -20,7 +20,7 @@ CHOICES = ("auto", DALI, PILLOW)  # of data.decoder
 VARIABLE = "CJEPA_DECODER"  # what "auto" means, for the evaluations too
 
 
-def open_decoder(kind: str, look: Look, batch_size: int) -> Decoder:
+def open_decoder(kind: str, look: DecodeSettings, batch_size: int) -> Decoder:
     """kind: what chosen() answered."""
     if kind == PILLOW:
         return PillowDecoder(look)

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from cjepa_fast.data import crops
-from cjepa_fast.data.batches import Skipped, Work, decode
-from cjepa_fast.data.decode import Feed, Look
+from cjepa_fast.data.batches import BatchRequest, Skipped, decode
+from cjepa_fast.data.decode import DecodeRequest, DecodeSettings
 from cjepa_fast.data.decoders import chosen, open_decoder
 from cjepa_fast.data.sources import ImageSet
 
@@ -36,15 +36,17 @@ def eval_batches(
     """
     if not 0 < resize <= 1:
         raise ValueError(f"resize is the share of the short side to keep, in (0, 1], not {resize}")
-    look = Look(image_size, tuple(mean), tuple(std), torch.device(device), dtype, threads)
+    look = DecodeSettings(image_size, tuple(mean), tuple(std), torch.device(device), dtype, threads)
     made = open_decoder(chosen(decoder, look.device, log), look, batch_size)
     windows_N4 = crops.centre(images.sizes_N2, resize) if windows_N4 is None else windows_N4
 
-    def show(index_B: np.ndarray) -> Feed:
-        return Feed([], windows_N4[index_B])
+    def show(index_B: np.ndarray) -> DecodeRequest:
+        return DecodeRequest([], windows_N4[index_B])
 
     every_N = np.arange(len(images))
-    works = (Work(every_N[a : a + batch_size], show) for a in range(0, len(images), batch_size))
+    works = (
+        BatchRequest(every_N[a : a + batch_size], show) for a in range(0, len(images), batch_size)
+    )
     drop = lambda work, b, decoder: False  # noqa: E731
     decoded = decode(works, images, made, Skipped(images, log), drop)
     with contextlib.closing(decoded):

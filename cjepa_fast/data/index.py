@@ -115,7 +115,7 @@ def lock(file: Path):
         file.parent.mkdir(parents=True, exist_ok=True)
         handle = open(file.with_suffix(".lock"), "w")  # noqa: SIM115 (closed below)
     except OSError:
-        yield  # a read-only cache: each process indexes for itself
+        yield  # a read-only cache: each rank indexes for itself
         return
     with handle:
         with contextlib.suppress(OSError):  # file systems without locks: likewise

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from cjepa_fast.data import crops, rng
-from cjepa_fast.data.batches import ImagesGone, Skipped, Work, decode, read_one, usable
-from cjepa_fast.data.decode import Decoder, Feed, Look
+from cjepa_fast.data.batches import BatchRequest, ImagesGone, Skipped, decode, read_one, usable
+from cjepa_fast.data.decode import Decoder, DecodeRequest, DecodeSettings
 from cjepa_fast.data.decoders import chosen, open_decoder
 from cjepa_fast.data.masks import Masks
 from cjepa_fast.data.sources import ImageSet
@@ -45,7 +45,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class _Place:
-    """Which part of the run a batch is: the tag that its Work carries."""
+    """Which part of the run a batch is: the tag that its BatchRequest carries."""
 
     epoch: int
     step: int
@@ -101,7 +101,7 @@ class Loader:
         self._seed, self._masks, self._prefetch = seed, masks, prefetch
         self._device = _with_index(torch.device(device))
         self.decoder = chosen(decoder, self._device, log if rank == 0 else lambda line: None)
-        self._look = Look(
+        self._look = DecodeSettings(
             image_size, tuple(mean), tuple(std), self._device, dtype, threads,
             flip, colour > 0, hw_decoder_load, rand_augment and (*rand_augment, seed + rank),
         )  # fmt: skip
@@ -123,7 +123,7 @@ class Loader:
         for iteration in list(self._running):
             iteration.close()
 
-    def _works(self, start_step: int) -> Iterator[Work]:
+    def _works(self, start_step: int) -> Iterator[BatchRequest]:
         for overall in itertools.count(start_step):
             epoch, step = divmod(overall, self.steps_per_epoch)
             for micro in range(self.accumulation):
@@ -134,15 +134,15 @@ class Loader:
                 places_B = torch.arange(first, first + self._micro_batch)
                 index_B = self.order(epoch)[places_B].numpy()
                 place = _Place(epoch, step, micro, places_B)
-                yield Work(index_B, lambda index_B, p=place: self._show(p, index_B), place)
+                yield BatchRequest(index_B, lambda index_B, p=place: self._show(p, index_B), place)
 
-    def _show(self, place: _Place, index_B: np.ndarray) -> Feed:
+    def _show(self, place: _Place, index_B: np.ndarray) -> DecodeRequest:
         def uniforms(stream: int, count: int) -> np.ndarray:
             return rng.uniforms(self._seed, stream, place.epoch, place.places_B, count).numpy()
 
         sizes_B2 = self.images.sizes_N2[index_B]
         crop_BC = uniforms(rng.CROP, crops.CROP_UNIFORMS)
-        return Feed(
+        return DecodeRequest(
             [],
             crops.random_resized(sizes_B2, crop_BC, self._scale, self._ratio),
             crops.flips(uniforms(rng.FLIP, 1)) if self._look.flip else None,
@@ -154,7 +154,7 @@ class Loader:
             else None,
         )
 
-    def _stand_in(self, work: Work, b: int, decoder: Decoder) -> bool:
+    def _stand_in(self, work: BatchRequest, b: int, decoder: Decoder) -> bool:
         """Fill the hole at b: with an image of the epoch's dropped tail, else of the whole epoch.
 
         Candidates are drawn by (seed, epoch, place) and the first good one stays, so any rank and

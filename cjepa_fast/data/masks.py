@@ -24,7 +24,7 @@ from cjepa_fast.model.packed import PackedContext, pack
 TRIES = 20  # redraws of a layout that keeps too little, before targets are given up (released code)
 FIXED_QUANTILE = 0.1  # "fixed": this share of the images, at most, comes out short and is redrawn
 PACKED_SIGMAS = 3.0  # "packed": the budget lies so far above the mean, so 1 batch in 700 exceeds it
-TILE = 128  # rows that the large matrix products take at a time
+TILE = 128  # rows that the large matmuls take at a time
 _ATTEMPT_SHIFT = 40  # places stay below 2^40; the bits above hold the number of the redraw
 # torch works through fewer than 2^15 elements in the calling thread. Beyond, each of some 60 small
 # steps waits for the other threads: on a busy machine 20 to 100 times the work (measured).

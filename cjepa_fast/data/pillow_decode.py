@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from cjepa_fast.data import formats, rand_augment
-from cjepa_fast.data.decode import DecodeFailed, Feed, Look
+from cjepa_fast.data.decode import DecodeFailed, DecodeRequest, DecodeSettings
 
 # DALI's, of R, G, B: luma, and two differences of colour that a saturation scales.
 YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
@@ -25,10 +25,10 @@ HALF_RANGE = 128.0  # the level that a contrast leaves as it is
 class PillowDecoder:
     """decode.Decoder: each image is a task of a pool of look.threads threads."""
 
-    def __init__(self, look: Look):
+    def __init__(self, look: DecodeSettings):
         self._look = look
         self._pool = ThreadPoolExecutor(look.threads, thread_name_prefix="decode")
-        self._inside: deque[tuple[Feed, list[Future]]] = deque()
+        self._inside: deque[tuple[DecodeRequest, list[Future]]] = deque()
         self._stream = torch.cuda.Stream(look.device) if look.device.type == "cuda" else None
         self._mean = torch.tensor(look.mean).mul(255.0).view(3, 1, 1).to(look.device)
         self._scale = torch.tensor(look.std).mul(255.0).reciprocal().view(3, 1, 1).to(look.device)
@@ -39,7 +39,7 @@ class PillowDecoder:
                 task.cancel()
         self._inside.clear()
 
-    def submit(self, feed: Feed) -> None:
+    def submit(self, feed: DecodeRequest) -> None:
         tasks = [self._pool.submit(shown, self._look, feed, b) for b in range(len(feed.window_B4))]
         self._inside.append((feed, tasks))
 
@@ -62,7 +62,7 @@ class PillowDecoder:
         images_B3HW = pixels_B3HW.to(torch.float32, memory_format=torch.contiguous_format)
         return images_B3HW.sub_(self._mean).mul_(self._scale).to(self._look.dtype)
 
-    def alone(self, feed: Feed, b: int) -> bytes | None:
+    def alone(self, feed: DecodeRequest, b: int) -> bytes | None:
         known = next((tasks[b] for inside, tasks in self._inside if inside is feed), None)
         try:
             known.result() if known else shown(self._look, feed, b)
@@ -89,7 +89,7 @@ def pixels(data: bytes) -> np.ndarray:
     return np.array(formats.decode_rgb(data))
 
 
-def shown(look: Look, feed: Feed, b: int) -> np.ndarray:
+def shown(look: DecodeSettings, feed: DecodeRequest, b: int) -> np.ndarray:
     """Image b of a batch as it is shown, (S, S, 3) uint8. Raises OSError if it cannot be."""
     window = window_of(formats.decode_rgb(feed.encoded[b]), *map(int, feed.window_B4[b]))
     pixels_HW3 = np.asarray(resized(window, look.image_size))

@@ -1,4 +1,4 @@
-"""Where images come from: a folder tree, WebDataset shards (plain tars), or the embedded set.
+"""Where images come from: a folder tree, WebDataset shards (plain tars), or the synthetic dataset.
 
     images = open_images("/data/imagenet/train")          # classes: first-level sub-folders
     images = open_images("/data/shards/x-{000000..000127}.tar")

@@ -172,7 +172,8 @@ def labelled_sides(
     data: str, test: str | None, max_train: int | None = None, max_test: int | None = None
 ) -> tuple[Side, Side]:
     """Training and test images, at most so many. Without `test`, 20 % of `data` by a hash of the
-    names; the embedded set has its own held-out split. Raises ValueError where labels are missing.
+    names; the synthetic dataset has its own held-out split. Raises ValueError where labels are
+    missing.
     """
     train_set = labelled(data)
     if test is None and data == "shapes":
@@ -246,7 +247,7 @@ def report(
 
     rows: of plain values, each with "encoder", its name; headings: the columns by key, in order;
     settings: names of the arguments that decide the numbers; picture: a file drawn of them. Only
-    the first process does so.
+    rank 0 does so.
     """
     if distributed.rank() != 0:
         return
@@ -274,7 +275,7 @@ def report(
 
 def tell(args: argparse.Namespace, rows: list[Row], headings: dict[str, str], label: str) -> None:
     """Of a picture, print its numbers and write them to --json. label: the key of a row's name.
-    Only the first process does so."""
+    Only rank 0 does so."""
     if distributed.rank() != 0:
         return
     print_table(rows, headings, label)

@@ -22,7 +22,7 @@ from cjepa_fast.data.sources import ImageSet
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime.distributed import (
     from_all,
-    from_first_process,
+    from_rank_0,
     rank,
     rows_on_first,
     to_all,
@@ -32,7 +32,7 @@ from cjepa_fast.runtime.files import read_tensors, write_tensors
 from cjepa_fast.telemetry.progress import shown_bar
 
 TOLD_BYTES = 2**30  # of a file of features, before it is told of
-WAY = 1  # counted up where the same image would be read in another way: older features are stale
+CACHE_VERSION = 1  # counted up where an image would be read in another way: older ones are stale
 
 
 @torch.inference_mode()
@@ -72,7 +72,7 @@ def extract(
         return make()
     kept = None if keep is None else hashlib.sha256(keep.numpy().tobytes()).hexdigest()
     facts = [
-        WAY,
+        CACHE_VERSION,
         digest(encoder),
         images.fingerprint,
         kept,
@@ -87,7 +87,7 @@ def extract(
     if (found := _kept_for_all(path)) is None:
         features, places = make(everywhere=False)
         whole = len(places) == len(images if keep is None else keep)
-        if from_first_process(lambda: whole and _keep(path, features, places)) and world_size() > 1:
+        if from_rank_0(lambda: whole and _keep(path, features, places)) and world_size() > 1:
             found = _kept_for_all(path)  # one copy for the processes of a machine: it is mapped
         if found is None:
             return to_all(features), places
@@ -105,7 +105,7 @@ def _compute(encoder: Encoder, images: ImageSet, *, flip, layers, pooled, device
         images, function, image_size=encoder.image_size, mean=encoder.mean, std=encoder.std,
         device=device, **options,
     )  # fmt: skip
-    if not from_first_process(lambda: all(x.isfinite().all() for x in features.split(4096))):
+    if not from_rank_0(lambda: all(x.isfinite().all() for x in features.split(4096))):
         raise ValueError("the encoder's features are not finite: its weights are of no use")
     return features, places
 
@@ -164,7 +164,7 @@ def image_vectors(
     """`function` (B, 3, H, W) -> (B, D) over a set: (n, D) and the positions (n,), on the CPU.
 
     windows_n4: what to show of each of `keep`, instead of the centre; an image may then be there
-    several times. everywhere: on all processes, not on the first alone. Raises ValueError where no
+    several times. everywhere: on all ranks, not on the first alone. Raises ValueError where no
     image could be read.
     """
     keep = torch.arange(len(images)) if keep is None else keep

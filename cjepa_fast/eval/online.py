@@ -56,7 +56,7 @@ class OnlineEvaluation:
         self._owed = self._told = False
 
     def due(self, step: int) -> bool:
-        """Whether to judge after this step; of the first process alone the answer counts."""
+        """Whether to judge after this step; of rank 0 alone the answer counts."""
         self._owed |= step % self.every == 0
         if not self._owed or rank():
             return False
@@ -93,7 +93,7 @@ class OnlineEvaluation:
 
     @torch.no_grad()
     def _features(self, encoder, images: ImageSet, keep_n: torch.Tensor):
-        """(n, D) fp32 and the positions (n,), on the CPU, of all processes' shares."""
+        """(n, D) fp32 and the positions (n,), on the CPU, of all ranks' shares."""
         share = keep_n[rank() :: world_size()]
         found = []
         for images_B3HW, place_B in self._batches(images, share, len(keep_n)):
@@ -106,7 +106,7 @@ class OnlineEvaluation:
     def _batches(
         self, images: ImageSet, share: torch.Tensor, total: int
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Batches of one size, equally many on each process; positions of the real images."""
+        """Batches of one size, equally many on each rank; positions of the real images."""
         B = self.batch_size
         read = eval_batches(Subset(images, share), batch_size=B, **self.reading)
         with contextlib.closing(read):
@@ -177,7 +177,7 @@ def build_online(
 
 
 def build_snapshots(config: Config, images: ImageSet, masks: MaskSampler) -> SnapshotImages | None:
-    """Of the first process, a few of the training images, by eval.online.pictures.
+    """Of rank 0, a few of the training images, by eval.online.pictures.
 
     None where nothing would show them: drawing takes longer than judging.
     """

@@ -126,7 +126,7 @@ def _head(form: str) -> str:
 def _description(source: Source, origin: Origin) -> str:
     encoder = source.encoder
     kind = {
-        "target": "the target encoder, the moving average of the trained one",
+        "target": "the target encoder, the EMA of the trained one",
         "context": "the context encoder, the one that gradients trained",
     }[source.which]
     return (

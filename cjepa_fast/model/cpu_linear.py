@@ -25,7 +25,7 @@ ROUNDS = 5  # of a trial
 BETTER = 0.95  # of torch's time: above it oneDNN is not worth other bits
 
 
-class Ways(NamedTuple):
+class LinearBackends(NamedTuple):
     """Which library computes each kind of fp32 call on a CPU: "torch" or "onednn"."""
 
     forward: str = "torch"
@@ -33,16 +33,16 @@ class Ways(NamedTuple):
     gelu: str = "torch"  # a Linear and its GELU, where no gradient is asked
 
 
-_fp32 = Ways()
+_fp32 = LinearBackends()
 
 
-def use(ways: Ways) -> None:
+def use(ways: LinearBackends) -> None:
     """For all fp32 calls of this process from here on. Where oneDNN's call is missing: torch."""
     global _fp32
-    _fp32 = ways if hardware.onednn_linear_works(torch.float32) else Ways()
+    _fp32 = ways if hardware.onednn_linear_works(torch.float32) else LinearBackends()
 
 
-def in_use() -> Ways:
+def in_use() -> LinearBackends:
     return _fp32
 
 
@@ -64,7 +64,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     """F.linear."""
     if not _plain(x, weight, bias):
         return F.linear(x, weight, bias)
-    if x.dtype == torch.float32 and _fp32 == Ways():
+    if x.dtype == torch.float32 and _fp32 == LinearBackends():
         return F.linear(x, weight, bias)
     return _Linear.apply(x, weight, bias)
 
@@ -128,7 +128,7 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-class Use(NamedTuple):
+class LinearUse(NamedTuple):
     """A Linear of a network: rows of x, C, D, and whether it is trained."""
 
     rows: int
@@ -137,20 +137,20 @@ class Use(NamedTuple):
     trained: bool
 
 
-def fastest(uses: Iterable[Use]) -> Ways:
+def fastest(uses: Iterable[LinearUse]) -> LinearBackends:
     """The faster library for each kind of fp32 call, over all these Linears together, by trial."""
     if not hardware.onednn_linear_works(torch.float32):
-        return Ways()
+        return LinearBackends()
     uses = list(uses)
     chosen = {}
-    for kind in Ways._fields:
+    for kind in LinearBackends._fields:
         calls = [_trial(kind, one) for one in uses if one.trained or kind != "backward"]
         torch_s, onednn_s = (sum(_seconds(pair[i]) for pair in calls) for i in range(2))
         chosen[kind] = "onednn" if onednn_s < BETTER * torch_s else "torch"
-    return Ways(**chosen)
+    return LinearBackends(**chosen)
 
 
-def _trial(kind: str, one: Use) -> tuple[Callable[[], object], Callable[[], object]]:
+def _trial(kind: str, one: LinearUse) -> tuple[Callable[[], object], Callable[[], object]]:
     """The same call by torch and by oneDNN."""
     x = torch.randn(one.rows, one.inputs)
     weight, bias = torch.randn(one.outputs, one.inputs), torch.randn(one.outputs)

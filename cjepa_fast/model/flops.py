@@ -1,6 +1,6 @@
 """The counted work of a training step, from the sizes alone: what throughput is judged by.
 
-Counted are the matrix products whose results the method reads, 2 operations per multiply-add,
+Counted are the matmuls whose results the method reads, 2 operations per multiply-add,
 without recomputation: linear layers, the two products of attention, the patch embedding of the
 patches that are embedded; of the predictor's last block the target patches alone. Norms, softmax,
 GELU and the loss are left out, as is usual. What model.checkpointing runs again is counted apart.

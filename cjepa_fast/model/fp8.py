@@ -1,9 +1,9 @@
-"""The linear layers of an encoder that takes no gradient, in 8 bits: weights and inputs by row.
+"""The linear layers of an encoder that takes no gradient, in FP8: weights and inputs by row.
 
     y = x W^T + b  ~  (x8 W8^T) * (scale of the token) * (scale of the output) + b
 
 x8 and W8 are e4m3 (kernels/fp8.py); the sums are fp32, the result bf16. qkv, proj, fc1 and fc2 of
-the blocks are replaced; the norm before qkv and fc1 and the GELU before fc2 write 8 bits at once.
+the blocks are replaced; the norm before qkv and fc1 and the GELU before fc2 write FP8 at once.
 The patch embedding, the attention, the residual and the last norm stay bf16.
 
 Each operand is off by 2.4 % of itself in the mean square, so a product by 3.4 %, whatever the
@@ -42,8 +42,8 @@ def product(x: Rows, weight: Rows, bias: torch.Tensor) -> torch.Tensor:
     return out.view(*x.values.shape[:-1], -1)
 
 
-class Linear8(nn.Module):
-    """A Linear with its weight in 8 bits: `weight` (O, C) e4m3, `scales` (O, 1) fp32, `bias`."""
+class FP8Linear(nn.Module):
+    """A Linear with its weight in FP8: `weight` (O, C) e4m3, `scales` (O, 1) fp32, `bias`."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -63,7 +63,7 @@ class Linear8(nn.Module):
         return product(rows, Rows(self.weight, self.scales), self.bias)
 
 
-class QueryKeyValue8(Linear8):
+class FP8QueryKeyValue(FP8Linear):
     """q, k and v of all tokens, as vit.QueryKeyValue gives them."""
 
     def forward(self, x: Rows, last: None = None, layout: None = None) -> tuple[torch.Tensor, ...]:
@@ -74,8 +74,8 @@ class QueryKeyValue8(Linear8):
         return super().forward(x)
 
 
-class Norm8(nn.Module):
-    """A LayerNorm whose output is in 8 bits."""
+class FP8Norm(nn.Module):
+    """A LayerNorm whose output is in FP8."""
 
     def __init__(self, norm: nn.LayerNorm):
         super().__init__()
@@ -85,26 +85,28 @@ class Norm8(nn.Module):
         return quantise_norm(x, self.weight, self.bias, self.eps)
 
 
-class MLP8(nn.Module):
+class FP8MLP(nn.Module):
     def __init__(self, mlp: nn.Module):
         super().__init__()
-        self.fc1, self.fc2 = Linear8(mlp.fc1), Linear8(mlp.fc2)
+        self.fc1, self.fc2 = FP8Linear(mlp.fc1), FP8Linear(mlp.fc2)
 
     def forward(self, x: Rows) -> torch.Tensor:
         return self.fc2(quantise_gelu(self.fc1(x)))
 
 
-def linears_to_8_bits(encoder: nn.Module) -> dict[str, Linear8]:
+def linears_to_fp8(encoder: nn.Module) -> dict[str, FP8Linear]:
     """Replace the linear layers of an encoder's blocks, in place: the new ones, by weight's name.
 
     The encoder must be in bf16 and takes no gradient from here on.
     """
     for block in encoder.blocks:
-        block.norm1, block.norm2 = Norm8(block.norm1), Norm8(block.norm2)
-        block.attn.qkv = QueryKeyValue8(block.attn.qkv)
-        block.attn.proj = Linear8(block.attn.proj)
-        block.mlp = MLP8(block.mlp)
-    layers = {name: layer for name, layer in encoder.named_modules() if isinstance(layer, Linear8)}
+        block.norm1, block.norm2 = FP8Norm(block.norm1), FP8Norm(block.norm2)
+        block.attn.qkv = FP8QueryKeyValue(block.attn.qkv)
+        block.attn.proj = FP8Linear(block.attn.proj)
+        block.mlp = FP8MLP(block.mlp)
+    layers = {
+        name: layer for name, layer in encoder.named_modules() if isinstance(layer, FP8Linear)
+    }
     return {f"{name}.weight": layer for name, layer in layers.items()}
 
 
@@ -113,6 +115,4 @@ def check_device(device: torch.device) -> None:
     if device.type == "cuda" and not hardware.gpu_multiplies_fp8(device):
         major, minor = hardware.capability(device)
         name = torch.cuda.get_device_name(device)
-        raise ValueError(
-            f"{name} (sm_{major}{minor}) cannot multiply 8 bits, which begins with sm_89"
-        )
+        raise ValueError(f"{name} (sm_{major}{minor}) cannot multiply FP8, which begins with sm_89")

@@ -60,7 +60,7 @@ def patchify(images_B3HW: torch.Tensor, patch_size: int) -> torch.Tensor:
 
 
 class PatchProjection(nn.Conv2d):
-    """A patch-sized convolution as a matrix product, so that chosen patches alone are embedded."""
+    """A patch-sized convolution as a matmul, so that chosen patches alone are embedded."""
 
     def forward(self, patches_BKC: torch.Tensor) -> torch.Tensor:
         return linear(patches_BKC, self.weight.flatten(1), self.bias)

@@ -73,7 +73,7 @@ def keep_freed_memory() -> None:
         mallopt(trim_threshold, 2**31 - 1)
 
 
-def part() -> None:
+def leave_group() -> None:
     """Leave the process group, where one was joined."""
     _beside_the_gpus.cache_clear()
     if dist.is_initialized():
@@ -157,7 +157,7 @@ class AllRanks:
 
 
 def mean_over_ranks(terms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """0-d tensors by name, averaged over all processes in one collective; no host sync."""
+    """0-d tensors by name, averaged over all ranks in one collective; no host sync."""
     if world_size() == 1:
         return terms
     values = torch.stack(list(terms.values()))
@@ -175,10 +175,10 @@ def from_all(mine: T) -> list[T]:
 
 
 def rows_on_first(mine_nD: torch.Tensor, row_n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of one tensor that each process has some of, put together by their ascending numbers.
+    """Rows of one tensor that each rank has some of, put together by their ascending numbers.
 
     mine_nD (n, ...) on the CPU, of one dtype everywhere, and its rows' numbers (n,), ascending.
-    Returns (N, ...), empty but on process 0, and the numbers of all (N,) on every process. They
+    Returns (N, ...), empty but on process 0, and the numbers of all (N,) on every rank. They
     pass a piece at a time, so process 0 needs room for them and its own, and no more.
     """
     if world_size() == 1:
@@ -202,10 +202,10 @@ def rows_on_first(mine_nD: torch.Tensor, row_n: torch.Tensor) -> tuple[torch.Ten
 
 
 def to_all(tensor: torch.Tensor) -> torch.Tensor:
-    """Process 0's tensor, on the CPU, on every process."""
+    """Process 0's tensor, on the CPU, on every rank."""
     if world_size() == 1:
         return tensor
-    shape, dtype = from_first_process(lambda: (tensor.shape, tensor.dtype))
+    shape, dtype = from_rank_0(lambda: (tensor.shape, tensor.dtype))
     tensor = tensor if rank() == 0 else torch.empty(shape, dtype=dtype)
     for piece in tensor.split(PIECE_ROWS):
         dist.broadcast(piece, src=0, group=_beside_the_gpus())
@@ -227,7 +227,7 @@ def _beside_the_gpus() -> dist.ProcessGroup:
     return dist.new_group(backend="gloo", **_group_options)
 
 
-def from_first_process(make: Callable[[], T]) -> T:
+def from_rank_0(make: Callable[[], T]) -> T:
     """What make() returns on process 0, on all; a ValueError or OSError of it is raised on all."""
     made: list = [None, None]
     if rank() == 0:
@@ -243,7 +243,7 @@ def from_first_process(make: Callable[[], T]) -> T:
 
 
 def first_on_each_node(make: Callable[[], T]) -> T:
-    """make() on the first process of each node, then on the others, which find its caches.
+    """make() on rank 0 of each node, then on the others, which find its caches.
 
     An error on any process is raised on all, so that none waits for one that has gone.
     """

@@ -76,7 +76,7 @@ def onednn_limit() -> str:
 
 
 def tier() -> str:
-    """The instructions that matrix products use here, as "AVX2" or "AVX-512 bf16"."""
+    """The instructions that matmuls use here, as "AVX2" or "AVX-512 bf16"."""
     flags, limit = cpu_flags(), onednn_limit()
     order = ("SSE41", "AVX2", "AVX512_CORE", "AVX512_CORE_BF16", "AVX512_CORE_AMX")
     has = {

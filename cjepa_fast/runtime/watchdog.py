@@ -1,9 +1,9 @@
 """Notices a process that is gone or stuck, says which one it is, and ends the run.
 
-The main thread of every process sets marks ("waiting for data", step 12); threads beside it publish
+The main thread of every rank sets marks ("waiting for data", step 12); threads beside it publish
 them as heartbeats, in the store at which the processes met. Process 0 reads all heartbeats and
 judges; the others read its own, with its verdict in it, and judge it alone. A heartbeat is a sign
-of life if it has changed. How long ago that was is told by a clock that each process lets go on for
+of life if it has changed. How long ago that was is told by a clock that each rank lets go on for
 itself, and that stands still while the process is stopped: nobody's time of day is read.
 
 A main thread that waits for NCCL or for the GPU leaves the interpreter to these threads; torch's

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 
 from cjepa_fast.telemetry.nvml import GpuCounters
-from cjepa_fast.telemetry.sinks import Aside, Board, Mirror, WeightsAndBiases, is_number
+from cjepa_fast.telemetry.sinks import AsyncSink, Sink, TensorBoardSink, WandbSink, is_number
 
 REFRESH_S = 0.5  # on a terminal the line is redrawn no oftener than this
-RATE_MEMORY = 0.7  # weight of the past in the moving average of the step time behind the ETA
+RATE_MEMORY = 0.7  # weight of the past in the EMA of the step time behind the ETA
 TERMS = ("jepa", "sim", "std", "cov")  # the loss's terms on the progress line
 
 
@@ -67,11 +67,11 @@ class Telemetry:
         self._start_s = time.perf_counter()
         self._log = Lines(self.message, folder / "log.jsonl")
         self._events: dict[str, Lines] = {}
-        self._mirrors: list[Mirror | Aside] = []
+        self._sinks: list[Sink | AsyncSink] = []
         if tensorboard:
-            self._mirrors.append(Board(self.message, folder / "tensorboard", start_step))
+            self._sinks.append(TensorBoardSink(self.message, folder / "tensorboard", start_step))
         if wandb:
-            self._mirrors.append(Aside(WeightsAndBiases, self.message, folder, wandb))
+            self._sinks.append(AsyncSink(WandbSink, self.message, folder, wandb))
         self._gpu = GpuCounters()
         self._shown: dict = {}
         self._step_s: float | None = None
@@ -149,14 +149,14 @@ class Telemetry:
 
     def _write(self, row: dict) -> None:
         self._log.write(row)
-        for mirror in self._mirrors:
-            mirror.write(row)
+        for sink in self._sinks:
+            sink.write(row)
 
     def pictures(self, figures: dict[str, np.ndarray], step: int) -> None:
         """Figures by name, (height, width, 3) uint8, to TensorBoard."""
-        for mirror in () if self.silent else self._mirrors:
-            if isinstance(mirror, Board):
-                mirror.pictures(figures, step)
+        for sink in () if self.silent else self._sinks:
+            if isinstance(sink, TensorBoardSink):
+                sink.pictures(figures, step)
 
     def _text(self, row: dict) -> str:
         left_s = (self.total_steps - row["step"]) * (self._step_s or 0.0)
@@ -201,8 +201,8 @@ class Telemetry:
         if self.silent:
             return
         self._line.end()
-        for mirror in self._mirrors:
-            mirror.close()
+        for sink in self._sinks:
+            sink.close()
 
 
 class Lines:

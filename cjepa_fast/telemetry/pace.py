@@ -11,7 +11,7 @@ LEAST_S = 5.0  # timed, unless one micro-batch takes longer
 class Pace:
     """The time that is left, from the first micro-batches.
 
-    micro_batches: left in the training; images: of each, over all processes.
+    micro_batches: left in the training; images: of each, over all ranks.
     """
 
     def __init__(

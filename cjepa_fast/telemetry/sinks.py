@@ -14,7 +14,7 @@ ROWS_WAITING = 500  # for a service that does not answer, before it is given up
 ANSWER_S = 60.0  # that a service has for the last rows when the run ends
 
 
-class Mirror:
+class Sink:
     """A copy of the rows elsewhere. What goes wrong in it is said once and never stops the run."""
 
     name = ""
@@ -46,19 +46,19 @@ class Mirror:
             )
 
 
-class Aside:
-    """A mirror in a thread of its own: a service that hangs there holds nobody up."""
+class AsyncSink:
+    """A sink in a thread of its own: a service that hangs there holds nobody up."""
 
-    def __init__(self, mirror: type[Mirror], say: Callable[[str], None], *where):
-        self._name, self._say, self._on = mirror.name, say, True
+    def __init__(self, sink: type[Sink], say: Callable[[str], None], *where):
+        self._name, self._say, self._on = sink.name, say, True
         self._rows: queue.Queue[dict | None] = queue.Queue(ROWS_WAITING)  # None: the end
         self._thread = threading.Thread(
-            target=self._serve, args=(mirror, *where), name=mirror.name, daemon=True
+            target=self._serve, args=(sink, *where), name=sink.name, daemon=True
         )
         self._thread.start()
 
-    def _serve(self, mirror: type[Mirror], *where) -> None:
-        served = mirror(self._end_with, *where)
+    def _serve(self, sink: type[Sink], *where) -> None:
+        served = sink(self._end_with, *where)
         while (row := self._rows.get()) is not None:
             served.write(row)
         served.close()
@@ -85,7 +85,7 @@ class Aside:
             self._say(text)
 
 
-class Board(Mirror):
+class TensorBoardSink(Sink):
     """TensorBoard scalars in `folder`."""
 
     name = "TensorBoard"
@@ -114,7 +114,7 @@ class Board(Mirror):
         self._writer.close()
 
 
-class WeightsAndBiases(Mirror):
+class WandbSink(Sink):
     """A run of a project on Weights & Biases, the same one after a resume."""
 
     name = "Weights & Biases"

@@ -184,7 +184,7 @@ def try_deepspeed() -> str:
     from cjepa_fast.runtime import distributed
 
     distributed.deepspeed()
-    distributed.part()
+    distributed.leave_group()
     return f"{version}, joined a group of one"
 
 
@@ -322,7 +322,10 @@ def choice_lines(config: Config, decoders: dict[str, Found]) -> Iterator[tuple[s
     yield "blocks", "our fused kernels" if fused else "PyTorch's operators"
     yield "optimiser", build.optimizer_implementation(config)
     if device.type == "cpu" and config.run.precision == "fp32":
-        uses = [cpu_linear.Use(512, 384, 1536, True), cpu_linear.Use(512, 384, 1536, False)]
+        uses = [
+            cpu_linear.LinearUse(512, 384, 1536, True),
+            cpu_linear.LinearUse(512, 384, 1536, False),
+        ]
         ways = cpu_linear.fastest(uses)._asdict().items()
         yield "linear layers", ", ".join(f"{kind} by {library}" for kind, library in ways)
     dali = decoders["DALI" if device.type == "cpu" else "nvJPEG (DALI)"]

@@ -157,7 +157,7 @@ def largest_batch(found: Plan, gpu: GPU) -> int:
 
 
 def gflop_per_image(config: Config) -> tuple[float, float]:
-    """What is counted, and what the backward computes again beside."""
+    """What is counted, and what the backward recomputes beside."""
     masks = build.build_masks(config)(0, 0, torch.arange(config.data.micro_batch_size))
     M, P = masks.target_idx_BMP.shape[1:]
     sizes = build.counted_sizes(config, masks.context_k, M, P)

@@ -21,7 +21,7 @@ from cjepa_fast.model.loss import CJEPALoss, build_projector
 from cjepa_fast.model.predictor import Predictor
 from cjepa_fast.model.vit import MODELS, Encoder
 from cjepa_fast.runtime import distributed, hardware, trials
-from cjepa_fast.training.engines.single import LocalEngine
+from cjepa_fast.training.engines.single import SingleEngine
 from cjepa_fast.training.engines.zero import DTYPES, Engine
 from cjepa_fast.training.optim import parameter_groups
 
@@ -55,7 +55,7 @@ def build_networks(config: Config, ranks: Ranks | None = None) -> JEPA:
 
 def build_engine(
     networks: JEPA, target: Encoder, config: Config, micro_batch: int, accumulation: int
-) -> Engine | LocalEngine:
+) -> Engine | SingleEngine:
     """By optim.implementation; networks and target, in fp32 and on the device, become its own."""
     optim = config.optim
     options = {
@@ -69,7 +69,7 @@ def build_engine(
     groups = parameter_groups(networks)
     implementation = optimizer_implementation(config)
     if implementation == "adamw_ema":
-        return LocalEngine(networks, target, groups, **options)
+        return SingleEngine(networks, target, groups, **options)
     return Engine(
         networks,
         target,
@@ -82,7 +82,7 @@ def build_engine(
 
 
 def optimizer_implementation(config: Config) -> str:
-    """ "auto" resolved. Raises ConfigError for "adamw_ema" on several processes or with DeepSpeed
+    """ "auto" resolved. Raises ConfigError for "adamw_ema" on several ranks or with DeepSpeed
     settings, which it does not read (but for a ZeRO stage: one process has nothing to shard)."""
     asked, alone = config.optim.implementation, distributed.world_size() == 1
     zero = config.deepspeed.get("zero_optimization", {})
@@ -107,7 +107,7 @@ def choose_attention(
 ) -> dict[str, str]:
     """For attention "auto": the fastest kernel for each network at its own lengths, set in it.
 
-    Timed on the first process and the same on all. On a CPU nothing is timed. Returns the choices.
+    Timed on rank 0 and the same on all. On a CPU nothing is timed. Returns the choices.
     Another backend is tried once: raises ConfigError where it has no kernel here.
     """
     dtype, given = compute_dtype(config), config.model.attention
@@ -132,7 +132,7 @@ def choose_attention(
                     f'model.attention = "{given}": not for the {name} here ({problem}); take "auto"'
                 )
             continue
-        choices[name] = distributed.from_first_process(
+        choices[name] = distributed.from_rank_0(
             lambda shape=shape: fastest(shape, device, dtype)[0]
         )
         for block in blocks:
@@ -146,36 +146,38 @@ TRIED_ROWS = 2048  # of a Linear, in the trial of CPU libraries
 def choose_linear(
     networks: JEPA, config: Config, device: torch.device, micro_batch: int, saved: dict | None
 ) -> dict:
-    """For fp32 on a CPU: the library of each kind of Linear call (linear.Ways), set for all.
+    """For fp32 on a CPU: the library of each kind of Linear call (cpu_linear), set for all.
 
     saved: a checkpoint's, which a resumed run keeps, so that its bits are those of before.
-    Tried on the first process, once a machine (trials.py), and the same on all. {} elsewhere.
+    Tried on rank 0, once a machine (trials.py), and the same on all. {} elsewhere.
     """
     if device.type != "cpu" or config.run.precision != "fp32":
         return {}
-    otherwise = cpu_linear.Ways()._asdict()
+    otherwise = cpu_linear.LinearBackends()._asdict()
     uses = linear_uses(networks, micro_batch)
     facts = {
         "of": "linear", "uses": uses, "processor": hardware.processor_name(),
         "tier": hardware.tier(), "torch": torch.__version__, "threads": torch.get_num_threads(),
     }  # fmt: skip
-    ways = saved or distributed.from_first_process(
+    ways = saved or distributed.from_rank_0(
         lambda: trials.remembered(facts, lambda: cpu_linear.fastest(uses)._asdict(), otherwise)
     )
     cpu_linear.use(
-        cpu_linear.Ways(**{kind: ways.get(kind, "torch") for kind in cpu_linear.Ways._fields})
+        cpu_linear.LinearBackends(
+            **{kind: ways.get(kind, "torch") for kind in cpu_linear.LinearBackends._fields}
+        )
     )
     return cpu_linear.in_use()._asdict()
 
 
-def linear_uses(networks: JEPA, micro_batch: int) -> list[cpu_linear.Use]:
+def linear_uses(networks: JEPA, micro_batch: int) -> list[cpu_linear.LinearUse]:
     """One block's Linears of the encoder, trained and as target, and of the predictor."""
     encoder, predictor = networks.encoder, networks.predictor
     rows = min(TRIED_ROWS, micro_batch * encoder.grid[0] * encoder.grid[1])
     parts = ((encoder.blocks[0], True), (encoder.blocks[0], False),
              (predictor.predictor_blocks[0], True))  # fmt: skip
     return [
-        cpu_linear.Use(rows, layer.in_features, layer.out_features, trained)
+        cpu_linear.LinearUse(rows, layer.in_features, layer.out_features, trained)
         for block, trained in parts
         for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
     ]

@@ -1,13 +1,13 @@
-"""The target encoder: an exponential moving average of the context encoder, kept in fp32.
+"""The target encoder: an EMA of the context encoder, kept in fp32.
 
     target <- momentum * target + (1 - momentum) * encoder
 
-A process keeps the fp32 average of the fragments of the encoder whose fp32 masters it owns: all
+A process keeps the fp32 EMA of the fragments of the encoder whose fp32 masters it owns: all
 under ZeRO-0, its share under the higher stages. The module that computes the targets holds a
-working copy in the compute dtype, written from the average: a bf16 average would drift, since at
-momentum 0.999 most updates are below its rounding. The copy is whole on every process, but under
+working copy in the compute dtype, written from the average: a bf16 EMA would drift, since at
+momentum 0.999 most updates are below its rounding. The copy is whole on every rank, but under
 ZeRO-3, where it is partitioned as the encoder's weights are and gathered as the forward comes to
-them. In fp8 the working copy of the blocks' matrices is in 8 bits: of the average rounded to bf16,
+them. In fp8 the working copy of the blocks' matrices is in FP8: of the average rounded to bf16,
 on one process and on many, and always whole.
 """
 
@@ -20,7 +20,7 @@ from torch import nn
 
 from cjepa_fast.checkpoint.owned import Fragment, fragment_of
 from cjepa_fast.kernels.ema import Number, ema_update, ema_update_rows
-from cjepa_fast.model.fp8 import linears_to_8_bits
+from cjepa_fast.model.fp8 import linears_to_fp8
 
 
 def whole_place(weight: nn.Parameter, fragment: Fragment) -> torch.Tensor:
@@ -36,11 +36,11 @@ class TargetEMA:
 
     target: a copy of the encoder in fp32, moved to `dtype` here; its values start the average.
     group: the processes that together own all fragments, None where each owns them all. fp8: the
-    blocks compute in 8 bits, dtype is bf16. partition: splits a module's weights among the
+    blocks compute in FP8, dtype is bf16. partition: splits a module's weights among the
     processes, each to write what it owns: it returns where a fragment of a weight is then to be
     written.
     Of each fragment `cast` has the average, its master, and its place in the module's weights; in
-    8 bits, `by_row` has the blocks' matrices instead, as average, master and layer.
+    FP8, `by_row` has the blocks' matrices instead, as average, master and layer.
     """
 
     def __init__(
@@ -62,8 +62,8 @@ class TargetEMA:
         ]
         trained = {name: p for name, p in parameters.items() if p.requires_grad}
         self.module = target.to(dtype).requires_grad_(False).eval()
-        matrices = linears_to_8_bits(self.module) if fp8 else {}
-        # A share may cut rows: those are quantised when all processes have completed them.
+        matrices = linears_to_fp8(self.module) if fp8 else {}
+        # A share may cut rows: those are quantised when all ranks have completed them.
         by_row = matrices if group is None else {}
         self._late = [] if by_row else [(trained[name], m) for name, m in matrices.items()]
         if partition:
@@ -97,7 +97,7 @@ class TargetEMA:
 
     @torch.no_grad()
     def update_rows(self, momentum: Number) -> None:
-        """The average of the matrices in 8 bits, and those, by row: none in another precision."""
+        """The average of the matrices in FP8, and those, by row: none in another precision."""
         if self.by_row:
             averages, masters, layers = zip(*self.by_row, strict=True)
             values = [layer.weight.data for layer in layers]
@@ -111,7 +111,7 @@ class TargetEMA:
 
     @torch.no_grad()
     def write_working_copy(self) -> None:
-        """Cast the average into the module's weights, completed from the other processes."""
+        """Cast the average into the module's weights, completed from the other ranks."""
         with self._completed_by_others():
             if self.cast:
                 working = [place for _, _, place in self.cast]

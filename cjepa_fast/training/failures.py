@@ -19,7 +19,7 @@ from cjepa_fast.runtime.provenance import machine, own_commit
 from cjepa_fast.runtime.version import VERSION
 from cjepa_fast.training.start import Options, Session, how_to_resume
 
-TIME_TO_SPEAK_S = 30  # at most: the launcher ends this wait as the first process exits
+TIME_TO_SPEAK_S = 30  # at most: the launcher ends this wait as rank 0 exits
 
 
 @dataclasses.dataclass
@@ -40,7 +40,7 @@ def told(options: Options) -> Iterator[Outcome]:
         outcome.status = 2
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
-        else:  # a launcher ends all processes when one exits: the first is to speak before
+        else:  # a launcher ends all ranks when one exits: the first is to speak before
             time.sleep(TIME_TO_SPEAK_S)
     except ImagesGone as error:
         outcome.status = 1
@@ -52,7 +52,7 @@ def told(options: Options) -> Iterator[Outcome]:
     except Exception as error:
         if outcome.session is None:
             raise
-        if oom.is_meant(error):
+        if oom.is_out_of_memory(error):
             outcome.status = 2
             print(f"error: {_memory_advice(error, outcome.session)}", file=sys.stderr)
         else:

@@ -114,7 +114,7 @@ class Loop:
         progress = state.get("progress", {})
         self.spikes = Spikes(self.config.run.spike_z, progress.get("spikes"))
         self.best: dict = progress.get("best") or NONE_BEST
-        if not distributed.from_first_process(lambda: self.saver.point_at_best(self.best["step"])):
+        if not distributed.from_rank_0(lambda: self.saver.point_at_best(self.best["step"])):
             self.best = NONE_BEST
         self._limit()
 
@@ -193,7 +193,7 @@ class Loop:
         return self.online.due(self.done) or self.done == self.trainer.total_steps
 
     def _evaluate(self) -> dict[str, float]:
-        """The target encoder's marks, on the first process; the best by kNN is remembered."""
+        """The target encoder's marks, on rank 0; the best by kNN is remembered."""
         self.watch.mark("evaluating")
         with self.telemetry.pause(), self.online.counted():
             found = self.online.judge(self.trainer.ema.module)
@@ -202,7 +202,7 @@ class Loop:
         self.telemetry.message(f"target encoder after step {self.done}: {marks}")
         if self.done:
             mark = {"knn": found.get("knn"), "step": self.done}
-            self.best = distributed.from_first_process(
+            self.best = distributed.from_rank_0(
                 lambda: max(self.best, mark, key=lambda mark: mark["knn"])
             )
             self.saver.best = self.best["step"]
@@ -258,7 +258,7 @@ class Loop:
         else:
             text = f"step {outcome.step} was not finite"
         if not outcome.applied:
-            text += f": update and average skipped ({self.bad.in_row} in a row)"
+            text += f": update and EMA skipped ({self.bad.in_row} in a row)"
         names = [self.loader.images.name(int(i)) for b in outcome.batches for i in b.index_B]
         row = {
             "step": outcome.step,
@@ -276,7 +276,7 @@ class Loop:
         """Go back to the newest checkpoint before step `spike`; its images are passed over."""
         self.watch.mark("rewinding")
         self.saver.finish()
-        good = distributed.from_first_process(lambda: self._newest_before(spike))
+        good = distributed.from_rank_0(lambda: self._newest_before(spike))
         if good is None:
             self.telemetry.message(
                 f"no checkpoint before step {spike} that has not been gone back to {MOST_REWINDS} "
@@ -319,7 +319,7 @@ class Loop:
             self.saver.begin(self.done, self._facts())
 
     def _is_saved(self) -> bool:
-        """Whether this state is, as the first process sees it."""
+        """Whether this state is, as rank 0 sees it."""
         last = checkpoint.latest(self.folder) if distributed.rank() == 0 else None
         return last is not None and checkpoint.step_of(last) == self.done
 

@@ -15,7 +15,7 @@ from cjepa_fast import config as configuration
 from cjepa_fast.checkpoint import encoders
 from cjepa_fast.config import Config, ConfigError
 from cjepa_fast.data.loader import Loader
-from cjepa_fast.model.cpu_linear import Ways
+from cjepa_fast.model.cpu_linear import LinearBackends
 from cjepa_fast.runtime import distributed, files, hardware, run_lock, watchdog
 from cjepa_fast.runtime.watchdog import Watchdog
 from cjepa_fast.telemetry import Telemetry
@@ -88,7 +88,7 @@ def begin(
     each. ending: takes what is to be undone, whatever happens. Raises ConfigError.
     """
     asked = session.config
-    ending.callback(distributed.part)
+    ending.callback(distributed.leave_group)
     with input_errors():
         device = distributed.start(asked.run.seed, watchdog.START * asked.run.timeout_s)
         session.watchdog = ending.enter_context(watchdog_of(session))
@@ -108,11 +108,11 @@ def _built(session: Session, device: torch.device) -> tuple[Trainer, Loader, dic
             run_lock.take(run)
         return starting_points(run, options.resume)
 
-    checkpointed = first_whole(distributed.from_first_process(found), options.resume)
+    checkpointed = first_whole(distributed.from_rank_0(found), options.resume)
     state = checkpoint.state_of(checkpointed) if checkpointed else {}
     if state:
         state["config"] = configuration.completed(state["config"])
-        state.setdefault("linear", Ways()._asdict())
+        state.setdefault("linear", LinearBackends()._asdict())
         state.setdefault("decoder", "dali")
         config = configuration.as_begun(config, state["config"])
     config = with_precision(config, device)
@@ -153,7 +153,7 @@ def starting_points(run: Path, resume: str | None) -> list[Path]:
 
 
 def first_whole(found: list[Path], resume: str | None) -> Path | None:
-    """The first of the checkpoints that its manifest bears out; each process reads its share.
+    """The first of the checkpoints that its manifest bears out; each rank reads its share.
 
     What is damaged is named. Raises ValueError where that is all there is, or what was asked for.
     """
@@ -200,7 +200,7 @@ def open_telemetry(
     """
     config, run, rank = session.config, session.folder, distributed.rank()
     with input_errors():
-        distributed.from_first_process(lambda: run_lock.take(run))
+        distributed.from_rank_0(lambda: run_lock.take(run))
         begun = (run / "log.jsonl").exists()
         telemetry = Telemetry(
             run if rank == 0 else None,

@@ -27,7 +27,7 @@ from cjepa_fast.training.build import (
     initialise,
 )
 from cjepa_fast.training.engines.cuda_graph import Graphed
-from cjepa_fast.training.engines.single import LocalEngine
+from cjepa_fast.training.engines.single import SingleEngine
 from cjepa_fast.training.engines.target_stream import TargetStream
 
 FEATURE_ROWS = 1024  # pooled target features that RankMe and the per-dimension std are taken over
@@ -49,7 +49,7 @@ class Trainer:
     ):
         """config: its run.precision resolved (build.with_precision); images: the image set's
         fingerprint; decoder: who decodes them; restoring: a checkpoint will give the weights;
-        linear: its linear.Ways."""
+        linear: its linear.LinearBackends."""
         self.config, self.device, self.restoring = config, device, restoring
         check_target_precision(config, device)
         self.steps_per_epoch, self.images, self.decoder = steps_per_epoch, images, decoder
@@ -123,7 +123,7 @@ class Trainer:
                 self.accumulation > 1
             ),
             "DeepSpeed steps cannot be recorded: that takes one process": (
-                not isinstance(self.engine, LocalEngine)
+                not isinstance(self.engine, SingleEngine)
             ),
         }
         for reason in (text for text, holds in refused.items() if holds):
@@ -137,7 +137,7 @@ class Trainer:
     ) -> tuple[dict[str, torch.Tensor], bool | torch.Tensor]:
         """Optimiser step number `index` (from 0) over the step's micro-batches.
 
-        Returns the terms' means over the step's images, of all processes (0-d tensors by name), and
+        Returns the terms' means over the step's images, of all ranks (0-d tensors by name), and
         whether the update was applied, perhaps as a tensor that nobody has waited for.
         """
         schedules = self.schedules(index)

@@ -1,8 +1,8 @@
-"""The target's exponential moving average, alone or with AdamW, in one pass over all parameters.
+"""The target's EMA, alone or with AdamW, in one pass over all parameters.
 
     plain_update.py   ema_update        t <- m t + (1 - m) w, and optionally the copy of t in
                                         another dtype
-    rows_update.py    ema_update_rows   the same of matrices, and each row of t in 8 bits with its
+    rows_update.py    ema_update_rows   the same of matrices, and each row of t in FP8 with its
                                         scale (fp8.py)
     adamw.py          adamw_ema_step    AdamW's step, then the EMA of the new weights
     lists.py          the checks and the tables of lists of tensors, which they share

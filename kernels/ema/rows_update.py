@@ -1,4 +1,4 @@
-"""The EMA of matrices, and the rows of the result in 8 bits with their scales, in one pass.
+"""The EMA of matrices, and the rows of the result in FP8 with their scales, in one pass.
 
     t <- m t + (1 - m) w,   values[r], scales[r] <- quantise_rows(t[r] rounded to bf16), see fp8.py
 
@@ -117,7 +117,7 @@ def ema_update_rows(
     target: Tensors, online: Tensors, momentum: Number, values: Tensors, scales: Tensors
 ) -> None:
     """ema_update of matrices, in place; values, scales <- the rows of target, rounded to bf16, in
-    8 bits, as fp8.quantise_rows gives them: (rows, C) e4m3 and (rows, 1) fp32 for each matrix.
+    FP8, as fp8.quantise_rows gives them: (rows, C) e4m3 and (rows, 1) fp32 for each matrix.
 
     Lists as ema_update takes them. Raises ValueError for other shapes or types of the copies.
     """

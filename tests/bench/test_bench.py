@@ -53,7 +53,7 @@ def test_provenance_names_what_a_repetition_needs():
 
 
 def timed_row(step_ms: list[float], total_s: float) -> dict:
-    """row_of for a small encoder and made-up times."""
+    """row_of for a small encoder and synthetic times."""
     from types import SimpleNamespace
 
     from cjepa_fast.config import validate

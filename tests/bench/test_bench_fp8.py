@@ -46,7 +46,7 @@ def test_it_measures_and_writes_what_it_saw(bench, tmp_path, capsys):
 
 def test_the_error_is_that_of_8_bits(bench, monkeypatch):
     """None where the layers stay as they were."""
-    monkeypatch.setattr(fp8, "linears_to_8_bits", lambda encoder: {})
+    monkeypatch.setattr(fp8, "linears_to_fp8", lambda encoder: {})
     row = bench.row_of("x", Encoder(32, 8, 48, 1, 3), 2, torch.device("cpu"), 0.0)
     assert row["errors"]["fp8"] == 0 < row["errors"]["bf16"]
 

@@ -1,4 +1,4 @@
-"""bench/power.py: what NVML says during the timed steps, with a made-up NVML."""
+"""bench/power.py: what NVML says during the timed steps, with a synthetic NVML."""
 
 import sys
 import time
@@ -55,7 +55,7 @@ class FakeNVML(types.ModuleType):
 
 @pytest.fixture
 def metered(monkeypatch):
-    """Torch believes in a GPU; returns a function: the meter's findings with a made-up NVML.
+    """Torch believes in a GPU; returns a function: the meter's findings with a synthetic NVML.
 
     Its block takes so many seconds, and until all of NVML's values have been read.
     """

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from cjepa_fast.data import dali, decoders, formats
-from cjepa_fast.data.decode import Feed, Look
+from cjepa_fast.data.decode import DecodeRequest, DecodeSettings
 from cjepa_fast.data.decoders import DALI, PILLOW, open_decoder
 from cjepa_fast.data.evaluation import eval_batches
 from cjepa_fast.data.loader import Loader
@@ -27,7 +27,7 @@ LEVELS = {"cpu": 1.0, "cuda": 3.0}  # in the mean
 
 
 def look(device="cpu", dtype=torch.float32, **options):
-    return Look(48, MEAN, STD, torch.device(device), dtype, 1, **options)
+    return DecodeSettings(48, MEAN, STD, torch.device(device), dtype, 1, **options)
 
 
 @pytest.fixture(params=DECODERS)
@@ -90,7 +90,7 @@ def test_every_kind_is_upright_rgb_as_by_pillow(tmp_path, device, kind_of_decode
     wide = np.array([17, 23, 51, 84]), np.array([23, 17, 84, 51])
     window_B4 = np.array([wide[0] if h < w else wide[1] for h, w in images.sizes_N2], np.int32)
     decoder = open_decoder(kind_of_decoder, look(device), len(KINDS))
-    decoder.submit(Feed([images.read(i) for i in range(len(images))], window_B4))
+    decoder.submit(DecodeRequest([images.read(i) for i in range(len(images))], window_B4))
     got_BHWC = in_levels(decoder.collect())
     for i, (kind, data) in enumerate(KINDS.items()):
         upright = formats.decode_rgb(data)
@@ -117,7 +117,7 @@ def test_flip_colour_and_dtype(device, dtype, kind_of_decoder):
     window_B4 = np.array([[0, 0, 90, 130]] * 3, np.int32)
     factors_B3 = np.array([[1, 1, 1], [0.5, 1, 1], [1, 1, 0]], np.float32)
     decoder = open_decoder(kind_of_decoder, look(device, dtype, flip=True, colour=True), 3)
-    decoder.submit(Feed([data] * 3, window_B4, np.array([0, 1, 0], np.int32), factors_B3))
+    decoder.submit(DecodeRequest([data] * 3, window_B4, np.array([0, 1, 0], np.int32), factors_B3))
     images = decoder.collect()
     assert images.dtype == dtype and images.shape == (3, 3, 48, 48) and images.device.type == device
     plain, dark, grey = in_levels(images)
@@ -130,7 +130,7 @@ def test_flip_colour_and_dtype(device, dtype, kind_of_decoder):
 def test_batches_come_in_order_and_a_partial_one_too(kind_of_decoder):
     decoder = open_decoder(kind_of_decoder, look(), 4)
     window = np.array([[0, 0, 60, 80]], np.int32)
-    feeds = [Feed([made.encoded(made.picture(k))] * n, window.repeat(n, 0)) for k, n in
+    feeds = [DecodeRequest([made.encoded(made.picture(k))] * n, window.repeat(n, 0)) for k, n in
              enumerate([4, 4, 1, 3])]  # fmt: skip
     decoder.submit(feeds[0])
     got = []

@@ -14,7 +14,7 @@ from test_data_loader import indices, loader, take
 
 from cjepa_fast.data import crops, formats, pillow_decode
 from cjepa_fast.data.dali import DaliWholeDecoder
-from cjepa_fast.data.decode import DecodeFailed, Feed, Look
+from cjepa_fast.data.decode import DecodeFailed, DecodeRequest, DecodeSettings
 from cjepa_fast.data.decoders import DALI, PILLOW, open_decoder
 from cjepa_fast.data.masks import MaskSampler
 from cjepa_fast.data.pillow_decode import PillowDecoder, PillowWholeDecoder
@@ -38,7 +38,7 @@ BOTH["noise, gray, 16 bits"] = made.png(NOISE[..., 0].astype(np.uint16) * 255 + 
 ONE_LEVEL = {"cmyk", "noise, 16 bits"}  # apart before the resize; all others are equal
 
 
-def difference(feed: Feed, how: Look) -> np.ndarray:
+def difference(feed: DecodeRequest, how: DecodeSettings) -> np.ndarray:
     """Levels between the two, (B, S, S, 3)."""
     shown = []
     for kind in (DALI, PILLOW):
@@ -61,7 +61,9 @@ def test_whole_images_are_dalis(kind):
 @pytest.mark.parametrize("height, width", [(6, 9), (48, 48), (60, 71)])
 @pytest.mark.parametrize("kind", [k for k in BOTH if "exif" not in k])
 def test_windows_are_dalis(kind, height, width):
-    far = difference(Feed([BOTH[kind]], np.array([[11, 17, height, width]], np.int32)), look())
+    far = difference(
+        DecodeRequest([BOTH[kind]], np.array([[11, 17, height, width]], np.int32)), look()
+    )
     assert far.max() <= (2 if kind in ONE_LEVEL else 1)
 
 
@@ -69,7 +71,7 @@ def test_windows_are_dalis(kind, height, width):
 def test_windows_are_of_the_upright_image(turn):
     for kind in ("JPEG", "PNG"):
         window_B4 = np.array([[30, 5, 50, 70]], np.int32)
-        far = difference(Feed([KINDS[f"{kind} exif {turn}"]], window_B4), look())
+        far = difference(DecodeRequest([KINDS[f"{kind} exif {turn}"]], window_B4), look())
         assert far.max() <= 1
 
 
@@ -80,7 +82,7 @@ def test_flips_and_colours_are_dalis(seed):
     encoded.append(made.encoded(NOISE[:48, :48], "PNG"))
     factors_B3 = random.uniform(0, 2, (B, 3)).astype(np.float32)
     flip_B = random.integers(0, 2, B).astype(np.int32)
-    feed = Feed(encoded, np.array([[0, 0, 48, 48]] * B, np.int32), flip_B, factors_B3)
+    feed = DecodeRequest(encoded, np.array([[0, 0, 48, 48]] * B, np.int32), flip_B, factors_B3)
     assert difference(feed, look(flip=True, colour=True)).max() <= 1
 
 
@@ -90,12 +92,12 @@ def test_real_windows_are_dalis(real_images, seed):
     some = np.random.default_rng(seed).permutation(len(images))[:48]
     uniform_BC = np.random.default_rng(seed).random((len(some), crops.CROP_UNIFORMS))
     encoded, sizes_B2 = [images.read(i) for i in some], images.sizes_N2[some]
-    how = Look(224, MEAN, STD, torch.device("cpu"), torch.float32, 2)
+    how = DecodeSettings(224, MEAN, STD, torch.device("cpu"), torch.float32, 2)
     for scale in ((0.3, 1.0), (0.02, 0.1)):
         window_B4 = crops.random_resized(sizes_B2, uniform_BC, scale, (3 / 4, 4 / 3))
-        assert difference(Feed(encoded, window_B4), how).max() <= 1
+        assert difference(DecodeRequest(encoded, window_B4), how).max() <= 1
     whole_B4 = np.concatenate([np.zeros_like(sizes_B2), sizes_B2], axis=1).astype(np.int32)
-    assert difference(Feed(encoded, whole_B4), how).max() <= 1
+    assert difference(DecodeRequest(encoded, whole_B4), how).max() <= 1
 
 
 def test_the_order_the_crops_and_the_masks_are_those_with_dali(tmp_path):
@@ -115,16 +117,18 @@ def test_the_order_the_crops_and_the_masks_are_those_with_dali(tmp_path):
 # ------------------------------------------------------------------------------ threads, failures
 
 
-def some_feed(count: int = 20) -> Feed:
+def some_feed(count: int = 20) -> DecodeRequest:
     encoded = [made.encoded(made.picture(b, 60 + b, 80)) for b in range(count)]
-    return Feed(encoded, np.array([[3, 4, 50, 60]] * count, np.int32))
+    return DecodeRequest(encoded, np.array([[3, 4, 50, 60]] * count, np.int32))
 
 
 def test_the_number_of_threads_changes_no_bit(monkeypatch):
     feed = some_feed()
     seen = []
     for threads in (1, 2, 7):
-        decoder = PillowDecoder(Look(48, MEAN, STD, torch.device("cpu"), torch.float32, threads))
+        decoder = PillowDecoder(
+            DecodeSettings(48, MEAN, STD, torch.device("cpu"), torch.float32, threads)
+        )
         for _ in range(3):
             decoder.submit(feed)
         seen += [decoder.collect() for _ in range(3)]

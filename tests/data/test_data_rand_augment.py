@@ -8,7 +8,7 @@ from test_data_decode import look
 from test_data_loader import loader, take
 
 from cjepa_fast.data import rand_augment
-from cjepa_fast.data.decode import MOST_MAGNITUDE, Feed
+from cjepa_fast.data.decode import MOST_MAGNITUDE, DecodeRequest
 from cjepa_fast.data.decoders import PILLOW
 from cjepa_fast.data.pillow_decode import PillowDecoder
 from cjepa_fast.data.sources import open_images
@@ -76,7 +76,7 @@ def test_every_change_is_drawn_and_each_image_has_its_own():
     count = len(rand_augment.CHANGES)
     draw_B2 = [((k + 0.01) / count, sign) for k in range(count) for sign in (0.49, 0.51)]
     B = len(draw_B2)
-    feed = Feed(
+    feed = DecodeRequest(
         [made.encoded(IMAGES[0], "PNG")] * B, np.array([[0, 0, SIDE, SIDE]] * B, np.int32),
         augment_BC=np.array(draw_B2),
     )  # fmt: skip

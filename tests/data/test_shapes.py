@@ -1,4 +1,4 @@
-"""The embedded set: deterministic, labelled truly, whole on disk or remade, not given away."""
+"""The synthetic dataset: deterministic, labelled truly, whole on disk or remade, not given away."""
 
 import io
 import json

@@ -27,7 +27,7 @@ def main(data: Path, out: Path) -> int:
     weights = test.tuned(data, test.PLAIN, out / "training", micro_batch=4, resume=True)
     if distributed.rank() == 0:
         torch.save(weights, out / "weights.pt")
-    distributed.part()
+    distributed.leave_group()
     return 0
 
 

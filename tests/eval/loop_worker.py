@@ -34,7 +34,7 @@ def main(case: str, folder: Path) -> int:
         globals()[case](folder)
     except ValueError as error:
         print(f"rank {distributed.rank()}: {error}", flush=True)
-    distributed.part()
+    distributed.leave_group()
     return 0
 
 

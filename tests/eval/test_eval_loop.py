@@ -201,7 +201,7 @@ def test_gradients_of_a_step_s_micro_batches_pass_between_the_ranks_once(monkeyp
     ("case", "why"),
     [
         ("damaged_for_one", r"manifest\.json cannot be read"),
-        ("not_shared", "must be in a folder that all processes share"),
+        ("not_shared", "must be in a folder that all ranks share"),
         ("bad_for_one", "the loss of epoch 3 of 3 is nan"),
     ],
 )

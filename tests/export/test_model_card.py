@@ -69,7 +69,7 @@ def test_the_training_of_a_run(run):
     assert "beta 0.001, sim 25, std 25, cov 1" in facts["objective"]
     # the log's row at the checkpoint's step, neither the one before nor the one after
     assert "At step 7:" in text and facts["loss"] == "prediction" and facts["0.875"] == "0.5"
-    assert "by C-JEPA" in text and "moving average" in text
+    assert "by C-JEPA" in text and "EMA" in text
     assert "2 blocks of width 24 with 3 heads, 15,6" in text
     assert str(run.parent) not in text  # no paths of this machine
 

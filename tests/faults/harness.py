@@ -183,7 +183,7 @@ def kill_after(step: int, draw: random.Random, processes: int) -> Moment:
     rank = draw.randrange(processes)
     event, after, nth = draw.choice(
         [
-            # the first process syncs and renames several files a save, the others one
+            # rank 0 syncs and renames several files a save, the others one
             ("disk", step - step % EVERY, draw.randint(1, 1 if rank else 8)),
             ("forward", step, draw.randint(1, 4)),
             ("read", step, draw.randint(1, 12)),
@@ -211,7 +211,7 @@ def assert_same(struck: Driven, whole: Driven) -> None:
 
 
 def assert_each_image_once(one: Start) -> None:
-    """In every epoch, over all processes."""
+    """In every epoch, over all ranks."""
     for first in range(1, STEPS, 2):
         names = [
             name

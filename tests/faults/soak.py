@@ -217,7 +217,7 @@ equal, bit for bit.
 | struck | {struck.minutes:.1f} | {struck.kills} | {struck.starts} |
 | undisturbed | {whole.minutes:.1f} | {whole.kills} | {whole.starts} |
 
-Memory of each process that lived {JUDGED_S} s beyond its warm-up (the first third of its life, at
+Memory of each rank that lived {JUDGED_S} s beyond its warm-up (the first third of its life, at
 most {WARM_UP_S} s): medians of the first and of the last tenth of its samples, one in
 {SAMPLE_S:g} s. USS is what the process alone holds. Flat means that USS and RSS grow by no more
 than {FLAT_PCT:g} % and open descriptors not at all: {flat} of {len(judged)}.

@@ -198,7 +198,7 @@ BREAKS = [
         ("last value of a row dropped", "col < COLS", "col < COLS - 1"),
         ("not rounded to bf16", "narrow(average, tl.bfloat16).to(tl.float32)", "average"),
         ("one scale for all rows", "start // COLS", "0 * start"),
-        ("8 bits of the weights", "narrow(average, tl", "narrow(new, tl"),
+        ("FP8 of the weights", "narrow(average, tl", "narrow(new, tl"),
     ),
     *broken(
         "fp8", "quantised",

@@ -1,4 +1,4 @@
-"""Rows in 8 bits: the kernel against the definition bit for bit, and the definition's error."""
+"""Rows in FP8: the kernel against the definition bit for bit, and the definition's error."""
 
 import math
 

@@ -16,7 +16,7 @@ from cjepa_fast.kernels.common import launch
 from cjepa_fast.kernels.vicreg import vicreg_terms, vicreg_terms_reference
 from cjepa_fast.runtime.distributed import AllRanks
 
-# The rows of each process; one of four has none, one a single row.
+# The rows of each rank; one of four has none, one a single row.
 WORLDS = {1: (9,), 2: (7, 2), 4: (5, 1, 0, 3)}
 
 
@@ -52,7 +52,7 @@ CASES = [
 
 
 def slopes_of(rank: int) -> tuple[float, float]:
-    """The upstream gradients of std and cov, another pair in each process."""
+    """The upstream gradients of std and cov, another pair in each rank."""
     return 1.0 + rank, 0.5 - 0.2 * rank
 
 
@@ -84,7 +84,7 @@ def found_by(rank: int, rows: tuple[int, ...], case: Case, counted: Counted) -> 
 
 
 def refuses(rows: int) -> bool:
-    """Whether two rows are asked for, on every process; one process that waited would hang."""
+    """Whether two rows are asked for, on every rank; one process that waited would hang."""
     try:
         vicreg_terms(torch.zeros(rows, 3), ranks=AllRanks())
     except ValueError as error:

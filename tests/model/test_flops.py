@@ -95,7 +95,7 @@ def test_one_pass_spares_45_percent_of_the_predictor():
     ],
 )
 def test_agrees_with_torchs_counter(mlp_ratio, mode, policy):
-    """Exactly, since both count the matrix products alone. No two sizes are equal."""
+    """Exactly, since both count the matmuls alone. No two sizes are equal."""
     batch, m, k, p = 2, 3, 7, 5
     sizes = {"width": 44, "depth": 3, "heads": 2, "mlp_ratio": mlp_ratio}
     options = {"attention": "plain", "checkpointing": policy}

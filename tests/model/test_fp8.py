@@ -1,4 +1,4 @@
-"""The target encoder in 8 bits: what it computes, how far off its features are, its average."""
+"""The target encoder in FP8: what it computes, how far off its features are, its average."""
 
 import copy
 import socket
@@ -38,7 +38,7 @@ def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 def in_8_bits(encoder: Encoder) -> Encoder:
     encoder = copy.deepcopy(encoder).bfloat16().requires_grad_(False)
-    fp8.linears_to_8_bits(encoder)
+    fp8.linears_to_fp8(encoder)
     return encoder
 
 
@@ -70,7 +70,7 @@ def test_the_gpus_product_is_the_definitions(seed, monkeypatch, fast, tokens):
 
 def test_a_layer_is_a_linear_to_8_bits_of_both_operands(seed):
     linear = torch.nn.Linear(256, 64).bfloat16()
-    layer = fp8.Linear8(linear)
+    layer = fp8.FP8Linear(linear)
     x = torch.randn(4, 7, 256).bfloat16()
     assert torch.equal(layer(x), layer(quantise_rows(x)))
     error = relative(layer(x), linear(x))

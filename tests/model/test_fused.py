@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cjepa_fast.config import validate
 from cjepa_fast.kernels.common import launch
 from cjepa_fast.model import predictor, vit
-from cjepa_fast.model.fp8 import linears_to_8_bits
+from cjepa_fast.model.fp8 import linears_to_fp8
 from cjepa_fast.model.predictor import Predictor
 from cjepa_fast.model.recompute import RecomputePolicy
 from cjepa_fast.model.vit import Encoder
@@ -141,7 +141,7 @@ def test_in_8_bits_as_near_to_the_truth_as_the_modules(seed, kernel_device):
     images = torch.randn(B, 3, 24, 24, device=kernel_device)
     exact = copy.deepcopy(encoder).double()(images.double())
     encoder.bfloat16()
-    linears_to_8_bits(encoder)
+    linears_to_fp8(encoder)
     plain = encoder(images.bfloat16())
     encoder.fused = True
     got = encoder(images.bfloat16())

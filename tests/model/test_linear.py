@@ -6,12 +6,12 @@ import torch.nn.functional as F
 from kernel_checks import FLOOR, within_budget
 
 from cjepa_fast.model import cpu_linear as linears
-from cjepa_fast.model.cpu_linear import Use, Ways
+from cjepa_fast.model.cpu_linear import LinearBackends, LinearUse
 from cjepa_fast.runtime import hardware
 
 SHAPES = [((3, 7, 16), 24), ((5, 8), 1), ((1, 33), 40), ((0, 8), 4)]
 PLAIN = {"linear": F.linear, "linear_gelu": lambda *args: F.gelu(F.linear(*args))}
-ONEDNN = Ways("onednn", "onednn", "onednn")
+ONEDNN = LinearBackends("onednn", "onednn", "onednn")
 
 
 @pytest.fixture(params=["bf16 instructions", "no bf16 instructions", "fp32: torch", "fp32: onednn"])
@@ -21,7 +21,7 @@ def way(request, monkeypatch) -> torch.dtype:
     if request.param.startswith("fp32"):
         if request.param.endswith("onednn") and not hardware.onednn_linear_works(torch.float32):
             pytest.skip("this torch has no oneDNN Linear")
-        linears.use(ONEDNN if request.param.endswith("onednn") else Ways())
+        linears.use(ONEDNN if request.param.endswith("onednn") else LinearBackends())
     elif request.param == "no bf16 instructions":
         monkeypatch.setattr(hardware, "cpu_multiplies_bf16", lambda: False)
     elif not hardware.cpu_multiplies_bf16():
@@ -77,7 +77,7 @@ def test_gelu_in_the_matmul_where_no_gradient_is_asked(seed, way, shape, out):
 
 @pytest.mark.parametrize("way", ["fp32: torch"], indirect=True)
 def test_without_a_trial_fp32_is_torchs_own(seed, way):
-    assert linears.in_use() == Ways()
+    assert linears.in_use() == LinearBackends()
     tensors = inputs((3, 8), 5, torch.float32)
     assert torch.equal(linears.linear(*tensors), F.linear(*tensors))
     assert torch.equal(linears.linear_gelu(*tensors), F.gelu(F.linear(*tensors)))
@@ -103,21 +103,21 @@ def test_the_faster_library_is_taken_for_each_kind_of_call(monkeypatch):
     took = {"forward": (1.0, 0.5), "backward": (1.0, 0.97), "gelu": (1.0, 2.0)}  # torch, oneDNN
     asked = []
 
-    def trial(kind: str, one: Use):
+    def trial(kind: str, one: LinearUse):
         asked.append((kind, one.trained))
         return took[kind]
 
     monkeypatch.setattr(linears, "_trial", trial)
     monkeypatch.setattr(linears, "_seconds", lambda seconds: seconds)
     monkeypatch.setattr(hardware, "onednn_linear_works", lambda dtype: True)
-    uses = [Use(4, 8, 8, True), Use(4, 8, 8, False)]
-    assert linears.fastest(uses) == Ways("onednn", "torch", "torch")
+    uses = [LinearUse(4, 8, 8, True), LinearUse(4, 8, 8, False)]
+    assert linears.fastest(uses) == LinearBackends("onednn", "torch", "torch")
     assert ("backward", False) not in asked and ("forward", False) in asked
     monkeypatch.setattr(hardware, "onednn_linear_works", lambda dtype: False)
-    assert linears.fastest(uses) == Ways()
+    assert linears.fastest(uses) == LinearBackends()
     linears.use(ONEDNN)
-    assert linears.in_use() == Ways()
+    assert linears.in_use() == LinearBackends()
 
 
 def test_a_real_trial_runs(seed):
-    assert set(linears.fastest([Use(6, 8, 12, True)])) <= {"torch", "onednn"}
+    assert set(linears.fastest([LinearUse(6, 8, 12, True)])) <= {"torch", "onednn"}

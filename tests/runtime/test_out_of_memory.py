@@ -33,7 +33,7 @@ def cpu_error() -> RuntimeError:
     ],
 )
 def test_which_errors_are_of_memory(error, meant):
-    assert oom.is_meant(error) is meant
+    assert oom.is_out_of_memory(error) is meant
 
 
 def ways_out(**changes) -> list[str]:

@@ -59,7 +59,7 @@ class World:
             self.mark("in the step", step)
 
     def go_on(self, seconds: float, silent: tuple = ()) -> dict[int, str]:
-        """The first verdict of each process that has one, once any has and it has spread."""
+        """The first verdict of each rank that has one, once any has and it has spread."""
         for _ in range(int(seconds)):
             verdicts = self._tick(silent)
             if verdicts:

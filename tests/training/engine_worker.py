@@ -5,7 +5,7 @@ spike=STEP weight=STEP kernels adam=NAME full zero=JSON bug=NAME. A RUN is STAGE
 ZeRO's, "3offload" with the optimiser's state on the CPU, or "local" for the engine without
 DeepSpeed. The global batch of each step is the same for every number of processes. With `again` the
 run goes back, in the end, to what it saved. With `kernels` the Triton kernels run, in the
-interpreter. With `full` the blocks are computed again in the backward, from weights that stage 3
+interpreter. With `full` the blocks are recomputed in the backward, from weights that stage 3
 has given up in between. `zero` is laid over DeepSpeed's zero_optimization. Bugs: "local" statistics
 of VICReg, gradients "scale"d by the processes.
 """
@@ -30,14 +30,14 @@ from cjepa_fast.model.predictor import Predictor
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime import distributed
 from cjepa_fast.training import optim
-from cjepa_fast.training.engines.single import LocalEngine
+from cjepa_fast.training.engines.single import SingleEngine
 from cjepa_fast.training.engines.zero import DTYPES, MOMENTS, Engine
 
 BATCH, ACCUMULATION = 8, 2
 
 
 def batch_of(step: int, micro: int) -> list[torch.Tensor]:
-    """Images, context and target indices of a whole micro-batch of all processes."""
+    """Images, context and target indices of a whole micro-batch of all ranks."""
     g = torch.Generator().manual_seed(1000 * step + micro)
 
     def choose(k: int) -> torch.Tensor:
@@ -49,7 +49,7 @@ def batch_of(step: int, micro: int) -> list[torch.Tensor]:
     return [images, context, targets]
 
 
-def build(stage: str, precision: str, options: dict) -> Engine | LocalEngine:
+def build(stage: str, precision: str, options: dict) -> Engine | SingleEngine:
     world = distributed.world_size()
     recompute = {"checkpointing": "full" if "full" in options else "none"}
     torch.manual_seed(0)
@@ -61,7 +61,7 @@ def build(stage: str, precision: str, options: dict) -> Engine | LocalEngine:
     parts = network, copy.deepcopy(encoder), optim.parameter_groups(network)
     settings = {"accumulation": ACCUMULATION, "precision": precision, "clip": 0.5}
     if stage == "local":
-        return LocalEngine(*parts, **settings)
+        return SingleEngine(*parts, **settings)
     zero = {"stage": int(stage[0])}
     if "full" in options:
         zero["stage3_param_persistence_threshold"] = 0
@@ -73,7 +73,7 @@ def build(stage: str, precision: str, options: dict) -> Engine | LocalEngine:
 
 
 def whole(fragments: list[Fragment]) -> dict[str, torch.Tensor]:
-    """Every parameter's values, put together from all processes' fragments."""
+    """Every parameter's values, put together from all ranks' fragments."""
     pieces: dict[str, dict[int, torch.Tensor]] = {}
     own = [(f.name, f.start, f.values.cpu()) for f in fragments]
     for name, start, values in itertools.chain(*distributed.from_all(own)):
@@ -81,7 +81,7 @@ def whole(fragments: list[Fragment]) -> dict[str, torch.Tensor]:
     return {name: torch.cat([found[at] for at in sorted(found)]) for name, found in pieces.items()}
 
 
-def kinds(made: Engine | LocalEngine) -> dict[str, dict[str, torch.Tensor]]:
+def kinds(made: Engine | SingleEngine) -> dict[str, dict[str, torch.Tensor]]:
     """All fp32 values by kind and parameter."""
     state = made.state()
     moments = {
@@ -177,7 +177,7 @@ def main() -> None:
         result = train(stage, precision, steps, folder, options)
         if distributed.rank() == 0:
             print(json.dumps(result), flush=True)
-    distributed.part()
+    distributed.leave_group()
 
 
 if __name__ == "__main__":

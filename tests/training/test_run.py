@@ -213,7 +213,7 @@ def test_a_spike_is_skipped(tmp_path, spike, capfd, monkeypatch):
     spiky_run(tmp_path, "skip")
     assert [i for i, (_, good) in enumerate(applied, 1) if not good] == [SPIKE]
     assert f"step {SPIKE} is a spike" in (out := capfd.readouterr().out)
-    assert "update and average skipped (1 in a row)" in out
+    assert "update and EMA skipped (1 in a row)" in out
     state = checkpoint.state_of(checkpoint.latest(tmp_path / "run"))
     assert state["optimizer_step"] == 59 and state["progress"]["skipped_steps"] == 1
 

@@ -1,4 +1,4 @@
-"""Pictures of several shapes on textured ground: the drawing behind the embedded set (shapes.py).
+"""Several shapes on textured ground: how the synthetic dataset (shapes.py) is drawn.
 
 A kind is told by its outline and by the relief of its surface (stripes, checks, rings ...), never
 by colour, size, place, pose or light: those are drawn apart from it, every kind covers the same

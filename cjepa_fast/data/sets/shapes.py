@@ -1,4 +1,4 @@
-"""The embedded data set: a labelled set of pictures, rendered on first use (scenes.py draws them).
+"""The synthetic dataset: a labelled set of pictures, rendered on first use (scenes.py draws them).
 
     ensure("train") -> Path of a folder of WebDataset shards       (8,192 pictures; "val": 2,048)
 

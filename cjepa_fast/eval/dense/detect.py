@@ -21,7 +21,7 @@ from cjepa_fast.eval.features import digest
 from cjepa_fast.eval.finetuning.kept import Kept
 from cjepa_fast.eval.finetuning.layer_decay import add_drop_path
 from cjepa_fast.model.vit import Encoder
-from cjepa_fast.runtime.distributed import from_all, from_first_process, rank, world_size
+from cjepa_fast.runtime.distributed import from_all, from_rank_0, rank, world_size
 from cjepa_fast.telemetry.progress import shown_bar, shown_clock
 
 # ViTDet's layer decay and drop path by the number of blocks, up to which they hold.
@@ -48,7 +48,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     types = {
         "image_size": (whole, "side of the square canvas in pixels"),
         "epochs": (whole, ""),
-        "batch_size": (whole, "images a step, all processes together"),
+        "batch_size": (whole, "images a step, all ranks together"),
         "micro_batch_size": (whole, "images of a process in memory at once; default: all"),
         "lr": (above, "of the heads"),
         "layer_decay": (cli.share, "lr of a block over the next one's; default: by depth"),
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
         model = trained(encoder, train, recipe, out / name, "mask" in kinds, args.threads)
         results = detections(model, val, cli.device(), args.threads)
         counts = {"train_images": len(train), "val_images": len(val)}
-        scores = from_first_process(lambda found=results: scored(val, found, kinds))
+        scores = from_rank_0(lambda found=results: scored(val, found, kinds))
         rows.append({"encoder": name, **counts, **scores})
     picture = None
     if rank() == 0:

@@ -23,7 +23,7 @@ DROPS = (8 / 9, 26 / 27)  # of all steps: there the learning rate falls to a ten
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """image_size: of the square canvas, in pixels. batch_size: images a step, of all processes;
+    """image_size: of the square canvas, in pixels. batch_size: images a step, of all ranks;
     micro_batch_size: images a process has in memory at once. warmup_steps: a tenth of all at most.
     """
 

@@ -192,7 +192,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--frozen", action="store_true", help="UPerNet on a frozen encoder")
     add("--ignore-index", type=label, nargs="+", metavar="N", help=f"numbers that {IGNORED}")
     add("--steps", type=cli.positive, help="default: 40,000 linear, 160,000 UPerNet")
-    add("--batch-size", type=cli.positive, default=16, help="images a step, of all processes")
+    add("--batch-size", type=cli.positive, default=16, help="images a step, of all ranks")
     add("--lr", type=cli.above_zero, help="of the head; default: 1e-3 linear, 1e-4 UPerNet")
     add("--weight-decay", type=cli.above_zero, help="default: 1e-4 linear, 0.05 UPerNet")
     add("--layer-decay", type=cli.share, help="of the rate, a block; default: 0.65 for UPerNet")

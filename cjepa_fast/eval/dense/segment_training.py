@@ -27,7 +27,7 @@ from cjepa_fast.runtime.distributed import rank, world_size
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """batch_size: images a step, of all processes; lr: of the head; drop_path: of the last block;
+    """batch_size: images a step, of all ranks; lr: of the head; drop_path: of the last block;
     short_side and crop_size: in pixels, of an image at scale 1 and of the square that is learnt
     from."""
 

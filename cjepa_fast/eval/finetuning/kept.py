@@ -150,7 +150,7 @@ class Kept:
             return 0
         done = first_on_each_node(lambda: self._restored(learner))
         if len(set(from_all(done))) > 1:
-            raise ValueError(f"{self.folder} must be in a folder that all processes share")
+            raise ValueError(f"{self.folder} must be in a folder that all ranks share")
         self._saver = Saver(
             self.folder / "checkpoints", learner, learner.encoder_json, keep=1, say=_warn
         )
@@ -164,7 +164,7 @@ class Kept:
         if self._saver is not None:
             self._saver.begin(done, {"facts": self.facts})
             self._saver.finish()
-            from_all(None)  # the first process has named it
+            from_all(None)  # rank 0 has named it
 
     def _restored(self, learner: Learner) -> int:
         self._refuse_earlier_versions()

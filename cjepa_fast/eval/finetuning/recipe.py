@@ -94,7 +94,7 @@ class Classifier(nn.Module):
 
 
 def averaged(model: nn.Module, most: float) -> AveragedModel:
-    """The moving average of a model's weights; its momentum begins low and grows to `most`."""
+    """The EMA of a model's weights; its momentum begins low and grows to `most`."""
 
     def update(average: list, current: list, count: torch.Tensor) -> None:
         n = float(count)

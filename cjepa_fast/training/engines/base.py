@@ -4,15 +4,15 @@ from typing import Protocol
 
 import torch
 
-from cjepa_fast.checkpoint.owned import Fragment, OwnedState, Saved
+from cjepa_fast.checkpoint.owned import Fragment, OwnedState, SavedEngine
 from cjepa_fast.training.ema import TargetEMA
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # by run.precision
 
 
-class Engine(Saved, Protocol):
-    """A model with its optimiser and its target's EMA: single.LocalEngine, zero.Engine."""
+class Engine(SavedEngine, Protocol):
+    """A model with its optimiser and its target's EMA: single.SingleEngine, zero.Engine."""
 
     ema: TargetEMA
     stage: int  # of ZeRO; 0 where nothing is sharded

@@ -1,8 +1,8 @@
 """Training on one process, which owns everything: nothing to shard, so no DeepSpeed.
 
 Gradients stay where autograd leaves them, in the compute dtype. One pass over the weights
-(kernels/ema/) reads them and writes the fp32 weights, Adam's moments, the fp32 average, and the
-compute-dtype copies of weights and average. Whether a gradient is finite is decided on the device,
+(kernels/ema/) reads them and writes the fp32 weights, Adam's moments, the fp32 EMA, and the
+compute-dtype copies of weights and EMA. Whether a gradient is finite is decided on the device,
 and nobody waits for it.
 """
 
@@ -39,7 +39,7 @@ def split(names: list[str], chosen: Container[str]) -> list[list[str]]:
     return [part for part in parts if part]
 
 
-class LocalEngine:
+class SingleEngine:
     """engine.Engine's seam for one process. groups: from optim.parameter_groups.
 
     target: a copy of the model's encoder, in fp32 and on its device, as the model is; both are
@@ -121,7 +121,7 @@ class LocalEngine:
         self._limits.copy_(torch.tensor([loss, grad_norm], dtype=torch.float64), non_blocking=True)
 
     def step(self, lr: Number, weight_decay: Number, momentum: Number) -> bool | torch.Tensor:
-        """Call after each micro-batch; at the last of a step, update weights and average.
+        """Call after each micro-batch; at the last of a step, update weights and EMA.
 
         Returns whether the gradient was finite and within limits, else nothing is updated: a 0-d
         tensor, so that nobody need wait for it; True between. A snapshot is waited for before
@@ -158,7 +158,7 @@ class LocalEngine:
                 copies=group.copies,
                 target_copies=group.average_copies,
             )
-        # In 8 bits the matrices are averaged apart; a momentum of 1 leaves them as they are.
+        # In FP8 the matrices are averaged apart; a momentum of 1 leaves them as they are.
         self.ema.update_rows(1 - applied.double() * (1 - momentum))
         self._steps += applied
         self._clear()

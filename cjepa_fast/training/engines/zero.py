@@ -108,7 +108,7 @@ class Engine:
 
     @property
     def sharded(self) -> bool:
-        """Whether each process owns only a share of the fp32 state."""
+        """Whether each rank owns only a share of the fp32 state."""
         return self.stage > 0 and world_size() > 1
 
     @property
@@ -152,7 +152,7 @@ class Engine:
         self._limits = (loss, grad_norm)
 
     def step(self, lr: float, weight_decay: float, momentum: float) -> bool:
-        """Call after each micro-batch; at the last of a step, update weights and average.
+        """Call after each micro-batch; at the last of a step, update weights and EMA.
 
         Returns False where a gradient was not finite or above a limit: then nothing is updated.
         A snapshot is waited for before anything of the state changes.
@@ -181,7 +181,7 @@ class Engine:
         return applied
 
     def _loss_is_above(self) -> bool:
-        """Whether the step's mean loss, of all processes, is above its limit."""
+        """Whether the step's mean loss, of all ranks, is above its limit."""
         loss, self._loss = self._loss, 0.0
         if self._limits[0] == math.inf:
             return False
