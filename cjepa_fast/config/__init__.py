@@ -1,6 +1,5 @@
 """The configuration of a training: its schema, how it is read, and what is checked."""
 
-from cjepa_fast.config.checks import micro_batches
 from cjepa_fast.config.load import (
     as_begun,
     completed,
@@ -12,9 +11,16 @@ from cjepa_fast.config.load import (
     read,
     validate,
 )
-from cjepa_fast.config.schema import MODEL_NAMES, Config, ConfigError, Section
+from cjepa_fast.config.schema import (
+    MODEL_NAMES,
+    Config,
+    ConfigError,
+    DataSection,
+    Section,
+    micro_batches,
+)
 
 __all__ = [
-    "MODEL_NAMES", "Config", "ConfigError", "Section", "as_begun", "completed", "configs_folder",
-    "expanded", "find", "load", "micro_batches", "of", "read", "validate",
+    "MODEL_NAMES", "Config", "ConfigError", "DataSection", "Section", "as_begun", "completed",
+    "configs_folder", "expanded", "find", "load", "micro_batches", "of", "read", "validate",
 ]  # fmt: skip

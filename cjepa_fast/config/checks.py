@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from cjepa_fast.config.schema import Config, ConfigError
+from cjepa_fast.config.schema import Config
 
 OWN_OPTIMISER = "brings an optimiser of its own, whose state could not be saved; leave it out"
 NVME = 'what lies on a disk can be neither averaged nor saved; take "cpu"'
@@ -157,18 +157,3 @@ def _at(values: Any, path: str) -> Any:
     for part in path.split("."):
         values = values.get(part) if isinstance(values, dict) else None
     return values
-
-
-def micro_batches(batch_size: int, world_size: int, limit: int) -> tuple[int, int]:
-    """(images a process takes at a time, how many times a step): the fewest times within `limit`.
-
-    Raises ConfigError where batch_size does not divide evenly.
-    """
-    if batch_size % world_size:
-        raise ConfigError(
-            f"data.batch_size = {batch_size}: must be a multiple of the {world_size} processes, "
-            f"such as {max(1, batch_size // world_size) * world_size}"
-        )
-    share = batch_size // world_size
-    times = next(n for n in range(-(-share // limit), share + 1) if share % n == 0)
-    return share // times, times

@@ -35,6 +35,21 @@ def later(default: Any, *, was: Any, **described: Any) -> Any:
     return Field(default, json_schema_extra={"was": was}, **described)
 
 
+def micro_batches(batch_size: int, world_size: int, limit: int) -> tuple[int, int]:
+    """(images a process takes at a time, how many times a step): the fewest times within `limit`.
+
+    Raises ConfigError where batch_size does not divide evenly.
+    """
+    if batch_size % world_size:
+        raise ConfigError(
+            f"data.batch_size = {batch_size}: must be a multiple of the {world_size} processes, "
+            f"such as {max(1, batch_size // world_size) * world_size}"
+        )
+    share = batch_size // world_size
+    times = next(n for n in range(-(-share // limit), share + 1) if share % n == 0)
+    return share // times, times
+
+
 class RunSection(Section):
     dir: str = Field("runs/{config}", description="folder of the run; {config} is the file's name")
     seed: Seed = Field(
@@ -90,6 +105,10 @@ class DataSection(Section):
     decoder: Literal["auto", "dali", "pillow"] = later(
         "auto", was="auto", description="DALI where it works, else Pillow, on the CPU"
     )
+
+    def micro_batches(self, world_size: int) -> tuple[int, int]:
+        """(images a rank takes at a time, how many times a step). Raises as `micro_batches`."""
+        return micro_batches(self.batch_size, world_size, self.micro_batch_size)
 
 
 class MaskSection(Section):

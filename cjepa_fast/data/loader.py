@@ -13,10 +13,12 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from cjepa_fast.config import DataSection
 from cjepa_fast.data import crops, rng
 from cjepa_fast.data.batches import BatchRequest, ImagesGone, Skipped, decode, read_one, usable
 from cjepa_fast.data.decode import Decoder, DecodeRequest, DecodeSettings
@@ -53,57 +55,72 @@ class _Place:
     places_B: torch.Tensor
 
 
+class Share(NamedTuple):
+    """One rank's part of a step: global_batch images over all ranks, micro_batch at a time."""
+
+    global_batch: int
+    micro_batch: int
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches a step."""
+        return self.global_batch // (self.world_size * self.micro_batch)
+
+    def check(self, images: int) -> None:
+        """Raises ValueError where a step cannot be cut so, or the images do not fill one."""
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank {self.rank} does not exist among {self.world_size} ranks")
+        if self.micro_batch < 1 or self.global_batch % (self.world_size * self.micro_batch):
+            raise ValueError(
+                f"the global batch of {self.global_batch} cannot be split into micro-batches of "
+                f"{self.micro_batch} on {self.world_size} ranks: make it a multiple of "
+                f"{self.world_size * self.micro_batch}"
+            )
+        if images < self.global_batch:
+            raise ValueError(
+                f"{images} usable images do not fill one global batch of {self.global_batch}: "
+                "lower the batch size or bring more images"
+            )
+
+
 class Loader:
     """Batches of an ImageSet for one rank. Raises ValueError for impossible sizes.
 
-    global_batch: images a step on all ranks; micro_batch: images a Batch. Each step yields
-    global_batch / (world_size * micro_batch) Batches. threads: that decode; prefetch: Batches kept
-    ready. rand_augment: how many changes an image gets, their magnitude in 0..30; DALI draws them
-    itself. decoder: decoders.CHOICES; as an attribute, the one that was chosen.
-    masks: called as masks(epoch, step, places_B), for the CPU, in the loader's thread.
-    skipped: what turned out bad (batches.Skipped); log: called once a bad image.
+    data: the configuration's section, of which path and the batch sizes are not read. share: this
+    rank's part of a step, which is share.accumulation Batches. rand_augment: how many changes an
+    image gets, their magnitude in 0..30; DALI draws them itself. masks: called as masks(epoch,
+    step, index_B), for the CPU, in the loader's thread. skipped: what turned out corrupt
+    (batches.Skipped); log: called once a corrupt image. decoder: the one that was chosen.
     """
 
     def __init__(
         self,
         images: ImageSet,
+        data: DataSection,
+        share: Share,
         *,
-        global_batch: int,
-        micro_batch: int,
-        image_size: int,
-        mean: tuple[float, float, float],
-        std: tuple[float, float, float],
         seed: int,
         device: torch.device | str,
         dtype: torch.dtype,
-        threads: int,
-        prefetch: int,
-        crop_scale: tuple[float, float] = (0.3, 1.0),
-        crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
-        flip: bool = False,
-        colour: float = 0.0,
-        rank: int = 0,
-        world_size: int = 1,
-        hw_decoder_load: float = 0.65,
         rand_augment: tuple[int, int] | None = None,
-        decoder: str = "auto",
         masks: Callable[[int, int, torch.Tensor], Masks] | None = None,
         log: Callable[[str], None] = print,
     ):
-        _check_sizes(len(images), global_batch, micro_batch, world_size, rank)
-        self.images = images
-        self.steps_per_epoch = len(images) // global_batch
-        self.accumulation = global_batch // (world_size * micro_batch)
+        share.check(len(images))
+        self.images, self.share = images, share
+        self.steps_per_epoch = len(images) // share.global_batch
+        self.accumulation = share.accumulation
         self.skipped = Skipped(images, log)
-        self._global_batch, self._micro_batch = global_batch, micro_batch
-        self._rank, self._world_size = rank, world_size
-        self._scale, self._ratio, self._colour = crop_scale, crop_ratio, colour
-        self._seed, self._masks, self._prefetch = seed, masks, prefetch
+        self._data, self._seed, self._masks = data, seed, masks
         self._device = _with_index(torch.device(device))
-        self.decoder = chosen(decoder, self._device, log if rank == 0 else lambda line: None)
+        first = share.rank == 0
+        self.decoder = chosen(data.decoder, self._device, log if first else lambda line: None)
         self._look = DecodeSettings(
-            image_size, tuple(mean), tuple(std), self._device, dtype, threads,
-            flip, colour > 0, hw_decoder_load, rand_augment and (*rand_augment, seed + rank),
+            data.image_size, data.mean, data.std, self._device, dtype, data.threads, data.flip,
+            data.colour > 0, data.hw_decoder_load,
+            rand_augment and (*rand_augment, seed + share.rank),
         )  # fmt: skip
         # Two epochs: batches read ahead may belong to the next one while a hole is filled in this.
         self.order = functools.lru_cache(2)(functools.partial(_order, seed, len(images)))
@@ -115,7 +132,7 @@ class Loader:
         The thread starts at once. It ends with close() of what is returned, with that object, or
         with close() of the loader. An error in the thread is raised from next().
         """
-        iteration = _Iteration(lambda: self._batches(start_step), self._prefetch, self._device)
+        iteration = _Iteration(lambda: self._batches(start_step), self._data.prefetch, self._device)
         self._running.add(iteration)
         return iteration
 
@@ -129,9 +146,9 @@ class Loader:
             for micro in range(self.accumulation):
                 # All ranks' shares lie side by side, so that the images which share VICReg's
                 # statistics are the same on any number of ranks.
-                share = micro * self._world_size + self._rank
-                first = step * self._global_batch + share * self._micro_batch
-                places_B = torch.arange(first, first + self._micro_batch)
+                share = micro * self.share.world_size + self.share.rank
+                first = step * self.share.global_batch + share * self.share.micro_batch
+                places_B = torch.arange(first, first + self.share.micro_batch)
                 index_B = self.order(epoch)[places_B].numpy()
                 place = _Place(epoch, step, micro, places_B)
                 yield BatchRequest(index_B, lambda index_B, p=place: self._show(p, index_B), place)
@@ -144,9 +161,9 @@ class Loader:
         crop_BC = uniforms(rng.CROP, crops.CROP_UNIFORMS)
         return DecodeRequest(
             [],
-            crops.random_resized(sizes_B2, crop_BC, self._scale, self._ratio),
+            crops.random_resized(sizes_B2, crop_BC, self._data.crop_scale, self._data.crop_ratio),
             crops.flips(uniforms(rng.FLIP, 1)) if self._look.flip else None,
-            crops.colour_factors(uniforms(rng.COLOUR, 3), self._colour)
+            crops.colour_factors(uniforms(rng.COLOUR, 3), self._data.colour)
             if self._look.colour
             else None,
             uniforms(rng.AUGMENT, 2 * self._look.rand_augment[0])
@@ -164,7 +181,7 @@ class Loader:
         draw_1T = rng.uniforms(self._seed, rng.SUBSTITUTE, place.epoch,
                                  place.places_B[b : b + 1], STAND_IN_TRIES)  # fmt: skip
         order_N = self.order(place.epoch)
-        tail = order_N[self.steps_per_epoch * self._global_batch :]
+        tail = order_N[self.steps_per_epoch * self.share.global_batch :]
         pools = (tail if len(tail) else order_N), order_N  # a short tail may be bad itself
         halves = zip(pools, draw_1T[0].chunk(2), strict=True)
         drawn_T = torch.cat([pool[(draw * len(pool)).long()] for pool, draw in halves])
@@ -188,7 +205,7 @@ class Loader:
         )
 
     def _batches(self, start_step: int) -> Iterator[Batch]:
-        decoder = open_decoder(self.decoder, self._look, self._micro_batch)
+        decoder = open_decoder(self.decoder, self._look, self.share.micro_batch)
         works = self._works(start_step)
         decoded = decode(works, self.images, decoder, self.skipped, self._stand_in)
         with contextlib.closing(decoded):  # or an error below would leave its reading threads
@@ -204,21 +221,6 @@ class Loader:
 def _order(seed: int, n: int, epoch: int) -> torch.Tensor:
     """int64 (n,): the image at each place of an epoch; what is past its last step is dropped."""
     return rng.permutation(seed, epoch, n)
-
-
-def _check_sizes(n: int, global_batch: int, micro_batch: int, world_size: int, rank: int) -> None:
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank {rank} does not exist among {world_size} ranks")
-    if micro_batch < 1 or global_batch % (world_size * micro_batch):
-        raise ValueError(
-            f"the global batch of {global_batch} cannot be split into micro-batches of "
-            f"{micro_batch} on {world_size} ranks: make it a multiple of {world_size * micro_batch}"
-        )
-    if n < global_batch:
-        raise ValueError(
-            f"{n} usable images do not fill one global batch of {global_batch}: lower the batch "
-            "size or bring more images"
-        )
 
 
 def _with_index(device: torch.device) -> torch.device:

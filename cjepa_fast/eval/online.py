@@ -155,9 +155,7 @@ def build_online(
     sides = distributed.first_on_each_node(
         lambda: labelled_sides(train, test, own.max_train, own.max_test)
     )
-    micro_batch, _ = configuration.micro_batches(
-        data.batch_size, distributed.world_size(), data.micro_batch_size
-    )
+    micro_batch, _ = data.micro_batches(distributed.world_size())
     return OnlineEvaluation(
         sides,
         every=own.every_epochs * steps_per_epoch,

@@ -211,9 +211,7 @@ def describe(args: argparse.Namespace, config: Config) -> str:
     epochs = args.epochs or config.run.epochs
     images_per_s = args.count * share * gpu.tflops * 1e3 / (gflop + again)
     hours = epochs * args.images / images_per_s / 3600
-    micro_batch, accumulation = configuration.micro_batches(
-        config.data.batch_size, args.count, config.data.micro_batch_size
-    )
+    micro_batch, accumulation = config.data.micro_batches(args.count)
     plans = {stage: plan(config, stage, args.count) for stage in STAGES}
     lines = [
         f"{args.config} on {args.count} x {args.gpu}: {plans[0].trained / 1e6:.0f} M trained "

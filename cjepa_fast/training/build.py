@@ -8,7 +8,7 @@ import torch
 from cjepa_fast import config as configuration
 from cjepa_fast.config import Config, ConfigError
 from cjepa_fast.data import sources
-from cjepa_fast.data.loader import Loader
+from cjepa_fast.data.loader import Loader, Share
 from cjepa_fast.data.masks import MaskSampler
 from cjepa_fast.interop import load_ijepa
 from cjepa_fast.kernels.common.ranks import Ranks
@@ -337,28 +337,14 @@ def build_loader(config: Config, device: torch.device, masks: MaskSampler) -> Lo
     path = configuration.expanded(data.path)
     images = distributed.first_on_each_node(lambda: sources.open_images(path))
     check_same_images(path, images)
-    micro_batch, _ = configuration.micro_batches(
-        data.batch_size, distributed.world_size(), data.micro_batch_size
-    )
+    world_size = distributed.world_size()
+    micro_batch, _ = data.micro_batches(world_size)
     return Loader(
         images,
-        global_batch=data.batch_size,
-        micro_batch=micro_batch,
-        image_size=data.image_size,
-        crop_scale=data.crop_scale,
-        crop_ratio=data.crop_ratio,
-        flip=data.flip,
-        colour=data.colour,
-        mean=data.mean,
-        std=data.std,
+        data,
+        Share(data.batch_size, micro_batch, distributed.rank(), world_size),
         seed=config.run.seed,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
         device=device,
         dtype=compute_dtype(config),
-        threads=data.threads,
-        prefetch=data.prefetch,
-        hw_decoder_load=data.hw_decoder_load,
-        decoder=data.decoder,
         masks=masks,
     )

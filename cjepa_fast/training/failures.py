@@ -11,7 +11,6 @@ from collections.abc import Iterator
 import torch
 
 from cjepa_fast import checkpoint
-from cjepa_fast import config as configuration
 from cjepa_fast.config import ConfigError
 from cjepa_fast.data.batches import ImagesGone
 from cjepa_fast.runtime import error_report, hardware, oom
@@ -64,9 +63,7 @@ def _memory_advice(error: Exception, session: Session) -> str:
     """What was too large, and the ways out."""
     config, options = session.config, session.options
     processes = int(os.environ.get("WORLD_SIZE", "1"))  # their group has been left
-    micro_batch, _ = configuration.micro_batches(
-        config.data.batch_size, processes, config.data.micro_batch_size
-    )
+    micro_batch, _ = config.data.micro_batches(processes)
     advice = oom.advice(
         error,
         rank=int(os.environ.get("RANK", "0")),

@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import torch
 
-from cjepa_fast import config as configuration
 from cjepa_fast.config import Config, ConfigError
 from cjepa_fast.data.loader import Batch
 from cjepa_fast.data.masks import Masks
@@ -54,9 +53,7 @@ class Trainer:
         check_target_precision(config, device)
         self.steps_per_epoch, self.images, self.decoder = steps_per_epoch, images, decoder
         self.total_steps = config.run.epochs * steps_per_epoch
-        self.micro_batch, self.accumulation = configuration.micro_batches(
-            config.data.batch_size, distributed.world_size(), config.data.micro_batch_size
-        )
+        self.micro_batch, self.accumulation = config.data.micro_batches(distributed.world_size())
         if self.micro_batch * distributed.world_size() < 2 and config.loss.vicreg.beta > 0:
             raise ConfigError(
                 "data.batch_size or data.micro_batch_size = 1: VICReg's variance needs at least 2 "

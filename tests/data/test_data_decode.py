@@ -11,11 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
+from cjepa_fast.config import DataSection
 from cjepa_fast.data import dali, decoders, formats
 from cjepa_fast.data.decode import DecodeRequest, DecodeSettings
 from cjepa_fast.data.decoders import DALI, PILLOW, open_decoder
 from cjepa_fast.data.evaluation import eval_batches
-from cjepa_fast.data.loader import Loader
+from cjepa_fast.data.loader import Loader, Share
 from cjepa_fast.data.sources import ImageSet, open_images
 from cjepa_fast.data.whole import WholeImages
 
@@ -301,9 +302,9 @@ def test_what_pillow_alone_reads_costs_one_rebuild_each_not_one_an_epoch(unread,
             dali.DaliDecoder, name, lambda *a, w=whole, noted=noted: (noted.append(1), w(*a))[1]
         )
     said = []
-    options = EVALUATION | {"seed": 0, "micro_batch": 6, "global_batch": 6, "prefetch": 1}
-    del options["batch_size"]
-    source = Loader(unread, log=said.append, **options)
+    data = DataSection(image_size=48, mean=MEAN, std=STD, threads=1, prefetch=1)
+    options = {"seed": 0, "device": "cpu", "dtype": torch.float32}
+    source = Loader(unread, data, Share(6, 6), log=said.append, **options)
     batches = source.iterate(0)
     epochs = [sorted(i for _ in range(3) for i in next(batches).index_B.tolist())]
     batches.close()

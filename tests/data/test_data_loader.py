@@ -11,7 +11,8 @@ import pytest
 import tiny
 import torch
 
-from cjepa_fast.data.loader import Loader
+from cjepa_fast.config import DataSection
+from cjepa_fast.data.loader import Loader, Share
 from cjepa_fast.data.masks import MaskSampler
 from cjepa_fast.data.sources import open_images
 
@@ -30,8 +31,11 @@ OPTIONS = {
 
 def loader(images, global_batch=12, micro_batch=2, said=None, **options):
     said = [] if said is None else said
-    return Loader(images, global_batch=global_batch, micro_batch=micro_batch, log=said.append,
-                  **(OPTIONS | options))  # fmt: skip
+    options = OPTIONS | options
+    own = ("seed", "device", "dtype", "rand_augment", "masks")
+    share = Share(global_batch, micro_batch, options.pop("rank", 0), options.pop("world_size", 1))
+    others = {name: options.pop(name) for name in own if name in options}
+    return Loader(images, DataSection(**options), share, log=said.append, **others)
 
 
 def take(source: Loader, steps: int, start: int = 0) -> list:
@@ -308,12 +312,13 @@ def test_the_interpreter_exits_with_a_loader_running(tmp_path, ending, decoder):
     root = made.good_folder(tmp_path / "set", 16)
     script = textwrap.dedent(f"""
         import torch
-        from cjepa_fast.data.loader import Loader
+        from cjepa_fast.config import DataSection
+        from cjepa_fast.data.loader import Loader, Share
         from cjepa_fast.data.sources import open_images
         images = open_images({str(root)!r}, cache={str(tmp_path / "cache")!r})
-        source = Loader(images, global_batch=4, micro_batch=4, image_size=16, mean=(0.5,) * 3,
-                        std=(0.25,) * 3, seed=0, device="cpu", dtype=torch.bfloat16, threads=1,
-                        prefetch=2, decoder={decoder!r})
+        data = DataSection(image_size=16, mean=(0.5,) * 3, std=(0.25,) * 3, threads=1,
+                           decoder={decoder!r})
+        source = Loader(images, data, Share(4, 4), seed=0, device="cpu", dtype=torch.bfloat16)
         iterator = source.iterate(0)
         assert next(iterator).images_B3HW.dtype == torch.bfloat16
     """)

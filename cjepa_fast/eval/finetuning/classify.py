@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from cjepa_fast.checkpoint.encoders import load_encoder
-from cjepa_fast.data.loader import Batch, Loader
+from cjepa_fast.config import DataSection
+from cjepa_fast.data.loader import Batch, Loader, Share
 from cjepa_fast.eval import cli
 from cjepa_fast.eval.features import Subset, digest, image_vectors
 from cjepa_fast.eval.finetuning import loop, recipe
@@ -81,11 +82,13 @@ def loader_of(
     train: Subset, encoder: Encoder, chosen: Recipe, args: argparse.Namespace, batch: int,
     micro_batch: int,
 ) -> Loader:  # fmt: skip
+    data = DataSection(
+        image_size=encoder.image_size, mean=tuple(encoder.mean), std=tuple(encoder.std),
+        threads=args.threads, crop_scale=tuple(chosen.crop_scale), flip=True,
+    )  # fmt: skip
     return Loader(
-        train, global_batch=batch, micro_batch=micro_batch, image_size=encoder.image_size,
-        mean=encoder.mean, std=encoder.std, seed=args.seed, device=cli.device(),
-        dtype=torch.float32, threads=args.threads, prefetch=2, crop_scale=chosen.crop_scale,
-        flip=True, rank=rank(), world_size=world_size(), rand_augment=chosen.rand_augment,
+        train, data, Share(batch, micro_batch, rank(), world_size()), seed=args.seed,
+        device=cli.device(), dtype=torch.float32, rand_augment=chosen.rand_augment,
     )  # fmt: skip
 
 
