@@ -140,6 +140,9 @@ class ModelSection(Section):
     depth: Count | None = Field(None, description="instead of the named model's")
     heads: Count | None = Field(None, description="instead of the named model's")
     mlp_ratio: Positive | None = Field(None, description="instead of the named model's")
+    init: Literal["auto", "ijepa", "xavier"] = later(
+        "auto", was="ijepa", description="of the weights; auto: xavier below width 384, else ijepa"
+    )
     attention: Literal[
         "auto", "plain", "sdpa", "sdpa_flash", "sdpa_cudnn", "flash_attn", "triton"
     ] = Field("auto", description="the fastest by trial on a GPU, plain on a CPU")
@@ -176,7 +179,7 @@ class VICRegSection(Section):
     cov: NonNegative = Field(1.0, description="weight of the covariance term")
     gamma: Positive = Field(1.0, description="standard deviation that the variance term asks for")
     eps: Positive = Field(1e-4, description="added to a variance before its root")
-    views: Literal["blocks", "context_target", "tokens"] = Field(
+    views: Literal["blocks", "context_target", "tokens", "positions"] = Field(
         "blocks", description="what the terms compare: see model/loss.py"
     )
     projector: tuple[Count, ...] | None = Field(

@@ -108,6 +108,7 @@ def _config(encoder: Encoder) -> dict:
         "intermediate_size": encoder.blocks[0].mlp.fc1.out_features,
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
+        "weights_init": encoder.init,  # ours: transformers keeps what it does not know
         **FIXED,
     }
 
@@ -151,6 +152,7 @@ def _described(path: Path) -> Encoder:
                 depth=config["num_hidden_layers"],
                 heads=config["num_attention_heads"],
                 mlp_ratio=config["intermediate_size"] / config["hidden_size"],
+                init=config.get("weights_init", "ijepa"),
             )
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ValueError(f"{path} does not describe an encoder: {error!r}") from error

@@ -87,6 +87,7 @@ def step_gflop(
     targets_p: float,
     predictor_mlp_ratio: float = 4.0,
     predictor_mode: str = "per_target",
+    init: str = "ijepa",
 ) -> dict[str, float]:
     """GFLOP of one image in one training step: target, context, predictor and their total.
 
@@ -94,9 +95,10 @@ def step_gflop(
     context_k over images ("packed"; padding is no work): attention's quadratic part is then that of
     the mean length, too low by the share var(K) / K^2 of it, 2 % or so.
     The backward is twice the forward, but for the context's patch embedding, whose input needs no
-    gradient. `heads` changes nothing; it is taken so that Encoder.architecture can be passed whole.
+    gradient. `heads` and `init` change nothing; they are taken so that Encoder.architecture can be
+    passed whole.
     """
-    del heads
+    del heads, init
     patches_n = (image_size // patch_size) ** 2
     target = depth * block_flop(patches_n, width, mlp_ratio)
     target += patch_embedding_flop(patches_n, patch_size, width)

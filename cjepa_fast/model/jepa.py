@@ -35,5 +35,4 @@ class JEPA(nn.Module):
         tokens = self.encoder(images_B3HW, context)
         predicted = self.predictor(tokens, context, target_idx_BMP)
         jepa = prediction_loss(predicted, target_tokens_BND, target_idx_BMP, self.loss.prediction)
-        packed = context.sequences if isinstance(context, PackedContext) else None
-        return self.loss(jepa, predicted, tokens, target_tokens_BND, self.projector, packed)
+        return self.loss(jepa, predicted, tokens, target_tokens_BND, self.projector, context)

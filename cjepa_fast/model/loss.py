@@ -15,7 +15,7 @@ from torch import nn
 
 from cjepa_fast.kernels.common.ranks import Ranks, centred, sum_over_ranks, wide
 from cjepa_fast.kernels.vicreg import vicreg_terms
-from cjepa_fast.model.packed import Sequences
+from cjepa_fast.model.packed import PackedContext
 
 Terms = dict[str, torch.Tensor]
 
@@ -55,7 +55,9 @@ class CJEPALoss:
 
     views: "blocks" compares the predicted target blocks of an image, mean-pooled (Algorithm 1);
     "context_target" the mean-pooled outputs of the two encoders (App. C.2), with std and cov on the
-    context's; "tokens" takes std and cov of all predicted tokens, no sim. ranks: those
+    context's; "tokens" takes std and cov of all predicted tokens, no sim; "positions", ours and not
+    the paper's, takes them of the context's tokens apart at each position of the grid, no sim
+    (`position_terms`). ranks: those
     whose batches together give the statistics, None for this one alone.
     """
 
@@ -76,19 +78,19 @@ class CJEPALoss:
         context_BKD: torch.Tensor,
         target_tokens_BND: torch.Tensor,
         project: nn.Module | None = None,
-        packed: Sequences | None = None,
+        context: torch.Tensor | PackedContext | None = None,
     ) -> Terms:
         """0-d tensors by name, at least fp32: loss (with gradient), jepa, sim, std, cov.
 
-        jepa: the prediction error (kernels.gather.prediction_loss). packed: the images' contexts
-        lie end to end in context_BKD, (1, T, D), cut so.
+        jepa: the prediction error (kernels.gather.prediction_loss). context: the positions of the
+        context's tokens, int64 (B, K); or packed, for tokens (1, T, D) that lie end to end.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.beta > 0):
             if self.beta == 0 and self.ranks is None and len(predicted_BMPD) < 2:
                 sim = std = cov = jepa.new_tensor(torch.nan)  # one image has no variance
             else:
                 sim, std, cov = self.vicreg(
-                    predicted_BMPD, context_BKD, target_tokens_BND, project, packed
+                    predicted_BMPD, context_BKD, target_tokens_BND, project, context
                 )
         vicreg = self.sim * sim + self.std * std + self.cov * cov
         loss = jepa + self.beta * vicreg if self.beta > 0 else jepa
@@ -101,20 +103,28 @@ class CJEPALoss:
         context_BKD: torch.Tensor,
         target_tokens_BND: torch.Tensor,
         project: nn.Module | None = None,
-        packed: Sequences | None = None,
+        context: torch.Tensor | PackedContext | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """sim, std and cov of the chosen views, unweighted."""
         if self.views == "blocks":
             z_MBD = wide(predicted_BMPD).mean(2).transpose(0, 1)
             return block_terms(_projected(project, z_MBD), self.gamma, self.eps, self.ranks)
         if self.views == "context_target":
-            context = wide(context_BKD)
-            pooled = context.mean(1) if packed is None else packed.means(context[0])
+            tokens = wide(context_BKD)
+            packed = isinstance(context, PackedContext)
+            pooled = context.sequences.means(tokens[0]) if packed else tokens.mean(1)
             z_a = _projected(project, pooled)
             with torch.no_grad():
                 z_b = _projected(project, wide(target_tokens_BND).mean(1))
             std, cov, _ = vicreg_terms(z_a, self.gamma, self.eps, self.ranks)
             return F.mse_loss(z_a, z_b), std, cov
+        if self.views == "positions":
+            tokens_TD, idx_T, live_T = _one_row(context_BKD, context)
+            std, cov = position_terms(
+                _projected(project, tokens_TD), idx_T, target_tokens_BND.shape[1], live_T,
+                self.gamma, self.eps, self.ranks,
+            )  # fmt: skip
+            return std.new_zeros(()), std, cov
         z_nD = _projected(project, predicted_BMPD.flatten(0, 2))
         std, cov, _ = vicreg_terms(z_nD, self.gamma, self.eps, self.ranks)
         return std.new_zeros(()), std, cov
@@ -125,6 +135,58 @@ def _projected(project: nn.Module | None, z: torch.Tensor) -> torch.Tensor:
         return z
     weight = next(project.parameters())
     return wide(project(z.flatten(0, -2).to(weight.dtype)).view(*z.shape[:-1], -1))
+
+
+def _one_row(
+    context_BKD: torch.Tensor, context: torch.Tensor | PackedContext | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The context's tokens (T, D), their positions (T,), and which of them are no padding."""
+    if context is None:
+        raise ValueError('views "positions" needs the positions of the context')
+    if not isinstance(context, PackedContext):
+        return context_BKD.flatten(0, 1), context.flatten(), None
+    end = context.sequences.starts[context.sequences.real]
+    live_T = torch.arange(len(context.rows_T), device=end.device) < end
+    return context_BKD[0], context.idx_T, live_T
+
+
+def position_terms(
+    x_TD: torch.Tensor,
+    idx_T: torch.Tensor,
+    positions: int,
+    live_T: torch.Tensor | None = None,
+    gamma: float = 1.0,
+    eps: float = 1e-4,
+    ranks: Ranks | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """std and cov of tokens about the mean of their position, so that position explains nothing.
+
+    x: tokens of several images, at positions idx in 0..N-1; live: the others are padding. With c_n
+    tokens at position n, d of them the deviations from its mean and F = sum_n (c_n - 1):
+        std = sum_n (c_n - 1) mean_j max(0, gamma - sqrt(sum d_j^2 / (c_n - 1) + eps)) / F
+        cov = sum_{i != j} (sum d_i d_j / F)^2 / D
+    A position with one token has no variance and counts for nothing. Sums by position are matmuls
+    with a one-hot matrix: no atomics, so the same input gives the same bits.
+    """
+    x, N = wide(x_TD), torch.arange(positions, device=x_TD.device)
+    at_NT = idx_T == N[:, None]
+    if live_T is not None:
+        at_NT = at_NT & live_T
+        x = x.masked_fill(~live_T[:, None], 0.0)
+    at_NT = at_NT.to(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        count_N = sum_over_ranks(at_NT.sum(1), ranks)
+        mean_ND = sum_over_ranks(at_NT @ x, ranks) / count_N.clamp(min=1)[:, None]
+        deviation_TD = x - at_NT.T @ mean_ND
+        squares_ND = sum_over_ranks(at_NT @ deviation_TD.square(), ranks)
+        free_N = (count_N - 1).clamp(min=0)
+        free = free_N.sum().clamp(min=1)
+        variance_ND = squares_ND / free_N.clamp(min=1)[:, None]
+        hinge_N = (gamma - (variance_ND + eps).sqrt()).relu().mean(1)
+        # Deviations sum to zero, so their covariance is vicreg_terms' but for its count of rows.
+        rows = sum_over_ranks(x.new_tensor(float(len(x))), ranks)
+        _, cov, _ = vicreg_terms(deviation_TD, gamma, eps, ranks)
+        return (hinge_N * free_N).sum() / free, cov * ((rows - 1) / free).square()
 
 
 def block_terms(

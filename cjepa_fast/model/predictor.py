@@ -7,6 +7,8 @@ Shapes: B images, N patches, K context patches, M target blocks, P patches a blo
 width, W predictor width, T tokens of a packed context.
 """
 
+import functools
+
 import torch
 from torch import nn
 
@@ -24,7 +26,7 @@ class Predictor(nn.Module):
     which a mask token sees the context and the mask tokens of its own block, and the context itself
     alone. With one block the outputs are those of "per_target"; with more it is other maths, since
     there the context sees the mask tokens from the second block on. Never the default without
-    evidence that it learns as well. residual and checkpointing: see vit.Encoder and recompute.py.
+    evidence that it learns as well. residual, checkpointing and init: see vit.Encoder.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class Predictor(nn.Module):
         residual: str = "bf16",
         checkpointing: str = "none",
         mode: str = "per_target",
+        init: str = "ijepa",
     ):
         super().__init__()
         self.residual, self.mode, self.fused = residual, mode, False
@@ -50,7 +53,7 @@ class Predictor(nn.Module):
         )
         self.predictor_norm = Norm(width, eps=1e-6)
         self.predictor_proj = Linear(width, encoder_width)
-        self.apply(init_weights)
+        self.apply(functools.partial(init_weights, init=init))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def forward(

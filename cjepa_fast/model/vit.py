@@ -6,6 +6,7 @@ Shapes: B images, N patches, K context patches, D width, H heads, S tokens of a 
 sequences (sequences.py) are one row of S = T tokens, B = 1, of which only attention sees the cuts.
 """
 
+import functools
 import math
 from collections.abc import Collection
 
@@ -75,10 +76,29 @@ class PatchEmbed(nn.Module):
         return self.proj(patches_BKC)
 
 
-def init_weights(module: nn.Module, std: float = 0.02) -> None:
-    """I-JEPA's initialisation: truncated normal weights, zero biases, unit norms."""
+INITS = ("ijepa", "xavier")
+XAVIER_BELOW = 384  # widths; see initialisation()
+
+
+def initialisation(name: str, width: int) -> str:
+    """model.init, "auto" resolved for an encoder of this width.
+
+    I-JEPA's std of 0.02 suits its widths. At 96 to 192 it is 4 to 5 times too small: patches come
+    out at 0.14 rms beside positions of 0.71, and attention starts flat (docs/collapse.md).
+    """
+    if name != "auto":
+        return name
+    return "xavier" if width < XAVIER_BELOW else "ijepa"
+
+
+def init_weights(module: nn.Module, init: str = "ijepa") -> None:
+    """Weights truncated normal of std 0.02 ("ijepa", as in its code) or uniform by fan-in and
+    fan-out ("xavier", as in MAE's); zero biases, unit norms."""
     if isinstance(module, (nn.Linear, nn.Conv2d)):
-        nn.init.trunc_normal_(module.weight, std=std)
+        if init == "xavier":
+            nn.init.xavier_uniform_(module.weight.flatten(1))
+        else:
+            nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
     elif isinstance(module, nn.LayerNorm):
@@ -95,8 +115,8 @@ class Encoder(nn.Module):
 
     image_size and patch_size are in pixels; the grid is (image_size // patch_size) squared.
     residual: "fp32" keeps the stream between the blocks in fp32 where the weights are bf16; the
-    products and the output stay bf16. checkpointing: see Block. Where `fused` is set, the blocks
-    run by our kernels on what those take.
+    matmuls and the output stay bf16. checkpointing: see recompute.py; init: see init_weights. Where
+    `fused` is set, the blocks run by our kernels on what those take.
     Raises ValueError when the image is no multiple of the patch or the width none of the heads.
     """
 
@@ -111,15 +131,18 @@ class Encoder(nn.Module):
         attention: str = "auto",
         residual: str = "bf16",
         checkpointing: str = "none",
+        init: str = "ijepa",
     ):
         super().__init__()
         if image_size % patch_size:
             raise ValueError(
                 f"image_size {image_size} is not a multiple of patch_size {patch_size}"
             )
+        if init not in INITS:
+            raise ValueError(f"init {init!r}: must be one of {', '.join(INITS)}")
         self.image_size, self.patch_size, self.width = image_size, patch_size, width
         self.depth, self.heads, self.mlp_ratio = depth, heads, mlp_ratio
-        self.residual, self.fused = residual, False
+        self.residual, self.fused, self.init = residual, False, init
         self.grid = (image_size // patch_size,) * 2
         self.patch_embed = PatchEmbed(patch_size, width)
         self.pos_embed = frozen_positions(*self.grid, width)
@@ -127,12 +150,13 @@ class Encoder(nn.Module):
             Block(width, heads, mlp_ratio, attention, checkpointing) for _ in range(depth)
         )
         self.norm = Norm(width, eps=1e-6)
-        self.apply(init_weights)
+        self.apply(functools.partial(init_weights, init=init))
 
     @property
     def architecture(self) -> dict:
-        """The constructor's arguments that decide the weights' shapes, as in encoder.json."""
-        names = ("image_size", "patch_size", "width", "depth", "heads", "mlp_ratio")
+        """The constructor's arguments that decide what it computes and starts from, as in
+        encoder.json."""
+        names = ("image_size", "patch_size", "width", "depth", "heads", "mlp_ratio", "init")
         return {name: getattr(self, name) for name in names}
 
     def positions(self, rows: int, cols: int) -> torch.Tensor:

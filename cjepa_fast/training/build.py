@@ -19,7 +19,7 @@ from cjepa_fast.model.flops import step_gflop
 from cjepa_fast.model.jepa import JEPA
 from cjepa_fast.model.loss import CJEPALoss, build_projector
 from cjepa_fast.model.predictor import Predictor
-from cjepa_fast.model.vit import MODELS, Encoder
+from cjepa_fast.model.vit import MODELS, Encoder, initialisation
 from cjepa_fast.runtime import distributed, hardware, trials
 from cjepa_fast.training.engines.single import SingleEngine
 from cjepa_fast.training.engines.zero import DTYPES, Engine
@@ -32,6 +32,7 @@ def build_networks(config: Config, ranks: Ranks | None = None) -> JEPA:
     options = config.model.model_dump(include={"attention", "residual", "checkpointing"})
     check_heads("model", model["width"], model["heads"])
     check_heads("predictor", part.width, part.heads or model["heads"])
+    options["init"] = initialisation(config.model.init, model["width"])
     encoder = Encoder(config.data.image_size, config.model.patch_size, **model, **options)
     encoder.mean, encoder.std = config.data.mean, config.data.std
     predictor = Predictor(

@@ -321,3 +321,25 @@ def test_in_fp32_the_residuals_dtype_changes_no_bit(seed):
         tokens.square().sum().backward()
         found.append([tokens, *(p.grad for p in encoder.parameters() if p.requires_grad)])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_xavier_follows_the_widths_and_ijepas_does_not(seed):
+    for init, wanted in (("xavier", (2 / (96 + 288)) ** 0.5), ("ijepa", 0.02)):
+        encoder = vit.Encoder(48, 8, 96, 2, 2, init=init)
+        weights = encoder.blocks[0].attn.qkv.weight
+        assert weights.std().item() == pytest.approx(wanted, rel=0.05)
+        assert encoder.architecture["init"] == init
+        patches = encoder.patch_embed.proj.weight
+        uniform = (2 / (96 + 3 * 64)) ** 0.5
+        expected = uniform if init == "xavier" else 0.02
+        assert patches.std().item() == pytest.approx(expected, rel=0.05)
+        assert not encoder.blocks[0].attn.qkv.bias.any()
+
+
+def test_the_automatic_initialisation_follows_the_width():
+    assert [vit.initialisation("auto", w) for w in (96, 383, 384, 1280)] == [
+        "xavier", "xavier", "ijepa", "ijepa",
+    ]  # fmt: skip
+    assert vit.initialisation("ijepa", 96) == "ijepa"
+    with pytest.raises(ValueError, match="init 'orthogonal': must be one of ijepa, xavier"):
+        vit.Encoder(48, 8, 96, 1, 2, init="orthogonal")
