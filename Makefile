@@ -18,7 +18,7 @@ help: ## list the targets
 
 install: $(STAMP) ## make .venv with the tested versions (PYTHON=python3.12 picks another Python)
 
-demo: $(STAMP) ## train a small ViT on a made-up picture set in minutes, and draw what it learnt
+demo: $(STAMP) ## train a small ViT on a synthetic dataset in minutes, and draw what it learnt
 	@$(RUN) -m cjepa_fast.demo
 
 test: $(STAMP) ## every test that this machine can run

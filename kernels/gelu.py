@@ -10,7 +10,7 @@ to. Its exponential is the one that phi needs. The device library's erf takes tw
 instructions: with it a pass is bound by them and not by its bytes.
 
 Shapes: rows of C values, u of any leading dimensions. `gelu_reference` is the definition, its
-automatic gradient that of the backward. The launchers serve the operators of model/fused_blocks.py.
+automatic gradient that of the backward. The launchers serve the operators of model/fused_ops.py.
 
 Bytes a value that must move, with e bytes a value: forward 2 e, backward 3 e.
 """

@@ -11,7 +11,7 @@ y comes from a Linear, whose bias takes dy_bias: summed here, it costs no pass o
 Shapes: rows of D values, x of any leading dimensions. Statistics are fp32: mean and rstd of each
 row, (2, rows), are kept for the backward. `add_norm_reference` is the definition of the forward,
 its automatic gradient that of the backward. The launchers serve the operators of
-model/fused_blocks.py. Sums over rows are each program's own and then added up (common/sums.py),
+model/fused_ops.py. Sums over rows are each program's own and then added up (common/sums.py),
 in a fixed order.
 
 Bytes a value that must move, with e bytes a value of the stream and of h alike:

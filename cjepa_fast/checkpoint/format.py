@@ -7,7 +7,7 @@ A checkpoint is a folder of safetensors files, one a process, each with the frag
         encoder.json                       the encoder's architecture
         manifest.json                      each file's size and SHA-256
 The shards also hold the state of torch's generators. All is written under a temporary name, the
-manifest last, synced and renamed (saver.py): what has no manifest is no checkpoint, and what the
+manifest last, synced and renamed (writer.py): what has no manifest is no checkpoint, and what the
 manifest does not bear out is refused by name. No pickle is written or read.
 """
 

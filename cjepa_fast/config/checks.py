@@ -8,7 +8,8 @@ from cjepa_fast.config.schema import Config
 
 OWN_OPTIMISER = "brings an optimiser of its own, whose state could not be saved; leave it out"
 NVME = 'what lies on a disk can be neither averaged nor saved; take "cpu"'
-# Keys of DeepSpeed's JSON that engine.py cannot live with, the values that are harmless, and why.
+# Keys of DeepSpeed's JSON that engines/zero.py cannot work with, the values that do no harm, and
+# why.
 # Found by training with each against training without (DeepSpeed 0.19), or in DeepSpeed's source.
 REFUSED_OF_DEEPSPEED: dict[str, tuple[tuple, str]] = {
     "zero_optimization.mics_shard_size": (

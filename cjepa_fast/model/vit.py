@@ -3,7 +3,7 @@
 Parameter names and maths are I-JEPA's (Assran et al. 2023, arXiv 2301.08243), so that its
 checkpoints load: no class token, fixed 2-D sin-cos positions, pre-norm blocks, exact GELU.
 Shapes: B images, N patches, K context patches, D width, H heads, S tokens of a sequence. Packed
-sequences (sequences.py) are one row of S = T tokens, B = 1, of which only attention sees the cuts.
+sequences (packed.py) are one row of S = T tokens, B = 1, of which only attention sees the cuts.
 """
 
 import functools

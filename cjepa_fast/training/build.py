@@ -264,7 +264,7 @@ def counted_sizes(config: Config, context_k: float, targets_m: int, targets_p: f
 
 
 def check_heads(section: str, width: int, heads: int) -> None:
-    """Of the sizes that the model's name decides; those in the file config.py has checked."""
+    """Of sizes that the model's name decides: config/checks.py has checked those in the file."""
     if width % heads:
         raise ConfigError(f"{section}.width = {width}: must be a multiple of the {heads} heads")
 

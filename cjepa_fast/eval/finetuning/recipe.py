@@ -1,7 +1,7 @@
 """What a fine-tuning does beside the plain step, each part on its own.
 
 Mixup (Zhang et al. 2018), cutmix (Yun et al. 2019), random erasing (Zhong et al. 2020), the average
-of the weights; layer decay and drop path are in by_depth.py. Numbers are MAE's (He et al. 2021,
+of the weights; layer decay and drop path are in layer_decay.py. Numbers are MAE's (He et al. 2021,
 arXiv 2111.06377, App. A.1, and its code).
 Shapes: B images, C classes.
 """
