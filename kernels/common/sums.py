@@ -2,7 +2,7 @@
 
     sum_parts    out[c] = sum_p parts[p, c]
 
-The backward kernels of norm.py, gelu.py and attention.py read a gradient anyway, and sum its
+The backward kernels of norm.py, gelu.py and attention/ read a gradient anyway, and sum its
 columns as they go: the gradients of biases and of LayerNorm's weights. That leaves one row of sums
 a program. Those are added here, so that no atomics are needed and the same input gives the same
 bits.

@@ -1,6 +1,6 @@
 """DAVIS: how well frozen patch features carry the objects of a first frame through a video.
 
-The labels are propagated as in propagate.py and measured as in davis.py; each object counts alike,
+The labels are propagated as in propagate.py and measured as in jf_score.py; each object counts alike,
 whichever sequence it is from.
 """
 
