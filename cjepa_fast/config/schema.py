@@ -60,33 +60,38 @@ class RunSection(Section):
         "auto", was="bf16", description="auto: bf16 where the hardware multiplies it, else fp32"
     )
     compile: Literal["none", "blocks", "whole"] = Field(
-        "none", description='torch.compile; "whole" wants mask.context "fixed" or "packed"'
+        "none", description='torch.compile; "whole" needs mask.context "fixed" or "packed"'
     )
     cuda_graph: bool = Field(
         False,
-        description='record the step once and replay it; wants mask.context "fixed" or "packed"',
+        description='record the step once, replay it; needs mask.context "fixed" or "packed"',
     )
     target_stream: bool = Field(
-        False, description="on a GPU: the target's forward beside the context encoder's"
+        False, description="target encoder's forward on a CUDA stream of its own"
     )
     max_bad_steps: Count = Field(10, description="skipped steps in a row before the run stops")
     on_spike: Literal["log", "skip", "rewind"] = Field(
-        "log", description="of the loss or the gradient's norm: tell, skip the update, or rewind"
+        "log",
+        description="on a spike of loss or gradient norm: log it, skip the update, or rewind",
     )
-    spike_z: Positive = Field(8.0, description="standard deviations above the last 128 steps")
+    spike_z: Positive = Field(
+        8.0, description="a spike is this many standard deviations above the last 128 steps"
+    )
     timeout_s: NonNegative = Field(
-        600, description="without progress before the run ends and says where it hangs; 0: never"
+        600, description="seconds without progress until the run ends and says where; 0: never"
     )
-    init_from: str | None = Field(None, description="an I-JEPA checkpoint to start from")
+    init_from: str | None = Field(None, description="I-JEPA checkpoint to start from")
 
 
 class DataSection(Section):
     path: str = Field("data/imagenet/train", description="folder, shards, or 'shapes'")
-    image_size: Count = Field(224, description="pixels a side of the square that the networks see")
-    batch_size: Count = Field(2048, description="images a step, over all ranks")
-    micro_batch_size: Count = Field(128, description="most images a rank takes at a time")
+    image_size: Count = Field(
+        224, description="side of the square that the networks see, in pixels"
+    )
+    batch_size: Count = Field(2048, description="images per step, over all ranks")
+    micro_batch_size: Count = Field(128, description="most images a rank takes at once")
     crop_scale: tuple[Share, Share] = Field(
-        (0.3, 1.0), description="least and most share of an image's area in a crop"
+        (0.3, 1.0), description="least and most share of the image's area in a crop"
     )
     crop_ratio: tuple[Positive, Positive] = Field(
         (3 / 4, 4 / 3), description="least and most width over height of a crop"
@@ -94,14 +99,16 @@ class DataSection(Section):
     flip: bool = Field(False, description="mirror half of the crops")
     colour: NonNegative = Field(0.0, description="strength of colour jitter")
     mean: tuple[float, float, float] = Field(
-        (0.485, 0.456, 0.406), description="of RGB in 0..1, subtracted"
+        (0.485, 0.456, 0.406), description="mean of RGB in 0..1, which is subtracted"
     )
     std: tuple[Positive, Positive, Positive] = Field(
-        (0.229, 0.224, 0.225), description="of RGB in 0..1, divided by"
+        (0.229, 0.224, 0.225), description="standard deviation of RGB in 0..1, divided by"
     )
-    threads: Count = Field(4, description="decoding threads of a rank")
-    prefetch: Count = Field(2, description="batches made ahead")
-    hw_decoder_load: Fraction = Field(0.65, description="share of the GPU's JPEG engines")
+    threads: Count = Field(4, description="decoding threads per rank")
+    prefetch: Count = Field(2, description="batches prepared ahead")
+    hw_decoder_load: Fraction = Field(
+        0.65, description="share of JPEG data that the GPU's JPEG engines decode"
+    )
     decoder: Literal["auto", "dali", "pillow"] = later(
         "auto", was="auto", description="DALI where it works, else Pillow, on the CPU"
     )
@@ -118,7 +125,7 @@ class MaskSection(Section):
     context: Literal["random", "prefix", "fixed", "packed"] = Field(
         "random", description="how contexts of different sizes make a batch: see configs/README.md"
     )
-    targets: Count = Field(4, description="target blocks an image")
+    targets: Count = Field(4, description="target blocks per image")
     target_scale: tuple[Share, Share] = Field(
         (0.15, 0.2), description="least and most share of the patches in a target block"
     )
@@ -135,23 +142,23 @@ class ModelSection(Section):
     name: Literal[MODEL_NAMES] = Field(
         "vit_huge", description="width, depth and heads of the encoder"
     )  # type: ignore[valid-type]
-    patch_size: Count = Field(14, description="pixels a side of a patch")
+    patch_size: Count = Field(14, description="side of a patch, in pixels")
     width: Count | None = Field(None, description="instead of the named model's")
     depth: Count | None = Field(None, description="instead of the named model's")
     heads: Count | None = Field(None, description="instead of the named model's")
     mlp_ratio: Positive | None = Field(None, description="instead of the named model's")
     init: Literal["auto", "ijepa", "xavier"] = later(
-        "auto", was="ijepa", description="of the weights; auto: xavier below width 384, else ijepa"
+        "auto", was="ijepa", description="initial weights; auto: xavier below width 384, else ijepa"
     )
     attention: Literal[
         "auto", "plain", "sdpa", "sdpa_flash", "sdpa_cudnn", "flash_attn", "triton"
-    ] = Field("auto", description="the fastest by trial on a GPU, plain on a CPU")
+    ] = Field("auto", description="auto: the fastest by trial on a GPU, plain on a CPU")
     fused: bool = Field(
         True,
-        description="the blocks by our own kernels, on a GPU in bf16 without run.compile",
+        description="blocks use our own kernels, on a GPU in bf16 without run.compile",
     )
     target_precision: Literal["bf16", "fp8"] = Field(
-        "bf16", description="of the target's matmuls; fp8 wants run.precision bf16 and sm_89"
+        "bf16", description="target encoder's matmuls; fp8 needs run.precision bf16 and sm_89"
     )
     residual: Literal["bf16", "fp32"] = Field(
         "bf16", description="dtype of the residual stream, where run.precision is bf16"
@@ -163,12 +170,12 @@ class ModelSection(Section):
 
 
 class PredictorSection(Section):
-    width: Count = Field(384, description="of its tokens")
-    depth: Count = Field(12, description="blocks")
+    width: Count = Field(384, description="width of the predictor's tokens")
+    depth: Count = Field(12, description="number of blocks")
     heads: Count | None = Field(None, description="null: the encoder's")
-    mlp_ratio: Positive = Field(4.0, description="width of the MLP over the predictor's")
+    mlp_ratio: Positive = Field(4.0, description="width of the MLP over predictor.width")
     mode: Literal["per_target", "one_pass"] = Field(
-        "per_target", description='"one_pass" runs the context once an image: other maths'
+        "per_target", description='"one_pass" runs the context once per image: other maths'
     )
 
 
@@ -177,7 +184,7 @@ class VICRegSection(Section):
     sim: NonNegative = Field(25.0, description="weight of the invariance term")
     std: NonNegative = Field(25.0, description="weight of the variance term")
     cov: NonNegative = Field(1.0, description="weight of the covariance term")
-    gamma: Positive = Field(1.0, description="standard deviation that the variance term asks for")
+    gamma: Positive = Field(1.0, description="standard deviation that the variance term aims at")
     eps: Positive = Field(1e-4, description="added to a variance before its root")
     views: Literal["blocks", "context_target", "tokens", "positions"] = Field(
         "blocks", description="what the terms compare: see model/loss.py"
@@ -196,41 +203,51 @@ class LossSection(Section):
 
 class OptimSection(Section):
     implementation: Literal["auto", "adamw_ema", "fused", "apex", "deepspeed"] = Field(
-        "auto", description="adamw_ema (weights and EMA in one pass) on one rank, else fused"
+        "auto", description="auto: adamw_ema (weights and EMA in one pass) on one rank, else fused"
     )
     lr: Positive = Field(1e-3, description="learning rate after warm-up, for the whole batch")
-    start_lr: NonNegative = Field(1e-4, description="at the first step of the warm-up")
-    final_lr: NonNegative = Field(1e-6, description="at the end of the cosine")
-    warmup_epochs: NonNegative = Field(15, description="of a linear rise of the learning rate")
-    weight_decay: NonNegative = Field(0.04, description="at the start; of matrices alone")
-    final_weight_decay: NonNegative = Field(0.4, description="at the end of its cosine")
+    start_lr: NonNegative = Field(
+        1e-4, description="learning rate at the first step of the warm-up"
+    )
+    final_lr: NonNegative = Field(1e-6, description="learning rate at the end of the cosine")
+    warmup_epochs: NonNegative = Field(15, description="epochs of linear warm-up")
+    weight_decay: NonNegative = Field(
+        0.04, description="weight decay at the start; only of matrices"
+    )
+    final_weight_decay: NonNegative = Field(
+        0.4, description="weight decay at the end of its cosine"
+    )
     betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="AdamW's")
     eps: Positive = Field(1e-8, description="AdamW's")
     clip: NonNegative = Field(0.0, description="largest gradient norm; 0: no clipping")
-    momentum: Fraction = Field(0.996, description="of the target's EMA at the start")
-    final_momentum: Fraction = Field(1.0, description="at the end; it rises linearly")
+    momentum: Fraction = Field(0.996, description="momentum of the target's EMA at the start")
+    final_momentum: Fraction = Field(1.0, description="momentum at the end; it rises linearly")
 
 
 class CheckpointSection(Section):
     every_steps: Whole = Field(1000, description="steps between checkpoints; 0: only at the end")
-    every_minutes: NonNegative = Field(0, description="by the clock besides; 0: not")
-    keep: Count = Field(2, description="how many of the newest checkpoints stay")
-    keep_every_epochs: Whole = Field(0, description="checkpoints kept for good besides; 0: none")
+    every_minutes: NonNegative = Field(0, description="also save this often; 0: never")
+    keep: Count = Field(2, description="how many of the newest checkpoints are kept")
+    keep_every_epochs: Whole = Field(0, description="also keep one for good this often; 0: none")
 
 
 class TelemetrySection(Section):
     every_steps: Count = Field(20, description="steps between rows of the log")
-    tensorboard: bool = Field(True, description="write its event files")
-    wandb: str | None = Field(None, description="a project of Weights & Biases; needs .[wandb]")
-    rankme_floor: NonNegative = Field(2.0, description="of the target's features; below: warned of")
-    feature_std_floor: NonNegative = Field(0.02, description="the same, of their mean std")
+    tensorboard: bool = Field(True, description="write TensorBoard's event files")
+    wandb: str | None = Field(None, description="project of Weights & Biases; needs .[wandb]")
+    rankme_floor: NonNegative = Field(
+        2.0, description="warn where RankMe of the target's features is lower"
+    )
+    feature_std_floor: NonNegative = Field(0.02, description="warn where their mean std is lower")
 
 
 class OnlineSection(Section):
     data: str | None = Field(None, description="labelled images to evaluate on; null: none")
-    test: str | None = Field(None, description="null: 20 % of data, by name")
-    every_epochs: Count = Field(10, description="between evaluations")
-    share: Share = Field(0.01, description="of the run's time that it may take")
+    test: str | None = Field(
+        None, description="labelled images to test on; null: 20 % of online.data, by name"
+    )
+    every_epochs: Count = Field(10, description="epochs between evaluations")
+    share: Share = Field(0.01, description="share of the run's time that evaluations may take")
     max_train: Count = Field(4096, description="images to fit on")
     max_test: Count = Field(1024, description="images to score")
     pictures: Whole = Field(6, description="images that TensorBoard shows masks and features of")
@@ -239,7 +256,7 @@ class OnlineSection(Section):
 class EvalSection(Section):
     crop: Share = Field(0.875, description="centre crop, as a share of the short side")
     k: Count = Field(20, description="neighbours of kNN")
-    temperature: Positive = Field(0.07, description="of the weights of kNN's votes")
+    temperature: Positive = Field(0.07, description="temperature of kNN's votes")
     online: OnlineSection = OnlineSection()
 
 
