@@ -12,10 +12,11 @@ from cjepa_fast.config.schema import Config, ConfigError, Section
 
 HEAD = """# Configuration
 
-This page lists every key, its values and its default; `python -m cjepa_fast.config.describe` writes it.
-A configuration is a JSON file of sections. It may start with `"extends": "vit_b.json"`. Any key can be
-set on the command line (`--set optim.lr=3e-4`) or from Python. [configs/README.md](../configs/README.md)
-says more about the keys that change a step's speed, memory or maths.
+This page lists every key, its values and its default. `python -m cjepa_fast.config.describe`
+writes it. A configuration is a JSON file of sections, and may start with `"extends": "vit_b.json"`.
+Any key can be set on the command line (`--set optim.lr=3e-4`) or from Python.
+[configs/README.md](../configs/README.md) says more about the keys that change a step's speed,
+memory or maths.
 """
 
 

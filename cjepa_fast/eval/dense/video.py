@@ -1,7 +1,7 @@
 """DAVIS: how well frozen patch features carry the objects of a first frame through a video.
 
-The labels are propagated as in propagate.py and measured as in jf_score.py; each object counts alike,
-whichever sequence it is from.
+propagate.py carries the labels and jf_score.py measures them. Each object counts alike, whichever
+sequence it is from.
 """
 
 import argparse
