@@ -92,7 +92,7 @@ class Loop:
             keep_period=self.period,
             say=telemetry.message,
         )
-        self.stop = StopRequest()
+        self.stop = session.stop or StopRequest()
         self.saved_s = time.monotonic()
         self.told_of_collapse = False
         self.rewinds: Counter[int] = Counter()  # by step

@@ -17,6 +17,8 @@ from cjepa_fast.config import Config, ConfigError
 from cjepa_fast.data.loader import Loader
 from cjepa_fast.model.cpu_linear import LinearBackends
 from cjepa_fast.runtime import distributed, files, hardware, run_lock, watchdog
+from cjepa_fast.runtime.provenance import machine
+from cjepa_fast.runtime.signals import StopRequest
 from cjepa_fast.runtime.watchdog import Watchdog
 from cjepa_fast.telemetry import Telemetry
 from cjepa_fast.training import cpu_micro_batch
@@ -42,6 +44,7 @@ class Session:
     config: Config  # as asked, then with what was resolved and cut for this machine
     options: Options
     watchdog: Watchdog | None = None  # knows the step, and with what the process is busy
+    stop: StopRequest | None = None  # once the run's folder is taken
 
     @property
     def folder(self) -> Path:
@@ -199,6 +202,7 @@ def open_telemetry(
     state, told, ending: as in `begin`. Raises ConfigError where another run holds the folder.
     """
     config, run, rank = session.config, session.folder, distributed.rank()
+    session.stop = StopRequest()  # from here on a signal ends the run after a step, saved
     with input_errors():
         distributed.from_rank_0(lambda: run_lock.take(run))
         begun = (run / "log.jsonl").exists()
@@ -225,6 +229,7 @@ def open_telemetry(
 def _choices(trainer: Trainer) -> Iterator[str]:
     """What was chosen for this machine."""
     config, device = trainer.config, trainer.device
+    yield f"on {machine(device)}; torch {torch.__version__}"
     yield hardware.told_precision(config.run.precision, device, trainer.restoring)
     if device.type == "cuda" and trainer.attention:
         chosen = ", ".join(f"{part} {name}" for part, name in trainer.attention.items())

@@ -362,7 +362,7 @@ BY_THROUGHPUT += ["decode", "from-jpeg"]
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 @pytest.mark.parametrize("no_gpu", ["0", "1"])
-@pytest.mark.parametrize("failing", ["nothing", "throughput.py", "--resume"])
+@pytest.mark.parametrize("failing", ["no part", "throughput.py", "--resume"])
 def test_the_gate_runs_every_part_and_fails_with_any(tmp_path, failing, no_gpu):
     python, calls, out = tmp_path / "python", tmp_path / "calls", tmp_path / "out"
     python.write_text(STAND_IN)
@@ -374,7 +374,7 @@ def test_the_gate_runs_every_part_and_fails_with_any(tmp_path, failing, no_gpu):
     done = subprocess.run(gate, env=env, capture_output=True, text=True, timeout=tiny.HANG_S)
     summary = (out / "summary.txt").read_text()
     failed = [line.split()[0] for line in summary.splitlines() if "FAILED" in line]
-    expected = {"nothing": [], "throughput.py": BY_THROUGHPUT, "--resume": ["resume"]}
+    expected = {"no part": [], "throughput.py": BY_THROUGHPUT, "--resume": ["resume"]}
     assert failed == expected[failing]
     assert (done.returncode != 0) == bool(failed)
     called = calls.read_text()

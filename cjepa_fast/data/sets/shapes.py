@@ -2,7 +2,7 @@
 
     ensure("train") -> Path of a folder of WebDataset shards       (8,192 pictures; "val": 2,048)
 
-Each sample is NNNNNN.jpg (96 x 96), .cls (the kind of the LARGEST object, an index into KINDS) and
+Each sample is NNNNNN.jpg (48 x 48), .cls (the kind of the LARGEST object, an index into KINDS) and
 .json ({"kind", "objects", "distance"}: the kind's name, how many objects, and how far the nearest
 one stands, as Clevr/Count and Clevr/Dist ask; the distance is in units of the camera's height).
 `python -m cjepa_fast.data.sets.shapes [--sheet FILE]` prints where the set lies and what it holds.
@@ -25,16 +25,16 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from cjepa_fast.data.sets.scenes import KINDS, SIDE, render
+from cjepa_fast.data.sets.scenes import KINDS, SIZE, render
 from cjepa_fast.runtime import caches
 
-VERSION = "shapes-v1"
+VERSION = "shapes-v2"
 COUNTS = {"train": 8192, "val": 2048}
 SHARD = 1024  # pictures
 
 
 def cache_folder() -> Path:
-    """Where the set lies: $XDG_CACHE_HOME or ~/.cache, then cjepa_fast/shapes-v1."""
+    """Where the set lies: $XDG_CACHE_HOME or ~/.cache, then cjepa_fast/shapes-v2."""
     return caches.folder(VERSION)
 
 
@@ -144,7 +144,7 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 def contact_sheet(path: Path | str, split: str = "val", rows: int = 8, columns: int = 10) -> Path:
     """Draw the first pictures of a split, each with its label, to an image file."""
     gap, line = 4, 12
-    tile = (SIDE + gap, SIDE + gap + line)
+    tile = (SIZE + gap, SIZE + gap + line)
     sheet = Image.new("RGB", (columns * tile[0] + gap, rows * tile[1] + gap), "white")
     draw = ImageDraw.Draw(sheet)
     for index in range(rows * columns):
@@ -152,7 +152,7 @@ def contact_sheet(path: Path | str, split: str = "val", rows: int = 8, columns: 
         x, y = gap + index % columns * tile[0], gap + index // columns * tile[1]
         sheet.paste(Image.open(io.BytesIO(jpeg)), (x, y))
         text = f"{facts['kind']} {facts['objects']} {facts['distance']:.2f}"
-        draw.text((x, y + SIDE), text, fill="black")
+        draw.text((x, y + SIZE), text, fill="black")
     sheet.save(path)
     return Path(path)
 
@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
         _render_shards(split, Path(folder), *map(int, numbers))
         return 0
     for split, count in COUNTS.items():
-        print(f"{split:6s} {count:6,} pictures of {SIDE} x {SIDE}: {ensure(split)}")
+        print(f"{split:6s} {count:6,} pictures of {SIZE} x {SIZE}: {ensure(split)}")
     print("kinds  " + ", ".join(KINDS))
     if args.sheet:
         print(f"sheet  {contact_sheet(args.sheet)}")
