@@ -47,7 +47,8 @@ train() {
   local run=$1
   shift
   "$PYTHON" cjepa_fast/train.py --config demo.json --set "run.dir=$run" --set run.epochs=1 \
-    --set "data.path=$LOGS/images" --set optim.warmup_epochs=0.5 --set checkpoint.every_steps=4 \
+    --set "data.path=$LOGS/images" --set data.batch_size=32 --set data.micro_batch_size=32 \
+    --set optim.warmup_epochs=0.5 --set checkpoint.every_steps=4 \
     --set telemetry.every_steps=1 "$@"
 }
 

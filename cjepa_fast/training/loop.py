@@ -20,7 +20,7 @@ from cjepa_fast.data.loader import Batch, Loader
 from cjepa_fast.runtime import distributed
 from cjepa_fast.runtime.provenance import machine
 from cjepa_fast.runtime.signals import StopRequest
-from cjepa_fast.telemetry import Telemetry
+from cjepa_fast.telemetry import Telemetry, read_log
 from cjepa_fast.telemetry.pace import Pace
 from cjepa_fast.training.anomalies import BadSteps, Outcome, Outcomes, Spikes
 from cjepa_fast.training.start import Session
@@ -29,6 +29,7 @@ from cjepa_fast.training.trainer import Trainer
 BAD_STEPS = "bad_steps.jsonl"
 NONE_BEST = {"knn": -1.0, "step": None}
 MOST_REWINDS = 3  # to one checkpoint
+FALLEN = 2.0  # points of kNN: more than one evaluation's standard error
 LEAST_FEATURES = 64  # images, before a collapse is believed
 
 
@@ -61,6 +62,22 @@ class Snapshots(Protocol):
 
     def draw(self, target: nn.Module, context: nn.Module) -> dict[str, np.ndarray]:
         """By name, each (height, width, 3) uint8."""
+
+
+def learnt(rows: list[dict]) -> str | None:
+    """Of a finished log, whether the features beat the untrained encoder's; None where neither
+    was evaluated (eval.online)."""
+    marks = [(row["step"], row["knn"]) for row in rows if row.get("knn") is not None]
+    if len(marks) < 2 or marks[0][0] != 0:
+        return None
+    (_, start), (_, end) = marks[0], marks[-1]
+    step, best = max(marks[1:], key=lambda mark: mark[1])
+    line = f"kNN: untrained {start:.1f} %, best {best:.1f} % (step {step}), at the end {end:.1f} %"
+    if end <= start:
+        return f"WARNING: {line}. The features are no better than untrained ones: docs/collapse.md"
+    if end < best - FALLEN:
+        line += "; it fell: RUN/best is the better checkpoint"
+    return line
 
 
 class Loop:
@@ -371,4 +388,6 @@ class Loop:
             encoders.write_encoder(self.folder / "encoder.safetensors", "target", final)
             encoders.write_encoder(self.folder / "context_encoder.safetensors", "context", final)
             self.telemetry.message(f"done: {self.folder / 'encoder.safetensors'}")
+            if line := learnt(read_log(self.folder)):
+                self.telemetry.message(line)
         return 0 if saved or distributed.rank() else 1

@@ -13,6 +13,7 @@ from cjepa_fast.data.sources import open_images
 from cjepa_fast.eval import features, online
 from cjepa_fast.eval.probes import knn
 from cjepa_fast.telemetry import read_log
+from cjepa_fast.training import loop
 
 handlers = test_run.handlers
 MARKS = {"knn", "knn_centred", "linear"}
@@ -30,6 +31,10 @@ def test_the_target_is_judged_before_between_and_at_the_end(tmp_path):
     config = write_config(tmp_path)
     assert train.main(["--config", str(config)]) == 0
     run = tmp_path / "run"
+    events = (run / "events.jsonl").read_text().splitlines()
+    told = json.loads(events[-1])["text"]
+    assert json.loads(events[0])["text"].endswith(f"; torch {torch.__version__}")
+    assert "kNN: untrained" in told and "at the end" in told
     rows = {row["step"]: row for row in read_log(run)}
     marked = [step for step, row in rows.items() if row.keys() >= MARKS]
     assert marked == [0, 2, 4, 6]
@@ -179,3 +184,17 @@ def test_tensorboard_has_masks_attention_and_features_at_each(tmp_path):
     assert set(events.Tags()["images"]) == {"masks", "attention", "pca"}
     shown = events.Images("pca")
     assert [picture.step for picture in shown] == [0, 2, 4, 6] and shown[0].height > 100
+
+
+def knn_rows(*marks: float) -> list[dict]:
+    return [{"step": 10 * i, "knn": mark} for i, mark in enumerate(marks)]
+
+
+def test_the_end_says_whether_the_features_beat_untrained_ones():
+    assert loop.learnt([{"step": 1}]) is loop.learnt(knn_rows(20.0)) is None
+    assert loop.learnt([{"step": 5, "knn": 1.0}, {"step": 6, "knn": 2.0}]) is None  # resumed copy
+    said = loop.learnt(knn_rows(20.0, 30.0, 50.04))
+    assert said == "kNN: untrained 20.0 %, best 50.0 % (step 20), at the end 50.0 %"
+    assert loop.learnt(knn_rows(20.0, 50.0, 45.0)).endswith("RUN/best is the better checkpoint")
+    assert "fell" not in loop.learnt(knn_rows(20.0, 50.0, 49.0))
+    assert loop.learnt(knn_rows(20.0, 25.0, 19.0)).startswith("WARNING: kNN: untrained 20.0 %")
