@@ -1,6 +1,6 @@
 """Several shapes on textured ground: how the synthetic dataset (shapes.py) is drawn.
 
-A picture has one large object, in muted colours, and up to two small ones behind it.
+A picture has one large object, in muted colours on calm ground, and up to two small ones behind.
 Its kind is told by its outline and by the relief of its surface (stripes, checks, rings ...), never
 by colour, size, position, pose or light: those are drawn apart from it, every kind covers the same
 area at the same size, and its surface is as bright, on average, as the ground may be. So neither
@@ -16,7 +16,7 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-SEED = 20251
+SEED = 20271
 SIDE = 96  # pixels, as drawn
 SIZE = SIDE // 2  # pixels of the file
 SPLITS = ("train", "val")
@@ -27,6 +27,7 @@ MARGIN = 9  # pixels around an outline, for its shadow
 TURN = np.float32(2 * np.pi)
 PERIODS = 2.2  # periods of the surface's relief from the middle of a disc to its rim
 MUTED = 0.5  # strength of every hue
+CALM = 0.7  # contrast of the ground
 
 _Y, _X = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32) + 0.5
 
@@ -154,7 +155,7 @@ def _ground(rng: np.random.Generator, horizon: float) -> np.ndarray:
         pattern = np.sin(np.floor(board) * 12.9898) * 0.5 + 0.5 * _noise(rng, 12)
     shade = (pattern - pattern.mean()) / pattern.std() * rng.uniform(0.1, 0.18)
     hue = _noise(rng, 4)
-    return 0.5 + shade[..., None] + (hue - hue.mean())[..., None] * _tint(rng, 0.3)
+    return 0.5 + CALM * (shade[..., None] + (hue - hue.mean())[..., None] * _tint(rng, 0.3))
 
 
 def _paint(rng, picture: np.ndarray, cover_HW: np.ndarray, tone_HW: np.ndarray, light: float):
