@@ -1,4 +1,4 @@
-"""The processes of one training: joining them, what passes between them, leaving.
+"""The ranks of one training: joining them, what passes between them, leaving.
 
 One process alone needs no group: each function then returns its own. DeepSpeed is imported here, as
 it joins the group.
@@ -166,7 +166,7 @@ def mean_over_ranks(terms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def from_all(mine: T) -> list[T]:
-    """Every process's object, by rank."""
+    """Every rank's object, in their order."""
     if world_size() == 1:
         return [mine]
     gathered: list = [None] * world_size()
@@ -178,8 +178,8 @@ def rows_on_first(mine_nD: torch.Tensor, row_n: torch.Tensor) -> tuple[torch.Ten
     """Rows of one tensor that each rank has some of, put together by their ascending numbers.
 
     mine_nD (n, ...) on the CPU, of one dtype everywhere, and its rows' numbers (n,), ascending.
-    Returns (N, ...), empty but on process 0, and the numbers of all (N,) on every rank. They
-    pass a piece at a time, so process 0 needs room for them and its own, and no more.
+    Returns (N, ...), empty but on rank 0, and the numbers of all (N,) on every rank. They
+    pass a piece at a time, so rank 0 needs room for them and its own, and no more.
     """
     if world_size() == 1:
         return mine_nD, row_n
@@ -202,7 +202,7 @@ def rows_on_first(mine_nD: torch.Tensor, row_n: torch.Tensor) -> tuple[torch.Ten
 
 
 def to_all(tensor: torch.Tensor) -> torch.Tensor:
-    """Process 0's tensor, on the CPU, on every rank."""
+    """Rank 0's tensor, on the CPU, on every rank."""
     if world_size() == 1:
         return tensor
     shape, dtype = from_rank_0(lambda: (tensor.shape, tensor.dtype))
@@ -213,7 +213,7 @@ def to_all(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def any_of(*flags: bool) -> tuple[bool, ...]:
-    """Of each flag, whether it is set on any process; no GPU waits for it."""
+    """Of each flag, whether it is set on any rank; no GPU waits for it."""
     if world_size() == 1:
         return flags
     set_anywhere = torch.tensor(flags, dtype=torch.int32)
@@ -223,12 +223,12 @@ def any_of(*flags: bool) -> tuple[bool, ...]:
 
 @functools.cache
 def _beside_the_gpus() -> dist.ProcessGroup:
-    """All processes, for small matters on the CPU."""
+    """All ranks, for small matters on the CPU."""
     return dist.new_group(backend="gloo", **_group_options)
 
 
 def from_rank_0(make: Callable[[], T]) -> T:
-    """What make() returns on process 0, on all; a ValueError or OSError of it is raised on all."""
+    """What make() returns on rank 0, on all; a ValueError or OSError of it is raised on all."""
     made: list = [None, None]
     if rank() == 0:
         try:
@@ -245,7 +245,7 @@ def from_rank_0(make: Callable[[], T]) -> T:
 def first_on_each_node(make: Callable[[], T]) -> T:
     """make() on rank 0 of each node, then on the others, which find its caches.
 
-    An error on any process is raised on all, so that none waits for one that has gone.
+    An error on any rank is raised on all, so that none waits for one that has gone.
     """
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     made, error = None, None

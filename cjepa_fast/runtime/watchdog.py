@@ -1,7 +1,7 @@
 """Notices a process that is gone or stuck, says which one it is, and ends the run.
 
 The main thread of every rank sets marks ("waiting for data", step 12); threads beside it publish
-them as heartbeats, in the store at which the processes met. Process 0 reads all heartbeats and
+them as heartbeats, in the store at which the processes met. Rank 0 reads all heartbeats and
 judges; the others read its own, with its verdict in it, and judge it alone. A heartbeat is a sign
 of life if it has changed. How long ago that was is told by a clock that each rank lets go on for
 itself, and that stands still while the process is stopped: nobody's time of day is read.
@@ -49,7 +49,7 @@ class Beat(NamedTuple):
     for_s: float = 0.0  # since its last mark
     state: str = RUNS
     error: str = ""
-    verdict: str = ""  # by process 0, for all
+    verdict: str = ""  # by rank 0, for all
 
 
 def find_gone(beats: Iterable[Beat], still_s: dict[int, float], gone_s: float) -> str:
@@ -172,7 +172,7 @@ class Watchdog:
         self.clock_s += min(elapsed_s, 2 * BEAT_S)
         self.hear(self.beat())
         if self.beats[0].verdict:
-            return self.beats[0].verdict  # process 0 has judged
+            return self.beats[0].verdict  # rank 0 has judged
         hasty = any(beat.state in (CUT_OFF, FAILED) for beat in self.beats.values())
         gone_s = min(self.timeout_s / 2, HASTE_S if hasty else GONE_S)
         still_s = {r: self.clock_s - changed_s for r, changed_s in self._changed_s.items()}

@@ -1,6 +1,6 @@
 """How far it is, for whoever waits at a terminal.
 
-The first process alone shows it, of what takes long, and not in files and pipes.
+Rank 0 alone shows it, of what takes long, and not in files and pipes.
 """
 
 import contextlib

@@ -275,7 +275,7 @@ def compute_dtype(config: Config) -> torch.dtype:
 
 
 def with_precision(config: Config, device: torch.device) -> Config:
-    """The configuration with run.precision "auto" resolved: to the lowest that any process's
+    """The configuration with run.precision "auto" resolved: to the lowest that any rank's
     device is best at, the same on all."""
     if config.run.precision != "auto":
         return config

@@ -2,13 +2,13 @@
 
     target <- momentum * target + (1 - momentum) * encoder
 
-A process keeps the fp32 EMA of the fragments of the encoder whose fp32 masters it owns: all
+A rank keeps the fp32 EMA of the fragments of the encoder whose fp32 masters it owns: all
 under ZeRO-0, its share under the higher stages. The module that computes the targets holds a
 working copy in the compute dtype, written from the average: a bf16 EMA would drift, since at
 momentum 0.999 most updates are below its rounding. The copy is whole on every rank, but under
 ZeRO-3, where it is partitioned as the encoder's weights are and gathered as the forward comes to
 them. In fp8 the working copy of the blocks' matrices is in FP8: of the average rounded to bf16,
-on one process and on many, and always whole.
+on one rank and on many, and always whole.
 """
 
 import contextlib
@@ -35,9 +35,9 @@ class TargetEMA:
     """Averages `masters` (fragments of the encoder's fp32 weights) into the target module.
 
     target: a copy of the encoder in fp32, moved to `dtype` here; its values start the average.
-    group: the processes that together own all fragments, None where each owns them all. fp8: the
+    group: the ranks that together own all fragments, None where each owns them all. fp8: the
     blocks compute in FP8, dtype is bf16. partition: splits a module's weights among the
-    processes, each to write what it owns: it returns where a fragment of a weight is then to be
+    ranks, each to write what it owns: it returns where a fragment of a weight is then to be
     written.
     Of each fragment `cast` has the average, its master, and its place in the module's weights; in
     FP8, `by_row` has the blocks' matrices instead, as average, master and layer.

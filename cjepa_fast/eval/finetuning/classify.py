@@ -1,6 +1,6 @@
 """Fine-tuning of the whole encoder on labelled images: MAE's recipe, for B, L and H (recipe.py).
 
-loop.py trains, on one process or several. After each epoch all is saved, and `--resume` goes on.
+loop.py trains, on one process or several. After each epoch all is saved, and `--resume` continues.
 Shapes: B images, C classes.
 """
 

@@ -1,1 +1,1 @@
-"""Who owns weights and optimiser: one process alone, or DeepSpeed's ZeRO over many."""
+"""Who owns weights and optimiser: one rank alone, or DeepSpeed's ZeRO over many."""

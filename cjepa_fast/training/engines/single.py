@@ -1,4 +1,4 @@
-"""Training on one process, which owns everything: nothing to shard, so no DeepSpeed.
+"""Training on one rank, which owns everything: nothing to shard, so no DeepSpeed.
 
 Gradients stay where autograd leaves them, in the compute dtype. One pass over the weights
 (kernels/ema/) reads them and writes the fp32 weights, Adam's moments, the fp32 EMA, and the
@@ -40,7 +40,7 @@ def split(names: list[str], chosen: Container[str]) -> list[list[str]]:
 
 
 class SingleEngine:
-    """engine.Engine's seam for one process. groups: from optim.parameter_groups.
+    """base.Engine for one rank. groups: from optim.parameter_groups.
 
     target: a copy of the model's encoder, in fp32 and on its device, as the model is; both are
     moved to the compute dtype here.

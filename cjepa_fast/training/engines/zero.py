@@ -2,7 +2,7 @@
 
 `Engine.state()` lists, for whatever ZeRO stage, the fragments of the fp32 weights and Adam moments
 that this process owns, as views. The target's average and the checkpoints are built on it alone.
-One process has nothing to shard and trains without DeepSpeed: single.py.
+One rank has nothing to shard and trains without DeepSpeed: single.py.
 """
 
 import contextlib
@@ -113,7 +113,7 @@ class Engine:
 
     @property
     def owner_group(self) -> dist.ProcessGroup | None:
-        """The processes that together own the whole fp32 state; None where each has it all."""
+        """The ranks that together own the whole fp32 state; None where each has it all."""
         return dist.group.WORLD if self.sharded else None
 
     def _partition(self, target: nn.Module) -> Place:
@@ -143,7 +143,7 @@ class Engine:
         return self._deepspeed(*args, **kwargs)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Accumulate the gradient of one micro-batch; the mean over micro-batches and processes."""
+        """Accumulate the gradient of one micro-batch; the mean over micro-batches and ranks."""
         self._loss = self._loss + loss.detach()
         self._deepspeed.backward(loss)
 
@@ -262,7 +262,7 @@ class Engine:
         yield from optimizer.param_groups if by_group else optimizer.state.values()
 
     def state(self) -> list[OwnedState]:
-        """This process's share of the fp32 weights and moments; every stage's shares cover all."""
+        """This rank's share of the fp32 weights and moments; every stage's shares cover all."""
         if self.stage == 3:
             return self._state_stage_3()
         if self.stage > 0:
@@ -363,7 +363,7 @@ def complete_config(
 ) -> dict:
     """The user's DeepSpeed JSON with what the other sections decide. trained: parameters.
 
-    Raises ValueError for groups within nodes that the processes do not divide into.
+    Raises ValueError for groups within nodes that the ranks do not divide into.
     """
     config = {key: value for key, value in config.items() if value != "auto"}
     config["train_micro_batch_size_per_gpu"] = micro_batch
