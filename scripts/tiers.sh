@@ -26,7 +26,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 # A handful of the shapes in a folder, so that an epoch is eight steps.
 prepare() {
-  mkdir -p "$LOGS"
+  rm -rf "${LOGS:?}/images" && mkdir -p "$LOGS"
   "$PYTHON" - "$LOGS/images" <<'END'
 import sys
 from pathlib import Path

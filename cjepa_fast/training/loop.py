@@ -373,6 +373,11 @@ class Loop:
         )
         return 1
 
+    def _tell_what_was_learnt(self) -> None:
+        log = self.folder / "log.jsonl"  # none of a finished training taken to another folder
+        if log.is_file() and (line := learnt(read_log(log))):
+            self.telemetry.message(line)
+
     def _end(self) -> int:
         """Of a run that is done, or was asked to stop."""
         self.watch.mark("writing the last checkpoint and the encoders")
@@ -388,6 +393,5 @@ class Loop:
             encoders.write_encoder(self.folder / "encoder.safetensors", "target", final)
             encoders.write_encoder(self.folder / "context_encoder.safetensors", "context", final)
             self.telemetry.message(f"done: {self.folder / 'encoder.safetensors'}")
-            if line := learnt(read_log(self.folder)):
-                self.telemetry.message(line)
+            self._tell_what_was_learnt()
         return 0 if saved or distributed.rank() else 1

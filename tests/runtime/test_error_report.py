@@ -99,8 +99,8 @@ def test_a_folder_that_cannot_be_written_does_not_lose_the_report(tmp_path, monk
 @pytest.mark.slow
 def test_an_interrupt_before_the_first_step_is_a_word(tmp_path):
     code = (
-        "import signal, os, sys; from cjepa_fast import train\n"
-        "train.start.begin = lambda *a: os.kill(os.getpid(), signal.SIGINT)\n"
+        "import signal, os, sys, time; from cjepa_fast import train\n"
+        "train.start.begin = lambda *a: (os.kill(os.getpid(), signal.SIGINT), time.sleep(60))\n"
         "sys.exit(train.main(sys.argv[1:]))"
     )
     config = tiny.write_config(tmp_path)

@@ -282,7 +282,7 @@ def test_a_dying_tensorboard_is_said_once_and_the_run_goes_on(tmp_path, started,
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(out._mirrors[0]._writer, "add_scalar", full)
+    monkeypatch.setattr(out._sinks[0]._writer, "add_scalar", full)
     for step in (1, 2, 3):
         out.step(step, {"loss": torch.tensor(1.0)})
         out.log_row()
