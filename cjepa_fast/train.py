@@ -1,7 +1,6 @@
 """Pretrain: `cjepa-train --config vit_h.json --set data.path=/my/images`.
 
-Also `deepspeed cjepa_fast/train.py ...`, torchrun, and `cjepa_fast.pretrain` from Python. This file
-is the entry alone: training/start.py builds, training/loop.py loops, training/trainer.py steps.
+Also under deepspeed and torchrun. training/start.py builds, loop.py loops, trainer.py steps.
 """
 
 import sys
@@ -15,7 +14,7 @@ import contextlib
 
 from cjepa_fast import config as configuration
 from cjepa_fast.config import Config
-from cjepa_fast.config.describe import explained
+from cjepa_fast.config.describe import HelpConfig
 from cjepa_fast.eval.online import build_online, build_snapshots
 from cjepa_fast.runtime import distributed
 from cjepa_fast.runtime.launchers import resume_command
@@ -47,8 +46,7 @@ def pretrain(
     call = 'cjepa_fast.pretrain(..., resume="auto")'
     options = Options(resume=resume, accept_changes=accept_changes, resume_with=call)
     session = Session(configuration.of(config, sections), options)
-    status = train(session)
-    return Run(session.folder, status)
+    return Run(session.folder, train(session))
 
 
 def train(session: Session) -> int:
@@ -63,41 +61,31 @@ def train(session: Session) -> int:
             dry_run(trainer, loader, told)
             return 0
         telemetry = start.open_telemetry(session, trainer, state, told, ending)
-        loop = Loop(session, trainer, loader, telemetry, state, online, snapshots)
-        return loop.go()
+        return Loop(session, trainer, loader, telemetry, state, online, snapshots).go()
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="cjepa-train", description=__doc__.split("\n")[0])
-    parser.add_argument("--config", metavar="FILE", help="here or in configs/")
+    parser.add_argument("--config", required=True, metavar="FILE", help="here or in configs/")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
     parser.add_argument("--resume", metavar="auto|PATH", help="resume from a checkpoint")
-    parser.add_argument(
-        "--accept-changes", action="store_true",
-        help="resume although the configuration makes it another training",
-    )  # fmt: skip
+    parser.add_argument("--accept-changes", action="store_true", help="resume as another training")
     parser.add_argument("--print-config", action="store_true", help="print the resolved one, exit")
-    parser.add_argument("--help-config", metavar="KEY", help="explain a key or a section, exit")
+    parser.add_argument("--help-config", action=HelpConfig, help="explain a key or section, exit")
     parser.add_argument("--dry-run", action="store_true", help="build all, run 2 steps, exit")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    if not (args.config or args.help_config):
-        parser.error("name a configuration with --config FILE, such as --config vit_s")
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit status; whatever goes wrong is told on stderr."""
     args = parse(sys.argv[1:] if argv is None else argv)
-    given = ("--config", str(args.config), *(f"--set={override}" for override in args.overrides))
+    given = ("--config", args.config, *(f"--set={override}" for override in args.overrides))
     options = Options(
         resume=args.resume, accept_changes=args.accept_changes, dry_run=args.dry_run,
         command_line=given, resume_with=resume_command(),
     )  # fmt: skip
     with failures.told(options) as told:
-        if args.help_config:
-            print(explained(args.help_config))
-            return 0
         with start.input_errors():
             told.session = Session(configuration.load(args.config, args.overrides), options)
         if args.print_config:

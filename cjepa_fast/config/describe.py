@@ -1,5 +1,6 @@
 """The keys of a configuration in words: docs/config.md and `cjepa-train --help-config KEY`."""
 
+import argparse
 import difflib
 import json
 import typing
@@ -79,6 +80,20 @@ def explained(path: str) -> str:
     return "\n".join(
         f"{key.path} = {key.default}   ({key.values})\n    {key.text}" for key in found
     )
+
+
+class HelpConfig(argparse.Action):
+    """--help-config KEY: print what the key means, and exit."""
+
+    def __init__(self, **given):
+        super().__init__(metavar="KEY", **given)
+
+    def __call__(self, parser, namespace, path, option_string=None):
+        try:
+            print(explained(path))
+        except ConfigError as error:
+            parser.exit(2, f"error: {error}\n")
+        parser.exit()
 
 
 def markdown() -> str:
