@@ -198,6 +198,9 @@ class LossSection(Section):
     prediction: Literal["smooth_l1", "l2"] = Field(
         "smooth_l1", description='"smooth_l1" as in I-JEPA\'s code, "l2" as in the papers'
     )
+    prediction_weight: NonNegative = later(
+        1.0, was=1.0, description="of the prediction error; 0: VICReg alone, no longer C-JEPA"
+    )
     vicreg: VICRegSection = VICRegSection()
 
 

@@ -207,6 +207,8 @@ def _settings(config: dict) -> dict[str, str]:
 
 def _objective(loss: dict) -> str:
     prediction, vicreg = f'prediction "{loss["prediction"]}"', loss["vicreg"]
+    if loss["prediction_weight"] != 1:
+        prediction += f" times {loss['prediction_weight']:g}"
     if vicreg["beta"] == 0:
         return prediction
     weights = ", ".join(f"{name} {vicreg[name]:g}" for name in ("beta", "sim", "std", "cov"))

@@ -1,8 +1,8 @@
 """C-JEPA's loss (Mo & Tong 2024, arXiv 2410.19560, Eq. 21-22): which views, which weights.
 
-    loss = jepa + beta * (sim_weight * sim + std_weight * std + cov_weight * cov)
+    loss = weight * jepa + beta * (sim_weight * sim + std_weight * std + cov_weight * cov)
 
-jepa is I-JEPA's prediction error; sim, std and cov are VICReg's invariance, variance and
+weight is 1 in both papers; jepa is I-JEPA's prediction error; sim, std and cov are VICReg's invariance, variance and
 covariance. Shapes: B images, M target blocks, P patches a block, D width.
 """
 
@@ -57,11 +57,12 @@ class CJEPALoss:
     "context_target" the mean-pooled outputs of the two encoders (App. C.2), with std and cov on the
     context's; "tokens" takes std and cov of all predicted tokens, no sim; "positions", ours and not
     the paper's, takes them of the context's tokens apart at each position of the grid, no sim
-    (`position_terms`). ranks: those
-    whose batches together give the statistics, None for this one alone.
+    (`position_terms`). weight: of the prediction error, 1 in the papers. ranks: those whose batches
+    together give the statistics, None for this one alone.
     """
 
     prediction: str = "smooth_l1"
+    weight: float = 1.0
     views: str = "blocks"
     beta: float = 0.001
     sim: float = 25.0
@@ -93,7 +94,9 @@ class CJEPALoss:
                     predicted_BMPD, context_BKD, target_tokens_BND, project, context
                 )
         vicreg = self.sim * sim + self.std * std + self.cov * cov
-        loss = jepa + self.beta * vicreg if self.beta > 0 else jepa
+        loss = jepa if self.weight == 1 else self.weight * jepa
+        if self.beta > 0:
+            loss = loss + self.beta * vicreg
         terms = {"jepa": jepa, "sim": sim, "std": std, "cov": cov}
         return {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
 

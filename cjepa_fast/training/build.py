@@ -50,7 +50,10 @@ def build_networks(config: Config, ranks: Ranks | None = None) -> JEPA:
     if not vicreg["beta"]:
         widths = None  # nothing would train it
     projector = build_projector(encoder.width, widths, ranks)
-    loss = CJEPALoss(prediction=config.loss.prediction, ranks=ranks, **vicreg)
+    loss = CJEPALoss(
+        prediction=config.loss.prediction, weight=config.loss.prediction_weight, ranks=ranks,
+        **vicreg,
+    )  # fmt: skip
     return JEPA(encoder, predictor, loss, projector)
 
 

@@ -133,6 +133,14 @@ def test_impossible_values(override, said):
     assert said in message and message.startswith(override.split("=")[0].split(".")[0])
 
 
+def test_something_must_be_trained_on():
+    nothing = ["loss.prediction_weight=0", "loss.vicreg.beta=0"]
+    with pytest.raises(ConfigError, match=r"loss\.prediction_weight = 0: with loss\.vicreg\.beta"):
+        load("vit_t", nothing)
+    for override in nothing:
+        load("vit_t", [override])
+
+
 def test_packed_contexts_want_a_kernel_of_varying_lengths():
     both = ["mask.context=packed", "model.attention=sdpa_cudnn"]
     with pytest.raises(ConfigError, match=r'model\.attention = "sdpa_cudnn".*"packed".*"auto"'):
@@ -398,11 +406,11 @@ def test_the_loss_gets_every_key_of_its_section():
     config = load("vit_t", [
         "loss.prediction=l2", "loss.vicreg.views=tokens", "loss.vicreg.beta=0.5",
         "loss.vicreg.sim=2", "loss.vicreg.std=3", "loss.vicreg.cov=4", "loss.vicreg.gamma=5",
-        "loss.vicreg.eps=0.25", "loss.vicreg.projector=[8,6]",
+        "loss.vicreg.eps=0.25", "loss.vicreg.projector=[8,6]", "loss.prediction_weight=0.75",
     ])  # fmt: skip
     with torch.device("meta"):
         networks = build_networks(config)
-    wanted = CJEPALoss("l2", "tokens", beta=0.5, sim=2, std=3, cov=4, gamma=5, eps=0.25)
+    wanted = CJEPALoss("l2", 0.75, "tokens", beta=0.5, sim=2, std=3, cov=4, gamma=5, eps=0.25)
     assert networks.loss == wanted
     assert [p.shape[0] for p in networks.projector.parameters() if p.dim() == 2] == [8, 6]
 

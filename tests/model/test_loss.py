@@ -161,15 +161,16 @@ def test_tokens_view(batch):
 # --- the sum
 
 
+@pytest.mark.parametrize("weight", [1.0, 0.5, 0.0])
 @pytest.mark.parametrize("views", ["blocks", "context_target", "tokens"])
-def test_the_loss_is_the_weighted_sum_of_its_terms(batch, views):
-    loss = CJEPALoss(views=views, beta=0.3, sim=2.0, std=5.0, cov=7.0)
+def test_the_loss_is_the_weighted_sum_of_its_terms(batch, views, weight):
+    loss = CJEPALoss(views=views, weight=weight, beta=0.3, sim=2.0, std=5.0, cov=7.0)
     terms = terms_of(
         loss, batch["predicted"], batch["targets"].detach(), batch["context"], batch["tokens"]
     )
     sim, std, cov = loss.vicreg(*inputs_of(batch))
     jepa = prediction_error(batch["predicted"], batch["targets"])
-    wanted = jepa + 0.3 * (2 * sim + 5 * std + 7 * cov)
+    wanted = weight * jepa + 0.3 * (2 * sim + 5 * std + 7 * cov)
     assert set(terms) == {"loss", "jepa", "sim", "std", "cov"}
     assert all(term.dim() == 0 for term in terms.values())
     assert [name for name, term in terms.items() if term.requires_grad] == ["loss"]
