@@ -2,8 +2,8 @@
 
     loss = weight * jepa + beta * (sim_weight * sim + std_weight * std + cov_weight * cov)
 
-weight is 1 in both papers; jepa is I-JEPA's prediction error; sim, std and cov are VICReg's invariance, variance and
-covariance. Shapes: B images, M target blocks, P patches a block, D width.
+weight is 1 in both papers; jepa is I-JEPA's prediction error; sim, std and cov are VICReg's
+invariance, variance and covariance. Shapes: B images, M target blocks, P patches a block, D width.
 """
 
 from collections.abc import Sequence
