@@ -1,7 +1,7 @@
 """C-JEPA's claim at small size: each reading of VICReg beside I-JEPA, on images held out from both.
 
-    python bench/claim.py --set cifar10 --data FOLDER              every row, one seed, 3 epochs
-    python bench/claim.py --set cifar10 --data FOLDER --rows "I-JEPA" "positions 0.001" --seeds 0 1 2
+    python bench/claim.py --set cifar10 --data FOLDER              every row, one seed
+    python bench/claim.py --set cifar10 --data FOLDER --rows "I-JEPA" "blocks 0.001" --seeds 0 1 2
 
 FOLDER holds train/, held/ and test/. Encoders train on train/; probes are fitted on 5,000 of its
 images and scored on held/, by which rows are chosen; `--final` scores on test/ instead, once, for
@@ -104,7 +104,8 @@ def pixels(splits, config: Config) -> dict[str, float]:
     for images, keep in splits:
         flat_nD, index_n = image_vectors(
             images, lambda x: x.flatten(1), image_size=32, mean=(0.0,) * 3, std=(1.0,) * 3,
-            keep=keep, crop=config.eval.crop, batch_size=256, device="cpu", threads=1, title="pixels",
+            keep=keep, crop=config.eval.crop, batch_size=256, device="cpu", threads=1,
+            title="pixels",
         )  # fmt: skip
         vectors += [flat_nD, images.labels[index_n]]
     return scores(tuple(vectors), config.eval.k, config.eval.temperature)
