@@ -17,8 +17,8 @@
 # output, summary.txt and the figures, which `python bench/report.py --collect OUT` takes over. Exits
 # non-zero if any part failed.
 #
-# Without a GPU the same parts run at toy size. Tests that start several processes are left to
-# `make test`: two processes cannot share one GPU's NCCL.
+# Without a GPU the same parts run at toy size. Tests that start several ranks are left to
+# `make test`: two ranks cannot share one GPU's NCCL.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 

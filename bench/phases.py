@@ -13,7 +13,7 @@ from cjepa_fast.training.trainer import Trainer
 
 class Phases:
     """Times the parts of a Trainer's steps: target, context, predictor, loss, backward, optimiser
-    (with the exchange between processes), average (0 where it is the optimiser's own pass). Each
+    (with the exchange between ranks), average (0 where it is the optimiser's own pass). Each
     part is waited for, on a GPU too."""
 
     def __init__(self, trainer: Trainer):

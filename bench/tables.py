@@ -17,7 +17,7 @@ COLUMNS = {  # heading: (key of a row, format)
     "build s": ("build_s", "{:.1f}"),
     "warm-up s": ("warmup_s", "{:.1f}"),
 }
-SOMETIMES = {  # of several processes, and of an NVIDIA GPU: shown where a row has them
+SOMETIMES = {  # of several ranks, and of an NVIDIA GPU: shown where a row has them
     "images/s each": ("images_per_s_each", "{:.1f}"),
     "scaling %": ("scaling_pct", "{:.1f}"),
     "J/image": ("joules_per_image", "{:.3g}"),

@@ -41,7 +41,7 @@ DATA = {
     "decode-only": ["decode-only"],
     None: [],
 }
-# What the launchers of several processes put into the environment of each.
+# What the launchers of several ranks put into the environment of each.
 LAUNCHERS = (
     "RANK",
     "WORLD_SIZE",
@@ -55,12 +55,12 @@ LAUNCHERS = (
 
 
 def launched() -> int:
-    """How many processes were started together with this one, itself counted."""
+    """How many ranks were started together with this one, itself counted."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def configured(name: str, args: argparse.Namespace, world_size: int) -> Config:
-    """The configuration with the bench's batch: one micro-batch a process, no accumulation."""
+    """The configuration with the bench's batch: one micro-batch a rank, no accumulation."""
     config = configuration.load(name, args.overrides)
     share = min(config.data.micro_batch_size, max(1, config.data.batch_size // world_size))
     batch = args.batch[0] or share
@@ -137,7 +137,7 @@ def rates_alone(name: str, args: argparse.Namespace) -> dict[str, float]:
 
 
 def add_scaling(row: dict, alone: dict[str, float]) -> None:
-    """Of several processes: images/s of each, and the share of what one alone reaches."""
+    """Of several ranks: images/s of each, and the share of what one alone reaches."""
     row["images_per_s_each"] = row["images_per_s"] / row["processes"]
     if rate := alone.get(row["data"]):
         row["images_per_s_alone"] = rate
@@ -150,7 +150,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
     parser.add_argument(
         "--batch", type=batches, default=[None], metavar="N[,N...]|auto",
-        help="images a process, or the largest that fits; default: the config's",
+        help="images a rank, or the largest that fits; default: the config's",
     )  # fmt: skip
     parser.add_argument("--steps", type=int, default=20, help="timed steps")
     parser.add_argument("--warmup", type=int, default=5, help="steps before them")
@@ -193,7 +193,7 @@ def batches(text: str) -> list[int] | str:
 def measure_all(args: argparse.Namespace) -> list[dict]:
     """Rows of every configuration and batch; the JSON file is written anew after each.
 
-    Several processes stay together: they do all jobs themselves, one after the other.
+    Several ranks stay together: they do all jobs themselves, one after the other.
     """
     auto = args.batch == "auto"
     each = [args] if auto else [changed(args, batch=[batch]) for batch in args.batch]

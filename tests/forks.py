@@ -25,15 +25,15 @@ _FORKS.set_forkserver_preload(
 
 
 def run(
-    script: Path, args: list[str], processes: int, environment: dict[str, str], timeout_s: float
+    script: Path, args: list[str], ranks: int, environment: dict[str, str], timeout_s: float
 ) -> subprocess.CompletedProcess:
-    """`python script args`, or as many processes as torchrun starts them: one that fails ends all.
+    """`python script args`, or as many ranks as torchrun starts them: one that fails ends all.
 
     Raises subprocess.TimeoutExpired, once it has ended them.
     """
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "stdout"), Path(folder, "stderr")
-        started = Forked(script, args, processes, environment, out, err)
+        started = Forked(script, args, ranks, environment, out, err)
         in_time = started.wait(timeout_s)
         said = out.read_text(), err.read_text()
     if not in_time:
@@ -45,12 +45,12 @@ class Forked:
     """Those processes, begun: where torchrun would be. stdout and stderr go to the files."""
 
     def __init__(
-        self, script: Path, args: list[str], processes: int, environment: dict, out: Path, err: Path
+        self, script: Path, args: list[str], ranks: int, environment: dict, out: Path, err: Path
     ):
         self._store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
         self._processes = []
-        for rank in range(processes):
-            place = _place(rank, processes, self._store.port) if processes > 1 else {}
+        for rank in range(ranks):
+            place = _place(rank, ranks, self._store.port) if ranks > 1 else {}
             given = (str(script), args, environment | place, out, err)
             self._processes.append(_FORKS.Process(target=_main, args=given))
             self._processes[-1].start()
@@ -71,13 +71,13 @@ class Forked:
         return [process.pid for process in self._processes if process.exitcode is None]
 
 
-def _place(rank: int, processes: int, port: int) -> dict[str, str]:
+def _place(rank: int, ranks: int, port: int) -> dict[str, str]:
     """What torchrun tells a process of itself; the store at `port` is already there."""
     kinds = ("", "LOCAL_", "ROLE_")
     elastic = {"RUN_ID": "none", "USE_AGENT_STORE": "True", "RESTART_COUNT": "0"}
     return {
         **{f"{kind}RANK": str(rank) for kind in kinds},
-        **{f"{kind}WORLD_SIZE": str(processes) for kind in kinds},
+        **{f"{kind}WORLD_SIZE": str(ranks) for kind in kinds},
         **{f"TORCHELASTIC_{name}": value for name, value in elastic.items()},
         "GROUP_RANK": "0",
         "GROUP_WORLD_SIZE": "1",

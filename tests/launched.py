@@ -1,4 +1,4 @@
-"""A run of several processes by a launcher, to be disturbed from outside while it goes on."""
+"""A run of several ranks by a launcher, to be disturbed from outside while it goes on."""
 
 import contextlib
 import os
@@ -29,13 +29,13 @@ class Launched:
     itself ends a process whose peer is gone is not yet measured on a GPU.
     """
 
-    def __init__(self, launcher: str, processes: int, script: Path, args: list, folder: Path):
+    def __init__(self, launcher: str, ranks: int, script: Path, args: list, folder: Path):
         self.mark = f"LAUNCHED={uuid.uuid4().hex}"
         name, _, value = self.mark.partition("=")
         own = {name: value, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
         self.deadline = time.monotonic() + tiny.HANG_S
         self.out, self.err = folder / "stdout", folder / "stderr"
-        command = [*LAUNCHERS[launcher], NUMBER[launcher], str(processes)]
+        command = [*LAUNCHERS[launcher], NUMBER[launcher], str(ranks)]
         if launcher == "deepspeed":  # else of all one port
             command += ["--master_port", str(tiny.free_port())]
         command += [script, *args]
@@ -98,14 +98,14 @@ def _parent(pid: int) -> int:
 class Forked(Launched):
     """The same without a launcher: forks of a process that has imported torch already."""
 
-    def __init__(self, processes: int, script: Path, args: list, folder: Path):
+    def __init__(self, ranks: int, script: Path, args: list, folder: Path):
         self.deadline = time.monotonic() + tiny.HANG_S
         self.out, self.err = folder / "stdout", folder / "stderr"
         for file in (self.out, self.err):
             file.touch()
         environment = tiny.environment() | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
         words = [str(arg) for arg in args]
-        self.launcher = forks.Forked(script, words, processes, environment, self.out, self.err)
+        self.launcher = forks.Forked(script, words, ranks, environment, self.out, self.err)
 
     def alive(self, *more: str) -> list[int]:
         return self.launcher.alive()
@@ -118,8 +118,8 @@ class Forked(Launched):
         return self.launcher.poll()
 
 
-def started(processes: int, script: Path, args: list, folder: Path) -> Launched:
+def started(ranks: int, script: Path, args: list, folder: Path) -> Launched:
     """A run whose launcher is not looked at: forked, but by torchrun where there is a GPU."""
     if torch.cuda.is_available():
-        return Launched("torchrun", processes, script, args, folder)
-    return Forked(processes, script, args, folder)
+        return Launched("torchrun", ranks, script, args, folder)
+    return Forked(ranks, script, args, folder)

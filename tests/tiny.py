@@ -59,19 +59,17 @@ def environment() -> dict[str, str]:
     return {**os.environ, **own}
 
 
-def run(
-    script: str | Path, *args, processes: int = 1, timeout_s: float = HANG_S, fresh: bool = False
-):
-    """Run a Python file in `processes` processes; its result with stdout and stderr as text.
+def run(script: str | Path, *args, ranks: int = 1, timeout_s: float = HANG_S, fresh: bool = False):
+    """Run a Python file on `ranks` ranks; its result with stdout and stderr as text.
 
     fresh: by the interpreter and torchrun, not forked.
     """
     args = [str(arg) for arg in args]
     if not (fresh or torch.cuda.is_available()):
-        return forks.run(script, args, processes, environment(), timeout_s)
+        return forks.run(script, args, ranks, environment(), timeout_s)
     command = [sys.executable, str(script), *args]
-    if processes > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    if ranks > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         command[1:1] = launcher
     return subprocess.run(
         command, capture_output=True, text=True, env=environment(), timeout=timeout_s, cwd=ROOT

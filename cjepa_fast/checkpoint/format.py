@@ -1,6 +1,6 @@
-"""Save and resume, exactly, on any number of processes and under any ZeRO stage.
+"""Save and resume, exactly, on any number of ranks and under any ZeRO stage.
 
-A checkpoint is a folder of safetensors files, one a process, each with the fragments it owns:
+A checkpoint is a folder of safetensors files, one a rank, each with the fragments it owns:
     RUN/checkpoints/step_00001000/
         shard_00000_of_00002.safetensors   master/NAME@START, exp_avg/..., exp_avg_sq/..., ema/...
         state.json                         step, epoch, optimiser's step, config, images, versions
@@ -71,7 +71,7 @@ def _damage_of(path: Path, bytes: int, sha256: str) -> str | None:
 
 
 def owned_tensors(engine: SavedEngine) -> dict[str, torch.Tensor]:
-    """The fragments this process must write, by key "KIND/NAME@START", as they live in the engine;
+    """The fragments this rank must write, by key "KIND/NAME@START", as they live in the engine;
     replicas write none."""
     tensors = {}
     if engine.sharded or rank() == 0:

@@ -97,7 +97,7 @@ class Saver:
 
     @property
     def busy(self) -> bool:
-        """Whether this process's thread is still writing."""
+        """Whether this rank's thread is still writing."""
         return self._writing and self._worker.busy
 
     def begin(self, step: int, facts: dict) -> None:
@@ -116,7 +116,7 @@ class Saver:
         self._worker.start(self._write, generators)
 
     def settle(self) -> None:
-        """Once no process is busy: name what all have written, or say why it failed."""
+        """Once no rank is busy: name what all have written, or say why it failed."""
         if self._naming and not self._worker.busy:
             self._named()
         if not self._writing:
@@ -143,7 +143,7 @@ class Saver:
 
     def point_at_best(self, step: int | None) -> bool:
         """From now on this step's checkpoint is the best, and named so. False where it is not in
-        this folder (any more): then none is. The first process's answer counts."""
+        this folder (any more): then none is. The first rank's answer counts."""
         self.best = None
         if rank() != 0:
             return False
@@ -156,7 +156,7 @@ class Saver:
         return self.best is not None
 
     def leave(self) -> None:
-        """Of a run that fails: finish what takes no other process."""
+        """Of a run that fails: finish what takes no other rank."""
         if world_size() == 1:
             self.finish()
         elif self._naming:
@@ -169,7 +169,7 @@ class Saver:
             self._fail(self._failure)
 
     def _write(self, generators: dict[str, torch.Tensor]) -> None:
-        """In a thread: this process's shard."""
+        """In a thread: this rank's shard."""
         try:
             tensors = self._engine.snapshot.copy()
             _check_finite(tensors)
@@ -178,7 +178,7 @@ class Saver:
             files.write_tensors(tensors | generators, shard)
             self._outcome = stored.receipt(shard)
         except Exception as error:  # whatever it is, it is said, and the training goes on
-            self._outcome = f"process {rank()}: {error}"
+            self._outcome = f"rank {rank()}: {error}"
 
     def _name(self, receipts: list[Receipt]) -> None:
         """In a thread of rank 0: the rest of the files, the manifest, the final name."""
@@ -203,17 +203,17 @@ class Saver:
             self._failure = str(error)
 
     def _check_all_are_here(self, receipts: list[Receipt]) -> None:
-        """Raises OSError where the processes do not write into one folder."""
+        """Raises OSError where the ranks do not write into one folder."""
         for name, size, _ in receipts:
             path = self._partial / name
             if not path.is_file() or path.stat().st_size != size:
                 raise OSError(
-                    f"{path}, written by another process, is not to be seen here: run.dir must be "
+                    f"{path}, written by another rank, cannot be seen here: run.dir must be "
                     "a folder that all nodes share"
                 )
 
     def _drop_what_another_start_left(self, receipts: list[Receipt]) -> None:
-        """One that was killed in a save of this step, perhaps on another number of processes, or of
+        """One that was killed in a save of this step, perhaps on another number of ranks, or of
         an earlier one."""
         for path in self._partial.iterdir():
             if path.name not in {receipt.name for receipt in receipts}:

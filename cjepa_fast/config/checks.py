@@ -18,7 +18,7 @@ REFUSED_OF_DEEPSPEED: dict[str, tuple[tuple, str]] = {
     ),
     "zero_optimization.round_robin_gradients": (
         (None, False),
-        "several processes then train to other weights; leave it out",
+        "several ranks then train to other weights; leave it out",
     ),
     "zero_optimization.compute_grad_norm": (
         (None, True),

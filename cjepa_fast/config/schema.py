@@ -36,13 +36,13 @@ def later(default: Any, *, was: Any, **described: Any) -> Any:
 
 
 def micro_batches(batch_size: int, world_size: int, limit: int) -> tuple[int, int]:
-    """(images a process takes at a time, how many times a step): the fewest times within `limit`.
+    """(images a rank takes at a time, how many times a step): the fewest times within `limit`.
 
     Raises ConfigError where batch_size does not divide evenly.
     """
     if batch_size % world_size:
         raise ConfigError(
-            f"data.batch_size = {batch_size}: must be a multiple of the {world_size} processes, "
+            f"data.batch_size = {batch_size}: must be a multiple of the {world_size} ranks, "
             f"such as {max(1, batch_size // world_size) * world_size}"
         )
     share = batch_size // world_size

@@ -110,7 +110,7 @@ def save(file: Path, table: Table) -> None:
 
 @contextlib.contextmanager
 def lock(file: Path):
-    """One process indexes a set; the other ranks of the node wait, then read its cache."""
+    """One rank indexes a set; the other ranks of the node wait, then read its cache."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         handle = open(file.with_suffix(".lock"), "w")  # noqa: SIM115 (closed below)

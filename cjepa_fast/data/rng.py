@@ -1,4 +1,4 @@
-"""Random numbers as pure functions of where they are used: (seed, stream, epoch, place).
+"""Random numbers as pure functions of where they are used: (seed, RNG stream, epoch, index).
 
 No generator carries a state, so a draw is the same on every rank, for every world size and after
 every restart, and nothing about it need be saved. The mixing function is SplitMix64's finaliser

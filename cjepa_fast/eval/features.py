@@ -1,7 +1,7 @@
 """What an encoder makes of each image of a set: a vector, or one for each patch.
 
 Kept on disk by what decides them: weights, images (their names and sizes in bytes), crop, layers.
-Of several processes each takes its share of the images.
+Of several ranks each takes its share of the images.
 Shapes: n images of a set, B images of a batch, N patches, D width.
 """
 
@@ -88,7 +88,7 @@ def extract(
         features, places = make(everywhere=False)
         whole = len(places) == len(images if keep is None else keep)
         if from_rank_0(lambda: whole and _keep(path, features, places)) and world_size() > 1:
-            found = _kept_for_all(path)  # one copy for the processes of a machine: it is mapped
+            found = _kept_for_all(path)  # one copy for the ranks of a node: it is mapped
         if found is None:
             return to_all(features), places
     return found["features"], found["places"]
@@ -120,7 +120,7 @@ def digest(encoder: Encoder) -> str:
 
 
 def _kept_for_all(path: Path) -> dict[str, torch.Tensor] | None:
-    """What is in a file of features; None where a process finds none, or a damaged one."""
+    """What is in a file of features; None where a rank finds none, or a damaged one."""
     try:
         found = read_tensors(path)
     except (ValueError, OSError):

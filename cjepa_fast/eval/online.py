@@ -1,6 +1,6 @@
 """While training: how well the target encoder's features tell held-out classes apart.
 
-All processes take their share of the images, in batches of the size that a step has, so that
+All ranks take their share of the images, in batches of the size that a step has, so that
 nothing is compiled anew and ZeRO-3 gathers weights as often on each. The probes run on the first.
 Shapes: n images of a set, B images of a batch, N patches, D width.
 """
@@ -33,7 +33,7 @@ class OnlineEvaluation:
     """Judges an encoder by two labelled sides, and knows when it may.
 
     every: optimiser steps between evaluations; share: of the run's time that they may take, the
-    first and the last apart; batch_size: images a process takes at a time. The rest as in
+    first and the last apart; batch_size: images a rank takes at a time. The rest as in
     eval_batches and knn.predict.
     """
 
@@ -74,7 +74,7 @@ class OnlineEvaluation:
     def judge(self, encoder: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
         """Percent right of kNN, plain and mean-subtracted, and of a linear probe.
 
-        encoder: (B, 3, H, W) -> (B, N, D). Every process calls it; the first has the answer, the
+        encoder: (B, 3, H, W) -> (B, N, D). Every rank calls it; the first has the answer, the
         others an empty dict.
         """
         self._owed = False

@@ -184,7 +184,7 @@ def _duration(origin: Origin) -> str:
     return (
         f"{state['step']:,} steps of {batch:,} images, {state['epoch']:g} of "
         f"{config['run']['epochs']} epochs, {state['step'] * batch:,} images seen; "
-        f"{world} {'process' if world == 1 else 'processes'}"
+        f"{world} {'rank' if world == 1 else 'ranks'}"
     )
 
 

@@ -1,1 +1,1 @@
-"""The machine and its processes: what the hardware can do, ranks, locks, signals, reports."""
+"""The machine and its ranks: what the hardware can do, ranks, locks, signals, reports."""

@@ -1,6 +1,6 @@
 """The ranks of one training: joining them, what passes between them, leaving.
 
-One process alone needs no group: each function then returns its own. DeepSpeed is imported here, as
+One rank alone needs no group: each function then returns its own. DeepSpeed is imported here, as
 it joins the group.
 """
 
@@ -26,7 +26,7 @@ _group_options: dict[str, timedelta] = {}  # of every process group, by start()
 
 
 def start(seed: int, timeout_s: float = 0) -> torch.device:
-    """Join the process group of several processes, and seed torch. Returns the device.
+    """Join the process group of several ranks, and seed torch. Returns the device.
 
     Without a GPU the CPU and gloo take its place. timeout_s: of the collectives; 0: by default.
     """
@@ -108,7 +108,7 @@ def deepspeed():
         import deepspeed
     except ImportError as error:
         raise ValueError(
-            f"DeepSpeed cannot be imported ({error}): several processes, and what the deepspeed "
+            f"DeepSpeed cannot be imported ({error}): several ranks, and what the deepspeed "
             "section asks for beyond a ZeRO stage, need it. Install it (pip install deepspeed; it "
             "has no build for macOS), or train on one process: python cjepa_fast/train.py"
         ) from error

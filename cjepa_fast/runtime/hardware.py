@@ -242,7 +242,7 @@ def told_precision(precision: str, device: torch.device, resumed: bool) -> str:
     best = best_precision(device)
     if precision == best.precision:
         return f"precision: {precision} ({best.reason})"
-    origin = "as the run began" if resumed else "as run.precision or another process has it"
+    origin = "as the run began" if resumed else "as run.precision or another rank has it"
     if warning := slow_precision(precision, device):
         way_out = "a new run with run.precision=fp32 does not have that"
         return f"WARNING: precision: {precision}, {origin}; {warning}; {way_out}"

@@ -18,7 +18,7 @@ def advice(
     error: BaseException,
     *,
     rank: int,
-    processes: int,
+    ranks: int,
     micro_batch: int,
     smallest: int,
     checkpointing: str,
@@ -33,15 +33,15 @@ def advice(
         [
             f"out of memory on rank {rank}, with {micro_batch} images at a time: {what}",
             "less is needed with:",
-            *(f"  --set {key}" for key in _ways_out(processes, micro_batch, smallest,
+            *(f"  --set {key}" for key in _ways_out(ranks, micro_batch, smallest,
                                                      checkpointing, stage)),
-            f"what fits: {shlex.join(plan)} GPU --count {processes}  (GPU: h100, ...; see --help)",
+            f"what fits: {shlex.join(plan)} GPU --count {ranks}  (GPU: h100, ...; see --help)",
         ]
     )  # fmt: skip
 
 
 def _ways_out(
-    processes: int, micro_batch: int, smallest: int, checkpointing: str, stage: int
+    ranks: int, micro_batch: int, smallest: int, checkpointing: str, stage: int
 ) -> Iterator[str]:
     if micro_batch // 2 >= smallest:
         yield f"data.micro_batch_size={micro_batch // 2}"
@@ -49,5 +49,5 @@ def _ways_out(
         yield "model.checkpointing=selective"
     if checkpointing != "full":
         yield "model.checkpointing=full"
-    if processes > 1 and stage < 3:
+    if ranks > 1 and stage < 3:
         yield f"deepspeed.zero_optimization.stage={stage + 1}"

@@ -26,7 +26,7 @@ def own_commit() -> str | None:
 
 
 def machine(device: torch.device) -> str:
-    """Processes and hardware, in words."""
+    """Ranks and hardware, in words."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:

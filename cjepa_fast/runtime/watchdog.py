@@ -1,7 +1,7 @@
-"""Notices a process that is gone or stuck, says which one it is, and ends the run.
+"""Notices a rank that is gone or stuck, says which one it is, and ends the run.
 
 The main thread of every rank sets marks ("waiting for data", step 12); threads beside it publish
-them as heartbeats, in the store at which the processes met. Rank 0 reads all heartbeats and
+them as heartbeats, in the store at which the ranks met. Rank 0 reads all heartbeats and
 judges; the others read its own, with its verdict in it, and judge it alone. A heartbeat is a sign
 of life if it has changed. How long ago that was is told by a clock that each rank lets go on for
 itself, and that stands still while the process is stopped: nobody's time of day is read.
@@ -26,17 +26,17 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 BEAT_S = 1.0  # between two heartbeats, and between two looks at them
-GONE_S = 60.0  # without a sign of life (half the timeout, if less) a process is gone, not stuck
+GONE_S = 60.0  # without a sign of life (or half the timeout): a rank is gone, not stuck
 HASTE_S = 10.0  # the same once one has failed or lost a connection: launchers then wait for 30 s
 START, STARTING_STEPS = 3, 3  # times the timeout, until these have been done: kernels are compiled
 LAST_WORDS_S = 3.0  # for what may hang too: a disk, a store
-NAMED = 4  # processes of a group; the others are counted
+NAMED = 4  # ranks of a group; the others are counted
 
 RUNS, STUCK, CUT_OFF, FAILED, DONE = "runs", "is stuck", "lost a connection", "failed", "is done"
 
 
 class Beat(NamedTuple):
-    """What a process tells of itself. All set the same marks in the same order: who has set fewer
+    """What a rank tells of itself. All set the same marks in the same order: who has set fewer
     than the others is behind them."""
 
     rank: int
@@ -102,10 +102,10 @@ def table(beats: Iterable[Beat], still_s: dict[int, float]) -> list[str]:
 class Watchdog:
     """with Watchdog(600) as watchdog: ... watchdog.mark("waiting for data", step) ...
 
-    A process that sets no mark for timeout_s (START times that for its first STARTING_STEPS steps)
+    A rank that sets no mark for timeout_s (START times that for its first STARTING_STEPS steps)
     is stuck; 0: nothing is watched. advice() is the last line of the message. stacks: a file for
     the stacks of all threads, which also go to stderr. connect() opens the store of several
-    processes. An error that leaves the `with` is told to the others.
+    ranks. An error that leaves the `with` is told to the others.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class Watchdog:
         return f"step {step}, {phase}" if step else phase
 
     def beat(self) -> Beat:
-        """The next heartbeat of this process."""
+        """The next heartbeat of this rank."""
         for_s = self.clock_s - self._marked_s
         limit_s = self.timeout_s * (START if self._steps <= STARTING_STEPS else 1)
         state, error = self._ending or (STUCK if for_s > limit_s else RUNS, "")
@@ -159,7 +159,7 @@ class Watchdog:
         self.beats[beat.rank] = beat
 
     def exchange(self, store: dist.Store) -> None:
-        """Publish this process's heartbeat, and read those that it judges by."""
+        """Publish this rank's heartbeat, and read those that it judges by."""
         store.set(f"watchdog/{self.rank}", json.dumps(self.beat()))
         for_others = {r: f"watchdog/{r}" for r in self.judged if r != self.rank}
         keys = [k for r, k in for_others.items() if self.beats[r].count or store.check([k])]
@@ -167,7 +167,7 @@ class Watchdog:
             self.hear(Beat(*json.loads(text)))
 
     def tick(self, elapsed_s: float) -> str:
-        """Let the clock go on, and judge: what is wrong, or "". A process that was itself stopped
+        """Let the clock go on, and judge: what is wrong, or "". A rank that was itself stopped
         has seen next to no time go by, and blames nobody."""
         self.clock_s += min(elapsed_s, 2 * BEAT_S)
         self.hear(self.beat())
@@ -252,6 +252,6 @@ def is_of_a_collective(error: BaseException) -> bool:
 
 
 def meeting_point() -> dist.Store:
-    """A connection of its own to the store at which torch's processes met."""
+    """A connection of its own to the store at which torch's ranks met."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return dist.TCPStore(address, port, is_master=False, wait_for_workers=False)

@@ -174,7 +174,7 @@ def _throughput(run: Path, rows: list[dict]) -> str:
     newest = checkpoint.latest(run)
     state = json.loads((newest / "state.json").read_text()) if newest else {}
     if "machine" in state:
-        pairs.append(("Processes and hardware", state["machine"]))
+        pairs.append(("Ranks and hardware", state["machine"]))
     pairs.append(("GPU counters", "logged" if watts else "none: a CPU, or no NVML"))
     pairs += [(f"Version of {name}", of) for name, of in state.get("versions", {}).items()]
     drawn = [name for name in SPEED if series(rows, name)[0]]

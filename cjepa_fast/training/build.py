@@ -87,7 +87,7 @@ def build_engine(
 
 def optimizer_implementation(config: Config) -> str:
     """ "auto" resolved. Raises ConfigError for "adamw_ema" on several ranks or with DeepSpeed
-    settings, which it does not read (but for a ZeRO stage: one process has nothing to shard)."""
+    settings, which it does not read (but for a ZeRO stage: one rank has nothing to shard)."""
     asked, alone = config.optim.implementation, distributed.world_size() == 1
     zero = config.deepspeed.get("zero_optimization", {})
     own = set(config.deepspeed) <= {"zero_optimization"} and set(zero) <= {"stage"}
@@ -97,10 +97,10 @@ def optimizer_implementation(config: Config) -> str:
         reason = (
             f"the deepspeed section holds more than a ZeRO stage: {json.dumps(config.deepspeed)}"
             if alone
-            else f"there are {distributed.world_size()} processes"
+            else f"there are {distributed.world_size()} ranks"
         )
         raise ConfigError(
-            f'optim.implementation = "adamw_ema": it trains on one process without DeepSpeed, but '
+            f'optim.implementation = "adamw_ema": it trains on one rank without DeepSpeed, but '
             f'{reason}. Take "auto" or "fused"'
         )
     return asked
@@ -325,7 +325,7 @@ def initialise(networks: JEPA, target: Encoder, config: Config) -> None:
 
 
 def check_same_images(path: str, images: sources.ImageSet) -> None:
-    """Raises ConfigError where this process's image set is not the first's, on another node."""
+    """Raises ConfigError where this rank's image set is not the first's, on another node."""
     host = socket.gethostname()
     found = distributed.from_all((images.fingerprint, f"{len(images):,} images on {host}"))
     for fingerprint, where in found:

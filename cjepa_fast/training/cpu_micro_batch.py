@@ -25,7 +25,7 @@ COUNTED = 2  # images on the meta device
 
 def fitted(config: Config, device: torch.device, saved: Config | None) -> Config:
     """The configuration with data.micro_batch_size cut to what fits, on a CPU; the same on all
-    processes. saved: of the checkpoint that is resumed from, whose cut stays, since VICReg's
+    ranks. saved: of the checkpoint that is resumed from, whose cut stays, since VICReg's
     statistics are of a micro-batch. config: its run.precision resolved."""
     if device.type != "cpu":
         return config
@@ -52,7 +52,7 @@ def most_images(config: Config) -> int:
     if free is None:
         return config.data.micro_batch_size
     fixed, image = needed(config)
-    room = SHARE * free / _processes_here() - fixed
+    room = SHARE * free / _ranks_here() - fixed
     return max(0, int(room // image))
 
 
@@ -69,7 +69,7 @@ def needed(config: Config) -> tuple[float, float]:
     return float(PARAMETER_BYTES * trained), MOMENTARY * kept.bytes / COUNTED
 
 
-def _processes_here() -> int:
+def _ranks_here() -> int:
     """On this node: as torchrun or deepspeed says."""
     names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
     return next((int(os.environ[n]) for n in names if n in os.environ), 1)

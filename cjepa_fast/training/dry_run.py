@@ -34,7 +34,7 @@ def dry_run(trainer: Trainer, loader: Loader, told: list[str]) -> None:
     print(f"memory       {peak_gib(trainer.device):.2f} GiB at the peak, {trainer.device}")
     print(
         f"step         {trainer.micro_batch} images x {loader.accumulation} x "
-        f"{distributed.world_size()} processes, loss {loss:.4f}, {step_s:.2f} s (not warmed up)"
+        f"{distributed.world_size()} ranks, loss {loss:.4f}, {step_s:.2f} s (not warmed up)"
     )
 
 

@@ -127,7 +127,7 @@ class TargetEMA:
 
     @contextlib.contextmanager
     def _completed_by_others(self) -> Iterator[None]:
-        """Within it this process writes its share of the working copy, the others theirs."""
+        """Within it this rank writes its share of the working copy, the others theirs."""
         if self.group is not None:
             self._flat.zero_()  # each value has one owner: a sum of it and zeros is exact
         yield

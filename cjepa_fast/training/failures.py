@@ -62,14 +62,14 @@ def told(options: Options) -> Iterator[Outcome]:
 def _memory_advice(error: Exception, session: Session) -> str:
     """What was too large, and the ways out."""
     config, options = session.config, session.options
-    processes = int(os.environ.get("WORLD_SIZE", "1"))  # their group has been left
-    micro_batch, _ = config.data.micro_batches(processes)
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))  # their group has been left
+    micro_batch, _ = config.data.micro_batches(ranks)
     advice = oom.advice(
         error,
         rank=int(os.environ.get("RANK", "0")),
-        processes=processes,
+        ranks=ranks,
         micro_batch=micro_batch,
-        smallest=2 if config.loss.vicreg.beta > 0 and processes == 1 else 1,
+        smallest=2 if config.loss.vicreg.beta > 0 and ranks == 1 else 1,
         checkpointing=config.model.checkpointing,
         stage=config.deepspeed.get("zero_optimization", {}).get("stage", 0),
         command_line=list(options.command_line),

@@ -43,7 +43,7 @@ class Session:
 
     config: Config  # as asked, then with what was resolved and cut for this machine
     options: Options
-    watchdog: Watchdog | None = None  # knows the step, and with what the process is busy
+    watchdog: Watchdog | None = None  # knows the step, and with what the rank is busy
     stop: StopRequest | None = None  # once the run's folder is taken
 
     @property

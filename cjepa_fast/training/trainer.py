@@ -119,7 +119,7 @@ class Trainer:
             f"a step is {self.accumulation} micro-batches: raise data.micro_batch_size": (
                 self.accumulation > 1
             ),
-            "DeepSpeed steps cannot be recorded: that takes one process": (
+            "DeepSpeed steps cannot be recorded: that takes one rank": (
                 not isinstance(self.engine, SingleEngine)
             ),
         }

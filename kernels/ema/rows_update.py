@@ -56,7 +56,7 @@ def _ema_rows_kernel(
 ):  # fmt: skip
     """One row of COLS values. Arrays: target (fp32), online (ONLINE), values (e4m3), scales (fp32).
 
-    The row is rounded to bf16 first: so are the weights of processes that complete each other's.
+    The row is rounded to bf16 first: so are the weights of ranks that complete each other's.
     """
     tensor, start, _ = chunk_of_program(places, owners, 4, tensors, COLS)
     col = tl.arange(0, WIDTH)[None, :]

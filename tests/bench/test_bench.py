@@ -197,7 +197,7 @@ def test_the_phases_are_parts_of_the_step(trainer):
     assert len(parts.steps_ms) == 3  # it times no more
 
 
-def test_several_processes_are_held_against_one():
+def test_several_ranks_are_held_against_one():
     row = {"data": "jpeg", "images_per_s": 300.0, "processes": 4}
     throughput.add_scaling(row, {"synthetic": 10.0, "jpeg": 100.0})
     assert (row["images_per_s_each"], row["scaling_pct"]) == (75, 75)
@@ -209,7 +209,7 @@ def test_several_processes_are_held_against_one():
 
 
 @pytest.mark.parametrize("wrong", [["--against", "reference"], ["--alone", "0"]])
-def test_what_several_processes_cannot_do_is_told(monkeypatch, capsys, wrong):
+def test_what_several_ranks_cannot_do_is_told(monkeypatch, capsys, wrong):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit):
         throughput.parse(wrong)
@@ -305,11 +305,11 @@ def test_throughput_measures_several_configs_past_a_failing_one(tmp_path):
 
 
 @pytest.mark.multiprocess
-def test_two_processes_are_measured_together_and_against_one(tmp_path):
+def test_two_ranks_are_measured_together_and_against_one(tmp_path):
     good, out = tiny.write_config(tmp_path), tmp_path / "rows.json"
     done = tiny.run(
         BENCH / "throughput.py", "--config", good, "--data", "synthetic", "--steps", "2",
-        "--warmup", "1", "--json", out, processes=2,
+        "--warmup", "1", "--json", out, ranks=2,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (row,) = json.loads(out.read_text())

@@ -142,7 +142,7 @@ def saved(tmp_path, made):
 
 
 def test_what_a_killed_save_left_does_no_harm(tmp_path, saved):
-    """Of the same step on more processes, and of an earlier one."""
+    """Of the same step on more ranks, and of an earlier one."""
     save, folder = saved
     shutil.copytree(folder / "step_00000001", folder / ".step_00000003.partial")
     (folder / ".step_00000003.partial" / "manifest.json").unlink()
@@ -158,7 +158,7 @@ def test_what_a_killed_save_left_does_no_harm(tmp_path, saved):
     ]
 
 
-def test_processes_that_do_not_share_a_folder_are_told(tmp_path, made, monkeypatch):
+def test_ranks_that_do_not_share_a_folder_are_told(tmp_path, made, monkeypatch):
     _, save, said = made
     elsewhere = checkpoint_format.Receipt("shard_00001_of_00002.safetensors", 9, "")
     monkeypatch.setattr(writer, "from_all", lambda mine: [mine, elsewhere])
@@ -200,7 +200,7 @@ def test_damage_is_seen_and_named(tmp_path, made, said, file):
     DAMAGES[said](path / file)
     (line,) = checkpoint.damage(path)
     assert str(path / file) in line and said in line
-    shares = [checkpoint.damage(path, part, 2) for part in range(2)]  # two processes share it
+    shares = [checkpoint.damage(path, part, 2) for part in range(2)]  # two ranks share it
     assert sorted(map(len, shares)) == [0, 1]
 
 

@@ -20,7 +20,7 @@ def alone(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize(
-    ("stage", "options", "processes"),
+    ("stage", "options", "ranks"),
     [
         (1, {"offload_optimizer": CPU}, 2),
         (3, {"offload_optimizer": CPU, "offload_param": CPU}, 2),
@@ -28,13 +28,13 @@ def alone(tmp_path_factory):
         (3, {"zero_hpz_partition_size": 2}, 4),
     ],
 )
-def test_an_option_changes_nothing_and_resumes(alone, tmp_path, stage, options, processes):
+def test_an_option_changes_nothing_and_resumes(alone, tmp_path, stage, options, ranks):
     """The weights of stage 3 are all partitioned ("full"), as large ones are."""
     given = [f"zero={json.dumps(options)}", *(["full"] if stage == 3 else [])]
     run = [f"{stage}:fp32"]
-    (whole,) = work(run, tmp_path, "save=3", *given, processes=processes)
+    (whole,) = work(run, tmp_path, "save=3", *given, ranks=ranks)
     assert_agree(alone, whole, "fp32")
-    (resumed,) = work(run, tmp_path, "resume", *given, processes=processes)
+    (resumed,) = work(run, tmp_path, "resume", *given, ranks=ranks)
     assert_agree({**alone, "steps": alone["steps"][3:]}, resumed, "fp32")
     assert whole["average_exact"] and resumed["average_exact"]
 
@@ -71,15 +71,15 @@ def test_what_is_harmless_is_not_refused():
     validate({"deepspeed": {"bf16": {"enabled": True}, "zero_optimization": {}}})
 
 
-def completed(monkeypatch, zero: dict, cuda: bool, processes: int, trained: int = 10**9) -> dict:
+def completed(monkeypatch, zero: dict, cuda: bool, ranks: int, trained: int = 10**9) -> dict:
     monkeypatch.setattr(hardware, "has_gpu", lambda: cuda)
-    monkeypatch.setattr(engine, "world_size", lambda: processes)
+    monkeypatch.setattr(engine, "world_size", lambda: ranks)
     found = engine.complete_config({"zero_optimization": zero}, 4, 1, "bf16", 0.0, trained)
     return found["zero_optimization"]
 
 
 @pytest.mark.parametrize(
-    ("zero", "cuda", "processes", "overlap"),
+    ("zero", "cuda", "ranks", "overlap"),
     [
         ({}, True, 2, True),
         ({"overlap_comm": False}, True, 2, False),
@@ -88,19 +88,17 @@ def completed(monkeypatch, zero: dict, cuda: bool, processes: int, trained: int 
         ({"overlap_comm": True}, False, 2, False),
     ],
 )
-def test_several_gpus_overlap_their_communication(monkeypatch, zero, cuda, processes, overlap):
-    found = completed(monkeypatch, zero, cuda, processes)
+def test_several_gpus_overlap_their_communication(monkeypatch, zero, cuda, ranks, overlap):
+    found = completed(monkeypatch, zero, cuda, ranks)
     assert found.get("overlap_comm") is overlap
     assert found["reduce_bucket_size"] < 10**9 / 10  # several fill in a backward
 
 
-@pytest.mark.parametrize(
-    ("size", "processes", "fits"), [(8, 16, True), (8, 4, True), (8, 12, False)]
-)
-def test_groups_within_nodes_divide_the_processes(monkeypatch, size, processes, fits):
+@pytest.mark.parametrize(("size", "ranks", "fits"), [(8, 16, True), (8, 4, True), (8, 12, False)])
+def test_groups_within_nodes_divide_the_ranks(monkeypatch, size, ranks, fits):
     zero = {"stage": 3, "zero_hpz_partition_size": size}
     if fits:
-        assert zero.items() <= completed(monkeypatch, zero, True, processes).items()
+        assert zero.items() <= completed(monkeypatch, zero, True, ranks).items()
         return
-    with pytest.raises(ValueError, match="zero_hpz_partition_size = 8: must divide the 12 proc"):
-        completed(monkeypatch, zero, True, processes)
+    with pytest.raises(ValueError, match="zero_hpz_partition_size = 8: must divide the 12 ranks"):
+        completed(monkeypatch, zero, True, ranks)

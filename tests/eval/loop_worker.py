@@ -1,4 +1,4 @@
-"""In each of several processes: a case of test_eval_loop.py. Prints what is refused, by rank."""
+"""In each of several ranks: a case of test_eval_loop.py. Prints what is refused, by rank."""
 
 import sys
 from pathlib import Path

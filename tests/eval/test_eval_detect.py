@@ -195,7 +195,7 @@ def test_the_learning_rate_rises_and_falls_in_two_steps():
     assert factors[47:53] == pytest.approx([1, 0.1, 0.1, 0.1, 0.1, 0.01])
 
 
-def test_processes_share_each_step_and_together_see_each_image(folder, monkeypatch):
+def test_ranks_share_each_step_and_together_see_each_image(folder, monkeypatch):
     train = open_split(folder, "train")
     recipe = Recipe(image_size=64, batch_size=4)
     seen = {}

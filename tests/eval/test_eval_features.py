@@ -159,7 +159,7 @@ count = len(seen)
 kept, _ = features.extract(encoder, images, keep=keep, cache=cache)
 single, _ = features.extract(encoder, images, keep=keep[:1])
 
-def away(self, i):  # of two processes, all of the first one's images and one of the second's
+def away(self, i):  # of two ranks, all of the first one's images and one of the second's
     if self.keep_n[i] in (0, 3, 7, 11, 13):
         raise OSError("the network is away")
     return plain(self, i)
@@ -178,15 +178,15 @@ distributed.leave(0)
 
 
 @pytest.mark.multiprocess
-def test_two_processes_take_half_the_images_each(images, tmp_path):
+def test_two_ranks_take_half_the_images_each(images, tmp_path):
     script = tmp_path / "shares.py"
     script.write_text(SHARES)
     alone, both = tmp_path / "alone", tmp_path / "both"
-    for folder, processes in ((alone, 1), (both, 2)):
+    for folder, ranks in ((alone, 1), (both, 2)):
         folder.mkdir()
-        done = tiny.run(script, tmp_path / "images", folder, processes=processes)
+        done = tiny.run(script, tmp_path / "images", folder, ranks=ranks)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.count("features are not finite") == processes
+        assert done.stdout.count("features are not finite") == ranks
         assert len(list((folder / "features").iterdir())) == 1
     (whole, *_, place, _), *halves = map(torch.load, (alone / "0.pt", both / "0.pt", both / "1.pt"))
     assert [half[-1] for half in halves] == [4, 3]

@@ -354,11 +354,11 @@ def test_few_labels_by_probe(data, saved, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_two_processes_stopped_and_gone_on_end_where_one_does(data, tmp_path):
+def test_two_ranks_stopped_and_gone_on_end_where_one_does(data, tmp_path):
     """By the mean of the ranks' gradients, and from the checkpoint of the first part."""
     whole = tuned(data, PLAIN, tmp_path / "one", micro_batch=4)
     worker = Path(__file__).with_name("finetune_worker.py")
-    done = tiny.run(worker, data, tmp_path / "two", processes=2)
+    done = tiny.run(worker, data, tmp_path / "two", ranks=2)
     assert done.returncode == 0, done.stderr
     assert "epoch 2 of 2" in done.stdout
     again = torch.load(tmp_path / "two" / "weights.pt", weights_only=True)

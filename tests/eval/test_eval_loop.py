@@ -147,7 +147,7 @@ def test_a_disk_that_is_full_stops_no_training(tmp_path, monkeypatch, capsys):
     task = Draws()
     loop.train(learner_of(), task, plan(), Kept(tmp_path / "kept", {}))
     assert len(task.seen) == 6
-    assert capsys.readouterr().err.count("could not be saved: process 0: No space left") == 3
+    assert capsys.readouterr().err.count("could not be saved: rank 0: No space left") == 3
 
 
 def test_a_checkpoint_that_has_lost_a_file_is_refused(tmp_path):
@@ -206,7 +206,7 @@ def test_gradients_of_a_step_s_micro_batches_pass_between_the_ranks_once(monkeyp
     ],
 )
 def test_what_one_rank_finds_wrong_ends_all(tmp_path, case, why):
-    done = tiny.run(Path(__file__).with_name("loop_worker.py"), case, tmp_path, processes=2)
+    done = tiny.run(Path(__file__).with_name("loop_worker.py"), case, tmp_path, ranks=2)
     assert done.returncode == 0, done.stderr
     for rank in range(2):
         assert re.search(f"rank {rank}: .*{why}", done.stdout), done.stdout + done.stderr

@@ -301,12 +301,12 @@ def test_a_training_that_was_stopped_ends_as_if_it_had_not(encoder, data, tmp_pa
 
 @pytest.mark.multiprocess
 @pytest.mark.slow
-def test_two_processes_share_the_images(encoder, data, tmp_path):
+def test_two_ranks_share_the_images(encoder, data, tmp_path):
     """BatchNorm sees each rank's own images on a CPU, so the scores alone are compared."""
     out = tmp_path / "two.json"
     words = ["segment", encoder, "--data", data, "--short-side", 40, "--batch-size", 4]
     words += ["--steps", 20, "--lr", 0.05, "--plain-colours", "--json", out]
-    done = tiny.run(tiny.ROOT / "cjepa_fast" / "eval" / "__main__.py", *words, processes=2)
+    done = tiny.run(tiny.ROOT / "cjepa_fast" / "eval" / "__main__.py", *words, ranks=2)
     assert done.returncode == 0, done.stderr
     (row,) = json.loads(out.read_text())["rows"]
     assert row["miou"] > 60 and row["test_images"] == 3

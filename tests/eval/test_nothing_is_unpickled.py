@@ -233,19 +233,19 @@ def test_a_forged_training_is_refused(training, marker, capsys):
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_two_processes_refuse_together(training, marker):
+def test_two_ranks_refuse_together(training, marker):
     """And neither waits for the other."""
     words, resume, kept = training
-    done = tiny.run(EVAL, *words, processes=2)
+    done = tiny.run(EVAL, *words, ranks=2)
     assert done.returncode == 0, done.stderr
     left = files_below(kept)
     assert "shard_00001_of_00002.safetensors" in {path.name for path in left}
     for path in left:
         with replaced(path, pickle.dumps(Bomb(marker))):
-            done = tiny.run(EVAL, *words, *resume, processes=2)
+            done = tiny.run(EVAL, *words, *resume, ranks=2)
         assert done.returncode and str(path) in done.stderr, done.stderr
         assert "Traceback" not in done.stderr
-    assert tiny.run(EVAL, *words, *resume, processes=2).returncode == 0
+    assert tiny.run(EVAL, *words, *resume, ranks=2).returncode == 0
 
 
 # ------------------------------------------------------------------------------- runs and features

@@ -158,16 +158,16 @@ distributed.leave(train.main(sys.argv[1:]))
 
 
 @pytest.mark.multiprocess
-def test_two_processes_under_zero_3_judge_alike(tmp_path):
+def test_two_ranks_under_zero_3_judge_alike(tmp_path):
     """Their shares are uneven, 17 and 18 of 35 images: each runs the same collectives."""
     config = write_config(tmp_path)
     script = tmp_path / "zero.py"
     script.write_text(ZERO)
     rows = {}
-    for processes, run in ((1, "one"), (2, "two")):
-        stage = ["--set", f"deepspeed.zero_optimization.stage={3 if processes > 1 else 0}"]
+    for ranks, run in ((1, "one"), (2, "two")):
+        stage = ["--set", f"deepspeed.zero_optimization.stage={3 if ranks > 1 else 0}"]
         where = ["--set", f"run.dir={tmp_path / run}", "--set", "data.micro_batch_size=4"]
-        done = tiny.run(script, "--config", config, *stage, *where, processes=processes)
+        done = tiny.run(script, "--config", config, *stage, *where, ranks=ranks)
         assert done.returncode == 0, done.stderr
         rows[run] = {row["step"]: row for row in read_log(tmp_path / run) if "knn" in row}
     assert rows["one"].keys() == rows["two"].keys() == {0, 2, 4, 6}

@@ -64,7 +64,7 @@ def test_the_training_of_a_run(run):
     text = card_of(run)
     facts = rows_of(section(text, "Training"))
     assert facts["images"] == "images, 40 images, fingerprint 1f3a"
-    duration = "7 steps of 16 images, 1.75 of 2 epochs, 112 images seen; 2 processes"
+    duration = "7 steps of 16 images, 1.75 of 2 epochs, 112 images seen; 2 ranks"
     assert facts["duration"] == duration
     assert "beta 0.001, sim 25, std 25, cov 1" in facts["objective"]
     # the log's row at the checkpoint's step, neither the one before nor the one after

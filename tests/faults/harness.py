@@ -97,38 +97,38 @@ def write_config(folder: Path, images: Path) -> list:
     return ["--config", config]
 
 
-def drive(folder: Path, images: Path, moments: list[Moment], processes: int = 1) -> Driven:
+def drive(folder: Path, images: Path, moments: list[Moment], ranks: int = 1) -> Driven:
     """A run struck at each of the moments, one a start, and then left alone until it is done."""
     folder.mkdir()
     config = write_config(folder, images)
     starts = []
     for number, moment in enumerate([*moments, None]):
         resume = ["--resume", "auto"] if number else []
-        starts.append(start(folder, number, moment, [*config, *resume], processes))
+        starts.append(start(folder, number, moment, [*config, *resume], ranks))
         if moment is None:
             assert starts[-1].status == 0, starts[-1].said
     return Driven(folder / "run", starts)
 
 
 def start(
-    folder: Path, number: int, moment: Moment | None, arguments: list, processes: int = 1
+    folder: Path, number: int, moment: Moment | None, arguments: list, ranks: int = 1
 ) -> Start:
     command = [RECORDER, folder, number, moment or "-", *arguments]
     if moment is None and not torch.cuda.is_available():
-        done = tiny.run(*command, processes=processes)  # forked: that is quicker
+        done = tiny.run(*command, ranks=ranks)  # forked: that is quicker
         status, said = done.returncode, done.stdout + done.stderr
     else:
-        status, said = launched(command, processes, folder, number, moment)
-    rows = [rows_of(folder / f"rows.{number}.{rank}") for rank in range(processes)]
+        status, said = launched(command, ranks, folder, number, moment)
+    rows = [rows_of(folder / f"rows.{number}.{rank}") for rank in range(ranks)]
     return Start(moment, status, said, rows)
 
 
 def launched(
-    command: list, processes: int, folder: Path, number: int, moment: Moment | None
+    command: list, ranks: int, folder: Path, number: int, moment: Moment | None
 ) -> tuple[int, str]:
     """The launcher's exit status and what was printed, once it has been struck and has ended."""
     said = folder / f"said.{number}"
-    launcher = launch(command, processes, said)
+    launcher = launch(command, ranks, said)
     try:
         if moment is not None:
             strike(moment, launcher, folder / f"halted.{number}", said)
@@ -139,10 +139,10 @@ def launched(
     return status, said.read_text()
 
 
-def launch(command: list, processes: int, said: Path) -> subprocess.Popen:
-    """A script with its arguments on so many processes; both its outputs go to the file `said`."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    words = [sys.executable, *(launcher if processes > 1 else []), *command]
+def launch(command: list, ranks: int, said: Path) -> subprocess.Popen:
+    """A script with its arguments on so many ranks; both its outputs go to the file `said`."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    words = [sys.executable, *(launcher if ranks > 1 else []), *command]
     with open(said, "w") as file:
         return subprocess.Popen(
             [str(word) for word in words],
@@ -172,15 +172,15 @@ def rows_of(file: Path) -> dict[int, dict]:
     return {row["step"]: row for row in map(json.loads, lines)}
 
 
-def some_moments(seed: int, count: int, processes: int) -> list[Moment]:
+def some_moments(seed: int, count: int, ranks: int) -> list[Moment]:
     """Kills in saves, between them, in the loader and at start-up, in the order of their steps."""
     draw = random.Random(seed)
     afters = sorted(draw.sample(range(2, STEPS - 2 * EVERY, 1), count))
-    return [kill_after(after, draw, processes) for after in afters]
+    return [kill_after(after, draw, ranks) for after in afters]
 
 
-def kill_after(step: int, draw: random.Random, processes: int) -> Moment:
-    rank = draw.randrange(processes)
+def kill_after(step: int, draw: random.Random, ranks: int) -> Moment:
+    rank = draw.randrange(ranks)
     event, after, nth = draw.choice(
         [
             # rank 0 syncs and renames several files a save, the others one

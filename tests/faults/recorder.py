@@ -4,7 +4,7 @@
 
 OUT/rows.START.RANK gets one JSON line a step, flushed at once: its number, the names of each
 micro-batch's images, digests of masks and pixels, the loss in hexadecimal, which keeps every bit.
-MOMENT is EVENT:AFTER:NTH:RANK, or "-" for none: in process RANK, once step AFTER is done, the
+MOMENT is EVENT:AFTER:NTH:RANK, or "-" for none: in rank RANK, once step AFTER is done, the
 thread that meets the NTH such event writes the process's id to OUT/halted.START and goes on when
 that file is gone. AFTER 0 counts from the start of the process.
 Events: "disk" (a sync, rename or removal: there is one after each file of a checkpoint), "read" (an

@@ -1,4 +1,4 @@
-"""A long run on 2 processes with kills and broken images: is its memory flat, its end exact?
+"""A long run on 2 ranks with kills and broken images: is its memory flat, its end exact?
 
     python tests/faults/soak.py --minutes 120 --out bench/results/soak.md
 
@@ -36,12 +36,12 @@ from harness import assert_same_tensors, kill_all, kill_one, launch
 
 from cjepa_fast.telemetry import read_log
 
-PROCESSES = 2
+RANKS = 2
 SAMPLE_S = 2.0
 WARM_UP_S = 120  # of a start, or the first third of it where that is shorter
 JUDGED_S = 60  # after the warm-up: of a shorter stretch no growth is told
 FLAT_PCT = 2.0
-COLUMNS = ("start, process", "minutes", "USS MiB after warm-up", "at the end", "%", "MiB/h")
+COLUMNS = ("start, rank", "minutes", "USS MiB after warm-up", "at the end", "%", "MiB/h")
 COLUMNS += ("RSS MiB after warm-up", "%", "PSS %", "descriptors", "flat")
 IMAGES, BATCH = 500, 32
 STEPS_PER_EPOCH = IMAGES // BATCH
@@ -142,7 +142,7 @@ class Run:
         said = self.folder / f"said.{self.starts}"
         resume = ["--resume", "auto"] if self.starts else []
         arguments = [tiny.ROOT / "cjepa_fast/train.py", "--config", self.config, *resume]
-        launcher = launch(arguments, PROCESSES, said)
+        launcher = launch(arguments, RANKS, said)
         stretches: dict[int, Stretch] = {}
         began, killed = time.monotonic(), False
         while launcher.poll() is None:
@@ -164,7 +164,7 @@ class Run:
         workers = []
         for process in psutil.Process(launcher.pid).children():
             with contextlib.suppress(psutil.Error, OSError, KeyError):  # it begins, or has ended
-                name = f"{self.folder.name} {self.starts}, process {process.environ()['RANK']}"
+                name = f"{self.folder.name} {self.starts}, rank {process.environ()['RANK']}"
                 sample = sampled(process)
                 stretches.setdefault(process.pid, Stretch(name)).samples.append(sample)
                 workers.append(process.pid)
@@ -208,7 +208,7 @@ def report(struck: Run, whole: Run) -> str:
 
 {about["hardware"]["device"]}; {versions}; commit {about["commit"]}. `{about["command"]}`
 
-{PROCESSES} processes, mask.context "{whole.context}", {whole.steps} steps, a save every
+{RANKS} ranks, mask.context "{whole.context}", {whole.steps} steps, a save every
 {whole.every}, 12 broken files in the set. At the end weights, moments and average of both runs are
 equal, bit for bit.
 

@@ -17,7 +17,7 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, images):
-    """The undisturbed run on so many processes."""
+    """The undisturbed run on so many ranks."""
     folder = tmp_path_factory.mktemp("whole")
     return functools.cache(lambda n: drive(folder / f"{n}", images, [], n))
 
@@ -40,15 +40,15 @@ def test_asked_to_stop_in_a_save(tmp_path, images, whole):
 
 
 @pytest.mark.multiprocess
-def test_one_of_two_processes_killed(tmp_path, images, whole):
+def test_one_of_two_ranks_killed(tmp_path, images, whole):
     moments = [Moment("disk", after=6, nth=1, rank=1, act=harness.kill_one)]
-    struck = drive(tmp_path / "run", images, moments, processes=2)
+    struck = drive(tmp_path / "run", images, moments, ranks=2)
     assert struck.starts[0].status not in (0, -9)  # the launcher's own: the other did not hang
     assert_same(struck, whole(2))
 
 
 @pytest.mark.multiprocess
-def test_skipped_images_are_counted_over_all_processes(images, whole):
+def test_skipped_images_are_counted_over_all_ranks(images, whole):
     """An epoch has a hole where the broken image is not in its dropped tail."""
     listed = sorted(path.relative_to(images) for path in images.rglob("*.jpg"))
     broken = [path.name for path in listed].index("tables.jpg")
@@ -57,7 +57,7 @@ def test_skipped_images_are_counted_over_all_processes(images, whole):
         for epoch in range(harness.STEPS // 2)
     ]
     holes = [place for place in places if place < 32]
-    assert {place % 16 // 8 for place in holes} == {0, 1}  # on both processes
+    assert {place % 16 // 8 for place in holes} == {0, 1}  # on both ranks
     counted = read_log(whole(2).run)[-1]["skipped_images"]
     assert len(holes) <= counted <= len(holes) + 2  # the loaders read ahead
 
@@ -84,10 +84,10 @@ def test_images_that_go_away_and_come_back(tmp_path, images, whole):
 @pytest.mark.faults
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize(
-    ("campaign", "processes", "kills"), [(0, 1, 5), (1, 1, 4), (2, 2, 4), (3, 2, 4)]
+    ("campaign", "ranks", "kills"), [(0, 1, 5), (1, 1, 4), (2, 2, 4), (3, 2, 4)]
 )
-def test_killed_again_and_again(tmp_path, images, whole, seed, campaign, processes, kills):
+def test_killed_again_and_again(tmp_path, images, whole, seed, campaign, ranks, kills):
     """With the three above, 20 moments."""
-    moments = some_moments(seed + campaign, kills, processes)
+    moments = some_moments(seed + campaign, kills, ranks)
     print("; ".join(f"{moment} {moment.act.__name__}" for moment in moments))
-    assert_same(drive(tmp_path / "run", images, moments, processes), whole(processes))
+    assert_same(drive(tmp_path / "run", images, moments, ranks), whole(ranks))

@@ -1,4 +1,4 @@
-"""VICReg's terms against loops, far from zero mean, and over several processes."""
+"""VICReg's terms against loops, far from zero mean, and over several ranks."""
 
 import socket
 
@@ -109,9 +109,9 @@ def test_other_shapes_are_refused(shape):
         vicreg_terms(torch.zeros(shape))
 
 
-# Several processes. Each takes uneven rows of a batch through a small network; the gradients of
-# its weights are averaged over the processes, as data parallelism does, and must be those of one
-# process that has the whole batch.
+# Several ranks. Each takes uneven rows of a batch through a small network; the gradients of
+# its weights are averaged over the ranks, as data parallelism does, and must be those of one
+# rank that has the whole batch.
 
 ROWS = (5, 3)
 
@@ -218,10 +218,10 @@ VIEWS = ("blocks", "context_target", "tokens")
 
 @pytest.fixture(scope="module")
 def parallel(tmp_path_factory) -> tuple[dict, list[dict]]:
-    """What one process finds on the whole batch, and what each of two finds together."""
+    """What one rank finds on the whole batch, and what each of two finds together."""
     torch.manual_seed(0)
     x = torch.randn(sum(ROWS), 4, dtype=torch.float64) * torch.tensor([0.3, 1, 2, 0.1])
-    x[: ROWS[0]] += 2  # the processes' own means differ, as if the data were sorted
+    x[: ROWS[0]] += 2  # the ranks' own means differ, as if the data were sorted
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -239,7 +239,7 @@ def differs(alone, together) -> bool:
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("name", ["global", "several", "projector", *VIEWS])
-def test_processes_together_equal_one_with_the_whole_batch(parallel, name):
+def test_ranks_together_equal_one_with_the_whole_batch(parallel, name):
     alone, ranks = parallel
     (value, grads) = alone[name]
     assert len(grads) >= 2 and all(g.any() for g in grads)

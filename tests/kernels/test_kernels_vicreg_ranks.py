@@ -1,4 +1,4 @@
-"""VICReg's terms over 1, 2 and 4 processes with uneven rows, against one with the whole batch."""
+"""VICReg's terms over 1, 2 and 4 ranks with uneven rows, against one with the whole batch."""
 
 import contextlib
 import functools
@@ -32,7 +32,7 @@ class Case(NamedTuple):
         return f"{self.blocks} blocks, width {self.width}, {self.dtype}, {path}"
 
     def batch(self) -> torch.Tensor:
-        """All processes' rows, of which the first lie elsewhere, as in sorted data."""
+        """All ranks' rows, of which the first lie elsewhere, as in sorted data."""
         g = torch.Generator().manual_seed(self.blocks + self.width)
         shape = (self.blocks,) * (self.blocks > 0) + (9, self.width)
         z = torch.randn(shape, generator=g, dtype=torch.float64)
@@ -72,7 +72,7 @@ class Counted:
 
 
 def found_by(rank: int, rows: tuple[int, ...], case: Case, counted: Counted) -> dict:
-    """The terms that a process finds, the gradient at its rows, and the bytes it moved."""
+    """The terms that a rank finds, the gradient at its rows, and the bytes it moved."""
     z = case.batch().split(rows, dim=-2)[rank].requires_grad_()
     counted.bytes = 0
     with launch.interpreted() if case.kernels else contextlib.nullcontext():
@@ -84,7 +84,7 @@ def found_by(rank: int, rows: tuple[int, ...], case: Case, counted: Counted) -> 
 
 
 def refuses(rows: int) -> bool:
-    """Whether two rows are asked for, on every rank; one process that waited would hang."""
+    """Whether two rows are asked for, on every rank; one rank that waited would hang."""
     try:
         vicreg_terms(torch.zeros(rows, 3), ranks=AllRanks())
     except ValueError as error:
@@ -106,7 +106,7 @@ def worker(rank: int, port: int, rows: tuple[int, ...], out: str) -> None:
 
 @functools.cache
 def together(world: int, out: str) -> list[dict]:
-    """What each of `world` processes finds."""
+    """What each of `world` ranks finds."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -117,12 +117,12 @@ def together(world: int, out: str) -> list[dict]:
 @pytest.fixture(scope="module", params=WORLDS)
 def ranks(request, tmp_path_factory) -> list[dict]:
     if not launch.INTERPRETING:
-        pytest.skip("the processes' kernels run in Triton's interpreter")
+        pytest.skip("the ranks' kernels run in Triton's interpreter")
     return together(request.param, str(tmp_path_factory.mktemp("ranks")))
 
 
 def alone(case: Case, world: int, dtype: torch.dtype) -> dict:
-    """One process with all rows, by the definition: the sum over the processes of their losses."""
+    """One rank with all rows, by the definition: the sum over the ranks of their losses."""
     z = case.batch().to(dtype).requires_grad_()
     std, cov, per_dim = vicreg_terms_reference(z)
     for a, b in map(slopes_of, range(world)):
@@ -132,7 +132,7 @@ def alone(case: Case, world: int, dtype: torch.dtype) -> dict:
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_processes_together_equal_one_with_the_whole_batch(ranks, case):
+def test_ranks_together_equal_one_with_the_whole_batch(ranks, case):
     found = [rank[case.name] for rank in ranks]
     eager, exact = (alone(case, len(ranks), dtype) for dtype in (case.dtype, torch.float64))
     whole = {"dz": torch.cat([f["dz"] for f in found], dim=-2)}
@@ -169,5 +169,5 @@ def test_the_cases_take_both_ways():
 
 
 @pytest.mark.multiprocess
-def test_a_single_row_in_all_processes_is_refused_by_each(ranks):
+def test_a_single_row_in_all_ranks_is_refused_by_each(ranks):
     assert all(rank["refused"] for rank in ranks)

@@ -202,7 +202,7 @@ def test_the_working_copy_is_written_anew_from_the_average():
 
 
 def worker(rank: int, port: int, out: str) -> None:
-    """One of two processes whose shares meet in the midst of a row."""
+    """One of two ranks whose shares meet in the midst of a row."""
     torch.set_num_threads(1)
     address = f"tcp://127.0.0.1:{port}"
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)

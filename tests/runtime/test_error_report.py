@@ -67,8 +67,8 @@ def test_a_dry_run_leaves_its_report_elsewhere(tmp_path, failing):
 
 
 @pytest.mark.multiprocess
-def test_of_several_processes_each_leaves_its_own(tmp_path, failing):
-    done = tiny.run(failing, 3, "--config", tiny.write_config(tmp_path), processes=2)
+def test_of_several_ranks_each_leaves_its_own(tmp_path, failing):
+    done = tiny.run(failing, 3, "--config", tiny.write_config(tmp_path), ranks=2)
     assert done.returncode == 1
     for rank in range(2):
         assert "Traceback" in (tmp_path / "run" / f"error_rank_{rank}.txt").read_text()

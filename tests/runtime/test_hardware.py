@@ -94,7 +94,7 @@ def test_a_gpu_that_this_torch_has_no_kernels_for_is_left_aside(flags, monkeypat
     assert "sm_75, sm_90" in said and "CUDA 12" in said and "more lines" not in said
 
 
-def test_all_processes_take_the_lowest_precision(monkeypatch):
+def test_all_ranks_take_the_lowest_precision(monkeypatch):
     config = configuration.validate({})
     for mine, others in (("bf16", ["bf16", "bf16"]), ("bf16", ["bf16", "fp32"])):
         monkeypatch.setattr(distributed, "from_all", lambda found, others=others: others)
@@ -144,9 +144,9 @@ distributed.leave(train.main(sys.argv[1:]))
 def test_a_training_on_unequal_machines_is_in_the_lowest_precision(tmp_path):
     script = tmp_path / "unequal.py"
     script.write_text(UNEQUAL)
-    done = tiny.run(script, "--config", tiny.write_config(tmp_path), processes=2)
+    done = tiny.run(script, "--config", tiny.write_config(tmp_path), ranks=2)
     assert done.returncode == 0, done.stderr
-    assert "precision: fp32, as run.precision or another process has it" in done.stdout
+    assert "precision: fp32, as run.precision or another rank has it" in done.stdout
     assert json.loads((tmp_path / "run" / "config.json").read_text())["run"]["precision"] == "fp32"
     state = checkpoint.state_of(checkpoint.latest(tmp_path / "run"))
     assert state["config"]["run"]["precision"] == "fp32"

@@ -1,5 +1,5 @@
 """Starting on several nodes: SLURM's scripts under stand-ins for its commands, and each launcher as
-two nodes of one machine, which must train as one launch of two processes does."""
+two nodes of one machine, which must train as one launch of two ranks does."""
 
 import json
 import os
@@ -206,7 +206,7 @@ def test_the_command_that_goes_on_is_of_the_launcher_that_started(monkeypatch, e
 
 @pytest.fixture(scope="module")
 def one_node(tmp_path_factory) -> Path:
-    """The run's folder of two processes started together, on the CPU as all here."""
+    """The run's folder of two ranks started together, on the CPU as all here."""
     folder = tmp_path_factory.mktemp("one_node")
     args = ["--config", str(tiny.write_config(folder))]
     done = forks.run(TRAIN, args, 2, on_the_cpu(), tiny.HANG_S)
@@ -221,7 +221,7 @@ def torchrun(*options: str, config: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_torchrun_starts_again_where_a_process_died(tmp_path):
+def test_torchrun_starts_again_where_a_rank_died(tmp_path):
     """Without the variable the second attempt finds the first one's ports in the shared store."""
     config = tiny.write_config(tmp_path, run={"epochs": 50}, checkpoint={"every_steps": 5})
     options = ["--nproc_per_node=2", "--max-restarts=2", "--rdzv_backend=c10d"]

@@ -38,7 +38,7 @@ def test_which_errors_are_of_memory(error, meant):
 
 def ways_out(**changes) -> list[str]:
     given = {
-        "rank": 0, "processes": 8, "micro_batch": 128, "smallest": 1, "checkpointing": "none",
+        "rank": 0, "ranks": 8, "micro_batch": 128, "smallest": 1, "checkpointing": "none",
         "stage": 1, "command_line": ["--config", "vit_h.json", "--set=data.path=/a b"],
     }  # fmt: skip
     text = oom.advice(MemoryError(), **given | changes)
@@ -55,8 +55,8 @@ def test_the_ways_out_are_those_that_are_left():
     assert ways_out(checkpointing="selective", micro_batch=1, stage=3) == [
         "model.checkpointing=full"
     ]
-    assert ways_out(checkpointing="full", processes=1, micro_batch=3, smallest=2) == []
-    assert ways_out(checkpointing="full", processes=1, micro_batch=4, smallest=2) == [
+    assert ways_out(checkpointing="full", ranks=1, micro_batch=3, smallest=2) == []
+    assert ways_out(checkpointing="full", ranks=1, micro_batch=4, smallest=2) == [
         "data.micro_batch_size=2"
     ]
 

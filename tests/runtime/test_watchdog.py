@@ -39,7 +39,7 @@ TIMEOUT_S = 600
 
 
 class World:
-    """Watchdogs of several processes over one store, without threads; a tick is a second."""
+    """Watchdogs of several ranks over one store, without threads; a tick is a second."""
 
     def __init__(self, size: int, timeout_s: float = TIMEOUT_S):
         self.store = FakeStore()
@@ -83,7 +83,7 @@ def test_a_run_that_gets_on_is_left_alone():
         assert not world.go_on(TIMEOUT_S / 2)
 
 
-def test_a_process_without_heartbeats_is_named_by_all_others():
+def test_a_rank_without_heartbeats_is_named_by_all_others():
     world = World(3)
     world.warm_up()
     assert not world.go_on(5)
@@ -104,12 +104,12 @@ def test_a_short_timeout_takes_the_silent_for_gone_before_the_waiting_for_stuck(
     assert "no sign of life from rank 1" in world.go_on(25, silent=(1,))[0].splitlines()[0]
 
 
-def test_a_process_that_never_came_is_named():
+def test_a_rank_that_never_came_is_named():
     verdicts = World(2).go_on(GONE_S + 3, silent=(1,))
     assert "no sign of life from rank 1" in verdicts[0]
 
 
-def test_without_process_0_each_other_names_it():
+def test_without_rank_0_each_other_names_it():
     world = World(3)
     world.warm_up()
     world.go_on(5)
@@ -162,7 +162,7 @@ def test_the_first_steps_may_take_longer():
     assert ticks.index(True) in range(START * TIMEOUT_S - 1, START * TIMEOUT_S + 2)
 
 
-def test_a_process_that_was_stopped_blames_nobody_and_is_not_stuck():
+def test_a_rank_that_was_stopped_blames_nobody_and_is_not_stuck():
     world = World(2)
     world.warm_up()
     world.go_on(3)
@@ -172,7 +172,7 @@ def test_a_process_that_was_stopped_blames_nobody_and_is_not_stuck():
     assert not world.go_on(30)
 
 
-def test_a_process_that_is_done_is_not_missed():
+def test_a_rank_that_is_done_is_not_missed():
     world = World(2)
     world.warm_up()
     world.dogs[1]._ending = DONE, ""
@@ -180,7 +180,7 @@ def test_a_process_that_is_done_is_not_missed():
     assert not world.go_on(2 * GONE_S, silent=(1,))
 
 
-def test_a_thousand_processes_take_a_few_lines():
+def test_a_thousand_ranks_take_a_few_lines():
     beats = [Beat(r, f"host-{r // 8}", r, 1, 7, 3, "in the step") for r in range(1000)]
     beats[507] = beats[507]._replace(marks=6, phase="waiting for data", state=watchdog.STUCK)
     assert watchdog.find_stuck(beats).startswith("rank 507 (host host-63, pid 507) got stuck")
@@ -208,7 +208,7 @@ def interrupt(launcher: str, number: int, rank: int, folder, timeout_s: float) -
 
 
 def assert_named(stderr: str, rank: int, pid: int, folder) -> None:
-    """By the other process, with its stacks and the way to go on."""
+    """By the other rank, with its stacks and the way to go on."""
     (said,) = [line for line in stderr.splitlines() if line.startswith("error: no sign of life")]
     assert f"from rank {rank} (host {os.uname().nodename}, pid {pid})" in said
     last = checkpoint.latest(folder / "run")
@@ -221,7 +221,7 @@ def assert_named(stderr: str, rank: int, pid: int, folder) -> None:
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_process_that_is_killed_ends_the_run_with_its_name(tmp_path, launcher, rank):
+def test_a_rank_that_is_killed_ends_the_run_with_its_name(tmp_path, launcher, rank):
     # The timeout is not waited for: the broken connection is noticed.
     status, stderr, pids = interrupt(launcher, signal.SIGKILL, rank, tmp_path, timeout_s=3600)
     assert status != 0
@@ -231,8 +231,8 @@ def test_a_process_that_is_killed_ends_the_run_with_its_name(tmp_path, launcher,
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize(("launcher", "rank"), [("torchrun", 1), ("deepspeed", 0)])
-def test_a_process_that_is_stopped_ends_the_run_with_its_name(tmp_path, launcher, rank):
-    """With the deepspeed command, process 0 takes the store with it: nobody may wait for that."""
+def test_a_rank_that_is_stopped_ends_the_run_with_its_name(tmp_path, launcher, rank):
+    """With the deepspeed command, rank 0 takes the store with it: nobody may wait for that."""
     status, stderr, pids = interrupt(
         launcher, signal.SIGSTOP, rank, tmp_path, timeout_s=tiny.patience(10)
     )
@@ -324,7 +324,7 @@ def test_a_clock_that_jumps_changes_nothing(tmp_path):
     results = {}
     for name, path in (("plain", TRAIN), ("jumps", script)):
         run = tmp_path / name
-        result = tiny.run(path, "--config", config, "--set", f"run.dir={run}", processes=2)
+        result = tiny.run(path, "--config", config, "--set", f"run.dir={run}", ranks=2)
         assert result.returncode == 0, result.stderr
         results[name] = result
         rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]

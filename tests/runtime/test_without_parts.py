@@ -60,7 +60,7 @@ def test_the_weights_are_those_with_all_packages(blocked, tmp_path, monkeypatch)
     assert without.read_bytes() == whole.read_bytes()
 
 
-def test_several_processes_say_that_they_need_deepspeed(blocked, tmp_path):
+def test_several_ranks_say_that_they_need_deepspeed(blocked, tmp_path):
     done = python(
         *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
         *(TRAIN, "--config", tiny.write_config(tmp_path)),

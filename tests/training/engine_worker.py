@@ -3,11 +3,11 @@
 engine_worker.py RUN[,RUN ...] STEPS FOLDER [OPTION ...]: save=STEP resume again nan=STEP
 spike=STEP weight=STEP kernels adam=NAME full zero=JSON bug=NAME. A RUN is STAGE:PRECISION. STAGE is
 ZeRO's, "3offload" with the optimiser's state on the CPU, or "local" for the engine without
-DeepSpeed. The global batch of each step is the same for every number of processes. With `again` the
+DeepSpeed. The global batch of each step is the same for every number of ranks. With `again` the
 run goes back, in the end, to what it saved. With `kernels` the Triton kernels run, in the
 interpreter. With `full` the blocks are recomputed in the backward, from weights that stage 3
 has given up in between. `zero` is laid over DeepSpeed's zero_optimization. Bugs: "local" statistics
-of VICReg, gradients "scale"d by the processes.
+of VICReg, gradients "scale"d by the ranks.
 """
 
 import contextlib
@@ -148,7 +148,7 @@ def train(stage: str, precision: str, steps: int, folder: Path, options: dict) -
             )
         made.limit(loss=math.inf, grad_norm=math.inf)
         seen.append([sum(losses) / ACCUMULATION, float(made.grad_norm), bool(applied)])
-        if applied:  # the average as one process alone would keep it
+        if applied:  # the average as one rank alone would keep it
             online = whole(made.masters("encoder."))
             for name, values in average.items():
                 values.lerp_(online[name], 1 - 0.9)

@@ -53,7 +53,7 @@ def test_a_resumed_run_keeps_its_cut(room):
     assert cpu_micro_batch.fitted(config, CPU, config) is config
 
 
-def test_all_processes_take_the_smallest(room, monkeypatch):
+def test_all_ranks_take_the_smallest(room, monkeypatch):
     config = configured()
     room(config, 1000)
     monkeypatch.setattr(distributed, "from_all", lambda mine: [mine, 5])

@@ -195,7 +195,7 @@ def test_the_target_of_an_ijepa_checkpoint_is_averaged(tmp_path, monkeypatch):
 
 
 def worker(rank: int, port: int, out: str) -> None:
-    """One of three processes of which the last owns nothing, as under ZeRO with few weights."""
+    """One of three ranks of which the last owns nothing, as under ZeRO with few weights."""
     torch.set_num_threads(1)
     address = f"tcp://127.0.0.1:{port}"
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=3)
@@ -214,7 +214,7 @@ def worker(rank: int, port: int, out: str) -> None:
 
 
 @pytest.mark.multiprocess
-def test_processes_complete_each_others_working_copy(tmp_path):
+def test_ranks_complete_each_others_working_copy(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

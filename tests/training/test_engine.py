@@ -1,4 +1,4 @@
-"""Every ZeRO stage, on one and two processes: one trajectory, one state, bad steps skipped."""
+"""Every ZeRO stage, on one and two ranks: one trajectory, one state, bad steps skipped."""
 
 import json
 import math
@@ -19,10 +19,10 @@ FEW, STEPS, MANY = 2, 6, 20
 AGREE = {"fp32": 2e-6, "bf16": 5e-3}
 
 
-def work(runs: list[str], folder, *options, processes=1, steps=STEPS, **bounds) -> list[dict]:
+def work(runs: list[str], folder, *options, ranks=1, steps=STEPS, **bounds) -> list[dict]:
     """What each run, "STAGE:PRECISION", came to; they share their processes."""
     given = (",".join(runs), steps, folder, *options)
-    result = tiny.run(WORKER, *given, processes=processes, **bounds)
+    result = tiny.run(WORKER, *given, ranks=ranks, **bounds)
     assert result.returncode == 0, result.stderr[-3000:]
     lines = [line for line in result.stdout.splitlines() if line.startswith("{")]
     return [json.loads(line) for line in lines]
@@ -52,11 +52,11 @@ def assert_agree(one: dict, other: dict, precision: str) -> None:
 
 
 def assert_stages_follow(
-    single: dict, folder, stages: list[str], *options, processes: int, steps: int = MANY
+    single: dict, folder, stages: list[str], *options, ranks: int, steps: int = MANY
 ) -> None:
-    """Of every stage: the trajectory is one process's, the average an unsharded one's, exactly."""
+    """Of every stage: the trajectory is one rank's, the average an unsharded one's, exactly."""
     runs = [f"{stage}:{precision}" for stage in stages for precision in AGREE]
-    made = work(runs, folder, *options, processes=processes, steps=steps)
+    made = work(runs, folder, *options, ranks=ranks, steps=steps)
     for run, result in zip(runs, made, strict=True):
         stage, precision = run.split(":")
         assert_agree(single[steps][precision], result, precision)
@@ -64,48 +64,48 @@ def assert_stages_follow(
         assert not result["rounded"]  # the fp32 weights start with all their digits, in bf16 too
         assert result["average_exact"], run  # in memory, in the working copy and read from disk
         whole_target = result["target_values_held"] > 0
-        assert whole_target != (stage[0] == "3" and processes > 1)
+        assert whole_target != (stage[0] == "3" and ranks > 1)
 
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize(
-    ("processes", "steps"), [(2, MANY), pytest.param(4, STEPS, marks=pytest.mark.slow)]
+    ("ranks", "steps"), [(2, MANY), pytest.param(4, STEPS, marks=pytest.mark.slow)]
 )
-def test_every_stage_on_many_processes_follows_one(single, tmp_path, processes, steps):
+def test_every_stage_on_many_ranks_follows_one(single, tmp_path, ranks, steps):
     stages, save = ["0", "1", "2", "3", "3offload"], f"save={steps // 2}"
-    assert_stages_follow(single, tmp_path, stages, save, processes=processes, steps=steps)
+    assert_stages_follow(single, tmp_path, stages, save, ranks=ranks, steps=steps)
 
 
 @pytest.mark.slow
 def test_every_stage_on_one_process_follows_plain_training(single, tmp_path):
     """DeepSpeed steps with zero gradients to allocate Adam's state: that must leave no trace."""
-    assert_stages_follow(single, tmp_path, ["1", "2", "3", "local"], processes=1)
+    assert_stages_follow(single, tmp_path, ["1", "2", "3", "local"], ranks=1)
 
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("bug", ["local", "scale"])
 def test_wrong_statistics_or_gradients_would_be_seen(single, tmp_path, bug):
-    """VICReg over a process's own images, and gradients divided twice: what the bounds must see."""
-    for result in work(["0:fp32", "3:fp32"], tmp_path, f"bug={bug}", processes=2):
+    """VICReg over a rank's own images, and gradients divided twice: what the bounds must see."""
+    for result in work(["0:fp32", "3:fp32"], tmp_path, f"bug={bug}", ranks=2):
         with pytest.raises(AssertionError):
             assert_agree(single[STEPS]["fp32"], result, "fp32")
 
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize(
-    ("stage", "then", "processes"),
+    ("stage", "then", "ranks"),
     [
         *(("2", "local", 1), ("1", "3", 2), ("3", "2", 2), ("local", "1", 2)),
         pytest.param("1", "3", 4, marks=pytest.mark.slow),
     ],
 )
 def test_a_checkpoint_resumes_under_another_stage_and_world_size(
-    single, tmp_path, stage, then, processes
+    single, tmp_path, stage, then, ranks
 ):
     half = STEPS // 2
     first = 1 if stage == "local" else 2
-    work([f"{stage}:fp32"], tmp_path, f"save={half}", processes=first, steps=half)
-    (resumed,) = work([f"{then}:fp32"], tmp_path, "resume", processes=processes)
+    work([f"{stage}:fp32"], tmp_path, f"save={half}", ranks=first, steps=half)
+    (resumed,) = work([f"{then}:fp32"], tmp_path, "resume", ranks=ranks)
     whole = single[STEPS]["fp32"]
     assert len(resumed["steps"]) == half and resumed["average_exact"]
     assert_agree({**whole, "steps": whole["steps"][half:]}, resumed, "fp32")
@@ -115,7 +115,7 @@ def test_a_checkpoint_resumes_under_another_stage_and_world_size(
 def test_a_training_that_goes_back_repeats_its_steps(tmp_path):
     """From a checkpoint restored in its midst: whatever a stage keeps besides is put back too."""
     runs = ["0:bf16", "1:fp32", "3:fp32", "3:bf16", "3offload:fp32"]
-    for run, result in zip(runs, work(runs, tmp_path, "save=3", "again", processes=2), strict=True):
+    for run, result in zip(runs, work(runs, tmp_path, "save=3", "again", ranks=2), strict=True):
         assert len(result["steps"]) == STEPS + 3 and result["average_exact"], run
         assert result["steps"][STEPS:] == result["steps"][3:STEPS], run
 
@@ -124,14 +124,12 @@ SKIPPING = ["0:fp32", "0:bf16", "1:bf16", "2:fp32", "3:bf16", "3offload:fp32"]
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("fault", ["nan", "spike"])
-def test_a_bad_step_is_skipped_on_all(tmp_path, fault, processes):
-    """An image of NaNs on one process; a gradient above its limit."""
-    runs = SKIPPING if processes == 2 else ["local:fp32", "local:bf16"]
-    for run, result in zip(
-        runs, work(runs, tmp_path, f"{fault}=2", processes=processes), strict=True
-    ):
+def test_a_bad_step_is_skipped_on_all(tmp_path, fault, ranks):
+    """An image of NaNs on one rank; a gradient above its limit."""
+    runs = SKIPPING if ranks == 2 else ["local:fp32", "local:bf16"]
+    for run, result in zip(runs, work(runs, tmp_path, f"{fault}=2", ranks=ranks), strict=True):
         assert [step[2] for step in result["steps"]] == [True, True, False, True, True, True], run
         assert all(math.isfinite(total) for total in result["sums"].values())
         assert all(math.isfinite(step[0]) for i, step in enumerate(result["steps"]) if i != 2)
@@ -140,9 +138,9 @@ def test_a_bad_step_is_skipped_on_all(tmp_path, fault, processes):
 
 
 @pytest.mark.multiprocess
-def test_no_update_while_a_weight_is_not_finite_on_one_process(tmp_path):
+def test_no_update_while_a_weight_is_not_finite_on_one_rank(tmp_path):
     """In the working copy: ZeRO-3 writes it anew from its share, below nothing does."""
-    results = work(SKIPPING, tmp_path, "weight=2", processes=2)
+    results = work(SKIPPING, tmp_path, "weight=2", ranks=2)
     for run, result in zip(SKIPPING, results, strict=True):
         applied = [True, True, False] + [run[0] == "3"] * 3
         assert [step[2] for step in result["steps"]] == applied, run
@@ -153,15 +151,15 @@ def test_no_update_while_a_weight_is_not_finite_on_one_process(tmp_path):
 
 @pytest.mark.multiprocess
 def test_blocks_computed_again_follow_plain_training(single, tmp_path):
-    for result in work(["2:fp32", "3:fp32"], tmp_path, "full", processes=2):
+    for result in work(["2:fp32", "3:fp32"], tmp_path, "full", ranks=2):
         assert_agree(single[STEPS]["fp32"], result, "fp32")
 
 
 @pytest.mark.multiprocess
 @pytest.mark.skipif(not launch.INTERPRETING, reason="Triton compiles here: every test runs kernels")
 def test_the_engine_trains_with_the_kernels(single, tmp_path):
-    """The gathers, the loss, VICReg and the average, on two processes, in the interpreter."""
-    for result in work(["0:fp32", "3:fp32"], tmp_path, "kernels", processes=2, steps=FEW):
+    """The gathers, the loss, VICReg and the average, on two ranks, in the interpreter."""
+    for result in work(["0:fp32", "3:fp32"], tmp_path, "kernels", ranks=2, steps=FEW):
         assert_agree(single[FEW]["fp32"], result, "fp32")
 
 
@@ -228,15 +226,15 @@ def test_the_users_deepspeed_json_is_kept():
     )
 
 
-@pytest.mark.parametrize("processes", ["1", "2"])
-def test_a_process_leaves_with_its_status_and_its_last_words(processes):
+@pytest.mark.parametrize("ranks", ["1", "2"])
+def test_a_process_leaves_with_its_status_and_its_last_words(ranks):
     code = (
         "from cjepa_fast.runtime import distributed\n"
         "print('the last words', end=''); distributed.leave(3)"
     )
     result = subprocess.run(
         [sys.executable, "-c", code],
-        capture_output=True, text=True, env={**tiny.environment(), "WORLD_SIZE": processes},
+        capture_output=True, text=True, env={**tiny.environment(), "WORLD_SIZE": ranks},
     )  # fmt: skip
     assert (result.returncode, result.stdout) == (3, "the last words"), result.stderr
 

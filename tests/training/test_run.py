@@ -294,7 +294,7 @@ def test_a_full_disk_stops_no_training(tmp_path, capfd):
 
 
 @pytest.mark.multiprocess
-def test_a_run_goes_on_on_another_number_of_processes_and_another_stage(tmp_path):
+def test_a_run_goes_on_on_another_number_of_ranks_and_another_stage(tmp_path):
     """The same images in the same order, to fp32 rounding the same losses; what would change the
     maths is refused, with the way out."""
     sections = {
@@ -308,11 +308,11 @@ def test_a_run_goes_on_on_another_number_of_processes_and_another_stage(tmp_path
     held = tmp_path / "run" / "checkpoints" / "step_00000003"
     elsewhere = ["--resume", held, "--set", f"run.dir={tmp_path / 'two'}"]
     elsewhere += ["--set", 'deepspeed={"zero_optimization":{"stage":3}}']
-    refused = tiny.train("--config", config, *elsewhere, processes=2)
+    refused = tiny.train("--config", config, *elsewhere, ranks=2)
     assert refused.returncode != 0
     assert "images a VICReg statistic: 16, saved with 8" in refused.stderr
     elsewhere += ["--set", "data.micro_batch_size=4"]
-    resumed = tiny.train("--config", config, *elsewhere, processes=2)
+    resumed = tiny.train("--config", config, *elsewhere, ranks=2)
     assert resumed.returncode == 0, resumed.stderr
     one, two = tiny.losses(tmp_path / "run"), tiny.losses(tmp_path / "two")
     assert list(two) == [4, 5, 6]
@@ -324,20 +324,20 @@ def test_a_run_goes_on_on_another_number_of_processes_and_another_stage(tmp_path
 def test_what_zero_3_leaves_no_room_for_is_refused(tmp_path):
     config = tiny.write_config(tmp_path, run={"compile": "blocks"})
     stage = ["--set", "deepspeed.zero_optimization.stage=3"]
-    result = tiny.train("--config", config, *stage, processes=2)
+    result = tiny.train("--config", config, *stage, ranks=2)
     assert result.returncode != 0
     assert 'error: run.compile = "blocks": not with ZeRO stage 3' in result.stderr
 
 
 @pytest.mark.multiprocess
-def test_processes_whose_contexts_differ_in_length_do_the_same_collectives(tmp_path):
+def test_ranks_whose_contexts_differ_in_length_do_the_same_collectives(tmp_path):
     """Each cuts its own micro-batch's, under the stage that gathers most often."""
     config = tiny.write_config(tmp_path)
     masks = build.build_masks(validate(json.loads(config.read_text())))
     lengths = [masks(0, 0, torch.arange(8) + 8 * rank).context_k for rank in range(2)]
     assert lengths[0] != lengths[1]
     stage = ["--set", "deepspeed.zero_optimization.stage=3", "--set", "run.timeout_s=600"]
-    result = tiny.train("--config", config, *stage, processes=2)
+    result = tiny.train("--config", config, *stage, ranks=2)
     assert result.returncode == 0, result.stderr
     assert len(tiny.losses(tmp_path / "run")) == 4
 

@@ -228,15 +228,13 @@ def test_too_many_bad_steps_stop_the_run_with_the_last_good_state(tmp_path, ever
 
 
 @pytest.mark.multiprocess
-def test_two_processes_and_a_resume_on_two_are_exact(tmp_path):
+def test_two_ranks_and_a_resume_on_two_are_exact(tmp_path):
     config = tiny.write_config(tmp_path, checkpoint={"every_steps": 1, "keep": 9})
-    whole = tiny.train("--config", config, processes=2, fresh=True)
+    whole = tiny.train("--config", config, ranks=2, fresh=True)
     assert whole.returncode == 0, whole.stderr
     held = tmp_path / "run" / "checkpoints" / "step_00000001"
     other = tmp_path / "resumed"
-    result = tiny.train(
-        "--config", config, "--resume", held, "--set", f"run.dir={other}", processes=2
-    )
+    result = tiny.train("--config", config, "--resume", held, "--set", f"run.dir={other}", ranks=2)
     assert result.returncode == 0, result.stderr
     whole, resumed = tiny.losses(tmp_path / "run"), tiny.losses(other)
     assert len(resumed) == 3 and all(resumed[step] == whole[step] for step in resumed)
@@ -244,7 +242,7 @@ def test_two_processes_and_a_resume_on_two_are_exact(tmp_path):
 
 @pytest.mark.multiprocess
 def test_the_deepspeed_command_trains(tmp_path):
-    """As the README has it, on two processes; --local_rank comes from the launcher."""
+    """As the README has it, on two ranks; --local_rank comes from the launcher."""
     launcher = f"{sys.prefix}/bin/deepspeed"
     command = [launcher, "--num_gpus", "2", "--master_port", str(tiny.free_port()), str(TRAIN)]
     command += ["--config", tiny.write_config(tmp_path)]

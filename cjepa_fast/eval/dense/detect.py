@@ -49,7 +49,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "image_size": (whole, "side of the square canvas in pixels"),
         "epochs": (whole, ""),
         "batch_size": (whole, "images a step, all ranks together"),
-        "micro_batch_size": (whole, "images of a process in memory at once; default: all"),
+        "micro_batch_size": (whole, "images of a rank in memory at once; default: all"),
         "lr": (above, "of the heads"),
         "layer_decay": (cli.share, "lr of a block over the next one's; default: by depth"),
         "drop_path": (rate, "stochastic depth of the last block; default: by depth"),
@@ -166,7 +166,7 @@ def trained(
 
 @torch.inference_mode()
 def detections(model: nn.Module, val: Coco, device: torch.device, threads: int) -> list[dict]:
-    """On all images of a split, in COCO's result format; of several processes each has a share."""
+    """On all images of a split, in COCO's result format; of several ranks each has a share."""
     model.to(device).eval()
     places = list(range(len(val)))[rank() :: world_size()]
     results = []

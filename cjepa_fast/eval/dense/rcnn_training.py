@@ -1,5 +1,5 @@
 """Fine-tuning of a detector, by ViTDet's recipe (arXiv 2203.16527, appendix A.2), on any number of
-processes.
+ranks.
 
 What decides a step is a function of the seed and the epoch, so a training that resumes from its
 last whole epoch is, on the CPU, the one that was never interrupted.
@@ -24,7 +24,7 @@ DROPS = (8 / 9, 26 / 27)  # of all steps: there the learning rate falls to a ten
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
     """image_size: of the square canvas, in pixels. batch_size: images a step, of all ranks;
-    micro_batch_size: images a process has in memory at once. warmup_steps: a tenth of all at most.
+    micro_batch_size: images a rank has in memory at once. warmup_steps: a tenth of all at most.
     """
 
     image_size: int = 1024
@@ -40,14 +40,14 @@ class Recipe:
     bf16: bool = False
     seed: int = 0
 
-    def micro_batch(self, processes: int) -> int:
+    def micro_batch(self, ranks: int) -> int:
         """Raises ValueError where the batch does not divide."""
-        share = self.batch_size // processes
+        share = self.batch_size // ranks
         micro = self.micro_batch_size or share
-        if not micro or share * processes != self.batch_size or share % micro:
+        if not micro or share * ranks != self.batch_size or share % micro:
             raise ValueError(
                 f"batch size {self.batch_size} does not divide into micro-batches of "
-                f"{micro or 1} on each of {processes} processes"
+                f"{micro or 1} on each of {ranks} ranks"
             )
         return micro
 
@@ -122,7 +122,7 @@ def usable_images(train: Coco) -> list[int]:
 def epoch_batches(
     train: Coco, usable: list[int], recipe: Recipe, epoch: int, micro: int, threads: int
 ) -> Iterator[tuple]:
-    """This process's micro-batches of an epoch, in order; the last step begins again with the
+    """This rank's micro-batches of an epoch, in order; the last step begins again with the
     epoch's first images where it is not full."""
     order = rng.permutation(recipe.seed, epoch, len(usable)).tolist()
     steps = -(-len(order) // recipe.batch_size)
@@ -139,7 +139,7 @@ def epoch_batches(
 
 def read(views: Dataset, threads: int, **options) -> Iterator[tuple]:
     """A DataLoader's batches, as one tuple for each part of an item. What goes wrong in a reading
-    process is raised without that process's traceback."""
+    rank is raised without that rank's traceback."""
     try:
         yield from DataLoader(views, num_workers=threads, collate_fn=_unzipped, **options)
     except ValueError as error:

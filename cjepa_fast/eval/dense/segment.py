@@ -122,7 +122,7 @@ def find_classes(root: str, pairs: Pairs, ignored: set[int]) -> Classes:
 
 def check(pairs: Pairs, classes: Classes) -> None:
     """Read all label maps, so that a wrong one ends the work before its hours rather than after.
-    The processes share them. Raises as `Pairs.labels` does."""
+    The ranks share them. Raises as `Pairs.labels` does."""
     share = range(rank(), len(pairs), world_size())
     with shown_bar(len(share), "label maps") as bar:
         for i in share:
@@ -239,7 +239,7 @@ def complete(args: argparse.Namespace, patch_size: int) -> None:
     least = 2 if args.head == "upernet" else 1  # BatchNorm of UPerNet's pooling to 1 x 1
     if args.batch_size % world_size() or args.batch_size < least * world_size():
         raise ValueError(
-            f"--batch-size {args.batch_size} must be a multiple of the {world_size()} processes, "
+            f"--batch-size {args.batch_size} must be a multiple of the {world_size()} ranks, "
             f"with {least} or more images for each"
         )
 

@@ -1,7 +1,7 @@
 """How a segmenter is trained: the batches, the schedule, what is kept to resume from.
 
 A batch is a function of the seed and the step, so a training that was stopped goes on as if it had
-not been, on any number of processes; each takes its share of a batch.
+not been, on any number of ranks; each takes its share of a batch.
 """
 
 import dataclasses
@@ -128,7 +128,7 @@ def _order(seed: int, epoch: int, count: int) -> list[int]:
 def _batches(
     pairs: Pairs, classes: Classes, recipe: Recipe, start: int, threads: int
 ) -> Iterator[list[tuple[torch.Tensor, View]]]:
-    """This process's share of each step from `start` on: images (3, H, W) uint8 and what is to be
+    """This rank's share of each step from `start` on: images (3, H, W) uint8 and what is to be
     shown of them."""
     decode = WholeImages(recipe.batch_size, threads)
     for step in range(start, recipe.steps):

@@ -120,7 +120,7 @@ def mean_of(objects: list[dict[str, float]]) -> dict[str, float]:
 def evaluate(encoder: Encoder, clips: list[Clip], save_to: Path | None, **options):
     """The measures of all sequences by name, and the label maps of three frames of each.
 
-    The processes take turns at the sequences. save_to: a folder for the label maps found, in the
+    The ranks take turns at the sequences. save_to: a folder for the label maps found, in the
     layout of a submission; options: as of `follow`.
     """
     measured, maps = {}, {}

@@ -1,6 +1,6 @@
 """Fine-tuning of the whole encoder on labelled images: MAE's recipe, for B, L and H (recipe.py).
 
-loop.py trains, on one process or several. After each epoch all is saved, and `--resume` continues.
+loop.py trains, on one rank or several. After each epoch all is saved, and `--resume` continues.
 Shapes: B images, C classes.
 """
 
@@ -69,13 +69,13 @@ def tune(
 
 
 def batches_of(n: int, batch: int, micro_batch: int) -> tuple[int, int]:
-    """(images a step, images a micro-batch), of this many processes and no more than there are."""
-    processes = world_size()
+    """(images a step, images a micro-batch), of this many ranks and no more than there are."""
+    ranks = world_size()
     batch = min(batch, n)
-    micro_batch = min(micro_batch, batch // processes)
+    micro_batch = min(micro_batch, batch // ranks)
     if not micro_batch:
-        raise ValueError(f"a batch of {batch} images for {processes} processes: start fewer")
-    return batch - batch % (micro_batch * processes), micro_batch
+        raise ValueError(f"a batch of {batch} images for {ranks} ranks: start fewer")
+    return batch - batch % (micro_batch * ranks), micro_batch
 
 
 def loader_of(
@@ -204,7 +204,7 @@ def changed(base: Recipe, changes: list[tuple[str, object]] | None) -> Recipe:
 def add_tuning(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bf16", action="store_true", help="the encoder in bf16")
     parser.add_argument("--micro-batch", type=cli.positive, default=64, metavar="N",
-                        help="images at once on a process; default 64")  # fmt: skip
+                        help="images at once on a rank; default 64")  # fmt: skip
     parser.add_argument("--set", type=change, nargs="+", metavar="NAME=VALUE",
                         help="of the recipe: epochs=3 lr=1e-3 rand_augment=null")  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: RUN/TASK")

@@ -3,8 +3,8 @@
 A task says what is learnt from, a plan how long and at which learning rates; the rest is here:
 steps, gradient accumulation, the average of the gradients over the ranks, the weights' EMA, the
 progress, the look at the loss, and the state kept to resume from.
-Several processes train by torch's data parallelism: weights and moments are whole, and in fp32, on
-every rank, so a rank alone can write them. One process needs no process group.
+Several ranks train by torch's data parallelism: weights and moments are whole, and in fp32, on
+every rank, so a rank alone can write them. One rank needs no process group.
 """
 
 import contextlib

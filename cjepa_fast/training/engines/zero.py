@@ -1,7 +1,7 @@
 """A model under DeepSpeed: its step, and the fp32 state behind it.
 
 `Engine.state()` lists, for whatever ZeRO stage, the fragments of the fp32 weights and Adam moments
-that this process owns, as views. The target's average and the checkpoints are built on it alone.
+that this rank owns, as views. The target's average and the checkpoints are built on it alone.
 One rank has nothing to shard and trains without DeepSpeed: single.py.
 """
 
@@ -386,7 +386,7 @@ def complete_config(
     if within_nodes > 1 and world_size() % within_nodes:
         raise ValueError(
             f"deepspeed.zero_optimization.zero_hpz_partition_size = {within_nodes}: must divide "
-            f"the {world_size()} processes; take the GPUs of a node"
+            f"the {world_size()} ranks; take the GPUs of a node"
         )
     config["zero_optimization"] = zero
     return config
