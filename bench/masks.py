@@ -27,9 +27,9 @@ def calls_ms(sampler: MaskSampler, images: int, calls: int) -> list[float]:
     """Milliseconds of each of `calls` batches, after a few others."""
     times_ms = []
     for step in range(WARMUP + calls):
-        places_B = torch.arange(images) + step * images
+        index_B = torch.arange(images) + step * images
         began = time.perf_counter()
-        sampler(0, step, places_B)
+        sampler(0, step, index_B)
         times_ms.append(1e3 * (time.perf_counter() - began))
     return times_ms[WARMUP:]
 

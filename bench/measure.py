@@ -64,9 +64,9 @@ def synthetic_batches(config: Config, device: torch.device, masks) -> Iterator[l
     ring = []
     for step in range(RING):
         images = torch.randn(B, 3, side, side, device=device, dtype=build.compute_dtype(config))
-        places_B = torch.arange(B) + step * B
+        index_B = torch.arange(B) + step * B
         ring.append(
-            [Batch(images, masks(0, step, places_B).to(device), torch.arange(B), 0, step, 0)]
+            [Batch(images, masks(0, step, index_B).to(device), torch.arange(B), 0, step, 0)]
         )
     return itertools.cycle(ring)
 

@@ -189,7 +189,7 @@ def knobs(device: torch.device) -> Iterator[Knob]:
 
 
 def fastest(knob: Knob, watch: Stopwatch, seconds: float) -> tuple[int, list[float]]:
-    """The place of the fastest candidate, and the medians in microseconds."""
+    """The index of the fastest candidate, and the medians in microseconds."""
     calls = {i: (lambda c=c: knob.call(c)) for i, c in enumerate(knob.candidates)}
     for call in calls.values():  # compile, and warm up
         call()
@@ -199,7 +199,7 @@ def fastest(knob: Knob, watch: Stopwatch, seconds: float) -> tuple[int, list[flo
 
 
 def tune(found: Iterator[Knob], watch: Stopwatch, seconds: float) -> dict[str, int]:
-    """By key, the place of the fastest candidate, where that is not the first."""
+    """By key, the index of the fastest candidate, where that is not the first."""
     table = {}
     for knob in found:
         if len(knob.candidates) < 2:
@@ -219,7 +219,7 @@ def source(table: dict[str, dict[str, int]]) -> str:
     lines = ["TUNED: dict[str, dict[str, int]] = {"]
     for architecture, found in named.items():
         lines.append(f'    "{architecture}": {{')
-        lines += [f'        "{key}": {place},' for key, place in sorted(found.items())]
+        lines += [f'        "{key}": {index},' for key, index in sorted(found.items())]
         lines.append("    },")
     return HEADER + "\n".join([*lines, "}"]) + "\n"
 

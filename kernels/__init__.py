@@ -4,9 +4,9 @@ Each function takes plain tensors and can be used without the rest of the packag
 documents them. They are found here by name (`from cjepa_fast.kernels import gather_tokens`), and
 loaded at their first use: importing this package imports neither torch nor Triton.
 
-One place a family. A file is in this order: docstring (maths, shapes, bytes), reference, kernels,
-launchers, operator, public function, what is compiled ahead of time. A folder is split by operation
-or at forward and backward, each of its files in the same order:
+A family is a file or a folder. A file is in this order: docstring (maths, shapes, bytes),
+reference, kernels, launchers, operator, public function, what is compiled ahead of time. A folder
+is split by operation or at forward and backward, each of its files in the same order:
     gather/      tokens by index, the targets and their loss, the predictor's input
     vicreg/      VICReg's variance and covariance terms
     attention/   attention for short sequences

@@ -128,10 +128,10 @@ def _add_norm_backward_kernel(
         rounded = narrow(result, d.dtype.element_ty)
         tl.store(d + at, rounded, mask=keep)
         dy_bias += tl.where(keep, rounded.to(tl.float32), 0.0)
-    place = parts + tl.program_id(0) * 3 * D + col
-    tl.store(place, tl.sum(dweight, 0), mask=col < D)
-    tl.store(place + D, tl.sum(dbias, 0), mask=col < D)
-    tl.store(place + 2 * D, tl.sum(dy_bias, 0), mask=col < D)
+    pointer = parts + tl.program_id(0) * 3 * D + col
+    tl.store(pointer, tl.sum(dweight, 0), mask=col < D)
+    tl.store(pointer + D, tl.sum(dbias, 0), mask=col < D)
+    tl.store(pointer + 2 * D, tl.sum(dy_bias, 0), mask=col < D)
 
 
 # --- launchers

@@ -1,7 +1,7 @@
 """A worker of pytest-xdist that dies: what it was at is named, and all ends. For tests/conftest.py.
 
 xdist names the test that a worker died in, but not the file that it imported: so each worker writes
-that down. Another worker in its place would take the same test or file again and die too, up to
+that down. A new worker would take the same test or file again and die too, up to
 eight times, or leave the whole hanging (xdist 3.8 with `--dist loadfile`): so none is started.
 """
 

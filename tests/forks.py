@@ -50,8 +50,8 @@ class Forked:
         self._store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
         self._processes = []
         for rank in range(ranks):
-            place = _place(rank, ranks, self._store.port) if ranks > 1 else {}
-            given = (str(script), args, environment | place, out, err)
+            variables = _rank_variables(rank, ranks, self._store.port) if ranks > 1 else {}
+            given = (str(script), args, environment | variables, out, err)
             self._processes.append(_FORKS.Process(target=_main, args=given))
             self._processes[-1].start()
         self.pids = [process.pid for process in self._processes]
@@ -71,7 +71,7 @@ class Forked:
         return [process.pid for process in self._processes if process.exitcode is None]
 
 
-def _place(rank: int, ranks: int, port: int) -> dict[str, str]:
+def _rank_variables(rank: int, ranks: int, port: int) -> dict[str, str]:
     """What torchrun tells a process of itself; the store at `port` is already there."""
     kinds = ("", "LOCAL_", "ROLE_")
     elastic = {"RUN_ID": "none", "USE_AGENT_STORE": "True", "RESTART_COUNT": "0"}

@@ -100,7 +100,7 @@ def load() -> str:
 
 
 def stand_in() -> None:
-    """Import torchvision with the operators above in the place of its own."""
+    """Import torchvision with the operators above instead of its own."""
     library = torch.library.Library("torchvision", "DEF")
     for name in ("nms", "qnms"):  # torchvision registers fakes of both as it is imported
         library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

@@ -94,7 +94,7 @@ def impossible(config: Config) -> Iterator[str]:
         )
     if config.run.target_stream and config.run.compile == "whole":
         yield (
-            'run.target_stream = true: not with run.compile = "whole", which leaves no place '
+            'run.target_stream = true: not with run.compile = "whole", which leaves no point '
             'between predictor and loss to wait at; take "blocks" or "none"'
         )
     if config.predictor.mode == "one_pass" and mask.context == "packed":

@@ -80,12 +80,12 @@ class BatchRequest:
     feed: DecodeRequest | None = None
 
 
-# Given the work and the place b of a bad image: fills the hole, or returns False to drop it.
+# Given the work and the index b of a bad image: fills the hole, or returns False to drop it.
 Mend = Callable[[BatchRequest, int, Decoder], bool]
 
 
 class ImagesGone(RuntimeError):
-    """Nothing can be read in the place of a bad image: the message names images and set."""
+    """Nothing can be read instead of a bad image: the message names images and set."""
 
 
 def read_one(images: ImageSet, i: int) -> bytes | OSError:

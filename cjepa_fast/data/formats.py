@@ -113,23 +113,23 @@ class _JpegHeader:
 
 def _jpeg_header(head: bytes) -> _JpegHeader:
     """Walk the segments up to the pixels (ITU T.81, annex B)."""
-    found, place = _JpegHeader(), 2
+    found, offset = _JpegHeader(), 2
     try:
         while True:
-            if head[place] != 0xFF:
+            if head[offset] != 0xFF:
                 raise _HeaderDamaged("damaged header (no marker where one must stand)")
-            while head[place + 1] == 0xFF:  # fill bytes
-                place += 1
-            marker = head[place + 1]
+            while head[offset + 1] == 0xFF:  # fill bytes
+                offset += 1
+            marker = head[offset + 1]
             if marker == 0xDA:
-                found.scan = place
+                found.scan = offset
                 break
             if marker == 0xD9:
                 raise _HeaderDamaged("damaged header (it ends before the pixels)")
-            (size,) = struct.unpack_from(">H", head, place + 2)
-            end = place + 2 + size
-            _read_segment(found, marker, head[place + 4 : end], (place, end))
-            place = end
+            (size,) = struct.unpack_from(">H", head, offset + 2)
+            end = offset + 2 + size
+            _read_segment(found, marker, head[offset + 4 : end], (offset, end))
+            offset = end
     except (IndexError, struct.error) as error:
         raise _HeaderDamaged("damaged header (it is cut short)") from error
     if found.frame < 0:
@@ -162,26 +162,26 @@ def _inspect_jpeg(header: _JpegHeader, read, length: int) -> tuple[int, int, int
 
 def _inspect_png(data: bytes) -> tuple[int, int, int]:
     """Walk the chunks and verify every checksum, up to IEND."""
-    place, exif, shape, pixels = len(_PNG_MAGIC), None, None, False
+    offset, exif, shape, pixels = len(_PNG_MAGIC), None, None, False
     while True:
-        if place + 12 > len(data):
+        if offset + 12 > len(data):
             raise Unusable("truncated: no IEND chunk")
-        size, name = struct.unpack_from(">I4s", data, place)
-        body_end = place + 8 + size
+        size, name = struct.unpack_from(">I4s", data, offset)
+        body_end = offset + 8 + size
         if body_end + 4 > len(data):
             raise Unusable("truncated: a chunk is cut short")
         (checksum,) = struct.unpack_from(">I", data, body_end)
-        if zlib.crc32(memoryview(data)[place + 4 : body_end]) != checksum:
+        if zlib.crc32(memoryview(data)[offset + 4 : body_end]) != checksum:
             raise Unusable(f"damaged: wrong checksum in chunk {name.decode('latin1')}")
         if name == b"IHDR" and size >= 8:
-            shape = struct.unpack_from(">II", data, place + 8)[::-1]
+            shape = struct.unpack_from(">II", data, offset + 8)[::-1]
         elif name == b"eXIf":
-            exif = data[place + 8 : body_end]
+            exif = data[offset + 8 : body_end]
         elif name == b"IDAT":
             pixels = True
         elif name == b"IEND":
             break
-        place = body_end + 4
+        offset = body_end + 4
     if shape is None or not pixels:
         raise Unusable("damaged: a PNG without header or pixels")
     turn, sound = _orientation(exif)
@@ -216,8 +216,8 @@ def _orientation(exif: bytes | None) -> tuple[int, bool]:
     try:
         (folder,) = struct.unpack_from(f"{order}I", tiff, 4)
         (count,) = struct.unpack_from(f"{order}H", tiff, folder)
-        for place in range(folder + 2, folder + 2 + 12 * count, 12):
-            tag, kind, values, turn, _ = struct.unpack_from(f"{order}HHIHH", tiff, place)
+        for offset in range(folder + 2, folder + 2 + 12 * count, 12):
+            tag, kind, values, turn, _ = struct.unpack_from(f"{order}HHIHH", tiff, offset)
             if tag == 0x0112 and (kind, values) != (3, 1):  # one 16-bit number
                 return 1, False
             if tag == 0x0112 and turn in _TRANSPOSE:

@@ -135,7 +135,7 @@ def pread_exactly(fd: int, count: int, offset: int) -> bytes:
 
 
 def stamp(status: os.stat_result) -> tuple[int, int]:
-    """What changes where a file is written to, or another takes its place: size and time."""
+    """What changes where a file is written to or replaced: size and time."""
     return status.st_size, status.st_mtime_ns
 
 

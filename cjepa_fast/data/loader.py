@@ -1,7 +1,7 @@
 """The training loader: an endless, resumable stream of batches, made ahead by a thread.
 
-Which image stands at place p of epoch e, its crop, its flip, its colours and its masks are pure
-functions of (seed, e, p). A rank takes its share of the places, so the data state of a run is its
+Which image stands at index i of epoch e, its crop, its flip, its colours and its masks are pure
+functions of (seed, e, i). A rank takes its share of the indices, so the data state of a run is its
 step, on any number of ranks.
 """
 
@@ -46,13 +46,13 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _MicroBatch:
     """Which part of the run a batch is: the tag that its BatchRequest carries."""
 
     epoch: int
     step: int
     micro: int
-    places_B: torch.Tensor
+    epoch_index_B: torch.Tensor
 
 
 class Share(NamedTuple):
@@ -148,14 +148,14 @@ class Loader:
                 # statistics are the same on any number of ranks.
                 share = micro * self.share.world_size + self.share.rank
                 first = step * self.share.global_batch + share * self.share.micro_batch
-                places_B = torch.arange(first, first + self.share.micro_batch)
-                index_B = self.order(epoch)[places_B].numpy()
-                place = _Place(epoch, step, micro, places_B)
-                yield BatchRequest(index_B, lambda index_B, p=place: self._show(p, index_B), place)
+                epoch_index_B = torch.arange(first, first + self.share.micro_batch)
+                index_B = self.order(epoch)[epoch_index_B].numpy()
+                part = _MicroBatch(epoch, step, micro, epoch_index_B)
+                yield BatchRequest(index_B, functools.partial(self._show, part), part)
 
-    def _show(self, place: _Place, index_B: np.ndarray) -> DecodeRequest:
+    def _show(self, part: _MicroBatch, index_B: np.ndarray) -> DecodeRequest:
         def uniforms(stream: int, count: int) -> np.ndarray:
-            return rng.uniforms(self._seed, stream, place.epoch, place.places_B, count).numpy()
+            return rng.uniforms(self._seed, stream, part.epoch, part.epoch_index_B, count).numpy()
 
         sizes_B2 = self.images.sizes_N2[index_B]
         crop_BC = uniforms(rng.CROP, crops.CROP_UNIFORMS)
@@ -174,13 +174,13 @@ class Loader:
     def _stand_in(self, work: BatchRequest, b: int, decoder: Decoder) -> bool:
         """Fill the hole at b: with an image of the epoch's dropped tail, else of the whole epoch.
 
-        Candidates are drawn by (seed, epoch, place) and the first good one stays, so any rank and
+        Candidates are drawn by (seed, epoch, index) and the first good one stays, so any rank and
         any restart choose the same. Raises ImagesGone if none is good.
         """
-        place: _Place = work.tag
-        draw_1T = rng.uniforms(self._seed, rng.SUBSTITUTE, place.epoch,
-                                 place.places_B[b : b + 1], STAND_IN_TRIES)  # fmt: skip
-        order_N = self.order(place.epoch)
+        part: _MicroBatch = work.tag
+        draw_1T = rng.uniforms(self._seed, rng.SUBSTITUTE, part.epoch,
+                                 part.epoch_index_B[b : b + 1], STAND_IN_TRIES)  # fmt: skip
+        order_N = self.order(part.epoch)
         tail = order_N[self.steps_per_epoch * self.share.global_batch :]
         pools = (tail if len(tail) else order_N), order_N  # a short tail may be bad itself
         halves = zip(pools, draw_1T[0].chunk(2), strict=True)
@@ -194,14 +194,14 @@ class Loader:
             work.index_B = work.index_B.copy()
             work.index_B[b] = candidate
             encoded = [*work.feed.encoded[:b], data, *work.feed.encoded[b + 1 :]]
-            work.feed = self._show(place, work.index_B)
+            work.feed = self._show(part, work.index_B)
             work.feed.encoded = encoded
             if usable(work, b, decoder, self.skipped):
                 return True
             self.skipped.note(candidate, "cannot be decoded")
         raise ImagesGone(
             f"{hole} cannot be used, and none of {STAND_IN_TRIES} other images drawn for its "
-            f"place can: are the files still there? They were in {self.images.root}"
+            f"index can: are the files still there? They were in {self.images.root}"
         )
 
     def _batches(self, start_step: int) -> Iterator[Batch]:
@@ -210,16 +210,23 @@ class Loader:
         decoded = decode(works, self.images, decoder, self.skipped, self._stand_in)
         with contextlib.closing(decoded):  # or an error below would leave its reading threads
             for images_B3HW, work in decoded:
-                place: _Place = work.tag
-                masks = self._masks and self._masks(place.epoch, place.step, place.places_B)
+                part: _MicroBatch = work.tag
+                masks = self._masks and self._masks(part.epoch, part.step, part.epoch_index_B)
                 if masks is not None and self._device.type == "cuda":
                     masks = masks.pin_memory().to(self._device, non_blocking=True)
                 index_B = torch.from_numpy(work.index_B)
-                yield Batch(images_B3HW, masks, index_B, place.epoch, place.step, place.micro)
+                yield Batch(
+                    images_B3HW,
+                    masks,
+                    index_B,
+                    part.epoch,
+                    part.step,
+                    part.micro,
+                )
 
 
 def _order(seed: int, n: int, epoch: int) -> torch.Tensor:
-    """int64 (n,): the image at each place of an epoch; what is past its last step is dropped."""
+    """int64 (n,): the image at each index of an epoch; what is past its last step is dropped."""
     return rng.permutation(seed, epoch, n)
 
 

@@ -1,8 +1,8 @@
 """Multi-block masks: which patches are context and which are targets (I-JEPA, arXiv 2301.08243).
 
 M target blocks of one size lie anywhere on the grid; the context is one large block less the
-targets. Block sizes are drawn once a step, places once an image. Every draw is a pure function of
-(seed, epoch, place) or (seed, epoch, step), so an image's layout is the same on any world size;
+targets. Block sizes are drawn once a step, positions once an image. Every draw is a pure function
+of (seed, epoch, index) or (seed, epoch, step), so an image's layout is the same on any world size;
 only the cut of "random" and "prefix" to the batch minimum, and that of the rare batch of "packed"
 that exceeds its budget, depend on the batch it lands in.
 
@@ -25,7 +25,7 @@ TRIES = 20  # redraws of a layout that keeps too little, before targets are give
 FIXED_QUANTILE = 0.1  # "fixed": this share of the images, at most, comes out short and is redrawn
 PACKED_SIGMAS = 3.0  # "packed": the budget lies so far above the mean, so 1 batch in 700 exceeds it
 TILE = 128  # rows that the large matmuls take at a time
-_ATTEMPT_SHIFT = 40  # places stay below 2^40; the bits above hold the number of the redraw
+_ATTEMPT_SHIFT = 40  # indices stay below 2^40; the bits above hold the number of the redraw
 # torch works through fewer than 2^15 elements in the calling thread. Beyond, each of some 60 small
 # steps waits for the other threads: on a busy machine 20 to 100 times the work (measured).
 _SERIAL = 2**15 - 1
@@ -154,16 +154,16 @@ class MaskSampler:
             )
 
     def __call__(
-        self, epoch: int, step: int, places_B: torch.Tensor, device: torch.device | str = "cpu"
+        self, epoch: int, step: int, index_B: torch.Tensor, device: torch.device | str = "cpu"
     ) -> Masks:
-        """The masks of the images at `places_B` (int64 (B,), B >= 1) of one epoch.
+        """The masks of the images at the indices `index_B` (int64 (B,), B >= 1) of one epoch.
 
         Each redraw asks the host how many images are short, and the number of context patches of
         "random" and "prefix" is a shape: on a GPU that waits, so make them ahead on the CPU.
         """
-        places_B = places_B.to(device)
+        index_B = index_B.to(device)
         blocks = self.block_sizes(epoch, step)
-        shares = places_B.split(self._share_of(places_B, blocks))
+        shares = index_B.split(self._share_of(index_B, blocks))
         corners, contexts = zip(*(self._layouts(epoch, blocks, s) for s in shares), strict=True)
         target_idx_BMP = _join([self._target_indices(blocks, c) for c in corners])
         if self.context == "packed":
@@ -175,10 +175,10 @@ class MaskSampler:
         ]
         return Masks(_join(kept), target_idx_BMP)
 
-    def _share_of(self, places_B: torch.Tensor, blocks: Blocks) -> int:
+    def _share_of(self, index_B: torch.Tensor, blocks: Blocks) -> int:
         """How many images are worked through at once: on the CPU as many as stay serial."""
-        if places_B.device.type != "cpu":
-            return len(places_B)
+        if index_B.device.type != "cpu":
+            return len(index_B)
         target_cells = self.targets * blocks.target_h * blocks.target_w
         return max(1, _SERIAL // max(self.cells, target_cells))
 
@@ -210,7 +210,8 @@ class MaskSampler:
     def _typical_lengths(self) -> torch.Tensor:
         """Context patches of 2,048 first layouts at the constant block sizes, whatever the seed."""
         blocks = self._middle_blocks()
-        return self._context_map(blocks, *self._place(0, 0, blocks, torch.arange(2048))).sum(-1)
+        corners = self._draw_corners(0, 0, blocks, torch.arange(2048))
+        return self._context_map(blocks, *corners).sum(-1)
 
     def budget(self, images: int) -> int:
         """T of "packed" for so many images, a function of them and of the settings alone.
@@ -252,21 +253,21 @@ class MaskSampler:
         return min(height, self.grid[0] - spare), min(width, self.grid[1] - spare)
 
     def _layouts(
-        self, epoch: int, blocks: Blocks, places_B: torch.Tensor
+        self, epoch: int, blocks: Blocks, index_B: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Top-left corners of the targets (B, M, 2) int64 and the context as bool (B, N).
 
         The loop runs over redraws, each on the images that are still short: none, most often.
         """
         need = self.fixed_context if self.context == "fixed" else self.needed
-        targets, wide = self._place(self.seed, epoch, blocks, places_B)
+        targets, wide = self._draw_corners(self.seed, epoch, blocks, index_B)
         context = self._context_map(blocks, targets, wide)
         short = (context.sum(-1) < need).nonzero()[:, 0]
         attempt = 0
         while len(short):
             attempt += 1
-            keys = places_B[short] + (attempt << _ATTEMPT_SHIFT)
-            new_targets, new_wide = self._place(self.seed, epoch, blocks, keys)
+            keys = index_B[short] + (attempt << _ATTEMPT_SHIFT)
+            new_targets, new_wide = self._draw_corners(self.seed, epoch, blocks, keys)
             if self.sampler == "ijepa" and self.context != "fixed":
                 # the released code, which has no "fixed", redraws the context alone
                 new_targets = targets[short]
@@ -277,7 +278,7 @@ class MaskSampler:
             short = short[new_context.sum(-1) < need]
         return targets, context
 
-    def _place(
+    def _draw_corners(
         self, seed: int, epoch: int, blocks: Blocks, keys_B: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Corners (row, column) of the targets (B, M, 2) and of the context block (B, 1, 2)."""
@@ -286,7 +287,7 @@ class MaskSampler:
         free = [[H - blocks.target_h, W - blocks.target_w]] * self.targets
         free.append([H - blocks.context_h, W - blocks.context_w])
         choices_X2 = torch.tensor(free, device=keys_B.device) + 1 - spare
-        numbers = rng.uniforms(seed, rng.MASK_PLACE, epoch, keys_B, choices_X2.numel())
+        numbers = rng.uniforms(seed, rng.MASK_POSITION, epoch, keys_B, choices_X2.numel())
         corners = (numbers.view(-1, *choices_X2.shape) * choices_X2).long()
         return corners[:, :-1], corners[:, -1:]
 
@@ -334,12 +335,12 @@ class MaskSampler:
         T = self.budget(len(lengths_B))
         kept_B = _levelled(lengths_B, T)
         rows, first = [], 0
-        for places_B, context_BN in zip(shares, contexts, strict=True):
-            end = first + len(places_B)
+        for index_B, context_BN in zip(shares, contexts, strict=True):
+            end = first + len(index_B)
             cut = kept_B[first:end] < lengths_B[first:end]
             for K in kept_B[first:end][cut].unique().tolist():
                 these = (cut & (kept_B[first:end] == K)).nonzero()[:, 0]
-                subset = self._random_subset(epoch, places_B[these], context_BN[these], K)
+                subset = self._random_subset(epoch, index_B[these], context_BN[these], K)
                 context_BN.index_copy_(0, these, subset)
             rows.append(context_BN.flatten().nonzero()[:, 0] + first * self.cells)
             first = end
@@ -353,17 +354,17 @@ class MaskSampler:
         return min(int(context_BN.sum(-1).min()) for context_BN in contexts)
 
     def _context_indices(
-        self, epoch: int, places_B: torch.Tensor, context_BN: torch.Tensor, K: int
+        self, epoch: int, index_B: torch.Tensor, context_BN: torch.Tensor, K: int
     ) -> torch.Tensor:
         """K cells of each image's context, ascending: int64 (B, K)."""
         if self.context == "prefix":
             chosen = context_BN & (context_BN.cumsum(-1) <= K)
         else:
-            chosen = self._random_subset(epoch, places_B, context_BN, K)
+            chosen = self._random_subset(epoch, index_B, context_BN, K)
         return chosen.nonzero()[:, 1].view(len(context_BN), K)
 
     def _random_subset(
-        self, epoch: int, places_B: torch.Tensor, context_BN: torch.Tensor, K: int
+        self, epoch: int, index_B: torch.Tensor, context_BN: torch.Tensor, K: int
     ) -> torch.Tensor:
         """Exactly K cells of each row of the context, each subset as likely: bool (B, N).
 
@@ -372,7 +373,7 @@ class MaskSampler:
         """
         N = context_BN.shape[1]
         cells_N = torch.arange(N, device=context_BN.device)
-        keys = rng.bits(self.seed, rng.MASK_KEEP, epoch, places_B[:, None] * N + cells_N)
+        keys = rng.bits(self.seed, rng.MASK_KEEP, epoch, index_B[:, None] * N + cells_N)
         keys = (keys & ~_CELL_BITS) | cells_N
         keys.masked_fill_(~context_BN, torch.iinfo(torch.int64).max)
         return keys <= _kth_smallest(keys, K)
@@ -388,8 +389,8 @@ def _kth_smallest(keys_BN: torch.Tensor, k: int) -> torch.Tensor:
 def _join(parts: list[torch.Tensor]) -> torch.Tensor:
     """torch.cat over the images, a share at a time for the same reason as above."""
     joined = parts[0].new_empty(sum(map(len, parts)), *parts[0].shape[1:])
-    for place, part in zip(joined.split([len(part) for part in parts]), parts, strict=True):
-        place.copy_(part)
+    for target, part in zip(joined.split([len(part) for part in parts]), parts, strict=True):
+        target.copy_(part)
     return joined
 
 

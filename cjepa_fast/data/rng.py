@@ -8,7 +8,7 @@ for each part of the key.
 
 import torch
 
-ORDER, CROP, FLIP, COLOUR, MASK_SIZE, MASK_PLACE, MASK_KEEP, SUBSTITUTE, AUGMENT = range(9)
+ORDER, CROP, FLIP, COLOUR, MASK_SIZE, MASK_POSITION, MASK_KEEP, SUBSTITUTE, AUGMENT = range(9)
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
@@ -42,28 +42,26 @@ def _mixed(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def bits(seed: int, stream: int, epoch: int, places: torch.Tensor) -> torch.Tensor:
-    """64 random bits a place: int64 in the shape of `places` (int64, any device)."""
+def bits(seed: int, stream: int, epoch: int, index: torch.Tensor) -> torch.Tensor:
+    """64 random bits for each index: int64 in the shape of `index` (int64, any device)."""
     key = _mixed(seed)
     for part in (stream, epoch):
         key = _mixed(key ^ part)
-    return _mix(_mix(places ^ _signed(key)))
+    return _mix(_mix(index ^ _signed(key)))
 
 
-def uniforms(
-    seed: int, stream: int, epoch: int, places_B: torch.Tensor, count: int
-) -> torch.Tensor:
-    """`count` independent uniforms in [0, 1) for each place: (B, count) float64.
+def uniforms(seed: int, stream: int, epoch: int, index_B: torch.Tensor, count: int) -> torch.Tensor:
+    """`count` independent uniforms in [0, 1) for each index: (B, count) float64.
 
-    places_B: int64 (B,), any device. 53 bits of each draw are used, so 1.0 is never reached.
+    index_B: int64 (B,), any device. 53 bits of each draw are used, so 1.0 is never reached.
     """
-    place_bits_B1 = bits(seed, stream, epoch, places_B)[:, None]
-    column_C = torch.arange(count, dtype=torch.int64, device=places_B.device)
-    return _shift(_mix(place_bits_B1 ^ _mix(column_C)), 11).double() * 2.0**-53
+    bits_B1 = bits(seed, stream, epoch, index_B)[:, None]
+    column_C = torch.arange(count, dtype=torch.int64, device=index_B.device)
+    return _shift(_mix(bits_B1 ^ _mix(column_C)), 11).double() * 2.0**-53
 
 
 def permutation(seed: int, epoch: int, n: int) -> torch.Tensor:
-    """A permutation of 0..n-1, int64 (n,): the image that stands at each place of an epoch.
+    """A permutation of 0..n-1, int64 (n,): the image that stands at each index of an epoch.
 
     Sorting by hashed keys depends on no library's generator, so it outlives their versions.
     """

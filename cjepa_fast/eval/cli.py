@@ -219,11 +219,11 @@ def vectors_of(
     """Of both sides features (n, layers * D) and labels (n,), one after the other, on the CPU."""
     found = []
     for images, keep in sides:
-        vectors, place = extract(
+        vectors, index = extract(
             encoder, images, keep=keep, crop=args.crop, layers=layers, device=device(),
             bf16=args.bf16, batch_size=args.batch_size, threads=args.threads, cache=cache_of(args),
         )  # fmt: skip
-        found += [vectors, images.labels[place]]
+        found += [vectors, images.labels[index]]
     encoder.cpu()
     return tuple(found)
 

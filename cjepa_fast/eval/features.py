@@ -85,12 +85,12 @@ def extract(
     facts += ["flip"] if flip else []
     path = cache / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}.safetensors"
     if (found := _kept_for_all(path)) is None:
-        features, places = make(everywhere=False)
-        whole = len(places) == len(images if keep is None else keep)
-        if from_rank_0(lambda: whole and _keep(path, features, places)) and world_size() > 1:
+        features, index = make(everywhere=False)
+        whole = len(index) == len(images if keep is None else keep)
+        if from_rank_0(lambda: whole and _keep(path, features, index)) and world_size() > 1:
             found = _kept_for_all(path)  # one copy for the ranks of a node: it is mapped
         if found is None:
-            return to_all(features), places
+            return to_all(features), index
     return found["features"], found["places"]
 
 
@@ -101,13 +101,13 @@ def _compute(encoder: Encoder, images: ImageSet, *, flip, layers, pooled, device
             found = encoder.layers(images_B3HW, layers)
         return torch.cat([x.float().mean(1) if pooled else x.float() for x in found], -1)
 
-    features, places = image_vectors(
+    features, index = image_vectors(
         images, function, image_size=encoder.image_size, mean=encoder.mean, std=encoder.std,
         device=device, **options,
     )  # fmt: skip
     if not from_rank_0(lambda: all(x.isfinite().all() for x in features.split(4096))):
         raise ValueError("the encoder's features are not finite: its weights are of no use")
-    return features, places
+    return features, index
 
 
 def digest(encoder: Encoder) -> str:
@@ -128,12 +128,12 @@ def _kept_for_all(path: Path) -> dict[str, torch.Tensor] | None:
     return found if all(from_all(found is not None)) else None
 
 
-def _keep(path: Path, features: torch.Tensor, places: torch.Tensor) -> bool:
+def _keep(path: Path, features: torch.Tensor, index: torch.Tensor) -> bool:
     """Write them, whole or not at all; a disk that is full is said, and costs nothing else."""
     partial = path.with_suffix(f".partial{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors({"features": features, "places": places}, partial)
+        write_tensors({"features": features, "places": index}, partial)
         partial.rename(path)
     except OSError as error:
         with contextlib.suppress(OSError):

@@ -80,8 +80,8 @@ class OnlineEvaluation:
         self._owed = False
         vectors = []
         for images, keep in self.sides:
-            features_nD, place_n = self._features(encoder, images, keep)
-            vectors += [features_nD, images.labels[place_n]]
+            features_nD, index_n = self._features(encoder, images, keep)
+            vectors += [features_nD, images.labels[index_n]]
         return {} if rank() else _scores(*vectors, k=self.k, temperature=self.temperature)
 
     @contextlib.contextmanager
@@ -96,12 +96,12 @@ class OnlineEvaluation:
         """(n, D) fp32 and the positions (n,), on the CPU, of all ranks' shares."""
         share = keep_n[rank() :: world_size()]
         found = []
-        for images_B3HW, place_B in self._batches(images, share, len(keep_n)):
+        for images_B3HW, index_B in self._batches(images, share, len(keep_n)):
             tokens_BND = encoder(images_B3HW)
-            found.append((tokens_BND[: len(place_B)].float().mean(1).cpu(), place_B))
+            found.append((tokens_BND[: len(index_B)].float().mean(1).cpu(), index_B))
         pairs = itertools.chain(*from_all(found))
-        features, places = zip(*pairs, strict=True)
-        return torch.cat(features), torch.cat(places)
+        features, indices = zip(*pairs, strict=True)
+        return torch.cat(features), torch.cat(indices)
 
     def _batches(
         self, images: ImageSet, share: torch.Tensor, total: int
@@ -138,8 +138,8 @@ class SnapshotImages:
 
     def draw(self, target: Encoder, context: Encoder) -> dict[str, np.ndarray]:
         """By name, each (height, width, 3) uint8. Compiled encoders run uncompiled here."""
-        place = next(target.parameters())
-        images_B3HW = self._images_B3HW.to(place.device, place.dtype)
+        weight = next(target.parameters())
+        images_B3HW = self._images_B3HW.to(weight.device, weight.dtype)
         with torch.compiler.set_stance("force_eager"):
             return snapshots.figures(target, context, images_B3HW, self._masks, *self._look)
 

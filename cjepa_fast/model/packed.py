@@ -27,30 +27,30 @@ class Sequences:
     def lengths_S(self) -> torch.Tensor:
         return self.starts.diff()
 
-    def places(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of each of the T tokens its sequence, and its place in that: int64 (T,) and int (T,)."""
+    def offsets(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of each of the T tokens its sequence, and its offset in that: int64 (T,) and int (T,)."""
         token_T = torch.arange(tokens, device=self.starts.device, dtype=self.starts.dtype)
         sequence_T = torch.searchsorted(self.starts, token_T, right=True) - 1
         return sequence_T, token_T - self.starts[sequence_T]
 
     def live(self) -> torch.Tensor:
-        """Which places of `padded` hold a token: bool (S, L)."""
+        """Which positions of `padded` hold a token: bool (S, L)."""
         return torch.arange(self.longest, device=self.starts.device) < self.lengths_S[:, None]
 
     def padded(self, x: torch.Tensor) -> torch.Tensor:
         """(T, ...) -> (S, L, ...): a row for each sequence, filled up with whatever comes next."""
-        place_SL = self.starts[:-1, None] + torch.arange(self.longest, device=x.device)
-        place_SL = place_SL.clamp(max=len(x) - 1)
-        return x.index_select(0, place_SL.flatten()).view(*place_SL.shape, *x.shape[1:])
+        row_SL = self.starts[:-1, None] + torch.arange(self.longest, device=x.device)
+        row_SL = row_SL.clamp(max=len(x) - 1)
+        return x.index_select(0, row_SL.flatten()).view(*row_SL.shape, *x.shape[1:])
 
     def packed(self, x: torch.Tensor, tokens: int) -> torch.Tensor:
         """(S, L, ...) -> (T, ...): what `padded` did, undone."""
-        sequence_T, place_T = self.places(tokens)
-        return x.flatten(0, 1).index_select(0, sequence_T * self.longest + place_T)
+        sequence_T, offset_T = self.offsets(tokens)
+        return x.flatten(0, 1).index_select(0, sequence_T * self.longest + offset_T)
 
     def means(self, x_TD: torch.Tensor) -> torch.Tensor:
         """The mean over the tokens of each real sequence: (real, D). A product, with no atomics."""
-        sequence_T, _ = self.places(len(x_TD))
+        sequence_T, _ = self.offsets(len(x_TD))
         own_ST = sequence_T == torch.arange(self.real, device=x_TD.device)[:, None]
         return own_ST.to(x_TD.dtype) @ x_TD / self.lengths_S[: self.real, None]
 
@@ -76,8 +76,8 @@ class Sequences:
         begin_S = copies * (self.starts[:-1] + added * number_S.clamp(max=self.real))
         whole_S = length_S + added * (number_S < self.real)
         begin_SM = begin_S[:, None] + whole_S[:, None] * copy_M
-        sequence_T, place_T = self.places(tokens)
-        copied_MT = begin_SM[sequence_T].T + place_T
+        sequence_T, offset_T = self.offsets(tokens)
+        copied_MT = begin_SM[sequence_T].T + offset_T
         added_BMP = (begin_SM + length_S[:, None])[: self.real, :, None] + added_P
         where = torch.cat([copied_MT.flatten(), added_BMP.flatten()])
         starts = torch.cat([begin_SM.flatten(), begin_SM.new_full((1,), len(where))]).int()

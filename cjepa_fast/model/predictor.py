@@ -64,7 +64,7 @@ class Predictor(nn.Module):
     ) -> torch.Tensor:
         """Predicted tokens of every target patch: (B, M, P, D).
 
-        context: the places of the context's tokens, int64 (B, K); packed for tokens (1, T, D).
+        context: the patch indices of the context tokens, int64 (B, K); packed for tokens (1, T, D).
         """
         B, M, P = target_idx_BMP.shape
         x = self.predictor_embed(context_BKD)
@@ -106,9 +106,9 @@ class Predictor(nn.Module):
     ) -> tuple[torch.Tensor, int, Sequences]:
         """The same of packed sequences: (1, M * (T + B * P), W), P, and where they begin."""
         M, P = target_idx_BMP.shape[1:]
-        placed_TW = add_positions(x_1TW, positions_NW, context.idx_T[None])[0]
+        context_TW = add_positions(x_1TW, positions_NW, context.idx_T[None])[0]
         queries = self.mask_token[0, 0] + positions_NW[target_idx_BMP.flatten()]
-        sequences, place = context.sequences.copied(x_1TW.shape[1], M, P)
-        tokens = torch.cat([placed_TW] * M + [queries])
-        # Each token has one place, so the backward reads every row once and adds none by chance.
-        return torch.empty_like(tokens).index_copy_(0, place, tokens)[None], P, sequences
+        sequences, row = context.sequences.copied(x_1TW.shape[1], M, P)
+        tokens = torch.cat([context_TW] * M + [queries])
+        # Each token has one row, so the backward reads every row once and adds none by chance.
+        return torch.empty_like(tokens).index_copy_(0, row, tokens)[None], P, sequences

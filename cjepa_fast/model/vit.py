@@ -46,7 +46,7 @@ def sincos_positions(rows: int, cols: int, width: int) -> torch.Tensor:
         torch.arange(cols, dtype=torch.float64),
         indexing="ij",
     )
-    angles = [place.flatten()[:, None] * frequency for place in (col, row)]
+    angles = [x.flatten()[:, None] * frequency for x in (col, row)]
     return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], 1).float()
 
 

@@ -28,7 +28,7 @@ _group_options: dict[str, timedelta] = {}  # of every process group, by start()
 def start(seed: int, timeout_s: float = 0) -> torch.device:
     """Join the process group of several ranks, and seed torch. Returns the device.
 
-    Without a GPU the CPU and gloo take its place. timeout_s: of the collectives; 0: by default.
+    Without a GPU: the CPU and gloo. timeout_s: of the collectives; 0: by default.
     """
     caches.root()
     cuda = hardware.has_gpu()

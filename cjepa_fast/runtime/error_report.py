@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def summary(error: BaseException) -> str:
-    """Its type, its first line, and the place in our code that it came through last."""
+    """Its type, its first line, and the line of our code that it came through last."""
     text = str(error).strip().split("\n")[0]
     what = f"{type(error).__name__}: {text}" if text else type(error).__name__
     ours = [

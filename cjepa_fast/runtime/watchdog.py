@@ -74,7 +74,7 @@ def find_stuck(beats: Iterable[Beat]) -> str:
     if len(behind) < len(there):
         others = " and the others wait"
     else:
-        others = ", all at the same place" * (len(there) > 1)
+        others = ", all at the same line" * (len(there) > 1)
     return f"{names(behind)} got stuck{others} (if it is only slow: a larger run.timeout_s)"
 
 
@@ -84,7 +84,7 @@ def names(beats: list[Beat]) -> str:
 
 
 def table(beats: Iterable[Beat], still_s: dict[int, float]) -> list[str]:
-    """A line for those at the same place; the odd ones out come first."""
+    """A line for those at the same line; the odd ones out come first."""
     groups: dict[tuple, list[Beat]] = {}
     for beat in beats:
         silent = still_s[beat.rank] > 3 * BEAT_S

@@ -80,7 +80,7 @@ class Trial(NamedTuple):
 
 
 def read(name: str, overrides: Sequence[str] = (), base: str | None = None) -> Ablation:
-    """An ablation's file, with every row's configuration checked. base: in the place of the file's.
+    """An ablation's file, with every row's configuration checked. base: instead of the file's.
     Raises ConfigError."""
     folder = configuration.configs_folder() / "ablations"
     found = [p for p in (Path(name), folder / name, folder / f"{name}.json") if p.is_file()]
@@ -154,32 +154,36 @@ def check_folders(ablation: Ablation, trials: list[Trial]) -> None:
 # ------------------------------------------------------------------------------------- trainings
 
 
-def train_all(ablation: Ablation, trials: list[Trial], places: list[dict[str, str]]) -> list[Trial]:
-    """Train what is not finished, one in each place (an environment); returns what failed."""
+def train_all(
+    ablation: Ablation, trials: list[Trial], environments: list[dict[str, str]]
+) -> list[Trial]:
+    """Train what is not finished, one in each environment; returns what failed."""
     free: queue.Queue = queue.Queue()
-    for place in places:
-        free.put(place)
+    for environment in environments:
+        free.put(environment)
     stopping = threading.Event()
     running: set[subprocess.Popen] = set()
 
     def attempt(trial: Trial) -> bool:
-        place = free.get()
+        environment = free.get()
         try:
             if stopping.is_set():
                 return False
             began = time.monotonic()
-            process = start(ablation, trial, place)
+            process = start(ablation, trial, environment)
             running.add(process)
             status = process.wait()
             running.discard(process)
             tell(trial, status, time.monotonic() - began)
             return trial.finished
         finally:
-            free.put(place)
+            free.put(environment)
 
     todo = [trial for trial in trials if not trial.finished]
-    print(f"{len(todo)} of {len(trials)} trainings to do, {len(places)} at a time", flush=True)
-    with ThreadPoolExecutor(len(places)) as pool:
+    print(
+        f"{len(todo)} of {len(trials)} trainings to do, {len(environments)} at a time", flush=True
+    )
+    with ThreadPoolExecutor(len(environments)) as pool:
         futures = {trial: pool.submit(attempt, trial) for trial in todo}
         try:
             return [trial for trial, future in futures.items() if not future.result()]
@@ -190,7 +194,7 @@ def train_all(ablation: Ablation, trials: list[Trial], places: list[dict[str, st
             raise
 
 
-def start(ablation: Ablation, trial: Trial, place: dict[str, str]) -> subprocess.Popen:
+def start(ablation: Ablation, trial: Trial, environment: dict[str, str]) -> subprocess.Popen:
     trial.folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(TRAIN), "--config", ablation.base]
     for setting in ablation.settings_of(trial):
@@ -199,7 +203,7 @@ def start(ablation: Ablation, trial: Trial, place: dict[str, str]) -> subprocess
         command += ["--resume", "auto"]
     with open(trial.folder / "said.txt", "a") as said:
         return subprocess.Popen(
-            command, stdout=said, stderr=subprocess.STDOUT, env={**os.environ, **place}
+            command, stdout=said, stderr=subprocess.STDOUT, env={**os.environ, **environment}
         )
 
 
@@ -328,7 +332,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("ablation", metavar="FILE", help="here or in configs/ablations/")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: runs/ablations/NAME")
-    parser.add_argument("--base", metavar="FILE", help="configuration, in place of the file's")
+    parser.add_argument("--base", metavar="FILE", help="configuration, instead of the file's")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--gpus", metavar="0,1,...", help="one training on each")
@@ -337,7 +341,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def places_of(args: argparse.Namespace) -> list[dict[str, str]]:
+def environments_of(args: argparse.Namespace) -> list[dict[str, str]]:
     if args.gpus is None:
         return [{}] * args.parallel
     if not re.fullmatch(r"\d+(,\d+)*", args.gpus):
@@ -349,7 +353,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     caches.root()
     try:
-        places = places_of(args)
+        environments = environments_of(args)
         ablation = read(args.ablation, args.overrides, args.base)
         out = args.out or Path("runs/ablations") / ablation.name
         trials, failed = trials_of(ablation, out), []
@@ -360,7 +364,7 @@ def main(argv: list[str] | None = None) -> int:
     if not args.table:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         with contextlib.suppress(KeyboardInterrupt):
-            failed = train_all(ablation, trials, places)
+            failed = train_all(ablation, trials, environments)
     if not any(trial.finished for trial in trials):
         print("no training is finished yet")
         return 1

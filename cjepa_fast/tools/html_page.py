@@ -130,8 +130,8 @@ def curve(title: str, steps: Sequence[float], values: Sequence[float], logarithm
         marks.append(f'<text x="{LEFT - 5}" y="{at + 3:.1f}" text-anchor="end">{tick:.3g}</text>')
     ends = ((steps[0], "start"), (steps[-1], "end")) if len(steps) > 1 else ((steps[0], "start"),)
     for step, anchor in ends:
-        place = f'x="{x(step):.1f}" y="{HEIGHT - 5}" text-anchor="{anchor}"'
-        marks.append(f"<text {place}>{step:,}</text>")
+        position = f'x="{x(step):.1f}" y="{HEIGHT - 5}" text-anchor="{anchor}"'
+        marks.append(f"<text {position}>{step:,}</text>")
     bins = list(_bins(steps, [scale(value) for value in values]))
     if len(steps) > MOST_POINTS:
         upper = [(x(step), y(most)) for step, _, _, most in bins]

@@ -263,7 +263,7 @@ def _masks(settings: config.Config, images: ImageSet) -> str:
     images_B3HW = load_images(
         images, SHOWN, image_size=data.image_size, mean=data.mean, std=data.std
     )
-    masks = sampler(epoch=0, step=0, places_B=torch.arange(len(images_B3HW)))
+    masks = sampler(epoch=0, step=0, index_B=torch.arange(len(images_B3HW)))
     figure = mask_columns.figure(images_B3HW, data.mean, data.std, masks, sampler.grid, "")
     return html_page.picture(figure, "images with their context and target blocks")
 

@@ -23,12 +23,12 @@ from cjepa_fast.kernels.ema import Number, ema_update, ema_update_rows
 from cjepa_fast.model.fp8 import linears_to_fp8
 
 
-def whole_place(weight: nn.Parameter, fragment: Fragment) -> torch.Tensor:
+def whole_view(weight: nn.Parameter, fragment: Fragment) -> torch.Tensor:
     return fragment_of(weight.data, fragment)
 
 
-Place = Callable[[nn.Parameter, Fragment], torch.Tensor]
-Partition = Callable[[nn.Module], Place]
+FragmentView = Callable[[nn.Parameter, Fragment], torch.Tensor]
+Partition = Callable[[nn.Module], FragmentView]
 
 
 class TargetEMA:
@@ -39,7 +39,7 @@ class TargetEMA:
     blocks compute in FP8, dtype is bf16. partition: splits a module's weights among the
     ranks, each to write what it owns: it returns where a fragment of a weight is then to be
     written.
-    Of each fragment `cast` has the average, its master, and its place in the module's weights; in
+    Of each fragment `cast` has the average, its master, and its view into the module's weights; in
     FP8, `by_row` has the blocks' matrices instead, as average, master and layer.
     """
 
@@ -67,13 +67,13 @@ class TargetEMA:
         by_row = matrices if group is None else {}
         self._late = [] if by_row else [(trained[name], m) for name, m in matrices.items()]
         if partition:
-            place = partition(self.module)
+            view_of = partition(self.module)
         else:
             self._flatten({name: p for name, p in trained.items() if name not in by_row})
-            place = whole_place
+            view_of = whole_view
         pairs = list(zip(self.fragments, masters, strict=True))
         self.by_row = [(a, m, by_row[a.name]) for a, m in pairs if a.name in by_row]
-        self.cast = [(a, m, place(trained[a.name], a)) for a, m in pairs if a.name not in by_row]
+        self.cast = [(a, m, view_of(trained[a.name], a)) for a, m in pairs if a.name not in by_row]
 
     def _flatten(self, weights: dict[str, nn.Parameter]) -> None:
         """Lay the averaged weights in one buffer, so that one collective completes them all."""
@@ -114,7 +114,7 @@ class TargetEMA:
         """Cast the average into the module's weights, completed from the other ranks."""
         with self._completed_by_others():
             if self.cast:
-                working = [place for _, _, place in self.cast]
+                working = [view for _, _, view in self.cast]
                 torch._foreach_copy_(working, self._lists()[0])
             for average, _, layer in self.by_row:
                 layer.write(average.values.to(self._flat.dtype))
@@ -122,7 +122,7 @@ class TargetEMA:
 
     def _wait_where_partitioned(self) -> None:
         """DeepSpeed gathers on a stream of its own, which does not wait for this one's writing."""
-        if self._partitioned and any(place.is_cuda for _, _, place in self.cast):
+        if self._partitioned and any(view.is_cuda for _, _, view in self.cast):
             torch.cuda.current_stream().synchronize()
 
     @contextlib.contextmanager

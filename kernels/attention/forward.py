@@ -19,7 +19,7 @@ from cjepa_fast.kernels.attention.heads import (
     dot,
     dot_transposed,
     load_parts,
-    program_place,
+    program_index,
     split,
     store_parts,
     strides,
@@ -57,7 +57,7 @@ def _attention_kernel(
 
     lse (B, H, S): log2 of the sum of 2^scores. scale: log2(e) / sqrt(d).
     """
-    head, block, sequence = program_place(H, blocks)
+    head, block, sequence = program_index(H, blocks)
     row = block * ROWS + tl.arange(0, ROWS)
     live = row < S
     q += sequence * q_batch + head * d

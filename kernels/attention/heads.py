@@ -95,7 +95,7 @@ def dot_transposed(x0, x1, y0, y1, D1: tl.constexpr, ROWS: tl.constexpr, COLS: t
 
 
 @triton.jit
-def program_place(H, blocks):
+def program_index(H, blocks):
     """A program's head, block of rows and sequence.
 
     Heads first, which share cache lines, then blocks, which share what they go over.

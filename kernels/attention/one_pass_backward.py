@@ -19,7 +19,7 @@ from cjepa_fast.kernels.attention.heads import (
     dot_transposed,
     load_parts,
     load_queries,
-    program_place,
+    program_index,
     store_parts,
     store_sums,
 )
@@ -76,7 +76,7 @@ def _attention_backward_kernel(
     scale: log2(e) / sqrt(d), factor: 1 / sqrt(d). With SUMS, parts (B, 3, H d) has the sums of the
     rows of dq, dk and dv, as fp32.
     """
-    head, _, sequence = program_place(H, 1)
+    head, _, sequence = program_index(H, 1)
     q += sequence * q_batch + head * d
     k += sequence * k_batch + head * d
     v += sequence * k_batch + head * d

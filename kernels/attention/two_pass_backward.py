@@ -22,7 +22,7 @@ from cjepa_fast.kernels.attention.heads import (
     dot_transposed,
     load_parts,
     load_queries,
-    program_place,
+    program_index,
     store_parts,
     store_sums,
 )
@@ -53,7 +53,7 @@ def _attention_queries_kernel(
     blocks: as many as the longer of queries and keys has. Leaves delta (B, H, S), rowsum(do * o),
     and with SUMS in parts (B, blocks, 3, H d), at 0, the sums of the rows of dq.
     """
-    head, block, sequence = program_place(H, blocks)
+    head, block, sequence = program_index(H, blocks)
     row = block * ROWS + tl.arange(0, ROWS)
     live = row < S
     k += sequence * k_batch + head * d
@@ -106,7 +106,7 @@ def _attention_keys_kernel(
 
     All is the other way up, (keys, queries), so that what was just computed is a product's left.
     """
-    head, block, sequence = program_place(H, blocks)
+    head, block, sequence = program_index(H, blocks)
     row = block * ROWS + tl.arange(0, ROWS)
     live = row < T
     q += sequence * q_batch + head * d

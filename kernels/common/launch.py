@@ -42,7 +42,7 @@ def use_kernel(*tensors: torch.Tensor) -> bool:
 
 def runs_on(device: torch.device) -> bool:
     """Whether a kernel compiles and runs on this GPU: one is tried, once. Where not, a warning
-    says why, and plain PyTorch takes the kernels' place."""
+    says why, and plain PyTorch runs instead of the kernels."""
     if device.index not in _runs:
         if torch.compiler.is_compiling():
             return True

@@ -1,4 +1,4 @@
-"""`triton` and `tl`, its language, or what stands in their place where Triton cannot be imported.
+"""`triton` and `tl`, its language, or what stands for them where Triton cannot be imported.
 
 Triton has no build for macOS. There the kernels are defined all the same and never run, since every
 function of this package takes its plain-PyTorch path on a CPU. Launching one raises

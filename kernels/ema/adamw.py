@@ -109,7 +109,7 @@ def _adamw_ema_chunk(
 
 @triton.jit
 def _adamw_ema_kernel(
-    places,  # (arrays + 2, tensors) int64, see lists.tables
+    pointers,  # (arrays + 2, tensors) int64, see lists.tables
     owners,  # (programs,) int32
     tensors,
     numbers,  # (10,) fp32, see adamw_numbers
@@ -124,18 +124,18 @@ def _adamw_ema_kernel(
     copies: tl.constexpr = 5 if TARGET else 4
     target_copies: tl.constexpr = copies if COPY is None else copies + 1
     arrays: tl.constexpr = target_copies if TARGET_COPY is None else target_copies + 1
-    tensor, start, rest = chunk_of_program(places, owners, arrays, tensors, CHUNK)
-    param = address(places, 0, tensor, tensors, start, tl.float32, ALIGNED)
-    grad = address(places, 1, tensor, tensors, start, GRAD, ALIGNED)
-    exp_avg = address(places, 2, tensor, tensors, start, tl.float32, ALIGNED)
-    exp_avg_sq = address(places, 3, tensor, tensors, start, tl.float32, ALIGNED)
+    tensor, start, rest = chunk_of_program(pointers, owners, arrays, tensors, CHUNK)
+    param = address(pointers, 0, tensor, tensors, start, tl.float32, ALIGNED)
+    grad = address(pointers, 1, tensor, tensors, start, GRAD, ALIGNED)
+    exp_avg = address(pointers, 2, tensor, tensors, start, tl.float32, ALIGNED)
+    exp_avg_sq = address(pointers, 3, tensor, tensors, start, tl.float32, ALIGNED)
     target, copy, target_copy = param, param, param
     if TARGET:
-        target = address(places, 4, tensor, tensors, start, tl.float32, ALIGNED)
+        target = address(pointers, 4, tensor, tensors, start, tl.float32, ALIGNED)
     if COPY is not None:
-        copy = address(places, copies, tensor, tensors, start, COPY, ALIGNED)
+        copy = address(pointers, copies, tensor, tensors, start, COPY, ALIGNED)
     if TARGET_COPY is not None:
-        target_copy = address(places, target_copies, tensor, tensors, start, TARGET_COPY, ALIGNED)
+        target_copy = address(pointers, target_copies, tensor, tensors, start, TARGET_COPY, ALIGNED)
     decay, lerp1 = tl.load(numbers), tl.load(numbers + 1)
     beta2, square_share = tl.load(numbers + 2), tl.load(numbers + 3)
     root_scale, eps, rate = tl.load(numbers + 4), tl.load(numbers + 5), tl.load(numbers + 6)
@@ -173,7 +173,7 @@ def adamw_numbers(
     """What the kernel reads, fp32 (10,) on the device; without waiting for it.
 
     (1 - lr decay, 1 - beta1, beta2, 1 - beta2, sqrt(1 - beta2^step), eps, lr / (1 - beta1^step),
-    1 - momentum, scale, apply); the kernel reads them by their places.
+    1 - momentum, scale, apply); the kernel reads them by their indices.
     """
     values = [
         1 - lr * weight_decay, 1 - betas[0], betas[1], 1 - betas[1],
@@ -192,10 +192,10 @@ def launch_adamw_ema(
 ) -> None:
     """arrays: params, grads, exp_avgs, exp_avg_sqs, target (or none)."""
     chunk = chunk or chosen("adamw_ema_step", CHUNKS, arrays[0][0].device)
-    places, owners, aligned = tables(*arrays, copies, target_copies, chunk=chunk)
+    pointers, owners, aligned = tables(*arrays, copies, target_copies, chunk=chunk)
     if len(owners):
         _adamw_ema_kernel[(len(owners),)](
-            places, owners, len(arrays[0]), numbers,
+            pointers, owners, len(arrays[0]), numbers,
             GRAD=type_of(arrays[1]), TARGET=len(arrays[4]) > 0, COPY=type_of(copies),
             TARGET_COPY=type_of(target_copies), ALIGNED=aligned, CHUNK=chunk,
         )  # fmt: skip

@@ -63,17 +63,17 @@ def _tables(
 ) -> tuple[torch.Tensor, torch.Tensor, bool]:
     """For one list of tensors an array: where each lies, which program owns what, and alignment.
 
-    places (arrays + 2, tensors) int64: the addresses, then the number of values and the first
+    pointers (arrays + 2, tensors) int64: the addresses, then the number of values and the first
     program of each tensor. owners (programs,) int32: the tensor of each program. Aligned: every
     address is a multiple of 16 bytes, so that whole chunks load 16 bytes at a time.
     """
     programs = [triton.cdiv(size, chunk) for size in sizes]
     first = [0, *itertools.accumulate(programs)][:-1]
-    places = torch.tensor([*addresses, sizes, first], dtype=torch.int64)
+    pointers = torch.tensor([*addresses, sizes, first], dtype=torch.int64)
     tensors = torch.arange(len(sizes), dtype=torch.int32)
     owners = tensors.repeat_interleave(torch.tensor(programs))
     aligned = all(a % 16 == 0 for array in addresses for a in array)
-    return to_device(places, device), to_device(owners, device), aligned
+    return to_device(pointers, device), to_device(owners, device), aligned
 
 
 def tables(*arrays: Tensors, chunk: int) -> tuple[torch.Tensor, torch.Tensor, bool]:
@@ -84,7 +84,7 @@ def tables(*arrays: Tensors, chunk: int) -> tuple[torch.Tensor, torch.Tensor, bo
     present = [array for array in arrays if array]
     addresses = tuple(tuple(t.data_ptr() for t in array) for array in present)
     device, sizes = arrays[0][0].device, tuple(t.numel() for t in arrays[0])
-    # A recorded launch reads its own at every replay: no other call's may take their place.
+    # A recorded launch reads its own at every replay: no other call's may replace them.
     made = _tables.__wrapped__ if recording(device) else _tables
     return made(device, addresses, sizes, chunk)
 
@@ -109,9 +109,9 @@ def on_device(values: Sequence[Number], device: torch.device) -> torch.Tensor:
 
 
 @triton.jit
-def address(places, array, tensor, tensors, start, dtype: tl.constexpr, ALIGNED: tl.constexpr):
+def address(pointers, array, tensor, tensors, start, dtype: tl.constexpr, ALIGNED: tl.constexpr):
     """Pointer to the value `start` of a tensor of an array."""
-    address = tl.load(places + array * tensors + tensor).to(tl.pointer_type(dtype))
+    address = tl.load(pointers + array * tensors + tensor).to(tl.pointer_type(dtype))
     if ALIGNED:
         address = tl.multiple_of(address, 16)
     return address + start
@@ -124,11 +124,11 @@ def lerp(old, new, weight):
 
 
 @triton.jit
-def chunk_of_program(places, owners, sizes_row, tensors, CHUNK: tl.constexpr):
+def chunk_of_program(pointers, owners, sizes_row, tensors, CHUNK: tl.constexpr):
     """This program's tensor, its first value there, and how many values are left from it on."""
     tensor = tl.load(owners + tl.program_id(0)).to(tl.int64)
-    size = tl.load(places + sizes_row * tensors + tensor)
-    first = tl.load(places + (sizes_row + 1) * tensors + tensor)
+    size = tl.load(pointers + sizes_row * tensors + tensor)
+    first = tl.load(pointers + (sizes_row + 1) * tensors + tensor)
     start = (tl.program_id(0) - first) * CHUNK
     return tensor, start, size - start
 
@@ -136,7 +136,7 @@ def chunk_of_program(places, owners, sizes_row, tensors, CHUNK: tl.constexpr):
 # --- ahead of time
 
 WIDE_LOADS = (r"ld\.global[\w.:]*\.v[48]\.b32", r"st\.global[\w.:]*\.v[24]\.b32")
-TABLES = {"places": "*i64", "owners": "*i32", "tensors": "i32"}  # a kernel's first arguments
+TABLES = {"pointers": "*i64", "owners": "*i32", "tensors": "i32"}  # a kernel's first arguments
 
 
 def chunked(dtype: torch.dtype, chunk: int, aligned: bool, copy: torch.dtype | None) -> str:

@@ -62,7 +62,7 @@ def _ema_chunk(
 
 @triton.jit
 def _ema_kernel(
-    places,  # (arrays + 2, tensors) int64, see lists.tables
+    pointers,  # (arrays + 2, tensors) int64, see lists.tables
     owners,  # (programs,) int32
     tensors,
     weight,  # (1,) fp32
@@ -73,12 +73,12 @@ def _ema_kernel(
     A whole chunk is loaded without a mask, 16 bytes at a time; the end of a tensor with one.
     """
     arrays: tl.constexpr = 2 if COPY is None else 3
-    tensor, start, rest = chunk_of_program(places, owners, arrays, tensors, CHUNK)
-    target = address(places, 0, tensor, tensors, start, tl.float32, ALIGNED)
-    online = address(places, 1, tensor, tensors, start, ONLINE, ALIGNED)
+    tensor, start, rest = chunk_of_program(pointers, owners, arrays, tensors, CHUNK)
+    target = address(pointers, 0, tensor, tensors, start, tl.float32, ALIGNED)
+    online = address(pointers, 1, tensor, tensors, start, ONLINE, ALIGNED)
     copy = target
     if COPY is not None:
-        copy = address(places, 2, tensor, tensors, start, COPY, ALIGNED)
+        copy = address(pointers, 2, tensor, tensors, start, COPY, ALIGNED)
     if rest >= CHUNK:
         keep = tl.full((CHUNK,), 1, tl.int1)
         _ema_chunk(target, online, copy, weight, keep, COPY is not None, CHUNK)
@@ -98,10 +98,10 @@ def launch_ema(
     chunk: int | None = None,
 ) -> None:
     chunk = chunk or chosen("ema_update", CHUNKS, target[0].device)
-    places, owners, aligned = tables(target, online, copies, chunk=chunk)
+    pointers, owners, aligned = tables(target, online, copies, chunk=chunk)
     if len(owners):
         _ema_kernel[(len(owners),)](
-            places, owners, len(target), weight,
+            pointers, owners, len(target), weight,
             ONLINE=type_of(online), COPY=type_of(copies), ALIGNED=aligned, CHUNK=chunk,
         )  # fmt: skip
 

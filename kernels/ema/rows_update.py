@@ -48,7 +48,7 @@ def ema_update_rows_reference(
 
 @triton.jit
 def _ema_rows_kernel(
-    places,  # (6, tensors) int64, see lists.tables
+    pointers,  # (6, tensors) int64, see lists.tables
     owners,  # (programs,) int32
     tensors,
     weight,  # (1,) fp32
@@ -58,18 +58,18 @@ def _ema_rows_kernel(
 
     The row is rounded to bf16 first: so are the weights of ranks that complete each other's.
     """
-    tensor, start, _ = chunk_of_program(places, owners, 4, tensors, COLS)
+    tensor, start, _ = chunk_of_program(pointers, owners, 4, tensors, COLS)
     col = tl.arange(0, WIDTH)[None, :]
     keep = col < COLS
-    target = address(places, 0, tensor, tensors, start, tl.float32, ALIGNED) + col
-    online = address(places, 1, tensor, tensors, start, ONLINE, ALIGNED) + col
+    target = address(pointers, 0, tensor, tensors, start, tl.float32, ALIGNED) + col
+    online = address(pointers, 1, tensor, tensors, start, ONLINE, ALIGNED) + col
     new = tl.load(online, mask=keep, other=0.0).to(tl.float32)
     average = lerp(tl.load(target, mask=keep, other=0.0), new, tl.load(weight))
     tl.store(target, average, mask=keep)
     value, scale = quantised(narrow(average, tl.bfloat16).to(tl.float32))
-    values = address(places, 2, tensor, tensors, start, tl.float8e4nv, ALIGNED)
+    values = address(pointers, 2, tensor, tensors, start, tl.float8e4nv, ALIGNED)
     tl.store(values + col, value, mask=keep)
-    scales = address(places, 3, tensor, tensors, start // COLS, tl.float32, False)
+    scales = address(pointers, 3, tensor, tensors, start // COLS, tl.float32, False)
     tl.store(scales + tl.arange(0, 1), scale)
 
 
@@ -84,10 +84,10 @@ def launch_ema_rows(
     for width in {t.shape[1]: None for t in target if t.numel()}:
         which = [i for i, t in enumerate(target) if t.shape[1] == width]
         lists = [[array[i] for i in which] for array in arrays]
-        places, owners, aligned = tables(*lists, chunk=width)
+        pointers, owners, aligned = tables(*lists, chunk=width)
         tile = row_tiles(width)[0]
         _ema_rows_kernel[(len(owners),)](
-            places, owners, len(which), weight,
+            pointers, owners, len(which), weight,
             ONLINE=type_of(online), ALIGNED=aligned, COLS=width, WIDTH=tile.width,
             num_warps=tile.warps,
         )  # fmt: skip
@@ -145,7 +145,7 @@ def _rows_compiled(width: int, dtype: torch.dtype) -> Compiled:
     tile = row_tiles(width)[0]
     return Compiled(
         f"ema_update_rows {TRITON_NAMES[dtype]} {width}", _ema_rows_kernel,
-        {"places": "*i64", "owners": "*i32", "tensors": "i32", "weight": "*fp32"},
+        {"pointers": "*i64", "owners": "*i32", "tensors": "i32", "weight": "*fp32"},
         {"ONLINE": TYPES[dtype], "ALIGNED": True, "COLS": width, "WIDTH": tile.width},
         num_warps=tile.warps, must_have=(*WIDE_LOADS, TO_E4M3), since=89,
     )  # fmt: skip

@@ -43,11 +43,11 @@ def is_constant(pos: torch.Tensor) -> bool:
 @triton.jit
 def load_index(idx, offsets, live, N, DEBUG: tl.constexpr):
     """Indices as int64, 0 where not live, and which of them lie in the table of N rows."""
-    place = tl.load(idx + offsets, mask=live, other=0).to(tl.int64)
-    inside = (place >= 0) & (place < N)
+    index = tl.load(idx + offsets, mask=live, other=0).to(tl.int64)
+    inside = (index >= 0) & (index < N)
     if DEBUG:
         tl.device_assert(inside | (live == 0), "an index is outside 0..N-1")
-    return place, inside
+    return index, inside
 
 
 # --- for a launcher

@@ -77,17 +77,17 @@ def _predictor_input_kernel(
     d = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     real = (d < W)[None, :]
     in_context, in_query = row < K, (row >= K) & (row < K + P)
-    place, inside = load_index(context_idx, image * K + row, in_context, N, DEBUG)
+    index, inside = load_index(context_idx, image * K + row, in_context, N, DEBUG)
     keep = (in_context & inside)[:, None] & real
     start = image * context_image + row.to(tl.int64) * context_row
     copied = tl.load(context + start[:, None] + d[None, :], mask=keep, other=nan).to(tl.float32)
-    copied += tl.load(pos + place[:, None] * W + d[None, :], mask=keep, other=nan).to(tl.float32)
+    copied += tl.load(pos + index[:, None] * W + d[None, :], mask=keep, other=nan).to(tl.float32)
     token = tl.load(mask_token + d, mask=d < W, other=0.0).to(tl.float32)[None, :]
     for m in range(M):
         sequence = image * M + m
-        place, inside = load_index(target_idx, sequence * P + row - K, in_query, N, DEBUG)
+        index, inside = load_index(target_idx, sequence * P + row - K, in_query, N, DEBUG)
         keep = (in_query & inside)[:, None] & real
-        query = tl.load(pos + place[:, None] * W + d[None, :], mask=keep, other=nan)
+        query = tl.load(pos + index[:, None] * W + d[None, :], mask=keep, other=nan)
         value = tl.where(in_context[:, None], copied, token + query.to(tl.float32))
         there = out + (sequence * (K + P) + row)[:, None] * W + d[None, :]
         value = narrow(value, out.dtype.element_ty)
@@ -137,7 +137,7 @@ def launch_predictor_input(
     context, pos, mask_token = last_dim_dense(context), pos.contiguous(), mask_token.contiguous()
     B, K, W = context.shape
     M, P = target_idx.shape[1:]
-    places, targets = dense_indices(context_idx, context), dense_indices(target_idx, context)
+    contexts, targets = dense_indices(context_idx, context), dense_indices(target_idx, context)
     dtype = promoted(context, pos, mask_token)
     out = torch.empty(B * M, K + P, W, device=context.device, dtype=dtype)
     if out.numel() == 0:
@@ -145,7 +145,7 @@ def launch_predictor_input(
     tile = tile or chosen_tile("predictor_input", copy_tiles(W), context)
     tiles = triton.cdiv(K + P, tile.rows)
     _predictor_input_kernel[(B * tiles, triton.cdiv(W, tile.width))](
-        context, pos, mask_token, places, targets, out, tiles, K, M, P, len(pos), W,
+        context, pos, mask_token, contexts, targets, out, tiles, K, M, P, len(pos), W,
         context.stride(0), context.stride(1), DEBUG=launch.DEBUG_INDICES,
         ROWS=tile.rows, WIDTH=tile.width, num_warps=tile.warps, debug=launch.DEBUG_INDICES,
     )  # fmt: skip

@@ -78,8 +78,8 @@ def _target_rows(
 ):  # fmt: skip
     """The layer-normed tokens of the indices idx[row], fp32; 0 beyond D, NaN for a wrong index."""
     nan: tl.constexpr = float("nan")
-    place, inside = load_index(idx, row, live, N, DEBUG)
-    start = (row // S).to(tl.int64) * image_stride + place * row_stride
+    index, inside = load_index(idx, row, live, N, DEBUG)
+    start = (row // S).to(tl.int64) * image_stride + index * row_stride
     real = (d < D)[None, :]
     keep = (live & inside)[:, None] & real
     x = tl.load(tokens + start[:, None] + d[None, :], mask=keep, other=0.0).to(tl.float32)

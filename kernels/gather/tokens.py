@@ -87,14 +87,14 @@ def _gather_forward_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     live = row < total
-    place, inside = load_index(idx, row, live, N, DEBUG)
+    index, inside = load_index(idx, row, live, N, DEBUG)
     image = row // S
-    source = place if GATHER else row - image * S
+    source = index if GATHER else row - image * S
     keep = (live & inside)[:, None] & (d < D)[None, :]
     start = image.to(tl.int64) * x_image + source.to(tl.int64) * x_row
     value = tl.load(x + start[:, None] + d[None, :], mask=keep, other=nan)
     if POSITIONS:
-        added = tl.load(pos + place[:, None] * D + d[None, :], mask=keep, other=nan)
+        added = tl.load(pos + index[:, None] * D + d[None, :], mask=keep, other=nan)
         value = narrow(value.to(tl.float32) + added.to(tl.float32), out.dtype.element_ty)
     there = out + row.to(tl.int64)[:, None] * D + d[None, :]
     tl.store(there, value, mask=live[:, None] & (d < D)[None, :])
@@ -119,15 +119,15 @@ def _gather_backward_kernel(
     total = tl.zeros((ROWS, WIDTH), tl.float32)
     for start in range(0, S, BLOCK_S):
         s = start + tl.arange(0, BLOCK_S)
-        place = tl.load(idx + image * S + s, mask=s < S, other=-1)
-        inside = (place >= 0) & (place < N)
-        place = tl.where(inside, place, -1).to(tl.int32)[None, :]  # half the registers
-        match = tl.min(tl.where(place == n[:, None], s[None, :], S), 1)  # S: there is none
+        index = tl.load(idx + image * S + s, mask=s < S, other=-1)
+        inside = (index >= 0) & (index < N)
+        index = tl.where(inside, index, -1).to(tl.int32)[None, :]  # half the registers
+        match = tl.min(tl.where(index == n[:, None], s[None, :], S), 1)  # S: there is none
         while tl.min(match, 0) < S:
             keep = (match < S)[:, None] & (d < D)[None, :]
             source = grad + (image * S + match)[:, None] * D + d[None, :]
             total += tl.load(source, mask=keep, other=0.0).to(tl.float32)
-            later = (place == n[:, None]) & (s[None, :] > match[:, None])
+            later = (index == n[:, None]) & (s[None, :] > match[:, None])
             match = tl.min(tl.where(later, s[None, :], S), 1)
     there = dx + (image * N + n)[:, None] * D + d[None, :]
     keep = (n < N)[:, None] & (d < D)[None, :]

@@ -13,7 +13,7 @@ For z of shape (n, D), Zc = z - mean and C = Zc^T Zc / (n - 1):
 and for (M, n, D) the means of both over M. With upstream gradients g_std and g_cov, and O for C
 with a zero diagonal:
     dz = 4 g_cov / (M D (n-1)) * Zc O  -  g_std / (M D (n-1)) * Zc diag(1[s_j < gamma] / s_j)
-Where n < D the n x n Gram matrix K = Zc Zc^T / (n - 1) takes the place of C, for it has the same
+Where n < D the n x n Gram matrix K = Zc Zc^T / (n - 1) replaces C, for it has the same
 Frobenius norm and Zc C = K Zc: cov_loss = (|K|^2 - sum_j C_jj^2) / D, Zc O = K Zc - Zc diag(C_jj).
 
 No atomics: sums run in a fixed order, and the same input gives the same bits.

@@ -73,13 +73,13 @@ def _grad_kernel(
             first, rest = load_mean(mean_ptr, k[None, :], D, plane)
             x = load_centred(z_ptr, p, k[None, :], first, rest, n, D, stride_n, stride_d)
         inside = (k[:, None] < size) & (q[None, :] < size)
-        place = matrix_ptr + k[:, None].to(tl.int64) * size + q[None, :]
-        y = tl.load(place, mask=inside, other=0.0)
+        pointer = matrix_ptr + k[:, None].to(tl.int64) * size + q[None, :]
+        y = tl.load(pointer, mask=inside, other=0.0)
         if PRODUCTS == 0:
             acc = tl.dot(x, y, acc, input_precision="tf32x3")
         else:
             x_high, x_low = halves(x)
-            y_low = tl.load(place + area, mask=inside, other=0.0)
+            y_low = tl.load(pointer + area, mask=inside, other=0.0)
             acc = bf16_dot(x_low, y, acc)
             acc = bf16_dot(x_high, y_low, acc)
             acc = bf16_dot(x_high, y, acc)

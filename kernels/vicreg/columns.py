@@ -92,10 +92,10 @@ def _combine_kernel(
         within = tl.load(stretch_ptr + plane + split * D, mask=inside, other=0.0)
         squares += tl.where(inside, within + rows * away * away, 0.0)
     first = tl.load(z_ptr + m * stride_m + cols.to(tl.int64) * stride_d, mask=cols < D, other=0.0)
-    place = m * D + cols
-    tl.store(mean_ptr + place, first.to(tl.float32), mask=cols < D)
-    tl.store(mean_ptr + tl.num_programs(1) * D + place, rest, mask=cols < D)
-    tl.store(variance_ptr + place, (tl.sum(squares, 0) / (n - 1))[None, :], mask=cols < D)
+    offset = m * D + cols
+    tl.store(mean_ptr + offset, first.to(tl.float32), mask=cols < D)
+    tl.store(mean_ptr + tl.num_programs(1) * D + offset, rest, mask=cols < D)
+    tl.store(variance_ptr + offset, (tl.sum(squares, 0) / (n - 1))[None, :], mask=cols < D)
 
 
 # --- the launcher

@@ -124,8 +124,8 @@ def _reduce_kernel(
     local = (sub * BLOCK_R + tl.arange(0, BLOCK_R))[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     acc = tl.zeros((BLOCK_R, BLOCK), tl.float32)
     for split in range(splits):
-        place = ((m * splits + split) * tiles + tile) * (BLOCK * BLOCK)
-        acc += tl.load(partial_ptr + place + local)
+        offset = ((m * splits + split) * tiles + tile) * (BLOCK * BLOCK)
+        acc += tl.load(partial_ptr + offset + local)
     acc *= scale
     a = i * BLOCK + sub * BLOCK_R + tl.arange(0, BLOCK_R)
     b = (j * BLOCK + tl.arange(0, BLOCK))[None, :]

@@ -159,7 +159,7 @@ def test_memory_is_what_was_held_at_once():
 
 def test_the_masks_time_is_of_the_calls_asked_for():
     calls = []
-    times_ms = masks.calls_ms(lambda *place: calls.append(place), 4, 5)
+    times_ms = masks.calls_ms(lambda *index: calls.append(index), 4, 5)
     assert len(times_ms) == 5 and all(ms >= 0 for ms in times_ms)
     assert len(calls) == 5 + masks.WARMUP and calls[2][2].tolist() == [8, 9, 10, 11]
 

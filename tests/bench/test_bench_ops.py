@@ -152,11 +152,11 @@ def test_every_knob_turns_and_names_a_choice_the_kernels_make(monkeypatch):
     assert {knob.key for knob in knobs} == asked
 
 
-@pytest.mark.parametrize(("times", "place"), [((9.0, 5.0), 1), ((5.0, 9.0), 0), ((5.0, 4.9), 0)])
-def test_the_fastest_is_written_down_unless_it_may_be_noise(times, place):
+@pytest.mark.parametrize(("times", "index"), [((9.0, 5.0), 1), ((5.0, 9.0), 0), ((5.0, 4.9), 0)])
+def test_the_fastest_is_written_down_unless_it_may_be_noise(times, index):
     knob = tune.Knob("a kernel", ("one", "other"), lambda candidate: None)
     table = tune.tune(iter([knob]), Fake(times), 0.0)
-    assert table == ({"a kernel": place} if place else {})
+    assert table == ({"a kernel": index} if index else {})
 
 
 def test_the_table_is_source_that_says_the_same():

@@ -20,7 +20,7 @@ def test_the_readme_is_what_the_results_say():
     assert report.main(["--check"]) == 0, "python bench/report.py writes it anew"
 
 
-def test_a_figure_of_the_gpu_takes_the_place_of_not_measured(tmp_path):
+def test_a_figure_of_the_gpu_replaces_not_measured(tmp_path):
     before = report.table(report.lines(tmp_path))
     assert before.count("not yet") == 3
     rows = [

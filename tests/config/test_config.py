@@ -422,7 +422,7 @@ def test_without_vicreg_no_projector_is_built():
         assert build_networks(config).projector is None
 
 
-def test_own_sizes_take_the_named_models_place():
+def test_own_sizes_replace_the_named_models():
     config = load("vit_t", ["model.depth=2", "model.mlp_ratio=3", "predictor.heads=6"])
     with torch.device("meta"):
         networks = build_networks(config)

@@ -40,7 +40,7 @@ def test_equal_to_the_reference(seed, scale):
     assert (got[:, :2] + got[:, 2:] <= sizes).all()
 
 
-def test_area_aspect_and_place_are_uniform(seed):
+def test_area_aspect_and_position_are_uniform(seed):
     """Of a large square image every try with this range fits, so the first draw decides."""
     rng, n = np.random.default_rng(seed), 40_000
     sizes = np.full((n, 2), 4000)

@@ -58,7 +58,7 @@ def images(request, tmp_path):
 
 def test_world_sizes_share_one_global_order(images):
     """Each step's images are the same for 1, 2 and 3 ranks, to the bit; a micro-batch of all ranks
-    is a run of places."""
+    is a range of indices."""
     whole = take(loader(images, micro_batch=12), 4)
     for world_size in (2, 3):
         ranks = [
@@ -101,8 +101,8 @@ def test_resume_at_any_step_is_exact(images, start, decoder):
 
 
 @pytest.mark.parametrize("options", [{}, {"crop_scale": (1, 1), "flip": True, "colour": 0.4}])
-def test_each_place_and_epoch_has_its_own_look(tmp_path, options):
-    """Of one picture many times over, every place of every epoch shows something else."""
+def test_each_index_and_epoch_has_its_own_look(tmp_path, options):
+    """Of one picture many times over, every index of every epoch shows something else."""
     for i in range(12):
         made.write(tmp_path / "set" / f"{i:02d}.jpg", made.encoded(made.picture(1)))
     images = open_images(tmp_path / "set", cache=tmp_path / "cache")
@@ -133,9 +133,9 @@ def test_masks_are_made_with_the_batch(images):
     seen = []
     sampler = MaskSampler((8, 8), "uniform", "random", min_keep=4, seed=3)
 
-    def masks(epoch, step, places_B):
-        seen.append((epoch, step, places_B.tolist(), threading.current_thread().name))
-        return sampler(epoch, step, places_B)
+    def masks(epoch, step, index_B):
+        seen.append((epoch, step, index_B.tolist(), threading.current_thread().name))
+        return sampler(epoch, step, index_B)
 
     batches = take(loader(images, rank=1, world_size=2, masks=masks), 4)
     assert [s[:3] for s in seen[:2]] == [(0, 0, [2, 3]), (0, 0, [6, 7])]
@@ -163,14 +163,14 @@ def bad_indices(images, names):
 
 
 def check_epoch(source, images, bad, batches, epoch):
-    """Each place holds its own image if that is good, else a good stand-in from the tail."""
+    """Each index holds its own image if that is good, else a good stand-in from the tail."""
     order = source.order(epoch).tolist()
     used = source.steps_per_epoch * 8
     got = indices(b for b in batches if b.epoch == epoch)
     stand_ins = set(order[used:] or order) - bad
     assert len(got) == used
-    for place, i in enumerate(got):
-        assert i == order[place] if order[place] not in bad else i in stand_ins
+    for index, i in enumerate(got):
+        assert i == order[index] if order[index] not in bad else i in stand_ins
     return sum(i in bad for i in order[:used])
 
 
@@ -205,10 +205,10 @@ def test_stand_ins_come_from_the_dropped_tail_on_any_rank_and_after_resume(broke
     holes = 0
     for epoch in range(2):
         order, got = source.order(epoch).tolist(), indices(b for b in batches if b.epoch == epoch)
-        for place, i in enumerate(got):
-            hole = order[place] in bad
+        for index, i in enumerate(got):
+            hole = order[index] in bad
             holes += hole
-            assert i in set(order[216:]) - bad if hole else i == order[place]
+            assert i in set(order[216:]) - bad if hole else i == order[index]
     assert holes >= 4
     ranks = [take(loader(images, 18, 3, rank=r, world_size=2, **options), 24) for r in range(2)]
     for step in range(24):
@@ -280,7 +280,7 @@ def test_the_thread_ends(images, end, decoder):
 
 
 def test_an_error_in_the_thread_reaches_the_consumer(images):
-    def masks(epoch, step, places_B):
+    def masks(epoch, step, index_B):
         if step == 1:
             raise ZeroDivisionError("from the masks")
         return None

@@ -86,7 +86,7 @@ def test_every_change_is_drawn_and_each_image_has_its_own():
     assert len(looks) == 3 + 2 * 9 + 2  # identity; what has one sign; what has two
 
 
-def test_it_is_a_pure_function_of_the_place(tmp_path):
+def test_it_is_a_pure_function_of_the_index(tmp_path):
     images = open_images(made.good_folder(tmp_path / "set", 12), cache=tmp_path / "cache")
     options = {"rand_augment": (2, 9), "decoder": PILLOW, "micro_batch": 12, "image_size": 32}
     whole = take(loader(images, **options), 3)

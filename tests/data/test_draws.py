@@ -48,15 +48,15 @@ def test_uniforms_fill_the_unit_interval_evenly(seed, stream):
     assert chi_square_sigmas(torch.bincount(low_bits.flatten(), minlength=64)) < SIGMAS
 
 
-def test_pairs_of_columns_places_epochs_streams_and_seeds_are_uncorrelated(seed):
-    places = torch.arange(40_000)
-    base = rng.uniforms(seed, rng.MASK_PLACE, 5, places, 2)
+def test_pairs_of_columns_indices_epochs_streams_and_seeds_are_uncorrelated(seed):
+    index = torch.arange(40_000)
+    base = rng.uniforms(seed, rng.MASK_POSITION, 5, index, 2)
     others = {
         "columns": base[:, 1],
-        "next place": rng.uniforms(seed, rng.MASK_PLACE, 5, places + 1, 1),
-        "next epoch": rng.uniforms(seed, rng.MASK_PLACE, 6, places, 1),
-        "next stream": rng.uniforms(seed, rng.MASK_PLACE + 1, 5, places, 1),
-        "next seed": rng.uniforms(seed + 1, rng.MASK_PLACE, 5, places, 1),
+        "next index": rng.uniforms(seed, rng.MASK_POSITION, 5, index + 1, 1),
+        "next epoch": rng.uniforms(seed, rng.MASK_POSITION, 6, index, 1),
+        "next stream": rng.uniforms(seed, rng.MASK_POSITION + 1, 5, index, 1),
+        "next seed": rng.uniforms(seed + 1, rng.MASK_POSITION, 5, index, 1),
     }
     for name, other in others.items():
         assert correlation_sigmas(base[:, 0], other) < SIGMAS, name
@@ -66,19 +66,19 @@ def test_pairs_of_columns_places_epochs_streams_and_seeds_are_uncorrelated(seed)
 
 def test_no_two_keys_share_their_draws():
     """Small seeds, streams and epochs, the ones that users pick, never give the same numbers."""
-    place = torch.tensor([0])
+    index = torch.tensor([0])
     keys = itertools.product(range(12), STREAMS, range(12))
-    seen = [rng.bits(*key, place).item() for key in keys]
+    seen = [rng.bits(*key, index).item() for key in keys]
     assert len(set(seen)) == len(seen)
 
 
-def test_a_draw_depends_on_its_place_alone(seed):
+def test_a_draw_depends_on_its_index_alone(seed):
     """The rest of the batch, its order and the number of columns change nothing."""
-    places = torch.arange(1000)
-    whole = rng.uniforms(seed, rng.FLIP, 2, places, 6)
+    index = torch.arange(1000)
+    whole = rng.uniforms(seed, rng.FLIP, 2, index, 6)
     mixed = torch.randperm(1000)
-    assert torch.equal(rng.uniforms(seed, rng.FLIP, 2, places[mixed], 6), whole[mixed])
-    assert torch.equal(rng.uniforms(seed, rng.FLIP, 2, places[7:8], 3), whole[7:8, :3])
+    assert torch.equal(rng.uniforms(seed, rng.FLIP, 2, index[mixed], 6), whole[mixed])
+    assert torch.equal(rng.uniforms(seed, rng.FLIP, 2, index[7:8], 3), whole[7:8, :3])
 
 
 def test_draws_do_not_touch_torchs_generator(seed):
@@ -111,7 +111,7 @@ def test_permutation_changes_with_epoch_and_seed_and_repeats_for_both(seed):
         assert same < 12
 
 
-def test_permutation_puts_every_image_at_every_place_equally_often(seed):
+def test_permutation_puts_every_image_at_every_index_equally_often(seed):
     counts = torch.zeros(6, 6)
     for epoch in range(3000):
         counts[torch.arange(6), rng.permutation(seed, epoch, 6)] += 1
@@ -120,9 +120,9 @@ def test_permutation_puts_every_image_at_every_place_equally_often(seed):
 
 
 def test_seeds_of_any_size_and_sign_work():
-    place = torch.arange(4)
+    index = torch.arange(4)
     for value in (0, -1, 2**63 - 1, 2**63, 2**64 - 1):
-        assert rng.uniforms(value, 0, 0, place, 1).shape == (4, 1)
+        assert rng.uniforms(value, 0, 0, index, 1).shape == (4, 1)
 
 
 def test_the_draws_are_those_of_every_version():

@@ -211,11 +211,11 @@ def test_random_keeps_every_part_of_the_context_as_often(seed):
     """Where a kept patch stood in its image's own full context: even over the list."""
     sampler = MaskSampler((14, 14), "uniform", "random", seed=seed)
     generator = torch.Generator().manual_seed(seed % 2**32)
-    places = torch.arange(2000)
-    kept = torch.cat([m.context_idx_BK for m in [sampler(0, 0, places)]])
+    indices = torch.arange(2000)
+    kept = torch.cat([m.context_idx_BK for m in [sampler(0, 0, indices)]])
     where = []
-    for place, row in zip(places, kept, strict=True):
-        whole = sampler(0, 0, place[None]).context_idx_BK[0]
+    for index, row in zip(indices, kept, strict=True):
+        whole = sampler(0, 0, index[None]).context_idx_BK[0]
         assert torch.isin(row, whole).all()
         pick = row[torch.randint(len(row), (1,), generator=generator)]
         rank = torch.searchsorted(whole, pick) + torch.rand(1, generator=generator)
@@ -229,9 +229,9 @@ def test_random_keeps_every_part_of_the_context_as_often(seed):
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_an_image_keeps_its_layout_on_any_world_size(seed, sampler, context, ranks):
     masks_of = MaskSampler((14, 14), sampler, context, seed=seed)
-    places = torch.arange(240) + 960  # more than are worked through at once
-    whole = masks_of(2, 4, places)
-    parts = [masks_of(2, 4, share) for share in places.chunk(ranks)]
+    indices = torch.arange(240) + 960  # more than are worked through at once
+    whole = masks_of(2, 4, indices)
+    parts = [masks_of(2, 4, share) for share in indices.chunk(ranks)]
     targets = torch.cat([part.target_idx_BMP for part in parts])
     assert torch.equal(targets, whole.target_idx_BMP)
     rows = [row for part in parts for row in contexts_of(part)]
@@ -271,10 +271,10 @@ def test_the_masks_are_those_of_every_version():
 
 
 def test_the_random_cut_is_new_for_each_epoch_and_seed(seed):
-    places, everything = torch.arange(8), torch.ones(8, 196, dtype=torch.bool)
+    indices, everything = torch.arange(8), torch.ones(8, 196, dtype=torch.bool)
 
     def cut(seed, epoch):
-        return MaskSampler((14, 14), seed=seed)._random_subset(epoch, places, everything, 98)
+        return MaskSampler((14, 14), seed=seed)._random_subset(epoch, indices, everything, 98)
 
     first = cut(seed, 0)
     assert torch.equal(first, cut(seed, 0)) and (first.sum(-1) == 98).all()
@@ -351,19 +351,19 @@ def same_blocks_as(constant: MaskSampler) -> MaskSampler:
 def test_fixed_redraws_about_one_image_in_ten(seed):
     """An image keeps its first layout unless that came out short."""
     fixed = MaskSampler((14, 14), "uniform", "fixed", seed=seed)
-    places = torch.arange(4000)
-    first, kept = same_blocks_as(fixed)(0, 0, places), fixed(0, 0, places)
+    indices = torch.arange(4000)
+    first, kept = same_blocks_as(fixed)(0, 0, indices), fixed(0, 0, indices)
     moved = (first.target_idx_BMP != kept.target_idx_BMP).any(-1).any(-1).double().mean().item()
     assert 0.06 < moved < 0.12
 
 
 def test_packed_keeps_the_first_layout_and_all_of_its_context(seed):
     packed = MaskSampler((14, 14), "uniform", "packed", seed=seed)
-    first, places = same_blocks_as(packed), torch.arange(200)
-    kept = packed(0, 0, places)
-    for place, row in zip(places, contexts_of(kept), strict=True):
-        alone = first(0, 0, place[None])
-        assert torch.equal(kept.target_idx_BMP[place], alone.target_idx_BMP[0])
+    first, indices = same_blocks_as(packed), torch.arange(200)
+    kept = packed(0, 0, indices)
+    for index, row in zip(indices, contexts_of(kept), strict=True):
+        alone = first(0, 0, index[None])
+        assert torch.equal(kept.target_idx_BMP[index], alone.target_idx_BMP[0])
         assert torch.equal(row, alone.context_idx_BK[0])
     assert kept.context_k == kept.context.tokens / 200
     with pytest.raises(ValueError, match=r'"packed".*"fixed"'):
@@ -388,11 +388,11 @@ def test_packed_shapes_never_change_and_little_is_padding(seed, sampler, side, b
 @pytest.mark.parametrize("share", [0.5, 0.9])
 def test_over_the_budget_the_longest_are_cut_at_random(seed, monkeypatch, share):
     masks_of = MaskSampler((14, 14), "uniform", "packed", seed=seed)
-    places = torch.arange(400)  # more than are worked through at once
-    whole = contexts_of(masks_of(1, 2, places))
+    indices = torch.arange(400)  # more than are worked through at once
+    whole = contexts_of(masks_of(1, 2, indices))
     T = int(share * sum(map(len, whole)))
     monkeypatch.setattr(MaskSampler, "budget", lambda self, images: T)
-    cut = masks_of(1, 2, places)
+    cut = masks_of(1, 2, indices)
     rows = contexts_of(cut)
     assert cut.context.tokens == T == len(cut.context.rows_T) == sum(map(len, rows))
     level = max(map(len, rows))
@@ -403,7 +403,7 @@ def test_over_the_budget_the_longest_are_cut_at_random(seed, monkeypatch, share)
         if len(row) < len(full):
             ranks.append(torch.searchsorted(full, row).double() / (len(full) - 1))
     assert abs(torch.cat(ranks).mean().item() - 0.5) < 0.02  # not the first of the list
-    again = masks_of(1, 2, places)
+    again = masks_of(1, 2, indices)
     assert torch.equal(again.context.rows_T, cut.context.rows_T)
 
 
@@ -431,7 +431,7 @@ def test_min_keep_is_kept_even_where_targets_must_be_given_up(seed, sampler, con
 
 def test_images_that_keep_enough_are_left_alone(seed):
     """A harder min_keep redraws the short images and no other."""
-    places = torch.arange(256)
+    indices = torch.arange(256)
 
     def sampler(min_keep):  # sizes are given, so that some images, and not all, keep 70
         sizes = {"target_scale": (0.2, 0.2), "target_aspect": (1.0, 1.0)}
@@ -439,8 +439,8 @@ def test_images_that_keep_enough_are_left_alone(seed):
             (14, 14), context_scale=(0.85, 0.85), min_keep=min_keep, seed=seed, **sizes
         )
 
-    easy, hard = sampler(1)(0, 0, places), sampler(70)(0, 0, places)
-    size = [len(sampler(1)(0, 0, place[None]).context_idx_BK[0]) for place in places]
+    easy, hard = sampler(1)(0, 0, indices), sampler(70)(0, 0, indices)
+    size = [len(sampler(1)(0, 0, index[None]).context_idx_BK[0]) for index in indices]
     enough = torch.tensor(size) >= 70
     same = (easy.target_idx_BMP == hard.target_idx_BMP).all(-1).all(-1)
     assert 0 < enough.sum() < 256

@@ -61,13 +61,13 @@ def test_dimensions_that_hardly_vary_are_dead():
     assert spread.dead_share(torch.ones(4, 3)) == 1.0
 
 
-def test_the_variance_of_tokens_divides_by_place_image_and_both(seed):
-    place, image, both = torch.randn(1, 7, 4), torch.randn(9, 1, 4), torch.randn(9, 7, 4)
-    assert spread.token_shares(place.expand(9, 7, 4))["by_position"] == pytest.approx(1)
+def test_the_variance_of_tokens_divides_by_position_image_and_both(seed):
+    position, image, both = torch.randn(1, 7, 4), torch.randn(9, 1, 4), torch.randn(9, 7, 4)
+    assert spread.token_shares(position.expand(9, 7, 4))["by_position"] == pytest.approx(1)
     assert spread.token_shares(image.expand(9, 7, 4))["by_image"] == pytest.approx(1)
     alone = both - both.mean(0, keepdim=True) - both.mean(1, keepdim=True) + both.mean((0, 1))
     assert spread.token_shares(alone)["by_both"] == pytest.approx(1)
-    centred = [part - part.mean((0, 1)) for part in (place, image)]
+    centred = [part - part.mean((0, 1)) for part in (position, image)]
     found = spread.token_shares(sum(centred) + alone + 3.0)
     sizes = [part.expand(9, 7, 4).square().sum().item() for part in (*centred, alone)]
     expected = [size / sum(sizes) for size in sizes]

@@ -95,7 +95,7 @@ def test_without_a_test_set_the_two_sides_share_no_image(data):
 
 
 def test_what_is_found_lies_in_the_run_s_folder_too(run, data):
-    """A file for each set of settings: the same again takes its place."""
+    """A file for each set of settings: the same settings replace it."""
     for k in (3, 4, 3):
         assert main(["knn", str(run), "--data", str(data), "--k", str(k)]) == 0
     found = cli.records(run)

@@ -1,4 +1,4 @@
-"""Features of a set: the mean of the encoder's tokens, of the right pixels, at the right place."""
+"""Features of a set: the mean of the encoder's tokens, of the right pixels, at the right index."""
 
 import io
 
@@ -43,8 +43,8 @@ def by_hand(encoder, images, i: int) -> torch.Tensor:
 
 def test_features_are_the_mean_of_the_tokens_of_each_image(encoder, images):
     """Pillow and DALI decode and resize a little apart: far less than two images differ."""
-    found, place = features.extract(encoder, images, batch_size=4)
-    assert place.tolist() == list(range(14))
+    found, index = features.extract(encoder, images, batch_size=4)
+    assert index.tolist() == list(range(14))
     assert found.shape == (14, 24) and found.dtype == torch.float32
     theirs = torch.stack([by_hand(encoder, images, i) for i in range(14)])
     assert torch.cdist(found, theirs).argmin(1).tolist() == list(range(14))
@@ -54,8 +54,8 @@ def test_features_are_the_mean_of_the_tokens_of_each_image(encoder, images):
 def test_a_part_of_the_set_has_the_same_features(encoder, images):
     whole, _ = features.extract(encoder, images, batch_size=14)
     keep = torch.tensor([1, 5, 6, 13])
-    some, place = features.extract(encoder, images, keep=keep, batch_size=3)
-    assert torch.equal(place, keep)
+    some, index = features.extract(encoder, images, keep=keep, batch_size=3)
+    assert torch.equal(index, keep)
     torch.testing.assert_close(some, whole[keep], rtol=1e-5, atol=1e-5)
 
 
@@ -91,8 +91,8 @@ def test_features_are_kept_by_what_decides_them(encoder, images, tmp_path, monke
     cache = tmp_path / "features"
     made, _ = features.extract(encoder, images, cache=cache)
     monkeypatch.setattr(features, "image_vectors", None)  # from here on nothing can be made
-    kept, place = features.extract(encoder, images, cache=cache)
-    assert torch.equal(kept, made) and place.tolist() == list(range(14))
+    kept, index = features.extract(encoder, images, cache=cache)
+    assert torch.equal(kept, made) and index.tolist() == list(range(14))
     (file,) = cache.iterdir()
     whole = file.read_bytes()
     file.write_bytes(whole[:100])
@@ -122,8 +122,8 @@ def test_what_could_not_be_read_this_time_is_read_the_next(encoder, images, tmp_
         return read(subset, i)
 
     monkeypatch.setattr(features.Subset, "read", failing)
-    made, place = features.extract(encoder, images, cache=cache)
-    assert len(made) == 13 and 4 not in place
+    made, index = features.extract(encoder, images, cache=cache)
+    assert len(made) == 13 and 4 not in index
     monkeypatch.setattr(features.Subset, "read", read)
     assert len(features.extract(encoder, images, cache=cache)[0]) == 14
     with monkeypatch.context() as patch:
@@ -154,7 +154,7 @@ features.Subset.read = lambda self, i: seen.append(i) or plain(self, i)
 keep = torch.tensor([0, 2, 3, 5, 7, 11, 13])
 images, cache = open_images(sys.argv[1]), Path(sys.argv[2]) / "features"
 distributed.PIECE_ROWS = 2
-made, place = features.extract(encoder, images, keep=keep)
+made, index = features.extract(encoder, images, keep=keep)
 count = len(seen)
 kept, _ = features.extract(encoder, images, keep=keep, cache=cache)
 single, _ = features.extract(encoder, images, keep=keep[:1])
@@ -167,7 +167,7 @@ def away(self, i):  # of two ranks, all of the first one's images and one of the
 features.Subset.read = away
 some = features.extract(encoder, images, keep=keep, cache=cache / "none")
 features.Subset.read = plain
-torch.save((made, kept, single, some, place, count), f"{sys.argv[2]}/{distributed.rank()}.pt")
+torch.save((made, kept, single, some, index, count), f"{sys.argv[2]}/{distributed.rank()}.pt")
 encoder.norm.weight.data[0] = float("nan")
 try:
     features.extract(encoder, images, keep=keep, cache=cache)
@@ -188,12 +188,12 @@ def test_two_ranks_take_half_the_images_each(images, tmp_path):
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("features are not finite") == ranks
         assert len(list((folder / "features").iterdir())) == 1
-    (whole, *_, place, _), *halves = map(torch.load, (alone / "0.pt", both / "0.pt", both / "1.pt"))
+    (whole, *_, index, _), *halves = map(torch.load, (alone / "0.pt", both / "0.pt", both / "1.pt"))
     assert [half[-1] for half in halves] == [4, 3]
     for made, kept, single, (some, some_at), at, _ in halves:
         assert some_at.tolist() == [2, 5]
         torch.testing.assert_close(some, whole[[1, 3]])
-        assert torch.equal(at, place)
+        assert torch.equal(at, index)
         torch.testing.assert_close(made, whole)
         torch.testing.assert_close(kept, whole)
         torch.testing.assert_close(single, whole[:1])
@@ -204,9 +204,9 @@ def test_an_image_that_cannot_be_read_keeps_the_others_in_place(encoder, images,
     name = images.name(3)
     path = tmp_path / "images" / name
     path.write_bytes(path.read_bytes()[:40].ljust(path.stat().st_size, b"\0"))
-    found, place = features.extract(encoder, images, batch_size=4)
-    assert place.tolist() == [i for i in range(14) if i != 3]
-    torch.testing.assert_close(found, whole[place], rtol=1e-4, atol=1e-4)
+    found, index = features.extract(encoder, images, batch_size=4)
+    assert index.tolist() == [i for i in range(14) if i != 3]
+    torch.testing.assert_close(found, whole[index], rtol=1e-4, atol=1e-4)
 
 
 class Named:

@@ -191,8 +191,8 @@ def test_no_copy_of_a_held_out_image_is_trained_on(monkeypatch):
     seen = []
     original = probe_sweep.fit
     monkeypatch.setattr(linear, "fit", lambda x, *rest: (seen.append(x), original(x, *rest))[1])
-    place = torch.arange(40.0)[:, None]
-    x, label = torch.cat([place, place + 100]), torch.arange(80) % 2
+    column = torch.arange(40.0)[:, None]
+    x, label = torch.cat([column, column + 100]), torch.arange(80) % 2
     linear.sweep((x, label, x, label), [1], Plan("adamw", epochs=1), copies=2)
     first, again = (set(rows.flatten().int().tolist()) for rows in seen)
     assert len(first) == 72 and {(i + 100) % 200 for i in first} == first

@@ -76,19 +76,19 @@ def test_neighbours_are_the_nearest_by_angle_and_never_the_image_itself():
     assert near.tolist() == [[1, 3], [3, 1]]
     assert similarity[0].tolist() == pytest.approx([10 / 101**0.5, 0.5**0.5])
     labels = torch.tensor([7, 7, 0, 0, 0])
-    place = torch.arange(5)
-    assert retrieve.agreement(labels, place, torch.tensor([0, 2]), near) == pytest.approx(50)
+    index = torch.arange(5)
+    assert retrieve.agreement(labels, index, torch.tensor([0, 2]), near) == pytest.approx(50)
     with pytest.raises(ValueError, match="5 neighbours of 5 images"):
         retrieve.nearest(features_nD, torch.tensor([0]), 5)
 
 
 def test_the_contact_sheet_frames_right_and_wrong(encoder, tmp_path):
     images = open_images(tiny.write_images(tmp_path / "set", count=8), cache=tmp_path / "cache")
-    place = torch.tensor([0, 1, 4, 5])  # classes 0, 0, 1, 1, by folder
-    assert images.labels[place].tolist() == [0, 0, 1, 1]
+    index = torch.tensor([0, 1, 4, 5])  # classes 0, 0, 1, 1, by folder
+    assert images.labels[index].tolist() == [0, 0, 1, 1]
     near = torch.tensor([[1, 2]])
     figure = retrieve.figure(
-        images, place, torch.tensor([0]), {"run": (torch.tensor([[0.9, 0.8]]), near)}, "title"
+        images, index, torch.tensor([0]), {"run": (torch.tensor([[0.9, 0.8]]), near)}, "title"
     )
     query, right, wrong = figure.axes
     assert query.get_title().startswith("query")

@@ -20,15 +20,15 @@ def square(top: int, left: int) -> torch.Tensor:
 
 
 def test_ideal_features_carry_a_moving_square_exactly(seed):
-    places = [(1 + t // 3, t) for t in range(8)]
+    corners = [(1 + t // 3, t) for t in range(8)]
     one = torch.randn(16)
     look = torch.stack([one, -one])  # ground and square
-    frames = [look[square(*place)] for place in places]
-    first = F.one_hot(square(*places[0]), 2).float()
+    frames = [look[square(*corner)] for corner in corners]
+    first = F.one_hot(square(*corners[0]), 2).float()
     found = list(propagate.propagate(frames, first, GRID, **OPTIONS))
     assert len(found) == 7
-    for place, label_NK in zip(places[1:], found, strict=True):
-        torch.testing.assert_close(label_NK, F.one_hot(square(*place), 2).float())
+    for corner, label_NK in zip(corners[1:], found, strict=True):
+        torch.testing.assert_close(label_NK, F.one_hot(square(*corner), 2).float())
 
 
 def test_beyond_the_radius_nothing_is_found():

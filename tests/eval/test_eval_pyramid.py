@@ -1,4 +1,4 @@
-"""The simple feature pyramid: strides, cells in their places, patches of another size."""
+"""The simple feature pyramid: strides, the order of its cells, patches of another size."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""No file that the project reads is unpickled: a pickle in the place of any runs none of its code.
+"""No file that the project reads is unpickled: a pickle instead of any runs none of its code.
 
 But foreign weights that a user names are, by torch.load(weights_only=True) in interop/ alone
 (test_interop.py). `cjepa-export --to torch` writes a program of torch's own format and opens it
@@ -149,7 +149,7 @@ def detect(tmp_path: Path) -> Training:
 
 
 TRAININGS = {"finetune": finetune, "segment": segment, "detect": detect}
-OTHER = (b"[" * 200_000, b"")  # in a file's place: JSON too deep, and nothing
+OTHER = (b"[" * 200_000, b"")  # instead of a file: JSON too deep, and nothing
 
 
 @pytest.fixture
@@ -168,7 +168,7 @@ def refused(words: list[str], path: Path, capsys) -> str:
 
 
 @pytest.mark.parametrize("training", TRAININGS, indirect=True)
-def test_whatever_lies_in_a_training_s_place_is_refused_by_name(training, marker, capsys):
+def test_whatever_lies_where_a_training_was_is_refused_by_name(training, marker, capsys):
     words, resume, kept = training
     assert main(words) == 0, capsys.readouterr().err
     left = files_below(kept)

@@ -42,8 +42,8 @@ def test_the_target_is_judged_before_between_and_at_the_end(tmp_path):
     train_keep, test_keep = features.split_by_name(images)
     found = []
     for keep in (train_keep, test_keep):
-        vectors, place = features.extract(load_encoder(run), images, keep=keep)
-        found += [vectors, images.labels[place]]
+        vectors, index = features.extract(load_encoder(run), images, keep=keep)
+        found += [vectors, images.labels[index]]
     assert rows[6]["knn"] == pytest.approx(knn.top1(*found, k=3), abs=1e-3)
     right = online.ridge(*found[:3]) == found[3]
     assert rows[6]["linear"] == pytest.approx(100 * right.double().mean().item(), abs=1e-3)

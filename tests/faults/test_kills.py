@@ -52,12 +52,12 @@ def test_skipped_images_are_counted_over_all_ranks(images, whole):
     """An epoch has a hole where the broken image is not in its dropped tail."""
     listed = sorted(path.relative_to(images) for path in images.rglob("*.jpg"))
     broken = [path.name for path in listed].index("tables.jpg")
-    places = [
+    indices = [
         rng.permutation(0, epoch, len(listed)).tolist().index(broken)
         for epoch in range(harness.STEPS // 2)
     ]
-    holes = [place for place in places if place < 32]
-    assert {place % 16 // 8 for place in holes} == {0, 1}  # on both ranks
+    holes = [index for index in indices if index < 32]
+    assert {index % 16 // 8 for index in holes} == {0, 1}  # on both ranks
     counted = read_log(whole(2).run)[-1]["skipped_images"]
     assert len(holes) <= counted <= len(holes) + 2  # the loaders read ahead
 

@@ -84,7 +84,7 @@ BREAKS = [
         ("last step unsummed", "tl.minimum(begin + per_split, D if GRAM else n)",
          "tl.minimum(begin + per_split, D if GRAM else n) - BLOCK_K"),
         ("every stretch from the start", "begin = split * per_split", "begin = 0 * split"),
-        ("one tile's place taken twice", "j * (j + 1) // 2 + i", "j * (j + 1) // 2"),
+        ("one tile's offset taken twice", "j * (j + 1) // 2 + i", "j * (j + 1) // 2"),
     ),
     *broken(
         "vicreg/forward", "_reduce_kernel",
@@ -186,7 +186,7 @@ BREAKS = [
         "ema/plain_update", "_ema_kernel",
         ("mask of the tail dropped", "tl.arange(0, CHUNK) < rest", "tl.full((CHUNK,), 1, tl.int1)"),
         ("last value of the tail dropped", "CHUNK) < rest", "CHUNK) < rest - 1"),
-        ("copy written over the online", "address(places, 2,", "address(places, 1,"),
+        ("copy written over the online", "address(pointers, 2,", "address(pointers, 1,"),
     ),
     *broken(
         "ema/plain_update", "_ema_chunk",
@@ -247,7 +247,7 @@ BREAKS = [
         ("dweight of gained gradients", "dweight += grad * normed",
          "dweight += grad * gain * normed"),
         ("the branch's bias takes dh", "rounded.to(tl.float32), 0.0)", "grad, 0.0)"),
-        ("sums exchanged", "place + D, tl.sum(dbias", "place + D, tl.sum(dweight"),
+        ("sums exchanged", "pointer + D, tl.sum(dbias", "pointer + D, tl.sum(dweight"),
     ),
     *broken(
         "common/sums", "_sum_parts_kernel",
@@ -343,7 +343,7 @@ BREAKS = [
     *broken(
         "ema/adamw", "_adamw_ema_kernel",
         ("one value beyond the tail", "tl.arange(0, CHUNK) < rest", "tl.arange(0, CHUNK) <= rest"),
-        ("copies exchanged", "address(places, target_copies,", "address(places, copies,"),
+        ("copies exchanged", "address(pointers, target_copies,", "address(pointers, copies,"),
         ("a bad step taken", "if tl.load(numbers + 9) == 0.0:", "if tl.load(numbers + 9) == 2.0:"),
     ),
     *broken(
@@ -360,9 +360,13 @@ BREAKS = [
 ]  # fmt: skip
 
 
+def text_of(one: Break) -> str:
+    return (ROOT / "kernels" / f"{one.file}.py").read_text()
+
+
 def source_with(one: Break) -> str:
     """The file's text with the break in it. Raises ValueError where it does not fit."""
-    text = (ROOT / "kernels" / f"{one.file}.py").read_text()
+    text = text_of(one)
     start = text.index(f"def {one.function}(")
     end = text.find("\n\n\n", start)
     body = text[start:end]

@@ -31,11 +31,11 @@ class Chooser:
     """launch.chosen on sm_`arch`. asked: the keys of tuned.py that it was called with."""
 
     def __init__(self, arch: int):
-        self.places, self.asked = TUNED.get(f"sm_{arch}", {}), set()
+        self.indices, self.asked = TUNED.get(f"sm_{arch}", {}), set()
 
     def __call__(self, key: str, candidates: tuple):
         self.asked.add(key)
-        return candidates[self.places.get(key, 0)]
+        return candidates[self.indices.get(key, 0)]
 
 
 class Stack(NamedTuple):
@@ -84,7 +84,7 @@ def shipped(arch: int) -> tuple[set[str], set[str]]:
 
 def _tuned(choose: Chooser) -> tuple[Stack, ...]:
     """Sequences for which another tile than the first is chosen: contexts vary in length."""
-    keys = filter(None, (re.fullmatch(r"attention (\d+)x(\d+)", key) for key in choose.places))
+    keys = filter(None, (re.fullmatch(r"attention (\d+)x(\d+)", key) for key in choose.indices))
     return tuple(Stack("tuned", 0, int(key[2]), int(key[1])) for key in keys)
 
 

@@ -187,7 +187,7 @@ def test_one_pass_holds_all_queries_and_the_others_take_two():
 
 
 def test_a_length_has_one_key_and_one_list():
-    """tuned.py names a place in the list, by the key."""
+    """tuned.py names an index of the list, by the key."""
     for d in (24, 80):
         lists = {}
         for S in range(1, 600):

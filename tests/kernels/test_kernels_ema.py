@@ -83,13 +83,13 @@ def test_fragments_of_a_flat_buffer(seed, kernel_device, shift):
     buffer, online = torch.randn(2, 6 * CHUNK, device=kernel_device)
     copy = torch.zeros(6 * CHUNK, dtype=torch.bfloat16, device=kernel_device)
     before, touched, offset = buffer.clone(), torch.zeros_like(buffer, dtype=torch.bool), shift
-    places = []
+    slices = []
     for size in sizes:
-        places.append(slice(offset, offset + size))
-        touched[places[-1]] = True
+        slices.append(slice(offset, offset + size))
+        touched[slices[-1]] = True
         offset += size + 13
     ema.ema_update(
-        [buffer[p] for p in places], [online[p] for p in places], 0.5, [copy[p] for p in places]
+        [buffer[p] for p in slices], [online[p] for p in slices], 0.5, [copy[p] for p in slices]
     )
     torch.testing.assert_close(buffer[touched], (before + online)[touched] / 2)
     assert torch.equal(buffer[~touched], before[~touched])
@@ -354,11 +354,11 @@ def test_adamw_leaves_what_lies_between_fragments(seed, kernel_device):
     """As ZeRO cuts them from flat buffers: nothing beyond a fragment's last value is written."""
     size = CHUNK + 40
     arrays = torch.rand(5, size, device=kernel_device).unbind()
-    places, between = [slice(0, 5), slice(9, 9 + CHUNK + 1)], torch.ones(size, dtype=torch.bool)
-    for place in places:
-        between[place] = False
+    slices, between = [slice(0, 5), slice(9, 9 + CHUNK + 1)], torch.ones(size, dtype=torch.bool)
+    for piece in slices:
+        between[piece] = False
     before = [array.clone() for array in arrays]
-    lists = [[array[place] for place in places] for array in arrays]
+    lists = [[array[piece] for piece in slices] for array in arrays]
     ema.adamw_ema_step(*lists, step=1, lr=0.1, momentum=0.5)
     for written, (array, old) in enumerate(zip(arrays, before, strict=True)):
         assert torch.equal(array[between], old[between])
@@ -453,8 +453,8 @@ def test_a_step_that_is_not_applied_writes_nothing(seed, kernel_device, tensor):
     ema.adamw_ema_step(
         *lists, step=1, lr=0.1, momentum=0.5, apply=apply, copies=copies[0], target_copies=copies[1]
     )
-    for place in (0, 2, 3, 4):
-        assert torch.equal(flat(lists[place]), flat(params))
+    for which in (0, 2, 3, 4):
+        assert torch.equal(flat(lists[which]), flat(params))
     assert flat([*copies[0], *copies[1]]).isnan().all()
 
 

@@ -37,9 +37,9 @@ def test_gather_against_loops(tokens, shape, dtype):
     idx = indices(*shape, dtype=dtype)
     got = gather_tokens(tokens, idx)
     assert got.shape == (*shape, D)
-    for place in torch.cartesian_prod(*map(torch.arange, shape)).tolist():
-        b, *rest = place
-        assert torch.equal(got[tuple(place)], tokens[b, idx[b][tuple(rest)].item()])
+    for index in torch.cartesian_prod(*map(torch.arange, shape)).tolist():
+        b, *rest = index
+        assert torch.equal(got[tuple(index)], tokens[b, idx[b][tuple(rest)].item()])
 
 
 def test_gather_of_strided_tokens_and_indices(tokens):
@@ -110,14 +110,14 @@ def test_target_gather_works_in_fp32_and_takes_no_gradient(tokens):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_predictor_input_against_loops(seed, dtype):
     context, positions, mask_token = sequences(seed)
-    places, targets = indices(B, K, dtype=dtype), indices(B, M, P, dtype=dtype)
-    got = predictor_input(context, positions, mask_token, places, targets)
+    contexts, targets = indices(B, K, dtype=dtype), indices(B, M, P, dtype=dtype)
+    got = predictor_input(context, positions, mask_token, contexts, targets)
     assert got.shape == (B * M, K + P, W)
     for b in range(B):
         for m in range(M):
             sequence = got[b * M + m]
             for k in range(K):
-                wanted = context[b, k] + positions[places[b, k].item()]
+                wanted = context[b, k] + positions[contexts[b, k].item()]
                 assert torch.equal(sequence[k], wanted)
             for p in range(P):
                 wanted = mask_token + positions[targets[b, m, p].item()]
@@ -126,10 +126,10 @@ def test_predictor_input_against_loops(seed, dtype):
 
 def test_predictor_input_gradcheck_with_overlapping_blocks(seed):
     context, positions, mask_token = (x.requires_grad_() for x in sequences(seed))
-    places = torch.tensor([[0, 1, 2, 2]] * B)  # 2 twice, and 1 and 2 targets too
+    contexts = torch.tensor([[0, 1, 2, 2]] * B)  # 2 twice, and 1 and 2 targets too
     targets = torch.tensor([[[1, 2, 3], [2, 3, 4]]] * B)
     assert torch.autograd.gradcheck(
-        lambda *x: predictor_input(*x, places, targets), (context, positions, mask_token)
+        lambda *x: predictor_input(*x, contexts, targets), (context, positions, mask_token)
     )
 
 
@@ -137,21 +137,21 @@ def test_predictor_input_gradcheck_with_overlapping_blocks(seed):
 @pytest.mark.parametrize("wrong", [N, B * N, -1, -N])
 @pytest.mark.parametrize("which", ["context", "target"])
 def test_predictor_input_refuses_indices_outside_the_grid(seed, which, wrong, dtype):
-    places, targets = indices(B, K, dtype=dtype), indices(B, M, P, dtype=dtype)
+    contexts, targets = indices(B, K, dtype=dtype), indices(B, M, P, dtype=dtype)
     if which == "context":
-        places = with_wrong_index((B, K), wrong, dtype)
+        contexts = with_wrong_index((B, K), wrong, dtype)
     else:
         targets = with_wrong_index((B, M, P), wrong, dtype)
     with pytest.raises(IndexError, match=rf"index {wrong} is outside 0\.\.{N - 1}"):
-        predictor_input(*sequences(seed), places, targets)
+        predictor_input(*sequences(seed), contexts, targets)
 
 
 def test_shapes_alone_are_enough_on_the_meta_device():
     """No index is read where reading it would wait for the device."""
     tokens = torch.empty(B, N, D, device="meta")
-    places = torch.empty(B, K, dtype=torch.int64, device="meta")
+    contexts = torch.empty(B, K, dtype=torch.int64, device="meta")
     targets = torch.empty(B, M, P, dtype=torch.int64, device="meta")
-    assert gather_tokens(tokens, places).shape == (B, K, D)
+    assert gather_tokens(tokens, contexts).shape == (B, K, D)
     assert target_gather(tokens, targets).shape == (B, M, P, D)
     parts = [torch.empty(s, device="meta") for s in ((B, K, W), (N, W), (W,))]
-    assert predictor_input(*parts, places, targets).shape == (B * M, K + P, W)
+    assert predictor_input(*parts, contexts, targets).shape == (B * M, K + P, W)

@@ -244,7 +244,7 @@ def test_the_launchers_take_a_tile(seed, kernel_device):
     grad = torch.randn(4, 7, 40, device=kernel_device)
     ones = torch.ones((), device=kernel_device)
     dtypes = (torch.float32, torch.float32)
-    places = t["context"], t["pos"], t["token"], t["context_idx"], t["target_idx"]
+    inputs = t["context"], t["pos"], t["token"], t["context_idx"], t["target_idx"]
     calls = [
         (tokens.launch_gather, (x, None, idx), tiles.COPY_TILES[64]),
         (
@@ -252,7 +252,7 @@ def test_the_launchers_take_a_tile(seed, kernel_device):
             (pred, idx, 7, torch.float32),
             tiles.COPY_TILES[512],
         ),
-        (predictor.launch_predictor_input, places, tiles.COPY_TILES[256]),
+        (predictor.launch_predictor_input, inputs, tiles.COPY_TILES[256]),
         (
             predictor.launch_predictor_input_backward,
             (grad, 2, 3, dtypes),
@@ -411,11 +411,11 @@ def test_arguments_that_do_not_fit(seed, kernel_device):
     t = tensors_of(Shape(2, 7, 3, 2, 4, 40), torch.float32, kernel_device)
     with pytest.raises(ValueError, match="6 positions for 7 patches"):
         gather.embed_gather(t["x"], t["pos"][:6], t["context_idx"])
-    places = t["context_idx"][:, :2]
+    context_idx = t["context_idx"][:, :2]
     with pytest.raises(ValueError, match=r"indices \[2, 2\] for tokens \[2, 3, 40\]"):
-        gather.add_positions(t["context"], t["pos"], places)
+        gather.add_positions(t["context"], t["pos"], context_idx)
     with pytest.raises(ValueError, match=r"indices \[2, 2\] for tokens \[2, 3, 40\]"):
-        gather.predictor_input(t["context"], t["pos"], t["token"], places, t["target_idx"])
+        gather.predictor_input(t["context"], t["pos"], t["token"], context_idx, t["target_idx"])
     with pytest.raises(ValueError, match=r"indices \[1, 2, 4\] cpu for \[2, 7, 40\]"):
         tokens.launch_gather(t["x"].cpu(), None, t["target_idx"][:1].cpu())
     with pytest.raises(ValueError, match="'huber'"):
@@ -481,8 +481,8 @@ def test_the_operators_pass_opcheck(seed, kernel_device):
     one = torch.ones((), device=kernel_device)
     args = (one, pred.detach(), x.detach(), idx, "smooth_l1", 1e-5)
     check_operator(ops.prediction_slope.default, args)
-    places = (context, t["pos"], token, t["context_idx"], t["target_idx"])
-    check_operator(ops.predictor_input.default, places)
+    inputs = (context, t["pos"], token, t["context_idx"], t["target_idx"])
+    check_operator(ops.predictor_input.default, inputs)
     grad = torch.randn(4, 7, 40, device=kernel_device)
     dtypes = (torch.bfloat16, torch.float32)
     check_operator(ops.predictor_input_backward.default, (grad, 2, 3, *dtypes))

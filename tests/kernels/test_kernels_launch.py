@@ -103,9 +103,7 @@ def test_a_gpu_on_which_the_trial_is_right_gets_the_kernels(gpu):
         ((9, 0), 119.0, "computes wrongly"),
     ],
 )
-def test_elsewhere_plain_pytorch_takes_their_place_and_it_is_said_once(
-    gpu, capability, outcome, said
-):
+def test_elsewhere_plain_pytorch_replaces_them_and_it_is_said_once(gpu, capability, outcome, said):
     x = gpu(capability, outcome)
     with pytest.warns(UserWarning, match=said):
         assert not launch.use_kernel(x)

@@ -101,7 +101,7 @@ def test_packed_sequences_are_timed_by_the_kernels_that_take_them(monkeypatch):
 
 
 def test_packed_sequences_reach_the_kernels_by_the_right_names(monkeypatch):
-    """flash-attn's versions order their arguments differently; torch's are given by place."""
+    """flash-attn's versions order their arguments differently; torch's are given by position."""
     order = ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
     assert list(inspect.signature(varlen_attn).parameters)[:7] == order
     queries, keys = evenly(3, 2), evenly(3, 4)

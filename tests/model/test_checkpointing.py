@@ -62,9 +62,9 @@ def gradients(policy: str, dtype: torch.dtype, residual: str, mode: str) -> list
     encoder = Encoder(12, 3, 16, 2, 2, **options).to(dtype)
     predictor = Predictor(16, (4, 4), 12, 3, 2, mode=mode, **options).to(dtype)
     images = torch.randn(B, 3, 12, 12, dtype=dtype)
-    places = torch.stack([torch.randperm(16)[:6] for _ in range(B)])
+    contexts = torch.stack([torch.randperm(16)[:6] for _ in range(B)])
     targets = torch.stack([torch.randperm(16)[:6].view(2, 3) for _ in range(B)])
-    predicted = predictor(encoder(images, places), places, targets)
+    predicted = predictor(encoder(images, contexts), contexts, targets)
     predicted.float().square().sum().backward()
     trained = [*encoder.parameters(), *predictor.parameters()]
     return [predicted, *(p.grad for p in trained if p.requires_grad)]

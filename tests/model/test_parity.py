@@ -65,38 +65,38 @@ def block(x: torch.Tensor, w: Weights, name: str) -> torch.Tensor:
     return x + linear(hidden, w, f"{name}.mlp.fc2")
 
 
-def position(place: int, width: int) -> torch.Tensor:
+def position(patch: int, width: int) -> torch.Tensor:
     """Column first, then row; each [sin | cos]; stored in fp32."""
     values = []
-    for along in (place % GRID, place // GRID):
+    for along in (patch % GRID, patch // GRID):
         angles = [along * 10000 ** (-i / (width / 4)) for i in range(width // 4)]
         values += [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
     return torch.tensor(values, dtype=torch.float32).double()
 
 
-def encode(image: torch.Tensor, w: Weights, places: list[int] | None = None) -> torch.Tensor:
-    """The tokens (K, D) of one image's patches at `places`, or of all."""
+def encode(image: torch.Tensor, w: Weights, patches: list[int] | None = None) -> torch.Tensor:
+    """The tokens (K, D) of one image's patches at `patches`, or of all."""
     tokens = []
-    for place in range(GRID * GRID) if places is None else places:
-        y, x = PATCH * (place // GRID), PATCH * (place % GRID)
+    for patch in range(GRID * GRID) if patches is None else patches:
+        y, x = PATCH * (patch // GRID), PATCH * (patch % GRID)
         pixels = image[:, y : y + PATCH, x : x + PATCH]
         convolved = (w["patch_embed.proj.weight"] * pixels).sum((1, 2, 3))
-        tokens.append(convolved + w["patch_embed.proj.bias"] + position(place, WIDTH))
+        tokens.append(convolved + w["patch_embed.proj.bias"] + position(patch, WIDTH))
     x = torch.stack(tokens)
     for i in range(2):
         x = block(x, w, f"blocks.{i}")
     return norm(x, w, "norm")
 
 
-def predict(context: torch.Tensor, places: list[int], targets: list[int], w: Weights):
+def predict(context: torch.Tensor, patches: list[int], targets: list[int], w: Weights):
     """The tokens (P, D) of one target block from one image's context (K, D)."""
     x = linear(context, w, "predictor_embed")
-    x = x + torch.stack([position(place, NARROW) for place in places])
-    masked = [w["mask_token"][0, 0] + position(place, NARROW) for place in targets]
+    x = x + torch.stack([position(patch, NARROW) for patch in patches])
+    masked = [w["mask_token"][0, 0] + position(patch, NARROW) for patch in targets]
     x = torch.cat([x, torch.stack(masked)])
     for i in range(3):
         x = block(x, w, f"predictor_blocks.{i}")
-    return linear(norm(x[len(places) :], w, "predictor_norm"), w, "predictor_proj")
+    return linear(norm(x[len(patches) :], w, "predictor_norm"), w, "predictor_proj")
 
 
 def smooth_l1(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -105,16 +105,16 @@ def smooth_l1(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def ijepa_loss(images, contexts, targets, encoder: Weights, predictor: Weights, target: Weights):
-    """Mean smooth-L1 over every number; contexts[b] and targets[b][m] are lists of places."""
+    """Mean smooth-L1 over every number; contexts[b] and targets[b][m] are lists of patches."""
     errors = []
-    for image, places, blocks in zip(images, contexts, targets, strict=True):
+    for image, patches, blocks in zip(images, contexts, targets, strict=True):
         with torch.no_grad():
             wanted = standardised(encode(image, target), 1e-5)
-        context = encode(image, encoder, places)
+        context = encode(image, encoder, patches)
         for chosen in blocks:
-            predicted = predict(context, places, chosen, predictor)
+            predicted = predict(context, patches, chosen, predictor)
             errors += [
-                smooth_l1(predicted[p], wanted[place]).flatten() for p, place in enumerate(chosen)
+                smooth_l1(predicted[p], wanted[patch]).flatten() for p, patch in enumerate(chosen)
             ]
     return torch.cat(errors).mean()
 
@@ -153,7 +153,7 @@ def target(networks) -> Encoder:
 
 
 def draw_batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Images, context places (B, K) and overlapping target places (B, M, P), in any order."""
+    """Images, context patches (B, K) and overlapping target patches (B, M, P), in any order."""
     images = torch.randn(B, 3, GRID * PATCH, GRID * PATCH, dtype=torch.float64)
     contexts = torch.stack([torch.randperm(16)[:6] for _ in range(B)])
     targets = torch.stack([torch.randperm(16)[:3] for _ in range(B * M)]).view(B, M, 3)
@@ -185,8 +185,8 @@ def test_predictor(networks):
     # The released code's order is block by block, all images in each; ours is by image.
     for m in range(M):
         for b in range(B):
-            places, chosen = contexts[b].tolist(), targets[b, m].tolist()
-            close(got[b, m], predict(context[b], places, chosen, weights))
+            patches, chosen = contexts[b].tolist(), targets[b, m].tolist()
+            close(got[b, m], predict(context[b], patches, chosen, weights))
 
 
 def test_targets(target):
@@ -282,8 +282,8 @@ def test_updates_of_the_optimiser_and_the_target(networks):
             master.values.copy_(networks.encoder.get_parameter(master.name).detach().flatten())
         ema.update(momentum)
         # the definition
-        places = (contexts.tolist(), targets.tolist())
-        ijepa_loss(images, *places, encoder, predictor, average).backward()
+        patches = (contexts.tolist(), targets.tolist())
+        ijepa_loss(images, *patches, encoder, predictor, average).backward()
         for part, weights in (("encoder", encoder), ("predictor", predictor)):
             for name, p in weights.items():
                 decayed = "bias" not in name and p.dim() > 1

@@ -18,13 +18,13 @@ def predictor(seed, request) -> Predictor:
 
 @pytest.fixture
 def inputs(predictor) -> list[torch.Tensor]:
-    """Context tokens (2, 5, 12), their places (2, 5), targets (2, 3, 4), overlapping."""
+    """Context tokens (2, 5, 12), their indices (2, 5), targets (2, 3, 4), overlapping."""
     context = torch.randn(2, 5, 12, dtype=torch.float64)
-    places = torch.stack([torch.randperm(16)[:5] for _ in range(2)])
+    context_idx = torch.stack([torch.randperm(16)[:5] for _ in range(2)])
     targets = torch.stack(
         [torch.stack([torch.randperm(16)[:4] for _ in range(3)]) for _ in range(2)]
     )
-    return [context, places, targets]
+    return [context, context_idx, targets]
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -67,11 +67,11 @@ def test_one_token_for_each_target_patch(predictor, inputs):
 
 def test_the_last_block_spares_the_context_and_nothing_else(predictor, inputs):
     """Values and gradients are those of all blocks over all tokens."""
-    context, places, targets = inputs
+    context, context_idx, targets = inputs
     context.requires_grad_()
     upstream = torch.randn(2, 3, 4, 12, dtype=torch.float64)
     wanted = [context, *(p for p in predictor.parameters() if p.requires_grad)]
-    spared = predictor(context, places, targets)
+    spared = predictor(context, context_idx, targets)
     grads = torch.autograd.grad(spared, wanted, upstream)
     last = predictor.predictor_blocks[-1]
     whole_forward, lengths = last.forward, []
@@ -81,7 +81,7 @@ def test_the_last_block_spares_the_context_and_nothing_else(predictor, inputs):
         return whole_forward(x, None, layout)[:, -last:]
 
     last.forward = whole
-    whole = predictor(context, places, targets)
+    whole = predictor(context, context_idx, targets)
     assert lengths == [5 + 4 if predictor.mode == "per_target" else 5 + 3 * 4]
     assert same(spared, whole)
     for one, other in zip(grads, torch.autograd.grad(whole, wanted, upstream), strict=True):
@@ -89,47 +89,49 @@ def test_the_last_block_spares_the_context_and_nothing_else(predictor, inputs):
 
 
 def test_index_types_agree(predictor, inputs):
-    context, places, targets = inputs
-    assert torch.equal(predictor(context, places.int(), targets.int()), predictor(*inputs))
+    context, context_idx, targets = inputs
+    assert torch.equal(predictor(context, context_idx.int(), targets.int()), predictor(*inputs))
 
 
 def test_blocks_of_an_image_do_not_see_each_other(predictor, inputs):
-    context, places, targets = inputs
+    context, context_idx, targets = inputs
     before = predictor(*inputs)
     changed = targets.clone()
     changed[:, 1] = (changed[:, 1] + 1) % 16
-    after = predictor(context, places, changed)
+    after = predictor(context, context_idx, changed)
     assert same(after[:, [0, 2]], before[:, [0, 2]])
     assert not same(after[:, 1], before[:, 1])
 
 
 def test_the_patches_of_a_block_see_each_other(predictor, inputs):
-    context, places, targets = inputs
+    context, context_idx, targets = inputs
     changed = targets.clone()
     changed[0, 0, 0] = (changed[0, 0, 0] + 1) % 16
-    assert not same(predictor(context, places, changed)[0, 0, 1:], predictor(*inputs)[0, 0, 1:])
+    assert not same(
+        predictor(context, context_idx, changed)[0, 0, 1:], predictor(*inputs)[0, 0, 1:]
+    )
 
 
 def test_outputs_follow_the_order_of_images_blocks_and_patches(predictor, inputs):
-    context, places, targets = inputs
+    context, context_idx, targets = inputs
     whole = predictor(*inputs)
-    assert same(predictor(context[[1]], places[[1]], targets[[1]]), whole[[1]])
-    assert same(predictor(context, places, targets[:, [2, 0, 1]]), whole[:, [2, 0, 1]])
-    shuffled = predictor(context, places, targets[:, :, [3, 1, 0, 2]])
+    assert same(predictor(context[[1]], context_idx[[1]], targets[[1]]), whole[[1]])
+    assert same(predictor(context, context_idx, targets[:, [2, 0, 1]]), whole[:, [2, 0, 1]])
+    shuffled = predictor(context, context_idx, targets[:, :, [3, 1, 0, 2]])
     assert same(shuffled, whole[:, :, [3, 1, 0, 2]])
 
 
 def test_the_context_is_a_set_of_placed_tokens(predictor, inputs):
-    context, places, targets = inputs
+    context, context_idx, targets = inputs
     order = [4, 2, 0, 1, 3]
-    assert same(predictor(context[:, order], places[:, order], targets), predictor(*inputs))
-    assert not same(predictor(context[:, order], places, targets), predictor(*inputs))
+    assert same(predictor(context[:, order], context_idx[:, order], targets), predictor(*inputs))
+    assert not same(predictor(context[:, order], context_idx, targets), predictor(*inputs))
 
 
 def test_gradients_reach_all_but_the_positions(predictor, inputs):
-    context, places, targets = inputs
+    context, context_idx, targets = inputs
     context.requires_grad_()
-    predictor(context, places, targets).square().sum().backward()
+    predictor(context, context_idx, targets).square().sum().backward()
     assert context.grad.abs().sum(-1).all()
     for name, p in predictor.named_parameters():
         if name == "predictor_pos_embed":
@@ -138,18 +140,18 @@ def test_gradients_reach_all_but_the_positions(predictor, inputs):
             assert p.grad is not None and p.grad.any(), name
 
 
-def test_places_outside_the_grid_are_named(predictor, inputs):
-    context, places, targets = inputs
+def test_indices_outside_the_grid_are_named(predictor, inputs):
+    context, context_idx, targets = inputs
     targets[1, 2, 3] = 16
     with pytest.raises(IndexError, match=r"index 16 is outside 0\.\.15"):
-        predictor(context, places, targets)
+        predictor(context, context_idx, targets)
 
 
-def masked_prediction(predictor: Predictor, context, places, targets) -> torch.Tensor:
+def masked_prediction(predictor: Predictor, context, context_idx, targets) -> torch.Tensor:
     """The one-pass predictor by its definition: a mask over one sequence, every token computed."""
-    (B, K), (M, P) = places.shape, targets.shape[1:]
+    (B, K), (M, P) = context_idx.shape, targets.shape[1:]
     table = predictor.predictor_pos_embed[0]
-    seen_tokens = predictor.predictor_embed(context) + table[places]
+    seen_tokens = predictor.predictor_embed(context) + table[context_idx]
     mask_tokens = predictor.mask_token + table[targets.flatten(1)]
     x = torch.cat([seen_tokens, mask_tokens], 1)
     owner = torch.cat([torch.zeros(K), torch.arange(1, M + 1).repeat_interleave(P)])  # 0: context
@@ -168,13 +170,13 @@ def masked_prediction(predictor: Predictor, context, places, targets) -> torch.T
 def test_one_pass_is_attention_under_a_mask(seed, inputs, depth, backend):
     """Values and every gradient."""
     one_pass = Predictor(**SIZES, depth=depth, attention=backend, mode="one_pass").double()
-    context, places, targets = inputs
+    context, context_idx, targets = inputs
     context.requires_grad_()
     upstream = torch.randn(2, 3, 4, 12, dtype=torch.float64)
     wrt = [context, *(p for p in one_pass.parameters() if p.requires_grad)]
     results = []
     for predict in (one_pass, lambda *a: masked_prediction(one_pass, *a)):
-        out = predict(context, places, targets)
+        out = predict(context, context_idx, targets)
         results.append([out, *torch.autograd.grad(out, wrt, upstream)])
     for got, wanted in zip(*results, strict=True):
         assert same(got, wanted)

@@ -33,10 +33,10 @@ def test_padding_and_packing(sequences, seed):
     assert torch.equal(torch.autograd.grad(back, x, upstream)[0], upstream)
 
 
-def test_places_and_means(sequences, seed):
+def test_offsets_and_means(sequences, seed):
     x = torch.randn(sum(LENGTHS), 4, dtype=torch.float64)
-    wanted = [(s, place) for s, length in enumerate(LENGTHS) for place in range(length)]
-    assert list(zip(*(x.tolist() for x in sequences.places(len(x))), strict=True)) == wanted
+    wanted = [(s, offset) for s, length in enumerate(LENGTHS) for offset in range(length)]
+    assert list(zip(*(x.tolist() for x in sequences.offsets(len(x))), strict=True)) == wanted
     wanted = torch.stack([piece.mean(0) for piece in pieces(x)[:REAL]])
     torch.testing.assert_close(sequences.means(x), wanted)
 
@@ -55,10 +55,10 @@ def test_the_last_tokens_of_those_that_are_somebodys(sequences):
 def test_copies_with_tokens_of_their_own(sequences, copies):
     """Every token once, each sequence followed by its copies, padding without tokens of its own."""
     T, added = sum(LENGTHS), 2
-    made, place = sequences.copied(T, copies, added)
+    made, row = sequences.copied(T, copies, added)
     own = 1000 + torch.arange(REAL * copies * added)
     tokens = torch.cat([torch.arange(T)] * copies + [own])
-    laid = torch.empty_like(tokens).index_copy_(0, place, tokens)
+    laid = torch.empty_like(tokens).index_copy_(0, row, tokens)
     wanted = []
     for s, piece in enumerate(pieces(torch.arange(T))):
         for copy in range(copies):
@@ -67,7 +67,7 @@ def test_copies_with_tokens_of_their_own(sequences, copies):
                 [*piece.tolist(), *(own[first : first + added].tolist() if s < REAL else [])]
             )
     assert [part.tolist() for part in laid.tensor_split(made.starts[1:-1].long())] == wanted
-    assert place.unique().tolist() == list(range(len(tokens)))
+    assert row.unique().tolist() == list(range(len(tokens)))
     assert made.starts.dtype == torch.int32 and made.starts[-1] == len(tokens)
     assert (made.longest, made.real) == (6 + added, REAL * copies)
 

@@ -44,8 +44,8 @@ def test_positions_against_loops(rows, cols, width):
     for row in range(rows):
         for col in range(cols):
             wanted = []
-            for place in (col, row):  # the column first, then the row
-                angles = [place / 10000 ** (i / quarter) for i in range(quarter)]
+            for x in (col, row):  # the column first, then the row
+                angles = [x / 10000 ** (i / quarter) for i in range(quarter)]
                 wanted += [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
             got = table[row * cols + col].tolist()
             assert got == pytest.approx(wanted, abs=1e-7), (row, col)

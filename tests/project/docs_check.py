@@ -1,6 +1,6 @@
 """Run the commands that README.md, docs/ and configs/README.md show: `make docs-check`.
 
-Each is run as it stands there, in a folder of its own, with small things in the place of large: the
+Each is run as it stands there, in a folder of its own, with small things instead of large ones: the
 images are a handful, RUN a run of them, the configuration that of tests/tiny.py. What cannot be run
 so has a line in ELSEWHERE that says where it is tried. Words after the name choose commands.
 """
@@ -47,7 +47,7 @@ SMALL = (
     "--set data.batch_size=32 --set eval.k=3 --set eval.online.share=1.0"
 )
 PLAIN = "--set epochs=1 batch=8 rand_augment=null"
-SHORT = {  # in the place of what would take long
+SHORT = {  # instead of what would take long
     r"^deepspeed (?=--module|\S+\.py)": "deepspeed --num_gpus 2 ",
     r"(eval finetune .*)": rf"\1 {PLAIN}",
     r"(eval segment .*)": r"\1 --steps 2 --batch-size 2 --crop-size 24 --short-side 24",
@@ -105,7 +105,7 @@ def prepared(folder: Path) -> Path:
 
 
 def as_run(command: Command, folder: Path, config: Path, number: int) -> str:
-    """The command with what is small in the place of what is large."""
+    """The command with what is small instead of what is large."""
     text = command.text.replace("/my/", f"{folder}/my/")
     for pattern, short in SHORT.items():
         text = re.sub(pattern, short, text)

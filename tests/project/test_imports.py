@@ -80,7 +80,7 @@ def layer(name: str) -> str:
     return name.split(".")[1]
 
 
-def place(name: str, line: int) -> str:
+def offence(name: str, line: int) -> str:
     """FILE:LINE and what stands there."""
     path = SOURCES[name]
     return f"{path.relative_to(ROOT)}:{line}: {path.read_text().splitlines()[line - 1].strip()}"
@@ -107,7 +107,7 @@ MODULES = sorted(SOURCES.keys() - {"cjepa_fast"})
 @pytest.mark.parametrize("name", MODULES)
 def test_arrows_point_down(name):
     above = LAYERS[: LAYERS.index(layer(name))]
-    wrong = [place(name, line) for i, line in own(name).items() if layer(i) in above]
+    wrong = [offence(name, line) for i, line in own(name).items() if layer(i) in above]
     assert not wrong, f"{layer(name)} may not import what is above it:\n" + "\n".join(wrong)
 
 
@@ -130,7 +130,7 @@ def test_no_circle():
 @pytest.mark.parametrize("name", MODULES)
 def test_only_those_who_put_parts_together_see_the_configuration(name):
     if layer(name) not in (*READ_THE_CONFIGURATION, "config"):
-        wrong = [place(name, line) for i, line in own(name).items() if layer(i) == "config"]
+        wrong = [offence(name, line) for i, line in own(name).items() if layer(i) == "config"]
         assert not wrong, "\n".join(wrong)
 
 
@@ -138,7 +138,7 @@ def test_only_those_who_put_parts_together_see_the_configuration(name):
 def test_kernels_import_torch_and_triton_alone(name):
     found = imports(name)
     assert roots(found) <= {"torch", "triton", "cjepa_fast"} | sys.stdlib_module_names
-    wrong = [place(name, line) for i, line in found.items() if i.startswith("torch.distributed")]
+    wrong = [offence(name, line) for i, line in found.items() if i.startswith("torch.distributed")]
     assert not wrong, "\n".join(wrong)
 
 

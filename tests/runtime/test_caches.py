@@ -1,4 +1,4 @@
-"""Caches: the user's folder, and what takes its place where that cannot be written to."""
+"""Caches: the user's folder, and the one instead where that cannot be written to."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ VARIABLES = ("XDG_CACHE_HOME", "MPLCONFIGDIR", "TRITON_HOME", "TORCHINDUCTOR_CAC
 
 @pytest.fixture
 def no_home(tmp_path, monkeypatch) -> Path:
-    """A home folder that not even root can make, and a place for temporary files."""
+    """A home folder that not even root can make, and a folder for temporary files."""
     (tmp_path / "file").write_text("")
     (tmp_path / "tmp").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "file" / "home"))
@@ -33,7 +33,7 @@ def test_the_users_cache_folder_is_made_and_said_nothing_of(tmp_path, monkeypatc
     assert capsys.readouterr().err == ""
 
 
-def test_without_a_home_all_caches_go_to_one_place_that_is_said_once(no_home, capsys):
+def test_without_a_home_all_caches_go_to_one_folder_that_is_said_once(no_home, capsys):
     own = no_home / f"cjepa_fast-{os.getuid()}"
     assert caches.root() == caches.root() == own
     said = capsys.readouterr().err

@@ -74,7 +74,7 @@ def test_of_several_ranks_each_leaves_its_own(tmp_path, failing):
         assert "Traceback" in (tmp_path / "run" / f"error_rank_{rank}.txt").read_text()
 
 
-def test_the_place_in_our_code_is_named():
+def test_the_line_in_our_code_is_named():
     from cjepa_fast.config import find
 
     with pytest.raises(ValueError) as caught:

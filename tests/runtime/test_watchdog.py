@@ -90,10 +90,10 @@ def test_a_rank_without_heartbeats_is_named_by_all_others():
     assert not world.go_on(GONE_S - 2, silent=(2,))
     verdicts = world.go_on(4, silent=(2,))
     assert verdicts.keys() == {0, 1} and verdicts[0] == verdicts[1]
-    first, *places = verdicts[0].splitlines()
+    first, *lines = verdicts[0].splitlines()
     assert f"no sign of life from rank 2 (host {world.dogs[2].host}, pid {os.getpid()})" in first
-    assert "rank 2" in places[0] and "last heard of" in places[0] and "step 4" in places[0]
-    assert "rank 0" in places[1] and "rank 1" in places[1] and "last heard" not in places[1]
+    assert "rank 2" in lines[0] and "last heard of" in lines[0] and "step 4" in lines[0]
+    assert "rank 0" in lines[1] and "rank 1" in lines[1] and "last heard" not in lines[1]
 
 
 def test_a_short_timeout_takes_the_silent_for_gone_before_the_waiting_for_stuck():
@@ -141,18 +141,18 @@ def test_the_one_behind_is_stuck_and_not_those_that_wait_for_it():
     world.mark("in the step", 9, but=(1,))
     assert not world.go_on(TIMEOUT_S - 5)
     verdicts = world.go_on(9)
-    first, *places = verdicts[0].splitlines()
+    first, *lines = verdicts[0].splitlines()
     assert first.startswith("rank 1 (host") and "got stuck and the others wait (if" in first
-    assert "rank 1" in places[0] and "step 9, waiting for data for 6" in places[0]
-    assert "rank 0" in places[1] and "rank 2" in places[1] and "in the step" in places[1]
+    assert "rank 1" in lines[0] and "step 9, waiting for data for 6" in lines[0]
+    assert "rank 0" in lines[1] and "rank 2" in lines[1] and "in the step" in lines[1]
     assert verdicts[1] == verdicts[2] == verdicts[0]
 
 
-def test_all_at_the_same_place_are_not_told_apart():
+def test_all_at_the_same_line_are_not_told_apart():
     world = World(2)
     world.warm_up()
     verdicts = world.go_on(TIMEOUT_S + 2)
-    assert "rank 0" in verdicts[0] and "all at the same place" in verdicts[0].splitlines()[0]
+    assert "rank 0" in verdicts[0] and "all at the same line" in verdicts[0].splitlines()[0]
 
 
 def test_the_first_steps_may_take_longer():

@@ -179,7 +179,7 @@ def test_every_gpu_is_planned_for_and_every_figure_says_where_it_is_from(tmp_pat
     assert all("predicted" in line or "measured" in line for line in times.splitlines())
 
 
-def test_a_measured_share_takes_the_place_of_the_assumed(tmp_path):
+def test_a_measured_share_replaces_the_assumed(tmp_path):
     measured = tmp_path / "measured.json"
     row = {"config": "vit_b", "mfu_sheet_pct": 47.0, "hardware": {"device": "NVIDIA H200"}}
     rows = [row, row | {"mfu_sheet_pct": None}, row | {"mfu_sheet_pct": 46.0}]

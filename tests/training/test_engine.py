@@ -177,12 +177,12 @@ import os, sys
 from pathlib import Path
 args = sys.argv[1:]
 if "-c" in args:
-    place = args.index("-c") + 1
-    source = Path(args[place])
-    args[place] = f"{source.stem}_alone.cpp"
+    at = args.index("-c") + 1
+    source = Path(args[at])
+    args[at] = f"{source.stem}_alone.cpp"
     both = source.with_name("cpu_adam_impl.cpp"), source
     lines = [f'#include "{file}"' for file in both if source.stem == "cpu_adam"]
-    Path(args[place]).write_text("\\n".join(lines))
+    Path(args[at]).write_text("\\n".join(lines))
     args += ["-O0", "-g0", "-DTORCH_INDUCTOR_CPP_WRAPPER"]
     args += ["-include", "torch/types.h"] if lines else []
 os.execvp(os.environ["REAL_CXX"], [os.environ["REAL_CXX"], *args])

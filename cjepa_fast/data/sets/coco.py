@@ -112,11 +112,11 @@ def _read(file: Path) -> dict:
     for section, keys in wanted.items():
         if not isinstance(content, dict) or not isinstance(content.get(section), list):
             raise ValueError(f"{file} has no list {section!r}: it is not in COCO's format")
-        for place, entry in enumerate(content[section]):
+        for index, entry in enumerate(content[section]):
             if not isinstance(entry, dict):
-                raise ValueError(f"{file}: {section}[{place}] is no object: {entry!r}")
+                raise ValueError(f"{file}: {section}[{index}] is no object: {entry!r}")
             if missing := sorted(keys - entry.keys()):
-                raise ValueError(f"{file}: {section}[{place}] has no {missing[0]!r}")
+                raise ValueError(f"{file}: {section}[{index}] has no {missing[0]!r}")
     return content
 
 
@@ -206,21 +206,21 @@ def jittered(size: tuple[int, int], canvas: int, draw_4: list[float]) -> View:
     ratio = (low + (high - low) * draw_4[0]) * canvas / max(size)
     seen = [min(canvas, max(1, round(side * ratio))) for side in size]
     window = [min(side, canvas / ratio) for side in size]
-    place = [(side - w) * u for side, w, u in zip(size, window, draw_4[1:3], strict=True)]
-    return View(*place, *window, tuple(seen), draw_4[3] < 0.5)
+    corner = [(side - w) * u for side, w, u in zip(size, window, draw_4[1:3], strict=True)]
+    return View(*corner, *window, tuple(seen), draw_4[3] < 0.5)
 
 
 class TrainViews(torch.utils.data.Dataset):
     """Jittered views of some images of a split, as torchvision's detectors take them.
 
-    Item i is the i-th place of an epoch: (picture (3, H, W) uint8, {"boxes": (n, 4) fp32, "labels":
+    Item i is at index i of an epoch: (picture (3, H, W) uint8, {"boxes": (n, 4) fp32, "labels":
     (n,) int64, "masks": (n, H, W) uint8, if the split has them}), a function of seed and epoch.
     """
 
     def __init__(self, coco: Coco, order: list[int], canvas: int, seed: int, epoch: int):
         self.coco, self.order, self.canvas = coco, order, canvas
-        places = torch.arange(len(order))
-        self.draw_n4 = rng.uniforms(seed, rng.CROP, epoch, places, 4).tolist()
+        index = torch.arange(len(order))
+        self.draw_n4 = rng.uniforms(seed, rng.CROP, epoch, index, 4).tolist()
 
     def __len__(self) -> int:
         return len(self.order)
@@ -251,16 +251,16 @@ def _what_is_left(found: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
 
 
 class WholeImages(torch.utils.data.Dataset):
-    """Images at some places of a split: (picture (3, H, W) uint8, place)."""
+    """Images at some indices of a split: (picture (3, H, W) uint8, index)."""
 
-    def __init__(self, coco: Coco, places: list[int]):
-        self.coco, self.places = coco, places
+    def __init__(self, coco: Coco, indices: list[int]):
+        self.coco, self.indices = coco, indices
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.indices)
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
-        return as_tensor(self.coco.picture(self.places[i])), self.places[i]
+        return as_tensor(self.coco.picture(self.indices[i])), self.indices[i]
 
 
 def as_tensor(picture: Image.Image) -> torch.Tensor:

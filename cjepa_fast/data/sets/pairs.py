@@ -123,9 +123,9 @@ def named_classes(root: str | Path) -> dict[int, str] | None:
     if not listed.is_file():
         return None
     named: dict[int, str] = {}
-    for place, line in enumerate(filter(str.strip, listed.read_text().splitlines())):
+    for index, line in enumerate(filter(str.strip, listed.read_text().splitlines())):
         first, _, rest = line.strip().partition("\t")
-        number, name = (first, rest) if first.isdecimal() and rest else (str(place), line)
+        number, name = (first, rest) if first.isdecimal() and rest else (str(index), line)
         if int(number) > IGNORE or int(number) in named:
             raise ValueError(f"{listed}: {line.strip()!r} has a number twice, or one above 255")
         named[int(number)] = name.strip()

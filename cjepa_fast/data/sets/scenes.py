@@ -196,7 +196,7 @@ def _scene(rng: np.random.Generator, horizon: float) -> list[dict]:
     return objects
 
 
-def _place(rng: np.random.Generator, picture: np.ndarray, thing: dict, light: float) -> None:
+def _draw(rng: np.random.Generator, picture: np.ndarray, thing: dict, light: float) -> None:
     """Draw one object of a scene into `picture`, at a random pose."""
     turn, squash = rng.uniform(0, 2 * np.pi), rng.uniform(0.8, 1.0)
     kind, centre = thing["kind"], thing["centre"]
@@ -220,7 +220,7 @@ def render(split: str, index: int) -> tuple[bytes, int, dict]:
     picture = _ground(rng, horizon)
     objects = _scene(rng, horizon)
     for thing in sorted(objects, key=lambda o: -o["distance"]):
-        _place(rng, picture, thing, light)
+        _draw(rng, picture, thing, light)
     slope = (_X - SIDE / 2) * math.cos(light) + (_Y - SIDE / 2) * math.sin(light)
     picture *= (1 - rng.uniform(0, 0.5) / SIDE * slope)[..., None]
     picture *= EXPOSURE / picture.mean()

@@ -83,7 +83,7 @@ def _digest_of_first(split: str) -> str:
 
 
 def _make(split: str, folder: Path) -> None:
-    """Render a split beside `folder`, then put it in its place."""
+    """Render a split beside `folder`, then rename it to `folder`."""
     partial = Path(tempfile.mkdtemp(prefix=f".{split}-", dir=folder.parent))
     try:
         _render_parallel(split, partial)

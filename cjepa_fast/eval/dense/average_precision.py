@@ -13,8 +13,8 @@ KINDS = {"box": ("bbox", "bbox"), "mask": ("segm", "segmentation")}  # pycocotoo
 MASK_THRESHOLD = 0.5
 
 
-def as_results(coco: Coco, place: int, found: dict[str, torch.Tensor]) -> list[dict]:
-    """torchvision's detections on image `place` as entries of COCO's result format.
+def as_results(coco: Coco, index: int, found: dict[str, torch.Tensor]) -> list[dict]:
+    """torchvision's detections on image `index` as entries of COCO's result format.
 
     found: "boxes" (n, 4) as x1, y1, x2, y2 in the image's pixels, "labels" (n,), "scores" (n,) and
     perhaps "masks" (n, 1, H, W), the probability of each pixel.
@@ -22,7 +22,7 @@ def as_results(coco: Coco, place: int, found: dict[str, torch.Tensor]) -> list[d
     boxes_n4 = found["boxes"].double().cpu()
     boxes_n4[:, 2:] -= boxes_n4[:, :2]
     results = [
-        {"image_id": coco.ids[place], "category_id": coco.category_ids[label - 1],
+        {"image_id": coco.ids[index], "category_id": coco.category_ids[label - 1],
          "bbox": box, "score": score}
         for box, label, score in zip(
             boxes_n4.tolist(), found["labels"].tolist(), found["scores"].tolist(), strict=True

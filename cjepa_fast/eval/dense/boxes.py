@@ -18,11 +18,11 @@ def draw(coco: Coco, results: list[dict], out: Path | str, count: int, title: st
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    places = np.unique(np.linspace(0, len(coco) - 1, min(count, len(coco))).round().astype(int))
+    indices = np.unique(np.linspace(0, len(coco) - 1, min(count, len(coco))).round().astype(int))
     with rc_context(FIGURE):
-        figure = Figure(figsize=(9, 3.4 * len(places) + 0.5), layout="constrained")
-        axes_r2 = figure.subplots(len(places), 2, squeeze=False)
-        for (left, right), i in zip(axes_r2, places, strict=True):
+        figure = Figure(figsize=(9, 3.4 * len(indices) + 0.5), layout="constrained")
+        axes_r2 = figure.subplots(len(indices), 2, squeeze=False)
+        for (left, right), i in zip(axes_r2, indices, strict=True):
             picture = coco.picture(i)
             _show(left, coco, picture, coco.objects(i), "annotated")
             found = [r for r in results if r["image_id"] == coco.ids[i]]

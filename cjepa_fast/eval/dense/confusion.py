@@ -6,8 +6,8 @@ import numpy as np
 def confusion(truth: np.ndarray, found: np.ndarray, classes: int, ignore: int) -> np.ndarray:
     """(classes, classes) int64, of arrays of one shape; where truth is `ignore` nothing counts."""
     counted = truth != ignore
-    place = truth[counted].astype(np.int64) * classes + found[counted]
-    return np.bincount(place, minlength=classes**2).reshape(classes, classes)
+    cell = truth[counted].astype(np.int64) * classes + found[counted]
+    return np.bincount(cell, minlength=classes**2).reshape(classes, classes)
 
 
 def scores(matrix_CC: np.ndarray) -> tuple[dict[str, float], list[float | None]]:

@@ -168,12 +168,12 @@ def trained(
 def detections(model: nn.Module, val: Coco, device: torch.device, threads: int) -> list[dict]:
     """On all images of a split, in COCO's result format; of several ranks each has a share."""
     model.to(device).eval()
-    places = list(range(len(val)))[rank() :: world_size()]
+    indices = list(range(len(val)))[rank() :: world_size()]
     results = []
-    with shown_bar(len(places), "detect") as bar:
-        for pictures, (place,) in read(WholeImages(val, places), threads):
+    with shown_bar(len(indices), "detect") as bar:
+        for pictures, (index,) in read(WholeImages(val, indices), threads):
             (found,) = model([as_input(picture, device) for picture in pictures])
-            results += as_results(val, place, found)
+            results += as_results(val, index, found)
             bar.update()
     return [result for share in from_all(results) for result in share]
 

@@ -1,7 +1,7 @@
 """Label propagation: a video's first label map carried along by the likeness of patch features.
 
 DINO's protocol (Caron et al. 2021, arXiv 2104.14294, after Jabri et al. 2020): a patch takes the
-labels of the patches most like it, in the first frame and the last few, near its own place.
+labels of the patches most like it, in the first frame and the last few, near its own position.
 Shapes: rows x cols = N patches of a frame, S source frames, D width, K labels (background and
 objects), T target patches of a part, M patches of a frame that the part can reach.
 """
@@ -75,8 +75,8 @@ def carry(
         )
         far_TM = ~_near((top, bottom), (low, high), cols, radius, target_ND.device)
         similarity_TSM.div_(temperature).masked_fill_(far_TM[:, None], -torch.inf)
-        best_Tk, place_Tk = similarity_TSM.flatten(1).topk(min(topk, label_SMK[..., 0].numel()))
-        chosen_TkK = label_SMK.flatten(0, 1)[place_Tk]
+        best_Tk, index_Tk = similarity_TSM.flatten(1).topk(min(topk, label_SMK[..., 0].numel()))
+        chosen_TkK = label_SMK.flatten(0, 1)[index_Tk]
         parts.append((best_Tk.softmax(1)[..., None] * chosen_TkK).sum(1))
     return torch.cat(parts)
 

@@ -112,11 +112,11 @@ def fine_tune(
 
 
 def usable_images(train: Coco) -> list[int]:
-    """Places of the images that show an object to learn from. Raises ValueError if none does."""
-    places = [i for i in range(len(train)) if train.single_objects(i)]
-    if not places:
+    """Indices of the images that show an object to learn from. Raises ValueError if none does."""
+    indices = [i for i in range(len(train)) if train.single_objects(i)]
+    if not indices:
         raise ValueError(f"{train.file}: no image has an annotation that is neither crowd nor flat")
-    return places
+    return indices
 
 
 def epoch_batches(

@@ -133,8 +133,8 @@ def _batches(
     decode = WholeImages(recipe.batch_size, threads)
     for step in range(start, recipe.steps):
         first = step * recipe.batch_size
-        places = range(first + rank(), first + recipe.batch_size, world_size())
-        keys = [divmod(place, len(pairs)) for place in places]
+        indices = range(first + rank(), first + recipe.batch_size, world_size())
+        keys = [divmod(index, len(pairs)) for index in indices]
         chosen = [_order(recipe.seed, epoch, len(pairs))[at] for epoch, at in keys]
         images = decode([pairs.images.read(i) for i in chosen], list(map(pairs.image_name, chosen)))
         yield [

@@ -70,5 +70,5 @@ def _drawn(settings: Config, args: argparse.Namespace) -> tuple[list[Column], Ma
         open_images(args.images or config.expanded(data.path)), args.count,
         image_size=data.image_size, mean=data.mean, std=data.std,
     )  # fmt: skip
-    masks = sampler(epoch=0, step=0, places_B=torch.arange(len(images_B3HW)))
+    masks = sampler(epoch=0, step=0, index_B=torch.arange(len(images_B3HW)))
     return columns(images_B3HW, data.mean, data.std, masks, sampler.grid), masks

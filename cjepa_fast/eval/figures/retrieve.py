@@ -37,14 +37,14 @@ def nearest(features_nD: torch.Tensor, query_q: torch.Tensor, k: int) -> Found:
 
 def figure(
     images: ImageSet,
-    place_n: torch.Tensor,
+    index_n: torch.Tensor,
     query_q: torch.Tensor,
     found: dict[str, Found],
     title: str,
     crop: float = 1.0,
 ):
     """A row a query: it first, then by encoder its neighbours, what `nearest` found of features of
-    the images at positions place_n. Where the set is labelled, a frame says if the class is the
+    the images at the indices index_n. Where the set is labelled, a frame says if the class is the
     query's."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -53,7 +53,7 @@ def figure(
     rows_qc = torch.cat([query_q[:, None], *(near_qk for _, near_qk in found.values())], 1)
     begins = itertools.accumulate((near.shape[1] for _, near in found.values()), initial=1)
     headings = dict(zip(begins, found, strict=False)) if len(found) > 1 else {}
-    wanted = place_n[rows_qc]  # of the set
+    wanted = index_n[rows_qc]  # of the set
     keep, inside = wanted.unique(return_inverse=True)
     loaded = load_images(images, len(keep), image_size=PIXELS, crop=crop, keep=keep)
     pictures = as_pictures(loaded, (0.0,) * 3, (1.0,) * 3)
@@ -85,9 +85,9 @@ def _frame(axes, colour: str, width: float) -> None:
         spine.set(color=colour, linewidth=width)
 
 
-def agreement(labels: torch.Tensor, place_n, query_q, near_qk) -> float:
+def agreement(labels: torch.Tensor, index_n, query_q, near_qk) -> float:
     """Percent of the neighbours that have their query's class."""
-    same_qk = labels[place_n[near_qk]] == labels[place_n[query_q]][:, None]
+    same_qk = labels[index_n[near_qk]] == labels[index_n[query_q]][:, None]
     return 100 * same_qk.double().mean().item()
 
 
@@ -96,22 +96,22 @@ def sheet_of(
 ) -> tuple[object, list[cli.Row]]:
     """The figure, for encoders by name on a set, and a row of HEADINGS for each. reading: the rest
     of what `extract` takes. Raises ValueError where an image could be read for one of them only."""
-    found, places, rows = {}, [], []
+    found, indices, rows = {}, [], []
     for name, encoder in encoders.items():
-        features_nD, place_n = extract(encoder, images, crop=crop, **reading)
-        query_q = spread_over(place_n, queries)
+        features_nD, index_n = extract(encoder, images, crop=crop, **reading)
+        query_q = spread_over(index_n, queries)
         found[name] = nearest(features_nD, query_q, k)
-        places.append(place_n)
+        indices.append(index_n)
         rows.append({"encoder": name, "similarity": found[name][0].mean().item()})
         if images.labels is not None:
-            rows[-1]["agreement"] = agreement(images.labels, place_n, query_q, found[name][1])
-    if not all(torch.equal(place_n, places[0]) for place_n in places):
+            rows[-1]["agreement"] = agreement(images.labels, index_n, query_q, found[name][1])
+    if not all(torch.equal(index_n, indices[0]) for index_n in indices):
         raise ValueError(f"{images.root}: some images could be read only now and then: try again")
     title = f"Nearest neighbours by cosine similarity: {', '.join(encoders)}"
     if images.labels is not None:
         shares = ", ".join(f"{row['agreement']:.0f} %" for row in rows)
         title += f"\n{shares} of those shown are of the query's class (green)"
-    return figure(images, places[0], query_q, found, title, crop), rows
+    return figure(images, indices[0], query_q, found, title, crop), rows
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

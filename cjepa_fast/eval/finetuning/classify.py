@@ -151,12 +151,12 @@ def percent(
         logits_BC = model(images_B3HW)
         return logits_BC.topk(min(5, logits_BC.shape[1]), 1).indices
 
-    best_mK, place_m = image_vectors(
+    best_mK, index_m = image_vectors(
         images, best, image_size=encoder.image_size, mean=encoder.mean, std=encoder.std, keep=keep,
         crop=args.crop, batch_size=args.batch_size, device=cli.device(), threads=args.threads,
         title="test",
     )  # fmt: skip
-    right_mK = best_mK.long() == images.labels[place_m][:, None]
+    right_mK = best_mK.long() == images.labels[index_m][:, None]
     found = {"top1": 100 * right_mK[:, 0].double().mean().item()}
     if model.head.out_features > 5:
         found["top5"] = 100 * right_mK.any(1).double().mean().item()

@@ -51,7 +51,7 @@ class Plan:
     advice: str
     accumulation: int = 1
 
-    def place(self, done: int) -> str:
+    def moment(self, done: int) -> str:
         size = self.period if self.unit == "epoch" else 1
         return f"{self.unit} {-(-done // size)} of {self.steps // size}"
 
@@ -60,14 +60,14 @@ class Plan:
 
 
 def train(learner: Learner, task: Task, plan: Plan, kept: Kept) -> None:
-    """Train in place, from where `kept` has come to. Every rank calls it.
+    """Train in moment, from where `kept` has come to. Every rank calls it.
 
     Raises ValueError, on every rank, for what `kept` does not take and for a loss that is not
     finite.
     """
     start = kept.restore(learner)
     if start and rank() == 0:
-        print(f"{plan.place(start)} is done, from {kept.folder}", flush=True)
+        print(f"{plan.moment(start)} is done, from {kept.folder}", flush=True)
     learner.module.train()
     if start == plan.steps:
         return
@@ -129,11 +129,11 @@ class _Mean:
     def look(self, done: int, tell: bool) -> float:
         """Of all ranks, after so many steps. Raises ValueError where it is not finite."""
         mean = float(mean_over_ranks({"loss": self._sum / self._count})["loss"])
-        place = self._plan.place(done)
+        moment = self._plan.moment(done)
         if not abs(mean) < float("inf"):
-            raise ValueError(f"the loss of {place} is {mean}: {self._plan.advice}")
+            raise ValueError(f"the loss of {moment} is {mean}: {self._plan.advice}")
         if tell:
             self._sum, self._count = 0.0, 0
             if rank() == 0:
-                print(f"{place}: loss {mean:.4f}", flush=True)
+                print(f"{moment}: loss {mean:.4f}", flush=True)
         return mean

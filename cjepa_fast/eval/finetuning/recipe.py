@@ -80,7 +80,7 @@ class Classifier(nn.Module):
 
     def __init__(self, encoder: Encoder, classes: int, bf16: bool = False):
         super().__init__()
-        encoder.norm = nn.Identity()  # in its place comes that of the mean
+        encoder.norm = nn.Identity()  # the norm of the mean replaces it
         self.encoder, self.bf16 = encoder, bf16
         self.norm = nn.LayerNorm(encoder.width, eps=1e-6)
         self.head = nn.Linear(encoder.width, classes)
@@ -135,12 +135,12 @@ def beta(alpha: float, random: torch.Generator) -> float:
 
 
 def mixup(images_B3HW: torch.Tensor, target_BC: torch.Tensor, share: float):
-    """share of each image and target, and 1 - share of the one at its place from the end."""
+    """share of each image and target, and 1 - share of the one at its index from the end."""
     return tuple(share * x + (1 - share) * x.flip(0) for x in (images_B3HW, target_BC))
 
 
 def cutmix(images_B3HW: torch.Tensor, target_BC: torch.Tensor, share: float, middle: list[float]):
-    """A box of 1 - share of the area, about `middle` (of 1), from the image at the place from the
+    """A box of 1 - share of the area, about `middle` (of 1), from the image at the index from the
     end. What of the box lies in the image decides the targets."""
     height, width = images_B3HW.shape[-2:]
     half = (1 - share) ** 0.5 / 2
@@ -153,8 +153,8 @@ def cutmix(images_B3HW: torch.Tensor, target_BC: torch.Tensor, share: float, mid
     return images_B3HW, (1 - area) * target_BC + area * target_BC.flip(0)
 
 
-def _within(place: float, length: int) -> int:
-    return min(max(round(place * length), 0), length)
+def _within(position: float, length: int) -> int:
+    return min(max(round(position * length), 0), length)
 
 
 def erase(images_B3HW: torch.Tensor, chance: float, random: torch.Generator) -> torch.Tensor:

@@ -160,12 +160,12 @@ def run(args: argparse.Namespace) -> None:
     rows = []
     for name, encoder in cli.encoders_of(args).items():
         for reading in linear.readings(encoder, args.layers):
-            (x_nD, place_n), (mirrored_nD, _), (y_mD, place_m) = features_of(
+            (x_nD, index_n), (mirrored_nD, _), (y_mD, index_m) = features_of(
                 encoder, sides, reading.blocks, args
             )
-            places = zip(sides, (place_n, place_m), strict=True)
+            indices = zip(sides, (index_n, index_m), strict=True)
             # an image that could not be read has no features
-            at_n, at_m = (torch.searchsorted(keep, place) for (_, keep), place in places)
+            at_n, at_m = (torch.searchsorted(keep, index) for (_, keep), index in indices)
             for question, (label_n, label_m) in labels.items():
                 train, label_m = label_n[at_n].repeat(2), label_m[at_m]
                 vectors = torch.cat([x_nD, mirrored_nD]), train, y_mD, label_m

@@ -99,12 +99,12 @@ def pixel_baselines(
     """
     sides = []
     for images, keep in ((train, train_keep), (test, test_keep)):
-        flat_nD, place_n = image_vectors(
+        flat_nD, index_n = image_vectors(
             images, lambda x: x.flatten(1), image_size=PIXELS, mean=(0.0,) * 3, std=(1.0,) * 3,
             keep=keep, crop=crop, batch_size=256, device="cpu", threads=threads, title="pixels",
         )  # fmt: skip
         colour_n3 = flat_nD.view(len(flat_nD), 3, -1).mean(2)
-        sides.append((flat_nD, colour_n3, images.labels[place_n]))
+        sides.append((flat_nD, colour_n3, images.labels[index_n]))
     (*vectors, label), (*test_vectors, test_label) = sides
     named = zip(("raw pixels", "mean colour"), vectors, test_vectors, strict=True)
     return {name: both(x, label, y, test_label, **options) for name, x, y in named}

@@ -73,9 +73,9 @@ def sweep(
     """The best probe on each of `widths` last columns: one row each, of HEADINGS, all in "probes".
 
     vectors: features (n, D) and labels (n,) for training, then (m, D) and (m,) for the test.
-    choose: "held-out": by a tenth of the training images, drawn by their places; the winner is then
-    trained on all of them. "test": by the test images, as papers do, and named so. copies: how many
-    times all training images stand one after the other, as they are and mirrored.
+    choose: "held-out": by a tenth of the training images, drawn by their indices; the winner is
+    then trained on all of them. "test": by the test images, as papers do, and named so. copies: how
+    many times all training images stand one after the other, as they are and mirrored.
     """
     train_nD, label_n, test_mD, test_label_m = vectors
     settings, device = plan.settings(), cli.device()
@@ -91,8 +91,8 @@ def sweep(
         probes = fit(train_nD[rest], label_n[rest], classes, widths, plan, device)
         judged = probes.percent(train_nD[held], label_n[held])
     rows = []
-    for place, width in enumerate(widths):
-        mine = range(place * len(settings), (place + 1) * len(settings))
+    for i, width in enumerate(widths):
+        mine = range(i * len(settings), (i + 1) * len(settings))
         best = max(mine, key=lambda p: judged[p]["top1"])
         chosen = settings[best - mine.start]
         if choose == "test":

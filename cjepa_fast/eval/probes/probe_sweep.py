@@ -194,9 +194,9 @@ def _descend(probes: Probes, train_nD, label_n, settings, plan: Plan) -> None:
         for epoch in range(plan.epochs):
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * 0.1 ** int(epoch / (DROPS * plan.epochs))
-            for places_B in rng.permutation(0, epoch, len(label_n)).split(batch):
-                logits_BPC = probes(train_nD[places_B].to(device))
-                label_BP = label_n[places_B, None].to(device).expand(logits_BPC.shape[:2])
+            for index_B in rng.permutation(0, epoch, len(label_n)).split(batch):
+                logits_BPC = probes(train_nD[index_B].to(device))
+                label_BP = label_n[index_B, None].to(device).expand(logits_BPC.shape[:2])
                 losses_BP = F.cross_entropy(logits_BPC.transpose(1, 2), label_BP, reduction="none")
                 optimizer.zero_grad()
                 losses_BP.mean(0).sum().backward()

@@ -63,9 +63,9 @@ def alignment(views_nqD: torch.Tensor) -> float:
 def token_shares(tokens_nND: torch.Tensor) -> dict[str, float]:
     """How the variance of patch tokens divides; the three sum to one (a two-way layout).
 
-    by_position: of the mean token of each place, the same in all images; near 1 the features tell
-    where a patch is and little else. by_image: of each image's mean token, the same at all places.
-    by_both: the rest, which tells what is where. Tokens that do not vary at all give NaN.
+    by_position: of the mean token at each position, the same in all images; near 1 the features
+    tell where a patch is and little else. by_image: of each image's mean token, the same at all
+    positions. by_both: the rest, which tells what is where. Tokens that do not vary give NaN.
     """
     tokens_nND = tokens_nND.double()
     mean_D = tokens_nND.mean((0, 1))

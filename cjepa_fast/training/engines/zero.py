@@ -17,7 +17,7 @@ from torch import nn
 from cjepa_fast.checkpoint.owned import Fragment, OwnedState, Snapshot, fragment_of
 from cjepa_fast.runtime import hardware
 from cjepa_fast.runtime.distributed import deepspeed, mean_over_ranks, rank, world_size
-from cjepa_fast.training.ema import Place, TargetEMA
+from cjepa_fast.training.ema import FragmentView, TargetEMA
 from cjepa_fast.training.engines.base import DTYPES, MOMENTS, masters_below, total_norm
 
 
@@ -116,7 +116,7 @@ class Engine:
         """The ranks that together own the whole fp32 state; None where each has it all."""
         return dist.group.WORLD if self.sharded else None
 
-    def _partition(self, target: nn.Module) -> Place:
+    def _partition(self, target: nn.Module) -> FragmentView:
         """Under ZeRO-3: the target's weights shared out as the encoder's, gathered in its forward.
 
         Of no weight a second copy is kept, nor the small ones whole: an update of the average would
@@ -132,12 +132,12 @@ class Engine:
                 model=target, config={**kept, "zero_optimization": zero}, dist_init_required=False
             )
 
-        def place(weight: nn.Parameter, fragment: Fragment) -> torch.Tensor:
+        def view_of(weight: nn.Parameter, fragment: Fragment) -> torch.Tensor:
             share = weight.ds_tensor
             first = fragment.start - rank() * share.ds_numel
             return share.data[first : first + len(fragment.values)]
 
-        return place
+        return view_of
 
     def __call__(self, *args, **kwargs):
         return self._deepspeed(*args, **kwargs)
