@@ -22,7 +22,7 @@ from cjepa_fast.model.predictor import Predictor
 from cjepa_fast.model.vit import MODELS, Encoder, initialisation
 from cjepa_fast.runtime import distributed, hardware, trials
 from cjepa_fast.training.engines.single import SingleEngine
-from cjepa_fast.training.engines.zero import DTYPES, Engine
+from cjepa_fast.training.engines.zero import DTYPES, ZeroEngine
 from cjepa_fast.training.optim import parameter_groups
 
 
@@ -59,7 +59,7 @@ def build_networks(config: Config, ranks: Ranks | None = None) -> JEPA:
 
 def build_engine(
     networks: JEPA, target: Encoder, config: Config, micro_batch: int, accumulation: int
-) -> Engine | SingleEngine:
+) -> ZeroEngine | SingleEngine:
     """By optim.implementation; networks and target, in fp32 and on the device, become its own."""
     optim = config.optim
     options = {
@@ -74,7 +74,7 @@ def build_engine(
     implementation = optimizer_implementation(config)
     if implementation == "adamw_ema":
         return SingleEngine(networks, target, groups, **options)
-    return Engine(
+    return ZeroEngine(
         networks,
         target,
         groups,
@@ -303,15 +303,15 @@ def meta_batch(config: Config, images: int) -> tuple:
     side, width = config.data.image_size, model_sizes(config)["width"]
     N = (side // config.model.patch_size) ** 2
     shapes = (images, 3, side, side), (images, N, width)
-    pictures, tokens = (
+    images_B3HW, tokens = (
         torch.empty(shape, dtype=compute_dtype(config), device="meta") for shape in shapes
     )
-    return pictures, masks.context.to("meta"), masks.target_idx_BMP.to("meta"), tokens
+    return images_B3HW, masks.context.to("meta"), masks.target_idx_BMP.to("meta"), tokens
 
 
 def initialise(networks: JEPA, target: Encoder, config: Config) -> None:
     """Start from an I-JEPA checkpoint: fills encoder, predictor and target encoder."""
-    encoder, predictor, average = load_ijepa(
+    encoder, predictor, ema = load_ijepa(
         configuration.expanded(config.run.init_from),
         config.model.name,
         config.model.patch_size,
@@ -321,7 +321,7 @@ def initialise(networks: JEPA, target: Encoder, config: Config) -> None:
     )
     networks.encoder.load_state_dict(encoder.state_dict())
     networks.predictor.load_state_dict(predictor.state_dict())
-    target.load_state_dict(average.state_dict())
+    target.load_state_dict(ema.state_dict())
 
 
 def check_same_images(path: str, images: sources.ImageSet) -> None:

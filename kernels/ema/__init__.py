@@ -8,7 +8,7 @@
     lists.py          the checks and the tables of lists of tensors, which they share
 
 w, AdamW's moments and t are fp32 lists of tensors of any shapes; gradients are fp32 or narrower.
-`x_reference` is the definition, in torch._foreach operations; a CPU averages by it too. On CUDA one
+`x_reference` is the definition, in torch._foreach operations; a CPU computes it so too. On CUDA one
 launch serves the whole list.
 
 All are bound by bytes. So a copy in the same pass is predicted to make ema_update 1.29 times as

@@ -10,10 +10,10 @@ indices of an image, D and W widths. Indices are int32 or int64, row-major posit
 grid; they need not be unique. None is ever expanded to the width of the tokens.
 
 `x_reference` is the definition, and the path on the CPU and in float64; on CUDA a kernel takes its
-index. An index outside 0..N-1 raises IndexError on the CPU. On CUDA the host would have to wait for
+place. An index outside 0..N-1 raises IndexError on the CPU. On CUDA the host would have to wait for
 the device to know it: its rows come out NaN, and with CJEPA_DEBUG_INDICES=1 the kernel asserts.
 
-The launchers take any strides but for the indices, which they make dense, and a `tile` in index of
+The launchers take any strides but for the indices, which they make dense, and a `tile` in place of
 the one that the shape would choose. Lengths that the masks draw anew each step are not specialised
 on, or each would be compiled for once more. Launchers also run on CPU tensors where Triton
 interprets.

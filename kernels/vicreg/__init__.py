@@ -21,18 +21,18 @@ No atomics: sums run in a fixed order, and the same input gives the same bits.
 Precision. The mean is a pair of fp32 numbers (the first row, and the mean distance from it), good
 far beyond fp32, so that a spread of 1e-5 of the mean survives. The variances are sums of squares of
 the centred fp32 values, so std_loss and std_per_dim are fp32 for every input, and so is the
-diagonal's part of the gradient, far the larger. The off-diagonal products accumulate in fp32; into
+diagonal's part of the gradient, far the larger. The off-diagonal matmuls accumulate in fp32; into
 them values enter as follows (the tests' error budget decides):
-    fp32 input            three tf32 products of two halves each, 2^-21 relative
-    bf16 and fp16 input   three bf16 products of two halves each, 2^-17
-One product of values rounded to bf16 would fail: forward where z is coarse, its mean 100 times its
+    fp32 input            three tf32 matmuls of two halves each, 2^-21 relative
+    bf16 and fp16 input   three bf16 matmuls of two halves each, 2^-17
+One matmul of values rounded to bf16 would fail: forward where z is coarse, its mean 100 times its
 spread, so that equal values round alike and cov_loss is off by up to 2^-7; backward where D is
 small, so that little averages out. The error of the Gram's cov_loss is relative to |K|^2 / D, of
 which cov_loss may be a small part.
 
 Bytes that must move, for b bytes an element: forward n D b twice (means, then tiles) and the matrix
 once; backward 2 n D b (z and dz) and the matrix once. Operations, 2 a multiply-add: forward
-n D S (upper half), backward 2 n D S; three times that by the products above.
+n D S (upper half), backward 2 n D S; three times that by the matmuls above.
 n = 25,088, D = 1280, bf16: 41 and 82 GFLOP against 128 MB each.
 """
 

@@ -1,7 +1,9 @@
 """The arrows between the packages, read from the source: they only point down."""
 
 import ast
+import importlib
 import importlib.metadata
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -149,11 +151,35 @@ def test_third_party_imports_are_declared_and_heavy_ones_late(name):
 
 
 def test_nothing_lies_loose():
-    """Beside the commands every module has its room, and every room says what it is for."""
+    """Beside the commands every module has its room."""
     assert {p.stem for p in PACKAGE.glob("*.py")} == {"__init__", "train", "demo"}
-    for path in SOURCES.values():
-        if path.name == "__init__.py":
-            assert ast.get_docstring(ast.parse(path.read_text())), path
+
+
+PACKAGES = sorted(name for name, path in SOURCES.items() if path.name == "__init__.py")
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_a_package_says_its_purpose_and_exports_names_that_are_there(name):
+    package = importlib.import_module(name)
+    purpose = ast.get_docstring(ast.parse(SOURCES[name].read_text()))
+    assert purpose and purpose.splitlines()[0].endswith((".", "`"))
+    assert package.__all__ and len(set(package.__all__)) == len(package.__all__)
+    for exported in package.__all__:
+        assert not inspect.ismodule(getattr(package, exported)), "a module has the same name"
+    with pytest.raises(AttributeError, match="has no attribute 'missing'"):
+        _ = package.missing
+
+
+def test_importing_a_package_loads_nothing_heavy():
+    names = [name for name in PACKAGES if not name.startswith("cjepa_fast.kernels.")]
+    code = f"""
+import importlib, sys
+for name in {names!r}:
+    importlib.import_module(name)
+print(sorted(set(sys.modules) & {HEAVY!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["[]"]
 
 
 def test_no_module_bears_a_foreign_name():

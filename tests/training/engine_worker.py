@@ -31,7 +31,7 @@ from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime import distributed
 from cjepa_fast.training import optim
 from cjepa_fast.training.engines.single import SingleEngine
-from cjepa_fast.training.engines.zero import DTYPES, MOMENTS, Engine
+from cjepa_fast.training.engines.zero import DTYPES, MOMENTS, ZeroEngine
 
 BATCH, ACCUMULATION = 8, 2
 
@@ -49,7 +49,7 @@ def batch_of(step: int, micro: int) -> list[torch.Tensor]:
     return [images, context, targets]
 
 
-def build(stage: str, precision: str, options: dict) -> Engine | SingleEngine:
+def build(stage: str, precision: str, options: dict) -> ZeroEngine | SingleEngine:
     world = distributed.world_size()
     recompute = {"checkpointing": "full" if "full" in options else "none"}
     torch.manual_seed(0)
@@ -69,7 +69,7 @@ def build(stage: str, precision: str, options: dict) -> Engine | SingleEngine:
         zero["offload_optimizer"] = {"device": "cpu"}
     adam = options.get("adam", "fused")
     zero = {"zero_optimization": zero | json.loads(options.get("zero", "{}"))}
-    return Engine(*parts, zero, micro_batch=BATCH // world, implementation=adam, **settings)
+    return ZeroEngine(*parts, zero, micro_batch=BATCH // world, implementation=adam, **settings)
 
 
 def whole(fragments: list[Fragment]) -> dict[str, torch.Tensor]:
@@ -81,7 +81,7 @@ def whole(fragments: list[Fragment]) -> dict[str, torch.Tensor]:
     return {name: torch.cat([found[at] for at in sorted(found)]) for name, found in pieces.items()}
 
 
-def kinds(made: Engine | SingleEngine) -> dict[str, dict[str, torch.Tensor]]:
+def kinds(made: ZeroEngine | SingleEngine) -> dict[str, dict[str, torch.Tensor]]:
     """All fp32 values by kind and parameter."""
     state = made.state()
     moments = {
@@ -115,14 +115,14 @@ def train(stage: str, precision: str, steps: int, folder: Path, options: dict) -
     start, exact, seen = 0, True, []
     if "resume" in options:
         start = checkpoint.restore(checkpoint.latest(folder), made)["step"]
-    average = whole(made.ema.fragments)
+    ema = whole(made.ema.fragments)
     order = list(range(start, steps))
     if "again" in options:
         order += [-1, *range(int(options["save"]), steps)]
     for step in order:
         if step < 0:
             checkpoint.restore(checkpoint.latest(folder), made)
-            average = whole(made.ema.fragments)
+            ema = whole(made.ema.fragments)
             continue
         losses = []
         for micro in range(ACCUMULATION):
@@ -148,17 +148,17 @@ def train(stage: str, precision: str, steps: int, folder: Path, options: dict) -
             )
         made.limit(loss=math.inf, grad_norm=math.inf)
         seen.append([sum(losses) / ACCUMULATION, float(made.grad_norm), bool(applied)])
-        if applied:  # the average as one rank alone would keep it
+        if applied:  # the EMA as one rank alone would keep it
             online = whole(made.masters("encoder."))
-            for name, values in average.items():
+            for name, values in ema.items():
                 values.lerp_(online[name], 1 - 0.9)
         if options.get("save") == str(step + 1):
             stored = checkpoint.Stored(tiny.save(folder, made, step + 1))
-            exact &= all(torch.equal(stored.whole("ema", n), v) for n, v in average.items())
+            exact &= all(torch.equal(stored.whole("ema", n), v) for n, v in ema.items())
     found = kinds(made)
     copies = working_copy(target)
-    exact &= all(torch.equal(v, found["ema"][name]) for name, v in average.items())
-    exact &= all(torch.equal(v.to(dtype), copies[name]) for name, v in average.items())
+    exact &= all(torch.equal(v, found["ema"][name]) for name, v in ema.items())
+    exact &= all(torch.equal(v.to(dtype), copies[name]) for name, v in ema.items())
     sums = {
         kind: sum(float(v.double().abs().sum()) for v in values.values())
         for kind, values in found.items()

@@ -12,7 +12,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # by run.precision
 
 
 class Engine(SavedEngine, Protocol):
-    """A model with its optimiser and its target's EMA: single.SingleEngine, zero.Engine."""
+    """A model with its optimiser and its target's EMA: single.SingleEngine, zero.ZeroEngine."""
 
     ema: TargetEMA
     stage: int  # of ZeRO; 0 where nothing is sharded

@@ -1,7 +1,7 @@
 """A model under DeepSpeed: its step, and the fp32 state behind it.
 
-`Engine.state()` lists, for whatever ZeRO stage, the fragments of the fp32 weights and Adam moments
-that this rank owns, as views. The target's average and the checkpoints are built on it alone.
+`ZeroEngine.state()` lists, for any ZeRO stage, the fragments of the fp32 weights and Adam moments
+that this rank owns, as views. The target's EMA and the checkpoints are built on it alone.
 One rank has nothing to shard and trains without DeepSpeed: single.py.
 """
 
@@ -45,8 +45,8 @@ def adamw(implementation: str, groups: list[dict], **numbers) -> torch.optim.Opt
     return ApexAdam(groups, adam_w_mode=True, **numbers)
 
 
-class Engine:
-    """A model under DeepSpeed, its target's average, and the schedules taken from outside.
+class ZeroEngine:
+    """A model under DeepSpeed, its target's EMA, and the schedules taken from outside.
 
     target: a copy of the model's encoder in fp32, moved to the compute dtype here. groups: from
     optim.parameter_groups; config: the user's own DeepSpeed JSON, completed here. implementation:
@@ -119,7 +119,7 @@ class Engine:
     def _partition(self, target: nn.Module) -> FragmentView:
         """Under ZeRO-3: the target's weights shared out as the encoder's, gathered in its forward.
 
-        Of no weight a second copy is kept, nor the small ones whole: an update of the average would
+        Of no weight a second copy is kept, nor the small ones whole: an update of the EMA would
         leave those as they were.
         """
         zero = {**self._config["zero_optimization"], "stage3_param_persistence_threshold": 0}
@@ -171,10 +171,10 @@ class Engine:
             if self._refuses(self.grad_norm):
                 self._end_window_without_update()
                 return False
-        self._norm_judged = None
+        self._checked_norm = None
         self._deepspeed.step()
         if self.stage > 0:
-            self.grad_norm = self._norm_judged or self._deepspeed.get_global_grad_norm()
+            self.grad_norm = self._checked_norm or self._deepspeed.get_global_grad_norm()
         applied = self._deepspeed.was_step_applied()
         if applied:
             self.ema.update(momentum)
@@ -201,7 +201,7 @@ class Engine:
         name = "_get_norm_groups" if self.stage == 3 else "scaled_global_norm"
         original = getattr(self._optimizer, name)
 
-        def judged():
+        def checked():
             norms = original()
             if not self._refused and self._limits[1] == math.inf:
                 return norms
@@ -209,13 +209,13 @@ class Engine:
             parts = [torch.as_tensor(part, device=self.device) for part in parts]
             stacked = torch.stack(parts)
             invalid = not (stacked >= 0).all()  # DeepSpeed writes -1 for what is not finite
-            self._norm_judged = math.inf if invalid else float(torch.linalg.vector_norm(stacked))
-            if not self._refuses(self._norm_judged):
+            self._checked_norm = math.inf if invalid else float(torch.linalg.vector_norm(stacked))
+            if not self._refuses(self._checked_norm):
                 return norms
             infinite = torch.full_like(parts[0], math.inf)
             return [infinite] if isinstance(norms, list) else infinite
 
-        setattr(self._optimizer, name, judged)
+        setattr(self._optimizer, name, checked)
 
     @property
     def _optimizer(self) -> torch.optim.Optimizer:
@@ -376,7 +376,7 @@ def complete_config(
     config.setdefault("zero_force_ds_cpu_optimizer", False)
     zero = dict(config.get("zero_optimization", {}))
     if not hardware.has_gpu():
-        zero["overlap_comm"] = False  # it needs streams
+        zero["overlap_comm"] = False  # it needs CUDA streams
     elif world_size() > 1:
         zero.setdefault("overlap_comm", True)
     # A bucket is reduced once it is full, so several must fill in one backward for the reduction
