@@ -95,30 +95,30 @@ def timed_turn(
 
 
 def take_turns(
-    sides: dict[str, Callable[[], Iterator[torch.Tensor]]],
+    readers: dict[str, Callable[[], Iterator[torch.Tensor]]],
     turns: int,
     batches: int,
     filled: int,
     device: torch.device,
 ) -> dict[str, dict[str, list[float]]]:
-    """By side and figure, the turns' values. A side runs only in its turns."""
-    found: dict[str, dict[str, list[float]]] = {side: {} for side in sides}
+    """By reader and figure, the turns' values. A reader runs only in its turns."""
+    found: dict[str, dict[str, list[float]]] = {reader: {} for reader in readers}
     for _ in range(turns):
-        for side, begin in sides.items():
+        for reader, begin in readers.items():
             with contextlib.closing(begin()) as made:
                 for name, value in timed_turn(made, batches, filled, device).items():
-                    found[side].setdefault(name, []).append(value)
+                    found[reader].setdefault(name, []).append(value)
     return found
 
 
 def summary(found: dict[str, dict[str, list[float]]]) -> dict:
-    """Medians by side, and ours over DALI's: above 1 is better of images/s, worse of processor.
+    """Medians by reader, and ours over DALI's: above 1 is better of images/s, worse of processor.
 
-    Of the loader by Pillow, where it is a side, over the loader by DALI.
+    Of the loader by Pillow, where it is a reader, over the loader by DALI.
     """
     medians = {
-        side: {name: statistics.median(values) for name, values in figures.items()}
-        for side, figures in found.items()
+        reader: {name: statistics.median(values) for name, values in figures.items()}
+        for reader, figures in found.items()
     }
 
     def ratios(one: str, other: str) -> dict[str, float]:
@@ -157,16 +157,16 @@ def configured(args: argparse.Namespace) -> Config:
 def measure(config: Config, args: argparse.Namespace, device: torch.device) -> dict:
     images = sources.open_images(args.data_path)
     paths = [str(args.data_path / images.name(i)) for i in range(len(images))]
-    sides = {
+    readers = {
         "ours": lambda: ours_batches(build.build_loader(config, device, masks=None)),
         "DALI": lambda: dali_batches(paths, config, device),
     }
     if args.pillow:
         data = config.data.model_copy(update={"decoder": "pillow"})
         other = config.model_copy(update={"data": data})
-        sides["Pillow"] = lambda: ours_batches(build.build_loader(other, device, masks=None))
+        readers["Pillow"] = lambda: ours_batches(build.build_loader(other, device, masks=None))
     filled = config.data.prefetch + FILLED
-    row = summary(take_turns(sides, args.turns, args.batches, filled, device))
+    row = summary(take_turns(readers, args.turns, args.batches, filled, device))
     if args.epochs:
         loader = build.build_loader(config, device, masks=None)
         row["resident_mib"] = resident_by_epoch(loader, args.epochs)
@@ -177,8 +177,8 @@ def measure(config: Config, args: argparse.Namespace, device: torch.device) -> d
 def text(row: dict) -> str:
     lines = [f"{row['config']}: {row['images']} files, batch {row['batch']}, "
              f"{row['threads']} threads, {row['image_size']} pixels"]  # fmt: skip
-    for side, found in row["medians"].items():
-        lines.append(f"{side}: {found['images_per_s']:.0f} images/s, processor "
+    for reader, found in row["medians"].items():
+        lines.append(f"{reader}: {found['images_per_s']:.0f} images/s, processor "
                      f"{found['cpu_ms_per_image']:.2f} ms an image")  # fmt: skip
     ratios = row["ours_over_dali"]
     lines.append(f"ours over DALI's: {ratios['images_per_s']:.3f} of the images/s, "

@@ -257,7 +257,7 @@ def measure_against(config: Config, device: torch.device, steps: int, warmup: in
     check_comparable(config)
     masks = build.build_masks(config)
     trainer = built(config, device, EPOCH_STEPS)
-    sides = {
+    trainers = {
         "ours": trainer,
         "reference, fp32": ReferenceTrainer(trainer, autocast=False),
         "reference, bf16 autocast": ReferenceTrainer(trainer, autocast=True),
@@ -265,22 +265,22 @@ def measure_against(config: Config, device: torch.device, steps: int, warmup: in
     batches = synthetic_batches(config, device, masks)
     for index in range(warmup):
         batch = next(batches)
-        for side in sides.values():
-            side.step(batch, index)
+        for trainer in trainers.values():
+            trainer.step(batch, index)
     clock = StepClock(device)
     synchronize(device)
     clock.mark()
     for index in range(warmup, warmup + steps):
         batch = next(batches)
-        for side in sides.values():
-            side.step(batch, index)
+        for trainer in trainers.values():
+            trainer.step(batch, index)
             clock.mark()
     step_ms = clock.step_ms()
-    turns = {name: step_ms[i :: len(sides)] for i, name in enumerate(sides)}
+    turns = {name: step_ms[i :: len(trainers)] for i, name in enumerate(trainers)}
     rows = []
-    for name, side in sides.items():
+    for name, trainer in trainers.items():
         row = against_row(name, turns[name], turns["ours"], trainer)
-        rows.append(row | step_memory(side, batch, warmup + steps))
+        rows.append(row | step_memory(trainer, batch, warmup + steps))
     return rows
 
 
@@ -296,13 +296,13 @@ def against_row(name: str, step_ms: list[float], ours_ms: list[float], trainer) 
     }
 
 
-def step_memory(side: Trainer | ReferenceTrainer, batches: list[Batch], index: int) -> dict:
+def step_memory(trainer: Trainer | ReferenceTrainer, batches: list[Batch], index: int) -> dict:
     """GiB that a step's forward keeps for its backward beside the weights, and that a step holds
     at its peak beyond what is held between steps."""
-    kept = Kept(side.engine.module if isinstance(side, Trainer) else side.networks)
+    kept = Kept(trainer.engine.module if isinstance(trainer, Trainer) else trainer.networks)
     with kept.counting():
-        side.step(batches, index)
-    peak = peak_bytes(lambda: side.step(batches, index + 1), side.device)
+        trainer.step(batches, index)
+    peak = peak_bytes(lambda: trainer.step(batches, index + 1), trainer.device)
     return {"kept_gib": kept.bytes / 2**30, "step_gib": peak / 2**30}
 
 
@@ -334,7 +334,7 @@ def row_of(config: Config, data: str, trainer: Trainer, timed: dict) -> dict:
 
 
 def add_mfu(row: dict, precision: str, device: torch.device, device_name: str) -> None:
-    """Model-flop utilisation of one device, in per cent: of its data sheet, of a plain product."""
+    """Model-flop utilisation of one device, in per cent: of its data sheet, of a plain matmul."""
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
     row["matmul_tflops"] = measured_tflops(device, dtype)
     row["mfu_matmul_pct"] = 100 * row["tflops"] / row["matmul_tflops"]

@@ -51,7 +51,7 @@ def cases(models: list[str], batch: int | None, rows: int, widths: list[int]) ->
         config = configuration.load(MODELS[model])
         images = batch or config.data.micro_batch_size
         masks = build.build_masks(config)(0, 0, torch.arange(images))
-        found += gathers(model, config, masks) + averages(model, config)
+        found += gathers(model, config, masks) + emas(model, config)
         found += quantisations(model, config, images)
         found += blocks(model, config, masks)
         found.append(vicreg_blocks(model, config, masks))
@@ -115,7 +115,7 @@ def gathers(model: str, config: Config, masks: Masks) -> list[Case]:
     ]  # fmt: skip
 
 
-def averages(model: str, config: Config) -> list[Case]:
+def emas(model: str, config: Config) -> list[Case]:
     """The two updates over all the encoder's weights, bf16 gradients and working copies."""
     with torch.device("meta"):
         encoder = build.build_networks(config).encoder
@@ -127,7 +127,7 @@ def averages(model: str, config: Config) -> list[Case]:
         # squares of gradients may not be negative
         return [[normal(device, *s, dtype=d).abs_() for s in shapes] for d in dtypes]
 
-    def averaged(device: torch.device) -> tuple:
+    def arguments(device: torch.device) -> tuple:
         target, online, copies = lists(device, torch.float32, torch.float32, torch.bfloat16)
         return target, online, 0.996, copies
 
@@ -138,7 +138,7 @@ def averages(model: str, config: Config) -> list[Case]:
     # 14 and 38 bytes a value: see the docstrings of kernels/ema/, here with bf16 gradients
     return [
         Case(
-            shape=label, dtype=fp32, make=averaged, work={"forward": Work(14 * values)},
+            shape=label, dtype=fp32, make=arguments, work={"forward": Work(14 * values)},
             **pair(ema, "ema_update"),
         ),
         Case(
@@ -237,7 +237,7 @@ def _plain_gelu_gradients(dg, u):
 
 
 def quantisations(model: str, config: Config, images: int) -> list[Case]:
-    """What the target's forward in fp8 does beside its products: of all tokens, from bf16."""
+    """What the target's forward in fp8 does beside its matmuls: of all tokens, from bf16."""
     sizes = build.model_sizes(config)
     tokens, D = images * (config.data.image_size // config.model.patch_size) ** 2, sizes["width"]
     hidden = round(D * sizes["mlp_ratio"])
@@ -260,7 +260,7 @@ def quantisations(model: str, config: Config, images: int) -> list[Case]:
 
 
 def averaged_rows(model: str, D: int, depth: int) -> Case:
-    """The average of one square matrix a block, and its rows in FP8."""
+    """The EMA of one square matrix a block, and its rows in FP8."""
 
     def make(device: torch.device) -> tuple:
         target, online = (normal(device, depth, D, D, dtype=torch.float32) for _ in range(2))

@@ -36,12 +36,12 @@ def measured_rates(device: torch.device) -> Rates:
     """The ceilings of this device."""
     tf32 = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = True
-    products = {
+    matmuls = {
         name: 1e12 * hardware.measured_tflops(device, getattr(torch, name))
         for name in ("bfloat16", "float32")
     }
     torch.backends.cuda.matmul.allow_tf32 = tf32
-    return {"bytes_per_s": 1e9 * hardware.measured_gb_per_s(device), **products}
+    return {"bytes_per_s": 1e9 * hardware.measured_gb_per_s(device), **matmuls}
 
 
 def sheet_rates(name: str) -> Rates:
@@ -52,8 +52,8 @@ def sheet_rates(name: str) -> Rates:
 
 
 def roofline_us(work: Work, dtype: torch.dtype, rates: Rates) -> float:
-    products = rates[str(dtype).removeprefix("torch.")]
-    return 1e6 * max(work.bytes / rates["bytes_per_s"], work.flop / products)
+    matmuls = rates[str(dtype).removeprefix("torch.")]
+    return 1e6 * max(work.bytes / rates["bytes_per_s"], work.flop / matmuls)
 
 
 def passes(function: Callable, inputs: tuple, both_ways: bool) -> dict[str, Callable[[], Any]]:
@@ -147,7 +147,7 @@ def predict(found: list[Case]) -> str:
         "",
         "`python bench/ops.py --predict`. Microseconds that a pass takes at least, by the data"
         " sheets' memory bandwidth and dense matrix rate (tf32 for float32), whichever binds."
-        " VICReg's products of two halves each cost three times the operations counted here.",
+        " VICReg's matmuls of two halves each cost three times the operations counted here.",
         "",
         "| op | shape | pass | MB | GFLOP | " + " | ".join(f"{s} µs" for s in SHEETS) + " |",
         "|---|---|---|---|---|" + "---|" * len(SHEETS),
@@ -168,7 +168,7 @@ def markdown(rows: list[dict], about: dict, rates: Rates) -> str:
         "",
         f"{about['hardware']['device']}; torch {about['versions']['torch']}, triton "
         f"{about['versions']['triton']}; commit {about['commit']}. Copy "
-        f"{rates['bytes_per_s'] / 1e9:.0f} GB/s, products {rates['bfloat16'] / 1e12:.4g} TFLOP/s in"
+        f"{rates['bytes_per_s'] / 1e9:.0f} GB/s, matmul {rates['bfloat16'] / 1e12:.4g} TFLOP/s in"
         f" bf16, {rates['float32'] / 1e12:.4g} in fp32. `{about['command']}`",
         "",
         "| op | shape | pass | ours µs (p10-p90) | GB/s | TFLOP/s | % of roofline | × eager "

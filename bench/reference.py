@@ -126,18 +126,18 @@ class ReferencePredictor(nn.Module):
 class ReferenceTrainer:
     """I-JEPA's step beside a Trainer's, with its weights, schedules and batches.
 
-    autocast: whether products run in bf16, as released, or all in fp32.
+    autocast: whether matmuls run in bf16, as released, or all in fp32.
     """
 
     def __init__(self, trainer: Trainer, autocast: bool):
         self.trainer, self.autocast, self.device = trainer, autocast, trainer.device
-        ours, average = trainer.engine.module, trainer.ema.module
+        ours, ema = trainer.engine.module, trainer.ema.module
         self.encoder = ReferenceEncoder(ours.encoder).to(self.device)
         self.encoder.load_state_dict(ours.encoder.state_dict())
         self.predictor = ReferencePredictor(ours.predictor).to(self.device)
         self.predictor.load_state_dict(ours.predictor.state_dict())
         self.target = copy.deepcopy(self.encoder)
-        self.target.load_state_dict(average.state_dict())
+        self.target.load_state_dict(ema.state_dict())
         self.networks = nn.ModuleList([self.encoder, self.predictor])
         groups = optim.parameter_groups(self.networks)
         config = trainer.config.optim

@@ -180,7 +180,7 @@ def table(found: list[Line]) -> str:
 
 
 def with_table(readme: str, text: str) -> str:
-    """The README with its table replaced. Raises ValueError where the marks are missing."""
+    """The README with its table replaced. Raises ValueError where the markers are missing."""
     before, begin, rest = readme.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):

@@ -239,8 +239,8 @@ def report(rows: list[dict], args: argparse.Namespace) -> None:
     turns = [row for row in measured if "step" in row]
     others = [row for row in rows if "step" not in row]
     if others:
-        with_product = next((row for row in others if "matmul_tflops" in row), None)
-        print(f"{ceilings(with_product)}{table(others, columns_of(others))}")
+        with_matmul = next((row for row in others if "matmul_tflops" in row), None)
+        print(f"{ceilings(with_matmul)}{table(others, columns_of(others))}")
         print(phase_table(others), end="")
     if turns:
         print(table(turns, AGAINST_COLUMNS))
@@ -253,7 +253,7 @@ def ceilings(row: dict | None) -> str:
     return (
         f"{row['hardware']['device']}; torch {row['versions']['torch']}\n"
         f"{row['precision']} TFLOP/s: {sheet} by data sheet, "
-        f"{row['matmul_tflops']:.3g} in a large product\n"
+        f"{row['matmul_tflops']:.3g} in a large matmul\n"
     )
 
 

@@ -14,7 +14,7 @@ NAME = 110  # characters of a kernel's
 
 
 def summary(trace: Path, steps: int) -> str:
-    """Of all streams together; microseconds a step. Empty for a trace without a device."""
+    """Of all CUDA streams together; microseconds a step. Empty for a trace without a device."""
     events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
     events = sorted((e for e in events if e.get("cat") in ON_DEVICE), key=lambda e: e["ts"])
     if not events:

@@ -43,7 +43,7 @@ class Knob(NamedTuple):
 
 
 def vicreg_knobs(device: torch.device, shapes: Sequence[tuple[int, int]]) -> Iterator[Knob]:
-    """Of z (n, D): products are fp32 or bf16, the matrix n x n or D x D, small or large."""
+    """Of z (n, D): matmuls are fp32 or bf16, the matrix n x n or D x D, small or large."""
     for (n, D), dtype in ((s, d) for s in shapes for d in (torch.float32, torch.bfloat16)):
         z, gram = torch.randn(1, n, D, device=device, dtype=dtype), n < D
         mean, _ = launch_columns(z)
@@ -156,7 +156,7 @@ ATTENTIONS = (
 )  # fmt: skip
 
 
-def average_knobs(device: torch.device, shapes: Sequence[tuple[int, ...]]) -> Iterator[Knob]:
+def ema_knobs(device: torch.device, shapes: Sequence[tuple[int, ...]]) -> Iterator[Knob]:
     """Of a list of weights: fp32 masters, bf16 gradients and copies."""
 
     def weights(dtype: torch.dtype) -> list[torch.Tensor]:
@@ -185,7 +185,7 @@ def knobs(device: torch.device) -> Iterator[Knob]:
         yield from stream_knobs(device, 16_384, width)
     yield from gelu_knobs(device, 16_384, 5120)
     yield from attention_knobs(device, ATTENTIONS)
-    yield from average_knobs(device, [(1280, 5120), (1280,), (1280, 1280)] * 32)
+    yield from ema_knobs(device, [(1280, 5120), (1280,), (1280, 1280)] * 32)
 
 
 def fastest(knob: Knob, watch: Stopwatch, seconds: float) -> tuple[int, list[float]]:

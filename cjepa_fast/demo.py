@@ -1,6 +1,6 @@
-"""The whole way in minutes, on synthetic pictures: `python -m cjepa_fast.demo` (`make demo`).
+"""The whole way in minutes, on synthetic images: `python -m cjepa_fast.demo` (`make demo`).
 
-Renders the shapes set, trains configs/demo.json on its pictures (never on its labels) through the
+Renders the shapes set, trains configs/demo.json on its images (never on its labels) through the
 same command a user would give, compares kNN with what needs no learning, and draws what happened:
 report.html holds all of it.
 """
@@ -34,12 +34,12 @@ def main(argv: list[str] | None = None) -> int:
     began = time.perf_counter()
     run = free_folder(Path(args.out))
     for split, count in shapes.COUNTS.items():
-        print(f"{split}: {count:,} pictures in {shapes.ensure(split)}", flush=True)
+        print(f"{split}: {count:,} images in {shapes.ensure(split)}", flush=True)
     status = train(run, args.config, args.overrides)
     if status or not (run / "encoder.safetensors").is_file():
         return status  # it failed or was stopped, and has said so
     rate = statistics.median(row["images_per_s"] for row in read_log(run) if row["images_per_s"])
-    print(f"\ntrained at {rate:,.0f} images/s; how well each tells the largest shape of a picture:")
+    print(f"\ntrained at {rate:,.0f} images/s; how well each tells the largest shape of an image:")
     status = compare(run) or draw(run) or report.main([str(run), "--images", HELD_OUT])
     print(f"all of it in {time.perf_counter() - began:.0f} s; the run's folder: {run}")
     return status
@@ -71,7 +71,7 @@ def compare(run: Path) -> int:
 
 
 def draw(run: Path) -> int:
-    """curves.png and the pictures of what was learnt, in the run's folder."""
+    """curves.png and the figures of what was learnt, in the run's folder."""
     print("\ndrawn:", flush=True)
     tasks = {
         "curves": [],

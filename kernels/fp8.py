@@ -7,10 +7,10 @@
 
 448 is e4m3's largest value, and a row below 1e-12 counts as one of 1e-12, so that zeros are safe.
 values * scales is off by 1/16 of a value at most, 2.4 % of it in the mean square. All is computed
-in fp32 and rounded once. A row that is not finite comes out with NaN, and so does its product.
+in fp32 and rounded once. A row that is not finite comes out with NaN, and so does its matmul.
 
 `x_reference` is the definition, and the path on the CPU; on CUDA (sm_89 and newer have e4m3) one
-kernel serves all three. The averaged weights' rows are quantised in kernels/ema/, by `quantised`.
+kernel serves all three. The target's weights' rows are quantised in kernels/ema/, by `quantised`.
 
 Bytes a value that must move, of x in bf16: 3. Apart, the norm or GELU would move 4 more.
 """
@@ -244,7 +244,7 @@ def ahead_of_time() -> list[Compiled]:
     found = []
     for dtype, (first, add) in itertools.product((TRITON_NAMES[d] for d in KERNEL_DTYPES), before):
         inputs = dict.fromkeys(("x", "y", "s", "weight", "bias"), f"*{dtype}")
-        if add and dtype == "fp32":  # a stream in fp32, of branches in 16 bits
+        if add and dtype == "fp32":  # a residual stream in fp32, of branches in 16 bits
             inputs |= dict.fromkeys(("y", "weight", "bias"), "*bf16")
         found += [
             Compiled(

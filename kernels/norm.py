@@ -14,7 +14,7 @@ its automatic gradient that of the backward. The launchers serve the operators o
 model/fused_ops.py. Sums over rows are each program's own and then added up (common/sums.py),
 in a fixed order.
 
-Bytes a value that must move, with e bytes a value of the stream and of h alike:
+Bytes a value that must move, with e bytes a value of the residual stream and of h alike:
     forward 4 e (x and y in, s and h out; 2 e without y)   backward 4 e (s, dh, ds in, d out)
 """
 
@@ -223,7 +223,7 @@ WIDTHS = (192, 384, 768, 1280)  # of the models and the predictors, each of anot
 
 
 def ahead_of_time() -> list[Compiled]:
-    """Both kernels in every tile, for branches of 16 bits, and streams of 16 or 32."""
+    """Both kernels in every tile, for branches of 16 bits, and residual streams of 16 or 32."""
     found = []
     every = [tile for width in WIDTHS for tile in tiles(width)]
     half, whole = torch.bfloat16, torch.float32

@@ -1,4 +1,4 @@
-"""Images made on the spot, whole and broken in many ways. No files are shipped for this."""
+"""Images made on the spot, good and corrupt in many ways. No files are shipped for this."""
 
 import io
 import os
@@ -122,7 +122,7 @@ def good_folder(root: Path, count: int, classes: int = 2) -> Path:
 
 
 def break_folder(root: Path, where: str = "c0") -> tuple[set[str], set[str]]:
-    """Add one file of each broken kind, a folder named as an image and a link to nowhere.
+    """Add one file of each corrupt kind, a folder named as an image and a link to nowhere.
 
     Returns the names (found by the quick check, found in the decoder).
     """

@@ -1,4 +1,4 @@
-"""Made-up sets for the dense tasks, and an encoder small enough for them."""
+"""Synthetic datasets for the dense tasks, and an encoder small enough for them."""
 
 import json
 from pathlib import Path

@@ -34,7 +34,7 @@ def load_encoder(path: str | os.PathLike, which: str = "target") -> Encoder:
 
     path: a run's folder, a checkpoint's folder, a .safetensors file with its .json beside it, a
     Hugging Face I-JEPA folder, or one of I-JEPA's own files (.pth.tar).
-    which: "target" (the averaged one, used for evaluation) or "context"; a .safetensors file holds
+    which: "target" (the EMA, used for evaluation) or "context"; a .safetensors file holds
     one encoder, the target's unless its name says otherwise, a Hugging Face folder one, taken for
     the target's. The module also carries `mean` and `std`, the normalisation its images had.
     Raises FileNotFoundError or ValueError.
@@ -119,7 +119,7 @@ def is_run(folder: Path) -> bool:
 
 
 def set_aside(run: Path) -> None:
-    """A run that goes on has no final encoders yet: those there become previous_*."""
+    """A run that is resumed has no final encoders yet: those there become previous_*."""
     for which in FINAL.values():
         for suffix in (".safetensors", ".json"):
             path = run / f"{which}{suffix}"

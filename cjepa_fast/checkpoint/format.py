@@ -174,7 +174,7 @@ class Stored:
 
 
 def candidates(run: Path, resume: str | None) -> list[Path]:
-    """The checkpoints to resume from, the first that is whole: "auto" is the run's, newest first;
+    """Checkpoints to resume from, the first that is complete: "auto" is the run's, newest first;
     else a path, to one or to another run. None where nothing is to be resumed, or nothing there.
 
     Raises FileNotFoundError for a path that holds none.

@@ -40,7 +40,7 @@ class Snapshot:
         self._waited = True
 
     def begin(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Copies from a GPU are put on a stream of their own; those on the host wait for copy()."""
+        """Copies from a GPU have a CUDA stream of their own; those on the host wait for copy()."""
         self._tensors, self._waited = tensors, False
         self._copied_on_host.clear()
         for key, values in tensors.items():
@@ -79,7 +79,7 @@ class Snapshot:
             torch.cuda.current_stream().wait_event(self._copied_from_gpu)
 
 
-class Average(Protocol):
+class EMA(Protocol):
     """The target encoder's EMA."""
 
     fragments: list[Fragment]  # of it, fp32
@@ -92,7 +92,7 @@ class SavedEngine(Protocol):
     """What is saved and restored."""
 
     module: nn.Module
-    ema: Average
+    ema: EMA
     sharded: bool  # whether each rank owns only a share of the fp32 state
     snapshot: Snapshot  # of the state, taken by who saves; the engine waits before it updates
 

@@ -1,4 +1,4 @@
-"""Checkpoints written while the training goes on.
+"""Checkpoints written while the training continues.
 
     begin     the step after it starts at once; meanwhile a thread copies the state, which a forward
               and a backward only read, and writes it; the next update waits for the copy alone
@@ -7,7 +7,7 @@
     finish    the same, waited for
 
 What cannot be written (a full disk, a value that is not finite) is said and taken away: the
-training goes on, and the checkpoints there stay.
+training continues, and the checkpoints there stay.
 """
 
 import json
@@ -177,7 +177,7 @@ class Saver:
             shard = self._partial / f"shard_{rank():05d}_of_{world_size():05d}.safetensors"
             files.write_tensors(tensors | generators, shard)
             self._outcome = stored.receipt(shard)
-        except Exception as error:  # whatever it is, it is said, and the training goes on
+        except Exception as error:  # whatever it is, it is said, and the training continues
             self._outcome = f"rank {rank()}: {error}"
 
     def _name(self, receipts: list[Receipt]) -> None:

@@ -26,7 +26,7 @@ REFUSED_OF_DEEPSPEED: dict[str, tuple[tuple, str]] = {
     ),
     "zero_optimization.zero_quantized_nontrainable_weights": (
         (None, False),
-        "the positions are such weights, and would be kept in 8 bits; leave it out",
+        "the positions are such weights, and would be kept in FP8; leave it out",
     ),
     "zero_optimization.offload_optimizer.device": ((None, "none", "cpu"), NVME),
     "zero_optimization.offload_param.device": ((None, "none", "cpu"), NVME),

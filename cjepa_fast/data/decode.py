@@ -78,7 +78,7 @@ class Decoder(Protocol):
         """Raises DecodeFailed."""
 
     def collect(self) -> torch.Tensor:
-        """The oldest submitted batch: (B, 3, S, S), ready for any stream. Raises DecodeFailed."""
+        """The oldest submitted batch, (B, 3, S, S), for any CUDA stream. Raises DecodeFailed."""
 
     def alone(self, feed: DecodeRequest, b: int) -> bytes | None:
         """The bytes by which image b of the batch decodes when it is alone, None if none do.

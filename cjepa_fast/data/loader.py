@@ -1,4 +1,4 @@
-"""The training loader: an endless, resumable stream of batches, made ahead by a thread.
+"""The training loader: an endless, resumable sequence of batches, made ahead by a thread.
 
 Which image stands at index i of epoch e, its crop, its flip, its colours and its masks are pure
 functions of (seed, e, i). A rank takes its share of the indices, so the data state of a run is its
@@ -306,7 +306,7 @@ class _Iteration:
 
 
 def _claim(batch: Batch, stream) -> None:
-    """Tell the allocator that `stream` uses memory which the loader's stream allocated."""
+    """Tell the allocator that a CUDA stream uses memory which the loader's allocated."""
     batch.images_B3HW.record_stream(stream)
     if batch.masks is not None:
         batch.masks.record_stream(stream)

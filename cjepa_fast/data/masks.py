@@ -1,6 +1,6 @@
 """Multi-block masks: which patches are context and which are targets (I-JEPA, arXiv 2301.08243).
 
-M target blocks of one size lie anywhere on the grid; the context is one large block less the
+M target blocks of one size lie anywhere on the grid; the context is one large block minus the
 targets. Block sizes are drawn once a step, positions once an image. Every draw is a pure function
 of (seed, epoch, index) or (seed, epoch, step), so an image's layout is the same on any world size;
 only the cut of "random" and "prefix" to the batch minimum, and that of the rare batch of "packed"

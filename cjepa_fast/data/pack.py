@@ -6,7 +6,7 @@ Each image becomes KEY.jpg or KEY.png (by its content) with its bytes unchanged,
 the folder has classes; classes.txt names them. Images are shuffled over the shards with a fixed
 seed, so that readers in sequence see all classes too. Every image is decoded once; those that fail
 are left out and named. A shard is read back and compared before it gets its name; a run that was
-interrupted goes on with the first shard that is missing.
+interrupted resumes with the first shard that is missing.
 """
 
 import argparse

@@ -29,12 +29,12 @@ TASKS = {  # by name: the module below cjepa_fast.eval, imported when it is aske
     "compare": ("compare", "several checkpoints in one table"),
     "attention": (
         "figures.attention",
-        "picture: where target and context encoders look, side by side",
+        "figure: where target and context encoders look, side by side",
     ),
-    "pca": ("figures.pca", "picture: patch features as colours, side by side"),
-    "retrieve": ("figures.retrieve", "picture: nearest neighbours on frozen features"),
-    "curves": ("figures.curves", "picture: the log of one or several runs"),
-    "masks": ("figures.masks", "picture: a run's masks on its images"),
+    "pca": ("figures.pca", "figure: patch features as colours, side by side"),
+    "retrieve": ("figures.retrieve", "figure: nearest neighbours on frozen features"),
+    "curves": ("figures.curves", "figure: the log of one or several runs"),
+    "masks": ("figures.masks", "figure: a run's masks on its images"),
 }
 PATHS = ("data", "test", "images")
 OF_THE_RUN = ("seed", "crop", "k", "temperature")  # where the command says nothing

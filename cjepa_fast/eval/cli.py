@@ -30,7 +30,7 @@ from cjepa_fast.runtime import caches, distributed, hardware
 from cjepa_fast.runtime.files import read_json, write_text
 
 Row = dict[str, object]
-Side = tuple[ImageSet, torch.Tensor]  # a set and the positions used of it
+Split = tuple[ImageSet, torch.Tensor]  # a set and the indices used of it
 VERSIONS = (
     "cjepa_fast", "torch", "nvidia-dali-cuda130", "scikit-learn", "torchvision", "pycocotools",
 )  # fmt: skip
@@ -105,7 +105,7 @@ def add_features(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-cache", action="store_true", help="keep no features on disk")
 
 
-def add_picture(parser: argparse.ArgumentParser, count: int = 6, images: str = "") -> None:
+def add_figure_options(parser: argparse.ArgumentParser, count: int = 6, images: str = "") -> None:
     """images: where they are from if nothing is said."""
     known = f"default: {images}" if images else "a folder, shards or 'shapes'"
     parser.add_argument("--images", required=not images, metavar="SET", help=known)
@@ -168,9 +168,9 @@ def labelled(path: str) -> ImageSet:
     return images
 
 
-def labelled_sides(
+def labelled_splits(
     data: str, test: str | None, max_train: int | None = None, max_test: int | None = None
-) -> tuple[Side, Side]:
+) -> tuple[Split, Split]:
     """Training and test images, at most so many. Without `test`, 20 % of `data` by a hash of the
     names; the synthetic dataset has its own held-out split. Raises ValueError where labels are
     missing.
@@ -184,9 +184,9 @@ def labelled_sides(
     else:
         test_set = labelled(test)
         train_keep, test_keep = torch.arange(len(train_set)), torch.arange(len(test_set))
-        sides = {data: train_set.classes, test: test_set.classes}
+        splits = {data: train_set.classes, test: test_set.classes}
         if train_set.classes != test_set.classes:
-            raise ValueError(f"{data} and {test} do not have the same classes: {_unlike(sides)}")
+            raise ValueError(f"{data} and {test} do not have the same classes: {_unlike(splits)}")
     if not len(train_keep) or not len(test_keep):
         raise ValueError(
             f"{data}: splitting its {len(train_set)} images leaves {len(train_keep)} for training "
@@ -195,10 +195,10 @@ def labelled_sides(
     return (train_set, some(train_keep, max_train)), (test_set, some(test_keep, max_test))
 
 
-def _unlike(sides: dict[str, list[str] | None]) -> str:
-    """What the first side has that the second has not, or the other way about."""
-    for one, other in itertools.permutations(sides):
-        if only := sorted(set(sides[one] or ()) - set(sides[other] or ())):
+def _unlike(splits: dict[str, list[str] | None]) -> str:
+    """What the first split has that the second has not, or the other way about."""
+    for one, other in itertools.permutations(splits):
+        if only := sorted(set(splits[one] or ()) - set(splits[other] or ())):
             return f"{', '.join(map(repr, only[:3]))}{', ...' * (len(only) > 3)} only in {one}"
     return "one has names of classes, the other numbers"
 
@@ -212,13 +212,13 @@ def some(keep: torch.Tensor, most: int | None) -> torch.Tensor:
 
 def vectors_of(
     encoder: Encoder,
-    sides: tuple[Side, Side],
+    splits: tuple[Split, Split],
     args: argparse.Namespace,
     layers: Sequence[int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of both sides features (n, layers * D) and labels (n,), one after the other, on the CPU."""
+    """Of both splits features (n, layers * D) and labels (n,), one after the other, on the CPU."""
     found = []
-    for images, keep in sides:
+    for images, keep in splits:
         vectors, index = extract(
             encoder, images, keep=keep, crop=args.crop, layers=layers, device=device(),
             bf16=args.bf16, batch_size=args.batch_size, threads=args.threads, cache=cache_of(args),
@@ -241,12 +241,12 @@ def report(
     rows: list[Row],
     headings: dict[str, str],
     settings: Sequence[str],
-    picture: Path | None = None,
+    figure: Path | None = None,
 ) -> None:
     """Print a table, and write it to --json and into the run's folder as eval/TASK-DIGEST.json.
 
     rows: of plain values, each with "encoder", its name; headings: the columns by key, in order;
-    settings: names of the arguments that decide the numbers; picture: a file drawn of them. Only
+    settings: names of the arguments that decide the numbers; figure: a file drawn of them. Only
     rank 0 does so.
     """
     if distributed.rank() != 0:
@@ -265,7 +265,7 @@ def report(
         "settings": chosen,
         "headings": headings,
         "rows": rows,
-        "picture": picture and str(picture),
+        "picture": figure and str(figure),
     }
     text = json.dumps(record, indent=2, default=str) + "\n"
     for path in _files(args, chosen):
@@ -274,7 +274,7 @@ def report(
 
 
 def tell(args: argparse.Namespace, rows: list[Row], headings: dict[str, str], label: str) -> None:
-    """Of a picture, print its numbers and write them to --json. label: the key of a row's name.
+    """Of a figure, print its numbers and write them to --json. label: the key of a row's name.
     Only rank 0 does so."""
     if distributed.rank() != 0:
         return

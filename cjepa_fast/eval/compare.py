@@ -16,7 +16,7 @@ from cjepa_fast.checkpoint.encoders import load_encoder
 from cjepa_fast.eval import cli
 from cjepa_fast.eval.features import digest
 from cjepa_fast.eval.figures.curves import short_names
-from cjepa_fast.eval.figures.pictures import FIGURE, save
+from cjepa_fast.eval.figures.sheets import FIGURE, save
 from cjepa_fast.runtime.files import write_text
 
 COMPUTED = ("knn", "linear", "collapse")  # with --data

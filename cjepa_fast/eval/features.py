@@ -229,6 +229,6 @@ def name_hashes(images: ImageSet) -> torch.Tensor:
 
 def split_by_name(images: ImageSet, test_share: float = 0.2) -> tuple[torch.Tensor, torch.Tensor]:
     """Positions for training and for testing: by a hash of each image's name, so that a picture
-    stays on its side when others are added or removed."""
+    stays in its split when others are added or removed."""
     test = name_hashes(images).float() < test_share
     return (~test).nonzero().flatten(), test.nonzero().flatten()

@@ -19,10 +19,10 @@ from cjepa_fast.config import Config
 from cjepa_fast.data.evaluation import eval_batches
 from cjepa_fast.data.masks import Masks, MaskSampler
 from cjepa_fast.data.sources import ImageSet
-from cjepa_fast.eval.cli import Side, labelled_sides
+from cjepa_fast.eval.cli import Split, labelled_splits
 from cjepa_fast.eval.features import Subset
 from cjepa_fast.eval.figures import snapshots
-from cjepa_fast.eval.figures.pictures import load_images
+from cjepa_fast.eval.figures.sheets import load_images
 from cjepa_fast.eval.probes import knn
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime import distributed
@@ -30,7 +30,7 @@ from cjepa_fast.runtime.distributed import from_all, rank, world_size
 
 
 class OnlineEvaluation:
-    """Judges an encoder by two labelled sides, and knows when it may.
+    """Evaluates an encoder on two labelled splits, and knows when it may.
 
     every: optimiser steps between evaluations; share: of the run's time that they may take, the
     first and the last apart; batch_size: images a rank takes at a time. The rest as in
@@ -39,7 +39,7 @@ class OnlineEvaluation:
 
     def __init__(
         self,
-        sides: tuple[Side, Side],
+        splits: tuple[Split, Split],
         *,
         every: int,
         share: float,
@@ -48,7 +48,7 @@ class OnlineEvaluation:
         temperature: float,
         **reading,
     ):
-        self.sides, self.every, self.share = sides, every, share
+        self.splits, self.every, self.share = splits, every, share
         self.batch_size, self.k, self.temperature = batch_size, k, temperature
         self.say: Callable[[str], None] = print
         self.reading = reading
@@ -56,7 +56,7 @@ class OnlineEvaluation:
         self._owed = self._told = False
 
     def due(self, step: int) -> bool:
-        """Whether to judge after this step; of rank 0 alone the answer counts."""
+        """Whether to evaluate after this step; of rank 0 alone the answer counts."""
         self._owed |= step % self.every == 0
         if not self._owed or rank():
             return False
@@ -71,7 +71,7 @@ class OnlineEvaluation:
             )
         return False
 
-    def judge(self, encoder: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+    def evaluate(self, encoder: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
         """Percent right of kNN, plain and mean-subtracted, and of a linear probe.
 
         encoder: (B, 3, H, W) -> (B, N, D). Every rank calls it; the first has the answer, the
@@ -79,14 +79,14 @@ class OnlineEvaluation:
         """
         self._owed = False
         vectors = []
-        for images, keep in self.sides:
+        for images, keep in self.splits:
             features_nD, index_n = self._features(encoder, images, keep)
             vectors += [features_nD, images.labels[index_n]]
         return {} if rank() else _scores(*vectors, k=self.k, temperature=self.temperature)
 
     @contextlib.contextmanager
     def counted(self) -> Iterator[None]:
-        """What is done within it, judging and drawing, counts as time spent."""
+        """What is done within it, evaluating and drawing, counts as time spent."""
         began_s = time.monotonic()
         yield
         self._spent_s += time.monotonic() - began_s
@@ -152,12 +152,12 @@ def build_online(
     if own.data is None:
         return None
     train, test = (path and configuration.expanded(path) for path in (own.data, own.test))
-    sides = distributed.first_on_each_node(
-        lambda: labelled_sides(train, test, own.max_train, own.max_test)
+    splits = distributed.first_on_each_node(
+        lambda: labelled_splits(train, test, own.max_train, own.max_test)
     )
     micro_batch, _ = data.micro_batches(distributed.world_size())
     return OnlineEvaluation(
-        sides,
+        splits,
         every=own.every_epochs * steps_per_epoch,
         share=own.share,
         batch_size=micro_batch,
@@ -177,7 +177,7 @@ def build_online(
 def build_snapshots(config: Config, images: ImageSet, masks: MaskSampler) -> SnapshotImages | None:
     """Of rank 0, a few of the training images, by eval.online.pictures.
 
-    None where nothing would show them: drawing takes longer than judging.
+    None where nothing would show them: drawing takes longer than evaluating.
     """
     data, count = config.data, config.eval.online.pictures
     shown = config.telemetry.tensorboard or config.telemetry.wandb is not None

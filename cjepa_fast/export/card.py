@@ -200,7 +200,7 @@ def _settings(config: dict) -> dict[str, str]:
         "objective": _objective(config["loss"]),
         "optimiser": f"AdamW, learning rate {optim['lr']:g}, weight decay "
         f"{optim['weight_decay']:g} to {optim['final_weight_decay']:g}; "
-        f"momentum of the average {optim['momentum']:g} to {optim['final_momentum']:g}",
+        f"momentum of the EMA {optim['momentum']:g} to {optim['final_momentum']:g}",
         "precision": config["run"]["precision"],
     }
 

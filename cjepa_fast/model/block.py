@@ -217,7 +217,7 @@ class Block(nn.Module):
 
 
 def supports(blocks: Sequence[nn.Module], x: torch.Tensor) -> bool:
-    """Whether the kernels take this stream and these blocks, of 16 bits (or 8, see fp8.py)."""
+    """Whether the kernels take this residual stream and these blocks, in 16 bits (or FP8)."""
     weight = blocks[0].norm1.weight
     return takes(x, weight) and weight.dtype.itemsize == 2 and not torch.compiler.is_compiling()
 

@@ -1,7 +1,7 @@
-"""The counted work of a training step, from the sizes alone: what throughput is judged by.
+"""The counted work of a training step, from the sizes alone: what throughput is measured by.
 
 Counted are the matmuls whose results the method reads, 2 operations per multiply-add,
-without recomputation: linear layers, the two products of attention, the patch embedding of the
+without recomputation: linear layers, the two matmuls of attention, the patch embedding of the
 patches that are embedded; of the predictor's last block the target patches alone. Norms, softmax,
 GELU and the loss are left out, as is usual. What model.checkpointing runs again is counted apart.
 
@@ -23,7 +23,7 @@ def block_flop(
     """One transformer block over one sequence, forward, in FLOP; `outputs` tokens of it, or all.
 
     A token costs 4 D^2 in its key and value; an output 4 D^2 in its query and the projection and
-    4 D * hidden in the MLP; the attention map and its product with v 4 D a pair of query and key
+    4 D * hidden in the MLP; the attention map and its matmul with v 4 D a pair of query and key
     that meet, whatever the number of heads: all S keys an output, or `pairs` in all. Together
     24 S D^2 + 4 S^2 D at MLP ratio 4.
     """

@@ -6,7 +6,7 @@ x8 and W8 are e4m3 (kernels/fp8.py); the sums are fp32, the result bf16. qkv, pr
 the blocks are replaced; the norm before qkv and fc1 and the GELU before fc2 write FP8 at once.
 The patch embedding, the attention, the residual and the last norm stay bf16.
 
-Each operand is off by 2.4 % of itself in the mean square, so a product by 3.4 %, whatever the
+Each operand is off by 2.4 % of itself in the mean square, so a matmul by 3.4 %, whatever the
 scales: e4m3 has 4 significant bits.
 """
 
@@ -17,19 +17,19 @@ from torch import nn
 from cjepa_fast.kernels.fp8 import Rows, quantise_gelu, quantise_norm, quantise_rows
 from cjepa_fast.runtime import hardware
 
-MULTIPLE = 16  # of which every width must be one, for a GPU's product
+MULTIPLE = 16  # of which every width must be one, for a GPU's matmul
 FAST_SUMS = False  # True: sums of fewer bits than fp32's in the tensor cores
 
 
-def product_reference(x: Rows, weight: Rows, bias: torch.Tensor) -> torch.Tensor:
+def matmul_reference(x: Rows, weight: Rows, bias: torch.Tensor) -> torch.Tensor:
     out = F.linear(x.values.float(), weight.values.float()) * x.scales * weight.scales.T
     return (out + bias.float()).bfloat16()
 
 
-def product(x: Rows, weight: Rows, bias: torch.Tensor) -> torch.Tensor:
+def matmul(x: Rows, weight: Rows, bias: torch.Tensor) -> torch.Tensor:
     """x (..., C) times weight (O, C), plus bias (O,) in bf16: (..., O) in bf16."""
     if not x.values.is_cuda:
-        return product_reference(x, weight, bias)
+        return matmul_reference(x, weight, bias)
     out = torch._scaled_mm(
         x.values.flatten(0, -2),
         weight.values.t(),
@@ -60,7 +60,7 @@ class FP8Linear(nn.Module):
 
     def forward(self, x: torch.Tensor | Rows) -> torch.Tensor:
         rows = x if isinstance(x, Rows) else quantise_rows(x)
-        return product(rows, Rows(self.weight, self.scales), self.bias)
+        return matmul(rows, Rows(self.weight, self.scales), self.bias)
 
 
 class FP8QueryKeyValue(FP8Linear):
@@ -111,7 +111,7 @@ def linears_to_fp8(encoder: nn.Module) -> dict[str, FP8Linear]:
 
 
 def check_device(device: torch.device) -> None:
-    """Raises ValueError for a GPU without 8-bit products. A CPU computes them in fp32."""
+    """Raises ValueError for a GPU without FP8 matmuls. A CPU computes them in fp32."""
     if device.type == "cuda" and not hardware.gpu_multiplies_fp8(device):
         major, minor = hardware.capability(device)
         name = torch.cuda.get_device_name(device)

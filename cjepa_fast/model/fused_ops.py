@@ -56,7 +56,7 @@ def linear_gradients(
 def branch_gradients(
     d: torch.Tensor, dy_bias: torch.Tensor, y_dtype: torch.dtype | None
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Of a branch, which is the stream's, and of its bias; None where there is no branch."""
+    """Of a branch (the residual stream's) and of its bias; None where there is no branch."""
     return (None, None) if y_dtype is None else (d.to(y_dtype), dy_bias)
 
 

@@ -49,7 +49,7 @@ class Sequences:
         return x.flatten(0, 1).index_select(0, sequence_T * self.longest + offset_T)
 
     def means(self, x_TD: torch.Tensor) -> torch.Tensor:
-        """The mean over the tokens of each real sequence: (real, D). A product, with no atomics."""
+        """The mean over the tokens of each real sequence: (real, D). A matmul, with no atomics."""
         sequence_T, _ = self.offsets(len(x_TD))
         own_ST = sequence_T == torch.arange(self.real, device=x_TD.device)[:, None]
         return own_ST.to(x_TD.dtype) @ x_TD / self.lengths_S[: self.real, None]

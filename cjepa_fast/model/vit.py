@@ -114,7 +114,7 @@ class Encoder(nn.Module):
     """A ViT over the patches of an image, or over a chosen subset of them.
 
     image_size and patch_size are in pixels; the grid is (image_size // patch_size) squared.
-    residual: "fp32" keeps the stream between the blocks in fp32 where the weights are bf16; the
+    residual: "fp32" keeps the residual stream in fp32 where the weights are bf16; the
     matmuls and the output stay bf16. checkpointing: see recompute.py; init: see init_weights. Where
     `fused` is set, the blocks run by our kernels on what those take.
     Raises ValueError when the image is no multiple of the patch or the width none of the heads.

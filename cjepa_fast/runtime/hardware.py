@@ -19,7 +19,7 @@ import torch.nn.functional as F
 PRECISIONS = ("fp32", "bf16")  # the lower first: what fewer machines multiply comes last
 OLDEST_BF16 = (8, 0)  # compute capability of GPUs that multiply bf16
 OLDEST_FP8 = (8, 9)
-# Tiers that oneDNN can be told to stop at (ONEDNN_MAX_CPU_ISA), below the first with bf16 products.
+# Tiers that oneDNN can be told to stop at (ONEDNN_MAX_CPU_ISA), below the first with bf16 matmuls.
 WITHOUT_BF16 = (
     "SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI",
 )  # fmt: skip
@@ -94,7 +94,7 @@ def tier() -> str:
 
 @functools.cache
 def cpu_multiplies_bf16() -> bool:
-    """Whether this CPU has instructions for bf16 products, and torch and oneDNN use them.
+    """Whether this CPU has instructions for bf16 matmuls, and torch and oneDNN use them.
 
     Without them oneDNN emulates: on AVX-512 2.7 times slower than fp32, below it 5 to 40 times.
     """

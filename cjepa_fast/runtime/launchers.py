@@ -31,7 +31,7 @@ def launcher() -> list[str]:
 
 
 def resume_command() -> str:
-    """The command line that goes on with this process's training, by the launcher it came from."""
+    """The command line that resumes this process's training, by the launcher it came from."""
     kept = [arg for arg in sys.argv[1:] if not arg.startswith("--local_rank")]
     while "--resume" in kept:
         at = kept.index("--resume")

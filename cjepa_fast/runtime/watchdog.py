@@ -2,8 +2,8 @@
 
 The main thread of every rank sets marks ("waiting for data", step 12); threads beside it publish
 them as heartbeats, in the store at which the ranks met. Rank 0 reads all heartbeats and
-judges; the others read its own, with its verdict in it, and judge it alone. A heartbeat is a sign
-of life if it has changed. How long ago that was is told by a clock that each rank lets go on for
+decides; the others read its own, with its verdict in it, and watch it alone. A heartbeat is a sign
+of life if it has changed. How long ago that was is told by a clock that each rank advances for
 itself, and that stands still while the process is stopped: nobody's time of day is read.
 
 A main thread that waits for NCCL or for the GPU leaves the interpreter to these threads; torch's
@@ -121,8 +121,8 @@ class Watchdog:
         self.timeout_s, self.advice, self.stacks = timeout_s, advice, stacks
         self.rank, self.connect = rank, connect
         self.host, self.pid, self._counter = socket.gethostname(), os.getpid(), itertools.count(1)
-        self.judged = range(world_size) if rank == 0 else range(1)
-        self.beats = {r: Beat(r) for r in (*self.judged, rank)}
+        self.watched = range(world_size) if rank == 0 else range(1)
+        self.beats = {r: Beat(r) for r in (*self.watched, rank)}
         self.clock_s = 0.0
         self._changed_s = dict.fromkeys(self.beats, 0.0)
         self._marks, self._marked_s, self._steps = (0, 0, "starting"), 0.0, 0
@@ -159,25 +159,25 @@ class Watchdog:
         self.beats[beat.rank] = beat
 
     def exchange(self, store: dist.Store) -> None:
-        """Publish this rank's heartbeat, and read those that it judges by."""
+        """Publish this rank's heartbeat, and read those that it watches."""
         store.set(f"watchdog/{self.rank}", json.dumps(self.beat()))
-        for_others = {r: f"watchdog/{r}" for r in self.judged if r != self.rank}
+        for_others = {r: f"watchdog/{r}" for r in self.watched if r != self.rank}
         keys = [k for r, k in for_others.items() if self.beats[r].count or store.check([k])]
         for text in store.multi_get(keys) if keys else []:
             self.hear(Beat(*json.loads(text)))
 
     def tick(self, elapsed_s: float) -> str:
-        """Let the clock go on, and judge: what is wrong, or "". A rank that was itself stopped
+        """Advance the clock, and decide: what is wrong, or "". A rank that was itself stopped
         has seen next to no time go by, and blames nobody."""
         self.clock_s += min(elapsed_s, 2 * BEAT_S)
         self.hear(self.beat())
         if self.beats[0].verdict:
-            return self.beats[0].verdict  # rank 0 has judged
+            return self.beats[0].verdict  # rank 0 has decided
         hasty = any(beat.state in (CUT_OFF, FAILED) for beat in self.beats.values())
         gone_s = min(self.timeout_s / 2, HASTE_S if hasty else GONE_S)
         still_s = {r: self.clock_s - changed_s for r, changed_s in self._changed_s.items()}
-        judged = [self.beats[r] for r in self.judged]
-        found = find_gone(judged, still_s, gone_s) or (self.rank == 0 and find_stuck(judged))
+        watched = [self.beats[r] for r in self.watched]
+        found = find_gone(watched, still_s, gone_s) or (self.rank == 0 and find_stuck(watched))
         if found:
             self.verdict = "\n".join([found, *table(self.beats.values(), still_s)])
         return self.verdict

@@ -152,11 +152,11 @@ class Telemetry:
         for sink in self._sinks:
             sink.write(row)
 
-    def pictures(self, figures: dict[str, np.ndarray], step: int) -> None:
+    def figures(self, figures: dict[str, np.ndarray], step: int) -> None:
         """Figures by name, (height, width, 3) uint8, to TensorBoard."""
         for sink in () if self.silent else self._sinks:
             if isinstance(sink, TensorBoardSink):
-                sink.pictures(figures, step)
+                sink.figures(figures, step)
 
     def _text(self, row: dict) -> str:
         left_s = (self.total_steps - row["step"]) * (self._step_s or 0.0)
@@ -304,7 +304,7 @@ class ProgressLine:
 def read_log(path: Path | str) -> list[dict]:
     """The rows of a log.jsonl (or of the run folder that holds one), in order.
 
-    A last line torn by a crash is left out. Raises ValueError for a broken line before it and
+    A last line torn by a crash is left out. Raises ValueError for a corrupt line before it and
     FileNotFoundError where there is no log.
     """
     path = Path(path)

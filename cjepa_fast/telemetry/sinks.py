@@ -104,7 +104,7 @@ class TensorBoardSink(Sink):
             self._writer.add_scalar(name, value, step)
         self._writer.flush()  # its writer thread hands any error of the disk on to here
 
-    def pictures(self, figures: dict[str, np.ndarray], step: int) -> None:
+    def figures(self, figures: dict[str, np.ndarray], step: int) -> None:
         if self._writer is not None:
             with self._guarded():
                 for name, figure_HW3 in figures.items():

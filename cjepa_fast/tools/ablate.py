@@ -9,7 +9,7 @@ An ablation is a JSON file, of your own or in configs/ablations/:
               "C-JEPA": {}}}
 
 Every row is trained with every seed by train.py, several at a time with --parallel or --gpus, and
-judged while it trains (eval.online). Started again it goes on where it was. It ends with a table
+evaluated while it trains (eval.online). Started again it resumes where it was. It ends with a table
 (mean and standard deviation over the seeds, and the difference from the first row, seed by seed)
 and the curves, in the folder of the ablation.
 """
@@ -36,14 +36,14 @@ from cjepa_fast import checkpoint
 from cjepa_fast import config as configuration
 from cjepa_fast.config import ConfigError
 from cjepa_fast.eval.cli import positive, print_table
-from cjepa_fast.eval.figures.pictures import FIGURE, save
+from cjepa_fast.eval.figures.sheets import FIGURE, save
 from cjepa_fast.runtime import caches
 from cjepa_fast.telemetry import read_log
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 MEASURES = {"knn": "kNN %", "knn_centred": "mean-subtracted", "linear": "linear %"}
 KEYS = {"base", "set", "seeds", "rows"}
-# What a run may change when it goes on, but what an old training may not be tabled under.
+# What a run may change when it is resumed, but what an old training may not be tabled under.
 COUNTED = ("data.path", "data.micro_batch_size", "eval.", "run.init_from", "run.on_spike")
 COUNTED += ("run.spike_z",)
 
@@ -209,15 +209,15 @@ def start(ablation: Ablation, trial: Trial, environment: dict[str, str]) -> subp
 
 def tell(trial: Trial, status: int, seconds: float) -> None:
     if trial.finished:
-        last = marks_of(trial)[-1]
+        last = scores_of(trial)[-1]
         found = ", ".join(f"{word} {last[key]:.2f}" for key, word in MEASURES.items())
         print(f"{trial.row}, seed {trial.seed}: {found} ({seconds / 60:.1f} min)", flush=True)
     elif status:
         print(f"{trial.row}, seed {trial.seed}: failed; see {trial.folder}/said.txt", flush=True)
 
 
-def marks_of(trial: Trial) -> list[dict]:
-    """The rows of its log that have marks."""
+def scores_of(trial: Trial) -> list[dict]:
+    """The rows of its log that have scores."""
     return [row for row in read_log(trial.folder) if "knn" in row]
 
 
@@ -227,8 +227,8 @@ def marks_of(trial: Trial) -> list[dict]:
 def table(ablation: Ablation, trials: list[Trial]) -> list[dict]:
     """A dict a row, and one for the untrained encoder: by measure mean, std, and the paired
     difference from the first row with its own std, over the seeds that both have finished."""
-    last = {(t.row, t.seed): marks_of(t)[-1] for t in trials if t.finished}
-    first = {(t.row, t.seed): marks_of(t)[0] for t in trials if t.finished}
+    last = {(t.row, t.seed): scores_of(t)[-1] for t in trials if t.finished}
+    first = {(t.row, t.seed): scores_of(t)[0] for t in trials if t.finished}
     base = next(iter(ablation.rows))
     lines = [_line("untrained", [row for (name, _), row in first.items() if name == base])]
     for name in ablation.rows:
@@ -310,7 +310,7 @@ def draw(ablation: Ablation, trials: list[Trial], out: Path) -> Path:
 def _curve(axes, trials: list[Trial], key: str, label: str, colour: str) -> None:
     by_epoch: dict[float, list[float]] = {}
     for trial in trials:
-        for row in marks_of(trial):
+        for row in scores_of(trial):
             by_epoch.setdefault(row["epoch"], []).append(row[key])
     common = {e: v for e, v in sorted(by_epoch.items()) if len(v) == len(trials)}
     if common:

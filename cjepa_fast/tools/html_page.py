@@ -1,4 +1,4 @@
-"""Pieces of one self-contained HTML page: sections, tables, pictures, curves as SVG.
+"""Pieces of one self-contained HTML page: sections, tables, figures, curves as SVG.
 
 Nothing is fetched and no script runs. Colours follow the reader's light or dark scheme.
 """
@@ -107,7 +107,7 @@ def configuration(text: str) -> str:
     return f"<pre>{escape(text)}</pre>"
 
 
-def picture(figure, alt: str) -> str:
+def figure_image(figure, alt: str) -> str:
     """A matplotlib figure, embedded as PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")

@@ -1,7 +1,7 @@
 """One HTML page about a run: `cjepa-report RUN`, or `python -m cjepa_fast.tools.report RUN`.
 
-Curves, throughput, events, evaluations, pictures and configuration, all in one file that can be
-mailed and read anywhere. The run may still be going on, and need have no checkpoint yet. Pictures
+Curves, throughput, events, evaluations, figures and configuration, all in one file that can be
+mailed and read anywhere. The run may still be training, and need have no checkpoint yet. Figures
 are made where the images are: the run's own, or --images SET.
 """
 
@@ -21,7 +21,7 @@ from cjepa_fast.data.sources import ImageSet, open_images
 from cjepa_fast.eval import cli
 from cjepa_fast.eval.figures import attention, mask_columns, pca, retrieve
 from cjepa_fast.eval.figures.curves import PANELS, series
-from cjepa_fast.eval.figures.pictures import as_pictures, load_images, sheet, spread_over
+from cjepa_fast.eval.figures.sheets import as_arrays, load_images, sheet, spread_over
 from cjepa_fast.eval.figures.side_by_side import Encoders
 from cjepa_fast.model.vit import count_parameters
 from cjepa_fast.runtime import caches, files
@@ -38,7 +38,7 @@ SPEED = {  # the throughput's curves; all others of the log are of the training
     "gpu_mem_gib": ("GPU memory in use, GiB", False),
 }
 NOT_DRAWN = ("step", "epoch", "time_s")
-SHOWN = 6  # images of a picture
+SHOWN = 6  # images of a figure
 SEARCHED = 500  # images that neighbours are looked for among
 EVENTS_SHOWN = 200
 
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="its folder")
     parser.add_argument("--out", type=Path, metavar="FILE.html", help="default: RUN/report.html")
-    parser.add_argument("--images", metavar="SET", help="for the pictures; default: the run's own")
+    parser.add_argument("--images", metavar="SET", help="for the figures; default: the run's own")
     args = parser.parse_args(argv)
     caches.root()
     try:
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def write(run: Path, out: Path, images: str | None = None) -> Path:
-    """Raises FileNotFoundError where `run` is no run's folder, ValueError for what is broken."""
+    """Raises FileNotFoundError where `run` is no run's folder, ValueError for what is corrupt."""
     if not (run / "config.json").is_file():
         raise FileNotFoundError(f"{run}: no config.json there, so it is no run's folder")
     settings = config.read(run)
@@ -77,7 +77,7 @@ def write(run: Path, out: Path, images: str | None = None) -> Path:
         ("Throughput and hardware", _throughput(run, rows)),
         ("Events", _events(run, settings, rows)),
         ("Evaluation", _evaluations(records)),
-        *_pictures(run, settings, images),
+        *_figures(run, settings, images),
         ("Configuration", html_page.configuration(settings.to_json())),
     ]
     under = f"cjepa_fast run in {run.resolve()}; page made {time.strftime('%Y-%m-%d %H:%M')}"
@@ -121,7 +121,7 @@ def _state(run: Path, settings: config.Config, rows: list[dict]) -> str:
     if not rows:
         return "no row in its log yet"
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime((run / "log.jsonl").stat().st_mtime))
-    return f"going on or stopped; last row of {when}"
+    return f"training or stopped; last row of {when}"
 
 
 def _best(rows: list[dict], records: list[dict]) -> Iterator[tuple[str, float, str]]:
@@ -239,17 +239,17 @@ def _hours(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{seconds / 60:.1f} min"
 
 
-# --------------------------------------------------------------------------------------- pictures
+# --------------------------------------------------------------------------------------- figures
 
 
-def _pictures(run: Path, settings: config.Config, named: str | None) -> list[tuple[str, str]]:
+def _figures(run: Path, settings: config.Config, named: str | None) -> list[tuple[str, str]]:
     """Masks, attention, features and neighbours, or why they are not there."""
     path = config.expanded(named or settings.data.path)
     try:
         images = open_images(path, log=lambda text: None)
     except (ValueError, OSError) as error:
         why = f"Not drawn, since the images are not here ({error}); --images SET names others."
-        return [("Pictures", html_page.note(why, "warn"))]
+        return [("Figures", html_page.note(why, "warn"))]
     sections = [("Masks", _masks(settings, images))]
     try:
         both = {which: x.to(cli.device()) for which, x in load_encoders(run).items()}
@@ -265,7 +265,7 @@ def _masks(settings: config.Config, images: ImageSet) -> str:
     )
     masks = sampler(epoch=0, step=0, index_B=torch.arange(len(images_B3HW)))
     figure = mask_columns.figure(images_B3HW, data.mean, data.std, masks, sampler.grid, "")
-    return html_page.picture(figure, "images with their context and target blocks")
+    return html_page.figure_image(figure, "images with their context and target blocks")
 
 
 @torch.inference_mode()
@@ -278,7 +278,7 @@ def _of_features(
     images_B3HW = load_images(
         images, SHOWN, image_size=target.image_size, mean=look[0], std=look[1], crop=crop
     ).to(cli.device())
-    pictures = ("image", as_pictures(images_B3HW, *look))
+    shown = ("image", as_arrays(images_B3HW, *look))
     maps = attention.columns(both, images_B3HW, *look, attention.SINGLE_HEADS)
     colours = pca.columns(both, images_B3HW)
     near, _ = retrieve.sheet_of(
@@ -291,11 +291,11 @@ def _of_features(
         "in the last block. PCA: the patches' first three principal components as colours."
     )
     drawn = {
-        "Attention": attention.figure([pictures, *maps], ""),
-        "PCA of the patch features": sheet([pictures, *colours], ""),
+        "Attention": attention.figure([shown, *maps], ""),
+        "PCA of the patch features": sheet([shown, *colours], ""),
         "Neighbours": near,
     }
-    sections = [(name, html_page.picture(figure, name)) for name, figure in drawn.items()]
+    sections = [(name, html_page.figure_image(figure, name)) for name, figure in drawn.items()]
     name, first = sections[0]
     return [(name, about + first), *sections[1:]]
 

@@ -104,7 +104,7 @@ class Spikes:
 
     @property
     def history(self) -> dict[str, list[float]]:
-        """What a run that goes on needs."""
+        """What a resumed run needs."""
         return {name: list(values) for name, values in self._seen.items()}
 
     def limits(self) -> tuple[float, float]:
@@ -117,7 +117,7 @@ class Spikes:
         mean, std = _mean_and_std(values)
         return mean + self.z * std
 
-    def judge(self, outcome: Outcome) -> str | None:
+    def check(self, outcome: Outcome) -> str | None:
         """Take note of an outcome; what stood out, in words, if anything did."""
         found = []
         for name, limit in zip(self._seen, self.limits(), strict=True):

@@ -17,7 +17,7 @@ from cjepa_fast.training.build import build_networks, compute_dtype, meta_batch
 SHARE = 0.8  # of what is free: the rest is for batches made ahead and for what else runs here
 # What lives for a moment within a step, beside what is saved for the backward, as a factor.
 MOMENTARY = 1.5
-# Of a trained parameter in fp32: weight, gradient, Adam's moments, average and its copy (24), and
+# Of a trained parameter in fp32: weight, gradient, Adam's moments, EMA and its copy (24), and
 # the copy that a checkpoint is written from (16).
 PARAMETER_BYTES = 40
 COUNTED = 2  # images on the meta device

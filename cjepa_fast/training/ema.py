@@ -4,10 +4,10 @@
 
 A rank keeps the fp32 EMA of the fragments of the encoder whose fp32 masters it owns: all
 under ZeRO-0, its share under the higher stages. The module that computes the targets holds a
-working copy in the compute dtype, written from the average: a bf16 EMA would drift, since at
+working copy in the compute dtype, written from the EMA: a bf16 EMA would drift, since at
 momentum 0.999 most updates are below its rounding. The copy is whole on every rank, but under
 ZeRO-3, where it is partitioned as the encoder's weights are and gathered as the forward comes to
-them. In fp8 the working copy of the blocks' matrices is in FP8: of the average rounded to bf16,
+them. In fp8 the working copy of the blocks' matrices is in FP8: of the EMA rounded to bf16,
 on one rank and on many, and always whole.
 """
 
@@ -32,15 +32,15 @@ Partition = Callable[[nn.Module], FragmentView]
 
 
 class TargetEMA:
-    """Averages `masters` (fragments of the encoder's fp32 weights) into the target module.
+    """The EMA of `masters` (fragments of the encoder's fp32 weights), in the target module.
 
-    target: a copy of the encoder in fp32, moved to `dtype` here; its values start the average.
+    target: a copy of the encoder in fp32, moved to `dtype` here; its values start the EMA.
     group: the ranks that together own all fragments, None where each owns them all. fp8: the
     blocks compute in FP8, dtype is bf16. partition: splits a module's weights among the
     ranks, each to write what it owns: it returns where a fragment of a weight is then to be
     written.
-    Of each fragment `cast` has the average, its master, and its view into the module's weights; in
-    FP8, `by_row` has the blocks' matrices instead, as average, master and layer.
+    Of each fragment `cast` has the EMA, its master, and its view into the module's weights; in
+    FP8, `by_row` has the blocks' matrices instead, as EMA, master and layer.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class TargetEMA:
         self.cast = [(a, m, view_of(trained[a.name], a)) for a, m in pairs if a.name not in by_row]
 
     def _flatten(self, weights: dict[str, nn.Parameter]) -> None:
-        """Lay the averaged weights in one buffer, so that one collective completes them all."""
+        """Lay the target's weights in one buffer, so that one collective completes them all."""
         self._flat = torch.cat([p.data.flatten() for p in weights.values()])
         offset = 0
         for p in weights.values():
@@ -85,24 +85,24 @@ class TargetEMA:
 
     @torch.no_grad()
     def update(self, momentum: float) -> None:
-        """One step of the average, after the optimiser's, and its working copy."""
+        """One step of the EMA, after the optimiser's, and its working copy."""
         with self._completed_by_others():
             ema_update(*self._lists(), momentum, [working for _, _, working in self.cast])
         self.update_rows(momentum)
         self._wait_where_partitioned()
 
     def _lists(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Averages and masters of what is cast."""
+        """EMA and masters of what is cast."""
         return [a.values for a, _, _ in self.cast], [m.values for _, m, _ in self.cast]
 
     @torch.no_grad()
     def update_rows(self, momentum: Number) -> None:
-        """The average of the matrices in FP8, and those, by row: none in another precision."""
+        """The EMA of the matrices in FP8, and those, by row: none in another precision."""
         if self.by_row:
-            averages, masters, layers = zip(*self.by_row, strict=True)
+            emas, masters, layers = zip(*self.by_row, strict=True)
             values = [layer.weight.data for layer in layers]
             ema_update_rows(
-                [a.values.view_as(v) for a, v in zip(averages, values, strict=True)],
+                [a.values.view_as(v) for a, v in zip(emas, values, strict=True)],
                 [m.values.view_as(v) for m, v in zip(masters, values, strict=True)],
                 momentum,
                 values,
@@ -111,17 +111,17 @@ class TargetEMA:
 
     @torch.no_grad()
     def write_working_copy(self) -> None:
-        """Cast the average into the module's weights, completed from the other ranks."""
+        """Cast the EMA into the module's weights, completed from the other ranks."""
         with self._completed_by_others():
             if self.cast:
                 working = [view for _, _, view in self.cast]
                 torch._foreach_copy_(working, self._lists()[0])
-            for average, _, layer in self.by_row:
-                layer.write(average.values.to(self._flat.dtype))
+            for ema, _, layer in self.by_row:
+                layer.write(ema.values.to(self._flat.dtype))
         self._wait_where_partitioned()
 
     def _wait_where_partitioned(self) -> None:
-        """DeepSpeed gathers on a stream of its own, which does not wait for this one's writing."""
+        """DeepSpeed gathers on its own CUDA stream, which does not wait for this one's writing."""
         if self._partitioned and any(view.is_cuda for _, _, view in self.cast):
             torch.cuda.current_stream().synchronize()
 

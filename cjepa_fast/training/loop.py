@@ -43,7 +43,7 @@ def steps_of(loader: Loader, start: int) -> Iterator[tuple[list[Batch], float]]:
 
 
 class Evaluation(Protocol):
-    """What judges the target encoder now and then (eval/online.py)."""
+    """What evaluates the target encoder now and then (eval/online.py)."""
 
     say: Callable[[str], None]
 
@@ -53,7 +53,7 @@ class Evaluation(Protocol):
     def counted(self) -> contextlib.AbstractContextManager[None]:
         """The time within it is that of evaluations."""
 
-    def judge(self, encoder: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+    def evaluate(self, encoder: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
         """Percent right by name, on rank 0; called by all ranks."""
 
 
@@ -67,11 +67,11 @@ class Snapshots(Protocol):
 def learnt(rows: list[dict]) -> str | None:
     """Of a finished log, whether the features beat the untrained encoder's; None where neither
     was evaluated (eval.online)."""
-    marks = [(row["step"], row["knn"]) for row in rows if row.get("knn") is not None]
-    if len(marks) < 2 or marks[0][0] != 0:
+    scores = [(row["step"], row["knn"]) for row in rows if row.get("knn") is not None]
+    if len(scores) < 2 or scores[0][0] != 0:
         return None
-    (_, start), (_, end) = marks[0], marks[-1]
-    step, best = max(marks[1:], key=lambda mark: mark[1])
+    (_, start), (_, end) = scores[0], scores[-1]
+    step, best = max(scores[1:], key=lambda score: score[1])
     line = f"kNN: untrained {start:.1f} %, best {best:.1f} % (step {step}), at the end {end:.1f} %"
     if end <= start:
         return f"WARNING: {line}. The features are no better than untrained ones: docs/collapse.md"
@@ -160,25 +160,25 @@ class Loop:
             self.watch.mark("in the step")
             terms, applied = trainer.step(batches, self.done, self._after_micro_batch)
             self.done += 1
-            stopping, writing, minutes_up, judging = distributed.any_of(
-                self.stop.asked, self.saver.busy, self._minutes_are_up(), self._judging_is_due()
+            stopping, writing, minutes_up, evaluating = distributed.any_of(
+                self.stop.asked, self.saver.busy, self._minutes_are_up(), self._evaluation_is_due()
             )
             if not writing:
                 self.saver.settle()
             last = self.done == trainer.total_steps or stopping
-            saving = last or minutes_up or self._save_is_due() or judging
+            saving = last or minutes_up or self._save_is_due() or evaluating
             new = self.outcomes.after(
                 self.done, batches, applied, terms["loss"], trainer.engine.grad_norm
             )
             for outcome in itertools.chain(new, self._rest(saving)):
-                if self._judge(outcome) and self._rewound(outcome.step):
+                if self._is_anomaly(outcome) and self._rewound(outcome.step):
                     return None
             if self.bad.too_many:
                 return self._give_up()
             self._limit()
             telemetry.step(self.done, trainer.scalars(terms, batches), wait_s)
-            found = self._evaluate() if judging and not stopping else {}
-            if telemetry.due(self.done) or stopping or judging:
+            found = self._evaluate() if evaluating and not stopping else {}
+            if telemetry.due(self.done) or stopping or evaluating:
                 self._warn_of_collapse(telemetry.log_row({**self._details(), **found}))
             if saving:
                 self._save()
@@ -204,23 +204,23 @@ class Loop:
     def _all_skipped_images(self) -> int:
         return self.skipped_images + sum(distributed.from_all(self.loader.skipped.count))
 
-    def _judging_is_due(self) -> bool:
+    def _evaluation_is_due(self) -> bool:
         if self.online is None:
             return False
         return self.online.due(self.done) or self.done == self.trainer.total_steps
 
     def _evaluate(self) -> dict[str, float]:
-        """The target encoder's marks, on rank 0; the best by kNN is remembered."""
+        """The target encoder's scores, on rank 0; the best by kNN is remembered."""
         self.watch.mark("evaluating")
         with self.telemetry.pause(), self.online.counted():
-            found = self.online.judge(self.trainer.ema.module)
+            found = self.online.evaluate(self.trainer.ema.module)
             self._draw()
-        marks = ", ".join(f"{name} {value:.2f} %" for name, value in found.items())
-        self.telemetry.message(f"target encoder after step {self.done}: {marks}")
+        scores = ", ".join(f"{name} {value:.2f} %" for name, value in found.items())
+        self.telemetry.message(f"target encoder after step {self.done}: {scores}")
         if self.done:
-            mark = {"knn": found.get("knn"), "step": self.done}
+            score = {"knn": found.get("knn"), "step": self.done}
             self.best = distributed.from_rank_0(
-                lambda: max(self.best, mark, key=lambda mark: mark["knn"])
+                lambda: max(self.best, score, key=lambda score: score["knn"])
             )
             self.saver.best = self.best["step"]
         return found
@@ -231,10 +231,10 @@ class Loop:
             return
         try:
             figures = self.snapshots.draw(self.trainer.ema.module, self.trainer.context_encoder)
-            self.telemetry.pictures(figures, self.done)
+            self.telemetry.figures(figures, self.done)
         except Exception as error:
             self.snapshots = None
-            self.telemetry.message(f"no more pictures of this run: {error!r}")
+            self.telemetry.message(f"no more figures of this run: {error!r}")
 
     def _warn_of_collapse(self, row: dict | None) -> None:
         """Once, where the target's features of many images come out nearly alike."""
@@ -259,12 +259,12 @@ class Loop:
                 f"{seen} images at step {row['step']}). Likely: {cause}"
             )
 
-    def _judge(self, outcome: Outcome) -> bool:
+    def _is_anomaly(self, outcome: Outcome) -> bool:
         """Tell and write down, with its images, a step that was not applied or stands out.
 
         Returns whether it is a spike to go back from.
         """
-        spike = self.spikes.judge(outcome)
+        spike = self.spikes.check(outcome)
         self.bad.note(outcome.applied)
         if outcome.applied and not spike:
             return False
@@ -297,7 +297,7 @@ class Loop:
         if good is None:
             self.telemetry.message(
                 f"no checkpoint before step {spike} that has not been gone back to {MOST_REWINDS} "
-                "times: going on"
+                "times: resuming"
             )
             return False
         step = checkpoint.step_of(good)

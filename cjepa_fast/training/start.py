@@ -139,7 +139,7 @@ def _built(session: Session, device: torch.device) -> tuple[Trainer, Loader, dic
 
 
 def starting_points(run: Path, resume: str | None) -> list[Path]:
-    """The checkpoints to resume from, the first that is whole.
+    """The checkpoints to resume from, the first that is complete.
 
     A run that is there already is never overwritten. Raises ConfigError for such a run,
     and for a folder that cannot be made.

@@ -79,7 +79,7 @@ def load_queries(
 
 @triton.jit
 def dot(x, y, acc):
-    if INTERPRET:  # its own product of bf16 is wrong
+    if INTERPRET:  # its own bf16 matmul is wrong
         return tl.dot(x.to(tl.float32), y.to(tl.float32), acc, input_precision="ieee")
     else:
         return tl.dot(x, y, acc)

@@ -104,7 +104,7 @@ def _attention_keys_kernel(
 ):  # fmt: skip
     """The second: dk and dv of ROWS keys, COLS queries at a time, and their sums at 1 and 2.
 
-    All is the other way up, (keys, queries), so that what was just computed is a product's left.
+    All is the other way up, (keys, queries), so that a matmul's left is what was just computed.
     """
     head, block, sequence = program_index(H, blocks)
     row = block * ROWS + tl.arange(0, ROWS)

@@ -101,10 +101,10 @@ def _adamw_ema_chunk(
     if COPY:
         tl.store(copy + at, narrow(w, copy.dtype.element_ty), mask=keep)
     if TARGET:
-        average = lerp(tl.load(target + at, mask=keep), w, weight)
-        tl.store(target + at, average, mask=keep)
+        ema = lerp(tl.load(target + at, mask=keep), w, weight)
+        tl.store(target + at, ema, mask=keep)
         if TARGET_COPY:
-            tl.store(target_copy + at, narrow(average, target_copy.dtype.element_ty), mask=keep)
+            tl.store(target_copy + at, narrow(ema, target_copy.dtype.element_ty), mask=keep)
 
 
 @triton.jit
@@ -228,7 +228,7 @@ def _adamw_ema_cached(
     scale: Number,
     apply: bool | torch.Tensor,
 ) -> None:
-    """torch's fused AdamW, the average and the copies of CACHED values before the next ones."""
+    """torch's fused AdamW, the EMA and the copies of CACHED values before the next ones."""
     if not apply:
         return
     steps = [torch.as_tensor(float(step))]
@@ -242,15 +242,15 @@ def _adamw_ema_cached(
             array[at].detach().view(-1).split(CACHED) if array else itertools.repeat(None)
             for array in lists
         ]
-        for w, g, first, second, average, low, target_low in zip(*runs, strict=False):
+        for w, g, first, second, ema, low, target_low in zip(*runs, strict=False):
             g = g.float() if scale == 1 else g.float().mul_(scale)
             torch._fused_adamw_([w], [g], [first], [second], [], steps, **numbers)
             if low is not None:
                 low.copy_(w)
-            if average is not None:
-                average.lerp_(w, 1 - float(momentum))
+            if ema is not None:
+                ema.lerp_(w, 1 - float(momentum))
             if target_low is not None:
-                target_low.copy_(average)
+                target_low.copy_(ema)
 
 
 # --- the operator
@@ -300,11 +300,11 @@ def adamw_ema_step(
     copies: Tensors = (),
     target_copies: Tensors = (),
 ) -> None:
-    """AdamW's step number `step` (from 1) of params, then their average into target; in place.
+    """AdamW's step number `step` (from 1) of params, then their EMA into target; in place.
 
     All are lists of equal length and shapes: params, exp_avgs, exp_avg_sqs and target in fp32,
     grads of any float dtype; copies and target_copies (none, or one each) take params and target,
-    cast. Without target nothing is averaged; momentum is the average's. scale multiplies the
+    cast. Without target there is no EMA; momentum is the EMA's. scale multiplies the
     gradients; where apply is false nothing is written. Numbers may be 0-d tensors on the device,
     which then is not waited for. One call serves one parameter group. Lists that the kernel cannot
     take go by the definition. Raises ValueError for shapes that differ or a step below 1.
@@ -318,7 +318,7 @@ def adamw_ema_step(
     if lengths != [lengths[0]] * 4 + [lengths[0] if target else 0]:
         raise ValueError(f"lists of {lengths} tensors")
     if target_copies and not target:
-        raise ValueError("copies of an average that there is not")
+        raise ValueError("copies of an EMA that there is not")
     numbers = {
         "step": step, "lr": lr, "momentum": momentum, "betas": tuple(betas), "eps": eps,
         "weight_decay": weight_decay, "scale": scale, "apply": apply,
@@ -344,7 +344,7 @@ def ahead_of_time() -> list[Compiled]:
     return [
         Compiled(
             f"adamw_ema_step {chunked(dtype, chunk, aligned, copy)}"
-            f"{'' if target else ', no average'}",
+            f"{'' if target else ', no EMA'}",
             _adamw_ema_kernel, TABLES | {"numbers": "*fp32"},
             {
                 "GRAD": TYPES[dtype], "TARGET": target, "COPY": TYPES.get(copy),

@@ -133,7 +133,7 @@ def ema_update(target: Tensors, online: Tensors, momentum: Number, copies: Tenso
     target, online, copies = list(target), list(online), list(copies)
     check_same_shapes(target, online, copies)
     if target and not online:
-        raise ValueError(f"{len(target)} averages of no weights")
+        raise ValueError(f"{len(target)} EMA tensors of no weights")
     if target and kernel_takes([target], [online, copies]):
         ema_update_op(target, online, copies, on_device([1 - momentum], target[0].device))
     else:

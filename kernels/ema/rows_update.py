@@ -64,9 +64,9 @@ def _ema_rows_kernel(
     target = address(pointers, 0, tensor, tensors, start, tl.float32, ALIGNED) + col
     online = address(pointers, 1, tensor, tensors, start, ONLINE, ALIGNED) + col
     new = tl.load(online, mask=keep, other=0.0).to(tl.float32)
-    average = lerp(tl.load(target, mask=keep, other=0.0), new, tl.load(weight))
-    tl.store(target, average, mask=keep)
-    value, scale = quantised(narrow(average, tl.bfloat16).to(tl.float32))
+    ema = lerp(tl.load(target, mask=keep, other=0.0), new, tl.load(weight))
+    tl.store(target, ema, mask=keep)
+    value, scale = quantised(narrow(ema, tl.bfloat16).to(tl.float32))
     values = address(pointers, 2, tensor, tensors, start, tl.float8e4nv, ALIGNED)
     tl.store(values + col, value, mask=keep)
     scales = address(pointers, 3, tensor, tensors, start // COLS, tl.float32, False)

@@ -7,7 +7,7 @@ diag(C_jj).
 Shapes: z and dz (M, n, D), mean (2, M, D), variance (M, D), matrix (M, parts, S, S), S = min(n, D),
 g_std and g_cov 0-d.
 Bytes that must move, for b bytes an element: 2 n D b (z and dz) and the matrix once. Operations:
-2 n D S, three times that by the products of halves.
+2 n D S, three times that by the matmuls of halves.
 """
 
 import itertools
@@ -30,8 +30,8 @@ from cjepa_fast.kernels.vicreg.tiles import (
     halves,
     load_centred,
     load_mean,
+    matmuls_of,
     pointer_types,
-    products_of,
 )
 
 # --- the kernel
@@ -117,7 +117,7 @@ def launch_grad(
     grid = (triton.cdiv(size, config.block), triton.cdiv(D if gram else n, config.block), M)
     _grad_kernel[grid](
         z, mean, variance, matrix, g_std, g_cov, dz, n, D, M * D, size * size, gamma, eps,
-        1 / (M * D * (count - 1)), *z.stride(), GRAM=gram, PRODUCTS=products_of(z.dtype),
+        1 / (M * D * (count - 1)), *z.stride(), GRAM=gram, PRODUCTS=matmuls_of(z.dtype),
         BLOCK_P=config.block, BLOCK_Q=config.block, BLOCK_K=config.block_k,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
@@ -157,10 +157,10 @@ def ahead_of_time() -> list[Compiled]:
     """The kernel in every configuration for each dtype, at sizes that are multiples of 16."""
     made = []
     for dtype, gram in itertools.product(KERNEL_DTYPES, (False, True)):
-        own = {"types": pointer_types(dtype), "GRAM": gram, "PRODUCTS": products_of(dtype)}
-        name, sides = f"grad {TRITON_NAMES[dtype]}", ("BLOCK_P", "BLOCK_Q")
+        own = {"types": pointer_types(dtype), "GRAM": gram, "PRODUCTS": matmuls_of(dtype)}
+        name, block_names = f"grad {TRITON_NAMES[dtype]}", ("BLOCK_P", "BLOCK_Q")
         made += [
-            compiled_in(name, _grad_kernel, config, sides, **own)
+            compiled_in(name, _grad_kernel, config, block_names, **own)
             for config in every(GRAD_CONFIGS, dtype, gram)
         ]
     return made

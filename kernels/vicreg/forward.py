@@ -8,7 +8,7 @@ is wanted); the two terms.
 Shapes: z (M, n, D) in any strides, mean (2, M, D), variance (M, D), matrix (M, parts, S, S), terms
 0-d, 0-d and (D,).
 Bytes that must move, for b bytes an element: n D b twice (means, then tiles) and the matrix once.
-Operations, 2 a multiply-add: n D S (upper half), three times that by the products of halves.
+Operations, 2 a multiply-add: n D S (upper half), three times that by the matmuls of halves.
 """
 
 import itertools
@@ -42,8 +42,8 @@ from cjepa_fast.kernels.vicreg.tiles import (
     in_stretches,
     load_centred,
     load_mean,
+    matmuls_of,
     pointer_types,
-    products_of,
 )
 
 REDUCED_ROWS = 16
@@ -201,7 +201,7 @@ def launch_moments(
     partial = empty(z, M, splits, tiles, config.block, config.block)
     _moment_kernel[(side, side, M * splits)](
         z, mean, partial, n, D, splits, each, M * D, *z.stride(), GRAM=gram,
-        PRODUCTS=products_of(z.dtype),
+        PRODUCTS=matmuls_of(z.dtype),
         BLOCK=config.block, BLOCK_K=config.block_k,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
@@ -242,7 +242,7 @@ def empty_matrix(z: torch.Tensor, gram: bool, need_grad: bool) -> torch.Tensor:
     if not need_grad:
         return empty(z, 0)
     size = min(z.shape[1:]) if gram else z.shape[2]
-    dtype, parts = MATRIX_FORMS[products_of(z.dtype)]
+    dtype, parts = MATRIX_FORMS[matmuls_of(z.dtype)]
     return empty(z, z.shape[0], parts, size, size, dtype=dtype)
 
 
@@ -281,7 +281,7 @@ def ahead_of_time() -> list[Compiled]:
     """Every kernel in every configuration for each dtype, at sizes that are multiples of 16."""
     made = []
     for dtype, gram in itertools.product(KERNEL_DTYPES, (False, True)):
-        own = {"types": pointer_types(dtype), "GRAM": gram, "PRODUCTS": products_of(dtype)}
+        own = {"types": pointer_types(dtype), "GRAM": gram, "PRODUCTS": matmuls_of(dtype)}
         name = f"moment {TRITON_NAMES[dtype]}"
         made += [
             compiled_in(name, _moment_kernel, config, ("BLOCK",), **own)

@@ -65,7 +65,7 @@ def plain_grad(
     slope = torch.where(std < gamma, -scale * g_std / std, 0.0)
     if matrix.shape[1] != D:
         slope, x = slope - slope_cov * variance, x.double()
-        product = matrix.double() @ x
+        result = matrix.double() @ x
     else:
-        product = x @ matrix
-    return product.mul_(slope_cov).add_(x.mul_(slope[:, None])).to(z.dtype)
+        result = x @ matrix
+    return result.mul_(slope_cov).add_(x.mul_(slope[:, None])).to(z.dtype)

@@ -21,7 +21,7 @@ from cjepa_fast.kernels.vicreg.plain import (
     plain_terms,
     split_diagonal,
 )
-from cjepa_fast.kernels.vicreg.tiles import MATRIX_FORMS, Saved, Terms, products_of
+from cjepa_fast.kernels.vicreg.tiles import MATRIX_FORMS, Saved, Terms, matmuls_of
 
 
 def _about(z: torch.Tensor, count: int, ranks: Ranks) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,7 +46,7 @@ def _about(z: torch.Tensor, count: int, ranks: Ranks) -> tuple[torch.Tensor, tor
 
 def _in_parts(matrix: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     """A matrix (M, D, D) in the form that backward takes for z: (M, parts, D, D)."""
-    dtype, parts = MATRIX_FORMS[products_of(z.dtype)] if runs_kernels(z) else (matrix.dtype, 1)
+    dtype, parts = MATRIX_FORMS[matmuls_of(z.dtype)] if runs_kernels(z) else (matrix.dtype, 1)
     high = matrix.to(dtype)
     halves = [high, (matrix - high).to(dtype)]
     return torch.stack(halves[:parts], dim=1)

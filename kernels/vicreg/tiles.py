@@ -39,7 +39,7 @@ class Config:
     stages: int
 
 
-# Candidates by (products, Gram, whether the matrix has at least LARGE rows), see products_of; the
+# Candidates by (matmuls, Gram, whether the matrix has at least LARGE rows), see matmuls_of; the
 # first unless tuned.py names another. Each fits the registers and the shared memory of sm_80, 90
 # and 100.
 LARGE = 512
@@ -54,22 +54,22 @@ MOMENT_CONFIGS = {
     (3, True, False): (Config(64, 64, 4, 3), Config(128, 32, 8, 3)),
 }
 GRAD_CONFIGS = {
-    (products, gram, large): wide_first if large else wide_first[::-1]
-    for products, wide_first in (
+    (matmuls, gram, large): wide_first if large else wide_first[::-1]
+    for matmuls, wide_first in (
         (0, (Config(128, 16, 8, 3), Config(64, 32, 4, 3))),
         (3, (Config(128, 32, 8, 3), Config(64, 32, 4, 3))),
     )
     for gram in (False, True)
     for large in (False, True)
 }
-# The type and the number of parts in which the matrix is kept, by the number of products.
+# The type and the number of parts in which the matrix is kept, by the number of matmuls.
 MATRIX_FORMS = {0: (torch.float32, 1), 3: (torch.bfloat16, 2)}
 # Enough programs for two on each multiprocessor of the largest GPU at hand (132). A constant, so
 # that the order of the sums, and with it the last bits, does not follow the GPU's size.
 PROGRAMS = 264
 
 
-def products_of(dtype: torch.dtype) -> int:
+def matmuls_of(dtype: torch.dtype) -> int:
     """0: tf32 halves; 3: bf16 halves. The docstring of vicreg says why."""
     return 0 if dtype == torch.float32 else 3
 
@@ -77,7 +77,7 @@ def products_of(dtype: torch.dtype) -> int:
 def candidates(kernel: str, z: torch.Tensor, gram: bool) -> tuple[str, tuple[Config, ...]]:
     """For the "moment" or the "grad" kernel of z: tuned.py's key, and the configurations."""
     size = z.shape[1] if gram else z.shape[2]
-    shape = products_of(z.dtype), gram, size >= LARGE
+    shape = matmuls_of(z.dtype), gram, size >= LARGE
     found = {"moment": MOMENT_CONFIGS, "grad": GRAD_CONFIGS}[kernel][shape]
     kind = f"{TRITON_NAMES[z.dtype]}{' gram' if gram else ''} {'large' if shape[2] else 'small'}"
     return f"vicreg {kernel} {kind}", found
@@ -85,7 +85,7 @@ def candidates(kernel: str, z: torch.Tensor, gram: bool) -> tuple[str, tuple[Con
 
 def every(configs: dict, dtype: torch.dtype, gram: bool) -> list[Config]:
     """The candidates for z of a dtype, of small and of large matrices, each once."""
-    both = (configs[products_of(dtype), gram, large] for large in (True, False))
+    both = (configs[matmuls_of(dtype), gram, large] for large in (True, False))
     return list(dict.fromkeys(itertools.chain(*both)))
 
 
@@ -132,7 +132,7 @@ def halves(x):
 
 @triton.jit
 def bf16_dot(x, y, acc):
-    if INTERPRET:  # its own product of bf16 is wrong
+    if INTERPRET:  # its own bf16 matmul is wrong
         return tl.dot(x.to(tl.float32), y.to(tl.float32), acc, input_precision="ieee")
     else:
         return tl.dot(x, y, acc)
@@ -156,9 +156,14 @@ def compiled(name: str, kernel, types: dict[str, str], constexprs: dict, **optio
 
 
 def compiled_in(
-    name: str, kernel, config: Config, sides: tuple[str, ...], types: dict[str, str], **constexprs
+    name: str,
+    kernel,
+    config: Config,
+    block_names: tuple[str, ...],
+    types: dict[str, str],
+    **constexprs,
 ) -> Compiled:
-    constexprs |= dict.fromkeys(sides, config.block) | {"BLOCK_K": config.block_k}
+    constexprs |= dict.fromkeys(block_names, config.block) | {"BLOCK_K": config.block_k}
     gram = " gram" if constexprs["GRAM"] else ""
     return compiled(
         f"vicreg {name}{gram} {config.block}x{config.block_k}", kernel, types, constexprs,
@@ -171,6 +176,6 @@ def pointer_types(dtype: torch.dtype) -> dict[str, str]:
     """Of the kernels' pointers, where z and dz are of `dtype`."""
     name = TRITON_NAMES[dtype]
     fp32 = ("stretch_ptr", "mean_ptr", "variance_ptr", "partial_ptr", "g_std_ptr", "g_cov_ptr")
-    matrix = TRITON_NAMES[MATRIX_FORMS[products_of(dtype)][0]]
+    matrix = TRITON_NAMES[MATRIX_FORMS[matmuls_of(dtype)][0]]
     types = {"z_ptr": f"*{name}", "dz_ptr": f"*{name}", "matrix_ptr": f"*{matrix}"}
     return types | dict.fromkeys(fp32, "*fp32")

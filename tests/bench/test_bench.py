@@ -80,7 +80,7 @@ def test_a_rows_figures():
     assert row["tflops"] == pytest.approx(work["total"] * 20 / 1000)
 
 
-def test_mfu_is_of_the_sheet_and_of_the_measured_product(monkeypatch):
+def test_mfu_is_of_the_sheet_and_of_the_measured_matmul(monkeypatch):
     monkeypatch.setattr(measure, "measured_tflops", lambda device, dtype: 790.0)
     row = {"tflops": 395.0}
     measure.add_mfu(row, "bf16", torch.device("cpu"), "NVIDIA H200")
@@ -120,8 +120,8 @@ def test_the_reference_is_the_same_step(trainer):
         assert same == pytest.approx(exact, rel=1e-5)
         assert near == pytest.approx(exact, rel=0.05)
     assert losses[-1][0] < 0.9 * losses[0][0]
-    averages = zip(ours.ema.module.parameters(), plain.target.parameters(), strict=True)
-    for one, other in averages:
+    emas = zip(ours.ema.module.parameters(), plain.target.parameters(), strict=True)
+    for one, other in emas:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 

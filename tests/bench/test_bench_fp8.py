@@ -16,7 +16,7 @@ sys.path.insert(0, str(tiny.ROOT / "bench"))  # no package: its scripts import e
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """A second one gains these small products nothing, and waits where the cores are busy."""
+    """A second one gains these small matmuls nothing, and waits where the cores are busy."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

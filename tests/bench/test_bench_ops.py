@@ -144,7 +144,7 @@ def test_every_knob_turns_and_names_a_choice_the_kernels_make(monkeypatch):
         knobs = [
             *tune.vicreg_knobs(CPU, [(5, 4), (4, 5)]),
             *tune.gather_knobs(CPU, 1, 64),
-            *tune.average_knobs(CPU, [(5,)]),
+            *tune.ema_knobs(CPU, [(5,)]),
         ]
         for knob in knobs:
             knob.call(knob.candidates[-1])  # as the tuner does, with a configuration

@@ -52,7 +52,7 @@ def test_only_the_marked_part_of_the_readme_changes():
     fresh = report.with_table(readme, "new\n")
     assert fresh == f"above\n{report.BEGIN}new\n{report.END}below\n"
     with pytest.raises(ValueError, match="writes from here"):
-        report.with_table("no marks", "new\n")
+        report.with_table("no markers", "new\n")
 
 
 def test_the_picture_has_a_bar_a_configuration(tmp_path):

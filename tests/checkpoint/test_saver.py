@@ -1,4 +1,4 @@
-"""Saving while training goes on: what is written, when it counts, and what goes wrong."""
+"""Saving while training continues: what is written, when it counts, and what goes wrong."""
 
 import errno
 import json
@@ -18,15 +18,15 @@ from cjepa_fast.runtime import files
 
 
 class Engine:
-    """What a Saver needs of an engine: one parameter of ten values, and its average."""
+    """What a Saver needs of an engine: one parameter of ten values, and its EMA."""
 
     sharded = False
 
     def __init__(self):
-        self.values, self.average = torch.arange(10.0), torch.zeros(10)
+        self.values, self.ema_values = torch.arange(10.0), torch.zeros(10)
         moments = {"exp_avg": torch.ones(10), "exp_avg_sq": torch.ones(10)}
         self._state = [OwnedState(Fragment("x", 0, self.values), moments)]
-        self.ema = type("EMA", (), {"fragments": [Fragment("x", 0, self.average)]})
+        self.ema = type("EMA", (), {"fragments": [Fragment("x", 0, self.ema_values)]})
         self.snapshot = Snapshot()
 
     def state(self):
@@ -115,7 +115,7 @@ def test_who_may_read_one_file_may_read_all(tmp_path, made):
 
 def test_values_that_are_not_finite_are_never_saved(tmp_path, made):
     engine, save, said = made
-    engine.average[3] = torch.inf
+    engine.ema_values[3] = torch.inf
     save.begin(1, {})
     assert not save.finish() and "ema/x holds values that are not finite" in said[0]
     assert checkpoint.latest(tmp_path) is None

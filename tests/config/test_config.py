@@ -339,7 +339,7 @@ TABLE = {
     "ijepa_h.json": (1280, 32, 16, 12, 300, 14, 224),
 }
 SMALL = {"demo.json", "cifar10_vit_t.json", "imagenette128_vit_s.json"}
-# Encoders of the known ViTs at patch 16: published counts less class token, positions and head.
+# Encoders of the known ViTs at patch 16: published counts minus class token, positions and head.
 MILLIONS = {"vit_t.json": 5.486, "vit_s.json": 21.590, "vit_b.json": 85.647, "vit_l.json": 303.099}
 
 

@@ -5,7 +5,7 @@ test_data_pillow_decode.py sets the two decoders side by side.
 
 import io
 
-import broken_images as made
+import corrupt_images as made
 import numpy as np
 import pytest
 import torch

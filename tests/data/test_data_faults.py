@@ -5,7 +5,7 @@ import io
 import json
 import tarfile
 
-import broken_images as made
+import corrupt_images as made
 import pytest
 import tiny
 import torch

@@ -6,7 +6,7 @@ import textwrap
 import threading
 from collections import Counter
 
-import broken_images as made
+import corrupt_images as made
 import pytest
 import tiny
 import torch
@@ -149,8 +149,8 @@ def test_masks_are_made_with_the_batch(images):
 
 
 @pytest.fixture
-def broken(tmp_path):
-    """230 good images and 12 broken ones: 5 %, of which the decoder must find two."""
+def corrupt(tmp_path):
+    """230 good images and 12 corrupt ones: 5 %, of which the decoder must find two."""
     root = made.good_folder(tmp_path / "set", 230)
     at_once, later = made.break_folder(root)
     images = open_images(root, cache=tmp_path / "cache", log=lambda line: None)
@@ -175,8 +175,8 @@ def check_epoch(source, images, bad, batches, epoch):
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_broken_files_never_stop_an_epoch(broken, decoder):
-    images, later = broken
+def test_corrupt_files_never_stop_an_epoch(corrupt, decoder):
+    images, later = corrupt
     said, bad = [], bad_indices(images, later)
     source = loader(
         images, 8, 8, said, decoder=decoder
@@ -193,8 +193,8 @@ def test_broken_files_never_stop_an_epoch(broken, decoder):
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_stand_ins_come_from_the_dropped_tail_on_any_rank_and_after_resume(broken, decoder):
-    images, later = broken
+def test_stand_ins_come_from_the_dropped_tail_on_any_rank_and_after_resume(corrupt, decoder):
+    images, later = corrupt
     (images.root / "c1" / "0003.jpg").unlink()
     made.write(images.root / "c0" / "0004.jpg", b"\xff\xd8 shrunk")
     bad = bad_indices(images, later | {"c1/0003.jpg", "c0/0004.jpg"})
@@ -222,10 +222,10 @@ def test_stand_ins_come_from_the_dropped_tail_on_any_rank_and_after_resume(broke
             assert torch.equal(got.images_B3HW, want.images_B3HW)
 
 
-def test_a_bad_image_costs_one_rebuild_not_one_an_epoch(broken, monkeypatch):
+def test_a_bad_image_costs_one_rebuild_not_one_an_epoch(corrupt, monkeypatch):
     from cjepa_fast.data.dali import DaliDecoder
 
-    images, _ = broken
+    images, _ = corrupt
     restarts = []
     restart = DaliDecoder.restart
     monkeypatch.setattr(DaliDecoder, "restart", lambda self: (restarts.append(1), restart(self)))

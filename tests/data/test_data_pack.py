@@ -4,7 +4,7 @@ import hashlib
 import io
 import json
 
-import broken_images as made
+import corrupt_images as made
 import pytest
 from PIL import Image
 

@@ -4,7 +4,7 @@ Whole images: equal, but one level at most for CMYK and for colours of 16 bits. 
 one level at most, and two for those. Colours of the same pixels: one level at most.
 """
 
-import broken_images as made
+import corrupt_images as made
 import numpy as np
 import pytest
 import torch

@@ -1,6 +1,6 @@
 """RandAugment without DALI: each change beside DALI's own, and which are drawn."""
 
-import broken_images as made
+import corrupt_images as made
 import numpy as np
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Opening, indexing and reading image sets: folders, shards, the cache, and what is broken."""
+"""Opening, indexing and reading image sets: folders, shards, the cache, and what is corrupt."""
 
 import gzip
 import io
@@ -7,7 +7,7 @@ import tarfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-import broken_images as made
+import corrupt_images as made
 import numpy as np
 import pytest
 from PIL import Image
@@ -96,7 +96,7 @@ FORMATS = {
     "bmp named jpg": lambda p: made.encoded(p, "BMP"),
     "cmyk": lambda p: made.encoded(Image.fromarray(p).convert("CMYK")),
     "rgb coded": lambda p: made.encoded(p, keep_rgb=True),
-    "broken exif": lambda p: made.encoded(p, exif=b"Exif\0\0MM\0*\xff\xff\xff\xff" + bytes(20)),
+    "corrupt exif": lambda p: made.encoded(p, exif=b"Exif\0\0MM\0*\xff\xff\xff\xff" + bytes(20)),
     "large header": lambda p: made.encoded(p, icc_profile=bytes(200_000)),
     "padded": lambda p: made.encoded(p) + bytes(10_000),
     "preview inside": lambda p: made.encoded(p, comment=made.encoded(made.picture(3, 20, 20))),

@@ -1,4 +1,4 @@
-"""A machine without DALI: every module imports, the commands train and judge, and say so once."""
+"""A machine without DALI: every module imports, commands train and evaluate, and say so once."""
 
 import json
 import os

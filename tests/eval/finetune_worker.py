@@ -1,4 +1,4 @@
-"""Fine-tunes in each of several ranks, stops after the first epoch, and goes on anew."""
+"""Fine-tunes in each of several ranks, stops after the first epoch, and resumes."""
 
 import os
 import sys

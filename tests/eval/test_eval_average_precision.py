@@ -90,12 +90,12 @@ def test_average_precision_is_pycocotools_own(folder, tmp_path, seed):
     (tmp_path / "truth.json").write_text(json.dumps(content))
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(tmp_path / "truth.json"))
-        judged = COCOeval(truth, truth.loadRes(str(tmp_path / "results.json")), "bbox")
-        judged.evaluate()
-        judged.accumulate()
-        judged.summarize()
+        evaluator = COCOeval(truth, truth.loadRes(str(tmp_path / "results.json")), "bbox")
+        evaluator.evaluate()
+        evaluator.accumulate()
+        evaluator.summarize()
     found = average_precision(coco, results, "box")
-    assert list(found.values()) == pytest.approx((100 * judged.stats[:3]).tolist())
+    assert list(found.values()) == pytest.approx((100 * evaluator.stats[:3]).tolist())
     assert 0 < found["ap_box"] < 100
 
 

@@ -82,11 +82,11 @@ def test_other_distances_are_cut_into_six_even_bins():
 
 
 def test_facts_of_clevr_follow_the_images(set_of_clevr):
-    (train, test), facts = clevr.sides_of(str(set_of_clevr), None, None)
+    (train, test), facts = clevr.splits_of(str(set_of_clevr), None, None)
     assert [fact.objects for fact in facts[0]] == [3 + i % 3 for i in range(12)]
     assert [fact.distance for fact in facts[1]] == [7.9 + 0.5 * (i % 5) for i in range(6)]
     assert len(train[1]) == 12 and len(test[1]) == 6
-    (train, _), facts = clevr.sides_of(str(set_of_clevr), None, 5)
+    (train, _), facts = clevr.splits_of(str(set_of_clevr), None, 5)
     assert [fact.objects for fact in facts[0]] == [3 + i % 3 for i in train[1].tolist()]
     assert len(train[1]) == 5
 
@@ -102,7 +102,7 @@ def test_facts_beside_the_images_of_shards(tmp_path):
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
     path = str(tmp_path / "a.tar")
-    _, facts = clevr.sides_of(path, path, None)
+    _, facts = clevr.splits_of(path, path, None)
     assert facts[0] == [Fact(4, 0.7, False), Fact(3, 8.2, True)]
 
 

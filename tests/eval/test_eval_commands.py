@@ -14,7 +14,7 @@ from cjepa_fast import load_encoder
 from cjepa_fast.data.sources import open_images
 from cjepa_fast.eval import cli, features
 from cjepa_fast.eval.__main__ import main
-from cjepa_fast.eval.cli import labelled_sides
+from cjepa_fast.eval.cli import labelled_splits
 from cjepa_fast.eval.probes import knn, linear
 from cjepa_fast.export.__main__ import main as export_main
 from cjepa_fast.model.vit import Encoder
@@ -87,10 +87,10 @@ def test_linear_and_a_limit_of_images(run, data, tmp_path):
 
 
 def test_without_a_test_set_the_two_sides_share_no_image(data):
-    (train, train_keep), (test, test_keep) = labelled_sides(str(data), None, None)
+    (train, train_keep), (test, test_keep) = labelled_splits(str(data), None, None)
     assert train is test
     assert sorted([*train_keep.tolist(), *test_keep.tolist()]) == list(range(60))
-    _, (_, again) = labelled_sides(str(data), None, 10)
+    _, (_, again) = labelled_splits(str(data), None, 10)
     assert torch.equal(again, test_keep)
 
 

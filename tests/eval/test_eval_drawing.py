@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from cjepa_fast.data.masks import MaskSampler
-from cjepa_fast.eval.figures import attention, curves, pictures
+from cjepa_fast.eval.figures import attention, curves, sheets
 from cjepa_fast.eval.figures import mask_columns as masked
 from cjepa_fast.model.vit import Encoder
 
@@ -51,17 +51,17 @@ def test_covered_pixels_are_those_of_the_patches():
     assert np.array_equal(shown, expected)
 
 
-def test_pictures_undo_the_normalisation(seed):
+def test_arrays_undo_the_normalisation(seed):
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
     rgb = torch.rand(2, 3, 4, 4)
     normalised = (rgb - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
-    shown = pictures.as_pictures(normalised, mean, std)
+    shown = sheets.as_arrays(normalised, mean, std)
     np.testing.assert_allclose(shown, rgb.permute(0, 2, 3, 1).numpy(), atol=1e-6)
 
 
 def test_a_sheet_is_drawn_and_saved(tmp_path):
     picture = np.random.default_rng(0).random((8, 8, 3))
-    out = pictures.save(pictures.sheet([("a", [picture])], "title"), tmp_path / "deep" / "a.png")
+    out = sheets.save(sheets.sheet([("a", [picture])], "title"), tmp_path / "deep" / "a.png")
     with Image.open(out) as image:
         assert min(image.size) > 200
         assert np.asarray(image.convert("L")).std() > 10  # not an empty sheet

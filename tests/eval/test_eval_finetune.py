@@ -162,7 +162,7 @@ def test_erasing_takes_boxes_of_the_right_size(seed):
     assert hit.min() > 0.01 and hit.max() < 0.36 and 0.1 < hit.mean() < 0.25
 
 
-def test_the_average_by_hand():
+def test_the_ema_by_hand():
     """Its momentum is (1 + n) / (10 + n) of n updates before, up to the most."""
     model = torch.nn.Linear(1, 1, bias=False)
     average, by_hand = recipe.averaged(model, most=0.2), None
@@ -354,7 +354,7 @@ def test_few_labels_by_probe(data, saved, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_two_ranks_stopped_and_gone_on_end_where_one_does(data, tmp_path):
+def test_two_ranks_stopped_and_resumed_end_where_one_does(data, tmp_path):
     """By the mean of the ranks' gradients, and from the checkpoint of the first part."""
     whole = tuned(data, PLAIN, tmp_path / "one", micro_batch=4)
     worker = Path(__file__).with_name("finetune_worker.py")

@@ -1,4 +1,4 @@
-"""The loop of the trainings with labels, on a model of one weight: rates, periods, what is kept."""
+"""The loop of the trainings with labels, on a model of one weight: learning rates, saved state."""
 
 import contextlib
 import re

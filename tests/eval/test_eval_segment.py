@@ -264,7 +264,7 @@ def test_sliding_windows_cover_the_image(seed):
     assert model.windows == [(20, 30)] * 2
 
 
-# --------------------------------------------------------------------------------------- going on
+# --------------------------------------------------------------------------------------- resume
 
 
 @pytest.mark.parametrize("head", ["linear", "upernet"])

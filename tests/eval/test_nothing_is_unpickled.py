@@ -114,7 +114,7 @@ def test_a_bomb_goes_off_where_it_is_unpickled(tmp_path, how):
 
 
 class Training(NamedTuple):
-    """A command that trains, what makes it go on, and the folder of what it keeps."""
+    """A command that trains, what resumes it, and the folder of what it keeps."""
 
     words: list[str]
     resume: list[str]

@@ -21,13 +21,15 @@ MARKS = {"knn", "knn_centred", "linear"}
 
 def write_config(folder, **own):
     images = tiny.write_images(folder / "images", count=44, classes=3)
-    judged = {"data": str(images), "every_epochs": 1, "share": 1.0, **own}
+    evaluation = {"data": str(images), "every_epochs": 1, "share": 1.0, **own}
     return tiny.write_config(
-        folder, run={"epochs": 3, "precision": "fp32"}, eval={"crop": 1.0, "k": 3, "online": judged}
+        folder,
+        run={"epochs": 3, "precision": "fp32"},
+        eval={"crop": 1.0, "k": 3, "online": evaluation},
     )
 
 
-def test_the_target_is_judged_before_between_and_at_the_end(tmp_path):
+def test_the_target_is_evaluated_before_between_and_at_the_end(tmp_path):
     config = write_config(tmp_path)
     assert train.main(["--config", str(config)]) == 0
     run = tmp_path / "run"
@@ -56,7 +58,7 @@ def test_nothing_is_drawn_that_nobody_shows(tmp_path, monkeypatch):
 
 
 def test_training_is_the_same_with_and_without(tmp_path):
-    """Judged, and drawn for TensorBoard."""
+    """Evaluated, and drawn for TensorBoard."""
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     with_it = write_config(tmp_path / "a", pictures=2)
@@ -74,8 +76,8 @@ def test_training_is_the_same_with_and_without(tmp_path):
 
 
 def test_the_checkpoint_with_the_best_knn_is_kept(tmp_path, monkeypatch):
-    marks = iter([90.0, 10.0, 30.0, 20.0, 30.0])
-    monkeypatch.setattr(online, "_scores", lambda *args, **options: {"knn": next(marks)})
+    scores = iter([90.0, 10.0, 30.0, 20.0, 30.0])
+    monkeypatch.setattr(online, "_scores", lambda *args, **options: {"knn": next(scores)})
     config = write_config(tmp_path)
     sets = ["--set", "checkpoint.keep=1", "--set", "checkpoint.every_steps=1"]
     assert train.main(["--config", str(config), *sets, "--set", "run.epochs=4"]) == 0
@@ -86,8 +88,8 @@ def test_the_checkpoint_with_the_best_knn_is_kept(tmp_path, monkeypatch):
     assert load_encoder(run / "best").width == 24
     state = json.loads((run / "best" / "state.json").read_text())
     assert state["progress"]["best"] == {"knn": 30.0, "step": 4}
-    # and a run that goes on remembers it
-    marks = iter([29.0, 31.0])
+    # and a resumed run remembers it
+    scores = iter([29.0, 31.0])
     for path in checkpoint.newest_first(run)[:1]:
         (path / "manifest.json").unlink()
     resumed = ["--resume", str(run / "best"), "--set", "run.epochs=4"]
@@ -97,20 +99,20 @@ def test_the_checkpoint_with_the_best_knn_is_kept(tmp_path, monkeypatch):
 
 def test_the_best_is_found_again_when_a_run_goes_back(tmp_path, monkeypatch):
     """What comes after the step that is gone back to is set aside, RUN/best with it."""
-    marks = iter([9.0, 10.0, 30.0])
-    monkeypatch.setattr(online, "_scores", lambda *args, **options: {"knn": next(marks)})
+    scores = iter([9.0, 10.0, 30.0])
+    monkeypatch.setattr(online, "_scores", lambda *args, **options: {"knn": next(scores)})
     config = write_config(tmp_path)
     sets = ["--set", "checkpoint.every_steps=1", "--set", "checkpoint.keep=9"]
     assert train.main(["--config", str(config), *sets, "--set", "run.epochs=2"]) == 0
     run = tmp_path / "run"
     assert (run / "best").resolve().name == "step_00000004"
-    marks = iter([5.0])
+    scores = iter([5.0])
     back = ["--resume", str(run / "checkpoints" / "step_00000002"), "--set", "run.epochs=2"]
     assert train.main(["--config", str(config), *sets, *back]) == 0
     assert (run / "best").resolve().name == "step_00000002"
     assert (run / "best" / "state.json").is_file()
     # in another folder the best is sought anew
-    marks = iter([5.0, 4.0])
+    scores = iter([5.0, 4.0])
     away = [*back, "--set", f"run.dir={tmp_path / 'away'}", "--set", "run.epochs=3"]
     assert train.main(["--config", str(config), *sets, "--accept-changes", *away]) == 0
     assert (tmp_path / "away" / "best").resolve().name == "step_00000004"
@@ -119,23 +121,23 @@ def test_the_best_is_found_again_when_a_run_goes_back(tmp_path, monkeypatch):
 def test_it_takes_no_more_than_its_share(monkeypatch):
     now, said = [0.0], []
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    judge = online.OnlineEvaluation((), every=10, share=0.1, batch_size=1, k=1, temperature=1)
-    judge.say = said.append
+    evaluation = online.OnlineEvaluation((), every=10, share=0.1, batch_size=1, k=1, temperature=1)
+    evaluation.say = said.append
     monkeypatch.setattr(
         online, "_scores", lambda *args, **options: now.__setitem__(0, now[0] + 7) or {}
     )
-    with judge.counted():
-        judge.judge(None)
-    assert not judge.due(9)  # not its turn
+    with evaluation.counted():
+        evaluation.evaluate(None)
+    assert not evaluation.due(9)  # not its turn
     now[0] = 60.0
-    assert not judge.due(10) and not judge.due(11) and len(said) == 1
+    assert not evaluation.due(10) and not evaluation.due(11) and len(said) == 1
     assert "eval.online.share = 0.1" in said[0]
     now[0] = 70.0
-    assert judge.due(12)  # late, but not forgotten
-    with judge.counted():
-        judge.judge(None)
+    assert evaluation.due(12)  # late, but not forgotten
+    with evaluation.counted():
+        evaluation.evaluate(None)
     now[0] = 1000.0
-    assert not judge.due(13) and judge.due(20)
+    assert not evaluation.due(13) and evaluation.due(20)
 
 
 def test_a_set_without_labels_is_refused_at_the_start(tmp_path, capsys):
@@ -158,7 +160,7 @@ distributed.leave(train.main(sys.argv[1:]))
 
 
 @pytest.mark.multiprocess
-def test_two_ranks_under_zero_3_judge_alike(tmp_path):
+def test_two_ranks_under_zero_3_evaluate_alike(tmp_path):
     """Their shares are uneven, 17 and 18 of 35 images: each runs the same collectives."""
     config = write_config(tmp_path)
     script = tmp_path / "zero.py"
@@ -186,8 +188,8 @@ def test_tensorboard_has_masks_attention_and_features_at_each(tmp_path):
     assert [picture.step for picture in shown] == [0, 2, 4, 6] and shown[0].height > 100
 
 
-def knn_rows(*marks: float) -> list[dict]:
-    return [{"step": 10 * i, "knn": mark} for i, mark in enumerate(marks)]
+def knn_rows(*scores: float) -> list[dict]:
+    return [{"step": 10 * i, "knn": score} for i, score in enumerate(scores)]
 
 
 def test_the_end_says_whether_the_features_beat_untrained_ones():

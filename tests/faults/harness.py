@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import broken_images
+import corrupt_images
 import psutil
 import tiny
 import torch
@@ -79,10 +79,10 @@ class Driven:
 
 
 def write_images(folder: Path) -> Path:
-    """40 images, and one that only the decoder finds to be broken: 2 steps of 16 an epoch."""
+    """40 images, and one that only the decoder finds to be corrupt: 2 steps of 16 an epoch."""
     tiny.write_images(folder)
-    broken = broken_images.SEEN_WHEN_DECODED["tables.jpg"](7)
-    broken_images.write(folder / "class_0" / "tables.jpg", broken)
+    corrupt = corrupt_images.SEEN_WHEN_DECODED["tables.jpg"](7)
+    corrupt_images.write(folder / "class_0" / "tables.jpg", corrupt)
     return folder
 
 

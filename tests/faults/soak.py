@@ -1,8 +1,8 @@
-"""A long run on 2 ranks with kills and broken images: is its memory flat, its end exact?
+"""A long run on 2 ranks with kills and corrupt images: is its memory flat, its end exact?
 
     python tests/faults/soak.py --minutes 120 --out bench/results/soak.md
 
-Trains a tiny model for about that long while processes are killed at random and the run goes on
+Trains a tiny model for about that long while processes are killed at random and the run is resumed
 with `--resume auto`, saving about every minute; then the same run undisturbed, which takes about as
 long again. Memory and open descriptors of every training process are sampled all along. --minutes
 counts for each of the two. What each start said lies in --folder. The contexts are of one length:
@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 
-import broken_images
+import corrupt_images
 import hardware
 import psutil
 import tiny
@@ -39,7 +39,7 @@ from cjepa_fast.telemetry import read_log
 RANKS = 2
 SAMPLE_S = 2.0
 WARM_UP_S = 120  # of a start, or the first third of it where that is shorter
-JUDGED_S = 60  # after the warm-up: of a shorter stretch no growth is told
+LONG_S = 60  # after the warm-up: of a shorter stretch no growth is told
 FLAT_PCT = 2.0
 COLUMNS = ("start, rank", "minutes", "USS MiB after warm-up", "at the end", "%", "MiB/h")
 COLUMNS += ("RSS MiB after warm-up", "%", "PSS %", "descriptors", "flat")
@@ -201,15 +201,15 @@ def report(struck: Run, whole: Run) -> str:
     """Markdown. The final states are compared here: AssertionError names the first difference."""
     about = hardware.provenance(torch.device("cpu"))
     versions = ", ".join(f"{k} {v}" for k, v in about["versions"].items() if v)
-    judged = [s for s in (*struck.stretches, *whole.stretches) if s.seconds >= JUDGED_S]
+    long = [s for s in (*struck.stretches, *whole.stretches) if s.seconds >= LONG_S]
     assert_same_tensors(struck.result, whole.result)
-    flat = sum(s.flat for s in judged)
+    flat = sum(s.flat for s in long)
     return f"""# A long run with kills, beside the same run undisturbed
 
 {about["hardware"]["device"]}; {versions}; commit {about["commit"]}. `{about["command"]}`
 
 {RANKS} ranks, mask.context "{whole.context}", {whole.steps} steps, a save every
-{whole.every}, 12 broken files in the set. At the end weights, moments and average of both runs are
+{whole.every}, 12 corrupt files in the set. At the end weights, moments and EMA of both runs are
 equal, bit for bit.
 
 | run | minutes | kills | starts |
@@ -217,14 +217,14 @@ equal, bit for bit.
 | struck | {struck.minutes:.1f} | {struck.kills} | {struck.starts} |
 | undisturbed | {whole.minutes:.1f} | {whole.kills} | {whole.starts} |
 
-Memory of each rank that lived {JUDGED_S} s beyond its warm-up (the first third of its life, at
+Memory of each rank that lived {LONG_S} s beyond its warm-up (the first third of its life, at
 most {WARM_UP_S} s): medians of the first and of the last tenth of its samples, one in
 {SAMPLE_S:g} s. USS is what the process alone holds. Flat means that USS and RSS grow by no more
-than {FLAT_PCT:g} % and open descriptors not at all: {flat} of {len(judged)}.
+than {FLAT_PCT:g} % and open descriptors not at all: {flat} of {len(long)}.
 
 | {" | ".join(COLUMNS)} |
 |{"---|" * len(COLUMNS)}
-{chr(10).join(map(row, judged))}
+{chr(10).join(map(row, long))}
 """
 
 
@@ -240,7 +240,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.folder or Path(temporary)
         images = tiny.write_images(folder / "images", IMAGES)
-        broken_images.break_folder(images, "class_0")
+        corrupt_images.break_folder(images, "class_0")
         rate = steps_per_minute(folder / "trial", images, given.context)
         epochs = max(1, round(given.minutes * rate / STEPS_PER_EPOCH))
         struck, whole = (

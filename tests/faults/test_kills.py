@@ -1,4 +1,4 @@
-"""A run that is killed, or loses its images, and goes on is, bit for bit, the undisturbed run."""
+"""A run that is killed, or loses its images, resumes to the undisturbed run, bit for bit."""
 
 import functools
 
@@ -49,11 +49,11 @@ def test_one_of_two_ranks_killed(tmp_path, images, whole):
 
 @pytest.mark.multiprocess
 def test_skipped_images_are_counted_over_all_ranks(images, whole):
-    """An epoch has a hole where the broken image is not in its dropped tail."""
+    """An epoch has a hole where the corrupt image is not in its dropped tail."""
     listed = sorted(path.relative_to(images) for path in images.rglob("*.jpg"))
-    broken = [path.name for path in listed].index("tables.jpg")
+    corrupt = [path.name for path in listed].index("tables.jpg")
     indices = [
-        rng.permutation(0, epoch, len(listed)).tolist().index(broken)
+        rng.permutation(0, epoch, len(listed)).tolist().index(corrupt)
         for epoch in range(harness.STEPS // 2)
     ]
     holes = [index for index in indices if index < 32]

@@ -196,9 +196,9 @@ BREAKS = [
     *broken(
         "ema/rows_update", "_ema_rows_kernel",
         ("last value of a row dropped", "col < COLS", "col < COLS - 1"),
-        ("not rounded to bf16", "narrow(average, tl.bfloat16).to(tl.float32)", "average"),
+        ("not rounded to bf16", "narrow(ema, tl.bfloat16).to(tl.float32)", "ema"),
         ("one scale for all rows", "start // COLS", "0 * start"),
-        ("FP8 of the weights", "narrow(average, tl", "narrow(new, tl"),
+        ("FP8 of the weights", "narrow(ema, tl", "narrow(new, tl"),
     ),
     *broken(
         "fp8", "quantised",
@@ -354,7 +354,7 @@ BREAKS = [
         ("decay left out", "* decay - rate", "- rate"),
         ("scale left out", ".to(tl.float32) * scale", ".to(tl.float32)"),
         ("eps left out", ", root_scale) + eps", ", root_scale)"),
-        ("average of the old weights", "mask=keep), w, weight)",
+        ("EMA of the old weights", "mask=keep), w, weight)",
          "mask=keep), tl.load(param + at, mask=keep), lerp1)"),
     ),
 ]  # fmt: skip

@@ -106,7 +106,7 @@ def _losses(choose: Chooser, width: int) -> Iterator[str]:
 
 
 def _quantised(width: int) -> Iterator[str]:
-    """A block's four inputs of matmuls, and the averaged weights."""
+    """A block's four inputs of matmuls, and the target's weights."""
     narrow, wide = (_tile(row_tiles(size)[0]) for size in (width, 4 * width))
     yield from (f"quantise {first} {narrow}" for first in ("rows", "norm", "add norm"))
     yield f"quantise gelu {wide}"
@@ -132,8 +132,8 @@ def _gelu(choose: Chooser) -> Iterator[str]:
 def _ema(choose: Chooser) -> Iterator[str]:
     """Of one process, whose gradients are in bf16; and of ZeRO's fragments, aligned or not."""
     chunk = choose("adamw_ema_step", CHUNKS)
-    for average in ("", ", no average"):
-        yield f"adamw_ema_step bf16 {chunk}, aligned, copy bf16{average}"
+    for ema in ("", ", no EMA"):
+        yield f"adamw_ema_step bf16 {chunk}, aligned, copy bf16{ema}"
     chunk = choose("ema_update", CHUNKS)
     yield from (f"ema_update fp32 {chunk}, {kind}, copy bf16" for kind in ("aligned", "unaligned"))
 

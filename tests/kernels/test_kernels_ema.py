@@ -1,4 +1,4 @@
-"""The average and AdamW in one pass, against PyTorch's own: every value, and no other."""
+"""The EMA and AdamW in one pass, against PyTorch's own: every value, and no other."""
 
 import math
 
@@ -47,7 +47,7 @@ def flat(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 @pytest.mark.parametrize(("weights", "copy"), DTYPES)
 @pytest.mark.parametrize("momentum", [0.996, 0.3])  # lerp's two formulas
-def test_average_within_the_error_budget(seed, kernel_device, momentum, weights, copy):
+def test_ema_within_the_error_budget(seed, kernel_device, momentum, weights, copy):
     start, online = randoms(kernel_device), randoms(kernel_device, dtype=weights)
     ours, eager, exact = clones(start), clones(start), clones(start, torch.float64)
     copies = empties(start, copy)
@@ -59,7 +59,7 @@ def test_average_within_the_error_budget(seed, kernel_device, momentum, weights,
         assert torch.equal(copied, wanted.to(copy))
 
 
-def test_the_definition_is_the_average():
+def test_the_definition_is_the_ema():
     start, online = randoms("cpu", dtype=torch.float64), randoms("cpu", dtype=torch.float64)
     target = clones(start)
     ema.ema_update(target, online, 0.9)
@@ -78,7 +78,7 @@ def test_momentum_one_keeps_and_zero_copies(seed, kernel_device):
 
 @pytest.mark.parametrize("shift", [0, 1, 8])
 def test_fragments_of_a_flat_buffer(seed, kernel_device, shift):
-    """As ZeRO cuts them, aligned or not: each value is averaged, and none between them."""
+    """As ZeRO cuts them, aligned or not: the EMA of each value is taken, and none between them."""
     sizes = [CHUNK, 17, CHUNK - 1, 2 * CHUNK + 3, 1]
     buffer, online = torch.randn(2, 6 * CHUNK, device=kernel_device)
     copy = torch.zeros(6 * CHUNK, dtype=torch.bfloat16, device=kernel_device)
@@ -136,7 +136,7 @@ def test_every_chunk(seed, kernel_device, chunk):
         assert torch.equal(flat(one), flat(other))
 
 
-def test_nothing_to_average(kernel_device):
+def test_an_ema_of_nothing(kernel_device):
     ema.ema_update([], [], 0.9)
     ema.ema_update([torch.empty(0, device=kernel_device)] * 2, [torch.empty(0)] * 2, 0.9)
 
@@ -188,7 +188,7 @@ def test_lists_that_do_not_match():
 MATRICES = [(5, 48), (3, 100), (1, 1), (7, 48), (0, 48)]
 
 
-def eight_bit(shapes, device: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def fp8_rows(shapes, device: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Copies to be written, NaN before."""
     values = [torch.full(s, math.nan, device=device).to(torch.float8_e4m3fn) for s in shapes]
     return values, [torch.full((s[0], 1), math.nan, device=device) for s in shapes]
@@ -196,12 +196,12 @@ def eight_bit(shapes, device: str) -> tuple[list[torch.Tensor], list[torch.Tenso
 
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("momentum", [0.996, 0.3, 1.0])
-def test_rows_are_the_average_and_its_bf16_copy_in_8_bits(seed, kernel_device, momentum, weights):
-    """The average is ema_update's bit for bit, the rest what quantise_rows makes of its copy."""
+def test_rows_are_the_ema_and_its_bf16_copy_in_fp8(seed, kernel_device, momentum, weights):
+    """The EMA is ema_update's bit for bit, the rest what quantise_rows makes of its copy."""
     start = randoms(kernel_device, MATRICES)
     online = randoms(kernel_device, MATRICES, weights)
     ours, plain, copies = clones(start), clones(start), empties(start, torch.bfloat16)
-    values, scales = eight_bit(MATRICES, kernel_device)
+    values, scales = fp8_rows(MATRICES, kernel_device)
     ema.ema_update_rows(ours, online, momentum, values, scales)
     ema.ema_update(plain, online, momentum, copies)
     assert torch.equal(flat(ours), flat(plain))
@@ -215,7 +215,7 @@ def test_rows_follow_their_definition(seed, kernel_device):
     start, online = randoms(kernel_device, MATRICES), randoms(kernel_device, MATRICES)
     found = []
     for update in (ema.ema_update_rows, ema.ema_update_rows_reference):
-        target, (values, scales) = clones(start), eight_bit(MATRICES, kernel_device)
+        target, (values, scales) = clones(start), fp8_rows(MATRICES, kernel_device)
         update(target, online, 0.75, values, scales)  # exact in fp32 at both formulas of lerp
         found.append((flat(scales), flat([v.float() for v in values])))
     for one, other in zip(*found, strict=True):
@@ -224,7 +224,7 @@ def test_rows_follow_their_definition(seed, kernel_device):
 
 def test_rows_between_others_are_left_alone(seed, kernel_device):
     buffer, online = torch.randn(2, 4, 9, 48, device=kernel_device)
-    values, scales = eight_bit([(9, 48)], kernel_device)
+    values, scales = fp8_rows([(9, 48)], kernel_device)
     before = buffer.clone()
     ema.ema_update_rows([buffer[1]], [online[1]], 0.5, values, scales)
     assert torch.equal(buffer[[0, 2, 3]], before[[0, 2, 3]])
@@ -232,7 +232,7 @@ def test_rows_between_others_are_left_alone(seed, kernel_device):
 
 
 def test_rows_that_do_not_match():
-    t, (values, scales) = torch.randn(3, 16), eight_bit([(3, 16)], "cpu")
+    t, (values, scales) = torch.randn(3, 16), fp8_rows([(3, 16)], "cpu")
     ema.ema_update_rows([], [], 0.9, [], [])
     with pytest.raises(ValueError, match="other shapes"):
         ema.ema_update_rows([t], [t], 0.9, values, [torch.ones(3)])
@@ -245,7 +245,7 @@ def test_rows_that_do_not_match():
 def test_rows_pass_opcheck_and_compile(seed, kernel_device):
     shapes = [(5, 48), (3, 7)]
     target, online = randoms(kernel_device, shapes), randoms(kernel_device, shapes)
-    values, scales = eight_bit(shapes, kernel_device)
+    values, scales = fp8_rows(shapes, kernel_device)
     lists = clones(target), online, [v.view(torch.uint8) for v in values], scales
     check_operator(
         torch.ops.cjepa_fast.ema_update_rows.default,
@@ -255,9 +255,9 @@ def test_rows_pass_opcheck_and_compile(seed, kernel_device):
     backend = "inductor" if kernel_device == "cuda" else "aot_eager"
     traced = torch.compile(ema.ema_update_rows, fullgraph=True, backend=backend)
     for update in (ema.ema_update_rows, traced):
-        averaged, (values, scales) = clones(target), eight_bit(shapes, kernel_device)
-        update(averaged, online, 0.9, values, scales)
-        found.append([flat(averaged), flat([v.float() for v in values]), flat(scales)])
+        updated, (values, scales) = clones(target), fp8_rows(shapes, kernel_device)
+        update(updated, online, 0.9, values, scales)
+        found.append([flat(updated), flat([v.float() for v in values]), flat(scales)])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
@@ -315,7 +315,7 @@ def test_the_definition_is_torchs_adamw_and_lerp(seed, weight_decay):
 
 
 @pytest.mark.parametrize(("narrow", "copy"), DTYPES)
-def test_adamw_and_average_within_the_error_budget(seed, kernel_device, narrow, copy):
+def test_adamw_and_ema_within_the_error_budget(seed, kernel_device, narrow, copy):
     params, target = randoms(kernel_device, FEW), randoms(kernel_device, FEW)
     grads = [randoms(kernel_device, FEW, narrow) for _ in range(2)]
     found, copies, target_copies = our_steps(
@@ -366,7 +366,7 @@ def test_adamw_leaves_what_lies_between_fragments(seed, kernel_device):
 
 
 def test_one_kind_of_copy_alone(seed, kernel_device):
-    """Of the weights, or of the average: the tables then have one row less."""
+    """Of the weights, or of the EMA: the tables then have one row less."""
     shapes = [(5,), (CHUNK + 3,)]
     params, grads, target = (randoms(kernel_device, shapes) for _ in range(3))
     state = [[torch.zeros_like(p) for p in params] for _ in range(2)]
@@ -390,23 +390,23 @@ def test_a_gradient_of_zero_moves_nothing_but_decay(seed, kernel_device):
 def test_parameters_with_gradients_on_are_stepped_in_place(seed, kernel_device):
     weight = torch.nn.Parameter(torch.randn(9, device=kernel_device))
     before, zeros = weight.detach().clone(), [torch.zeros(9, device=kernel_device)]
-    average = weight.detach().clone()
-    args = [torch.ones(9, device=kernel_device)], zeros, clones(zeros), [average]
+    target = weight.detach().clone()
+    args = [torch.ones(9, device=kernel_device)], zeros, clones(zeros), [target]
     ema.adamw_ema_step([weight], *args, step=1, lr=0.1, momentum=0.5, weight_decay=0.0)
     torch.testing.assert_close(weight.detach(), before - 0.1)  # the first step is lr's sign
-    torch.testing.assert_close(average, before - 0.05)
+    torch.testing.assert_close(target, before - 0.05)
 
 
-def test_without_an_average(seed, kernel_device):
+def test_without_an_ema(seed, kernel_device):
     """The weights and their copies are stepped as with one."""
     params, grads = randoms(kernel_device, FEW), randoms(kernel_device, FEW, torch.bfloat16)
     found = {}
-    for averaged in (True, False):
+    for with_ema in (True, False):
         fresh, state = clones(params), [[torch.zeros_like(p) for p in params] for _ in range(2)]
         copies = empties(params, torch.bfloat16)
-        target = clones(params) if averaged else ()
+        target = clones(params) if with_ema else ()
         ema.adamw_ema_step(fresh, grads, *state, target, step=3, lr=0.1, copies=copies)
-        found[averaged] = [flat(array) for array in (fresh, *state, copies)]
+        found[with_ema] = [flat(array) for array in (fresh, *state, copies)]
     for one, other in zip(found[True], found[False], strict=True):
         assert torch.equal(one, other)
     assert not torch.equal(found[False][0], flat(params))
@@ -467,7 +467,7 @@ def test_steps_that_cannot_be():
         ema.adamw_ema_step([a], [b], [a], [a], [a], step=1, **numbers)
     with pytest.raises(ValueError, match=r"\[1, 0, 1, 1, 1\]"):
         ema.adamw_ema_step([a], [], [a], [a], [a], step=1, **numbers)
-    with pytest.raises(ValueError, match="copies of an average"):
+    with pytest.raises(ValueError, match="copies of an EMA"):
         ema.adamw_ema_step([a], [a], [a], [a], step=1, target_copies=[a], **numbers)
 
 

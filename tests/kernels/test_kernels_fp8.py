@@ -74,7 +74,7 @@ def test_norm_then_rows(seed, kernel_device, shape, dtype):
 )
 @pytest.mark.parametrize("shape", SHAPES)
 def test_sum_and_norm_then_rows(seed, kernel_device, shape, dtype, branch):
-    """The sum is rounded to the stream's type, as it is written, before it is normed."""
+    """The sum is rounded to the residual stream's type, as it is written, before it is normed."""
     x, y = normal(kernel_device, *shape, dtype=dtype), normal(kernel_device, *shape, dtype=branch)
     weight, bias = affine(kernel_device, shape[-1], branch)
     s, rows = fp8.quantise_add_norm(x, y, weight, bias, EPS)
@@ -109,7 +109,7 @@ def test_any_sizes(seed, kernel_device, rows, C):
     assert same(fp8.quantise_rows(x).values, fp8.quantise_rows_reference(x).values)
     exact = F.layer_norm(x.double(), (C,), weight.double(), bias.double(), EPS)
     if rows:
-        # What is left of x less its mean has the rounding of x, scaled up with it.
+        # What is left of x minus its mean has the rounding of x, scaled up with it.
         spread = (x.double().var(-1, correction=0, keepdim=True) + EPS).rsqrt()
         scaled = x.double() * spread * weight.abs().max() + bias.abs().max()
         within_rounding(fp8.quantise_norm(x, weight, bias, EPS), exact, of=scaled)

@@ -9,7 +9,7 @@ from cjepa_fast.kernels.common import sums
 from cjepa_fast.kernels.norm import launch_add_norm, launch_add_norm_backward
 
 EPS = 1e-6
-# Of the branches and weights, and of the stream.
+# Of the branches and weights, and of the residual stream.
 DTYPES = [
     (torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16),
     (torch.float16, torch.float16), (torch.bfloat16, torch.float32),

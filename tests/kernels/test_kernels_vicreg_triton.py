@@ -81,10 +81,10 @@ def subtrahend(
 ) -> float:
     """What a term is the difference from: rounding is relative to that, not to a small difference.
 
-    The hinge is gamma less a standard deviation; the Gram's cov_loss is |K|^2 less the variances',
+    The hinge is gamma minus a standard deviation; the Gram's cov_loss is |K|^2 minus the variances'
     and so is its gradient: 4 / (M D (n - 1)) (K x / (n - 1) - var x) of a centred row x. Where one
     column holds most of the variance they cancel (of two rows and five columns a draw had 0.18
-    left of 0.40 less 0.22; its error, 3e-7 of the 0.40, was over a budget of the 0.18 alone).
+    left of 0.40 minus 0.22; its error, 3e-7 of the 0.40, was over a budget of the 0.18 alone).
     """
     n, D = z.shape[-2:]
     if name in ("cov", "dz") and n < D:

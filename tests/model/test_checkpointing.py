@@ -90,7 +90,7 @@ def test_only_what_is_said_runs_twice(seed, policy, last):
     x = torch.randn(B, S, D, requires_grad=True)
     with Operations() as forward:
         out = block(x, last)
-    queries = int(last is not None)  # a product of its own, and the first of two
+    queries = int(last is not None)  # a matmul of its own, and the first of two
     assert forward.count == {"layer_norm": 2, "gelu": 1, "linear": 4 + queries, "softmax": 1}
     with Operations() as backward:
         out.sum().backward()
@@ -102,7 +102,7 @@ def test_only_what_is_said_runs_twice(seed, policy, last):
 @pytest.mark.parametrize("stream", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("last", [None, LAST])
 def test_what_is_kept(seed, stream, last):
-    """Bytes between the policies, counted by hand: bf16 beside a stream of either dtype."""
+    """Bytes between the policies by hand: bf16 beside a residual stream of either dtype."""
     x = torch.randn(B, S, D, dtype=stream, requires_grad=True)
     blocks = {name: Block(D, 2, 4.0, checkpointing=name).bfloat16() for name in POLICIES}
     kept = {name: kept_bytes(block, x, last) for name, block in blocks.items()}

@@ -1,4 +1,4 @@
-"""The target encoder in FP8: what it computes, how far off its features are, its average."""
+"""The target encoder in FP8: what it computes, how far off its features are, its EMA."""
 
 import copy
 import socket
@@ -25,7 +25,7 @@ from cjepa_fast.training.ema import TargetEMA
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """A second one gains these small products nothing, and waits where the cores are busy."""
+    """A second one gains these small matmuls nothing, and waits where the cores are busy."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -46,11 +46,11 @@ def in_8_bits(encoder: Encoder) -> Encoder:
 
 
 @pytest.mark.parametrize("shape", [(5, 48), (2, 3, 48), (1, 48)])
-def test_the_product_is_that_of_what_the_rows_stand_for(seed, shape):
+def test_the_matmul_is_that_of_what_the_rows_stand_for(seed, shape):
     x, weight = quantise_rows(torch.randn(shape)), quantise_rows(torch.randn(32, 48))
     bias = torch.randn(32, dtype=torch.bfloat16)
     exact = x.wide().double() @ weight.wide().double().T + bias.double()
-    found = fp8.product(x, weight, bias)
+    found = fp8.matmul(x, weight, bias)
     assert found.dtype == torch.bfloat16 and found.shape == exact.shape
     assert ((found.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-5).all()
 
@@ -58,13 +58,13 @@ def test_the_product_is_that_of_what_the_rows_stand_for(seed, shape):
 @pytest.mark.gpu
 @pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("tokens", [1, 7, 300])
-def test_the_gpus_product_is_the_definitions(seed, monkeypatch, fast, tokens):
+def test_the_gpus_matmul_is_the_definitions(seed, monkeypatch, fast, tokens):
     monkeypatch.setattr(fp8, "FAST_SUMS", fast)
     x, weight = quantise_rows(torch.randn(tokens, 1280)), quantise_rows(torch.randn(256, 1280))
     bias = torch.randn(256, dtype=torch.bfloat16)
-    wanted = fp8.product(x, weight, bias)
+    wanted = fp8.matmul(x, weight, bias)
     x, weight = (type(rows)(*(part.cuda() for part in rows)) for rows in (x, weight))
-    found = fp8.product(x, weight, bias.cuda()).cpu()
+    found = fp8.matmul(x, weight, bias.cuda()).cpu()
     assert relative(found, wanted) < (2e-2 if fast else 4e-3)
 
 
@@ -82,14 +82,14 @@ def test_a_layer_is_a_linear_to_8_bits_of_both_operands(seed):
     assert torch.equal(layer.weight.float(), quantise_rows(again).values.float())
 
 
-def test_a_block_is_the_bf16_one_with_its_four_products_in_8_bits(seed):
-    """Each product of the block taken by hand, from the layers' names."""
+def test_a_block_is_the_bf16_one_with_its_four_matmuls_in_fp8(seed):
+    """Each matmul of the block taken by hand, from the layers' names."""
     encoder = Encoder(24, 4, 48, 1, 3).bfloat16()
     ours, block = in_8_bits(encoder).blocks[0], encoder.blocks[0]
     x = torch.randn(2, 36, 48).bfloat16()
 
     def linear(rows, layer):
-        return fp8.product(rows, quantise_rows(layer.weight), layer.bias)
+        return fp8.matmul(rows, quantise_rows(layer.weight), layer.bias)
 
     normed = quantise_norm(x, block.norm1.weight, block.norm1.bias, 1e-6)
     q, k, v = (
@@ -157,10 +157,10 @@ def test_features_of_an_untrained_vit_s_are_not():
     assert 0.02 < feature_error(encoder, pictures(1, 112)) < 0.06
 
 
-# --- the average
+# --- the EMA
 
 
-def average_of(fp8: bool = True) -> TargetEMA:
+def ema_of(fp8: bool = True) -> TargetEMA:
     encoder = encoder_of()
     weights = trained(encoder)
     ema = TargetEMA(copy.deepcopy(encoder), whole(weights), torch.bfloat16, fp8=fp8)
@@ -179,17 +179,17 @@ def same_state(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> 
 
 
 def test_the_working_copy_is_the_bf16_one_in_8_bits():
-    """And the average itself is the one that any precision has."""
-    ours, plain = average_of(), average_of(fp8=False)
+    """And the EMA itself is the one that any precision has."""
+    ours, plain = ema_of(), ema_of(fp8=False)
     for fragment, other in zip(ours.fragments, plain.fragments, strict=True):
         assert fragment[:2] == other[:2] and torch.equal(fragment.values, other.values)
         assert fragment.values.dtype == torch.float32
     assert same_state(state(ours.module), state(in_8_bits(plain.module)))
 
 
-def test_the_working_copy_is_written_anew_from_the_average():
+def test_the_working_copy_is_written_anew_from_the_ema():
     """As a restored checkpoint needs it, in the same memory."""
-    ours = average_of()
+    ours = ema_of()
     wanted = state(ours.module)
     addresses = [p.data_ptr() for p in ours.module.parameters()]
     with torch.no_grad():
@@ -226,7 +226,7 @@ def test_shares_that_cut_rows_give_the_same_bits(tmp_path):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     mp.spawn(worker, (port, str(tmp_path)), nprocs=2)
-    wanted = state(average_of().module)
+    wanted = state(ema_of().module)
     for rank in range(2):
         for found in torch.load(tmp_path / f"rank{rank}.pt"):
             assert same_state(found, wanted)
@@ -240,7 +240,7 @@ FP8 = {
 }
 
 
-def test_a_gpu_without_8_bit_products_is_told(monkeypatch):
+def test_a_gpu_without_fp8_matmuls_is_told(monkeypatch):
     hardware.gpu_multiplies_fp8.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
@@ -264,7 +264,7 @@ def test_an_fp8_target_wants_bf16_beside_it():
     ("sizes", "key"),
     [({"width": 24}, "model.width = 24"), ({"mlp_ratio": 1.1}, "mlp_ratio = 53")],
 )
-def test_widths_without_an_8_bit_product_are_told(sizes, key):
+def test_widths_without_an_fp8_matmul_are_told(sizes, key):
     config = configuration.validate(tiny.CONFIG | FP8 | {"model": FP8["model"] | sizes})
     with pytest.raises(ConfigError, match=rf"{key}: must be a multiple of 16"):
         build.check_target_precision(config, torch.device("cpu"))

@@ -86,7 +86,7 @@ def test_what_is_computed_again_has_the_same_bits(seed, kernel_device, policy):
 
 
 class Counting(TorchDispatchMode):
-    """Products with a bias, which only a forward makes."""
+    """Matmuls with a bias, which only a forward makes."""
 
     count = 0
 
@@ -98,15 +98,15 @@ class Counting(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("policy", "again"), [("none", 0), ("norm_gelu", 0), ("selective", 1), ("full", 3)]
 )
-def test_how_many_products_run_again_in_the_backward(seed, kernel_device, policy, again):
+def test_how_many_matmuls_run_again_in_the_backward(seed, kernel_device, policy, again):
     """Of a block's four: fc1, or all but fc2, as recompute.py says."""
     encoder = networks(kernel_device, checkpointing=policy)["encoder"].bfloat16()
     encoder.fused = True
     images, context, *_ = inputs(kernel_device)
     out = encoder(images.bfloat16(), context)
-    with Counting() as products:
+    with Counting() as matmuls:
         out.sum().backward()
-    assert products.count == again * len(encoder.blocks)
+    assert matmuls.count == again * len(encoder.blocks)
 
 
 @pytest.mark.parametrize("backend", ["plain", "sdpa"])

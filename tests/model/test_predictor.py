@@ -192,7 +192,7 @@ def test_one_pass_is_other_maths_from_the_second_block_on(seed, inputs, depth, e
 
 
 @pytest.mark.parametrize("mode", ["per_target", "one_pass"])
-def test_the_residual_stream_is_fp32_and_the_products_are_not(seed, mode):
+def test_the_residual_stream_is_fp32_and_the_matmuls_are_not(seed, mode):
     predictor = Predictor(**SIZES, depth=2, residual="fp32", mode=mode).bfloat16()
     inputs = torch.randn(1, 2, 12).bfloat16(), torch.tensor([[0, 9]]), torch.tensor([[[3], [4]]])
     wide, low = torch.float32, torch.bfloat16

@@ -14,7 +14,7 @@ from cjepa_fast.model.vit import MODELS, Encoder, patchify, sincos_positions
 
 SMALL = {"image_size": 12, "patch_size": 3, "width": 16, "depth": 2, "heads": 2}
 
-# Published counts of the classifiers, less class token, learnt positions and 1000-way head
+# Published counts of the classifiers, minus class token, learnt positions and 1000-way head
 # (patch 16; huge and giant at patch 14 as released).
 KNOWN_SIZES = {
     ("vit_tiny", 16): 5_717_416 - 192 - 197 * 192 - 1000 * 193,
@@ -271,7 +271,7 @@ def stream_dtypes(network: nn.Module, *inputs: torch.Tensor) -> set[tuple[torch.
     return set(found)
 
 
-def test_the_residual_stream_is_fp32_and_the_products_are_not(seed):
+def test_the_residual_stream_is_fp32_and_the_matmuls_are_not(seed):
     """Of the context encoder and its copy, the target."""
     wide, low = torch.float32, torch.bfloat16
     context = torch.stack([torch.randperm(16)[:7] for _ in range(3)])
@@ -296,7 +296,7 @@ def test_an_fp32_stream_is_closer_to_float64(seed):
 
 
 def test_gradients_through_an_fp32_stream(seed):
-    """Of the weights, beside float64: no worse than through a bf16 stream."""
+    """Of the weights, beside float64: no worse than through a bf16 residual stream."""
     encoder = Encoder(16, 4, 32, 12, 2).bfloat16()
     images, upstream = images_of(encoder), torch.randn(3, 16, 32)
 

@@ -116,7 +116,7 @@ def test_a_slurm_job_saves_before_its_limit_is_requeued_and_finishes(
     assert 1 <= step < 200 and f"stopped after step {step}; resume with: sbatch " in out
     assert queue.read_text() == f"requeue {cluster['SLURM_JOB_ID']}\n"
 
-    for _ in ("goes on to its end", "finds nothing left to do")[: 2 if tasks == "1" else 1]:
+    for _ in ("resumes to its end", "finds nothing left to do")[: 2 if tasks == "1" else 1]:
         job = submitted(tmp_path, cluster, "--config", config)  # by SLURM, as it was
         out, err = job.communicate(timeout=tiny.HANG_S)
         assert job.returncode == 0 and "done: " in out, err
@@ -157,7 +157,7 @@ def test_the_page_on_nodes_names_only_what_exists():
     assert len(text.splitlines()) < 150
 
 
-# --- the command that goes on
+# --- the command that resumes
 
 MEETING = {"MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "8"}

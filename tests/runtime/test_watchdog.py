@@ -208,7 +208,7 @@ def interrupt(launcher: str, number: int, rank: int, folder, timeout_s: float) -
 
 
 def assert_named(stderr: str, rank: int, pid: int, folder) -> None:
-    """By the other rank, with its stacks and the way to go on."""
+    """By the other rank, with its stacks and the command that resumes."""
     (said,) = [line for line in stderr.splitlines() if line.startswith("error: no sign of life")]
     assert f"from rank {rank} (host {os.uname().nodename}, pid {pid})" in said
     last = checkpoint.latest(folder / "run")
@@ -356,6 +356,6 @@ def test_an_error_on_one_of_two_is_told_by_the_other(tmp_path):
 @pytest.mark.parametrize(
     "module", ["runtime/watchdog", "telemetry/log", "training/loop", "runtime/signals"]
 )
-def test_what_measures_and_judges_never_asks_for_the_time_of_day(module):
+def test_what_measures_and_decides_never_asks_for_the_time_of_day(module):
     source = (tiny.ROOT / "cjepa_fast" / f"{module}.py").read_text()
     assert "time.time" not in source and "datetime.now" not in source

@@ -212,7 +212,7 @@ def test_a_terminal_line_redraws_itself_between_rows(tmp_path, started, clock, m
         out.step(step, {"loss": torch.tensor(0.25)})
         if out.due(step):
             out.log_row({"lr": 5e-4})
-    out.message("skipped broken.jpg")
+    out.message("skipped corrupt.jpg")
     out.close()
     text = stream.getvalue()
     shown = [part.split("\x1b[K")[0] for part in text.split("\r")[1:]]
@@ -220,7 +220,7 @@ def test_a_terminal_line_redraws_itself_between_rows(tmp_path, started, clock, m
     assert steps == ["step 10", "step 15"]  # 0.5 s after the row, no oftener
     assert all(len(line) < 60 for line in shown)
     assert text.count("\n") == 2  # one ends the message, one the run
-    assert "\r\x1b[Kskipped broken.jpg\nstep 15" in text
+    assert "\r\x1b[Kskipped corrupt.jpg\nstep 15" in text
 
 
 def test_the_time_left_follows_the_recent_rate(tmp_path, started, clock):

@@ -1,4 +1,4 @@
-"""Ablations: what is trained, that it goes on, and what the table says."""
+"""Ablations: what is trained, that it resumes, and what the table says."""
 
 import json
 import statistics
@@ -27,12 +27,12 @@ def file(tmp_path):
     return path
 
 
-def finish(trial, *marks) -> None:
-    """As a training with these marks of kNN leaves its folder."""
+def finish(trial, *scores) -> None:
+    """As a training with these kNN scores leaves its folder."""
     trial.folder.mkdir(parents=True)
     rows = [
-        {"step": i, "epoch": float(i), "time_s": 1.0, **dict.fromkeys(ablate.MEASURES, mark)}
-        for i, mark in enumerate(marks)
+        {"step": i, "epoch": float(i), "time_s": 1.0, **dict.fromkeys(ablate.MEASURES, score)}
+        for i, score in enumerate(scores)
     ]
     (trial.folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (trial.folder / "encoder.safetensors").write_bytes(b"")
@@ -79,10 +79,10 @@ def test_it_trains_what_is_missing_and_goes_on_after_a_failure(file, tmp_path, c
     made = json.loads((missing.folder / "config.json").read_text())
     assert (made["run"]["seed"], made["mask"]["min_keep"]) == (7, 3)
     assert made["loss"]["vicreg"]["beta"] == 0.001
-    assert len(ablate.marks_of(missing)) == 2
+    assert len(ablate.scores_of(missing)) == 2
     _, none, whole = json.loads((out / "table.json").read_text())
     assert none["knn"] == 90.0
-    assert whole["knn"] == ablate.marks_of(missing)[-1]["knn"] == 90 + whole["knn_gain"]
+    assert whole["knn"] == ablate.scores_of(missing)[-1]["knn"] == 90 + whole["knn_gain"]
     assert (out / "curves.png").is_file()
     assert ablate.main([*command, "--table"]) == 0
 

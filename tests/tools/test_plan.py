@@ -68,7 +68,7 @@ def test_what_is_kept_for_the_backward(precision, model, predictor, context):
 
 
 def test_each_policy_keeps_less_than_the_one_before():
-    """And with an fp32 stream each keeps more. In bf16, under a fused attention."""
+    """And with an fp32 residual stream each keeps more. In bf16, under a fused attention."""
     kept = {}
     for residual in ("bf16", "fp32"):
         for policy in ("none", "norm_gelu", "selective", "full"):
@@ -115,8 +115,8 @@ def test_what_is_held_whatever_the_batch(precision):
         assert found["fp32 masters"] == sum(s.master.values.nbytes for s in states)
     assert found["gradients"] == found["weights"]
     assert found["EMA"] == sum(f.values.nbytes for f in trainer.ema.fragments)
-    averaged = [p for n, p in trainer.ema.module.named_parameters() if n != "pos_embed"]
-    assert found["its working copy"] == sum(p.nbytes for p in averaged)
+    copied = [p for n, p in trainer.ema.module.named_parameters() if n != "pos_embed"]
+    assert found["its working copy"] == sum(p.nbytes for p in copied)
 
 
 def test_packed_contexts_keep_no_maps_either():

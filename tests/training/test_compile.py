@@ -64,8 +64,8 @@ def test_compiled_steps_are_the_same(context, how, most, options):
     assert eager[-1] < eager[0]
 
 
-def products(policy: str, backend: str, last: int | None) -> tuple[list[int], list[torch.Tensor]]:
-    """Matrix products of a compiled block's forward and backward graphs; output and gradients."""
+def matmuls(policy: str, backend: str, last: int | None) -> tuple[list[int], list[torch.Tensor]]:
+    """Matmuls of a compiled block's forward and backward graphs; output and gradients."""
     found = []
 
     def count(graph, inputs):
@@ -86,12 +86,12 @@ def products(policy: str, backend: str, last: int | None) -> tuple[list[int], li
 
 
 @pytest.mark.parametrize(("backend", "last"), [("plain", None), ("sdpa", 2)])
-def test_a_compiled_block_runs_only_the_products_of_its_policy_again(backend, last):
+def test_a_compiled_block_runs_only_the_matmuls_of_its_policy_again(backend, last):
     """qkv, proj, fc1 and fc2, and apart the queries of a last block; two for each backward."""
     linears = 4 + (last is not None)
     wanted = {"none": 0, "norm_gelu": 0, "selective": 1, "full": linears - 1}
-    _, plain = products("none", backend, last)
+    _, plain = matmuls("none", backend, last)
     for policy, again in wanted.items():
-        counts, results = products(policy, backend, last)
+        counts, results = matmuls(policy, backend, last)
         assert counts == [linears, 2 * linears + again], policy
         assert all(torch.equal(a, b) for a, b in zip(plain, results, strict=True)), policy

@@ -1,4 +1,4 @@
-"""The target's average: in fp32, whole or in pieces, and its rounded working copy."""
+"""The target's EMA: in fp32, whole or in pieces, and its rounded working copy."""
 
 import copy
 import socket
@@ -55,7 +55,7 @@ def momentum_of(step: int) -> float:
 
 
 def followed(dtype: torch.dtype, ranks: int = 1, steps: int = STEPS, momentum=momentum_of):
-    """The averages after some steps, by rank, and the same average in float64."""
+    """The EMA after some steps, by rank, and the same in float64."""
     encoder = encoder_of()
     weights = trained(encoder)
     parts = [whole(weights)] if ranks == 1 else [share(weights, r, ranks) for r in range(ranks)]
@@ -71,7 +71,7 @@ def followed(dtype: torch.dtype, ranks: int = 1, steps: int = STEPS, momentum=mo
     return emas, exact
 
 
-def test_average_against_its_definition():
+def test_ema_against_its_definition():
     (ema,), exact = followed(torch.float32)
     assert {f.name for f in ema.fragments} == exact.keys()
     for name, wanted in exact.items():
@@ -93,7 +93,7 @@ def test_pieces_are_the_whole(ranks):
     assert all((count == 1).all() for count in covered.values())
 
 
-def test_working_copy_is_the_rounded_average():
+def test_working_copy_is_the_rounded_ema():
     (ema,), _ = followed(torch.bfloat16)
     (plain,), _ = followed(torch.float32)
     assert {p.dtype for p in ema.module.parameters()} == {torch.bfloat16}
@@ -104,8 +104,8 @@ def test_working_copy_is_the_rounded_average():
         assert torch.equal(working, fragment.values.bfloat16())
 
 
-def test_an_average_kept_in_bf16_would_drift():
-    """At momentum 0.999 a step's change is below bf16's rounding: the average stands still."""
+def test_an_ema_kept_in_bf16_would_drift():
+    """At momentum 0.999 a step's change is below bf16's rounding: the EMA stands still."""
     (ema,), exact = followed(torch.bfloat16, steps=200, momentum=lambda step: 0.999)
     encoder = encoder_of()
     weights = trained(encoder)
@@ -137,7 +137,7 @@ def test_momentum_one_keeps_and_zero_copies():
     assert all(torch.equal(ema.module.get_parameter(n), p) for n, p in weights.items())
 
 
-def test_the_average_starts_from_the_target_not_from_the_encoder():
+def test_the_ema_starts_from_the_target_not_from_the_encoder():
     target = encoder_of(seed=1)
     initial = copy.deepcopy(target)
     ema = TargetEMA(target, whole(trained(encoder_of())), torch.float32)
@@ -145,7 +145,7 @@ def test_the_average_starts_from_the_target_not_from_the_encoder():
         assert torch.equal(fragment.values, initial.get_parameter(fragment.name).flatten())
 
 
-def test_target_module_is_frozen_and_computes_with_the_average():
+def test_target_module_is_frozen_and_computes_with_the_ema():
     encoder = encoder_of()
     weights = trained(encoder)
     ema = TargetEMA(copy.deepcopy(encoder), whole(weights), torch.float32)
@@ -161,8 +161,8 @@ def test_target_module_is_frozen_and_computes_with_the_average():
     assert ema.module.norm.weight.any()
 
 
-def test_the_target_of_an_ijepa_checkpoint_is_averaged(tmp_path, monkeypatch):
-    """--set run.init_from: all three networks come from the file, and the average goes on."""
+def test_the_target_of_an_ijepa_checkpoint_is_the_ema_s_start(tmp_path, monkeypatch):
+    """--set run.init_from: all three networks come from the file, and the EMA continues."""
     small = {"width": 24, "depth": 1, "heads": 3, "mlp_ratio": 4.0}
     monkeypatch.setitem(MODELS, "vit_tiny", small)
     sizes = {"data": {"image_size": 32}, "model": {"name": "vit_tiny", "patch_size": 16}}
@@ -174,23 +174,23 @@ def test_the_target_of_an_ijepa_checkpoint_is_averaged(tmp_path, monkeypatch):
     with torch.no_grad():
         for p in trained(other).values():
             p.add_(0.01)
-        average = copy.deepcopy(other.encoder)
-        for p in trained(average).values():
+        ema = copy.deepcopy(other.encoder)
+        for p in trained(ema).values():
             p.mul_(2)
-    parts = {"encoder": other.encoder, "predictor": other.predictor, "target_encoder": average}
+    parts = {"encoder": other.encoder, "predictor": other.predictor, "target_encoder": ema}
     torch.save({part: module.state_dict() for part, module in parts.items()}, file)
     build.initialise(networks, target, config)
     for got, wanted in (
         (networks.encoder, other.encoder),
         (networks.predictor, other.predictor),
-        (target, average),
+        (target, ema),
     ):
         state = got.state_dict()
         assert all(torch.equal(state[n], value) for n, value in wanted.state_dict().items())
     ema = TargetEMA(target, whole(trained(networks.encoder)), torch.float32)
     ema.update(0.5)
     for name, p in trained(networks.encoder).items():
-        halfway = (p.detach() + average.get_parameter(name).detach()) / 2
+        halfway = (p.detach() + ema.get_parameter(name).detach()) / 2
         torch.testing.assert_close(ema.module.get_parameter(name), halfway)
 
 

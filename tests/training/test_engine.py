@@ -54,7 +54,7 @@ def assert_agree(one: dict, other: dict, precision: str) -> None:
 def assert_stages_follow(
     single: dict, folder, stages: list[str], *options, ranks: int, steps: int = MANY
 ) -> None:
-    """Of every stage: the trajectory is one rank's, the average an unsharded one's, exactly."""
+    """Of every stage: the trajectory is one rank's, the EMA an unsharded one's, exactly."""
     runs = [f"{stage}:{precision}" for stage in stages for precision in AGREE]
     made = work(runs, folder, *options, ranks=ranks, steps=steps)
     for run, result in zip(runs, made, strict=True):
@@ -158,7 +158,7 @@ def test_blocks_computed_again_follow_plain_training(single, tmp_path):
 @pytest.mark.multiprocess
 @pytest.mark.skipif(not launch.INTERPRETING, reason="Triton compiles here: every test runs kernels")
 def test_the_engine_trains_with_the_kernels(single, tmp_path):
-    """The gathers, the loss, VICReg and the average, on two ranks, in the interpreter."""
+    """The gathers, the loss, VICReg and the EMA, on two ranks, in the interpreter."""
     for result in work(["0:fp32", "3:fp32"], tmp_path, "kernels", ranks=2, steps=FEW):
         assert_agree(single[FEW]["fp32"], result, "fp32")
 

@@ -68,38 +68,38 @@ def test_tensors_and_numbers_are_read_alike():
     assert outcome == Outcome(1, "", True, 1.5, 2.5)
 
 
-def judged(values: list[float], z: float = 6.0, history=None) -> tuple[list[int], Spikes]:
+def spikes_in(values: list[float], z: float = 6.0, history=None) -> tuple[list[int], Spikes]:
     """Which of the losses, from 1, stood out."""
     spikes = Spikes(z, history)
-    found = [spikes.judge(Outcome(i, "", True, v, 1.0)) for i, v in enumerate(values, 1)]
+    found = [spikes.check(Outcome(i, "", True, v, 1.0)) for i, v in enumerate(values, 1)]
     return [i for i, text in enumerate(found, 1) if text], spikes
 
 
 def test_a_spike_stands_out_upwards_and_only_among_enough_steps():
     calm = [1.0 + 0.1 * math.sin(i) for i in range(LEAST)]
-    assert judged([*calm[:-1], 9.0])[0] == []
-    assert judged([*calm, 9.0])[0] == [LEAST + 1]
-    assert judged([*calm, -9.0])[0] == []
+    assert spikes_in([*calm[:-1], 9.0])[0] == []
+    assert spikes_in([*calm, 9.0])[0] == [LEAST + 1]
+    assert spikes_in([*calm, -9.0])[0] == []
     # What is not finite is none, and leaves no trace.
-    assert judged([*calm, math.nan, math.inf, 9.0])[0] == [LEAST + 3]
+    assert spikes_in([*calm, math.nan, math.inf, 9.0])[0] == [LEAST + 3]
 
 
 def test_a_spike_is_told_with_its_numbers():
     calm = [1.0, 2.0] * LEAST
-    spikes = judged(calm)[1]
-    text = spikes.judge(Outcome(99, "", True, 11.5, 1.0))
+    spikes = spikes_in(calm)[1]
+    text = spikes.check(Outcome(99, "", True, 11.5, 1.0))
     assert text == "loss 11.5 is 20.0 standard deviations above the last 64 steps' 1.5"
-    assert "grad_norm 3" in spikes.judge(Outcome(100, "", True, 1.0, 3.0))
+    assert "grad_norm 3" in spikes.check(Outcome(100, "", True, 1.0, 3.0))
 
 
 def test_a_new_level_is_no_spike_for_long():
-    found, _ = judged([1.0, 1.1] * LEAST + [2.0] * MOST)
+    found, _ = spikes_in([1.0, 1.1] * LEAST + [2.0] * MOST)
     assert 0 < len(found) < MOST // 4
 
 
 def test_the_history_carries_over():
     values = [1.0 + 0.1 * math.sin(3 * i) for i in range(100)]
-    whole = judged(values)[1]
-    _, half = judged(values[:60])
-    resumed = judged(values[60:], history=half.history)[1]
+    whole = spikes_in(values)[1]
+    _, half = spikes_in(values[:60])
+    resumed = spikes_in(values[60:], history=half.history)[1]
     assert resumed.limits() == whole.limits() and resumed.limits()[0] < 2

@@ -294,7 +294,7 @@ def test_a_full_disk_stops_no_training(tmp_path, capfd):
 
 
 @pytest.mark.multiprocess
-def test_a_run_goes_on_on_another_number_of_ranks_and_another_stage(tmp_path):
+def test_a_run_resumes_on_another_number_of_ranks_and_another_stage(tmp_path):
     """The same images in the same order, to fp32 rounding the same losses; what would change the
     maths is refused, with the way out."""
     sections = {

@@ -1,4 +1,4 @@
-"""The target on its own stream: who waits for whom, told by stand-ins for CUDA's streams."""
+"""The target on its own CUDA stream: who waits for whom, told by stand-ins for CUDA's streams."""
 
 import contextlib
 

@@ -1,12 +1,12 @@
 """Several shapes on textured ground: how the synthetic dataset (shapes.py) is drawn.
 
-A picture has one large object, in muted colours on calm ground, and up to two small ones behind.
+An image has one large object, in muted colours on calm ground, and up to two small ones behind.
 Its kind is told by its outline and by the relief of its surface (stripes, checks, rings ...), never
 by colour, size, position, pose or light: those are drawn apart from it, every kind covers the same
 area at the same size, and its surface is as bright, on average, as the ground may be. So neither
 mean colour nor raw pixels give the label away, and a small encoder can learn what does.
 
-Picture i of a split is a pure function of (SEED, split, i): numpy's Philox, no other state. It is
+Image i of a split is a pure function of (SEED, split, i): numpy's Philox, no other state. It is
 drawn at SIDE pixels and halved, which smooths its edges.
 """
 
@@ -213,7 +213,7 @@ def _draw(rng: np.random.Generator, picture: np.ndarray, thing: dict, light: flo
 
 
 def render(split: str, index: int) -> tuple[bytes, int, dict]:
-    """Picture `index` of a split: (JPEG bytes, class, {"kind", "objects", "distance"})."""
+    """Image `index` of a split: (JPEG bytes, class, {"kind", "objects", "distance"})."""
     seed = np.random.SeedSequence([SEED, SPLITS.index(split), index])
     rng = np.random.Generator(np.random.Philox(seed))
     horizon, light = rng.uniform(-1.2, -0.3) * SIDE, rng.uniform(0, 2 * np.pi)

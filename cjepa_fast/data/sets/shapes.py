@@ -1,6 +1,6 @@
-"""The synthetic dataset: a labelled set of pictures, rendered on first use (scenes.py draws them).
+"""The synthetic dataset: a labelled set of images, rendered on first use (scenes.py draws them).
 
-    ensure("train") -> Path of a folder of WebDataset shards       (8,192 pictures; "val": 2,048)
+    ensure("train") -> Path of a folder of WebDataset shards       (8,192 images; "val": 2,048)
 
 Each sample is NNNNNN.jpg (48 x 48), .cls (the kind of the LARGEST object, an index into KINDS) and
 .json ({"kind", "objects", "distance"}: the kind's name, how many objects, and how far the nearest
@@ -30,7 +30,7 @@ from cjepa_fast.runtime import caches
 
 VERSION = "shapes-v2"
 COUNTS = {"train": 8192, "val": 2048}
-SHARD = 1024  # pictures
+SHARD = 1024  # images
 
 
 def cache_folder() -> Path:
@@ -55,7 +55,7 @@ def ensure(split: str = "train", log=print) -> Path:
         if wrong is None:
             return folder
         began = time.perf_counter()
-        log(f"rendering the shapes set, {split}: {COUNTS[split]:,} pictures ({wrong})")
+        log(f"rendering the shapes set, {split}: {COUNTS[split]:,} images ({wrong})")
         _make(split, folder)
         log(f"  {folder}: done in {time.perf_counter() - began:.0f} s")
     return folder
@@ -107,16 +107,16 @@ def _render_parallel(split: str, folder: Path) -> None:
     They are started as this module's own command: multiprocessing would import the caller's main
     module again in each (training's, with torch), or fork a process that has threads.
     """
-    pictures = COUNTS[split]
+    images = COUNTS[split]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     paths = [str(Path(__file__).resolve().parents[3]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     command = [sys.executable, "-m", "cjepa_fast.data.sets.shapes", "--render", split, str(folder)]
-    count = min(cores or 1, -(-pictures // SHARD))
+    count = min(cores or 1, -(-images // SHARD))
     with contextlib.ExitStack() as stack:
         workers = []
         for first in range(count):
-            part = [str(pictures), str(first), str(count)]
+            part = [str(images), str(first), str(count)]
             workers.append(stack.enter_context(subprocess.Popen(command + part, env=environment)))
             stack.callback(workers[-1].kill)  # an interrupted caller leaves nobody rendering
         failed = [code for code in [worker.wait() for worker in workers] if code]
@@ -124,11 +124,11 @@ def _render_parallel(split: str, folder: Path) -> None:
         raise ChildProcessError(f"rendering the shapes set into {folder} failed (exit {failed[0]})")
 
 
-def _render_shards(split: str, folder: Path, pictures: int, first: int, step: int) -> None:
-    """Write shards first, first + step, ... of a split's first `pictures`."""
-    for shard in range(first, -(-pictures // SHARD), step):
+def _render_shards(split: str, folder: Path, images: int, first: int, step: int) -> None:
+    """Write shards first, first + step, ... of a split's first `images`."""
+    for shard in range(first, -(-images // SHARD), step):
         with tarfile.open(folder / f"shapes-{split}-{shard:06d}.tar", "w") as tar:
-            for index in range(shard * SHARD, min((shard + 1) * SHARD, pictures)):
+            for index in range(shard * SHARD, min((shard + 1) * SHARD, images)):
                 jpeg, label, facts = render(split, index)
                 _add(tar, f"{index:06d}.jpg", jpeg)
                 _add(tar, f"{index:06d}.cls", str(label).encode())
@@ -142,7 +142,7 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def contact_sheet(path: Path | str, split: str = "val", rows: int = 8, columns: int = 10) -> Path:
-    """Draw the first pictures of a split, each with its label, to an image file."""
+    """Draw the first images of a split, each with its label, to an image file."""
     gap, line = 4, 12
     tile = (SIZE + gap, SIZE + gap + line)
     sheet = Image.new("RGB", (columns * tile[0] + gap, rows * tile[1] + gap), "white")
@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
         _render_shards(split, Path(folder), *map(int, numbers))
         return 0
     for split, count in COUNTS.items():
-        print(f"{split:6s} {count:6,} pictures of {SIZE} x {SIZE}: {ensure(split)}")
+        print(f"{split:6s} {count:6,} images of {SIZE} x {SIZE}: {ensure(split)}")
     print("kinds  " + ", ".join(KINDS))
     if args.sheet:
         print(f"sheet  {contact_sheet(args.sheet)}")

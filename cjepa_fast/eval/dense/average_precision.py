@@ -57,9 +57,9 @@ def average_precision(coco: Coco, results: list[dict], kind: str) -> dict[str, f
     kept = ("image_id", "category_id", "score", key)
     with shown_clock(f"average precision, {kind}"), contextlib.redirect_stdout(io.StringIO()):
         found = coco.api.loadRes([{name: result[name] for name in kept} for result in results])
-        judged = COCOeval(coco.api, found, word)
-        judged.evaluate()
-        judged.accumulate()
-        judged.summarize()
-    stats = judged.stats[:3].tolist()
+        evaluator = COCOeval(coco.api, found, word)
+        evaluator.evaluate()
+        evaluator.accumulate()
+        evaluator.summarize()
+    stats = evaluator.stats[:3].tolist()
     return {n: 100 * x if x >= 0 else None for n, x in zip(names, stats, strict=True)}

@@ -1,11 +1,11 @@
-"""Pictures of what is annotated on images and what was detected: boxes, masks and names."""
+"""Figures of what is annotated on images and what was detected: boxes, masks and names."""
 
 from pathlib import Path
 
 import numpy as np
 
 from cjepa_fast.data.sets.coco import Coco
-from cjepa_fast.eval.figures.pictures import FIGURE, save
+from cjepa_fast.eval.figures.sheets import FIGURE, save
 
 SHOWN_SCORE, SHOWN_COUNT = 0.5, 20  # detections drawn: from this score on, the best at most
 
@@ -23,21 +23,21 @@ def draw(coco: Coco, results: list[dict], out: Path | str, count: int, title: st
         figure = Figure(figsize=(9, 3.4 * len(indices) + 0.5), layout="constrained")
         axes_r2 = figure.subplots(len(indices), 2, squeeze=False)
         for (left, right), i in zip(axes_r2, indices, strict=True):
-            picture = coco.picture(i)
-            _show(left, coco, picture, coco.objects(i), "annotated")
+            image = coco.picture(i)
+            _show(left, coco, image, coco.objects(i), "annotated")
             found = [r for r in results if r["image_id"] == coco.ids[i]]
             found = sorted(found, key=lambda r: -r["score"])[:SHOWN_COUNT]
             sure = [r for r in found if r["score"] >= SHOWN_SCORE]
-            _show(right, coco, picture, sure, f"{len(sure)} detected, score {SHOWN_SCORE} or more")
+            _show(right, coco, image, sure, f"{len(sure)} detected, score {SHOWN_SCORE} or more")
         figure.suptitle(title)
         return save(figure, out)
 
 
-def _show(axes, coco: Coco, picture, entries: list[dict], title: str) -> None:
+def _show(axes, coco: Coco, image, entries: list[dict], title: str) -> None:
     from matplotlib import colormaps
     from matplotlib.patches import Rectangle
 
-    shown = np.asarray(picture) / 255
+    shown = np.asarray(image) / 255
     for entry in entries:
         label = coco.label[entry["category_id"]]
         colour = np.array(colormaps["tab20"](2 * label % 20 + 2 * label // 20 % 2)[:3])
@@ -52,6 +52,6 @@ def _show(axes, coco: Coco, picture, entries: list[dict], title: str) -> None:
         if entry.get("segmentation"):
             mask_HW1 = coco.api.annToMask(entry).astype(bool)[..., None]
             shown = np.where(mask_HW1, 0.55 * shown + 0.45 * colour, shown)
-    axes.imshow(shown, extent=(0, picture.width, picture.height, 0))  # a box's 0 is an edge
+    axes.imshow(shown, extent=(0, image.width, image.height, 0))  # a box's 0 is an edge
     axes.set_title(title)
     axes.set_axis_off()

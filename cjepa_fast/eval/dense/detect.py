@@ -41,7 +41,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         )  # fmt: skip
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER",
-        help="the state, to resume from, and the picture; default: eval/detect in the run's folder",
+        help="the state, to resume from, and the figure; default: eval/detect in the run's folder",
     )  # fmt: skip
     options = parser.add_argument_group("recipe, ViTDet's by default")
     whole, above, rate = cli.positive, cli.above_zero, cli.from_zero
@@ -81,21 +81,21 @@ def run(args: argparse.Namespace) -> None:
         counts = {"train_images": len(train), "val_images": len(val)}
         scores = from_rank_0(lambda found=results: scored(val, found, kinds))
         rows.append({"encoder": name, **counts, **scores})
-    picture = None
+    drawn = None
     if rank() == 0:
-        picture = draw(
+        drawn = draw(
             val,
             results,
             out / "detections.png",
             PICTURES,
             f"Detections of {Path(args.checkpoint).resolve().name}",
         )
-        print(picture)
+        print(drawn)
     headings = {f"{ap}_{kind}": f"{word} {kind}"
                 for kind in kinds
                 for ap, word in (("ap", "AP"), ("ap50", "AP50"), ("ap75", "AP75"))}  # fmt: skip
     counted = {"train_images": "train", "val_images": "val"}
-    cli.report(args, rows, counted | headings, SETTINGS, picture)
+    cli.report(args, rows, counted | headings, SETTINGS, drawn)
 
 
 def needed() -> None:
@@ -171,8 +171,8 @@ def detections(model: nn.Module, val: Coco, device: torch.device, threads: int) 
     indices = list(range(len(val)))[rank() :: world_size()]
     results = []
     with shown_bar(len(indices), "detect") as bar:
-        for pictures, (index,) in read(WholeImages(val, indices), threads):
-            (found,) = model([as_input(picture, device) for picture in pictures])
+        for images, (index,) in read(WholeImages(val, indices), threads):
+            (found,) = model([as_input(image, device) for image in images])
             results += as_results(val, index, found)
             bar.update()
     return [result for share in from_all(results) for result in share]

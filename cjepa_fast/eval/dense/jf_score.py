@@ -49,7 +49,7 @@ def _near(points_n2: np.ndarray, others_m2: np.ndarray, radius: int) -> float:
 def statistics(values_T: np.ndarray) -> tuple[float, float, float]:
     """Mean, recall and decay of an object's values over the frames, the first and last left out.
 
-    decay: mean of the first quarter less that of the last; neighbouring quarters share a frame.
+    decay: mean of the first quarter minus that of the last; neighbouring quarters share a frame.
     """
     cut_5 = np.floor(np.linspace(0, len(values_T) - 1, 5) + 0.5 + 1e-10).astype(int)
     first, last = values_T[: cut_5[1] + 1], values_T[cut_5[3] :]

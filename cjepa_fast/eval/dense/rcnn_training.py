@@ -104,7 +104,7 @@ def fine_tune(
         period=task.steps_per_epoch,
         unit="epoch",
         rate=lambda step: recipe.lr * recipe.lr_factor(step, steps),
-        advice="a lower --lr or a longer --warmup-steps may help; what is kept is of the epoch "
+        advice="a lower --lr or a longer --warmup-steps may help; the saved state is of the epoch "
         "before",
         accumulation=task.accumulation,
     )
@@ -150,15 +150,13 @@ def _unzipped(items: list[tuple]) -> tuple[tuple, ...]:
     return tuple(zip(*items, strict=True))
 
 
-def loss_of(
-    model: nn.Module, pictures: tuple, targets: tuple, device: torch.device
-) -> torch.Tensor:
-    """The sum of the detector's losses over pictures (3, H, W) uint8 and their targets."""
-    pictures = [as_input(picture, device) for picture in pictures]
+def loss_of(model: nn.Module, images: tuple, targets: tuple, device: torch.device) -> torch.Tensor:
+    """The sum of the detector's losses over images (3, H, W) uint8 and their targets."""
+    images = [as_input(image, device) for image in images]
     targets = [{name: x.to(device) for name, x in target.items()} for target in targets]
-    return sum(model(pictures, targets).values())
+    return sum(model(images, targets).values())
 
 
-def as_input(picture: torch.Tensor, device: torch.device) -> torch.Tensor:
+def as_input(image: torch.Tensor, device: torch.device) -> torch.Tensor:
     """(3, H, W) uint8 as fp32 in [0, 1]."""
-    return picture.to(device, non_blocking=True).float() / 255
+    return image.to(device, non_blocking=True).float() / 255

@@ -1,6 +1,6 @@
 """Semantic segmentation: a linear head on frozen patch features, or UPerNet, fine-tuned.
 
-Shapes: C classes, n images of a picture.
+Shapes: C classes, n images of a figure.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from cjepa_fast.eval.dense.confusion import confusion, scores
 from cjepa_fast.eval.dense.resize import fitted, normalised, resized
 from cjepa_fast.eval.dense.segment_training import Recipe, train
 from cjepa_fast.eval.dense.segmenter import Segmenter, logits_sliding, logits_whole
-from cjepa_fast.eval.figures.pictures import FIGURE, save
+from cjepa_fast.eval.figures.sheets import FIGURE, save
 from cjepa_fast.runtime.distributed import from_all, rank, world_size
 from cjepa_fast.telemetry.progress import shown_bar
 
@@ -130,7 +130,7 @@ def check(pairs: Pairs, classes: Classes) -> None:
             bar.update()
 
 
-# ---------------------------------------------------------------------------------------- picture
+# ---------------------------------------------------------------------------------------- figure
 
 
 def draw(
@@ -158,8 +158,8 @@ def draw(
             for labels_HW in maps:
                 seen[np.unique(labels_HW[labels_HW != IGNORE])] = True
             shown = [image.permute(1, 2, 0).numpy(), *map(coloured, maps)]
-            for axes, name, picture in zip(axes_c, names, shown, strict=True):
-                axes.imshow(picture, interpolation="nearest")
+            for axes, name, image in zip(axes_c, names, shown, strict=True):
+                axes.imshow(image, interpolation="nearest")
                 axes.set_title(name)
                 axes.set_axis_off()
         listed = np.flatnonzero(seen)[:SHOWN_CLASSES]
@@ -208,8 +208,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--save", type=Path, metavar="FOLDER", help="what is learnt: FOLDER/ENCODER/")
     add("--save-every", type=cli.positive, default=1000, metavar="N", help="steps")
     add("--resume", action="store_true", help="resume from --save")
-    add("--out", type=Path, metavar="FILE.png", help="picture of some images")
-    add("--count", type=cli.positive, default=4, help="images in the picture")
+    add("--out", type=Path, metavar="FILE.png", help="figure of some images")
+    add("--count", type=cli.positive, default=4, help="images in the figure")
 
 
 def complete(args: argparse.Namespace, patch_size: int) -> None:
@@ -251,8 +251,8 @@ def run(args: argparse.Namespace) -> None:
     pairs, tests = open_pairs(args.data, TRAINING), open_pairs(args.data, VALIDATION)
     classes = find_classes(args.data, pairs, set(args.ignore_index))
     recipe = Recipe(**{field.name: getattr(args, field.name) for field in fields(Recipe)})
-    for side in (pairs, tests):
-        check(side, classes)
+    for split in (pairs, tests):
+        check(split, classes)
     keep = np.linspace(0, len(tests) - 1, min(args.count, len(tests))).round().astype(int)
     rows, found = [], {}
     for name, encoder in encoders.items():
@@ -271,7 +271,7 @@ def run(args: argparse.Namespace) -> None:
         rows.append({"encoder": name, **_row(pairs, tests, classes, matrix_CC)})
         encoder.cpu()
     drawn = draw(tests, classes, found, args.out) if args.out and rank() == 0 else None
-    cli.report(args, rows, HEADINGS, SETTINGS, picture=drawn)
+    cli.report(args, rows, HEADINGS, SETTINGS, figure=drawn)
 
 
 def _row(pairs: Pairs, tests: Pairs, classes: Classes, matrix_CC: np.ndarray) -> dict:

@@ -1,6 +1,6 @@
-"""How a segmenter is trained: the batches, the schedule, what is kept to resume from.
+"""How a segmenter is trained: the batches, the schedule, the saved state to resume from.
 
-A batch is a function of the seed and the step, so a training that was stopped goes on as if it had
+A batch is a function of the seed and the step, so a training that was stopped resumes as if it had
 not been, on any number of ranks; each takes its share of a batch.
 """
 
@@ -66,7 +66,7 @@ def train(
 ) -> None:
     """Train in place, on the device that the model is on.
 
-    save_to: a folder for all that is needed to go on, written every so many steps and at the end;
+    save_to: a folder for all that is needed to resume, written every so many steps and at the end;
     resume: resume from it, if it is there. Raises ValueError where it is another training's, or is
     not to be resumed, and for a loss that is no longer finite.
     """
@@ -149,7 +149,7 @@ def _view(labels_HW: torch.Tensor, recipe: Recipe, epoch: int, at: int) -> View:
 
 
 def _facts(model: Segmenter, pairs: Pairs, classes: Classes, recipe: Recipe) -> dict:
-    """What must be the same for a training to go on."""
+    """What must be the same for a training to be resumed."""
     return {
         **dataclasses.asdict(recipe),
         "head": type(model.head).__name__,

@@ -18,7 +18,7 @@ from cjepa_fast.eval import cli
 from cjepa_fast.eval.dense import jf_score
 from cjepa_fast.eval.dense.propagate import frame_labels, patch_labels, propagate
 from cjepa_fast.eval.dense.resize import fitted, normalised, resized
-from cjepa_fast.eval.figures.pictures import FIGURE, save
+from cjepa_fast.eval.figures.sheets import FIGURE, save
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime.distributed import from_all, rank, world_size
 from cjepa_fast.telemetry.progress import shown_bar
@@ -189,8 +189,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--save", type=Path, metavar="FOLDER", help="label maps: FOLDER/ENCODER/SEQ"
     )
-    parser.add_argument("--out", type=Path, metavar="FILE.png", help="picture of some sequences")
-    parser.add_argument("--count", type=cli.positive, default=4, help="sequences in the picture")
+    parser.add_argument("--out", type=Path, metavar="FILE.png", help="figure of some sequences")
+    parser.add_argument("--count", type=cli.positive, default=4, help="sequences in the figure")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -209,4 +209,4 @@ def run(args: argparse.Namespace) -> None:
     drawn = None
     if args.out and rank() == 0:
         drawn = draw(clips[: args.count], found, args.out)
-    cli.report(args, rows, HEADINGS, SETTINGS, picture=drawn)
+    cli.report(args, rows, HEADINGS, SETTINGS, figure=drawn)

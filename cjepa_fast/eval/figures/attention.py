@@ -13,12 +13,12 @@ import torch.nn.functional as F
 
 from cjepa_fast.eval import cli
 from cjepa_fast.eval.figures import side_by_side
-from cjepa_fast.eval.figures.pictures import FIGURE, Column, as_pictures, save, sheet
+from cjepa_fast.eval.figures.sheets import FIGURE, Column, as_arrays, save, sheet
 from cjepa_fast.eval.figures.side_by_side import Encoders
 from cjepa_fast.model.vit import Encoder
 
 SINGLE_HEADS = 3  # heads shown on their own, of the target encoder of one checkpoint alone
-COLOURS, STRENGTH = "inferno", 0.72  # over a pale grey copy of the picture
+COLOURS, STRENGTH = "inferno", 0.72  # over a pale grey copy of the image
 
 
 def received(encoder: Encoder, images_B3HW: torch.Tensor) -> torch.Tensor:
@@ -54,23 +54,23 @@ def columns(
     first, first_BHrc = next(iter(by_head.items()))
     for head in most_different(first_BHrc, single_heads):
         maps[f"{first}, head {head + 1}"] = first_BHrc[:, head]
-    pictures = as_pictures(images_B3HW, mean, std)
-    return [(name, list(map(_over, pictures, maps_Brc))) for name, maps_Brc in maps.items()]
+    images = as_arrays(images_B3HW, mean, std)
+    return [(name, list(map(_over, images, maps_Brc))) for name, maps_Brc in maps.items()]
 
 
-def _over(picture_HW3: np.ndarray, map_rc: torch.Tensor) -> np.ndarray:
-    """The map over a pale grey copy of its picture; its own range is spread over the colours."""
+def _over(image_HW3: np.ndarray, map_rc: torch.Tensor) -> np.ndarray:
+    """The map over a pale grey copy of its image; its own range is spread over the colours."""
     from matplotlib import colormaps
 
     span = (map_rc.max() - map_rc.min()).clamp(min=torch.finfo(torch.float32).tiny)
     level_rc = (map_rc - map_rc.min()) / span
-    level_HW = F.interpolate(level_rc[None, None], picture_HW3.shape[:2], mode="bilinear")[0, 0]
+    level_HW = F.interpolate(level_rc[None, None], image_HW3.shape[:2], mode="bilinear")[0, 0]
     colour_HW3 = colormaps[COLOURS](level_HW.numpy())[..., :3]
-    return STRENGTH * colour_HW3 + (1 - STRENGTH) * picture_HW3.mean(2, keepdims=True)
+    return STRENGTH * colour_HW3 + (1 - STRENGTH) * image_HW3.mean(2, keepdims=True)
 
 
 def figure(shown: list[Column], title: str):
-    """A row an image: the picture and what `columns` gave, with a scale."""
+    """A row an image: the image and what `columns` gave, with a scale."""
     from matplotlib import rc_context
     from matplotlib.cm import ScalarMappable
 

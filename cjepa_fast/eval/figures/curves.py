@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from cjepa_fast.eval import cli
-from cjepa_fast.eval.figures.pictures import FIGURE, save
+from cjepa_fast.eval.figures.sheets import FIGURE, save
 from cjepa_fast.telemetry import read_log
 
 # name in the log: (title, logarithmic)

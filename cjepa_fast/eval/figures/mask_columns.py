@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from cjepa_fast.data.masks import Masks
-from cjepa_fast.eval.figures.pictures import Column, as_pictures, sheet
+from cjepa_fast.eval.figures.sheets import Column, as_arrays, sheet
 
 BLOCK_COLOURS = ("#e6550d", "#3182bd", "#31a354", "#c51b8a", "#756bb1", "#fdae6b")
 
@@ -23,11 +23,11 @@ def covered(idx_K: torch.Tensor, grid: tuple[int, int], shape: tuple[int, int]) 
 def columns(
     images_B3HW: torch.Tensor, mean, std, masks: Masks, grid: tuple[int, int]
 ) -> list[Column]:
-    """The picture, what the context encoder sees, the blocks, each block alone; a row an image."""
-    pictures = as_pictures(images_B3HW, mean, std)
+    """The image, what the context encoder sees, the blocks, each block alone; a row an image."""
+    images = as_arrays(images_B3HW, mean, std)
     M = masks.target_idx_BMP.shape[1]
     names = ["image", "context", "context and targets", *(f"target {m + 1}" for m in range(M))]
-    views = [_views(picture, masks, b, grid) for b, picture in enumerate(pictures)]
+    views = [_views(image, masks, b, grid) for b, image in enumerate(images)]
     return list(zip(names, zip(*views, strict=True), strict=True))
 
 
@@ -35,16 +35,16 @@ def figure(images_B3HW: torch.Tensor, mean, std, masks: Masks, grid: tuple[int, 
     return sheet(columns(images_B3HW, mean, std, masks, grid), title, side=1.7)
 
 
-def _views(picture_HW3: np.ndarray, masks: Masks, b: int, grid) -> list[np.ndarray]:
-    shape = picture_HW3.shape[:2]
-    hidden = np.full_like(picture_HW3, 0.92)
+def _views(image_HW3: np.ndarray, masks: Masks, b: int, grid) -> list[np.ndarray]:
+    shape = image_HW3.shape[:2]
+    hidden = np.full_like(image_HW3, 0.92)
     context = covered(masks.context_of(b).cpu(), grid, shape)[..., None]
     blocks = [covered(idx_P.cpu(), grid, shape)[..., None] for idx_P in masks.target_idx_BMP[b]]
-    both = np.where(context, picture_HW3, hidden)
+    both = np.where(context, image_HW3, hidden)
     for block, colour in zip(blocks, _colours(len(blocks)), strict=True):
         both = np.where(block, 0.45 * both + 0.55 * colour, both)
-    alone = [np.where(block, picture_HW3, hidden) for block in blocks]
-    return [picture_HW3, np.where(context, picture_HW3, hidden), both, *alone]
+    alone = [np.where(block, image_HW3, hidden) for block in blocks]
+    return [image_HW3, np.where(context, image_HW3, hidden), both, *alone]
 
 
 def _colours(count: int) -> list[np.ndarray]:

@@ -12,7 +12,7 @@ from cjepa_fast.data.sources import open_images
 from cjepa_fast.eval import cli
 from cjepa_fast.eval.figures.curves import short_names
 from cjepa_fast.eval.figures.mask_columns import columns
-from cjepa_fast.eval.figures.pictures import Column, load_images, save, sheet
+from cjepa_fast.eval.figures.sheets import Column, load_images, save, sheet
 from cjepa_fast.training import build
 
 HEADINGS = {
@@ -31,7 +31,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "checkpoints", metavar="RUN", nargs="*", help="or a configuration: --config"
     )
     parser.add_argument("--config", metavar="FILE", help="a configuration's masks too")
-    cli.add_picture(parser, images="the run's own")
+    cli.add_figure_options(parser, images="the run's own")
 
 
 def run(args: argparse.Namespace) -> None:

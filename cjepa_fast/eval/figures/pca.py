@@ -10,7 +10,7 @@ import torch
 
 from cjepa_fast.eval import cli
 from cjepa_fast.eval.figures import side_by_side
-from cjepa_fast.eval.figures.pictures import Column, save, sheet
+from cjepa_fast.eval.figures.sheets import Column, save, sheet
 from cjepa_fast.eval.figures.side_by_side import Encoders
 from cjepa_fast.model.vit import Encoder
 
@@ -42,7 +42,7 @@ def explained(encoder: Encoder, images_B3HW: torch.Tensor) -> dict[str, float]:
 
 
 def _centred(encoder: Encoder, images_B3HW: torch.Tensor) -> torch.Tensor:
-    """Tokens of all patches less their mean: (B, N, D) fp64 on the CPU."""
+    """Tokens of all patches minus their mean: (B, N, D) fp64 on the CPU."""
     tokens_BND = torch.cat([encoder(image[None]).double().cpu() for image in images_B3HW])
     return tokens_BND - tokens_BND.mean((0, 1))
 

@@ -14,13 +14,13 @@ from cjepa_fast.data.sources import ImageSet, open_images
 from cjepa_fast.eval import cli
 from cjepa_fast.eval.features import extract
 from cjepa_fast.eval.figures.curves import short_names
-from cjepa_fast.eval.figures.pictures import FIGURE, as_pictures, load_images, save, spread_over
+from cjepa_fast.eval.figures.sheets import FIGURE, as_arrays, load_images, save, spread_over
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime.distributed import rank
 
 Found = tuple[torch.Tensor, torch.Tensor]  # similarities and rows, as `nearest` gives them
 HEADINGS = {"similarity": "similarity", "agreement": "of the query's class %"}
-PIXELS = 128  # a side of each picture
+PIXELS = 128  # a side of each image
 RIGHT, WRONG, QUERY = "#31a354", "#d62728", "0.4"  # colours of the frames
 
 
@@ -56,13 +56,13 @@ def figure(
     wanted = index_n[rows_qc]  # of the set
     keep, inside = wanted.unique(return_inverse=True)
     loaded = load_images(images, len(keep), image_size=PIXELS, crop=crop, keep=keep)
-    pictures = as_pictures(loaded, (0.0,) * 3, (1.0,) * 3)
+    shown = as_arrays(loaded, (0.0,) * 3, (1.0,) * 3)
     q, c = wanted.shape
     with rc_context(FIGURE | {"axes.titlesize": 7}):
         figure = Figure(figsize=(1.25 * c, 1.45 * q + 0.6), layout="constrained")
         for row, axes_c in enumerate(figure.subplots(q, c, squeeze=False)):
             for column, axes in enumerate(axes_c):
-                axes.imshow(pictures[inside[row, column]])
+                axes.imshow(shown[inside[row, column]])
                 said = f"{similarity_qk[row, column - 1]:.3f}" if column else "query"
                 colour, width = QUERY, 1.0
                 if images.labels is not None:

@@ -11,7 +11,7 @@ from cjepa_fast.data.sources import ImageSet
 from cjepa_fast.eval.features import Subset
 
 FIGURE = {"font.size": 9, "axes.titlesize": 9, "figure.titlesize": 11, "figure.dpi": 130}
-Column = tuple[str, Sequence[np.ndarray]]  # its heading, and an RGB picture in [0, 1] for each row
+Column = tuple[str, Sequence[np.ndarray]]  # its heading, and an RGB image in [0, 1] for each row
 
 
 def spread_over(images: ImageSet, count: int) -> torch.Tensor:
@@ -41,14 +41,14 @@ def load_images(
     return torch.cat([images_B3HW.clone() for images_B3HW, _ in batches])
 
 
-def as_pictures(images_B3HW: torch.Tensor, mean, std) -> np.ndarray:
+def as_arrays(images_B3HW: torch.Tensor, mean, std) -> np.ndarray:
     """Normalised images as RGB in [0, 1]: (B, H, W, 3)."""
     mean, std = (torch.tensor(x)[:, None, None] for x in (mean, std))
     return (images_B3HW.cpu().float() * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
 
 
 def sheet(columns: Sequence[Column], title: str, side: float = 1.8):
-    """A figure of pictures, `side` inches each: a row an image, a heading over each column."""
+    """A figure of images, `side` inches each: a row an image, a heading over each column."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -58,8 +58,8 @@ def sheet(columns: Sequence[Column], title: str, side: float = 1.8):
         axes_rc = figure.subplots(rows, len(columns), squeeze=False)
         for axes_r, (heading, shown) in zip(axes_rc.T, columns, strict=True):
             axes_r[0].set_title(heading)
-            for axes, picture_HW3 in zip(axes_r, shown, strict=True):
-                axes.imshow(picture_HW3)
+            for axes, image_HW3 in zip(axes_r, shown, strict=True):
+                axes.imshow(image_HW3)
         for axes in axes_rc.flat:
             axes.set_axis_off()
         figure.suptitle(title)

@@ -1,4 +1,4 @@
-"""Pictures of several checkpoints' target and context encoders on the same images.
+"""Figures of several checkpoints' target and context encoders on the same images.
 
 Of a checkpoint that holds one encoder, as an export does, that one is shown.
 """
@@ -12,7 +12,7 @@ from cjepa_fast.checkpoint.encoders import load_encoders
 from cjepa_fast.data.sources import open_images
 from cjepa_fast.eval import cli
 from cjepa_fast.eval.figures.curves import short_names
-from cjepa_fast.eval.figures.pictures import Column, as_pictures, load_images
+from cjepa_fast.eval.figures.sheets import Column, as_arrays, load_images
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.telemetry.progress import shown_clock
 
@@ -23,7 +23,7 @@ Measured = Callable[[Encoder, torch.Tensor], cli.Row]  # of an encoder and the i
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="runs or checkpoints")
-    cli.add_picture(parser)
+    cli.add_figure_options(parser)
     cli.add_crop(parser)
 
 
@@ -46,14 +46,14 @@ def columns(
             images, args.count, image_size=pixels, mean=first.mean, std=first.std, crop=args.crop
         )
         if not shown:
-            shown.append(("image", as_pictures(images_B3HW, first.mean, first.std)))
+            shown.append(("image", as_arrays(images_B3HW, first.mean, first.std)))
         over = f"{name}\n" if len(names) > 1 else ""
         images_B3HW = images_B3HW.to(cli.device())
-        with shown_clock(f"pictures of {name}"):
+        with shown_clock(f"figures of {name}"):
             made = drawn(encoders, images_B3HW)
             rows += [
                 {"encoder": f"{name}, {which}", **measured(encoder, images_B3HW)}
                 for which, encoder in encoders.items()
             ]
-        shown += [(over + heading, pictures) for heading, pictures in made]
+        shown += [(over + heading, images) for heading, images in made]
     return shown, ", ".join(names), rows

@@ -1,11 +1,11 @@
-"""The pictures of a moment of training, as arrays: for TensorBoard and the like."""
+"""The figures of a moment of training, as arrays: for TensorBoard and the like."""
 
 import numpy as np
 import torch
 
 from cjepa_fast.data.masks import Masks
 from cjepa_fast.eval.figures import attention, mask_columns, pca
-from cjepa_fast.eval.figures.pictures import as_array, as_pictures, sheet
+from cjepa_fast.eval.figures.sheets import as_array, as_arrays, sheet
 from cjepa_fast.model.vit import Encoder
 
 
@@ -24,7 +24,7 @@ def figures(
     these images. Both encoders run over them twice.
     """
     both = {"target": target, "context": context}
-    image = ("image", as_pictures(images_B3HW, mean, std))
+    image = ("image", as_arrays(images_B3HW, mean, std))
     drawn = {
         "masks": mask_columns.figure(images_B3HW, mean, std, masks, target.grid, "Masks"),
         "attention": attention.figure(

@@ -31,7 +31,7 @@ HEADINGS = {
     "test_images": "test",
     "top1": "fine-tuned %",
     "top5": "top 5 %",
-    "average_top1": "averaged weights %",
+    "average_top1": "EMA weights %",
     "average_top5": "top 5 %",
 }
 SETTINGS = ("data", "test", "max_train", "crop", "bf16", "seed", "recipe")
@@ -48,7 +48,7 @@ def tune(
     args: argparse.Namespace,
     folder: Path,
 ) -> tuple[Classifier, nn.Module]:
-    """The classifier and the average of its weights, trained on `train` with labels (n,).
+    """The classifier and the EMA of its weights, trained on `train` with labels (n,).
 
     folder: of the checkpoints. Raises ValueError for a loss that is not finite, or where `folder`
     holds another training.
@@ -58,14 +58,14 @@ def tune(
     torch.manual_seed(args.seed)
     model = Classifier(encoder, classes, args.bf16).to(cli.device())
     add_drop_path(encoder, chosen.drop_path)
-    average = recipe.averaged(model, chosen.average)
-    learner = Learner(model, encoder, chosen.layer_decay, chosen.weight_decay, average)
+    ema = recipe.averaged(model, chosen.average)
+    learner = Learner(model, encoder, chosen.layer_decay, chosen.weight_decay, ema)
     batch, micro_batch = batches_of(len(train), chosen.batch, args.micro_batch)
     loader = loader_of(train, encoder, chosen, args, batch, micro_batch)
     kept = Kept(folder, facts | {"batch": batch}, resume=args.resume)
     task = Labelled(loader, label_n, classes, chosen, args.seed)
     loop.train(learner, task, plan_of(loader, chosen, batch), kept)
-    return model, average.module
+    return model, ema.module
 
 
 def batches_of(n: int, batch: int, micro_batch: int) -> tuple[int, int]:
@@ -118,7 +118,7 @@ class Labelled:
         self._recipe, self._seed = chosen, seed
 
     def begin(self, step: int) -> None:
-        """An epoch's draws are its own, so that one that goes on draws as one that never ended."""
+        """An epoch's draws are its own: a resumed training draws as one that never ended."""
         epoch, within = divmod(step, self._loader.steps_per_epoch)
         if within == 0:
             own = (self._seed * 10_000 + epoch) * 10_000 + rank()
@@ -141,10 +141,10 @@ class Labelled:
 
 @torch.inference_mode()
 def percent(
-    model: Classifier, encoder: Encoder, side: cli.Side, args: argparse.Namespace
+    model: Classifier, encoder: Encoder, split: cli.Split, args: argparse.Namespace
 ) -> dict[str, float]:
-    """{"top1", "top5"} on a side; no top 5 where there are not more classes."""
-    images, keep = side
+    """{"top1", "top5"} on a split; no top 5 where there are not more classes."""
+    images, keep = split
     model.eval()
 
     def best(images_B3HW: torch.Tensor) -> torch.Tensor:
@@ -164,19 +164,19 @@ def percent(
 
 
 def tuned_row(
-    name: str, encoder: Encoder, sides: tuple[cli.Side, cli.Side], chosen: Recipe,
+    name: str, encoder: Encoder, splits: tuple[cli.Split, cli.Split], chosen: Recipe,
     args: argparse.Namespace, folder: Path,
 ) -> cli.Row:  # fmt: skip
-    """A row of HEADINGS: the encoder fine-tuned on the first side, tested on the second."""
-    (images, keep), test = sides
+    """A row of HEADINGS: the encoder fine-tuned on the first split, tested on the second."""
+    (images, keep), test = splits
     classes = 1 + int(torch.cat([images.labels[keep], test[0].labels[test[1]]]).max())
-    model, average = tune(
+    model, ema = tune(
         encoder, Subset(images, keep), images.labels[keep], classes, chosen, args, folder
     )
     row = {"encoder": name, "train_images": len(keep), "test_images": len(test[1])}
     row |= percent(model, encoder, test, args)
-    averaged = percent(average, encoder, test, args)
-    return row | {f"average_{top}": value for top, value in averaged.items()}
+    of_ema = percent(ema, encoder, test, args)
+    return row | {f"average_{top}": value for top, value in of_ema.items()}
 
 
 # ----------------------------------------------------------------------------------- command line
@@ -223,11 +223,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """A row for each encoder."""
-    sides = cli.labelled_sides(args.data, args.test, args.max_train)
+    splits = cli.labelled_splits(args.data, args.test, args.max_train)
     chosen = changed(recipe.recipe_of(load_encoder(args.checkpoint, args.which)), args.set)
     args.recipe = asdict(chosen)
     rows = [
-        tuned_row(name, encoder, sides, chosen, args, folder_of(args) / name)
+        tuned_row(name, encoder, splits, chosen, args, folder_of(args) / name)
         for name, encoder in cli.encoders_of(args).items()
     ]
     cli.report(args, rows, HEADINGS, SETTINGS)

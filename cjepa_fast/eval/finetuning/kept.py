@@ -29,8 +29,8 @@ from cjepa_fast.runtime.distributed import first_on_each_node, from_all
 ADAM = ("exp_avg", "exp_avg_sq", "step")  # its state of a weight
 
 
-class Average(NamedTuple):
-    """checkpoint.owned.Average of fragments that are the module's own weights."""
+class FragmentsEMA(NamedTuple):
+    """checkpoint.owned.EMA of fragments that are the module's own weights."""
 
     fragments: list[Fragment]
 
@@ -85,11 +85,11 @@ class Learner:
     # ------------------------------------------------------------------------------------- as Saved
 
     @property
-    def ema(self) -> Average:
+    def ema(self) -> FragmentsEMA:
         if self.average is None:
-            return Average([])
-        averages = dict(self.average.module.named_parameters())
-        return Average([_whole(name, averages[name]) for name in self._trained()])
+            return FragmentsEMA([])
+        emas = dict(self.average.module.named_parameters())
+        return FragmentsEMA([_whole(name, emas[name]) for name in self._trained()])
 
     def state(self) -> list[OwnedState]:
         """Weights with Adam's state of them, and buffers, which have none."""
@@ -128,7 +128,7 @@ def _whole(name: str, tensor: torch.Tensor) -> Fragment:
 class Kept:
     """The state of a training below `folder`; where that is None nothing is kept.
 
-    facts: what decides the training, as JSON can hold it; resume: whether to go on from what is
+    facts: what decides the training, as JSON can hold it; resume: whether to resume from what is
     there. option: what names the folder on the command line, for errors.
     """
 
@@ -159,7 +159,7 @@ class Kept:
     def save(self, learner: Learner, done: int) -> None:
         """The state after so many steps, in place of what was there. Every rank calls it.
 
-        What cannot be written is said, and the training goes on.
+        What cannot be written is said, and the training continues.
         """
         if self._saver is not None:
             self._saver.begin(done, {"facts": self.facts})

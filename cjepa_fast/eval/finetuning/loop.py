@@ -60,7 +60,7 @@ class Plan:
 
 
 def train(learner: Learner, task: Task, plan: Plan, kept: Kept) -> None:
-    """Train in moment, from where `kept` has come to. Every rank calls it.
+    """Train in place, from where `kept` has come to. Every rank calls it.
 
     Raises ValueError, on every rank, for what `kept` does not take and for a loss that is not
     finite.
@@ -73,13 +73,13 @@ def train(learner: Learner, task: Task, plan: Plan, kept: Kept) -> None:
         return
     run, mean = _spread(learner.module), _Mean(plan)
     with (
-        contextlib.closing(task.batches(start)) as stream,
+        contextlib.closing(task.batches(start)) as batches,
         shown_bar(plan.steps, plan.title, "step") as bar,
     ):
         bar.update(start)
         for step in range(start, plan.steps):
             task.begin(step)
-            mean.add(_update(run, learner, task, stream, plan, step))
+            mean.add(_update(run, learner, task, batches, plan, step))
             bar.update()
             due = plan.ends_period(step + 1)
             if due or step % LOSS_EVERY == 0:
@@ -89,14 +89,14 @@ def train(learner: Learner, task: Task, plan: Plan, kept: Kept) -> None:
 
 
 def _update(
-    run: nn.Module, learner: Learner, task: Task, stream: Iterator, plan: Plan, step: int
+    run: nn.Module, learner: Learner, task: Task, batches: Iterator, plan: Plan, step: int
 ) -> torch.Tensor:
     """One step. The mean loss of this rank's micro-batches, 0-d."""
     learner.set_rate(plan.rate(step))
     losses = []
     for micro in range(plan.accumulation):
         with _this_rank_alone(run, micro + 1 < plan.accumulation):
-            loss = task.loss(run, next(stream)) / plan.accumulation
+            loss = task.loss(run, next(batches)) / plan.accumulation
             loss.backward()
         losses.append(loss.detach())
     learner.step()

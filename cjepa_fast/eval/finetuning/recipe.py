@@ -1,6 +1,6 @@
 """What a fine-tuning does beside the plain step, each part on its own.
 
-Mixup (Zhang et al. 2018), cutmix (Yun et al. 2019), random erasing (Zhong et al. 2020), the average
+Mixup (Zhang et al. 2018), cutmix (Yun et al. 2019), random erasing (Zhong et al. 2020), the EMA
 of the weights; layer decay and drop path are in layer_decay.py. Numbers are MAE's (He et al. 2021,
 arXiv 2111.06377, App. A.1, and its code).
 Shapes: B images, C classes.
@@ -59,7 +59,7 @@ class Recipe:
 BASE = Recipe()
 LARGE = Recipe(epochs=50, lr=1e-3, layer_decay=0.75, drop_path=0.2)
 HUGE = Recipe(epochs=50, lr=1e-3, layer_decay=0.75, drop_path=0.3)
-# The paper's for 1 % of the labels; what it leaves open is that of the whole set, less what mixes
+# The paper's for 1 % of the labels; what it leaves open is that of the whole set, minus what mixes
 # images: few steps are made.
 FEW_LABELS = {"epochs": 50, "batch": 512, "layer_decay": 0.75, "smoothing": 0.1}
 FEW_LABELS |= {"mixup": 0.0, "cutmix": 0.0}
@@ -96,9 +96,9 @@ class Classifier(nn.Module):
 def averaged(model: nn.Module, most: float) -> AveragedModel:
     """The EMA of a model's weights; its momentum begins low and grows to `most`."""
 
-    def update(average: list, current: list, count: torch.Tensor) -> None:
+    def update(ema: list, current: list, count: torch.Tensor) -> None:
         n = float(count)
-        torch._foreach_lerp_(average, current, 1 - min(most, (1 + n) / (10 + n)))
+        torch._foreach_lerp_(ema, current, 1 - min(most, (1 + n) / (10 + n)))
 
     return AveragedModel(model, multi_avg_fn=update)
 

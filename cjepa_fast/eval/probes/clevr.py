@@ -85,9 +85,9 @@ def facts_beside(images: ImageSet) -> list[Fact]:
     return found
 
 
-def sides_of(
+def splits_of(
     data: str, test: str | None, max_train: int | None
-) -> tuple[list[cli.Side], list[list[Fact]]]:
+) -> tuple[list[cli.Split], list[list[Fact]]]:
     """Training and test images with their facts, in the order of their positions."""
     root = Path(data)
     if (root / "images" / "train").is_dir():
@@ -113,10 +113,10 @@ def sides_of(
 
 def labels_of(train: list[Fact], test: list[Fact]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Classes from 0, for training (n,) and test (m,), by question: "count" and "distance"."""
-    sides = train, test
-    counts = [torch.tensor([fact.objects for fact in side]) for side in sides]
+    splits = train, test
+    counts = [torch.tensor([fact.objects for fact in split]) for split in splits]
     fewest = min(int(count.min()) for count in counts)
-    far = [torch.tensor([fact.distance for fact in side]).double() for side in sides]
+    far = [torch.tensor([fact.distance for fact in split]).double() for split in splits]
     bounds = torch.tensor(DISTANCES).double()
     if not train[0].is_depth:
         bounds = far[0].quantile(torch.arange(1, 6).double() / 6)
@@ -127,13 +127,13 @@ def labels_of(train: list[Fact], test: list[Fact]) -> dict[str, tuple[torch.Tens
 
 
 def features_of(
-    encoder: Encoder, sides: list[cli.Side], layers: list[int], args: argparse.Namespace
+    encoder: Encoder, splits: list[cli.Split], layers: list[int], args: argparse.Namespace
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(features, positions) of the training images, of these mirrored, of the test images.
 
     Raises ValueError where an image could be read but once.
     """
-    (train, keep), (test, test_keep) = sides
+    (train, keep), (test, test_keep) = splits
     options = {"crop": args.crop, "layers": layers, "device": cli.device(), "bf16": args.bf16}
     options |= {"batch_size": args.batch_size, "threads": args.threads}
     options["cache"] = cli.cache_of(args)
@@ -155,15 +155,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """A row for each encoder, question and number of layers."""
     linear.complete_sweep(args)
-    sides, facts = sides_of(args.data, args.test, args.max_train)
+    splits, facts = splits_of(args.data, args.test, args.max_train)
     labels = labels_of(*facts)
     rows = []
     for name, encoder in cli.encoders_of(args).items():
         for reading in linear.readings(encoder, args.layers):
             (x_nD, index_n), (mirrored_nD, _), (y_mD, index_m) = features_of(
-                encoder, sides, reading.blocks, args
+                encoder, splits, reading.blocks, args
             )
-            indices = zip(sides, (index_n, index_m), strict=True)
+            indices = zip(splits, (index_n, index_m), strict=True)
             # an image that could not be read has no features
             at_n, at_m = (torch.searchsorted(keep, index) for (_, keep), index in indices)
             for question, (label_n, label_m) in labels.items():

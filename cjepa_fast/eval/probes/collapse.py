@@ -17,7 +17,7 @@ from cjepa_fast.data import crops, rng
 from cjepa_fast.data.sources import ImageSet, open_images
 from cjepa_fast.eval import cli
 from cjepa_fast.eval.features import extract, image_vectors
-from cjepa_fast.eval.figures.pictures import FIGURE, save, spread_over
+from cjepa_fast.eval.figures.sheets import FIGURE, save, spread_over
 from cjepa_fast.eval.probes import spread
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime import distributed
@@ -177,4 +177,4 @@ def run(args: argparse.Namespace) -> None:
         of = f"{Path(args.checkpoint).resolve().name} on {args.data}"
         print(draw(rows, args.out, f"Room that the features take: {of}"))
     settings = ("data", "count", "views", "crop", "bf16", "seed")
-    cli.report(args, rows, HEADINGS, settings, picture=args.out)
+    cli.report(args, rows, HEADINGS, settings, figure=args.out)

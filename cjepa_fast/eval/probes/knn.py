@@ -22,7 +22,7 @@ HEADINGS = {
     "top1_centred": "mean-subtracted",
     "linear": "linear %",
 }
-TRAIN, TEST = 65536, 2048  # images of either side that are compared at a time
+TRAIN, TEST = 65536, 2048  # images of either split that are compared at a time
 PIXELS = 32  # raw pixels are compared at this size: a plain kNN on more gains nothing and is slow
 
 
@@ -38,7 +38,7 @@ def predict(
 ) -> torch.Tensor:
     """The class with the most votes for each test image: (m,) int64, on the CPU.
 
-    centre: subtract the training mean from both sides first, so that what all images share does
+    centre: subtract the training mean from both splits first, so that what all images share does
     not hide what sets them apart. device: to compare on, a part of the training images at a time.
     Raises ValueError for k or temperature below what makes sense.
     """
@@ -97,24 +97,24 @@ def pixel_baselines(
     train and test are labelled; train_keep and test_keep choose positions in them; options as in
     `predict`.
     """
-    sides = []
+    splits = []
     for images, keep in ((train, train_keep), (test, test_keep)):
         flat_nD, index_n = image_vectors(
             images, lambda x: x.flatten(1), image_size=PIXELS, mean=(0.0,) * 3, std=(1.0,) * 3,
             keep=keep, crop=crop, batch_size=256, device="cpu", threads=threads, title="pixels",
         )  # fmt: skip
         colour_n3 = flat_nD.view(len(flat_nD), 3, -1).mean(2)
-        sides.append((flat_nD, colour_n3, images.labels[index_n]))
-    (*vectors, label), (*test_vectors, test_label) = sides
+        splits.append((flat_nD, colour_n3, images.labels[index_n]))
+    (*vectors, label), (*test_vectors, test_label) = splits
     named = zip(("raw pixels", "mean colour"), vectors, test_vectors, strict=True)
     return {name: both(x, label, y, test_label, **options) for name, x, y in named}
 
 
 def both(train_nD, label_n, test_mD, test_label_m, **options) -> dict[str, float]:
     """top1 as it is and mean-subtracted."""
-    sides = train_nD, label_n, test_mD, test_label_m
-    centred = top1(*sides, centre=True, **options)
-    return {"top1": top1(*sides, **options), "top1_centred": centred}
+    splits = train_nD, label_n, test_mD, test_label_m
+    centred = top1(*splits, centre=True, **options)
+    return {"top1": top1(*splits, **options), "top1_centred": centred}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -129,12 +129,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """A row for each encoder, and for what needs no learning."""
-    sides = cli.labelled_sides(args.data, args.test, args.max_train)
+    splits = cli.labelled_splits(args.data, args.test, args.max_train)
     encoders = cli.encoders_of(args)
     options = {"k": args.k, "temperature": args.temperature, "device": cli.device()}
     rows = []
     if args.pixels:
-        (train, train_keep), (test, test_keep) = sides
+        (train, train_keep), (test, test_keep) = splits
         found = pixel_baselines(
             train, test, train_keep=train_keep, test_keep=test_keep, crop=args.crop,
             threads=args.threads, **options,
@@ -142,7 +142,7 @@ def run(args: argparse.Namespace) -> None:
         counts = {"train_images": len(train_keep), "test_images": len(test_keep)}
         rows += [{"encoder": name, **counts, **tops} for name, tops in found.items()]
     for name, encoder in encoders.items():
-        vectors = cli.vectors_of(encoder, sides, args)
+        vectors = cli.vectors_of(encoder, splits, args)
         row = {"encoder": name, "train_images": len(vectors[0]), "test_images": len(vectors[2])}
         row |= both(*vectors, **options)
         if args.linear:

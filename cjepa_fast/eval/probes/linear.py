@@ -82,26 +82,26 @@ def sweep(
     classes = 1 + int(torch.cat([label_n, test_label_m]).max())
     if choose == "test":
         probes = fit(train_nD, label_n, classes, widths, plan, device)
-        judged = probes.percent(test_mD, test_label_m)
+        scores = probes.percent(test_mD, test_label_m)
     else:
         images = len(label_n) // copies
         order = rng.permutation(0, 0, images)
         held, rest = order.split([cut := max(1, round(HELD_OUT * images)), images - cut])
         rest = torch.cat([rest + copy * images for copy in range(copies)])
         probes = fit(train_nD[rest], label_n[rest], classes, widths, plan, device)
-        judged = probes.percent(train_nD[held], label_n[held])
+        scores = probes.percent(train_nD[held], label_n[held])
     rows = []
     for i, width in enumerate(widths):
         mine = range(i * len(settings), (i + 1) * len(settings))
-        best = max(mine, key=lambda p: judged[p]["top1"])
+        best = max(mine, key=lambda p: scores[p]["top1"])
         chosen = settings[best - mine.start]
         if choose == "test":
-            found = judged[best]
+            found = scores[best]
         else:
             grid = {name: (value,) for name, value in chosen.items()}
             again = fit(train_nD, label_n, classes, [width], replace(plan, grid=grid), device)
-            found = {"held_out": judged[best]["top1"], **again.percent(test_mD, test_label_m)[0]}
-        tried = [{**setting, **judged[p]} for setting, p in zip(settings, mine, strict=True)]
+            found = {"held_out": scores[best]["top1"], **again.percent(test_mD, test_label_m)[0]}
+        tried = [{**setting, **scores[p]} for setting, p in zip(settings, mine, strict=True)]
         text = ", ".join(f"{name} {value:g}" for name, value in chosen.items())
         rows.append({"chosen": text, "settings": chosen, **found, "probes": tried})
     return rows
@@ -195,10 +195,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """A row for each encoder and number of layers."""
     complete_sweep(args)
-    sides = cli.labelled_sides(args.data, args.test, args.max_train)
+    splits = cli.labelled_splits(args.data, args.test, args.max_train)
     rows = []
     for name, encoder in cli.encoders_of(args).items():
         for reading in readings(encoder, args.layers):
-            vectors = cli.vectors_of(encoder, sides, args, reading.blocks)
+            vectors = cli.vectors_of(encoder, splits, args, reading.blocks)
             rows += rows_of(name, encoder, vectors, reading, args)
     cli.report(args, rows, headings(args), (*SETTINGS, *SWEEP_SETTINGS))

@@ -1,6 +1,6 @@
 """Linear probes on cached features, all of a sweep trained at once.
 
-The probes that see the same layers are stacked: a batch of features is read once, and one product
+The probes that see the same layers are stacked: a batch of features is read once, and one matmul
 gives the logits of all, (B, D) x (P C, D) -> (B, P, C). Each has its own learning rate and weight
 decay, so each is trained as if it were alone.
 
@@ -8,7 +8,7 @@ The protocol is that of I-JEPA and C-JEPA: LARS, batch 16384, 50 epochs, a tenth
 rate every 15. For how many images their learning rates are is not said; here for 256, as is common
 with LARS: as they stand they are too small for it. Before a probe each feature is standardised by
 the training images' mean and standard deviation: what BatchNorm without affine does in MAE's linear
-probe (He et al. 2021, arXiv 2111.06377, App. A.1), less its noise. Features are of centre crops.
+probe (He et al. 2021, arXiv 2111.06377, App. A.1), without its noise. Features are of centre crops.
 Shapes: n training images, m test images, B of a batch, P probes, C classes, D width.
 """
 

@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
             way = "without" if args.probe else "with"
             raise ValueError(f"--{option} is for semi {way} --probe")
     linear.complete_sweep(args)
-    (images, keep_n), test = cli.labelled_sides(args.data, args.test, args.max_train)
+    (images, keep_n), test = cli.labelled_splits(args.data, args.test, args.max_train)
     if args.list:
         few = {args.list.name: listed(images, keep_n, args.list)}
     else:
@@ -107,16 +107,16 @@ def run(args: argparse.Namespace) -> None:
     args.recipe = asdict(chosen)
     rows = []
     for labels, few_n in few.items():
-        sides = (images, few_n), test
+        splits = (images, few_n), test
         for name, encoder in cli.encoders_of(args).items():
             if args.probe:
                 found = []
                 for reading in linear.readings(encoder, args.layers):
-                    vectors = cli.vectors_of(encoder, sides, args, reading.blocks)
+                    vectors = cli.vectors_of(encoder, splits, args, reading.blocks)
                     found += linear.rows_of(name, encoder, vectors, reading, args)
             else:
                 folder = classify.folder_of(args) / labels / name
-                found = [classify.tuned_row(name, encoder, sides, chosen, args, folder)]
+                found = [classify.tuned_row(name, encoder, splits, chosen, args, folder)]
             rows += [{**row, "labels": labels} for row in found]
     settings = ("share", "list", "probe", *classify.SETTINGS)
     if args.probe:

@@ -43,7 +43,7 @@ class Graphed:
         return self.outputs
 
     def _beside(self):
-        """On another stream, as torch asks of the calls before a recording."""
+        """On another CUDA stream, as torch asks of the calls before a recording."""
         here, beside = torch.cuda.current_stream(), torch.cuda.Stream()
         beside.wait_stream(here)
         with torch.cuda.stream(beside):
@@ -52,7 +52,7 @@ class Graphed:
         return outputs
 
     def _record(self) -> None:
-        """The loader's threads go on meanwhile: what they ask of the device spoils no recording."""
+        """The loader's threads continue: what they ask of the device spoils no recording."""
         self.graph = torch.cuda.CUDAGraph()
         with (
             recorded(self.device),

@@ -21,16 +21,16 @@ Tensors = list[torch.Tensor]
 
 
 class Group(NamedTuple):
-    """A parameter group's tensors, flat, list for list; those of the average are empty but for the
+    """A parameter group's tensors, flat, list for list; those of the EMA are empty but for the
     encoder's, copies where the weights are their own masters."""
 
     decay: bool
     names: list[str]
     masters: Tensors
     moments: tuple[Tensors, ...]
-    average: Tensors
+    ema: Tensors
     copies: Tensors
-    average_copies: Tensors
+    ema_copies: Tensors
 
 
 def split(names: list[str], chosen: Container[str]) -> list[list[str]]:
@@ -76,11 +76,11 @@ class SingleEngine:
         }
         model.to(DTYPES[precision])  # in fp32 the weights remain the masters
         self.ema = TargetEMA(target, self.masters("encoder."), DTYPES[precision], fp8=fp8)
-        averaged = {f"encoder.{a.name}": (a.values, copy) for a, _, copy in self.ema.cast}
+        with_ema = {f"encoder.{a.name}": (a.values, copy) for a, _, copy in self.ema.cast}
         self._groups = [
-            self._group(group["decay"], part, averaged)
+            self._group(group["decay"], part, with_ema)
             for group in groups
-            for part in split([names[id(p)] for p in group["params"]], averaged)
+            for part in split([names[id(p)] for p in group["params"]], with_ema)
         ]
         self._steps = torch.zeros((), dtype=torch.float64, device=self.device)
         self._micro_steps = 0
@@ -91,11 +91,11 @@ class SingleEngine:
         self._limits = torch.full((2,), torch.inf, dtype=torch.float64, device=self.device)
 
     def _group(
-        self, decay: bool, names: list[str], averaged: dict[str, tuple[torch.Tensor, torch.Tensor]]
+        self, decay: bool, names: list[str], with_ema: dict[str, tuple[torch.Tensor, torch.Tensor]]
     ) -> Group:
-        """averaged: by name, the average and its copy of the weights that have one."""
+        """with_ema: by name, the EMA and its copy of the weights that have one."""
         state = [self._state[name] for name in names]
-        pairs = [averaged[name] for name in names if name in averaged]
+        pairs = [with_ema[name] for name in names if name in with_ema]
         masters = [s.master.values for s in state]
         copies = [self._weights[name].data.view(-1) for name in names]
         return Group(
@@ -146,7 +146,7 @@ class SingleEngine:
                 group.masters,
                 [gradients[name] for name in group.names],
                 *group.moments,
-                group.average,
+                group.ema,
                 step=self._steps + 1,
                 lr=lr,
                 momentum=momentum,
@@ -156,9 +156,9 @@ class SingleEngine:
                 scale=scale,
                 apply=applied,
                 copies=group.copies,
-                target_copies=group.average_copies,
+                target_copies=group.ema_copies,
             )
-        # In FP8 the matrices are averaged apart; a momentum of 1 leaves them as they are.
+        # In FP8 the matrices' EMA is taken apart; a momentum of 1 leaves them as they are.
         self.ema.update_rows(1 - applied.double() * (1 - momentum))
         self._steps += applied
         self._clear()

@@ -5,10 +5,10 @@ from torch import nn
 
 
 class TargetStream:
-    """Calls the target on a second stream; the main one waits for it when the predictor is done.
+    """Calls the target on a second CUDA stream; the main one waits for it after the predictor.
 
     What reads the targets, the loss, comes after that. The target begins when all that the main
-    stream had been given is done: the images and the last average among it. Its activations lie in
+    stream had been given is done: the images and the last EMA among it. Its activations lie in
     a pool of their own, so that memory grows by them.
     """
 
