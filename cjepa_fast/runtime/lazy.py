@@ -9,8 +9,8 @@ def exports(
 ) -> tuple[list[str], Callable[[str], object], Callable[[], list[str]]]:
     """`__all__`, `__getattr__` and `__dir__` (PEP 562) for a package's `__init__`.
 
-    names: by module, relative to the package, what is exported of it, parted by spaces. For any other name
-    `__getattr__` raises AttributeError.
+    names: by module, relative to the package, the names exported of it, with spaces between.
+    For any other name `__getattr__` raises AttributeError.
     """
     home = {name: module for module, found in names.items() for name in found.split()}
 
