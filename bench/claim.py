@@ -132,8 +132,8 @@ def overrides(args: argparse.Namespace) -> list[str]:
 
 
 def splits_of(args: argparse.Namespace):
-    side = "test" if args.final else "held"
-    return cli.labelled_sides(str(args.data / "train"), str(args.data / side), 5000, None)
+    split = "test" if args.final else "held"
+    return cli.labelled_splits(str(args.data / "train"), str(args.data / split), 5000, None)
 
 
 def record(args: argparse.Namespace, name: str, seed: int | None, readings: list[dict]) -> dict:
@@ -156,7 +156,7 @@ def trial_record(args: argparse.Namespace, ablation: ablate.Ablation, trial: abl
     if not trial.finished:
         raise RuntimeError(f"{trial.folder}: the training failed; see said.txt there")
     config = configuration.read(trial.folder)
-    evaluated = [row["step"] for row in ablate.marks_of(trial)]  # untrained, then once a unit
+    evaluated = [row["step"] for row in ablate.scores_of(trial)]  # untrained, then once a unit
     found = []
     for step in (evaluated[times] for times in READINGS if times < len(evaluated)):
         encoder = load_encoder(trial.folder / "checkpoints" / f"step_{step:08d}")

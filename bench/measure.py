@@ -23,7 +23,7 @@ from reference import ReferenceTrainer
 from cjepa_fast.config import Config
 from cjepa_fast.data.loader import Batch, Loader
 from cjepa_fast.runtime import distributed
-from cjepa_fast.runtime.memory import Kept, peak_bytes
+from cjepa_fast.runtime.memory import SavedActivations, peak_bytes
 from cjepa_fast.training import build, dry_run, loop
 from cjepa_fast.training import trainer as trainer_module
 from cjepa_fast.training.trainer import Trainer
@@ -299,11 +299,13 @@ def against_row(name: str, step_ms: list[float], ours_ms: list[float], trainer) 
 def step_memory(trainer: Trainer | ReferenceTrainer, batches: list[Batch], index: int) -> dict:
     """GiB that a step's forward keeps for its backward beside the weights, and that a step holds
     at its peak beyond what is held between steps."""
-    kept = Kept(trainer.engine.module if isinstance(trainer, Trainer) else trainer.networks)
-    with kept.counting():
+    saved = SavedActivations(
+        trainer.engine.module if isinstance(trainer, Trainer) else trainer.networks
+    )
+    with saved.counting():
         trainer.step(batches, index)
     peak = peak_bytes(lambda: trainer.step(batches, index + 1), trainer.device)
-    return {"kept_gib": kept.bytes / 2**30, "step_gib": peak / 2**30}
+    return {"kept_gib": saved.bytes / 2**30, "step_gib": peak / 2**30}
 
 
 def spread(step_ms: list[float]) -> dict:

@@ -1,4 +1,4 @@
-"""Each kernel beside its definition, eager and compiled: time, rate, share of the roofline, memory.
+"""Each kernel beside its definition, eager and compiled: time, bandwidth, roofline, memory.
 
     python bench/ops.py                         # every op and model on a GPU; the smallest on a CPU
     python bench/ops.py --only vicreg --markdown bench/results/ops.md
@@ -9,7 +9,7 @@
 On a CPU the kernels' plain-PyTorch paths stand in for them. The variants take turns, each call with
 the cache flushed on a GPU; a figure is the median over the turns. "backward" is for the gradients
 of the arguments that train, of random upstream gradients. The roofline is the larger of bytes over
-the rate of a copy and operations over that of a matmul, both measured in the same run.
+the rate of a copy and operations over that of a matmul, both measured in the same call.
 """
 
 import argparse

@@ -136,11 +136,11 @@ def demo_lines(found: dict) -> Iterator[Line]:
 
 
 def kernel_line(found: dict) -> Line:
-    """The share of a copy's rate that the blocks' kernels reach at the width of ViT-H."""
+    """The share of a copy's bandwidth that the blocks' kernels reach at the width of ViT-H."""
     shares = {row["op"]: row["of_copy_pct"] for row in found["rows"] if "1408" not in row["shape"]}
     names = ("add_norm", "add_norm backward", "gelu", "gelu backward")
     figure = ", ".join(f"{shares[name]:.0f}" for name in names)
-    what = f"{', '.join(names)} at ViT-H's width: share of a copy's rate"
+    what = f"{', '.join(names)} at ViT-H's width: share of a copy's bandwidth"
     where = "[bench/results/h200](bench/results/h200/README.md)"
     return what, found["hardware"]["device"], f"{figure} %", where
 

@@ -8,7 +8,7 @@
 
 The step is train.py's own: forward, backward, update and EMA. Warm-up is timed apart. MFU is
 the counted work (model/flops.py) over the device's data-sheet bf16 rate where that is known,
-and over the rate of a large matmul measured in the same run. --against takes turns with the
+and over the rate of a large matmul measured in the same call. --against takes turns with the
 plain step of bench/reference.py, in fp32 and under bf16 autocast, on the same batches; of these,
 "kept GiB" is what the forward keeps for the backward beside the weights, "step GiB" the most that a
 step holds beyond what is held between steps. NVIDIA GPUs add energy, power and clocks, by NVML.

@@ -38,8 +38,9 @@ def main(argv: list[str] | None = None) -> int:
     status = train(run, args.config, args.overrides)
     if status or not (run / "encoder.safetensors").is_file():
         return status  # it failed or was stopped, and has said so
-    rate = statistics.median(row["images_per_s"] for row in read_log(run) if row["images_per_s"])
-    print(f"\ntrained at {rate:,.0f} images/s; how well each tells the largest shape of an image:")
+    speeds = [row["images_per_s"] for row in read_log(run) if row["images_per_s"]]
+    print(f"\ntrained at {statistics.median(speeds):,.0f} images/s")
+    print("how well each tells the largest shape of an image:")
     status = compare(run) or draw(run) or report.main([str(run), "--images", HELD_OUT])
     print(f"all of it in {time.perf_counter() - began:.0f} s; the run's folder: {run}")
     return status

@@ -62,7 +62,7 @@ def share(text: str) -> float:
 
 
 def from_zero(text: str) -> float:
-    """A rate: 0 or more, and less than 1."""
+    """A probability: 0 or more, and less than 1."""
     with contextlib.suppress(ValueError):
         if 0 <= (value := float(text)) < 1:
             return value

@@ -14,7 +14,7 @@ from torch import nn
 CGROUP = Path("/sys/fs/cgroup")  # of this process's container
 
 
-class Kept:
+class SavedActivations:
     """Bytes that forwards keep for their backward beside the weights, each storage once."""
 
     def __init__(self, *networks: nn.Module):

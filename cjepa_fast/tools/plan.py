@@ -28,7 +28,7 @@ from cjepa_fast.model import block
 from cjepa_fast.model.block import Attention
 from cjepa_fast.model.flops import recomputed_gflop, step_gflop
 from cjepa_fast.model.jepa import JEPA
-from cjepa_fast.runtime.memory import Kept
+from cjepa_fast.runtime.memory import SavedActivations
 from cjepa_fast.training import build
 
 MEASURED = Path(__file__).with_name("measured.json")
@@ -82,7 +82,7 @@ def kept_bytes(networks: JEPA, batch: tuple, fused_attention: bool) -> int:
     Runs the networks on the device of the batch: images, context and target indices and the target
     encoder's tokens.
     """
-    kept = Kept(networks)
+    saved = SavedActivations(networks)
     with contextlib.ExitStack() as patches:
         if fused_attention:
             fused = mock.patch.object(F, "scaled_dot_product_attention", KeptAttention.apply)
@@ -94,9 +94,9 @@ def kept_bytes(networks: JEPA, batch: tuple, fused_attention: bool) -> int:
             for part in networks.modules():
                 if isinstance(part, Attention):
                     patches.enter_context(mock.patch.object(part, "backend", "sdpa"))
-        patches.enter_context(kept.counting())
+        patches.enter_context(saved.counting())
         networks(*batch)
-    return kept.bytes
+    return saved.bytes
 
 
 def static_bytes(trained: int, encoder: int, precision: str, stage: int, count: int) -> dict:

@@ -63,10 +63,10 @@ def needed(config: Config) -> tuple[float, float]:
     trained = sum(p.numel() for p in networks.parameters() if p.requires_grad)
     networks.to(compute_dtype(config))
     images, context, target_idx, _ = meta_batch(config, COUNTED)
-    kept = memory.Kept(networks)
-    with kept.counting():  # what the loss saves is little
+    saved = memory.SavedActivations(networks)
+    with saved.counting():  # what the loss saves is little
         networks.predictor(networks.encoder(images, context), context, target_idx)
-    return float(PARAMETER_BYTES * trained), MOMENTARY * kept.bytes / COUNTED
+    return float(PARAMETER_BYTES * trained), MOMENTARY * saved.bytes / COUNTED
 
 
 def _ranks_here() -> int:

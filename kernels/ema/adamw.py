@@ -11,7 +11,7 @@ in fp32; grads g in fp32 or narrower; copies of w and t in any dtype.
 
 AdamW's numbers (learning rate, bias corrections, whether to step at all) are a small tensor, so
 that they may be computed on the device, and a CUDA graph that holds the launch follows the
-schedules. A CPU takes AdamW's step by torch's fused one, in runs of values that stay in its cache.
+schedules. A CPU takes AdamW's step by torch's fused one, in pieces that stay in its cache.
 
 Bytes a parameter that must move (fp32 g, bf16 copies): 36, with copies of w and t 40 (AdamW 28,
 lerp 12, two casts 12: 52).
@@ -86,7 +86,7 @@ def adamw_ema_step_reference(
 @triton.jit
 def _adamw_ema_chunk(
     param, grad, exp_avg, exp_avg_sq, target, copy, target_copy, keep,
-    decay, lerp1, beta2, square_share, root_scale, eps, rate, weight, scale,
+    decay, lerp1, beta2, square_share, root_scale, eps, lr, weight, scale,
     TARGET: tl.constexpr, COPY: tl.constexpr, TARGET_COPY: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     at = tl.arange(0, CHUNK)
@@ -96,7 +96,7 @@ def _adamw_ema_chunk(
     second = tl.load(exp_avg_sq + at, mask=keep) * beta2 + square_share * g * g
     tl.store(exp_avg_sq + at, second, mask=keep)
     root = tl.div_rn(tl.sqrt_rn(second), root_scale) + eps
-    w = tl.load(param + at, mask=keep) * decay - rate * tl.div_rn(first, root)
+    w = tl.load(param + at, mask=keep) * decay - lr * tl.div_rn(first, root)
     tl.store(param + at, w, mask=keep)
     if COPY:
         tl.store(copy + at, narrow(w, copy.dtype.element_ty), mask=keep)
@@ -138,20 +138,20 @@ def _adamw_ema_kernel(
         target_copy = address(pointers, target_copies, tensor, tensors, start, TARGET_COPY, ALIGNED)
     decay, lerp1 = tl.load(numbers), tl.load(numbers + 1)
     beta2, square_share = tl.load(numbers + 2), tl.load(numbers + 3)
-    root_scale, eps, rate = tl.load(numbers + 4), tl.load(numbers + 5), tl.load(numbers + 6)
+    root_scale, eps, lr = tl.load(numbers + 4), tl.load(numbers + 5), tl.load(numbers + 6)
     weight, scale = tl.load(numbers + 7), tl.load(numbers + 8)
     if rest >= CHUNK:
         _adamw_ema_chunk(
             param, grad, exp_avg, exp_avg_sq, target, copy, target_copy,
             tl.full((CHUNK,), 1, tl.int1),
-            decay, lerp1, beta2, square_share, root_scale, eps, rate, weight, scale,
+            decay, lerp1, beta2, square_share, root_scale, eps, lr, weight, scale,
             TARGET, COPY is not None, TARGET_COPY is not None, CHUNK,
         )  # fmt: skip
     else:
         _adamw_ema_chunk(
             param, grad, exp_avg, exp_avg_sq, target, copy, target_copy,
             tl.arange(0, CHUNK) < rest,
-            decay, lerp1, beta2, square_share, root_scale, eps, rate, weight, scale,
+            decay, lerp1, beta2, square_share, root_scale, eps, lr, weight, scale,
             TARGET, COPY is not None, TARGET_COPY is not None, CHUNK,
         )  # fmt: skip
 
@@ -238,11 +238,11 @@ def _adamw_ema_cached(
     }  # fmt: skip
     lists = [*arrays, copies, target_copies]
     for at in range(len(arrays[0])):
-        runs = [
+        pieces = [
             array[at].detach().view(-1).split(CACHED) if array else itertools.repeat(None)
             for array in lists
         ]
-        for w, g, first, second, ema, low, target_low in zip(*runs, strict=False):
+        for w, g, first, second, ema, low, target_low in zip(*pieces, strict=False):
             g = g.float() if scale == 1 else g.float().mul_(scale)
             torch._fused_adamw_([w], [g], [first], [second], [], steps, **numbers)
             if low is not None:

@@ -150,10 +150,10 @@ def test_memory_is_what_was_held_at_once():
         made.clear()
         made.append((weight(x) * 2).exp().sum())
 
-    kept = memory.Kept(weight)
-    with kept.counting():
+    saved = memory.SavedActivations(weight)
+    with saved.counting():
         call()
-    assert kept.bytes == 2 * 64 * 256 * 4  # x and the exponential: not the weight
+    assert saved.bytes == 2 * 64 * 256 * 4  # x and the exponential: not the weight
     assert memory.peak_bytes(call, torch.device("cpu")) == pytest.approx(1000 * 256 * 4, rel=0.01)
 
 

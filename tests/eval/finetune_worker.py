@@ -7,23 +7,23 @@ from pathlib import Path
 import test_eval_finetune as test
 import torch
 
-from cjepa_fast.eval.finetuning.kept import Kept
+from cjepa_fast.eval.finetuning.saved import SavedTraining
 from cjepa_fast.runtime import distributed
 
 
 def main(data: Path, out: Path) -> int:
     distributed.start(0)
-    save = Kept.save
+    save = SavedTraining.save
 
     def stop(*args):
         save(*args)
         raise test.Stopped
 
-    Kept.save = stop
+    SavedTraining.save = stop
     try:
         test.tuned(data, test.PLAIN, out / "training", micro_batch=4)
     except test.Stopped:
-        Kept.save = save
+        SavedTraining.save = save
     weights = test.tuned(data, test.PLAIN, out / "training", micro_batch=4, resume=True)
     if distributed.rank() == 0:
         torch.save(weights, out / "weights.pt")

@@ -6,7 +6,7 @@ from pathlib import Path
 import test_eval_loop as test
 
 from cjepa_fast.eval.finetuning import loop
-from cjepa_fast.eval.finetuning.kept import Kept
+from cjepa_fast.eval.finetuning.saved import SavedTraining
 from cjepa_fast.runtime import distributed
 
 
@@ -15,17 +15,19 @@ def damaged_for_one(folder: Path) -> None:
     mine = folder / str(distributed.rank())
     if distributed.rank() == 1:
         (mine / "checkpoints" / "step_00000006").mkdir(parents=True)
-    Kept(mine, {}).restore(test.learner_of())
+    SavedTraining(mine, {}).restore(test.learner_of())
 
 
 def not_shared(folder: Path) -> None:
-    loop.train(test.learner_of(), test.Draws(), test.plan(), Kept(folder / "kept", {}))
-    Kept(folder / ("kept", "nothing")[distributed.rank()], {}).restore(test.learner_of())
+    loop.train(test.learner_of(), test.Draws(), test.plan(), SavedTraining(folder / "kept", {}))
+    SavedTraining(folder / ("kept", "nothing")[distributed.rank()], {}).restore(test.learner_of())
 
 
 def bad_for_one(folder: Path) -> None:
     bad_from = 5 if distributed.rank() == 1 else None
-    loop.train(test.learner_of(), test.Draws(bad_from), test.plan(), Kept(folder / "kept", {}))
+    loop.train(
+        test.learner_of(), test.Draws(bad_from), test.plan(), SavedTraining(folder / "kept", {})
+    )
 
 
 def main(case: str, folder: Path) -> int:

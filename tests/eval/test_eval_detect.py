@@ -18,8 +18,8 @@ from cjepa_fast.eval.dense import rcnn_training
 from cjepa_fast.eval.dense.detect import detections, open_split
 from cjepa_fast.eval.dense.pyramid import Pyramid
 from cjepa_fast.eval.dense.rcnn_training import Recipe, fine_tune
-from cjepa_fast.eval.finetuning.kept import Kept
 from cjepa_fast.eval.finetuning.layer_decay import add_drop_path, layer_decay_groups
+from cjepa_fast.eval.finetuning.saved import SavedTraining
 from cjepa_fast.model.vit import Encoder
 
 pytest.importorskip("pycocotools", reason="pycocotools is an extra (detect)")
@@ -137,7 +137,7 @@ RECIPE = Recipe(
 )  # fmt: skip
 
 
-def start(folder: Path, kept: Kept, recipe: Recipe = RECIPE):
+def start(folder: Path, kept: SavedTraining, recipe: Recipe = RECIPE):
     torch.manual_seed(0)
     model = detector()
     add_drop_path(model.backbone.encoder, recipe.drop_path)
@@ -145,7 +145,7 @@ def start(folder: Path, kept: Kept, recipe: Recipe = RECIPE):
     return model
 
 
-class Interrupted(Kept):
+class Interrupted(SavedTraining):
     def save(self, learner, done):
         super().save(learner, done)
         if done == 2:  # an epoch
@@ -168,7 +168,7 @@ def test_it_learns_where_objects_are_what_they_are_and_their_masks(folder, tmp_p
     train = open_split(folder, "train")
     torch.manual_seed(0)
     before = losses(detector(), train)
-    after = losses(start(folder, Kept(tmp_path / "a", {})), train)
+    after = losses(start(folder, SavedTraining(tmp_path / "a", {})), train)
     for name in ("loss_objectness", "loss_classifier", "loss_mask"):
         assert after[name] < 0.85 * before[name], name
 
@@ -176,16 +176,16 @@ def test_it_learns_where_objects_are_what_they_are_and_their_masks(folder, tmp_p
 @needs_torchvision
 def test_an_interrupted_training_goes_on_as_if_it_had_not_been(folder, tmp_path, capsys):
     recipe = dataclasses.replace(RECIPE, epochs=2)
-    whole = start(folder, Kept(tmp_path / "whole", {"lr": 1}), recipe)
+    whole = start(folder, SavedTraining(tmp_path / "whole", {"lr": 1}), recipe)
     with pytest.raises(KeyboardInterrupt):
         start(folder, Interrupted(tmp_path / "half", {"lr": 1}), recipe)
     torch.rand(9)
-    resumed = start(folder, Kept(tmp_path / "half", {"lr": 1}), recipe)
+    resumed = start(folder, SavedTraining(tmp_path / "half", {"lr": 1}), recipe)
     assert "epoch 1 of 2 is done, from" in capsys.readouterr().out
     for name, p in whole.state_dict().items():
         assert torch.equal(p, resumed.state_dict()[name]), name
     with pytest.raises(ValueError, match=r"half.* is of another training: lr was 1, is 2"):
-        start(folder, Kept(tmp_path / "half", {"lr": 2}), recipe)
+        start(folder, SavedTraining(tmp_path / "half", {"lr": 2}), recipe)
 
 
 def test_the_learning_rate_rises_and_falls_in_two_steps():

@@ -18,8 +18,8 @@ from cjepa_fast.data.sources import open_images
 from cjepa_fast.eval.__main__ import main
 from cjepa_fast.eval.features import Subset
 from cjepa_fast.eval.finetuning import classify, layer_decay, recipe
-from cjepa_fast.eval.finetuning.kept import Kept
 from cjepa_fast.eval.finetuning.recipe import Classifier, Recipe
+from cjepa_fast.eval.finetuning.saved import SavedTraining
 from cjepa_fast.eval.probes import semi
 from cjepa_fast.model.vit import Encoder
 
@@ -230,9 +230,9 @@ def test_what_goes_on_ends_as_what_never_stopped(data, tmp_path, monkeypatch):
         if done == 6:
             raise Stopped
 
-    save = Kept.save
+    save = SavedTraining.save
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(Kept, "save", stop)
+        patch.setattr(SavedTraining, "save", stop)
         tuned(data, chosen, tmp_path / "b")
     (kept,) = (tmp_path / "b" / "checkpoints").iterdir()
     assert kept.name == "step_00000006"  # of 3 an epoch: the first epoch's is gone

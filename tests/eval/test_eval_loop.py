@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from cjepa_fast.eval.finetuning import loop, recipe
-from cjepa_fast.eval.finetuning.kept import Kept, Learner
+from cjepa_fast.eval.finetuning.saved import Learner, SavedTraining
 from cjepa_fast.model.vit import Encoder
 
 
@@ -52,7 +52,7 @@ class Draws:
 
 
 def plan(steps: int = 6, period: int = 2, unit: str = "epoch", **options) -> loop.Plan:
-    known = {"rate": lambda step: 0.1 / (1 + step), "advice": "lower it"}
+    known = {"lr": lambda step: 0.1 / (1 + step), "advice": "lower it"}
     return loop.Plan("tiny", steps, period, unit, **{**known, **options})
 
 
@@ -73,8 +73,8 @@ def state_of(learner: Learner) -> dict[str, torch.Tensor]:
 def test_all_of_the_state_comes_back(tmp_path):
     """Weights, moments, counts of updates, EMA, BatchNorm's buffers."""
     first, again = learner_of(), learner_of()
-    loop.train(first, Draws(), plan(), Kept(tmp_path / "kept", {"a": 1}))
-    assert Kept(tmp_path / "kept", {"a": 1}).restore(again) == 6
+    loop.train(first, Draws(), plan(), SavedTraining(tmp_path / "kept", {"a": 1}))
+    assert SavedTraining(tmp_path / "kept", {"a": 1}).restore(again) == 6
     whole, back = state_of(first), state_of(again)
     assert whole.keys() == back.keys()
     for name, value in whole.items():
@@ -85,20 +85,20 @@ def test_all_of_the_state_comes_back(tmp_path):
 
 def test_a_training_goes_on_from_its_last_period(tmp_path, capsys):
     whole = learner_of()
-    loop.train(whole, Draws(), plan(), Kept(None, {}))
+    loop.train(whole, Draws(), plan(), SavedTraining(None, {}))
     assert capsys.readouterr().out.count("epoch ") == 3
-    kept, task = Kept(tmp_path / "kept", {}), Draws(bad_from=5)
+    kept, task = SavedTraining(tmp_path / "kept", {}), Draws(bad_from=5)
     with pytest.raises(ValueError, match="the loss of epoch 3 of 3 is nan: lower it") as raised:
         loop.train(learner_of(), task, plan(), kept)
     assert task.closed and raised.tb  # not by the end of the frames that the traceback holds
     assert [path.name for path in (tmp_path / "kept/checkpoints").iterdir()] == ["step_00000004"]
     again, task = learner_of(), Draws()
-    loop.train(again, task, plan(), Kept(tmp_path / "kept", {}))
+    loop.train(again, task, plan(), SavedTraining(tmp_path / "kept", {}))
     assert task.seen == [4, 5]
     assert "epoch 2 of 3 is done, from" in capsys.readouterr().out
     for name, value in state_of(whole).items():
         assert torch.equal(state_of(again)[name], value), name
-    loop.train(again, task, plan(), Kept(tmp_path / "kept", {}))
+    loop.train(again, task, plan(), SavedTraining(tmp_path / "kept", {}))
     assert task.seen == [4, 5]  # nothing is left to do
 
 
@@ -111,13 +111,13 @@ def test_each_step_has_its_rate_and_each_depth_its_share(monkeypatch):
         step()
 
     monkeypatch.setattr(learner.optimizer, "step", noted)
-    loop.train(learner, Draws(), plan(steps=2), Kept(None, {}))
+    loop.train(learner, Draws(), plan(steps=2), SavedTraining(None, {}))
     expected = [{share: share * rate for share in (1, 0.5, 0.25)} for rate in (0.1, 0.05)]
     assert [dict(sorted(r.items(), reverse=True)) for r in rates] == expected
 
 
 def test_periods_end_with_the_training_and_are_told(capsys):
-    loop.train(learner_of(), Draws(), plan(steps=5, unit="step"), Kept(None, {}))
+    loop.train(learner_of(), Draws(), plan(steps=5, unit="step"), SavedTraining(None, {}))
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0] for line in lines] == [
         "step 2 of 5",
@@ -132,7 +132,7 @@ def test_the_loss_told_is_the_period_s_mean(capsys):
             return super().loss(model, batch) * 0 + batch
 
     both = plan(steps=2, period=1, accumulation=2)
-    loop.train(learner_of(), Steps(), both, Kept(None, {}))
+    loop.train(learner_of(), Steps(), both, SavedTraining(None, {}))
     assert capsys.readouterr().out.splitlines() == [
         "epoch 1 of 2: loss 0.5000",
         "epoch 2 of 2: loss 2.5000",
@@ -145,28 +145,28 @@ def test_a_disk_that_is_full_stops_no_training(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr("cjepa_fast.runtime.files.write_tensors", full)
     task = Draws()
-    loop.train(learner_of(), task, plan(), Kept(tmp_path / "kept", {}))
+    loop.train(learner_of(), task, plan(), SavedTraining(tmp_path / "kept", {}))
     assert len(task.seen) == 6
     assert capsys.readouterr().err.count("could not be saved: rank 0: No space left") == 3
 
 
 def test_a_checkpoint_that_has_lost_a_file_is_refused(tmp_path):
     """Also where that is its manifest: no training begins anew in silence."""
-    loop.train(learner_of(), Draws(), plan(), Kept(tmp_path / "kept", {}))
+    loop.train(learner_of(), Draws(), plan(), SavedTraining(tmp_path / "kept", {}))
     (checkpoint,) = (tmp_path / "kept" / "checkpoints").iterdir()
     for path in list(checkpoint.iterdir()):
         shutil.move(path, tmp_path / "aside")
         with pytest.raises(ValueError, match=path.name):
-            Kept(tmp_path / "kept", {}).restore(learner_of())
+            SavedTraining(tmp_path / "kept", {}).restore(learner_of())
         shutil.move(tmp_path / "aside", path)
-    assert Kept(tmp_path / "kept", {}).restore(learner_of()) == 6
+    assert SavedTraining(tmp_path / "kept", {}).restore(learner_of()) == 6
 
 
 def test_what_a_killed_save_left_does_no_harm(tmp_path):
     left = tmp_path / "kept" / "checkpoints" / ".step_00000002.partial"
     left.mkdir(parents=True)
     (left / "shard_00000_of_00001.safetensors").write_text("half")
-    loop.train(learner_of(), Draws(), plan(), Kept(tmp_path / "kept", {}))
+    loop.train(learner_of(), Draws(), plan(), SavedTraining(tmp_path / "kept", {}))
     assert [path.name for path in left.parent.iterdir()] == ["step_00000006"]
 
 
@@ -191,7 +191,7 @@ def test_gradients_of_a_step_s_micro_batches_pass_between_the_ranks_once(monkeyp
 
     monkeypatch.setattr(loop, "DistributedDataParallel", Parallel)
     monkeypatch.setattr(loop, "_spread", Parallel)
-    loop.train(learner_of(), Draws(), plan(steps=2, accumulation=3), Kept(None, {}))
+    loop.train(learner_of(), Draws(), plan(steps=2, accumulation=3), SavedTraining(None, {}))
     assert seen == [True, True, False] * 2
 
 

@@ -24,8 +24,8 @@ from cjepa_fast.eval.dense import segment, segment_training, segmenter
 from cjepa_fast.eval.dense.confusion import confusion, scores
 from cjepa_fast.eval.dense.segmenter import Segmenter, logits_sliding, logits_whole, loss_of
 from cjepa_fast.eval.dense.upernet import UPerHead
-from cjepa_fast.eval.finetuning.kept import Kept
 from cjepa_fast.eval.finetuning.layer_decay import layer_decay_groups
+from cjepa_fast.eval.finetuning.saved import SavedTraining
 
 RECIPE = segment_training.Recipe(
     steps=4, warmup=2, batch_size=2, lr=1e-2, weight_decay=0.01, layer_decay=0.7, drop_path=0.3,
@@ -281,13 +281,13 @@ def test_a_training_that_was_stopped_ends_as_if_it_had_not(encoder, data, tmp_pa
 
     whole = trained()
     with pytest.MonkeyPatch.context() as patch:
-        save = Kept.save
+        save = SavedTraining.save
 
         def killed(*args):
             save(*args)
             raise KeyboardInterrupt
 
-        patch.setattr(Kept, "save", killed)
+        patch.setattr(SavedTraining, "save", killed)
         with pytest.raises(KeyboardInterrupt):
             trained(save_to=kept, save_every=2)
     assert state_of(kept / "checkpoints" / "step_00000002")["step"] == 2

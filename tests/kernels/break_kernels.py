@@ -351,7 +351,7 @@ BREAKS = [
         ("square left out", "square_share * g * g", "square_share * g"),
         ("bias correction left out", "tl.div_rn(tl.sqrt_rn(second), root_scale)",
          "tl.sqrt_rn(second)"),
-        ("decay left out", "* decay - rate", "- rate"),
+        ("decay left out", "* decay - lr", "- lr"),
         ("scale left out", ".to(tl.float32) * scale", ".to(tl.float32)"),
         ("eps left out", ", root_scale) + eps", ", root_scale)"),
         ("EMA of the old weights", "mask=keep), w, weight)",

@@ -18,8 +18,8 @@ from cjepa_fast.eval.dense.boxes import draw
 from cjepa_fast.eval.dense.pyramid import Pyramid
 from cjepa_fast.eval.dense.rcnn_training import Recipe, as_input, fine_tune, read
 from cjepa_fast.eval.features import digest
-from cjepa_fast.eval.finetuning.kept import Kept
 from cjepa_fast.eval.finetuning.layer_decay import add_drop_path
+from cjepa_fast.eval.finetuning.saved import SavedTraining
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime.distributed import from_all, from_rank_0, rank, world_size
 from cjepa_fast.telemetry.progress import shown_bar, shown_clock
@@ -44,7 +44,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="the state, to resume from, and the figure; default: eval/detect in the run's folder",
     )  # fmt: skip
     options = parser.add_argument_group("recipe, ViTDet's by default")
-    whole, above, rate = cli.positive, cli.above_zero, cli.from_zero
+    whole, above, from_zero = cli.positive, cli.above_zero, cli.from_zero
     types = {
         "image_size": (whole, "side of the square canvas in pixels"),
         "epochs": (whole, ""),
@@ -52,8 +52,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "micro_batch_size": (whole, "images of a rank in memory at once; default: all"),
         "lr": (above, "of the heads"),
         "layer_decay": (cli.share, "lr of a block over the next one's; default: by depth"),
-        "drop_path": (rate, "stochastic depth of the last block; default: by depth"),
-        "weight_decay": (rate, ""),
+        "drop_path": (from_zero, "stochastic depth of the last block; default: by depth"),
+        "weight_decay": (from_zero, ""),
         "warmup_steps": (whole, ""),
         "channels": (whole, "width of pyramid and heads"),
     }
@@ -160,7 +160,7 @@ def trained(
     pyramid = Pyramid(encoder, recipe.channels, recipe.bf16)
     model = rcnn.mask_rcnn(pyramid, len(train.names), recipe.image_size, masks)
     add_drop_path(encoder, recipe.drop_path)
-    fine_tune(model, train, recipe, Kept(folder, facts), cli.device(), threads)
+    fine_tune(model, train, recipe, SavedTraining(folder, facts), cli.device(), threads)
     return model
 
 

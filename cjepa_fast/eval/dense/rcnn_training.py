@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from cjepa_fast.data import rng
 from cjepa_fast.data.sets.coco import Coco, TrainViews
 from cjepa_fast.eval.finetuning import loop
-from cjepa_fast.eval.finetuning.kept import Kept, Learner
+from cjepa_fast.eval.finetuning.saved import Learner, SavedTraining
 from cjepa_fast.runtime.distributed import rank, world_size
 
 DROPS = (8 / 9, 26 / 27)  # of all steps: there the learning rate falls to a tenth
@@ -86,13 +86,13 @@ def fine_tune(
     model: nn.Module,
     train: Coco,
     recipe: Recipe,
-    kept: Kept,
+    saved: SavedTraining,
     device: torch.device,
     threads: int = 0,
 ) -> None:
     """Train a detector, as `rcnn.mask_rcnn` makes it over a Pyramid, in place.
 
-    Raises ValueError where the loss is no longer finite, and as `kept` does.
+    Raises ValueError where the loss is no longer finite, and as `saved` does.
     """
     model.to(device)
     learner = Learner(model, model.backbone.encoder, recipe.layer_decay, recipe.weight_decay)
@@ -103,12 +103,12 @@ def fine_tune(
         steps=steps,
         period=task.steps_per_epoch,
         unit="epoch",
-        rate=lambda step: recipe.lr * recipe.lr_factor(step, steps),
+        lr=lambda step: recipe.lr * recipe.lr_factor(step, steps),
         advice="a lower --lr or a longer --warmup-steps may help; the saved state is of the epoch "
         "before",
         accumulation=task.accumulation,
     )
-    loop.train(learner, task, plan, kept)
+    loop.train(learner, task, plan, saved)
 
 
 def usable_images(train: Coco) -> list[int]:

@@ -195,7 +195,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=cli.positive, default=16, help="images a step, of all ranks")
     add("--lr", type=cli.above_zero, help="of the head; default: 1e-3 linear, 1e-4 UPerNet")
     add("--weight-decay", type=cli.above_zero, help="default: 1e-4 linear, 0.05 UPerNet")
-    add("--layer-decay", type=cli.share, help="of the rate, a block; default: 0.65 for UPerNet")
+    add(
+        "--layer-decay",
+        type=cli.share,
+        help="of the learning rate, a block; default: 0.65 for UPerNet",
+    )
     add("--drop-path", type=cli.from_zero, metavar="RATE", help="of the last block's branches; "
         "default: 0.1 for UPerNet")  # fmt: skip
     add("--plain-colours", action="store_true", help="do not distort them while training")

@@ -19,8 +19,8 @@ from cjepa_fast.eval.dense.segment_views import DRAWS, View, chosen_view, shown
 from cjepa_fast.eval.dense.segmenter import Segmenter, loss_of
 from cjepa_fast.eval.features import digest
 from cjepa_fast.eval.finetuning import loop
-from cjepa_fast.eval.finetuning.kept import Kept, Learner
 from cjepa_fast.eval.finetuning.layer_decay import add_drop_path
+from cjepa_fast.eval.finetuning.saved import Learner, SavedTraining
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime.distributed import rank, world_size
 
@@ -80,14 +80,14 @@ def train(
         steps=recipe.steps,
         period=save_every,
         unit="step",
-        rate=lambda step: recipe.lr * share_of_peak(step, recipe.steps, recipe.warmup),
+        lr=lambda step: recipe.lr * share_of_peak(step, recipe.steps, recipe.warmup),
         advice="try a smaller --lr",
     )
     loop.train(
         Learner(model, model.encoder, recipe.layer_decay, recipe.weight_decay),
         Crops(model.encoder, pairs, classes, recipe, threads, device),
         plan,
-        Kept(save_to, facts, resume=resume, option="--save"),
+        SavedTraining(save_to, facts, resume=resume, option="--save"),
     )
 
 

@@ -19,9 +19,9 @@ from cjepa_fast.data.loader import Batch, Loader, Share
 from cjepa_fast.eval import cli
 from cjepa_fast.eval.features import Subset, digest, image_vectors
 from cjepa_fast.eval.finetuning import loop, recipe
-from cjepa_fast.eval.finetuning.kept import Kept, Learner
 from cjepa_fast.eval.finetuning.layer_decay import add_drop_path
 from cjepa_fast.eval.finetuning.recipe import Classifier, Recipe
+from cjepa_fast.eval.finetuning.saved import Learner, SavedTraining
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime.distributed import rank, world_size
 from cjepa_fast.training import optim
@@ -62,9 +62,9 @@ def tune(
     learner = Learner(model, encoder, chosen.layer_decay, chosen.weight_decay, ema)
     batch, micro_batch = batches_of(len(train), chosen.batch, args.micro_batch)
     loader = loader_of(train, encoder, chosen, args, batch, micro_batch)
-    kept = Kept(folder, facts | {"batch": batch}, resume=args.resume)
+    saved = SavedTraining(folder, facts | {"batch": batch}, resume=args.resume)
     task = Labelled(loader, label_n, classes, chosen, args.seed)
-    loop.train(learner, task, plan_of(loader, chosen, batch), kept)
+    loop.train(learner, task, plan_of(loader, chosen, batch), saved)
     return model, ema.module
 
 
@@ -102,8 +102,8 @@ def plan_of(loader: Loader, chosen: Recipe, batch: int) -> loop.Plan:
         steps=total,
         period=steps,
         unit="epoch",
-        rate=lambda step: optim.learning_rate(step + 1, total, warmup, 0.0, peak, FINAL_LR),
-        advice="lower the rate by --set lr=...",
+        lr=lambda step: optim.learning_rate(step + 1, total, warmup, 0.0, peak, FINAL_LR),
+        advice="lower the learning rate by --set lr=...",
         accumulation=loader.accumulation,
     )
 

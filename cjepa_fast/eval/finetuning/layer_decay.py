@@ -34,20 +34,22 @@ def layer_decay_groups(
     ]
 
 
-def drop_path(x_BSD: torch.Tensor, rate: float) -> torch.Tensor:
-    """Each image's branch left out with probability `rate`, the others' scaled to keep the mean."""
-    kept_B11 = x_BSD.new_empty(len(x_BSD), 1, 1).bernoulli_(1 - rate)
-    return x_BSD * (kept_B11 / (1 - rate))
+def drop_path(x_BSD: torch.Tensor, probability: float) -> torch.Tensor:
+    """Each image's branch left out with that probability, the others' scaled to keep the mean."""
+    kept_B11 = x_BSD.new_empty(len(x_BSD), 1, 1).bernoulli_(1 - probability)
+    return x_BSD * (kept_B11 / (1 - probability))
 
 
-def add_drop_path(encoder: Encoder, rate: float) -> None:
-    """From now on, while training, the blocks drop branches: from 0 in the first to `rate`."""
-    for block, own in zip(encoder.blocks, torch.linspace(0, rate, encoder.depth), strict=True):
+def add_drop_path(encoder: Encoder, probability: float) -> None:
+    """While training, the blocks drop branches; the probability grows from 0 to `probability`."""
+    for block, own in zip(
+        encoder.blocks, torch.linspace(0, probability, encoder.depth), strict=True
+    ):
         if own > 0:
             hook = functools.partial(_drop_branch, float(own))
             for branch in (block.attn, block.mlp):
                 branch.register_forward_hook(hook)
 
 
-def _drop_branch(rate: float, branch: nn.Module, args, output: torch.Tensor):
-    return drop_path(output, rate) if branch.training else output
+def _drop_branch(probability: float, branch: nn.Module, args, output: torch.Tensor):
+    return drop_path(output, probability) if branch.training else output

@@ -2,7 +2,7 @@
 
 A task says what is learnt from, a plan how long and at which learning rates; the rest is here:
 steps, gradient accumulation, the average of the gradients over the ranks, the weights' EMA, the
-progress, the look at the loss, and the state kept to resume from.
+progress, the look at the loss, and the state saved to resume from.
 Several ranks train by torch's data parallelism: weights and moments are whole, and in fp32, on
 every rank, so a rank alone can write them. One rank needs no process group.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cjepa_fast.eval.finetuning.kept import Kept, Learner
+from cjepa_fast.eval.finetuning.saved import Learner, SavedTraining
 from cjepa_fast.runtime.distributed import mean_over_ranks, rank, world_size
 from cjepa_fast.telemetry.progress import shown_bar
 
@@ -47,7 +47,7 @@ class Plan:
     steps: int
     period: int
     unit: str
-    rate: Callable[[int], float]
+    lr: Callable[[int], float]
     advice: str
     accumulation: int = 1
 
@@ -59,19 +59,19 @@ class Plan:
         return done % self.period == 0 or done == self.steps
 
 
-def train(learner: Learner, task: Task, plan: Plan, kept: Kept) -> None:
-    """Train in place, from where `kept` has come to. Every rank calls it.
+def train(learner: Learner, task: Task, plan: Plan, saved: SavedTraining) -> None:
+    """Train in place, from where `saved` has come to. Every rank calls it.
 
-    Raises ValueError, on every rank, for what `kept` does not take and for a loss that is not
+    Raises ValueError, on every rank, for what `saved` does not take and for a loss that is not
     finite.
     """
-    start = kept.restore(learner)
+    start = saved.restore(learner)
     if start and rank() == 0:
-        print(f"{plan.moment(start)} is done, from {kept.folder}", flush=True)
+        print(f"{plan.moment(start)} is done, from {saved.folder}", flush=True)
     learner.module.train()
     if start == plan.steps:
         return
-    run, mean = _spread(learner.module), _Mean(plan)
+    model, mean = _spread(learner.module), _Mean(plan)
     with (
         contextlib.closing(task.batches(start)) as batches,
         shown_bar(plan.steps, plan.title, "step") as bar,
@@ -79,24 +79,24 @@ def train(learner: Learner, task: Task, plan: Plan, kept: Kept) -> None:
         bar.update(start)
         for step in range(start, plan.steps):
             task.begin(step)
-            mean.add(_update(run, learner, task, batches, plan, step))
+            mean.add(_update(model, learner, task, batches, plan, step))
             bar.update()
             due = plan.ends_period(step + 1)
             if due or step % LOSS_EVERY == 0:
                 bar.set_postfix(loss=mean.look(step + 1, tell=due))
             if due:
-                kept.save(learner, step + 1)
+                saved.save(learner, step + 1)
 
 
 def _update(
-    run: nn.Module, learner: Learner, task: Task, batches: Iterator, plan: Plan, step: int
+    model: nn.Module, learner: Learner, task: Task, batches: Iterator, plan: Plan, step: int
 ) -> torch.Tensor:
     """One step. The mean loss of this rank's micro-batches, 0-d."""
-    learner.set_rate(plan.rate(step))
+    learner.set_lr(plan.lr(step))
     losses = []
     for micro in range(plan.accumulation):
-        with _this_rank_alone(run, micro + 1 < plan.accumulation):
-            loss = task.loss(run, next(batches)) / plan.accumulation
+        with _this_rank_alone(model, micro + 1 < plan.accumulation):
+            loss = task.loss(model, next(batches)) / plan.accumulation
             loss.backward()
         losses.append(loss.detach())
     learner.step()
@@ -110,10 +110,10 @@ def _spread(model: nn.Module) -> nn.Module:
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
-def _this_rank_alone(run: nn.Module, alone: bool) -> contextlib.AbstractContextManager:
+def _this_rank_alone(model: nn.Module, alone: bool) -> contextlib.AbstractContextManager:
     """Gradients of all micro-batches but a step's last stay on their rank."""
-    if alone and isinstance(run, DistributedDataParallel):
-        return run.no_sync()
+    if alone and isinstance(model, DistributedDataParallel):
+        return model.no_sync()
     return contextlib.nullcontext()
 
 

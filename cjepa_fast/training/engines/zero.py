@@ -275,9 +275,9 @@ class ZeroEngine:
     def _owned(self, name: str, start: int, key: nn.Parameter, offset: int, numel: int):
         """The slice [offset, offset + numel) of an optimiser's (flat) parameter and its moments."""
         state = self._base_optimizer.state[key]
-        run = slice(offset, offset + numel)
-        moments = {moment: state[moment].view(-1)[run] for moment in MOMENTS}
-        return OwnedState(Fragment(name, start, key.data.view(-1)[run]), moments)
+        owned = slice(offset, offset + numel)
+        moments = {moment: state[moment].view(-1)[owned] for moment in MOMENTS}
+        return OwnedState(Fragment(name, start, key.data.view(-1)[owned]), moments)
 
     def _state_stage_0(self) -> list[OwnedState]:
         masters = {id(p): p for p in self._parameters}

@@ -62,10 +62,10 @@ class Learner:
             self.optimizer.state[p] = {"step": torch.zeros(()), **moments}
         self.snapshot = Snapshot()
 
-    def set_rate(self, rate: float) -> None:
+    def set_lr(self, lr: float) -> None:
         """The learning rate of the next step, of which each group takes its own share."""
         for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["lr_scale"]
+            group["lr"] = lr * group["lr_scale"]
 
     def step(self) -> None:
         """Update the weights and their EMA by the gradients, and clear those."""
@@ -125,7 +125,7 @@ def _whole(name: str, tensor: torch.Tensor) -> Fragment:
     return Fragment(name, 0, _flat(tensor))
 
 
-class Kept:
+class SavedTraining:
     """The state of a training below `folder`; where that is None nothing is kept.
 
     facts: what decides the training, as JSON can hold it; resume: whether to resume from what is
