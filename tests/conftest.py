@@ -78,3 +78,12 @@ def kernel_device(request) -> str:
     with launch.interpreted() if request.param == "cpu" else contextlib.nullcontext():
         yield request.param
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def one_thread():
+    """torch computes on one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -24,6 +24,7 @@ from PIL import Image
 
 from cjepa_fast.data import formats, listing, rng
 from cjepa_fast.data.sources import ImageSet, open_images
+from cjepa_fast.runtime import files
 from cjepa_fast.telemetry.progress import shown_bar
 
 MANIFEST = "manifest.json"
@@ -118,7 +119,7 @@ def _pack_shard(
         return left_out
     _verify(temporary, hashes, pool)
     os.replace(temporary, tar)
-    _sync_folder(out)
+    files.sync_file(out)
     names = {member: images.name(int(member.partition(".")[0])) for member in hashes}
     done = {"bytes": tar.stat().st_size, "left_out": left_out, "names": names, "sha256": hashes}
     _write_text(record, json.dumps(done))
@@ -174,22 +175,8 @@ def _verify(tar: Path, hashes: dict[str, str], pool) -> None:
 
 
 def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """A rename lasts through a power cut only once its folder is written."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    files.write_text(path, text)
+    files.sync_file(path.parent)  # a rename lasts through a power cut only once this is written
 
 
 def main(arguments: list[str] | None = None) -> int:

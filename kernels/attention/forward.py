@@ -16,7 +16,6 @@ from cjepa_fast.kernels.attention.heads import (
     LOG2_E,
     WIDTHS,
     compiled,
-    dot,
     dot_transposed,
     load_parts,
     program_index,
@@ -24,7 +23,7 @@ from cjepa_fast.kernels.attention.heads import (
     store_parts,
     strides,
 )
-from cjepa_fast.kernels.common.launch import TRITON_NAMES, Compiled, chosen, narrow, use_kernel
+from cjepa_fast.kernels.common.launch import TRITON_NAMES, Compiled, chosen, dot, narrow, use_kernel
 from cjepa_fast.kernels.common.maybe_triton import tl, triton
 
 WIDEST = 128  # values of a head

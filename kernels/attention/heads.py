@@ -6,7 +6,7 @@ or 88 values as 64 and 16 or 32, 24 as 32; never as 128.
 
 import torch
 
-from cjepa_fast.kernels.common.launch import INTERPRET, Compiled, narrow
+from cjepa_fast.kernels.common.launch import Compiled, dot, narrow
 from cjepa_fast.kernels.common.maybe_triton import tl, triton
 
 LOG2_E = 1.4426950408889634
@@ -75,14 +75,6 @@ def load_queries(
     if D1 > 0:
         delta += tl.sum(o1.to(tl.float32) * do1.to(tl.float32), 1)
     return q0, q1, do0, do1, tl.load(lse + row, mask=live, other=float("inf")), delta
-
-
-@triton.jit
-def dot(x, y, acc):
-    if INTERPRET:  # its own bf16 matmul is wrong
-        return tl.dot(x.to(tl.float32), y.to(tl.float32), acc, input_precision="ieee")
-    else:
-        return tl.dot(x, y, acc)
 
 
 @triton.jit

@@ -15,7 +15,6 @@ import torch
 from cjepa_fast.kernels.attention.heads import (
     WIDTHS,
     compiled,
-    dot,
     dot_transposed,
     load_parts,
     load_queries,
@@ -23,7 +22,7 @@ from cjepa_fast.kernels.attention.heads import (
     store_parts,
     store_sums,
 )
-from cjepa_fast.kernels.common.launch import TRITON_NAMES, Compiled, narrow
+from cjepa_fast.kernels.common.launch import TRITON_NAMES, Compiled, dot, narrow
 from cjepa_fast.kernels.common.maybe_triton import tl, triton
 
 # --- the kernel

@@ -202,6 +202,15 @@ def narrow(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def dot(x, y, acc):
+    """acc + x y, accumulated in fp32."""
+    if INTERPRET:  # its own bf16 matmul is wrong
+        return tl.dot(x.to(tl.float32), y.to(tl.float32), acc, input_precision="ieee")
+    else:
+        return tl.dot(x, y, acc)
+
+
+@triton.jit
 def _rounded(x, DROPPED: tl.constexpr):
     """fp32 x without its last DROPPED bits, rounded to nearest even; NaN stays as it is."""
     bits = x.to(tl.uint32, bitcast=True)

@@ -14,7 +14,14 @@ import itertools
 
 import torch
 
-from cjepa_fast.kernels.common.launch import KERNEL_DTYPES, TRITON_NAMES, Compiled, chosen, narrow
+from cjepa_fast.kernels.common.launch import (
+    KERNEL_DTYPES,
+    TRITON_NAMES,
+    Compiled,
+    chosen,
+    dot,
+    narrow,
+)
 from cjepa_fast.kernels.common.maybe_triton import tl, triton
 from cjepa_fast.kernels.vicreg.forward import runs_kernels
 from cjepa_fast.kernels.vicreg.plain import plain_grad
@@ -22,7 +29,6 @@ from cjepa_fast.kernels.vicreg.tiles import (
     GRAD_CONFIGS,
     Config,
     Saved,
-    bf16_dot,
     candidates,
     compiled_in,
     empty,
@@ -80,9 +86,9 @@ def _grad_kernel(
         else:
             x_high, x_low = halves(x)
             y_low = tl.load(pointer + area, mask=inside, other=0.0)
-            acc = bf16_dot(x_low, y, acc)
-            acc = bf16_dot(x_high, y_low, acc)
-            acc = bf16_dot(x_high, y, acc)
+            acc = dot(x_low, y, acc)
+            acc = dot(x_high, y_low, acc)
+            acc = dot(x_high, y, acc)
     if GRAM:
         rows, cols = q[None, :], p
     else:

@@ -20,6 +20,7 @@ from cjepa_fast.kernels.common.launch import (
     TRITON_NAMES,
     Compiled,
     chosen,
+    dot,
     narrow,
     use_kernel,
 )
@@ -32,7 +33,6 @@ from cjepa_fast.kernels.vicreg.tiles import (
     Config,
     Saved,
     Terms,
-    bf16_dot,
     candidates,
     compiled,
     compiled_in,
@@ -91,9 +91,9 @@ def _moment_kernel(
         else:
             x_high, x_low = halves(x)
             y_high, y_low = halves(y)
-            acc = bf16_dot(x_low, y_high, acc)
-            acc = bf16_dot(x_high, y_low, acc)
-            acc = bf16_dot(x_high, y_high, acc)
+            acc = dot(x_low, y_high, acc)
+            acc = dot(x_high, y_low, acc)
+            acc = dot(x_high, y_high, acc)
     tile = (m * splits + split) * (side * (side + 1) // 2) + j * (j + 1) // 2 + i
     local = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     tl.store(partial_ptr + tile * (BLOCK * BLOCK) + local, acc)

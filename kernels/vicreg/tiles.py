@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from cjepa_fast.kernels.common.launch import INTERPRET, TRITON_NAMES, Compiled, narrow
+from cjepa_fast.kernels.common.launch import TRITON_NAMES, Compiled, narrow
 from cjepa_fast.kernels.common.maybe_triton import tl, triton
 
 Terms = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -128,14 +128,6 @@ def halves(x):
     """x as the sum of two bf16 numbers, to 2^-17."""
     high = narrow(x, tl.bfloat16)
     return high, narrow(x - high.to(tl.float32), tl.bfloat16)
-
-
-@triton.jit
-def bf16_dot(x, y, acc):
-    if INTERPRET:  # its own bf16 matmul is wrong
-        return tl.dot(x.to(tl.float32), y.to(tl.float32), acc, input_precision="ieee")
-    else:
-        return tl.dot(x, y, acc)
 
 
 # --- ahead of time

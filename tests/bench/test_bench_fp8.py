@@ -14,13 +14,8 @@ from cjepa_fast.model.vit import Encoder
 sys.path.insert(0, str(tiny.ROOT / "bench"))  # no package: its scripts import each other by name
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """A second one gains these small matmuls nothing, and waits where the cores are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+# A second thread gains these small matmuls nothing, and waits where the cores are busy.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

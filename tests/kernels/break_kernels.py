@@ -79,8 +79,8 @@ BREAKS = [
     *broken(
         "vicreg/forward", "_moment_kernel",
         ("diagonal tiles missing", "if i > j", "if i >= j"),
-        ("low halves of x left out", "acc = bf16_dot(x_low, y_high, acc)", "acc += 0.0"),
-        ("low halves of y left out", "acc = bf16_dot(x_high, y_low, acc)", "acc += 0.0"),
+        ("low halves of x left out", "acc = dot(x_low, y_high, acc)", "acc += 0.0"),
+        ("low halves of y left out", "acc = dot(x_high, y_low, acc)", "acc += 0.0"),
         ("last step unsummed", "tl.minimum(begin + per_split, D if GRAM else n)",
          "tl.minimum(begin + per_split, D if GRAM else n) - BLOCK_K"),
         ("every stretch from the start", "begin = split * per_split", "begin = 0 * split"),
@@ -106,7 +106,7 @@ BREAKS = [
     *broken(
         "vicreg/backward", "_grad_kernel",
         ("divisor: 2 for 4", "4 * scale", "2 * scale"),
-        ("low half of the matrix left out", "acc = bf16_dot(x_high, y_low, acc)", "acc += 0.0"),
+        ("low half of the matrix left out", "acc = dot(x_high, y_low, acc)", "acc += 0.0"),
         ("the Gram's diagonal kept", "slope -= slope_cov * variance", "slope -= 0.0"),
         ("last row of the matrix dropped", "k[:, None] < size", "k[:, None] < size - 1"),
         ("last column dropped", "(rows < n) & (cols < D)", "(rows < n) & (cols < D - 1)"),

@@ -1,8 +1,7 @@
 """VICReg's terms against loops, far from zero mean, and over several ranks."""
 
-import socket
-
 import pytest
+import tiny
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -222,9 +221,7 @@ def parallel(tmp_path_factory) -> tuple[dict, list[dict]]:
     torch.manual_seed(0)
     x = torch.randn(sum(ROWS), 4, dtype=torch.float64) * torch.tensor([0.3, 1, 2, 0.1])
     x[: ROWS[0]] += 2  # the ranks' own means differ, as if the data were sorted
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = tiny.free_port()
     out = tmp_path_factory.mktemp("ranks")
     mp.spawn(worker, (port, x, str(out)), nprocs=len(ROWS))
     alone = each_variant(x, None)

@@ -3,10 +3,10 @@
 import contextlib
 import functools
 import itertools
-import socket
 from typing import NamedTuple
 
 import pytest
+import tiny
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -107,9 +107,7 @@ def worker(rank: int, port: int, rows: tuple[int, ...], out: str) -> None:
 @functools.cache
 def together(world: int, out: str) -> list[dict]:
     """What each of `world` ranks finds."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = tiny.free_port()
     mp.spawn(worker, (port, WORLDS[world], out), nprocs=world)
     return [torch.load(f"{out}/rank{rank}.pt") for rank in range(world)]
 

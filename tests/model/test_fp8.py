@@ -1,7 +1,6 @@
 """The target encoder in FP8: what it computes, how far off its features are, its EMA."""
 
 import copy
-import socket
 
 import pytest
 import tiny
@@ -22,14 +21,8 @@ from cjepa_fast.runtime import hardware
 from cjepa_fast.training import build
 from cjepa_fast.training.ema import TargetEMA
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """A second one gains these small matmuls nothing, and waits where the cores are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+# A second thread gains these small matmuls nothing, and waits where the cores are busy.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -222,9 +215,7 @@ def worker(rank: int, port: int, out: str) -> None:
 
 @pytest.mark.multiprocess
 def test_shares_that_cut_rows_give_the_same_bits(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = tiny.free_port()
     mp.spawn(worker, (port, str(tmp_path)), nprocs=2)
     wanted = state(ema_of().module)
     for rank in range(2):

@@ -1,9 +1,9 @@
 """The target's EMA: in fp32, whole or in pieces, and its rounded working copy."""
 
 import copy
-import socket
 
 import pytest
+import tiny
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -215,9 +215,7 @@ def worker(rank: int, port: int, out: str) -> None:
 
 @pytest.mark.multiprocess
 def test_ranks_complete_each_others_working_copy(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = tiny.free_port()
     mp.spawn(worker, (port, str(tmp_path)), nprocs=3)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(3)]
     for dtype in (torch.float32, torch.bfloat16):

@@ -2,23 +2,13 @@
 
 import pytest
 import tiny
-import torch
 
 import cjepa_fast
 from cjepa_fast.config import ConfigError
 
 
-@pytest.fixture
-def one_thread():
-    """As the command has in tests: sums over threads are rounded otherwise."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.slow
-def test_it_trains_as_the_command_does_and_resumes(tmp_path, one_thread):
+def test_it_trains_as_the_command_does_and_resumes(tmp_path, one_thread):  # sums are rounded alike
     by_command = tiny.train("--config", tiny.write_config(tmp_path / "a", run={"epochs": 2}))
     assert by_command.returncode == 0, by_command.stderr
     config = tiny.write_config(tmp_path / "b")
