@@ -67,11 +67,13 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--config", nargs="+", default=CONFIGS, metavar="NAME")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
-    parser.add_argument("--batch", type=int, help="images; default: each config's micro-batch")
+    parser.add_argument(
+        "--batch-size", dest="batch", type=int, help="images; default: each config's micro-batch"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     args = parser.parse_args(argv)
     if args.batch is not None and args.batch < 1:
-        parser.error(f"--batch {args.batch}: must be at least 1")
+        parser.error(f"--batch-size {args.batch}: must be at least 1")
     device = here()
     rows = []
     try:

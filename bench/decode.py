@@ -196,7 +196,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--data-path", type=Path, required=True, metavar="FOLDER", help="of JPEGs")
     parser.add_argument("--config", default="vit_b", metavar="NAME")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
-    parser.add_argument("--batch", type=int, help="images; default: the config's micro-batch")
+    parser.add_argument(
+        "--batch-size", dest="batch", type=int, help="images; default: the config's micro-batch"
+    )
     parser.add_argument("--turns", type=int, default=5, help="of each")
     parser.add_argument("--batches", type=int, default=8, help="timed in a turn")
     parser.add_argument("--epochs", type=int, default=0, help="watch the memory of so many")

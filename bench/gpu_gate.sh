@@ -111,13 +111,13 @@ if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; th
   profiled=(vit_b vit_h)
   ops_size=(--seconds 0.2 --model H --widths 768 1280)
   fp8_size=(--seconds 2)
-  saving_size=(--config vit_h --batch 128)
+  saving_size=(--config vit_h --batch-size 128)
   fast_tests="find tests -name 'test_*.py' -not -path 'tests/faults/*'"
   jpeg_config=vit_b
   train_s=40 resume_s=25 knn_train=10000
 else
   say "no GPU: toy sizes"
-  toy=(--batch 2 --set model.width=48 --set model.depth=1 --set model.heads=3
+  toy=(--batch-size 2 --set model.width=48 --set model.depth=1 --set model.heads=3
     --set predictor.width=24 --set predictor.depth=1 --set predictor.heads=3)
   bench_size=(--steps 2 --warmup 1 "${toy[@]}")
   against_size=("${bench_size[@]}")
@@ -125,9 +125,9 @@ else
   attention_size=(--config demo vit_t "${toy[@]}")
   models=(vit_t vit_h)
   profiled=(vit_b)
-  ops_size=(--seconds 0 --no-compile --batch 2 --rows 300 --widths 96)
+  ops_size=(--seconds 0 --no-compile --batch-size 2 --rows 300 --widths 96)
   fp8_size=(--seconds 0)
-  saving_size=(--config demo --batch 2 --saves 1)
+  saving_size=(--config demo --batch-size 2 --saves 1)
   fast_tests="echo tests/config/test_config.py tests/project/test_imports.py | xargs -n 1"
   jpeg_config=demo
   train_sets+=(--set data.batch_size=16 --set data.micro_batch_size=16 --set model.depth=1)
@@ -178,7 +178,7 @@ part knn 60 "$PYTHON" -m cjepa_fast.eval knn "$WORK/run" "${knn_data[@]}" --untr
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do
     part $tool 60 compute-sanitizer --tool $tool --error-exitcode 9 \
-      "$PYTHON" bench/ops.py --once --model T --batch 2 --rows 300 --widths 96
+      "$PYTHON" bench/ops.py --once --model T --batch-size 2 --rows 300 --widths 96
   done
 fi
 part tests-fast 120 bash -c "$fast_tests | $each_file" "$PYTHON" \

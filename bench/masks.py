@@ -49,7 +49,7 @@ def measure(images: int, calls: int) -> list[dict]:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--batch", type=int, default=128, help="images")
+    parser.add_argument("--batch-size", dest="batch", type=int, default=128, help="images")
     parser.add_argument("--calls", type=int, default=200, help="timed calls of each")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     args = parser.parse_args(argv)

@@ -91,7 +91,7 @@ def measure(config: configuration.Config, saves: int, folder: Path) -> dict:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--config", default="vit_b")
-    parser.add_argument("--batch", type=int, default=8, help="images a step")
+    parser.add_argument("--batch-size", dest="batch", type=int, default=8, help="images a step")
     parser.add_argument("--saves", type=int, default=4)
     parser.add_argument("--folder", type=Path, help="on the disk that is to be measured")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")

@@ -104,7 +104,7 @@ def measure_apart(name: str, args: argparse.Namespace) -> list[dict]:
         for option in ("steps", "warmup", "data", "data_path", "against", "profile"):
             if (value := getattr(args, option)) is not None:
                 command += [f"--{option.replace('_', '-')}", str(value)]
-        command += [] if args.batch[0] is None else ["--batch", str(args.batch[0])]
+        command += [] if args.batch[0] is None else ["--batch-size", str(args.batch[0])]
         command += [part for override in args.overrides for part in ("--set", override)]
         own = {name: v for name, v in os.environ.items() if not name.startswith(LAUNCHERS)}
         done = subprocess.run(command, env=own)
@@ -149,7 +149,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--config", nargs="+", default=["demo"], metavar="NAME")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
     parser.add_argument(
-        "--batch", type=batches, default=[None], metavar="N[,N...]|auto",
+        "--batch-size", dest="batch", type=batches, default=[None], metavar="N[,N...]|auto",
         help="images a rank, or the largest that fits; default: the config's",
     )  # fmt: skip
     parser.add_argument("--steps", type=int, default=20, help="timed steps")
@@ -171,11 +171,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
         if (value := getattr(args, name)) < least:
             parser.error(f"--{name} {value}: must be at least {least}")
     if args.batch == "auto" and not has_gpu():
-        parser.error("--batch auto: on a CPU it would fill the machine's memory; give numbers")
+        parser.error("--batch-size auto: on a CPU it would fill the machine's memory; give numbers")
     if args.alone is not None and not args.alone > 0:
         parser.error(f"--alone {args.alone}: must be above 0")
     if launched() > 1 and (args.batch == "auto" or args.against):
-        parser.error("--batch auto and --against are for one process: leave the launcher out")
+        parser.error("--batch-size auto and --against are for one process: leave the launcher out")
     if args.data is None and not args.against:
         args.data = "both"
     return args

@@ -67,7 +67,7 @@ knn() {
 }
 
 bench() {
-  "$PYTHON" bench/throughput.py --config demo --batch 8 --steps 4 --warmup 2 --data synthetic \
+  "$PYTHON" bench/throughput.py --config demo --batch-size 8 --steps 4 --warmup 2 --data synthetic \
     --against reference --json "$1/bench.json"
 }
 

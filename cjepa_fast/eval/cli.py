@@ -95,7 +95,7 @@ def add_crop(parser: argparse.ArgumentParser) -> None:
 
 def add_reading(parser: argparse.ArgumentParser) -> None:
     add_crop(parser)
-    parser.add_argument("--batch-size", type=positive, default=128)
+    parser.add_argument("--batch-size", type=positive, default=128, help="images encoded at once")
     parser.add_argument("--threads", type=positive, default=2, help="decoding threads")
 
 

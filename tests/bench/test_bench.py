@@ -218,7 +218,7 @@ def test_what_several_ranks_cannot_do_is_told(monkeypatch, capsys, wrong):
 
 @pytest.mark.parametrize(("text", "found"), [("8", [8]), ("8,16", [8, 16])])
 def test_batches_are_numbers(text, found):
-    assert throughput.parse(["--batch", text]).batch == found
+    assert throughput.parse(["--batch-size", text]).batch == found
 
 
 @pytest.mark.parametrize("text", ["0", "8,x", "auto"])
@@ -226,8 +226,8 @@ def test_wrong_batches_are_told(capsys, text):
     if text == "auto" and torch.cuda.is_available():
         pytest.skip("a GPU is here, where auto is right")
     with pytest.raises(SystemExit):
-        throughput.parse(["--batch", text])
-    assert "--batch" in capsys.readouterr().err
+        throughput.parse(["--batch-size", text])
+    assert "--batch-size" in capsys.readouterr().err
 
 
 def test_the_table_lines_up_and_names_failures():
@@ -250,7 +250,7 @@ def test_saving_appends(tmp_path):
 
 def test_the_batch_is_one_micro_batch(tmp_path):
     path = str(tiny.write_config(tmp_path, data={"batch_size": 64, "micro_batch_size": 16}))
-    for asked, expected in (([], 16), (["--batch", "24"], 24)):
+    for asked, expected in (([], 16), (["--batch-size", "24"], 24)):
         config = throughput.configured(path, throughput.parse(["--config", path, *asked]), 2)
         assert (config.data.micro_batch_size, config.data.batch_size) == (expected, 2 * expected)
 

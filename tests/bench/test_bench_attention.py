@@ -18,7 +18,7 @@ import attention as bench
 
 def test_each_kernel_is_tried_at_the_runs_own_shapes(tmp_path, capsys):
     path, out = str(tiny.write_config(tmp_path)), tmp_path / "attention.json"
-    assert bench.main(["--config", path, "--batch", "2", "--json", str(out)]) == 0
+    assert bench.main(["--config", path, "--batch-size", "2", "--json", str(out)]) == 0
     found = json.loads(out.read_text())
     masks = build.build_masks(load(path))(0, 0, torch.arange(2))
     K, (M, P) = masks.context_idx_BK.shape[1], masks.target_idx_BMP.shape[1:]

@@ -87,7 +87,7 @@ def test_it_measures_and_writes_what_it_saw(tmp_path, capsys, monkeypatch):
     rates = {"bytes_per_s": 1e10, "bfloat16": 1e11, "float32": 1e11}
     monkeypatch.setattr(ops, "measured_rates", lambda device: rates)
     found = {"json": tmp_path / "new" / "ops.json", "markdown": tmp_path / "ops.md"}
-    small = ["--model", "T", "--batch", "2", "--rows", "12", "--widths", "8", "--seconds", "0"]
+    small = ["--model", "T", "--batch-size", "2", "--rows", "12", "--widths", "8", "--seconds", "0"]
     files = [part for name, path in found.items() for part in (f"--{name}", str(path))]
     assert ops.main([*small, "--no-compile", "--only", "vicreg", *files]) == 0
     saved = json.loads(found["json"].read_text())
@@ -99,7 +99,7 @@ def test_it_measures_and_writes_what_it_saw(tmp_path, capsys, monkeypatch):
 
 
 def test_what_is_predicted_says_so(capsys):
-    assert ops.main(["--predict", "--model", "T", "--batch", "2", "--widths", "384"]) == 0
+    assert ops.main(["--predict", "--model", "T", "--batch-size", "2", "--widths", "384"]) == 0
     text = capsys.readouterr().out
     assert "predicted, not measured" in text and "| vicreg_terms | tokens:" in text
 
@@ -108,7 +108,7 @@ def test_what_is_predicted_says_so(capsys):
 def test_wrong_settings_are_told(capsys, wrong):
     if wrong == ["--tune"] and torch.cuda.is_available():
         pytest.skip("a GPU is here, so that --tune would run")
-    assert ops.main(["--model", "T", "--batch", "2", *wrong]) == 2
+    assert ops.main(["--model", "T", "--batch-size", "2", *wrong]) == 2
     assert "error" in capsys.readouterr().err
 
 

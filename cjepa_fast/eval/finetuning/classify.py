@@ -60,7 +60,7 @@ def tune(
     add_drop_path(encoder, chosen.drop_path)
     ema = recipe.averaged(model, chosen.average)
     learner = Learner(model, encoder, chosen.layer_decay, chosen.weight_decay, ema)
-    batch, micro_batch = batches_of(len(train), chosen.batch, args.micro_batch)
+    batch, micro_batch = batches_of(len(train), chosen.batch, args.micro_batch_size)
     loader = loader_of(train, encoder, chosen, args, batch, micro_batch)
     saved = SavedTraining(folder, facts | {"batch": batch}, resume=args.resume)
     task = Labelled(loader, label_n, classes, chosen, args.seed)
@@ -203,7 +203,7 @@ def changed(base: Recipe, changes: list[tuple[str, object]] | None) -> Recipe:
 
 def add_tuning(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bf16", action="store_true", help="the encoder in bf16")
-    parser.add_argument("--micro-batch", type=cli.positive, default=64, metavar="N",
+    parser.add_argument("--micro-batch-size", type=cli.positive, default=64, metavar="N",
                         help="images at once on a rank; default 64")  # fmt: skip
     parser.add_argument("--set", type=change, nargs="+", metavar="NAME=VALUE",
                         help="of the recipe: epochs=3 lr=1e-3 rand_augment=null")  # fmt: skip
