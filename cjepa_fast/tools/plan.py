@@ -224,7 +224,7 @@ def describe(args: argparse.Namespace, config: Config) -> str:
         cells = (f"{found.static[part] / 1e9:10.2f}" for found in plans.values())
         lines.append(f"{part:20s}{''.join(cells)}")
     kept = (f"{found.per_image * micro_batch / 1e9:10.2f}" for found in plans.values())
-    lines.append(f"{'kept for backward':20s}{''.join(kept)}")
+    lines.append(f"{'saved for backward':20s}{''.join(kept)}")
     totals = (f"{found.total(micro_batch) / 1e9:10.2f}" for found in plans.values())
     lines.append(f"{'in all':20s}{''.join(totals)}")
     largest = (f"{largest_batch(found, gpu):10d}" for found in plans.values())

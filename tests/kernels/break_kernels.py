@@ -17,6 +17,8 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from cjepa_fast.runtime.provenance import own_commit
+
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = {  # by file or folder of kernels/
     "vicreg": "tests/kernels/test_kernels_vicreg_triton.py",
@@ -435,9 +437,10 @@ def main() -> int:
             print(lines[-1], flush=True)
     if args.markdown:
         heading = (
-            "# Broken kernels and the tests that noticed\n\n`python tests/kernels/break_kernels.py"
+            "# Kernels broken on purpose, and the tests that noticed\n\n`python "
+            "tests/kernels/break_kernels.py --markdown bench/results/breaks.md`, each break alone. "
+            f"Commit {own_commit()}.\n\n"
         )
-        heading += " --markdown bench/results/breaks.md`, each break alone.\n\n"
         args.markdown.write_text(heading + "\n".join(lines) + "\n", encoding="utf-8")
     print(f"{len(lines) - 2} breaks, {missed} unnoticed")
     return int(missed > 0)
