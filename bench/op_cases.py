@@ -24,7 +24,7 @@ BF16 = 2  # bytes a value
 ADAM = {"step": 10, "lr": 1e-4, "momentum": 0.996, "weight_decay": 0.05}
 
 
-class Work(NamedTuple):
+class Cost(NamedTuple):
     """What a pass must at least do: bytes to and from memory, operations (2 a multiply-add)."""
 
     bytes: float
@@ -41,7 +41,7 @@ class Case(NamedTuple):
     make: Callable[[torch.device], tuple]
     ours: Callable[..., Any]
     reference: Callable[..., Any]
-    work: dict[str, Work]
+    work: dict[str, Cost]
 
 
 def cases(models: list[str], batch: int | None, rows: int, widths: list[int]) -> list[Case]:
@@ -78,8 +78,8 @@ def gathers(model: str, config: Config, masks: Masks) -> list[Case]:
     N = (config.data.image_size // config.model.patch_size) ** 2
     D, W = build.model_sizes(config)["width"], config.predictor.width
     S, tokens, rows = M * P, f"{model}: {B}x{N}x{D}", B * D * BF16
-    copied = {"forward": Work(2 * K * rows), "backward": Work((K + N) * rows)}
-    sequences = Work((K + M * (K + P)) * B * W * BF16)
+    copied = {"forward": Cost(2 * K * rows), "backward": Cost((K + N) * rows)}
+    sequences = Cost((K + M * (K + P)) * B * W * BF16)
 
     def made(*shapes: tuple[int, ...], idx: tuple) -> Callable[[torch.device], tuple]:
         return lambda device: (
@@ -88,7 +88,7 @@ def gathers(model: str, config: Config, masks: Masks) -> list[Case]:
             *(i.to(device) for i in idx),
         )
 
-    def case(op: str, label: str, make, **work: Work) -> Case:
+    def case(op: str, label: str, make, **work: Cost) -> Case:
         return Case(shape=label, dtype=torch.bfloat16, make=make, work=work, **pair(gather, op))
 
     return [
@@ -100,7 +100,7 @@ def gathers(model: str, config: Config, masks: Masks) -> list[Case]:
         ),
         case(
             "target_gather", f"{tokens}, {M}x{P}", made((B, N, D), idx=(targets,)),
-            forward=Work(B * S * D * (BF16 + 4)),
+            forward=Cost(B * S * D * (BF16 + 4)),
         ),
         case(
             "predictor_input", f"{model}: {B}x{K}x{W}, {M}x{P}",
@@ -110,7 +110,7 @@ def gathers(model: str, config: Config, masks: Masks) -> list[Case]:
         case(
             "prediction_loss", f"{tokens}, {M}x{P}",
             made((B, M, P, D), (B, N, D), idx=(targets,)),
-            forward=Work(2 * S * rows), backward=Work(3 * S * rows),
+            forward=Cost(2 * S * rows), backward=Cost(3 * S * rows),
         ),
     ]  # fmt: skip
 
@@ -138,13 +138,13 @@ def emas(model: str, config: Config) -> list[Case]:
     # 14 and 38 bytes a value: see the docstrings of kernels/ema/, here with bf16 gradients
     return [
         Case(
-            shape=label, dtype=fp32, make=arguments, work={"forward": Work(14 * values)},
+            shape=label, dtype=fp32, make=arguments, work={"forward": Cost(14 * values)},
             **pair(ema, "ema_update"),
         ),
         Case(
             shape=label, dtype=fp32,
             make=lambda device: tuple(lists(device, fp32, bf16, fp32, fp32, fp32, bf16, bf16)),
-            work={"forward": Work(38 * values)}, **adamw,
+            work={"forward": Cost(38 * values)}, **adamw,
         ),
     ]  # fmt: skip
 
@@ -163,7 +163,7 @@ def blocks(model: str, config: Config, masks: Masks) -> list[Case]:
         values = math.prod(shape)
         flop = {"forward": 4, "backward": 10}
         pairs = values * shape[1] if op == "attention" else 0
-        work = {n: Work(x * values * BF16, flop[n] * pairs) for n, x in passes.items()}
+        work = {n: Cost(x * values * BF16, flop[n] * pairs) for n, x in passes.items()}
         label = f"{model}: {'x'.join(map(str, shape))}"
         return Case(op, label, torch.bfloat16, make, ours, reference, work)
 
@@ -245,7 +245,7 @@ def quantisations(model: str, config: Config, images: int) -> list[Case]:
     def case(op: str, width: int, make) -> Case:
         return Case(
             shape=f"{model}: {tokens}x{width}", dtype=torch.bfloat16, make=make,
-            work={"forward": Work(tokens * width * (BF16 + 1))}, **pair(fp8, op),
+            work={"forward": Cost(tokens * width * (BF16 + 1))}, **pair(fp8, op),
         )  # fmt: skip
 
     return [
@@ -270,7 +270,7 @@ def averaged_rows(model: str, D: int, depth: int) -> Case:
 
     return Case(
         shape=f"{model}: {depth}x{D}x{D}", dtype=torch.float32, make=make,
-        work={"forward": Work(13 * depth * D**2)}, **pair(ema, "ema_update_rows"),
+        work={"forward": Cost(13 * depth * D**2)}, **pair(ema, "ema_update_rows"),
     )  # fmt: skip
 
 
@@ -282,13 +282,13 @@ def _with_copies(step: Callable) -> Callable:
     return run
 
 
-def vicreg_work(M: int, n: int, D: int, dtype: torch.dtype) -> dict[str, Work]:
+def vicreg_work(M: int, n: int, D: int, dtype: torch.dtype) -> dict[str, Cost]:
     """Of the mathematics: the matrix is S x S, S = min(n, D), half of it computed forward."""
     S, values = min(n, D), M * n * D * dtype.itemsize
     matrix = M * S * S * 4
     return {
-        "forward": Work(2 * values + matrix, M * n * D * S),
-        "backward": Work(2 * values + matrix, 2 * M * n * D * S),
+        "forward": Cost(2 * values + matrix, M * n * D * S),
+        "backward": Cost(2 * values + matrix, 2 * M * n * D * S),
     }
 
 

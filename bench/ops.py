@@ -25,7 +25,7 @@ from typing import Any
 import hardware
 import torch
 import tune
-from op_cases import MODELS, ROWS, WIDTHS, Case, Work, cases
+from op_cases import MODELS, ROWS, WIDTHS, Case, Cost, cases
 from stopwatch import Stopwatch
 
 SHEETS = ("H200", "A100", "B200")
@@ -51,7 +51,7 @@ def sheet_rates(name: str) -> Rates:
     return {"bytes_per_s": bytes_per_s, "bfloat16": flop_per_s, "float32": flop_per_s / 2}
 
 
-def roofline_us(work: Work, dtype: torch.dtype, rates: Rates) -> float:
+def roofline_us(work: Cost, dtype: torch.dtype, rates: Rates) -> float:
     matmuls = rates[str(dtype).removeprefix("torch.")]
     return 1e6 * max(work.bytes / rates["bytes_per_s"], work.flop / matmuls)
 
@@ -100,7 +100,7 @@ def measure(
     hardware.synchronize(device)
     prepared_s = time.perf_counter() - began
     watch = Stopwatch(device)
-    total = Work(*map(sum, zip(*case.work.values(), strict=True)))
+    total = Cost(*map(sum, zip(*case.work.values(), strict=True)))
     for name in variants["ours"]:
         calls = {variant: found[name] for variant, found in variants.items()}
         times = watch.turns(calls, seconds)
@@ -122,7 +122,7 @@ def call_once(found: list[Case], device: torch.device) -> None:
         hardware.synchronize(device)
 
 
-def row_of(times: dict[str, list[float]], work: Work, bound_us: float) -> dict:
+def row_of(times: dict[str, list[float]], work: Cost, bound_us: float) -> dict:
     """The figures of one pass; rates, share of the roofline and speed-ups are of our medians."""
     spread = {name: statistics.quantiles(t, n=10, method="inclusive") for name, t in times.items()}
     median = {name: statistics.median(t) for name, t in times.items()}

@@ -25,7 +25,7 @@ UNJUDGED = {"std_mean", "std_min", "by_image", "by_both", "commonest", "held_out
 WAYS = ("question", "labels", "layers")  # what tells the rows of one encoder apart
 BEST = "*"
 Measure = tuple[str, str, str]  # task, key of its rows, the settings that tell it apart
-Found = dict[Measure, float]  # of one checkpoint
+Scores = dict[Measure, float]  # of one checkpoint
 
 
 def found_in(checkpoint: str | Path, which: str, more: Iterable[dict] = ()) -> list[dict]:
@@ -37,7 +37,7 @@ def found_in(checkpoint: str | Path, which: str, more: Iterable[dict] = ()) -> l
     return [r for r in own if r.get("weights") == weights] + list(more)
 
 
-def measures(records: list[list[dict]]) -> tuple[list[Found], dict[Measure, str]]:
+def measures(records: list[list[dict]]) -> tuple[list[Scores], dict[Measure, str]]:
     """For the records of each checkpoint its values by measure, and the measures' headings.
 
     Of two records of the same task and settings the later one counts. Counts of images are left
@@ -47,7 +47,7 @@ def measures(records: list[list[dict]]) -> tuple[list[Found], dict[Measure, str]
         [r for of_one in records for r in of_one if r["task"] == task] for task in _tasks(records)
     ]
     differing = {group[0]["task"]: _differing([r["settings"] for r in group]) for group in tasks}
-    values: list[Found] = [{} for _ in records]
+    values: list[Scores] = [{} for _ in records]
     headings: dict[Measure, str] = {}
     for task in differing:
         for found, of_one in zip(values, records, strict=True):
@@ -76,7 +76,7 @@ def _trained(record: dict) -> list[dict]:
     return [row for row in record["rows"] if row.get("encoder") == "trained"]
 
 
-def best(measure: Measure, values: list[Found]) -> float | None:
+def best(measure: Measure, values: list[Scores]) -> float | None:
     """Of what is better low or high; None where nothing is to be compared."""
     there = [found[measure] for found in values if measure in found]
     if len(there) < 2 or measure[1] in UNJUDGED:
@@ -84,7 +84,7 @@ def best(measure: Measure, values: list[Found]) -> float | None:
     return min(there) if measure[1] in LOWER else max(there)
 
 
-def draw(names: list[str], values: list[Found], headings: dict[Measure, str], out: Path) -> Path:
+def draw(names: list[str], values: list[Scores], headings: dict[Measure, str], out: Path) -> Path:
     """A panel a measure, a bar a checkpoint, the best in a stronger colour."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -172,7 +172,7 @@ def run(args: argparse.Namespace) -> None:
         print(draw(names, values, headings, args.out))
 
 
-def _print(names: list[str], values: list[Found], headings: dict[Measure, str]) -> None:
+def _print(names: list[str], values: list[Scores], headings: dict[Measure, str]) -> None:
     tops = {measure: best(measure, values) for measure in headings}
     rows = []
     for name, found in zip(names, values, strict=True):

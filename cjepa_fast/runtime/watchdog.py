@@ -35,7 +35,7 @@ NAMED = 4  # ranks of a group; the others are counted
 RUNS, STUCK, CUT_OFF, FAILED, DONE = "runs", "is stuck", "lost a connection", "failed", "is done"
 
 
-class Beat(NamedTuple):
+class Heartbeat(NamedTuple):
     """What a rank tells of itself. All set the same marks in the same order: who has set fewer
     than the others is behind them."""
 
@@ -52,7 +52,7 @@ class Beat(NamedTuple):
     verdict: str = ""  # by rank 0, for all
 
 
-def find_gone(beats: Iterable[Beat], still_s: dict[int, float], gone_s: float) -> str:
+def find_gone(beats: Iterable[Heartbeat], still_s: dict[int, float], gone_s: float) -> str:
     """Who has given no sign of life for gone_s, as text, or "". still_s: that time, by rank."""
     gone = [beat for beat in beats if beat.state != DONE and still_s[beat.rank] > gone_s]
     if not gone:
@@ -64,7 +64,7 @@ def find_gone(beats: Iterable[Beat], still_s: dict[int, float], gone_s: float) -
     )
 
 
-def find_stuck(beats: Iterable[Beat]) -> str:
+def find_stuck(beats: Iterable[Heartbeat]) -> str:
     """Who holds up the others once one of them is stuck, as text, or ""."""
     there = [beat for beat in beats if beat.state != DONE]
     if all(beat.state != STUCK for beat in there):
@@ -78,14 +78,14 @@ def find_stuck(beats: Iterable[Beat]) -> str:
     return f"{names(behind)} got stuck{others} (if it is only slow: a larger run.timeout_s)"
 
 
-def names(beats: list[Beat]) -> str:
+def names(beats: list[Heartbeat]) -> str:
     known = [f"rank {beat.rank} (host {beat.host}, pid {beat.pid})" for beat in beats[:NAMED]]
     return ", ".join(known) + (f" and {len(beats) - NAMED} more" if len(beats) > NAMED else "")
 
 
-def table(beats: Iterable[Beat], still_s: dict[int, float]) -> list[str]:
+def table(beats: Iterable[Heartbeat], still_s: dict[int, float]) -> list[str]:
     """A line for those at the same line; the odd ones out come first."""
-    groups: dict[tuple, list[Beat]] = {}
+    groups: dict[tuple, list[Heartbeat]] = {}
     for beat in beats:
         silent = still_s[beat.rank] > 3 * BEAT_S
         groups.setdefault((silent, beat.state, beat.marks), []).append(beat)
@@ -122,7 +122,7 @@ class Watchdog:
         self.rank, self.connect = rank, connect
         self.host, self.pid, self._counter = socket.gethostname(), os.getpid(), itertools.count(1)
         self.watched = range(world_size) if rank == 0 else range(1)
-        self.beats = {r: Beat(r) for r in (*self.watched, rank)}
+        self.beats = {r: Heartbeat(r) for r in (*self.watched, rank)}
         self.clock_s = 0.0
         self._changed_s = dict.fromkeys(self.beats, 0.0)
         self._marks, self._marked_s, self._steps = (0, 0, "starting"), 0.0, 0
@@ -145,15 +145,15 @@ class Watchdog:
         _, step, phase = self._marks
         return f"step {step}, {phase}" if step else phase
 
-    def beat(self) -> Beat:
+    def beat(self) -> Heartbeat:
         """The next heartbeat of this rank."""
         for_s = self.clock_s - self._marked_s
         limit_s = self.timeout_s * (START if self._steps <= STARTING_STEPS else 1)
         state, error = self._ending or (STUCK if for_s > limit_s else RUNS, "")
         who, count = (self.rank, self.host, self.pid), next(self._counter)
-        return Beat(*who, count, *self._marks, for_s, state, error, self.verdict)
+        return Heartbeat(*who, count, *self._marks, for_s, state, error, self.verdict)
 
-    def hear(self, beat: Beat) -> None:
+    def hear(self, beat: Heartbeat) -> None:
         if beat.count != self.beats[beat.rank].count:
             self._changed_s[beat.rank] = self.clock_s
         self.beats[beat.rank] = beat
@@ -164,7 +164,7 @@ class Watchdog:
         for_others = {r: f"watchdog/{r}" for r in self.watched if r != self.rank}
         keys = [k for r, k in for_others.items() if self.beats[r].count or store.check([k])]
         for text in store.multi_get(keys) if keys else []:
-            self.hear(Beat(*json.loads(text)))
+            self.hear(Heartbeat(*json.loads(text)))
 
     def tick(self, elapsed_s: float) -> str:
         """Advance the clock, and decide: what is wrong, or "". A rank that was itself stopped

@@ -239,37 +239,37 @@ PARTS: dict[str, Callable[[], str]] = {
 }
 
 
-class Found(NamedTuple):
+class PartState(NamedTuple):
     """A part's state (WORKS, ABSENT, BROKEN) and what is to be known of it."""
 
     state: str
     text: str
 
 
-def trial(name: str) -> Found:
+def trial(name: str) -> PartState:
     """One part, in this process."""
     try:
-        return Found(WORKS, PARTS[name]())
+        return PartState(WORKS, PARTS[name]())
     except Absent as reason:
-        return Found(ABSENT, str(reason))
+        return PartState(ABSENT, str(reason))
     except Exception as error:  # whatever a broken installation raises is what is asked for
         line = str(error).strip().split("\n")[0]
-        return Found(BROKEN, f"{type(error).__name__}: {line}"[:160])
+        return PartState(BROKEN, f"{type(error).__name__}: {line}"[:160])
 
 
-def trial_apart(name: str) -> Found:
+def trial_apart(name: str) -> PartState:
     """One part, in a process of its own."""
     command = [sys.executable, "-m", "cjepa_fast.tools.doctor", "--try", name]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TRIAL_S)
     except subprocess.TimeoutExpired:
-        return Found(BROKEN, f"gave no answer for {TRIAL_S} s")
+        return PartState(BROKEN, f"gave no answer for {TRIAL_S} s")
     answer = [line for line in done.stdout.splitlines() if line.startswith(f"{name}\t")]
     if answer:
         _, state, text = answer[-1].split("\t", 2)
-        return Found(state, text)
+        return PartState(state, text)
     last = (done.stderr.strip().splitlines() or [""])[-1]
-    return Found(BROKEN, f"its process ended with status {done.returncode}: {last}"[:160])
+    return PartState(BROKEN, f"its process ended with status {done.returncode}: {last}"[:160])
 
 
 # --- the page
@@ -310,7 +310,7 @@ def gpu_lines() -> Iterator[tuple[str, str]]:
         )
 
 
-def choice_lines(config: Config, decoders: dict[str, Found]) -> Iterator[tuple[str, str]]:
+def choice_lines(config: Config, decoders: dict[str, PartState]) -> Iterator[tuple[str, str]]:
     """What a training of this configuration would use on one process here, and why."""
     device, asked = _device(), config
     best, given = hardware.best_precision(device), config.run.precision

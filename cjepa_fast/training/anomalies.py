@@ -11,7 +11,7 @@ LEAST, MOST = 32, 128  # steps that a spike is held against
 NARROWEST = 0.01  # of the mean: a standard deviation below it is taken for it
 
 
-class Outcome(NamedTuple):
+class StepOutcome(NamedTuple):
     """Of step `step`: whether its update was applied, its loss and its gradient's norm."""
 
     step: int
@@ -59,19 +59,19 @@ class Outcomes:
         applied: bool | torch.Tensor,
         loss: float | torch.Tensor = 0.0,
         grad_norm: float | torch.Tensor = 0.0,
-    ) -> Iterator[Outcome]:
+    ) -> Iterator[StepOutcome]:
         """Take note of a step, and yield what has come to be known, in order: what is on its way
         from the device is left until after the next step."""
         values = Values(applied, loss, grad_norm)
         self._waiting.append((step, batches, values))
         yield from self.rest(but=values.late)
 
-    def rest(self, but: int = 0) -> Iterator[Outcome]:
+    def rest(self, but: int = 0) -> Iterator[StepOutcome]:
         """Those not known yet, waited for, but for the last few."""
         while len(self._waiting) > but:
             step, batches, values = self._waiting.popleft()
             applied, loss, grad_norm = values.read()
-            yield Outcome(step, batches, bool(applied), loss, grad_norm)
+            yield StepOutcome(step, batches, bool(applied), loss, grad_norm)
 
 
 class BadSteps:
@@ -117,7 +117,7 @@ class Spikes:
         mean, std = _mean_and_std(values)
         return mean + self.z * std
 
-    def check(self, outcome: Outcome) -> str | None:
+    def check(self, outcome: StepOutcome) -> str | None:
         """Take note of an outcome; what stood out, in words, if anything did."""
         found = []
         for name, limit in zip(self._seen, self.limits(), strict=True):

@@ -22,7 +22,7 @@ TIME_TO_SPEAK_S = 30  # at most: the launcher ends this wait as rank 0 exits
 
 
 @dataclasses.dataclass
-class Outcome:
+class ExitStatus:
     """What became of a command."""
 
     status: int = 0
@@ -30,9 +30,9 @@ class Outcome:
 
 
 @contextlib.contextmanager
-def told(options: Options) -> Iterator[Outcome]:
+def told(options: Options) -> Iterator[ExitStatus]:
     """Within it, whatever goes wrong is told on stderr, and decides the exit status."""
-    outcome = Outcome()
+    outcome = ExitStatus()
     try:
         yield outcome
     except ConfigError as error:

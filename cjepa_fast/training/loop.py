@@ -22,7 +22,7 @@ from cjepa_fast.runtime.provenance import machine
 from cjepa_fast.runtime.signals import StopRequest
 from cjepa_fast.telemetry import Telemetry, read_log
 from cjepa_fast.telemetry.pace import Pace
-from cjepa_fast.training.anomalies import BadSteps, Outcome, Outcomes, Spikes
+from cjepa_fast.training.anomalies import BadSteps, Outcomes, Spikes, StepOutcome
 from cjepa_fast.training.start import Session
 from cjepa_fast.training.trainer import Trainer
 
@@ -193,7 +193,7 @@ class Loop:
         if line := self.pace.tick():
             self.telemetry.message(line)
 
-    def _rest(self, wanted: bool) -> Iterator[Outcome]:
+    def _rest(self, wanted: bool) -> Iterator[StepOutcome]:
         """The outcomes still on their way, where they are wanted: in a save, or for an end."""
         if wanted or self.bad.too_many:
             yield from self.outcomes.rest()
@@ -259,7 +259,7 @@ class Loop:
                 f"{seen} images at step {row['step']}). Likely: {cause}"
             )
 
-    def _is_anomaly(self, outcome: Outcome) -> bool:
+    def _is_anomaly(self, outcome: StepOutcome) -> bool:
         """Tell and write down, with its images, a step that was not applied or stands out.
 
         Returns whether it is a spike to go back from.

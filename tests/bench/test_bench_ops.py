@@ -67,13 +67,13 @@ def test_the_work_is_the_docstrings(cases):
 
 def test_the_roofline_is_what_binds():
     rates = {"bytes_per_s": 4e12, "bfloat16": 8e14, "float32": 4e14}
-    assert ops.roofline_us(op_cases.Work(4e6, 1), torch.bfloat16, rates) == pytest.approx(1)
-    assert ops.roofline_us(op_cases.Work(4e6, 4e9), torch.float32, rates) == pytest.approx(10)
+    assert ops.roofline_us(op_cases.Cost(4e6, 1), torch.bfloat16, rates) == pytest.approx(1)
+    assert ops.roofline_us(op_cases.Cost(4e6, 4e9), torch.float32, rates) == pytest.approx(10)
 
 
 def test_a_rows_figures():
     times = {"eager": [300.0, 200.0, 400.0], "ours": [100.0, 90.0, 110.0], "compiled": [150.0] * 3}
-    row = ops.row_of(times, op_cases.Work(1e6, 2e9), 25.0)
+    row = ops.row_of(times, op_cases.Cost(1e6, 2e9), 25.0)
     assert row["us"] == {"eager": 300, "ours": 100, "compiled": 150}
     assert row["speedup"] == {"eager": 3, "compiled": 1.5}
     assert (row["gb_per_s"], row["tflops"]) == (pytest.approx(10), pytest.approx(20))

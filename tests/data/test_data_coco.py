@@ -14,8 +14,8 @@ from PIL import Image
 from cjepa_fast.data.sets.coco import (
     Coco,
     TrainViews,
+    ValImages,
     View,
-    WholeImages,
     check_same_classes,
     jittered,
 )
@@ -117,7 +117,7 @@ def test_a_rotated_photograph_is_set_upright(folder, tmp_path):
                "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 5, 5]}],
                "categories": [{"id": 1, "name": "x"}]}  # fmt: skip
     (tmp_path / "x.json").write_text(json.dumps(content))
-    picture, _ = WholeImages(Coco(tmp_path / "x.json", tmp_path), [0])[0]
+    picture, _ = ValImages(Coco(tmp_path / "x.json", tmp_path), [0])[0]
     assert picture.shape == (3, 30, 20)
 
 

@@ -12,7 +12,7 @@ import torch
 import vision_ops
 from safetensors.torch import save_file
 
-from cjepa_fast.data.sets.coco import Coco, WholeImages
+from cjepa_fast.data.sets.coco import Coco, ValImages
 from cjepa_fast.eval.__main__ import main
 from cjepa_fast.eval.dense import rcnn_training
 from cjepa_fast.eval.dense.detect import detections, open_split
@@ -217,7 +217,7 @@ def test_ranks_share_each_step_and_together_see_each_image(folder, monkeypatch):
 def test_an_unreadable_picture_is_named_in_one_line(folder, tmp_path, threads):
     copy = shutil.copytree(folder, tmp_path / "copy")
     (copy / "val" / "001.png").write_text("text")
-    images = WholeImages(open_split(copy, "val"), [0, 1])
+    images = ValImages(open_split(copy, "val"), [0, 1])
     with pytest.raises(ValueError, match=r"^.*001\.png cannot be read as an image") as raised:
         list(rcnn_training.read(images, threads))
     assert "\n" not in str(raised.value)

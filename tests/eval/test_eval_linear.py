@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cjepa_fast.eval.probes import linear, probe_sweep
-from cjepa_fast.eval.probes.probe_sweep import LARS, Plan, Probes, fit
+from cjepa_fast.eval.probes.probe_sweep import LARS, ProbePlan, Probes, fit
 from cjepa_fast.model.vit import Encoder
 
 
@@ -113,12 +113,12 @@ def test_lars_moves_weights_that_are_zero():
 def test_probes_trained_at_once_are_as_each_alone(seed, optimizer):
     x, label = blobs(60)
     grid = {"lr": (0.05, 0.01), "wd": (0.1, 0.0)}
-    plan = Plan(optimizer, epochs=4, batch=16, grid=grid)
+    plan = ProbePlan(optimizer, epochs=4, batch=16, grid=grid)
     together = fit(x, label, 3, [4, 8], plan)
     for stack in together.stacks:
         for p, setting in enumerate(plan.settings()):
             only = {name: (value,) for name, value in setting.items()}
-            alone = fit(x, label, 3, [stack.width], Plan(optimizer, 4, 16, only)).stacks[0]
+            alone = fit(x, label, 3, [stack.width], ProbePlan(optimizer, 4, 16, only)).stacks[0]
             torch.testing.assert_close(stack.weights[p], alone.weights[0], atol=1e-6, rtol=1e-5)
             torch.testing.assert_close(stack.biases[p], alone.biases[0], atol=1e-6, rtol=1e-5)
     weights = together.stacks[1].weights
@@ -128,9 +128,9 @@ def test_probes_trained_at_once_are_as_each_alone(seed, optimizer):
 @pytest.mark.parametrize(
     "plan",
     [
-        Plan("lars", epochs=10, grid={"lr": (0.05, 0.01), "wd": (0.0,)}),
-        Plan("adamw", epochs=10, grid={"lr": (0.01,), "wd": (0.01, 0.0)}),
-        Plan("lbfgs"),
+        ProbePlan("lars", epochs=10, grid={"lr": (0.05, 0.01), "wd": (0.0,)}),
+        ProbePlan("adamw", epochs=10, grid={"lr": (0.01,), "wd": (0.01, 0.0)}),
+        ProbePlan("lbfgs"),
     ],
     ids=lambda plan: plan.optimizer,
 )
@@ -144,7 +144,7 @@ def test_what_can_be_separated_is(seed, plan):
 def test_a_narrow_probe_sees_the_last_columns_alone(seed):
     """Which are those of the last layer."""
     x, label = blobs(60)
-    plan = Plan("adamw", epochs=2, batch=16)
+    plan = ProbePlan("adamw", epochs=2, batch=16)
     narrow, cut = fit(x, label, 3, [4], plan), fit(x[:, 4:], label, 3, [4], plan)
     torch.testing.assert_close(narrow(x), cut(x[:, 4:]))
 
@@ -152,14 +152,14 @@ def test_a_narrow_probe_sees_the_last_columns_alone(seed):
 def test_lbfgs_is_the_quick_probe(seed):
     x, label = blobs(150, spread=2.0)
     y, label_y = blobs(90, spread=2.0)
-    probe = fit(x, label, 3, [8], Plan("lbfgs", grid={"C": (0.1,)}))
+    probe = fit(x, label, 3, [8], ProbePlan("lbfgs", grid={"C": (0.1,)}))
     assert probe.percent(y, label_y)[0]["top1"] == linear.top1(x, label, y, label_y)
 
 
 def test_lbfgs_of_two_classes_and_of_a_class_without_images(seed):
     x, label = blobs(80, classes=2)
-    assert fit(x, label, 2, [8], Plan("lbfgs")).percent(x, label)[0]["top1"] == 100
-    probe = fit(x, 2 * label, 4, [8], Plan("lbfgs"))
+    assert fit(x, label, 2, [8], ProbePlan("lbfgs")).percent(x, label)[0]["top1"] == 100
+    probe = fit(x, 2 * label, 4, [8], ProbePlan("lbfgs"))
     assert probe.percent(x, 2 * label)[0]["top1"] == 100
 
 
@@ -177,7 +177,7 @@ def test_top_1_and_top_5_by_hand():
 def test_the_test_images_do_not_choose(seed):
     x, label = blobs(200, spread=3.0)
     y, label_y = blobs(60, spread=3.0)
-    plan = Plan("adamw", epochs=3)
+    plan = ProbePlan("adamw", epochs=3)
     honest = linear.sweep((x, label, y, label_y), [8], plan)[0]
     shuffled = linear.sweep((x, label, y, label_y.roll(1)), [8], plan)[0]
     assert honest["chosen"] == shuffled["chosen"] and honest["probes"] == shuffled["probes"]
@@ -193,16 +193,16 @@ def test_no_copy_of_a_held_out_image_is_trained_on(monkeypatch):
     monkeypatch.setattr(linear, "fit", lambda x, *rest: (seen.append(x), original(x, *rest))[1])
     column = torch.arange(40.0)[:, None]
     x, label = torch.cat([column, column + 100]), torch.arange(80) % 2
-    linear.sweep((x, label, x, label), [1], Plan("adamw", epochs=1), copies=2)
+    linear.sweep((x, label, x, label), [1], ProbePlan("adamw", epochs=1), copies=2)
     first, again = (set(rows.flatten().int().tolist()) for rows in seen)
     assert len(first) == 72 and {(i + 100) % 200 for i in first} == first
     assert again == {*range(40), *range(100, 140)}
 
 
 def test_a_small_set_has_as_many_updates_as_the_paper_s():
-    assert Plan().batch_of(1_281_167) == 16384
-    assert Plan().batch_of(5000) == 65
-    assert Plan(batch=512).batch_of(100) == 100
+    assert ProbePlan().batch_of(1_281_167) == 16384
+    assert ProbePlan().batch_of(5000) == 65
+    assert ProbePlan(batch=512).batch_of(100) == 100
 
 
 def test_a_value_that_the_optimiser_does_not_know():

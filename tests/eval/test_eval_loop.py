@@ -51,9 +51,9 @@ class Draws:
         return model(torch.randn(4, 1)).square().mean() * (float("nan") if bad else 1 + batch)
 
 
-def plan(steps: int = 6, period: int = 2, unit: str = "epoch", **options) -> loop.Plan:
+def plan(steps: int = 6, period: int = 2, unit: str = "epoch", **options) -> loop.TrainingPlan:
     known = {"lr": lambda step: 0.1 / (1 + step), "advice": "lower it"}
-    return loop.Plan("tiny", steps, period, unit, **{**known, **options})
+    return loop.TrainingPlan("tiny", steps, period, unit, **{**known, **options})
 
 
 def learner_of(most: float = 0.5) -> Learner:

@@ -17,7 +17,7 @@ from cjepa_fast.runtime.watchdog import (
     GONE_S,
     HASTE_S,
     START,
-    Beat,
+    Heartbeat,
     Watchdog,
 )
 
@@ -181,7 +181,7 @@ def test_a_rank_that_is_done_is_not_missed():
 
 
 def test_a_thousand_ranks_take_a_few_lines():
-    beats = [Beat(r, f"host-{r // 8}", r, 1, 7, 3, "in the step") for r in range(1000)]
+    beats = [Heartbeat(r, f"host-{r // 8}", r, 1, 7, 3, "in the step") for r in range(1000)]
     beats[507] = beats[507]._replace(marks=6, phase="waiting for data", state=watchdog.STUCK)
     assert watchdog.find_stuck(beats).startswith("rank 507 (host host-63, pid 507) got stuck")
     odd, rest = watchdog.table(beats, dict.fromkeys(range(1000), 0.0))

@@ -6,7 +6,7 @@ import pytest
 
 from cjepa_fast.runtime import rates
 from cjepa_fast.tools import doctor
-from cjepa_fast.tools.doctor import ABSENT, BROKEN, WORKS, Absent, Found
+from cjepa_fast.tools.doctor import ABSENT, BROKEN, WORKS, Absent, PartState
 
 
 @pytest.fixture
@@ -27,9 +27,9 @@ def parts(monkeypatch):
 
 
 def test_a_part_is_told_as_it_is(parts):
-    assert doctor.trial("good") == Found(WORKS, "1.0")
-    assert doctor.trial("absent") == Found(ABSENT, "not installed")
-    assert doctor.trial("broken") == Found(BROKEN, "OSError: libfoo.so: undefined symbol")
+    assert doctor.trial("good") == PartState(WORKS, "1.0")
+    assert doctor.trial("absent") == PartState(ABSENT, "not installed")
+    assert doctor.trial("broken") == PartState(BROKEN, "OSError: libfoo.so: undefined symbol")
 
 
 def test_the_page_names_what_is_broken_and_what_a_training_would_use(parts, capsys):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cjepa_fast.training import anomalies
-from cjepa_fast.training.anomalies import LEAST, MOST, BadSteps, Outcome, Outcomes, Spikes
+from cjepa_fast.training.anomalies import LEAST, MOST, BadSteps, Outcomes, Spikes, StepOutcome
 
 
 class Late(anomalies.Values):
@@ -65,13 +65,13 @@ def test_nothing_is_read_before_the_next_step(monkeypatch):
 def test_tensors_and_numbers_are_read_alike():
     applied, loss = torch.tensor(True), torch.tensor(1.5, dtype=torch.float64)
     (outcome,) = Outcomes().after(1, "", applied, loss, 2.5)
-    assert outcome == Outcome(1, "", True, 1.5, 2.5)
+    assert outcome == StepOutcome(1, "", True, 1.5, 2.5)
 
 
 def spikes_in(values: list[float], z: float = 6.0, history=None) -> tuple[list[int], Spikes]:
     """Which of the losses, from 1, stood out."""
     spikes = Spikes(z, history)
-    found = [spikes.check(Outcome(i, "", True, v, 1.0)) for i, v in enumerate(values, 1)]
+    found = [spikes.check(StepOutcome(i, "", True, v, 1.0)) for i, v in enumerate(values, 1)]
     return [i for i, text in enumerate(found, 1) if text], spikes
 
 
@@ -87,9 +87,9 @@ def test_a_spike_stands_out_upwards_and_only_among_enough_steps():
 def test_a_spike_is_told_with_its_numbers():
     calm = [1.0, 2.0] * LEAST
     spikes = spikes_in(calm)[1]
-    text = spikes.check(Outcome(99, "", True, 11.5, 1.0))
+    text = spikes.check(StepOutcome(99, "", True, 11.5, 1.0))
     assert text == "loss 11.5 is 20.0 standard deviations above the last 64 steps' 1.5"
-    assert "grad_norm 3" in spikes.check(Outcome(100, "", True, 1.0, 3.0))
+    assert "grad_norm 3" in spikes.check(StepOutcome(100, "", True, 1.0, 3.0))
 
 
 def test_a_new_level_is_no_spike_for_long():

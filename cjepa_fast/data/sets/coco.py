@@ -250,7 +250,7 @@ def _what_is_left(found: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(values[keep].copy()) for name, values in found.items()}
 
 
-class WholeImages(torch.utils.data.Dataset):
+class ValImages(torch.utils.data.Dataset):
     """Images at some indices of a split: (picture (3, H, W) uint8, index)."""
 
     def __init__(self, coco: Coco, indices: list[int]):

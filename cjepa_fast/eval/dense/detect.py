@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from cjepa_fast.data.sets.coco import Coco, WholeImages, check_same_classes
+from cjepa_fast.data.sets.coco import Coco, ValImages, check_same_classes
 from cjepa_fast.eval import cli
 from cjepa_fast.eval.dense.average_precision import KINDS, as_results, average_precision
 from cjepa_fast.eval.dense.boxes import draw
@@ -171,7 +171,7 @@ def detections(model: nn.Module, val: Coco, device: torch.device, threads: int) 
     indices = list(range(len(val)))[rank() :: world_size()]
     results = []
     with shown_bar(len(indices), "detect") as bar:
-        for images, (index,) in read(WholeImages(val, indices), threads):
+        for images, (index,) in read(ValImages(val, indices), threads):
             (found,) = model([as_input(image, device) for image in images])
             results += as_results(val, index, found)
             bar.update()

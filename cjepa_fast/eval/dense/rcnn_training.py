@@ -98,7 +98,7 @@ def fine_tune(
     learner = Learner(model, model.backbone.encoder, recipe.layer_decay, recipe.weight_decay)
     task = Objects(train, recipe, device, threads)
     steps = recipe.epochs * task.steps_per_epoch
-    plan = loop.Plan(
+    plan = loop.TrainingPlan(
         "fine-tuning",
         steps=steps,
         period=task.steps_per_epoch,

@@ -75,7 +75,7 @@ def train(
         model.head = nn.SyncBatchNorm.convert_sync_batchnorm(model.head)
     add_drop_path(model.encoder, recipe.drop_path)
     facts = _facts(model, pairs, classes, recipe)
-    plan = loop.Plan(
+    plan = loop.TrainingPlan(
         title,
         steps=recipe.steps,
         period=save_every,

@@ -18,13 +18,13 @@ from cjepa_fast.eval.figures.sheets import FIGURE, as_arrays, load_images, save,
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime.distributed import rank
 
-Found = tuple[torch.Tensor, torch.Tensor]  # similarities and rows, as `nearest` gives them
+Neighbours = tuple[torch.Tensor, torch.Tensor]  # similarities and rows, as `nearest` gives them
 HEADINGS = {"similarity": "similarity", "agreement": "of the query's class %"}
 PIXELS = 128  # a side of each image
 RIGHT, WRONG, QUERY = "#31a354", "#d62728", "0.4"  # colours of the frames
 
 
-def nearest(features_nD: torch.Tensor, query_q: torch.Tensor, k: int) -> Found:
+def nearest(features_nD: torch.Tensor, query_q: torch.Tensor, k: int) -> Neighbours:
     """Cosine similarities (q, k) of the images at rows query_q to their nearest others, falling,
     and the rows of these (q, k). Raises ValueError for more neighbours than there are others."""
     if not 1 <= k < len(features_nD):
@@ -39,7 +39,7 @@ def figure(
     images: ImageSet,
     index_n: torch.Tensor,
     query_q: torch.Tensor,
-    found: dict[str, Found],
+    found: dict[str, Neighbours],
     title: str,
     crop: float = 1.0,
 ):

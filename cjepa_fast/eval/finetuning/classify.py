@@ -92,12 +92,12 @@ def loader_of(
     )  # fmt: skip
 
 
-def plan_of(loader: Loader, chosen: Recipe, batch: int) -> loop.Plan:
+def plan_of(loader: Loader, chosen: Recipe, batch: int) -> loop.TrainingPlan:
     """Linear warm-up, then half a cosine, to the last step of the last epoch."""
     steps = loader.steps_per_epoch
     total, warmup = chosen.epochs * steps, min(chosen.warmup_epochs, chosen.epochs / 10) * steps
     peak = chosen.lr * batch / LR_BATCH
-    return loop.Plan(
+    return loop.TrainingPlan(
         "fine-tuning",
         steps=total,
         period=steps,

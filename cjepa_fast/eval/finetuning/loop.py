@@ -38,7 +38,7 @@ class Task(Protocol):
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """period: steps from one save to the next; unit: "epoch" where a period is one, else "step".
     rate: the learning rate of a step, counted from 0. accumulation: micro-batches a step.
     advice: what to do where the loss is not finite."""
@@ -59,7 +59,7 @@ class Plan:
         return done % self.period == 0 or done == self.steps
 
 
-def train(learner: Learner, task: Task, plan: Plan, saved: SavedTraining) -> None:
+def train(learner: Learner, task: Task, plan: TrainingPlan, saved: SavedTraining) -> None:
     """Train in place, from where `saved` has come to. Every rank calls it.
 
     Raises ValueError, on every rank, for what `saved` does not take and for a loss that is not
@@ -89,7 +89,7 @@ def train(learner: Learner, task: Task, plan: Plan, saved: SavedTraining) -> Non
 
 
 def _update(
-    model: nn.Module, learner: Learner, task: Task, batches: Iterator, plan: Plan, step: int
+    model: nn.Module, learner: Learner, task: Task, batches: Iterator, plan: TrainingPlan, step: int
 ) -> torch.Tensor:
     """One step. The mean loss of this rank's micro-batches, 0-d."""
     learner.set_lr(plan.lr(step))
@@ -120,7 +120,7 @@ def _this_rank_alone(model: nn.Module, alone: bool) -> contextlib.AbstractContex
 class _Mean:
     """The mean loss since the last one told."""
 
-    def __init__(self, plan: Plan):
+    def __init__(self, plan: TrainingPlan):
         self._plan, self._sum, self._count = plan, 0.0, 0
 
     def add(self, loss: torch.Tensor) -> None:

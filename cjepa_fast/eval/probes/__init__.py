@@ -7,7 +7,7 @@ __all__, __getattr__, __dir__ = exports(
     {
         "knn": "pixel_baselines",
         "linear": "sweep",
-        "probe_sweep": "Plan fit",
+        "probe_sweep": "ProbePlan fit",
         "spread": "alignment lidar uniformity",
     },
 )

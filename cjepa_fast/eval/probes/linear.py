@@ -14,7 +14,7 @@ import torch
 
 from cjepa_fast.data import rng
 from cjepa_fast.eval import cli
-from cjepa_fast.eval.probes.probe_sweep import GRIDS, Plan, fit
+from cjepa_fast.eval.probes.probe_sweep import GRIDS, ProbePlan, fit
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.telemetry.progress import shown_clock
 
@@ -68,7 +68,7 @@ def top1(train_nD, label_n, test_mD, test_label_m, **options) -> float:
 
 
 def sweep(
-    vectors: Vectors, widths: list[int], plan: Plan, choose: str = "held-out", copies: int = 1
+    vectors: Vectors, widths: list[int], plan: ProbePlan, choose: str = "held-out", copies: int = 1
 ) -> list[dict[str, object]]:
     """The best probe on each of `widths` last columns: one row each, of HEADINGS, all in "probes".
 
@@ -119,7 +119,7 @@ def rows_of(
     copies: int = 1,
 ) -> list[cli.Row]:  # fmt: skip
     """`sweep` as the command line has it, one row for each of the reading's probes."""
-    plan = Plan(args.optimizer, args.epochs, args.batch, args.sweep)
+    plan = ProbePlan(args.optimizer, args.epochs, args.batch, args.sweep)
     widths = [count * encoder.width for count in reading.probes.values()]
     found = sweep(vectors, widths, plan, args.choose, copies)
     counts = {"train_images": len(vectors[0]) // copies, "test_images": len(vectors[2])}

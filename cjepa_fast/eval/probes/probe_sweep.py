@@ -35,7 +35,7 @@ TOPS = (1, 5)
 
 
 @dataclass(frozen=True)
-class Plan:
+class ProbePlan:
     """How probes are trained. grid: the values by name, of which every combination is a probe.
 
     batch: None for the paper's, cut so that an epoch of a small set has as many updates as one of
@@ -143,7 +143,7 @@ def fit(
     label_n: torch.Tensor,
     classes: int,
     widths: list[int],
-    plan: Plan,
+    plan: ProbePlan,
     device: torch.device | str = "cpu",
 ) -> Probes:
     """Probes trained on features (n, D); widths: how many of the last columns a stack sees.
@@ -181,7 +181,7 @@ def _solve(probes: Probes, train_nD: torch.Tensor, label_n: torch.Tensor, settin
             bar.update()
 
 
-def _descend(probes: Probes, train_nD, label_n, settings, plan: Plan) -> None:
+def _descend(probes: Probes, train_nD, label_n, settings, plan: ProbePlan) -> None:
     batch, device = plan.batch_of(len(label_n)), probes.mean_D.device
     scale = (plan.batch or PAPER_BATCH) / LR_BATCH if plan.optimizer == "lars" else 1.0
     groups = [
