@@ -6,7 +6,7 @@
 # What works on the machine (cjepa-doctor), the tests that need a GPU, the kernels' fastest
 # configurations (kernels/tuned.py is written anew), every kernel for attention, the models'
 # throughput, and memory beside the reference step's, a profile, the same recorded and compiled, the
-# other configurations, each kernel beside its definition, the target in fp8 and on its own CUDA stream,
+# other configurations, each kernel beside its reference, the target in fp8 and on its own CUDA stream,
 # what a checkpoint costs the step, decoding alone, a run from JPEG files, a short training on
 # IMAGES (a labelled folder or shards; also read from CJEPA_REAL_IMAGES; else the synthetic shapes)
 # that is interrupted and resumed, kNN on its features, the kernels under compute-sanitizer where it

@@ -67,7 +67,7 @@ def wanting(x: torch.Tensor) -> torch.Tensor:
 
 
 def pair(module, op: str) -> dict[str, Callable]:
-    """A public function of kernels/ and its definition."""
+    """A public function of kernels/ and its reference."""
     return {"op": op, "ours": getattr(module, op), "reference": getattr(module, f"{op}_reference")}
 
 

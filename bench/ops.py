@@ -1,4 +1,4 @@
-"""Each kernel beside its definition, eager and compiled: time, bandwidth, roofline, memory.
+"""Each kernel beside its reference, eager and compiled: time, bandwidth, roofline, memory.
 
     python bench/ops.py                         # every op and model on a GPU; the smallest on a CPU
     python bench/ops.py --only vicreg --markdown bench/results/ops.md
@@ -164,7 +164,7 @@ def markdown(rows: list[dict], about: dict, rates: Rates) -> str:
     """The measured rows; a multiplication sign says how many times as fast ours is."""
     what = "kernels" if about["hardware"]["kind"] == "cuda" else "plain paths"
     lines = [
-        f"# The {what} of cjepa_fast.kernels beside their definitions",
+        f"# The {what} of cjepa_fast.kernels beside their references",
         "",
         f"{about['hardware']['device']}; torch {about['versions']['torch']}, triton "
         f"{about['versions']['triton']}; commit {about['commit']}. Copy "

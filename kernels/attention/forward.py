@@ -179,7 +179,7 @@ def short_attention(
 ) -> torch.Tensor:
     """(B, H, S, d), the heads of a token side by side in memory.
 
-    float64 and fp32, and on the CPU all, go by the definition. Raises RuntimeError for what the
+    float64 and fp32, and on the CPU all, go by the reference. Raises RuntimeError for what the
     kernels do not take, as torch does for its own: see `takes`.
     """
     if not use_kernel(q_BHSd, k_BHTd, v_BHTd) or q_BHSd.dtype == torch.float32:

@@ -307,7 +307,7 @@ def adamw_ema_step(
     cast. Without target there is no EMA; momentum is the EMA's. scale multiplies the
     gradients; where apply is false nothing is written. Numbers may be 0-d tensors on the device,
     which then is not waited for. One call serves one parameter group. Lists that the kernel cannot
-    take go by the definition. Raises ValueError for shapes that differ or a step below 1.
+    take go by the reference. Raises ValueError for shapes that differ or a step below 1.
     """
     if not isinstance(step, torch.Tensor) and step < 1:
         raise ValueError(f"step {step}: the first is 1")

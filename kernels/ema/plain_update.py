@@ -128,7 +128,7 @@ def ema_update(target: Tensors, online: Tensors, momentum: Number, copies: Tenso
 
     Lists of equal length and shapes, on one device; target is fp32, online of any float dtype,
     copies (none, or one for each target) of any. On CUDA lists that the kernel cannot take, not
-    dense or of mixed dtypes, go by the definition. Raises ValueError for shapes that differ.
+    dense or of mixed dtypes, go by the reference. Raises ValueError for shapes that differ.
     """
     target, online, copies = list(target), list(online), list(copies)
     check_same_shapes(target, online, copies)

@@ -33,7 +33,7 @@ def check_one_each(x_BKD: torch.Tensor, idx_BK: torch.Tensor) -> None:
 
 
 def is_constant(pos: torch.Tensor) -> bool:
-    """Positions are a constant here: the kernels take no gradient for them, the definitions do."""
+    """Positions are a constant here: the kernels take no gradient for them, the references do."""
     return not (pos.requires_grad and torch.is_grad_enabled())
 
 
