@@ -147,7 +147,7 @@ def open_images(
     Raises FileNotFoundError or ValueError, naming the path and the way out, where nothing usable
     is found. Unusable images are listed in .skipped and logged.
     """
-    path = _embedded(str(path))
+    path = _synthetic(str(path))
     shards = find_shards(path)
     root = Path(path)
     workers = workers or min(32, 4 * (os.cpu_count() or 1))
@@ -182,7 +182,7 @@ def _log_skipped(images: ImageSet, log) -> None:
         log(f"... and {len(images.skipped) - NAMES_LOGGED} more unusable images left out")
 
 
-def _embedded(path: str) -> str:
+def _synthetic(path: str) -> str:
     if path != "shapes" and not path.startswith("shapes:"):
         return path
     from cjepa_fast.data.sets import shapes
