@@ -9,6 +9,7 @@ reference, kernels, launchers, operator, public function, what is compiled ahead
 is split by operation or at forward and backward, each of its files in the same order:
     gather/      tokens by index, the targets and their loss, the predictor's input
     vicreg/      VICReg's variance and covariance terms
+    sigreg/      SIGReg's distance from a Gaussian along random directions
     attention/   attention for short sequences
     ema/         the EMA of weights, alone, with its rows in FP8, or with AdamW
     fp8.py       rows in FP8; norm.py: sum and LayerNorm; gelu.py: GELU
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     )
     from cjepa_fast.kernels.gelu import launch_gelu, launch_gelu_backward
     from cjepa_fast.kernels.norm import launch_add_norm, launch_add_norm_backward
+    from cjepa_fast.kernels.sigreg import sigreg_statistic
     from cjepa_fast.kernels.vicreg import vicreg_terms
 
 __all__ = [
@@ -71,6 +73,7 @@ __all__ = [
     "quantise_norm",
     "quantise_rows",
     "short_attention",
+    "sigreg_statistic",
     "target_gather",
     "vicreg_terms",
 ]
@@ -86,6 +89,7 @@ _MODULES = {  # the names of __all__, by the module that has them
     ),
     "gelu": ("launch_gelu", "launch_gelu_backward"),
     "norm": ("launch_add_norm", "launch_add_norm_backward"),
+    "sigreg": ("sigreg_statistic",),
     "vicreg": ("vicreg_terms",),
 }  # fmt: skip
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

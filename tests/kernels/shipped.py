@@ -71,7 +71,7 @@ def stacks() -> tuple[Stack, ...]:
 def shipped(arch: int) -> tuple[set[str], set[str]]:
     """The names of what is launched on sm_`arch`, and the keys that tuned.py was asked for."""
     choose = Chooser(arch)
-    found = {"sum_parts bf16", *_gelu(choose), *_ema(choose), *_vicreg(choose)}
+    found = {"sum_parts bf16", *_gelu(choose), *_ema(choose), *_vicreg(choose), *_sigreg()}
     for stack in stacks() + _tuned(choose):
         found |= {*_attention(choose, stack)}
         if stack.width:
@@ -151,6 +151,11 @@ def _vicreg(choose: Chooser) -> Iterator[str]:
                 yield f"vicreg {kernel} {name}"
                 if kernel == "moment":
                     yield from (f"vicreg reduce bf16 x 2 {tile.block}{k}" for k in ("", " keep"))
+
+
+def _sigreg() -> Iterator[str]:
+    """Where loss.regulariser is "sigreg": one configuration for all."""
+    yield from (f"sigreg {part} bf16" for part in ("sums", "slopes", "rows"))
 
 
 def _attention(choose: Chooser, stack: Stack) -> Iterator[str]:
