@@ -102,10 +102,10 @@ def impossible(config: Config) -> Iterator[str]:
             'predictor.mode = "one_pass": not with mask.context = "packed", which cuts '
             'its sequences another way; take "fixed" or "random"'
         )
-    if not config.loss.prediction_weight and not config.loss.vicreg.beta:
+    if not config.loss.prediction_weight and not config.loss.regularised_by.beta:
         yield (
-            "loss.prediction_weight = 0: with loss.vicreg.beta = 0 nothing is left to train on; "
-            "set one of them above 0"
+            f"loss.prediction_weight = 0: with loss.{config.loss.regulariser}.beta = 0 nothing is "
+            "left to train on; set one of them above 0"
         )
     yield from _impossible_sizes(config)
     yield from _impossible_deepspeed(config)

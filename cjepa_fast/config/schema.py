@@ -194,14 +194,44 @@ class VICRegSection(Section):
     )
 
 
+class SIGRegSection(Section):
+    beta: NonNegative = later(
+        0.02, was=0.02, description="weight of the statistic; 0 is exactly I-JEPA"
+    )
+    views: Literal["blocks", "context_target", "tokens", "positions"] = later(
+        "context_target", was="context_target", description="what it is of: see model/sigreg.py"
+    )
+    directions: Count = later(
+        256, was=256, description="random directions, drawn anew for each step"
+    )
+    knots: Annotated[int, Field(ge=2)] = later(
+        17, was=17, description="points of the integral on [0, t_max]"
+    )
+    t_max: Positive = later(3.0, was=3.0, description="where the integral ends")
+    projector: tuple[Count, ...] | None = later(
+        None, was=None, description="widths of an expander before the statistic; null: none"
+    )
+
+
 class LossSection(Section):
     prediction: Literal["smooth_l1", "l2"] = Field(
         "smooth_l1", description='"smooth_l1" as in I-JEPA\'s code, "l2" as in the papers'
     )
     prediction_weight: NonNegative = later(
-        1.0, was=1.0, description="of the prediction error; 0: VICReg alone, no longer C-JEPA"
+        1.0, was=1.0, description="of the prediction error; 0: regulariser alone, no longer C-JEPA"
+    )
+    regulariser: Literal["vicreg", "sigreg"] = later(
+        "vicreg",
+        was="vicreg",
+        description="which of the two sections counts; the other's keys are not read",
     )
     vicreg: VICRegSection = VICRegSection()
+    sigreg: SIGRegSection = SIGRegSection()
+
+    @property
+    def regularised_by(self) -> VICRegSection | SIGRegSection:
+        """The section that `regulariser` names."""
+        return self.sigreg if self.regulariser == "sigreg" else self.vicreg
 
 
 class OptimSection(Section):

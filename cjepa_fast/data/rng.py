@@ -8,7 +8,8 @@ for each part of the key.
 
 import torch
 
-ORDER, CROP, FLIP, COLOUR, MASK_SIZE, MASK_POSITION, MASK_KEEP, SUBSTITUTE, AUGMENT = range(9)
+ORDER, CROP, FLIP, COLOUR, MASK_SIZE, MASK_POSITION, MASK_KEEP, SUBSTITUTE = range(8)
+AUGMENT, DIRECTION = range(8, 10)
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
@@ -66,3 +67,14 @@ def permutation(seed: int, epoch: int, n: int) -> torch.Tensor:
     Sorting by hashed keys depends on no library's generator, so it outlives their versions.
     """
     return torch.argsort(bits(seed, ORDER, epoch, torch.arange(n)), stable=True)
+
+
+def directions(seed: int, step: int, width: int, count: int, device: torch.device) -> torch.Tensor:
+    """`count` directions, uniform on the unit sphere: fp32 (width, count), for step `step`.
+
+    Normal numbers by Box and Muller's transform, divided by their length.
+    """
+    places = torch.arange(width, dtype=torch.int64, device=device)
+    draws = uniforms(seed, DIRECTION, step, places, 2 * count)
+    radius, angle = (-2 * (1 - draws[:, :count]).log()).sqrt(), 2 * torch.pi * draws[:, count:]
+    return torch.nn.functional.normalize(radius * angle.cos(), dim=0).float()

@@ -31,6 +31,7 @@ TERMS = {
     "sim": "invariance",
     "std": "variance",
     "cov": "covariance",
+    "sigreg": "SIGReg's statistic",
     "feature_std": "std of the features, per dimension",
     "rankme": "RankMe of the features",
     "knn": "kNN while training, %",
@@ -142,8 +143,11 @@ def _description(source: Source, origin: Origin) -> str:
 def _method(config: dict) -> str:
     if not config:
         return ""
-    if config["loss"]["vicreg"]["beta"] == 0:
+    regulariser = config["loss"]["regulariser"]
+    if config["loss"][regulariser]["beta"] == 0:
         return " by I-JEPA (arXiv 2301.08243)"
+    if regulariser == "sigreg":
+        return " by I-JEPA with SIGReg (arXiv 2301.08243, 2511.08544)"
     return " by C-JEPA (I-JEPA with VICReg's regularisation, arXiv 2410.19560)"
 
 
@@ -206,13 +210,15 @@ def _settings(config: dict) -> dict[str, str]:
 
 
 def _objective(loss: dict) -> str:
-    prediction, vicreg = f'prediction "{loss["prediction"]}"', loss["vicreg"]
+    prediction, own = f'prediction "{loss["prediction"]}"', loss[loss["regulariser"]]
     if loss["prediction_weight"] != 1:
         prediction += f" times {loss['prediction_weight']:g}"
-    if vicreg["beta"] == 0:
+    if own["beta"] == 0:
         return prediction
-    weights = ", ".join(f"{name} {vicreg[name]:g}" for name in ("beta", "sim", "std", "cov"))
-    return f'{prediction}; VICReg on "{vicreg["views"]}": {weights}'
+    sigreg = loss["regulariser"] == "sigreg"
+    names = ("beta", "directions", "knots", "t_max") if sigreg else ("beta", "sim", "std", "cov")
+    weights = ", ".join(f"{name} {own[name]:g}" for name in names)
+    return f'{prediction}; {"SIGReg" if sigreg else "VICReg"} on "{own["views"]}": {weights}'
 
 
 def _evaluation(source: Source, origin: Origin) -> str:

@@ -30,9 +30,13 @@ class JEPA(nn.Module):
         context: torch.Tensor | PackedContext,
         target_idx_BMP: torch.Tensor,
         target_tokens_BND: torch.Tensor,
+        directions_DK: torch.Tensor | None = None,
     ) -> Terms:
-        """The loss and its terms, 0-d by name. target_tokens: the target encoder's output."""
+        """The loss and its terms, 0-d by name. target_tokens: the target encoder's output;
+        directions: of the step, for SIGReg."""
         tokens = self.encoder(images_B3HW, context)
         predicted = self.predictor(tokens, context, target_idx_BMP)
         jepa = prediction_loss(predicted, target_tokens_BND, target_idx_BMP, self.loss.prediction)
-        return self.loss(jepa, predicted, tokens, target_tokens_BND, self.projector, context)
+        return self.loss(
+            jepa, predicted, tokens, target_tokens_BND, self.projector, context, directions_DK
+        )

@@ -3,7 +3,8 @@
     loss = weight * jepa + beta * (sim_weight * sim + std_weight * std + cov_weight * cov)
 
 weight is 1 in both papers; jepa is I-JEPA's prediction error; sim, std and cov are VICReg's
-invariance, variance and covariance. Shapes: B images, M target blocks, P patches a block, D width.
+invariance, variance and covariance. sigreg.py has another regulariser in their place.
+Shapes: B images, M target blocks, P patches a block, D width.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,8 @@ from torch import nn
 
 from cjepa_fast.kernels.common.ranks import Ranks, centred, sum_over_ranks, wide
 from cjepa_fast.kernels.vicreg import vicreg_terms
-from cjepa_fast.model.packed import PackedContext
+from cjepa_fast.model.sigreg import SIGReg
+from cjepa_fast.model.views import Context, one_row, pooled_context, projected
 
 Terms = dict[str, torch.Tensor]
 
@@ -57,8 +59,9 @@ class CJEPALoss:
     "context_target" the mean-pooled outputs of the two encoders (App. C.2), with std and cov on the
     context's; "tokens" takes std and cov of all predicted tokens, no sim; "positions", ours and not
     the paper's, takes them of the context's tokens apart at each position of the grid, no sim
-    (`position_terms`). weight: of the prediction error, 1 in the papers. ranks: those whose batches
-    together give the statistics, None for this one alone.
+    (`position_terms`). weight: of the prediction error, 1 in the papers. sigreg: takes VICReg's
+    place, beta and all. ranks: those whose batches together give the statistics, None for this one
+    alone.
     """
 
     prediction: str = "smooth_l1"
@@ -70,6 +73,7 @@ class CJEPALoss:
     cov: float = 1.0
     gamma: float = 1.0
     eps: float = 1e-4
+    sigreg: SIGReg | None = None
     ranks: Ranks | None = None
 
     def __call__(
@@ -79,25 +83,32 @@ class CJEPALoss:
         context_BKD: torch.Tensor,
         target_tokens_BND: torch.Tensor,
         project: nn.Module | None = None,
-        context: torch.Tensor | PackedContext | None = None,
+        context: Context | None = None,
+        directions_DK: torch.Tensor | None = None,
     ) -> Terms:
-        """0-d tensors by name, at least fp32: loss (with gradient), jepa, sim, std, cov.
+        """0-d tensors by name, at least fp32: loss (with gradient), jepa; sim, std, cov or sigreg.
 
         jepa: the prediction error (kernels.gather.prediction_loss). context: the positions of the
         context's tokens, int64 (B, K); or packed, for tokens (1, T, D) that lie end to end.
+        directions: of the step, for SIGReg.
         """
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.beta > 0):
-            if self.beta == 0 and self.ranks is None and len(predicted_BMPD) < 2:
-                sim = std = cov = jepa.new_tensor(torch.nan)  # one image has no variance
+        beta = self.sigreg.beta if self.sigreg else self.beta
+        outputs = predicted_BMPD, context_BKD, target_tokens_BND
+        with torch.set_grad_enabled(torch.is_grad_enabled() and beta > 0):
+            if beta == 0 and self.ranks is None and len(predicted_BMPD) < 2:
+                added = jepa.new_tensor(torch.nan)  # one image has no statistics
+                terms = dict.fromkeys(["sigreg"] if self.sigreg else ["sim", "std", "cov"], added)
+            elif self.sigreg:
+                added = self.sigreg(*outputs, project, context, directions_DK)
+                terms = {"sigreg": added}
             else:
-                sim, std, cov = self.vicreg(
-                    predicted_BMPD, context_BKD, target_tokens_BND, project, context
-                )
-        vicreg = self.sim * sim + self.std * std + self.cov * cov
+                sim, std, cov = self.vicreg(*outputs, project, context)
+                added = self.sim * sim + self.std * std + self.cov * cov
+                terms = {"sim": sim, "std": std, "cov": cov}
         loss = jepa if self.weight == 1 else self.weight * jepa
-        if self.beta > 0:
-            loss = loss + self.beta * vicreg
-        terms = {"jepa": jepa, "sim": sim, "std": std, "cov": cov}
+        if beta > 0:
+            loss = loss + beta * added
+        terms = {"jepa": jepa, **terms}
         return {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
 
     def vicreg(
@@ -106,51 +117,28 @@ class CJEPALoss:
         context_BKD: torch.Tensor,
         target_tokens_BND: torch.Tensor,
         project: nn.Module | None = None,
-        context: torch.Tensor | PackedContext | None = None,
+        context: Context | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """sim, std and cov of the chosen views, unweighted."""
         if self.views == "blocks":
             z_MBD = wide(predicted_BMPD).mean(2).transpose(0, 1)
-            return block_terms(_projected(project, z_MBD), self.gamma, self.eps, self.ranks)
+            return block_terms(projected(project, z_MBD), self.gamma, self.eps, self.ranks)
         if self.views == "context_target":
-            tokens = wide(context_BKD)
-            packed = isinstance(context, PackedContext)
-            pooled = context.sequences.means(tokens[0]) if packed else tokens.mean(1)
-            z_a = _projected(project, pooled)
+            z_a = projected(project, pooled_context(context_BKD, context))
             with torch.no_grad():
-                z_b = _projected(project, wide(target_tokens_BND).mean(1))
+                z_b = projected(project, wide(target_tokens_BND).mean(1))
             std, cov, _ = vicreg_terms(z_a, self.gamma, self.eps, self.ranks)
             return F.mse_loss(z_a, z_b), std, cov
         if self.views == "positions":
-            tokens_TD, idx_T, live_T = _one_row(context_BKD, context)
+            tokens_TD, idx_T, live_T = one_row(context_BKD, context)
             std, cov = position_terms(
-                _projected(project, tokens_TD), idx_T, target_tokens_BND.shape[1], live_T,
+                projected(project, tokens_TD), idx_T, target_tokens_BND.shape[1], live_T,
                 self.gamma, self.eps, self.ranks,
             )  # fmt: skip
             return std.new_zeros(()), std, cov
-        z_nD = _projected(project, predicted_BMPD.flatten(0, 2))
+        z_nD = projected(project, predicted_BMPD.flatten(0, 2))
         std, cov, _ = vicreg_terms(z_nD, self.gamma, self.eps, self.ranks)
         return std.new_zeros(()), std, cov
-
-
-def _projected(project: nn.Module | None, z: torch.Tensor) -> torch.Tensor:
-    if project is None:
-        return z
-    weight = next(project.parameters())
-    return wide(project(z.flatten(0, -2).to(weight.dtype)).view(*z.shape[:-1], -1))
-
-
-def _one_row(
-    context_BKD: torch.Tensor, context: torch.Tensor | PackedContext | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The context's tokens (T, D), their positions (T,), and which of them are no padding."""
-    if context is None:
-        raise ValueError('views "positions" needs the positions of the context')
-    if not isinstance(context, PackedContext):
-        return context_BKD.flatten(0, 1), context.flatten(), None
-    end = context.sequences.starts[context.sequences.real]
-    live_T = torch.arange(len(context.rows_T), device=end.device) < end
-    return context_BKD[0], context.idx_T, live_T
 
 
 def position_terms(

@@ -24,7 +24,7 @@ from cjepa_fast.telemetry.sinks import AsyncSink, Sink, TensorBoardSink, WandbSi
 
 REFRESH_S = 0.5  # on a terminal the line is redrawn no oftener than this
 RATE_MEMORY = 0.7  # weight of the past in the EMA of the step time behind the ETA
-TERMS = ("jepa", "sim", "std", "cov")  # the loss's terms on the progress line
+TERMS = ("jepa", "sim", "std", "cov", "sigreg")  # the loss's terms on the progress line
 
 
 class Telemetry:

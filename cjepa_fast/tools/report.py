@@ -90,14 +90,14 @@ def write(run: Path, out: Path, images: str | None = None) -> Path:
 
 
 def _summary(run: Path, settings: config.Config, rows: list[dict], records: list[dict]) -> str:
-    model, data, vicreg = settings.model, settings.data, settings.loss.vicreg
+    model, data = settings.model, settings.data
     sizes = build.model_sizes(settings)
     last = rows[-1] if rows else {"step": 0}
     shape = f"{sizes['width']} wide, {sizes['depth']} blocks, {sizes['heads']} heads"
     pairs = [
         ("Model", f"{model.name}, patch {model.patch_size}: {shape}"),
         ("Images", f"{data.path}, {data.image_size} pixels, batch {data.batch_size:,}"),
-        ("Method", "I-JEPA" if vicreg.beta == 0 else f"C-JEPA, VICReg beta {vicreg.beta:g}"),
+        ("Method", _method(settings)),
         ("Steps", f"{last['step']:,}"),
         ("Epochs", f"{last.get('epoch', 0):.2f} of {settings.run.epochs}"),
         ("Time", _hours(last.get("time_s", 0))),
@@ -113,6 +113,15 @@ def _summary(run: Path, settings: config.Config, rows: list[dict], records: list
         if last.get(key) is not None
     ]
     return html_page.facts(pairs)
+
+
+def _method(settings: config.Config) -> str:
+    beta = settings.loss.regularised_by.beta
+    if beta == 0:
+        return "I-JEPA"
+    if settings.loss.regulariser == "sigreg":
+        return f"I-JEPA with SIGReg, beta {beta:g}"
+    return f"C-JEPA, VICReg beta {beta:g}"
 
 
 def _state(run: Path, settings: config.Config, rows: list[dict]) -> str:

@@ -19,6 +19,7 @@ from cjepa_fast.model.flops import step_gflop
 from cjepa_fast.model.jepa import JEPA
 from cjepa_fast.model.loss import CJEPALoss, build_projector
 from cjepa_fast.model.predictor import Predictor
+from cjepa_fast.model.sigreg import SIGReg
 from cjepa_fast.model.vit import MODELS, Encoder, initialisation
 from cjepa_fast.runtime import distributed, hardware, trials
 from cjepa_fast.training.engines.single import SingleEngine
@@ -45,16 +46,28 @@ def build_networks(config: Config, ranks: Ranks | None = None) -> JEPA:
         mode=part.mode,
         **options,
     )
-    vicreg = config.loss.vicreg.model_dump()
-    widths = vicreg.pop("projector")
-    if not vicreg["beta"]:
-        widths = None  # nothing would train it
-    projector = build_projector(encoder.width, widths, ranks)
-    loss = CJEPALoss(
-        prediction=config.loss.prediction, weight=config.loss.prediction_weight, ranks=ranks,
-        **vicreg,
-    )  # fmt: skip
-    return JEPA(encoder, predictor, loss, projector)
+    projector = build_projector(encoder.width, projector_widths(config), ranks)
+    return JEPA(encoder, predictor, build_loss(config, ranks), projector)
+
+
+def projector_widths(config: Config) -> tuple[int, ...] | None:
+    """None too where nothing would train it."""
+    own = config.loss.regularised_by
+    return own.projector if own.beta else None
+
+
+def build_loss(config: Config, ranks: Ranks | None) -> CJEPALoss:
+    own = config.loss
+    sigreg = None
+    if own.regulariser == "sigreg":
+        sigreg = SIGReg(**own.sigreg.model_dump(exclude={"projector", "directions"}), ranks=ranks)
+    return CJEPALoss(
+        prediction=own.prediction,
+        weight=own.prediction_weight,
+        sigreg=sigreg,
+        ranks=ranks,
+        **own.vicreg.model_dump(exclude={"projector"}),
+    )
 
 
 def build_engine(

@@ -25,8 +25,8 @@ COUNTED = 2  # images on the meta device
 
 def fitted(config: Config, device: torch.device, saved: Config | None) -> Config:
     """The configuration with data.micro_batch_size cut to what fits, on a CPU; the same on all
-    ranks. saved: of the checkpoint that is resumed from, whose cut stays, since VICReg's
-    statistics are of a micro-batch. config: its run.precision resolved."""
+    ranks. saved: of the checkpoint that is resumed from, whose cut stays, since the
+    regulariser's statistics are of a micro-batch. config: its run.precision resolved."""
     if device.type != "cpu":
         return config
     asked, world_size = config.data.micro_batch_size, distributed.world_size()
@@ -36,7 +36,7 @@ def fitted(config: Config, device: torch.device, saved: Config | None) -> Config
     times = configuration.micro_batches(config.data.batch_size, world_size, asked)
     if times[0] <= fits:
         return config
-    smallest = 2 if config.loss.vicreg.beta > 0 and world_size == 1 else 1
+    smallest = 2 if config.loss.regularised_by.beta > 0 and world_size == 1 else 1
     images, _ = configuration.micro_batches(config.data.batch_size, world_size, max(fits, smallest))
     return _with(config, max(images, min(smallest, times[0])))
 

@@ -69,7 +69,7 @@ def _memory_advice(error: Exception, session: Session) -> str:
         rank=int(os.environ.get("RANK", "0")),
         ranks=ranks,
         micro_batch=micro_batch,
-        smallest=2 if config.loss.vicreg.beta > 0 and ranks == 1 else 1,
+        smallest=2 if config.loss.regularised_by.beta > 0 and ranks == 1 else 1,
         checkpointing=config.model.checkpointing,
         stage=config.deepspeed.get("zero_optimization", {}).get("stage", 0),
         command_line=list(options.command_line),

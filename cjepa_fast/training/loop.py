@@ -247,12 +247,14 @@ class Loop:
         low = [f"{k} {row[k]:.3g}, floor {v:g}" for k, v in known.items() if row[k] < v]
         if low:
             self.told_of_collapse = True
-            optim, beta = self.config.optim, self.config.loss.vicreg.beta
+            optim, loss = self.config.optim, self.config.loss
+            key, beta = f"loss.{loss.regulariser}.beta", loss.regularised_by.beta
+            default = type(loss.regularised_by)().beta
             cause = (
-                "loss.vicreg.beta is 0: nothing holds their variance up; 0.001 does"
+                f"{key} is 0: nothing holds their variance up; {default:g} does"
                 if beta == 0
                 else f"optim.lr = {optim.lr:g} too high, optim.momentum = {optim.momentum:g} too "
-                f"low, or loss.vicreg.beta = {beta:g} too small or too large"
+                f"low, or {key} = {beta:g} too small or too large"
             )
             self.telemetry.message(
                 f"WARNING: the target's features are collapsing ({'; '.join(low)}; over the last "

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from cjepa_fast.config import Config, ConfigError
+from cjepa_fast.data import rng
 from cjepa_fast.data.loader import Batch
 from cjepa_fast.data.masks import Masks
 from cjepa_fast.kernels.ema import Number
@@ -24,6 +25,7 @@ from cjepa_fast.training.build import (
     compile_networks,
     fuse_networks,
     initialise,
+    projector_widths,
 )
 from cjepa_fast.training.engines.cuda_graph import Graphed
 from cjepa_fast.training.engines.single import SingleEngine
@@ -54,10 +56,12 @@ class Trainer:
         self.steps_per_epoch, self.images, self.decoder = steps_per_epoch, images, decoder
         self.total_steps = config.run.epochs * steps_per_epoch
         self.micro_batch, self.accumulation = config.data.micro_batches(distributed.world_size())
-        if self.micro_batch * distributed.world_size() < 2 and config.loss.vicreg.beta > 0:
+        if self.micro_batch * distributed.world_size() < 2 and config.loss.regularised_by.beta > 0:
+            statistics = {"vicreg": "VICReg's variance", "sigreg": "SIGReg's statistic"}
             raise ConfigError(
-                "data.batch_size or data.micro_batch_size = 1: VICReg's variance needs at least 2 "
-                "images at a time; or set loss.vicreg.beta=0"
+                f"data.batch_size or data.micro_batch_size = 1: "
+                f"{statistics[config.loss.regulariser]} needs at least 2 images at a time; or set "
+                f"loss.{config.loss.regulariser}.beta=0"
             )
         networks = build_networks(
             config, distributed.AllRanks() if distributed.world_size() > 1 else None
@@ -137,12 +141,14 @@ class Trainer:
         Returns the terms' means over the step's images, of all ranks (0-d tensors by name), and
         whether the update was applied, perhaps as a tensor that nobody has waited for.
         """
-        schedules = self.schedules(index)
+        schedules, drawn = self.schedules(index), self.drawn(index)
         sums: dict[str, torch.Tensor] = {}
         if self.config.run.cuda_graph:  # it holds the update, which cannot wait inside it
             self.engine.snapshot.wait()
         for batch in batches:
-            terms, features_BD, applied = self._run(batch.images_B3HW, batch.masks, *schedules)
+            terms, features_BD, applied = self._run(
+                batch.images_B3HW, batch.masks, *schedules, *drawn
+            )
             self.features.append(features_BD.clone())
             sums = {name: sums.get(name, 0) + term for name, term in terms.items()}
             after_micro_batch()
@@ -156,17 +162,30 @@ class Trainer:
         lr: Number,
         weight_decay: Number,
         momentum: Number,
+        *drawn: torch.Tensor,
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor, bool | torch.Tensor]:
-        """One micro-batch, and the update after a step's last.
+        """One micro-batch, and the update after a step's last. drawn: see `drawn`.
 
         Returns the terms, the target's mean tokens (B, D), and what the engine's step returns.
         """
         with torch.no_grad():
             target_BND = self.target(images_B3HW)
-        terms = self.engine(images_B3HW, masks.context, masks.target_idx_BMP, target_BND)
+        terms = self.engine(images_B3HW, masks.context, masks.target_idx_BMP, target_BND, *drawn)
         self.engine.backward(terms["loss"])
         applied = self.engine.step(lr, weight_decay, momentum)
         return {name: t.detach() for name, t in terms.items()}, target_BND.mean(1), applied
+
+    def drawn(self, index: int) -> tuple[torch.Tensor, ...]:
+        """What the loss of step `index` (from 0) draws: SIGReg's directions (D, K), or nothing.
+
+        A function of the seed and the step, the same for all ranks and all its micro-batches.
+        """
+        loss = self.config.loss
+        if loss.regulariser != "sigreg":
+            return ()
+        width = (projector_widths(self.config) or (self.context_encoder.width,))[-1]
+        count, seed = loss.sigreg.directions, self.config.run.seed
+        return (rng.directions(seed, index, width, count, self.device),)
 
     def schedules(self, index: int) -> tuple[float, float, float]:
         """Learning rate, weight decay and EMA momentum of step `index` (from 0)."""
@@ -206,6 +225,7 @@ class Trainer:
         facts["decoder"] = self.decoder
         if self.linear:
             facts["linear"] = self.linear
-        if self.config.loss.vicreg.beta > 0:
-            facts["images a VICReg statistic"] = self.micro_batch * distributed.world_size()
+        if self.config.loss.regularised_by.beta > 0:
+            name = {"vicreg": "VICReg", "sigreg": "SIGReg"}[self.config.loss.regulariser]
+            facts[f"images a {name} statistic"] = self.micro_batch * distributed.world_size()
         return facts

@@ -161,9 +161,9 @@ def sigreg_statistic(
 
     directions: of unit length, the same on all ranks; no gradient. rows, int (G, n): which row
     stands where in each group, -1 where none, each row at most once; without it all rows are one
-    group. With `ranks` the groups are those of all ranks' rows together, and each rank's gradient is that
-    of the sum of all ranks' losses; all of them must call it, and call backward, with as many
-    groups. Nothing waits for the device.
+    group. With `ranks` the groups are those of all ranks' rows together, and each rank's gradient
+    is that of the sum of all ranks' losses; all of them must call it, and call backward, with as
+    many groups. Nothing waits for the device.
     Raises ValueError for shapes that do not fit, and for a single row on one rank.
     """
     _check(z_TD, directions_DK, rows, knots, ranks)

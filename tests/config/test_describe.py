@@ -5,7 +5,7 @@ import tiny
 
 from cjepa_fast import train
 from cjepa_fast.config.describe import explained, keys, markdown
-from cjepa_fast.config.schema import LossSection, VICRegSection
+from cjepa_fast.config.schema import LossSection, SIGRegSection, VICRegSection
 
 
 def test_the_page_is_what_the_schema_says():
@@ -43,7 +43,8 @@ def test_the_command_explains_a_key_a_section_and_names_the_nearest(capsys):
     assert capsys.readouterr().out.startswith("optim.clip = 0.0   (number, >= 0)\n    largest ")
     assert ended("--help-config", "loss") == 0
     said = capsys.readouterr().out.splitlines()[::2]
-    fields = [*LossSection.model_fields.keys() - {"vicreg"}, *VICRegSection.model_fields]
+    fields = [*LossSection.model_fields.keys() - {"vicreg", "sigreg"}]
+    fields += [*VICRegSection.model_fields, *SIGRegSection.model_fields]
     assert len(said) == len(fields) and all(line.startswith("loss.") for line in said)
     assert ended("--help-config", "optim.learning_rat") == 2
     assert "no such key; nearest is optim." in capsys.readouterr().err

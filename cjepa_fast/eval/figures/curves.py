@@ -14,6 +14,7 @@ PANELS = {
     "sim": ("invariance", True),
     "std": ("variance", False),
     "cov": ("covariance", True),
+    "sigreg": ("SIGReg's statistic", True),
     "knn": ("kNN, %", False),
     "linear": ("linear probe, %", False),
     "feature_std": ("std of the features, per dimension", False),

@@ -1,0 +1,59 @@
+"""What a regulariser looks at: rows of width D, taken from the networks' outputs.
+
+Shapes: B images, N patches of an image, M target blocks, P patches a block, K context, T tokens of
+all contexts, D width.
+"""
+
+import torch
+from torch import nn
+
+from cjepa_fast.kernels.common.ranks import wide
+from cjepa_fast.model.packed import PackedContext
+
+Context = torch.Tensor | PackedContext
+
+
+def projected(project: nn.Module | None, z: torch.Tensor) -> torch.Tensor:
+    if project is None:
+        return z
+    weight = next(project.parameters())
+    return wide(project(z.flatten(0, -2).to(weight.dtype)).view(*z.shape[:-1], -1))
+
+
+def pooled_context(context_BKD: torch.Tensor, context: Context | None) -> torch.Tensor:
+    """The mean of each image's context tokens, (B, D)."""
+    tokens = wide(context_BKD)
+    if isinstance(context, PackedContext):
+        return context.sequences.means(tokens[0])
+    return tokens.mean(1)
+
+
+def one_row(
+    context_BKD: torch.Tensor, context: Context | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The context's tokens (T, D), their positions (T,), and which of them are no padding."""
+    if context is None:
+        raise ValueError('views "positions" needs the positions of the context')
+    if not isinstance(context, PackedContext):
+        return context_BKD.flatten(0, 1), context.flatten(), None
+    end = context.sequences.starts[context.sequences.real]
+    live_T = torch.arange(len(context.rows_T), device=end.device) < end
+    return context_BKD[0], context.idx_T, live_T
+
+
+def rows_by_position(context_BKD: torch.Tensor, context: Context, positions: int) -> torch.Tensor:
+    """Which of `one_row`'s tokens stands at each position of each image: int64 (N, B), -1 for none.
+
+    positions: N. An image has each position once at most.
+    """
+    _, idx_T, live_T = one_row(context_BKD, context)
+    token_T = torch.arange(len(idx_T), device=idx_T.device)
+    if isinstance(context, PackedContext):
+        images, image_T = context.images, context.rows_T // context.patches
+    else:
+        images, image_T = len(context), token_T // context.shape[1]
+    place_T = idx_T * images + image_T
+    if live_T is not None:  # padding goes to a place of its own
+        place_T = torch.where(live_T, place_T, positions * images)
+    table = token_T.new_full((positions * images + 1,), -1).scatter_(0, place_T, token_T)
+    return table[:-1].view(positions, images)
