@@ -24,7 +24,7 @@ STEPS = WARM + 4
 
 
 def trainer_of(
-    context: str = "fixed", attention: str = "sdpa", **run
+    context: str = "fixed", attention: str = "sdpa", loss: dict | None = None, **run
 ) -> tuple[Trainer, list[list[Batch]]]:
     """A tiny trainer with fixed shapes, and a few steps' batches on its device."""
     sections = {
@@ -32,6 +32,7 @@ def trainer_of(
         "data": tiny.CONFIG["data"] | {"batch_size": 8},
         "mask": {"min_keep": 4, "context": context},
         "optim": {"warmup_epochs": 0, "lr": 0.01, "clip": 1.0},
+        "loss": loss or {},
     }
     # Not by trial: two trainings must not end up with two kernels for attention.
     sections["model"] = tiny.CONFIG["model"] | {"attention": attention}
@@ -85,14 +86,18 @@ class NoReading(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+SIGREG = {"regulariser": "sigreg", "sigreg": {"views": "positions", "directions": 16}}
+
+
+@pytest.mark.parametrize("loss", [{}, SIGREG], ids=["vicreg", "sigreg"])
 @pytest.mark.parametrize("context", ["fixed", "packed", "random"])
-def test_nothing_in_a_step_waits_for_the_device(monkeypatch, context):
+def test_nothing_in_a_step_waits_for_the_device(monkeypatch, context, loss):
     """But for what a CPU alone does: check indices, read the numbers of the optimiser's pass."""
     passes = []
     monkeypatch.setattr(single, "adamw_ema_step", lambda *a, **numbers: passes.append(numbers))
     for module in (tokens, targets, predictor):
         monkeypatch.setattr(module, "check_indices", lambda idx, patches: None)
-    trainer, steps = trainer_of(context)
+    trainer, steps = trainer_of(context, loss=loss)
     with NoReading():
         for index, batches in enumerate(steps):
             _, applied = trainer.step(batches, index)
@@ -122,10 +127,11 @@ def test_without_a_gpu_it_is_refused():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("loss", [{}, SIGREG], ids=["vicreg", "sigreg"])
 @pytest.mark.parametrize("context", ["fixed", "packed"])
 @pytest.mark.parametrize("graph", [False, True])
-def test_no_host_sync_in_a_step(graph, context):
-    trainer, steps = trainer_of(context, cuda_graph=graph)
+def test_no_host_sync_in_a_step(graph, context, loss):
+    trainer, steps = trainer_of(context, loss=loss, cuda_graph=graph)
     steps = itertools.cycle(steps)
     for index in range(WARM + 1):
         trainer.step(next(steps), index)
