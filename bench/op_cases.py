@@ -15,12 +15,14 @@ import torch.nn.functional as F
 from cjepa_fast import config as configuration
 from cjepa_fast.config import Config
 from cjepa_fast.data.masks import Masks
-from cjepa_fast.kernels import attention, ema, fp8, gather, gelu, norm, vicreg
+from cjepa_fast.kernels import attention, ema, fp8, gather, gelu, norm, sigreg, vicreg
+from cjepa_fast.model.views import rows_by_position
 from cjepa_fast.training import build
 
 MODELS = {"T": "vit_t", "B": "vit_b", "L": "vit_l", "H": "vit_h"}
 ROWS, WIDTHS = 25_088, (384, 768, 1024, 1280, 2048, 4096, 8192)
 BF16 = 2  # bytes a value
+DIRECTIONS, KNOTS = 256, 17  # of SIGReg
 ADAM = {"step": 10, "lr": 1e-4, "momentum": 0.996, "weight_decay": 0.05}
 
 
@@ -55,6 +57,7 @@ def cases(models: list[str], batch: int | None, rows: int, widths: list[int]) ->
         found += quantisations(model, config, images)
         found += blocks(model, config, masks)
         found.append(vicreg_blocks(model, config, masks))
+        found += sigreg_views(model, config, masks)
     return found + [vicreg_tokens(rows, width, torch.bfloat16) for width in widths]
 
 
@@ -310,3 +313,34 @@ def vicreg_case(label: str, shape: tuple[int, ...], dtype: torch.dtype) -> Case:
         make=lambda device: (wanting(normal(device, *shape, dtype=dtype)),),
         work=vicreg_work(M, n, D, dtype), **pair(vicreg, "vicreg_terms"),
     )  # fmt: skip
+
+
+def sigreg_views(model: str, config: Config, masks: Masks) -> list[Case]:
+    """The pooled contexts in fp32, and the contexts' tokens apart at each position."""
+    B, D = len(masks.target_idx_BMP), build.model_sizes(config)["width"]
+    N = (config.data.image_size // config.model.patch_size) ** 2
+    rows_NB = rows_by_position(masks.context, N)
+    T = int(rows_NB.max()) + 1
+    pooled = sigreg_case(f"{model}: {B}x{D}", (B, D), torch.float32, torch.arange(B)[None])
+    return [pooled, sigreg_case(f"{model}: {N} of {T}x{D}", (T, D), torch.bfloat16, rows_NB)]
+
+
+def sigreg_case(label: str, shape: tuple[int, int], dtype: torch.dtype, rows: torch.Tensor) -> Case:
+    def make(device: torch.device) -> tuple:
+        directions = F.normalize(normal(device, shape[1], DIRECTIONS, dtype=torch.float32), dim=0)
+        return wanting(normal(device, *shape, dtype=dtype)), directions, rows.to(device)
+
+    return Case(
+        shape=label, dtype=dtype, make=make, work=sigreg_work(*shape, len(rows), dtype),
+        **pair(sigreg, "sigreg_statistic"),
+    )  # fmt: skip
+
+
+def sigreg_work(T: int, D: int, G: int, dtype: torch.dtype) -> dict[str, Work]:
+    """Of the mathematics: each product once, and 8 operations for each turn."""
+    values, turns = T * D * dtype.itemsize, 8 * T * DIRECTIONS * (KNOTS - 1)
+    sums, flop = 8 * G * (KNOTS - 1) * DIRECTIONS + 4 * D * DIRECTIONS, 2 * T * D * DIRECTIONS
+    return {
+        "forward": Work(values + sums, flop + turns),
+        "backward": Work(2 * values + sums + 8 * T * DIRECTIONS, 2 * flop + turns),
+    }

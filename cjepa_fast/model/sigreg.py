@@ -72,5 +72,5 @@ class SIGReg:
             return pooled_context(context_BKD, context), None
         if self.views == "positions":
             tokens_TD, *_ = one_row(context_BKD, context)
-            return tokens_TD, rows_by_position(context_BKD, context, positions)
+            return tokens_TD, rows_by_position(context, positions)
         return predicted_BMPD.flatten(0, 2), None

@@ -34,19 +34,24 @@ def one_row(
     """The context's tokens (T, D), their positions (T,), and which of them are no padding."""
     if context is None:
         raise ValueError('views "positions" needs the positions of the context')
+    tokens_TD = context_BKD[0] if isinstance(context, PackedContext) else context_BKD.flatten(0, 1)
+    return tokens_TD, *_positions(context)
+
+
+def _positions(context: Context) -> tuple[torch.Tensor, torch.Tensor | None]:
     if not isinstance(context, PackedContext):
-        return context_BKD.flatten(0, 1), context.flatten(), None
+        return context.flatten(), None
     end = context.sequences.starts[context.sequences.real]
     live_T = torch.arange(len(context.rows_T), device=end.device) < end
-    return context_BKD[0], context.idx_T, live_T
+    return context.idx_T, live_T
 
 
-def rows_by_position(context_BKD: torch.Tensor, context: Context, positions: int) -> torch.Tensor:
+def rows_by_position(context: Context, positions: int) -> torch.Tensor:
     """Which of `one_row`'s tokens stands at each position of each image: int64 (N, B), -1 for none.
 
     positions: N. An image has each position once at most.
     """
-    _, idx_T, live_T = one_row(context_BKD, context)
+    idx_T, live_T = _positions(context)
     token_T = torch.arange(len(idx_T), device=idx_T.device)
     if isinstance(context, PackedContext):
         images, image_T = context.images, context.rows_T // context.patches

@@ -19,9 +19,8 @@ SIGREG = {"regulariser": "sigreg", "sigreg": {"views": "positions", "directions"
 
 def logged(run: Path) -> dict[int, dict]:
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return {
-        row["step"]: {n: row[n] for n in ("loss", "jepa", "sigreg", "grad_norm")} for row in rows
-    }
+    names = ("loss", "jepa", "sigreg", "grad_norm")
+    return {row["step"]: {name: row[name] for name in names} for row in rows}
 
 
 @pytest.fixture(scope="module")
@@ -76,13 +75,8 @@ def test_two_ranks_train_as_one(one_rank, tmp_path):
     assert list(two) == [1, 2, 3, 4]
     for step, row in two.items():
         assert row == pytest.approx(one[step], rel=2e-4), step
-    other = [
-        "--resume",
-        run / "checkpoints" / "step_00000001",
-        "--set",
-        f"run.dir={tmp_path / 'b'}",
-    ]
-    refused = tiny.train("--config", config, *other, processes=2)
+    held, other = run / "checkpoints" / "step_00000001", f"run.dir={tmp_path / 'other'}"
+    refused = tiny.train("--config", config, "--resume", held, "--set", other, processes=2)
     assert "images a SIGReg statistic: 16, saved with 8" in refused.stderr
 
 
