@@ -336,11 +336,11 @@ def sigreg_case(label: str, shape: tuple[int, int], dtype: torch.dtype, rows: to
     )  # fmt: skip
 
 
-def sigreg_work(T: int, D: int, G: int, dtype: torch.dtype) -> dict[str, Work]:
-    """Of the mathematics: each product once, and 8 operations for each turn."""
-    values, turns = T * D * dtype.itemsize, 8 * T * DIRECTIONS * (KNOTS - 1)
+def sigreg_work(T: int, D: int, G: int, dtype: torch.dtype) -> dict[str, Cost]:
+    """Of the mathematics: each product once, and 8 operations for each rotation."""
+    values, rotations = T * D * dtype.itemsize, 8 * T * DIRECTIONS * (KNOTS - 1)
     sums, flop = 8 * G * (KNOTS - 1) * DIRECTIONS + 4 * D * DIRECTIONS, 2 * T * D * DIRECTIONS
     return {
-        "forward": Work(values + sums, flop + turns),
-        "backward": Work(2 * values + sums + 8 * T * DIRECTIONS, 2 * flop + turns),
+        "forward": Cost(values + sums, flop + rotations),
+        "backward": Cost(2 * values + sums + 8 * T * DIRECTIONS, 2 * flop + rotations),
     }

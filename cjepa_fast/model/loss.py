@@ -3,7 +3,7 @@
     loss = weight * jepa + beta * (sim_weight * sim + std_weight * std + cov_weight * cov)
 
 weight is 1 in both papers; jepa is I-JEPA's prediction error; sim, std and cov are VICReg's
-invariance, variance and covariance. sigreg.py has another regulariser in their place.
+invariance, variance and covariance. sigreg.py has another regulariser, which replaces them.
 Shapes: B images, M target blocks, P patches a block, D width.
 """
 
@@ -59,8 +59,8 @@ class CJEPALoss:
     "context_target" the mean-pooled outputs of the two encoders (App. C.2), with std and cov on the
     context's; "tokens" takes std and cov of all predicted tokens, no sim; "positions", ours and not
     the paper's, takes them of the context's tokens apart at each position of the grid, no sim
-    (`position_terms`). weight: of the prediction error, 1 in the papers. sigreg: takes VICReg's
-    place, beta and all. ranks: those whose batches together give the statistics, None for this one
+    (`position_terms`). weight: of the prediction error, 1 in the papers. sigreg: replaces
+    VICReg, beta and all. ranks: those whose batches together give the statistics, None for this one
     alone.
     """
 

@@ -1,4 +1,4 @@
-"""SIGReg, LeJEPA's regulariser (arXiv 2511.08544), in the place of VICReg.
+"""SIGReg, LeJEPA's regulariser (arXiv 2511.08544), instead of VICReg.
 
     loss = weight * jepa + beta * sigreg
 

@@ -57,8 +57,8 @@ def rows_by_position(context: Context, positions: int) -> torch.Tensor:
         images, image_T = context.images, context.rows_T // context.patches
     else:
         images, image_T = len(context), token_T // context.shape[1]
-    place_T = idx_T * images + image_T
-    if live_T is not None:  # padding goes to a place of its own
-        place_T = torch.where(live_T, place_T, positions * images)
-    table = token_T.new_full((positions * images + 1,), -1).scatter_(0, place_T, token_T)
+    offset_T = idx_T * images + image_T
+    if live_T is not None:  # padding goes to an offset of its own
+        offset_T = torch.where(live_T, offset_T, positions * images)
+    table = token_T.new_full((positions * images + 1,), -1).scatter_(0, offset_T, token_T)
     return table[:-1].view(positions, images)

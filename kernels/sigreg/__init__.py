@@ -2,7 +2,7 @@
 
     statistic.py   sigreg_statistic: the reference, the operator, the public function
     forward.py     the sums of cosines and sines; backward.py: the gradient
-    turns.py       sizes, loads, the projection, cosine and sine in a kernel
+    tiles.py       tiles, loads, the projection, cosine and sine in a kernel
     plain.py       the same in plain PyTorch
 
 It is the statistic of LeJEPA (Balestriero & LeCun 2025, arXiv 2511.08544): Epps and Pulley's test
@@ -24,20 +24,20 @@ all ranks' rows.
 
 Gradient, with p = exp(i h x_rk) and the sums' gradients dC and dS:
     dz_r = sum_k g_rk a_k,  g_rk = -Im sum_q t_q p^q (dC_qk - i dS_qk)
-Both passes work out p once for each row and direction. The forward makes its powers by turning
-one by the next, the backward takes the sum by Horner's rule: no other cosine or sine is needed.
+Both passes compute p once for each row and direction. The forward multiplies its powers up, each a
+rotation by p; the backward takes the sum by Horner's rule. No other cosine or sine is needed.
 
 No atomics: each program sums a stretch of rows, then `sum_parts` adds the stretches in a fixed
 order. The same input gives the same bits.
 
-Precision. Projections are three tf32 products of two halves each, 2^-21 relative, of z in fp32 and
-a in fp32, for inputs of any dtype. Cosine and sine are good to 1e-7. Turning them `knots` times
-adds about 1e-7 a turn, and differently for each row, so that it averages out.
+Precision. Projections are three tf32 matmuls of two halves each, 2^-21 relative, of z in fp32 and
+a in fp32, for inputs of any dtype. Cosine and sine are good to 1e-7. Each rotation adds about 1e-7,
+differently for each row, so that it averages out.
 
 Bytes that must move, for b bytes an element and n rows in all: forward n D b (z, once for each 64
 directions, after the first from the cache) and 8 K Q for each stretch of 64 rows of a group,
 Q = knots - 1; backward 2 n D b and 8 n K (the slopes g). Operations, 2 a multiply-add: forward
-6 n D K by three products, backward twice that; and 8 n K Q for the turns of either.
+6 n D K by three matmuls, backward twice that; and 8 n K Q for the rotations of either.
 """
 
 from cjepa_fast.kernels.sigreg.statistic import sigreg_statistic, sigreg_statistic_reference

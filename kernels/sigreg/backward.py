@@ -13,7 +13,7 @@ import torch
 
 from cjepa_fast.kernels.common.launch import KERNEL_DTYPES, TRITON_NAMES, Compiled, narrow
 from cjepa_fast.kernels.common.maybe_triton import tl, triton
-from cjepa_fast.kernels.sigreg.turns import TILE, WARPS, compiled, cos_sin, load_rows, projected
+from cjepa_fast.kernels.sigreg.tiles import TILE, WARPS, compiled, cos_sin, load_rows, projected
 
 MATMUL = {"BLOCK_T": 64, "BLOCK_D": 64, "BLOCK_K": 32}
 

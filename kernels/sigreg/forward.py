@@ -11,7 +11,7 @@ import torch
 from cjepa_fast.kernels.common.launch import KERNEL_DTYPES, TRITON_NAMES, Compiled
 from cjepa_fast.kernels.common.maybe_triton import tl, triton
 from cjepa_fast.kernels.common.sums import sum_parts
-from cjepa_fast.kernels.sigreg.turns import TILE, WARPS, compiled, cos_sin, load_rows, projected
+from cjepa_fast.kernels.sigreg.tiles import TILE, WARPS, compiled, cos_sin, load_rows, projected
 
 # --- the kernel
 

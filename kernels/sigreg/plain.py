@@ -12,12 +12,12 @@ from cjepa_fast.kernels.common.ranks import wide
 def plain_sums(
     z: torch.Tensor, directions: torch.Tensor, rows: torch.Tensor, Q: int, step: float
 ) -> torch.Tensor:
-    turn_GnK, live_Gn = _turns(z, directions, rows, step)
-    power = turn_GnK * live_Gn[..., None]
+    rotation_GnK, live_Gn = _rotations(z, directions, rows, step)
+    power = rotation_GnK * live_Gn[..., None]
     sums = []
     for _ in range(Q):
         sums.append(power.sum(1))
-        power = power * turn_GnK
+        power = power * rotation_GnK
     sums_GQK = torch.stack(sums, 1)
     return torch.stack([sums_GQK.real, sums_GQK.imag], 1)
 
@@ -25,22 +25,22 @@ def plain_sums(
 def plain_grad(
     z: torch.Tensor, directions: torch.Tensor, rows: torch.Tensor, slopes: torch.Tensor, step: float
 ) -> torch.Tensor:
-    turn_GnK, live_Gn = _turns(z, directions, rows, step)
+    rotation_GnK, live_Gn = _rotations(z, directions, rows, step)
     Q = slopes.shape[2]
     t_Q11 = step * torch.arange(1, Q + 1, device=z.device).to(slopes.dtype)[:, None]
     weight_GQK = t_Q11 * torch.complex(slopes[:, 0], -slopes[:, 1])
-    total = torch.zeros_like(turn_GnK)
+    total = torch.zeros_like(rotation_GnK)
     for q in reversed(range(Q)):
-        total = (total + weight_GQK[:, q, None]) * turn_GnK
+        total = (total + weight_GQK[:, q, None]) * rotation_GnK
     slope_GnK = -total.imag
-    # Into a row of their own goes what stands for no row.
-    into = torch.where(live_Gn, rows, len(z)).flatten()
+    # The entries of -1 write into a row of their own, the last.
+    index = torch.where(live_Gn, rows, len(z)).flatten()
     slope_TK = slope_GnK.new_zeros(len(z) + 1, slope_GnK.shape[2])
-    slope_TK.index_copy_(0, into, slope_GnK.flatten(0, 1))
+    slope_TK.index_copy_(0, index, slope_GnK.flatten(0, 1))
     return (slope_TK[:-1] @ wide(directions).to(slope_TK.dtype).T).to(z.dtype)
 
 
-def _turns(
+def _rotations(
     z: torch.Tensor, directions: torch.Tensor, rows: torch.Tensor, step: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """exp(i step x) (G, n, K), 1 where there is no row; and where there is one (G, n)."""

@@ -80,6 +80,15 @@ def test_without_vicreg_it_is_i_jepa_and_the_context_is_named(tmp_path):
     assert "by I-JEPA" in text and "C-JEPA" not in text and "the context encoder" in text
 
 
+def test_sigreg_is_told_with_its_own_settings(tmp_path):
+    loss = {"regulariser": "sigreg", "sigreg": {"beta": 0.25, "views": "positions"}}
+    run = tiny.write_run(tmp_path, tiny.uneven_encoder(), loss=loss)
+    text = card_of(run)
+    objective = rows_of(section(text, "Training"))["objective"]
+    assert objective.endswith('SIGReg on "positions": beta 0.25, directions 256, knots 17, t_max 3')
+    assert "by I-JEPA with SIGReg (arXiv 2301.08243, 2511.08544)" in text and "C-JEPA" not in text
+
+
 def test_a_checkpoint_is_told_as_it_was(run):
     """An earlier one of the run, and one that was taken out of it."""
     earlier = run / "checkpoints" / "step_00000005"

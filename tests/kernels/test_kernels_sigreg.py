@@ -157,11 +157,11 @@ def test_knots_and_range(seed, kernel_device, knots, t_max):
 
 @pytest.mark.parametrize("scale", [0.01, 30.0])
 def test_near_collapse_and_far_from_the_gaussian(seed, kernel_device, scale):
-    """At 30 the angles take many turns."""
+    """At 30 the angles take many periods."""
     check(*inputs((0, 90, 24, 20), kernel_device, scale))
 
 
-def test_cosine_and_sine_over_many_turns(kernel_device):
+def test_cosine_and_sine_over_many_periods(kernel_device):
     """Angles that no rounding of the matmul touches: multiples of 1/8."""
     angle = torch.linspace(-250, 250, 4001, device=kernel_device)
     one, rows = torch.ones(1, 1, device=kernel_device), torch.zeros(1, 1, dtype=torch.int64)

@@ -103,6 +103,19 @@ def whole(run):
         return report.write(run, run / "report.html")
 
 
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        ({}, "C-JEPA, VICReg beta 0.001"),
+        ({"vicreg": {"beta": 0}}, "I-JEPA"),
+        ({"regulariser": "sigreg"}, "I-JEPA with SIGReg, beta 0.02"),
+        ({"regulariser": "sigreg", "sigreg": {"beta": 0}}, "I-JEPA"),
+    ],
+)
+def test_the_method_is_named(loss, said):
+    assert report._method(configuration.validate({"loss": loss})) == said
+
+
 def test_the_page_is_whole_and_fetches_nothing(whole):
     found = read(whole)
     inside = [link[1:] for link in found.links if link.startswith("#")]

@@ -1,4 +1,4 @@
-"""What SIGReg's forward and backward share: sizes, loads, projections, cosine and sine.
+"""What SIGReg's forward and backward share: tiles, loads, projections, cosine and sine.
 
 z is (T, D), the directions (D, K), the table of rows (G, n) with -1 where there is none.
 """
