@@ -222,12 +222,12 @@ def draw_beside_reference(rows: list[dict], path: Path) -> bool:
         return False
     shown = {"reference, fp32": "#bbbbbb", "reference, bf16 autocast": "#7ba7c7", "ours": "#33658a"}
     figure, axes = plt.subplots(figsize=(7, 2.6))
-    for i_step, (step, colour) in enumerate(shown.items()):
+    for bar, (step, colour) in enumerate(shown.items()):
         speed = {row["config"]: row["images_per_s"] for row in turns if row["step"] == step}
         times = [speed[name] / plain[name]["images_per_s"] for name in plain]
-        offsets = [i + 0.27 * (i_step - 1) for i in range(len(plain))]
+        offsets = [i + 0.27 * (bar - 1) for i in range(len(plain))]
         bars = axes.bar(
-            offsets, times, 0.25, label=f"I-JEPA {step}" if i_step < 2 else step, color=colour
+            offsets, times, 0.25, label=f"I-JEPA {step}" if bar < 2 else step, color=colour
         )
         axes.bar_label(bars, [f"{t:.1f}" for t in times], fontsize=8)
     axes.set_xticks(range(len(plain)), list(plain))
@@ -268,7 +268,7 @@ def collect(folder: Path, results: Path) -> list[str]:
         found = loaded(folder, name)
         if found and at_full_size(found) and found.get("batch") is None:  # None: each model's own
             files.write(found, results / name)
-            said.append(f"{name}: {len(found['rows'])} rows, in i_step of those before")
+            said.append(f"{name}: {len(found['rows'])} rows, in place of those before")
     if not said:
         raise ValueError(f"{folder}: holds no new figures of a GPU at a configuration's own sizes")
     return said

@@ -80,7 +80,9 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
 
 def add_sets(parser: argparse.ArgumentParser) -> None:
     """Labelled images, and how they are read."""
-    parser.add_argument("--data", required=True, metavar="SET", help="labelled; 'shapes': synthetic")
+    parser.add_argument(
+        "--data", required=True, metavar="SET", help="labelled; 'shapes': synthetic"
+    )
     parser.add_argument("--test", metavar="SET", help="default: 20 %% of --data, by name")
     parser.add_argument("--max-train", type=positive, metavar="N", help="use N training images")
     add_reading(parser)

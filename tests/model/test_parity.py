@@ -272,7 +272,7 @@ def test_updates_of_the_optimiser_and_the_target(networks):
             group["lr"] = lr
             group["weight_decay"] = weight_decay if group["decay"] else 0.0
         optimiser.zero_grad()
-        # of the definition's ema, which the target's is held to below: in the target's own fp32
+        # of the definition's EMA, which the target's is held to below: in the target's own fp32
         # a gradient that is nearly zero would be noise, and Adam makes whole steps of noise
         exact.load_state_dict({**exact.state_dict(), **ema})
         tokens = exact(images)
