@@ -10,16 +10,19 @@ WORKERS := --dist worksteal -n auto
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test kernels-check faults docs-check lint check format bench clean
+.PHONY: help install demo demo-compare test kernels-check faults docs-check lint check format bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | \
-	while IFS='|' read -r name text; do printf '  make %-11s %s\n' "$$name" "$$text"; done
+	while IFS='|' read -r name text; do printf '  make %-13s %s\n' "$$name" "$$text"; done
 
 install: $(STAMP) ## make .venv with the tested versions (PYTHON=python3.12 picks another Python)
 
 demo: $(STAMP) ## train a small ViT on a synthetic dataset in minutes, and draw what it learnt
 	@$(RUN) -m cjepa_fast.demo
+
+demo-compare: $(STAMP) ## the demo beside I-JEPA, the same without VICReg: curves and a sentence
+	@$(RUN) -m cjepa_fast.demo --compare
 
 test: $(STAMP) ## every test that this machine can run
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not faults" $(WORKERS)

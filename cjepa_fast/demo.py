@@ -2,13 +2,15 @@
 
 Renders the shapes set, trains configs/demo.json on its images (never on its labels) through the
 same command a user would give, compares kNN with what needs no learning, and draws what happened:
-report.html holds all of it.
+report.html holds all of it. `--compare` (`make demo-compare`) trains it once more beside I-JEPA,
+which is the same without VICReg, and draws the curves of both.
 """
 
 import argparse
 import contextlib
 import itertools
 import json
+import os
 import shlex
 import statistics
 import subprocess
@@ -16,13 +18,15 @@ import sys
 import time
 from pathlib import Path
 
-from cjepa_fast.data.sets import shapes
+from cjepa_fast.data.sets import scenes, shapes
 from cjepa_fast.eval.__main__ import main as evaluate
+from cjepa_fast.runtime.hardware import cores
 from cjepa_fast.telemetry import read_log
-from cjepa_fast.tools import report
+from cjepa_fast.tools import ablate, report
 
 TRAIN = Path(__file__).with_name("train.py")
 HELD_OUT = "shapes:val"
+COMPARED = Path("runs/demo-compare")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,7 +34,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", default="runs/demo", metavar="RUN", help="folder of the run")
     parser.add_argument("--config", default="demo.json", metavar="FILE")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    parser.add_argument("--compare", action="store_true", help=f"with I-JEPA, in {COMPARED}")
     args = parser.parse_args(argv)
+    if args.compare:
+        return beside_ijepa(COMPARED, args.overrides)
     began = time.perf_counter()
     run = free_folder(Path(args.out))
     for split, count in shapes.COUNTS.items():
@@ -38,11 +45,47 @@ def main(argv: list[str] | None = None) -> int:
     status = train(run, args.config, args.overrides)
     if status or not (run / "encoder.safetensors").is_file():
         return status  # it failed or was stopped, and has said so
-    speeds = [row["images_per_s"] for row in read_log(run) if row["images_per_s"]]
-    print(f"\ntrained at {statistics.median(speeds):,.0f} images/s")
-    print("how well each tells the largest shape of an image:")
+    print("\nhow well each tells the largest shape of an image, in percent:")
     status = compare(run) or draw(run) or report.main([str(run), "--images", HELD_OUT])
-    print(f"all of it in {time.perf_counter() - began:.0f} s; the run's folder: {run}")
+    if not status:
+        print("", *story(run, time.perf_counter() - began), sep="\n")
+    return status
+
+
+def story(run: Path, seconds: float) -> list[str]:
+    """What happened, in five lines."""
+    log = [row for row in read_log(run) if row.get("images_per_s")]
+    speed = statistics.median(row["images_per_s"] for row in log)
+    first, last = log[0]["rankme"], log[-1]["rankme"]
+    found = {row["encoder"]: row for row in json.loads((run / "knn.json").read_text())["rows"]}
+    pixels, untrained, trained = (found[name] for name in ("raw pixels", "untrained", "trained"))
+    chance = 100 / len(scenes.KINDS)
+    return [
+        f"In {seconds:.0f} s an encoder learnt from {shapes.COUNTS['train']:,} images without "
+        f"labels, at {speed:,.0f} images/s.",
+        f"kNN of its features tells the shape of {trained['top1']:.0f} % of new images; untrained "
+        f"{untrained['top1']:.0f} %, raw pixels {pixels['top1']:.0f} %, chance {chance:.1f} %.",
+        f"A linear probe tells {trained['linear']:.0f} %; untrained {untrained['linear']:.0f} %.",
+        f"RankMe, how many directions the features use, {'rose' if last > first else 'FELL'} from "
+        f"{first:.0f} to {last:.0f}. `make demo-compare` trains I-JEPA beside it.",
+        f"All figures: {run / 'report.html'}. Your images: --set data.path=FOLDER.",
+    ]
+
+
+def beside_ijepa(out: Path, overrides: list[str]) -> int:
+    """Both trainings at once, a core each where there is no GPU; their curves and a sentence."""
+    for split in shapes.COUNTS:
+        shapes.ensure(split)
+    sets = [part for override in overrides for part in ("--set", override)]
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // 2)))
+    status = ablate.main(["demo", "--out", str(out), "--parallel", "2", *sets])
+    if not status:
+        untrained, ijepa, cjepa = json.loads((out / "table.json").read_text())
+        print(
+            f"\nFrom {untrained['knn']:.0f} % of kNN, I-JEPA came to {ijepa['knn']:.0f} % (RankMe "
+            f"{ijepa['rankme']:.0f}) and C-JEPA to {cjepa['knn']:.0f} % (RankMe "
+            f"{cjepa['rankme']:.0f}). They differ in VICReg alone."
+        )
     return status
 
 

@@ -41,7 +41,12 @@ from cjepa_fast.runtime import caches
 from cjepa_fast.telemetry import read_log
 
 TRAIN = Path(__file__).parents[1] / "train.py"
-MEASURES = {"knn": "kNN %", "knn_centred": "mean-subtracted", "linear": "linear %"}
+MEASURES = {
+    "knn": "kNN %",
+    "knn_centred": "mean-subtracted",
+    "linear": "linear %",
+    "rankme": "RankMe",
+}
 KEYS = {"base", "set", "seeds", "rows"}
 # What a run may change when it is resumed, but what an old training may not be tabled under.
 COUNTED = ("data.path", "data.micro_batch_size", "eval.", "run.init_from", "run.on_spike")
@@ -210,7 +215,9 @@ def start(ablation: Ablation, trial: Trial, environment: dict[str, str]) -> subp
 def tell(trial: Trial, status: int, seconds: float) -> None:
     if trial.finished:
         last = scores_of(trial)[-1]
-        found = ", ".join(f"{word} {last[key]:.2f}" for key, word in MEASURES.items())
+        found = ", ".join(
+            f"{word} {last[key]:.2f}" for key, word in MEASURES.items() if key in last
+        )
         print(f"{trial.row}, seed {trial.seed}: {found} ({seconds / 60:.1f} min)", flush=True)
     elif status:
         print(f"{trial.row}, seed {trial.seed}: failed; see {trial.folder}/said.txt", flush=True)
@@ -235,7 +242,7 @@ def table(ablation: Ablation, trials: list[Trial]) -> list[dict]:
         line = _line(name, [row for (row_name, _), row in last.items() if row_name == name])
         shared = [s for s in ablation.seeds if {(name, s), (base, s)} <= last.keys()]
         if name != base and shared:
-            for key in MEASURES:
+            for key in [key for key in MEASURES if key in line]:
                 gaps = [last[name, s][key] - last[base, s][key] for s in shared]
                 line[f"{key}_gain"], line[f"{key}_gain_std"] = _mean_std(gaps)
         lines.append(line)
@@ -244,7 +251,8 @@ def table(ablation: Ablation, trials: list[Trial]) -> list[dict]:
 
 def _line(name: str, rows: list[dict]) -> dict:
     line: dict = {"row": name, "seeds": len(rows)}
-    for key in MEASURES if rows else ():
+    known = [key for key in MEASURES if rows and all(row.get(key) is not None for row in rows)]
+    for key in known:  # RankMe is not measured before the first step
         line[key], line[f"{key}_std"] = _mean_std([row[key] for row in rows])
     return line
 
@@ -311,7 +319,8 @@ def _curve(axes, trials: list[Trial], key: str, label: str, colour: str) -> None
     by_epoch: dict[float, list[float]] = {}
     for trial in trials:
         for row in scores_of(trial):
-            by_epoch.setdefault(row["epoch"], []).append(row[key])
+            if row.get(key) is not None:
+                by_epoch.setdefault(row["epoch"], []).append(row[key])
     common = {e: v for e, v in sorted(by_epoch.items()) if len(v) == len(trials)}
     if common:
         epochs, values = list(common), list(common.values())

@@ -35,7 +35,27 @@ def test_the_demo_trains_compares_and_draws(tmp_path, monkeypatch, capfd):
     assert rows == ["raw pixels", "mean colour", "untrained", "trained"]
     said = capfd.readouterr().out
     assert "images/s" in said and str(out / "curves.png") in said
-    assert str(out / "report.html") in said
+    *_, learnt, knn, probe, rank, figures = said.splitlines()
+    assert "48 images without labels" in learnt and "chance 12.5 %" in knn
+    assert "linear probe" in probe and ("rose" in rank or "FELL" in rank)
+    assert str(out / "report.html") in figures
+
+
+def test_the_comparison_with_ijepa_ends_with_a_sentence(tmp_path, monkeypatch, capsys):
+    rows = [{"row": name, "knn": 10.0 * i, "rankme": 5.0 + i} for i, name in enumerate("uic")]
+
+    def main(arguments):
+        assert arguments[:3] == ["demo", "--out", str(tmp_path)]
+        (tmp_path / "table.json").write_text(json.dumps(rows))
+        return 0
+
+    monkeypatch.setattr(demo.ablate, "main", main)
+    monkeypatch.setattr(shapes, "ensure", lambda split: tmp_path)
+    monkeypatch.setattr(demo, "COMPARED", tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert demo.main(["--compare"]) == 0
+    said = capsys.readouterr().out
+    assert "From 0 % of kNN, I-JEPA came to 10 % (RankMe 6) and C-JEPA to 20 % (RankMe 7)" in said
 
 
 def test_a_training_that_fails_ends_the_demo_with_its_status(tmp_path, monkeypatch):
