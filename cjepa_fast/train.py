@@ -58,8 +58,7 @@ def train(session: Session) -> int:
             online = build_online(config, trainer.device, dtype, loader.steps_per_epoch)
             snapshots = build_snapshots(config, loader.images, build_masks(config))
         if session.options.dry_run:
-            dry_run(trainer, loader, told)
-            return 0
+            return dry_run(trainer, loader, told)
         telemetry = start.open_telemetry(session, trainer, state, told, ending)
         return Loop(session, trainer, loader, telemetry, state, online, snapshots).go()
 

@@ -14,6 +14,7 @@ manifest does not bear out is refused by name. No pickle is written or read.
 import itertools
 import json
 import platform
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +29,8 @@ from cjepa_fast.runtime.version import VERSION
 
 FORMAT = 2
 MANIFEST = "manifest.json"
+DESCRIPTIONS = ("encoder.json", "state.json")
+SHARD = re.compile(r"shard_\d{5}_of_(\d{5})\.safetensors")
 
 
 class Receipt(NamedTuple):
@@ -44,7 +47,7 @@ def receipt(path: Path) -> Receipt:
 
 def write_manifest(folder: Path, shards: list[Receipt]) -> None:
     """Of the shards, and of the other files there. Without it the folder is no checkpoint."""
-    receipts = shards + [receipt(folder / name) for name in ("encoder.json", "state.json")]
+    receipts = shards + [receipt(folder / name) for name in DESCRIPTIONS]
     files = {name: {"bytes": size, "sha256": digest} for name, size, digest in receipts}
     write_text(folder / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1))
 
@@ -53,6 +56,8 @@ def damage(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
     """What the manifest does not bear out, a line a file; of every `parts`-th file only."""
     try:
         files = sorted(read_json(checkpoint / MANIFEST)["files"].items())
+        if missing := _unnamed(dict(files)):
+            return [f"{checkpoint / MANIFEST} does not name {missing}, without which there is none"]
         return [
             f"{checkpoint / name} {problem}"
             for name, facts in files[part::parts]
@@ -60,6 +65,15 @@ def damage(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
         ]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return [f"{checkpoint / MANIFEST} cannot be read: {error!r}"]
+
+
+def _unnamed(files: dict[str, dict]) -> str | None:
+    """The first file that a checkpoint must have and these are without."""
+    shards = [name for name in files if SHARD.fullmatch(name)]
+    count = int(SHARD.fullmatch(shards[0])[1]) if shards else 1
+    if len(shards) < count:
+        return "each of its shards"
+    return next((name for name in DESCRIPTIONS if name not in files), None)
 
 
 def _damage_of(path: Path, bytes: int, sha256: str) -> str | None:

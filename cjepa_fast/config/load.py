@@ -18,6 +18,10 @@ from pydantic.fields import FieldInfo
 
 from cjepa_fast.config.checks import impossible
 from cjepa_fast.config.schema import Config, ConfigError, Section
+from cjepa_fast.runtime import json_text
+from cjepa_fast.runtime.printable import printable
+
+MOST_SHOWN = 160  # characters of a value in a message
 
 
 def load(name: str, overrides: Sequence[str] = ()) -> Config:
@@ -45,6 +49,8 @@ def validate(values: dict, name: str = "run") -> Config:
         config = Config.model_validate_json(json.dumps(values))
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(e) for e in error.errors())) from None
+    except RecursionError:
+        raise ConfigError("the configuration is nested too deeply") from None
     problems = list(impossible(config))
     if problems:
         raise ConfigError("\n".join(problems))
@@ -54,7 +60,7 @@ def validate(values: dict, name: str = "run") -> Config:
 
 def read(run: Path) -> Config:
     """The configuration a run was made with, from its folder. Raises ConfigError."""
-    return validate(completed(json.loads((run / "config.json").read_text())))
+    return validate(completed(_read(run / "config.json")))
 
 
 def completed(saved: dict, section: type[Section] = Config) -> dict:
@@ -63,7 +69,8 @@ def completed(saved: dict, section: type[Section] = Config) -> dict:
     for key, field in section.model_fields.items():
         inner = field.annotation
         if isinstance(inner, type) and issubclass(inner, Section):
-            values[key] = completed(values.get(key, {}), inner)
+            part = values.get(key, {})
+            values[key] = completed(part, inner) if isinstance(part, dict) else part
         elif key not in values:
             values[key] = _was(field, field.get_default(call_default_factory=True))
     return values
@@ -119,18 +126,31 @@ def _resolved(path: Path, seen: tuple[Path, ...] = ()) -> dict:
     """The file's values laid over those of the file it extends."""
     if path.resolve() in seen:
         raise ConfigError(f'{path}: "extends" goes in a circle')
-    try:
-        values = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}: not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: must hold a JSON object of sections")
+    values = _read(path)
     parent = values.pop("extends", None)
     if parent is None:
         return values
     beside = path.parent / str(parent)
     base = beside if beside.is_file() else find(str(parent))
     return _merged(_resolved(base, (*seen, path.resolve())), values)
+
+
+def _read(path: Path) -> dict:
+    """The sections of a file. Raises ConfigError for what is no JSON, and for a key that stands
+    twice, of which JSON's readers take the last without a word."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json_text.parse(text)
+    except ValueError as error:
+        raise ConfigError(f"{path}: not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: must hold a JSON object of sections")
+    if twice := next(json_text.repeated_keys(text), None):
+        raise ConfigError(
+            f"{path}: {json.dumps(twice.key)} stands twice in one object, in lines "
+            f"{twice.first_line} and {twice.line}: remove one"
+        )
+    return values
 
 
 def _merged(base: dict, over: dict) -> dict:
@@ -146,8 +166,8 @@ def _override(values: dict, override: str) -> None:
     if not equals or not key:
         raise ConfigError(f"--set {override}: write it as section.key=value")
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
+        value = json_text.parse(text)
+    except ValueError:
         value = text  # a bare word is a string
     *sections, last = key.split(".")
     for section in sections:
@@ -168,7 +188,7 @@ def _section_at(path: Sequence) -> type[Section] | None:
 def _explain(error: dict) -> str:
     """One line for one of pydantic's errors."""
     path = [str(part) for part in error["loc"]]
-    key, value = ".".join(path), json.dumps(error["input"])
+    key, value = printable(".".join(path)), _shown(error["input"])
     if error["type"] == "extra_forbidden":
         section = _section_at(path[:-1])
         valid = sorted(section.model_fields) if section else []
@@ -176,7 +196,14 @@ def _explain(error: dict) -> str:
         nearest = ".".join([*path[:-1], near[0]]) if near else ""
         return f"{key} = {value}: no such key; nearest is {nearest}; valid: {', '.join(valid)}"
     reason = error["msg"][0].lower() + error["msg"][1:]
-    return f"{key} = {value}: {reason}{_nearest_word(error)}"
+    place = f"{key} = {value}" if key else "the configuration"
+    return f"{place}: {reason}{_nearest_word(error)}"
+
+
+def _shown(value: Any) -> str:
+    """As JSON, and no longer than a line."""
+    text = printable(json.dumps(value))
+    return text if len(text) <= MOST_SHOWN else text[:MOST_SHOWN] + "..."
 
 
 def _nearest_word(error: dict) -> str:

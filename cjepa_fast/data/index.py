@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from cjepa_fast.data import formats
-from cjepa_fast.runtime import caches
+from cjepa_fast.runtime import caches, json_text
 
 VERSION = 2  # of the cached file; raise it when the check or the layout changes
 CHUNK = 256  # images a task
@@ -78,7 +78,7 @@ def load(file: Path) -> Table | None:
         with open(file, "rb") as handle, np.load(handle) as kept:
             if int(kept["version"]) != VERSION or kept["entries"].dtype != ENTRY:
                 return None
-            reasons = {int(i): why for i, why in json.loads(kept["reasons"].tobytes()).items()}
+            reasons = {int(i): why for i, why in json_text.parse(kept["reasons"].tobytes()).items()}
             size, mtime_ns = (int(x) for x in kept["stamp"])
             blob = kept["blob"].tobytes()
             return Table(blob, kept["ends"], kept["entries"], reasons, (size, mtime_ns))

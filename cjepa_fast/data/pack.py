@@ -25,6 +25,8 @@ from PIL import Image
 from cjepa_fast.data import formats, listing, rng
 from cjepa_fast.data.sources import ImageSet, open_images
 from cjepa_fast.runtime import files
+from cjepa_fast.runtime.files import read_json
+from cjepa_fast.runtime.printable import printable_lines
 from cjepa_fast.telemetry.progress import shown_bar
 
 MANIFEST = "manifest.json"
@@ -77,7 +79,7 @@ def _claim(manifest: Path, settings: dict) -> None:
     if not manifest.exists():
         _write_text(manifest, json.dumps(settings, indent=1))
         return
-    before = json.loads(manifest.read_text())
+    before = read_json(manifest)
     changed = [key for key in settings if before.get(key) != settings[key]]
     if changed:
         said = ", ".join(f"{k} {before.get(k)} there, {settings[k]} now" for k in changed)
@@ -93,7 +95,7 @@ def _pack_shard(
     """Shard k, unless it is finished: the tar first, then its .json, which marks it as such."""
     tar, record = out / f"shard-{k:06d}.tar", out / f"shard-{k:06d}.json"
     if record.exists() and tar.exists():
-        done = json.loads(record.read_text())
+        done = read_json(record)
         if done["bytes"] == tar.stat().st_size:
             bar.update(len(chosen))
             return [tuple(pair) for pair in done["left_out"]]
@@ -196,7 +198,7 @@ def main(arguments: list[str] | None = None) -> int:
             quality=given.quality, workers=given.workers,
         )  # fmt: skip
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable_lines(error)}", file=sys.stderr)
         return 2
     shards = len(list(Path(given.out).glob("shard-*.tar")))
     print(f"{shards} shards in {given.out}; {len(left_out)} images left out")

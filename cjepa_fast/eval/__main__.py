@@ -12,6 +12,7 @@ from cjepa_fast import config
 from cjepa_fast.data.batches import ImagesGone
 from cjepa_fast.eval import cli
 from cjepa_fast.runtime import distributed, hardware
+from cjepa_fast.runtime.printable import printable_lines
 
 TASKS = {  # by name: the module below cjepa_fast.eval, imported when it is asked for; help
     "knn": ("probes.knn", "k nearest neighbours on frozen features"),
@@ -63,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
             hardware.warn_of_slow_bf16(device, "--bf16")
         task.run(args)
     except (ValueError, OSError, ImagesGone) as error:  # the user's, without a traceback
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable_lines(error)}", file=sys.stderr)
         return 2
     finally:
         distributed.leave_group()

@@ -28,6 +28,7 @@ from cjepa_fast.eval.features import digest, extract, split_by_name
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime import caches, distributed, hardware
 from cjepa_fast.runtime.files import read_json, write_text
+from cjepa_fast.runtime.printable import printable
 
 Row = dict[str, object]
 Split = tuple[ImageSet, torch.Tensor]  # a set and the indices used of it
@@ -314,7 +315,7 @@ def print_table(rows: list[Row], headings: dict[str, str], label: str = "encoder
     """Aligned columns; of `headings` those that any row has."""
     shown = {key: word for key, word in headings.items() if any(key in row for row in rows)}
     lines = [[label, *shown.values()]]
-    lines += [[str(row[label]), *(cell(row.get(key)) for key in shown)] for row in rows]
+    lines += [[printable(row[label]), *(cell(row.get(key)) for key in shown)] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for first, *cells in lines:
         print("  ".join([f"{first:{widths[0]}s}", *map(str.rjust, cells, widths[1:])]).rstrip())
@@ -326,4 +327,4 @@ def cell(value: object) -> str:
         return "-"
     if isinstance(value, float):
         return f"{value:.2f}" if abs(value) >= 0.1 or value == 0 else f"{value:.2g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,}" if isinstance(value, int) else printable(value)

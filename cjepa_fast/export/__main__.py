@@ -25,6 +25,7 @@ from cjepa_fast.export.card import card
 from cjepa_fast.export.formats import FORMATS, Format, Source, is_installed
 from cjepa_fast.export.origin import origin_of
 from cjepa_fast.runtime import caches
+from cjepa_fast.runtime.printable import printable_lines
 from cjepa_fast.telemetry.progress import shown_clock
 
 CARD = "model_card.md"
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         error = export(args.checkpoint, args.to, args.out, args.which)
     except (ValueError, OSError) as problem:  # the user's input: said, without a traceback
-        print(f"error: {problem}", file=sys.stderr)
+        print(f"error: {printable_lines(problem)}", file=sys.stderr)
         return 2
     opener = FORMATS[args.to].opened_by
     if error is None:

@@ -13,6 +13,7 @@ from cjepa_fast.eval.features import digest
 from cjepa_fast.export.formats import Source
 from cjepa_fast.export.origin import Origin
 from cjepa_fast.model.vit import count_parameters
+from cjepa_fast.runtime.printable import in_markdown, markdown_code
 from cjepa_fast.runtime.provenance import own_commit
 from cjepa_fast.runtime.version import VERSION
 
@@ -98,7 +99,7 @@ def card(source: Source, origin: Origin, form: str, name: str, files: Sequence[s
     """The text. form: a name in FORMATS; name: the export's; files: those beside the card."""
     parts = [
         _head(form),
-        f"# {name}",
+        f"# {in_markdown(name)}",
         _description(source, origin),
         "## Use",
         _use(source, form, files),
@@ -236,9 +237,10 @@ def _one_evaluation(record: dict) -> str:
     rows = record["rows"]
     shown = {k: word for k, word in record["headings"].items() if any(k in row for row in rows)}
     lines = [[row["encoder"], *(_plain(row.get(key)) for key in shown)] for row in rows]
-    source = f"`{record['task']}` of `{_plain(record['checkpoint'])}`, {record['which']} encoder"
+    task, checkpoint = markdown_code(record["task"]), markdown_code(_plain(record["checkpoint"]))
+    said = f"{record['which']} encoder ({', '.join(settings)}), {record['made'][:10]}"
     table = _table(["encoder", *shown.values()], lines)
-    return f"{source} ({', '.join(settings)}), {record['made'][:10]}:\n\n{table}"
+    return f"{task} of {checkpoint}, {in_markdown(said)}:\n\n{table}"
 
 
 def _plain(value: object) -> str:
@@ -264,5 +266,6 @@ def _versions(origin: Origin) -> str:
 
 
 def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [headings, ["---"] * len(headings), *rows]
+    shown = [[in_markdown(cell) for cell in line] for line in (headings, *rows)]
+    lines = [shown[0], ["---"] * len(headings), *shown[1:]]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

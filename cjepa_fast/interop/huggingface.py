@@ -13,6 +13,7 @@ import torch
 
 from cjepa_fast.interop.weights import MEAN, STD, depth_of, fill, mismatches
 from cjepa_fast.model.vit import Encoder
+from cjepa_fast.runtime import json_text
 from cjepa_fast.runtime.files import read_tensors, write_tensors, write_text
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -35,7 +36,7 @@ FIXED = {"num_channels": 3, "hidden_act": "gelu", "layer_norm_eps": 1e-6, "qkv_b
 def is_folder(path: Path) -> bool:
     """Whether it holds a config.json of the kind that transformers writes."""
     try:
-        return "model_type" in json.loads((path / CONFIG).read_text())
+        return "model_type" in json_text.parse((path / CONFIG).read_text())
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return False
 
@@ -189,7 +190,7 @@ def _normalisation(path: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 def _read_json(path: Path) -> dict:
     try:
-        values = json.loads(path.read_text())
+        values = json_text.parse(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}") from error
     if not isinstance(values, dict):

@@ -2,13 +2,14 @@
 
 import contextlib
 import hashlib
-import json
 import os
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from cjepa_fast.runtime import json_text
 
 MOST_JSON_BYTES = 2**26  # of a description; what is larger is none of ours
 
@@ -27,8 +28,8 @@ def read_json(path: Path) -> dict:
     if (size := path.stat().st_size) > MOST_JSON_BYTES:
         raise ValueError(f"{path} is damaged: a description of {size} bytes is none of ours")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        found = json_text.parse(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"{path} is damaged or no JSON: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} is damaged: it must hold an object, not a {type(found).__name__}")

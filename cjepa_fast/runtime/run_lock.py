@@ -8,6 +8,9 @@ import os
 import socket
 from pathlib import Path
 
+from cjepa_fast.runtime import json_text
+
+MOST_BYTES = 4096  # of what a run writes into its lock
 _held: list = []  # open files: a lock lasts as long as its file
 
 
@@ -27,8 +30,8 @@ def take(run: Path) -> None:
             return  # no locks there
         file.seek(0)
         holder = {"pid": "unknown", "host": "unknown"}
-        with contextlib.suppress(ValueError):
-            holder = json.loads(file.read())
+        with contextlib.suppress(ValueError, TypeError):
+            holder |= json_text.parse(file.read(MOST_BYTES))
         raise ValueError(
             f"run.dir = {run}: a run is writing there, process {holder['pid']} on "
             f"{holder['host']}: wait for it, stop it, or choose another folder"

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from cjepa_fast.runtime import caches
+from cjepa_fast.runtime import caches, json_text
 
 
 def remembered(facts: dict, decide: Callable[[], dict], otherwise: dict) -> dict:
@@ -27,7 +27,7 @@ def remembered(facts: dict, decide: Callable[[], dict], otherwise: dict) -> dict
         file.parent.mkdir(parents=True, exist_ok=True)
         if not file.exists():
             _write_first(file, {"facts": facts, "outcome": decide()})
-        return json.loads(file.read_text())["outcome"]
+        return json_text.parse(file.read_text())["outcome"]
     except (OSError, ValueError, LookupError, TypeError):
         return otherwise
 

@@ -19,7 +19,9 @@ from typing import TextIO
 import numpy as np
 import torch
 
+from cjepa_fast.runtime.printable import printable, printable_lines
 from cjepa_fast.telemetry.nvml import GpuCounters
+from cjepa_fast.telemetry.rows import drop_rows_after
 from cjepa_fast.telemetry.sinks import AsyncSink, Sink, TensorBoardSink, WandbSink, is_number
 
 REFRESH_S = 0.5  # on a terminal the line is redrawn no oftener than this
@@ -62,9 +64,9 @@ class Telemetry:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._step = folder, start_step
         self._said = Lines(self._line.message, folder / "events.jsonl")
-        kept = _drop_rows_after(folder / "log.jsonl", start_step)
+        self._before_s, self._start_s = 0.0, time.perf_counter()
+        kept = drop_rows_after(folder / "log.jsonl", start_step, self._warn)
         self._before_s = kept[-1].get("time_s", 0.0) if kept else 0.0
-        self._start_s = time.perf_counter()
         self._log = Lines(self.message, folder / "log.jsonl")
         self._events: dict[str, Lines] = {}
         self._sinks: list[Sink | AsyncSink] = []
@@ -178,6 +180,9 @@ class Telemetry:
             time_s = self._before_s + time.perf_counter() - self._start_s
             self._said.write({"step": self._step, "time_s": time_s, "text": text})
 
+    def _warn(self, text: str) -> None:
+        self.message(f"WARNING: {text}")
+
     def event(self, file: str, row: dict, text: str) -> None:
         """Print what happened, and add it to a JSONL file of that name in the run's folder."""
         if self.silent:
@@ -191,7 +196,7 @@ class Telemetry:
         """The run has gone back to an earlier step: rows beyond it are dropped from the log."""
         if not self.silent:
             try:
-                _drop_rows_after(self._folder / "log.jsonl", step)
+                drop_rows_after(self._folder / "log.jsonl", step, self._warn)
             except OSError as error:
                 self.message(f"WARNING: {self._folder}/log.jsonl keeps rows beyond {step}: {error}")
             self._new_interval(step)
@@ -274,7 +279,7 @@ class ProgressLine:
 
     def show(self, text: str) -> None:
         if not self._live:
-            self._stream.write(text + "\n")
+            self._stream.write(printable(text) + "\n")
         else:
             # a line that wraps cannot be returned to; \x1b[K wipes what a longer one left
             self._drawn = text[: max(shutil.get_terminal_size().columns - 1, 20)]
@@ -288,6 +293,7 @@ class ProgressLine:
             self.show(text())
 
     def message(self, text: str) -> None:
+        text = printable_lines(text)
         if self._live and self._drawn:
             self._stream.write(f"\r\x1b[K{text}\n{self._drawn}")
         else:
@@ -299,36 +305,6 @@ class ProgressLine:
             self._stream.write("\n")
             self._stream.flush()
             self._drawn = ""
-
-
-def read_log(path: Path | str) -> list[dict]:
-    """The rows of a log.jsonl (or of the run folder that holds one), in order.
-
-    A last line torn by a crash is left out. Raises ValueError for a corrupt line before it and
-    FileNotFoundError where there is no log.
-    """
-    path = Path(path)
-    path = path / "log.jsonl" if path.is_dir() else path
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
-    return rows
-
-
-def _drop_rows_after(path: Path, step: int) -> list[dict]:
-    """Cut a log back to the rows up to `step`, whole; returns them."""
-    if not path.exists():
-        return []
-    rows = [row for row in read_log(path) if row["step"] <= step]
-    whole = path.with_name(path.name + ".tmp")
-    whole.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    os.replace(whole, path)
-    return rows
 
 
 def _scalar(value: torch.Tensor | float) -> torch.Tensor:

@@ -37,7 +37,8 @@ from cjepa_fast import config as configuration
 from cjepa_fast.config import ConfigError
 from cjepa_fast.eval.cli import positive, print_table
 from cjepa_fast.eval.figures.sheets import FIGURE, save
-from cjepa_fast.runtime import caches
+from cjepa_fast.runtime import caches, json_text
+from cjepa_fast.runtime.printable import in_markdown, printable_lines
 from cjepa_fast.telemetry import read_log
 
 TRAIN = Path(__file__).parents[1] / "train.py"
@@ -93,8 +94,8 @@ def read(name: str, overrides: Sequence[str] = (), base: str | None = None) -> A
         known = ", ".join(sorted(path.stem for path in folder.glob("*.json")))
         raise ConfigError(f"{name}: no such file here or in configs/ablations/, which has {known}")
     try:
-        values = json.loads(found[0].read_text())
-    except json.JSONDecodeError as error:
+        values = json_text.parse(found[0].read_text())
+    except ValueError as error:
         raise ConfigError(f"{found[0]}: not JSON: {error}") from None
     if not isinstance(values, dict) or values.keys() ^ KEYS:
         raise ConfigError(f"{found[0]}: must be an object of {', '.join(sorted(KEYS))}")
@@ -284,15 +285,16 @@ def _spread(mean: float, std: float | None, sign: str) -> str:
 
 def markdown(ablation: Ablation, lines: list[dict]) -> str:
     cells = [["row", "seeds", *MEASURES.values()]]
-    cells += [[str(row.get(key, "-")) for key in ("row", "seeds", *MEASURES)]
+    cells += [[in_markdown(row.get(key, "-")) for key in ("row", "seeds", *MEASURES)]
               for row in as_text(lines)]  # fmt: skip
     cells.insert(1, ["---"] * len(cells[0]))
     body = "\n".join(f"| {' | '.join(row)} |" for row in cells)
     last = dict(override.split("=", 1) for override in ablation.overrides)
+    changes = ", ".join(f"{key}={value}" for key, value in last.items())
     return (
         f"{body}\n\nMean and standard deviation over the seeds; in brackets the difference from "
-        f'"{next(iter(ablation.rows))}", seed by seed. Base: {ablation.base}, with '
-        f"{', '.join(f'{key}={value}' for key, value in last.items()) or 'nothing changed'}.\n"
+        f'"{in_markdown(next(iter(ablation.rows)))}", seed by seed. Base: '
+        f"{in_markdown(ablation.base)}, with {in_markdown(changes) or 'nothing changed'}.\n"
     )
 
 
@@ -368,7 +370,7 @@ def main(argv: list[str] | None = None) -> int:
         trials, failed = trials_of(ablation, out), []
         check_folders(ablation, trials)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable_lines(error)}", file=sys.stderr)
         return 2
     if not args.table:
         signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -26,6 +26,7 @@ from cjepa_fast import config as configuration
 from cjepa_fast.config import Config, ConfigError
 from cjepa_fast.model import attention, cpu_linear
 from cjepa_fast.runtime import hardware, memory, rates
+from cjepa_fast.runtime.printable import printable_lines
 from cjepa_fast.runtime.provenance import own_commit
 from cjepa_fast.runtime.version import VERSION
 from cjepa_fast.training import build, cpu_micro_batch
@@ -389,7 +390,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return examine(configuration.load(args.config or "vit_s", args.overrides), args.fast)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable_lines(error)}", file=sys.stderr)
         return 2
 
 

@@ -29,6 +29,7 @@ from cjepa_fast.model.block import Attention
 from cjepa_fast.model.flops import recomputed_gflop, step_gflop
 from cjepa_fast.model.jepa import JEPA
 from cjepa_fast.runtime.memory import SavedActivations
+from cjepa_fast.runtime.printable import printable_lines
 from cjepa_fast.training import build
 
 MEASURED = Path(__file__).with_name("measured.json")
@@ -265,7 +266,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         print(describe(args, configuration.load(args.config, args.overrides)))
     except (ConfigError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable_lines(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -6,7 +6,6 @@ are made where the images are: the run's own, or --images SET.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -25,6 +24,7 @@ from cjepa_fast.eval.figures.sheets import as_arrays, load_images, sheet, spread
 from cjepa_fast.eval.figures.side_by_side import Encoders
 from cjepa_fast.model.vit import count_parameters
 from cjepa_fast.runtime import caches, files
+from cjepa_fast.runtime.printable import printable_lines
 from cjepa_fast.telemetry import read_log
 from cjepa_fast.telemetry.progress import shown_clock
 from cjepa_fast.tools import html_page
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
             written = write(args.run, args.out or args.run / "report.html", args.images)
         print(written)
     except (ValueError, OSError) as error:  # the user's input: said, without a traceback
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable_lines(error)}", file=sys.stderr)
         return 2
     return 0
 
@@ -181,7 +181,7 @@ def _throughput(run: Path, rows: list[dict]) -> str:
         kwh = statistics.mean(watts) * rows[-1]["time_s"] / 3.6e6
         pairs.append(("Energy of the first GPU", f"{kwh:.2f} kWh"))
     newest = checkpoint.latest(run)
-    state = json.loads((newest / "state.json").read_text()) if newest else {}
+    state = checkpoint.state_of(newest) if newest else {}
     if "machine" in state:
         pairs.append(("Ranks and hardware", state["machine"]))
     pairs.append(("GPU counters", "logged" if watts else "none: a CPU, or no NVML"))

@@ -1,5 +1,7 @@
 """Two steps of a configuration, and what they are made of: `train.py --dry-run`."""
 
+import math
+import sys
 import time
 
 import torch
@@ -11,16 +13,25 @@ from cjepa_fast.training.build import gflop_of
 from cjepa_fast.training.loop import steps_of
 from cjepa_fast.training.trainer import Trainer
 
+BROKEN = (
+    "error: a step's loss or gradient is not finite: try --set run.precision=fp32, a lower "
+    "optim.lr, and data.mean and data.std of your images"
+)
 
-def dry_run(trainer: Trainer, loader: Loader, told: list[str]) -> None:
-    """Two steps, then what a run of this configuration is made of."""
+
+def dry_run(trainer: Trainer, loader: Loader, told: list[str]) -> int:
+    """Two steps, then what a run of this configuration is made of. Returns the exit status: 1
+    where a step's loss or gradient is not finite."""
+    finite = True
     for index, (batches, _) in zip(range(2), steps_of(loader, 0), strict=False):
         began = time.perf_counter()
-        terms, _ = trainer.step(batches, index)
+        terms, applied = trainer.step(batches, index)
         loss = float(terms["loss"])  # waits for the device
+        finite &= bool(applied) and math.isfinite(loss)
         step_s = time.perf_counter() - began
+    (broken,) = distributed.any_of(not finite)
     if distributed.rank() != 0:
-        return
+        return int(broken)
     print(*told, sep="\n", end="\n" * bool(told))
     encoder, masks = trainer.ema.module, batches[-1].masks
     K, (M, P) = masks.context_k, masks.target_idx_BMP.shape[1:]
@@ -36,6 +47,9 @@ def dry_run(trainer: Trainer, loader: Loader, told: list[str]) -> None:
         f"step         {trainer.micro_batch} images x {loader.accumulation} x "
         f"{distributed.world_size()} ranks, loss {loss:.4f}, {step_s:.2f} s (not warmed up)"
     )
+    if broken:
+        print(BROKEN, file=sys.stderr)
+    return int(broken)
 
 
 def peak_gib(device: torch.device) -> float:

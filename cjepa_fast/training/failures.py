@@ -14,6 +14,7 @@ from cjepa_fast import checkpoint
 from cjepa_fast.config import ConfigError
 from cjepa_fast.data.batches import ImagesGone
 from cjepa_fast.runtime import error_report, hardware, oom
+from cjepa_fast.runtime.printable import printable, printable_lines
 from cjepa_fast.runtime.provenance import machine, own_commit
 from cjepa_fast.runtime.version import VERSION
 from cjepa_fast.training.start import Options, Session, how_to_resume
@@ -38,13 +39,13 @@ def told(options: Options) -> Iterator[ExitStatus]:
     except ConfigError as error:
         outcome.status = 2
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {printable_lines(error)}", file=sys.stderr, flush=True)
         else:  # a launcher ends all ranks when one exits: the first is to speak before
             time.sleep(TIME_TO_SPEAK_S)
     except ImagesGone as error:
         outcome.status = 1
         back = f"Once they are back, resume with: {options.resume_with}"
-        print(f"error: {error}. {back}", file=sys.stderr, flush=True)
+        print(f"error: {printable(error)}. {back}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         outcome.status = 130
         print("\nstopped before the first step: nothing was to be saved", file=sys.stderr)

@@ -204,11 +204,26 @@ def test_damage_is_seen_and_named(tmp_path, made, said, file):
     assert sorted(map(len, shares)) == [0, 1]
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"files": {"state.json": 3}}', "{}"])
+@pytest.mark.parametrize("text", ["", "[]", '{"files": 3}', "{}", "[" * 100_000])
 def test_a_manifest_that_is_none_is_damage(tmp_path, text):
     (tmp_path / "manifest.json").write_text(text)
     (line,) = checkpoint.damage(tmp_path)
     assert "manifest.json cannot be read" in line
+
+
+@pytest.mark.parametrize("name", ["state.json", "encoder.json", "shard_00000_of_00001.safetensors"])
+def test_a_manifest_names_what_a_checkpoint_must_have(tmp_path, made, name):
+    """One of nothing would else count as whole, and hide the good ones before it."""
+    _, save, _ = made
+    save.begin(1, {})
+    save.finish()
+    path = checkpoint.latest(tmp_path)
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["files"][name]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    (line,) = checkpoint.damage(path)
+    assert "does not name" in line and str(path) in line
+    assert checkpoint.damage(path, 1, 2) == [line]
 
 
 def test_changes_that_matter_are_told_from_those_that_do_not():

@@ -269,10 +269,33 @@ def test_extends_in_a_circle(write, ring):
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("{", "not JSON"), ("[1]", "must hold a JSON object"), ('{"extends": "no"}', "no such file")],
+    [
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON: nested too deeply"),
+        ('{"run": {"seed": %s}}' % ("1" * 5000), "not JSON"),
+        ('{"deepspeed": {"a": %s}}' % ("[" * 300 + "]" * 300), "recursion limit"),
+        ("[1]", "must hold a JSON object"),
+        ('{"extends": "no"}', "no such file"),
+        (
+            '{"run": {"seed": 1,\n "epochs": 2,\n "se\\u0065d": 3}}',
+            '"seed" stands twice in one object, in lines 1 and 3',
+        ),
+        ('{"run": {},\n "data": {"path": "a: {"},\n\n"run": {}}', '"run" stands twice'),
+    ],
 )
 def test_files_that_are_no_configuration(write, text, said):
     assert said in refusal(name=write("bad.json", text))
+
+
+def test_one_key_in_several_objects_is_none_twice(write):
+    text = '{"model": {"width": 64, "heads": 4}, "predictor": {"width": 64, "heads": 4}}'
+    assert load(write("good.json", text)).predictor.width == 64
+
+
+@pytest.mark.parametrize("value", ["[" * 100_000, "1" * 5000, "1e999"])
+def test_values_of_any_depth_and_length_are_refused_in_a_line(value):
+    message = refusal(f"run.seed={value}")
+    assert message.startswith("run.seed = ") and len(message) < 400
 
 
 def test_a_missing_file_names_those_there_are():

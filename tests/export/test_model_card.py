@@ -1,6 +1,7 @@
 """model_card.md: what is known of an encoder is told, and what is not is said to be unknown."""
 
 import json
+import re
 
 import pytest
 import tiny
@@ -117,6 +118,26 @@ def test_evaluations_of_the_run_become_tables(run):
     assert rows_of(first)["encoder"] == "train | kNN %"  # no row has a linear probe
     assert rows_of(first)["trained"] == "1020 | 43.22"
     assert second.startswith("collapse` of") and rows_of(second)["trained"] == "8"
+
+
+EVIL = "x\n# Owned\n<img onerror=alert(1)>|`[a](b)"
+
+
+def test_what_comes_from_outside_stays_text(run):
+    """A path, a version, a name: none begins a heading, an image, a link or a cell."""
+    newest = next((run / "checkpoints").iterdir())
+    state = json.loads((newest / "state.json").read_text())
+    state["config"]["data"]["path"] = state["images"] = state["versions"]["torch"] = EVIL
+    (newest / "state.json").write_text(json.dumps(state))
+    (run / "eval").mkdir()
+    own = {**RECORD, "weights": digest(load_encoder(run, "target")), "checkpoint": EVIL}
+    own |= {"settings": {"data": EVIL}, "rows": [{"encoder": EVIL, "top1": EVIL}], "which": EVIL}
+    (run / "eval" / "knn-0a1b.json").write_text(json.dumps(own | {"task": EVIL, "made": EVIL}))
+    text = card(Source(load_encoder(run), "target", 1.0), origin_of(run), "hf", EVIL, [])
+    assert "\n# Owned" not in text and r"\# Owned" in text
+    spans = re.sub(r"(?<!\\)`[^`\n]*`", "", text.replace("```python", "").replace("```", ""))
+    assert not re.search(r"(?<!\\)<img|(?<!\\)\[a", spans), spans
+    assert all(line.endswith(" |") for line in text.splitlines() if line.startswith("| "))
 
 
 def test_of_an_encoder_alone_what_is_unknown_is_said(run, tmp_path):

@@ -178,12 +178,28 @@ def test_a_resumed_log_has_each_step_once(tmp_path, started, clock):
     assert read_log(tmp_path) == []
 
 
-def test_read_log_names_a_broken_line_in_the_middle(tmp_path):
-    (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-    with pytest.raises(ValueError, match="line 2 is not JSON"):
-        read_log(tmp_path)
+def test_broken_lines_are_left_out_aloud(tmp_path, capsys):
+    text = '{"step": 1}\n{"st\n[]\n{"step": "x"}\n' + "[" * 100_000 + '\n{"step": 3}\n{"torn'
+    (tmp_path / "log.jsonl").write_text(text)
+    assert [row["step"] for row in read_log(tmp_path)] == [1, 3]
+    assert "4 broken lines (the first is line 2) left out" in capsys.readouterr().err
     with pytest.raises(FileNotFoundError):
         read_log(tmp_path / "elsewhere")
+
+
+def test_a_resumed_log_sets_broken_lines_aside(tmp_path, started, capsys):
+    (tmp_path / "log.jsonl").write_text('{"step": 10}\nbroken\n{"step": 20}\n{"step": 30}\n')
+    started(tmp_path, start_step=20)
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 10}\n{"step": 20}\n'
+    assert (tmp_path / "log.jsonl.broken").read_text() == "broken\n"
+    (event,) = read_log(tmp_path / "events.jsonl")
+    assert "1 broken line (the first is line 2) set aside in log.jsonl.broken" in event["text"]
+
+
+def test_what_is_said_is_no_escape_sequence(tmp_path, started):
+    stream = io.StringIO()
+    started(tmp_path, stream=stream).message("skipped: \x1b[31ma\udce9")
+    assert stream.getvalue() == "skipped: \\x1b[31ma\\xe9\n"
 
 
 def test_plain_lines_where_there_is_no_terminal(tmp_path, started, clock):

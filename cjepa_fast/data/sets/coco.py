@@ -5,7 +5,6 @@ Shapes: n objects of an image, H x W pixels.
 
 import contextlib
 import io
-import json
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +14,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cjepa_fast.data import rng
+from cjepa_fast.runtime import json_text
 
 JITTER = (0.1, 2.0)  # large-scale jitter, Ghiasi et al. 2021, arXiv 2012.07177
 
@@ -101,7 +101,7 @@ class Coco:
 
 def _read(file: Path) -> dict:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json_text.parse(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     wanted = {

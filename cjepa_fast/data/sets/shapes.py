@@ -27,6 +27,7 @@ from PIL import Image, ImageDraw
 
 from cjepa_fast.data.sets.scenes import KINDS, SIZE, render
 from cjepa_fast.runtime import caches
+from cjepa_fast.runtime.files import read_json
 
 VERSION = "shapes-v2"
 COUNTS = {"train": 8192, "val": 2048}
@@ -65,7 +66,7 @@ def _damage(folder: Path, split: str) -> str | None:
     """What is wrong with a split's folder, None where every shard is as it was written, by a
     program that draws as this one does."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = read_json(folder / "manifest.json")
         for name, digest in manifest["sha256"].items():
             if hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
                 return f"{name} is not as it was written"

@@ -5,7 +5,6 @@ Shapes: B images, C classes.
 """
 
 import argparse
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from cjepa_fast.eval.finetuning.layer_decay import add_drop_path
 from cjepa_fast.eval.finetuning.recipe import Classifier, Recipe
 from cjepa_fast.eval.finetuning.saved import Learner, SavedTraining
 from cjepa_fast.model.vit import Encoder
+from cjepa_fast.runtime import json_text
 from cjepa_fast.runtime.distributed import rank, world_size
 from cjepa_fast.training import optim
 
@@ -186,8 +186,8 @@ def change(text: str) -> tuple[str, object]:
     """ "lr=1e-3" -> ("lr", 0.001)."""
     name, _, value = text.partition("=")
     try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
+        return name, json_text.parse(value)
+    except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=NUMBER, such as lr=1e-3") from None
 
 

@@ -12,7 +12,6 @@ Shapes: n training images, m test images.
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +22,7 @@ from cjepa_fast.eval import cli
 from cjepa_fast.eval.features import extract, split_by_name
 from cjepa_fast.eval.probes import linear
 from cjepa_fast.model.vit import Encoder
+from cjepa_fast.runtime import json_text
 
 DISTANCES = (8.0, 8.5, 9.0, 9.5, 10.0)  # between VTAB's bins
 HEADINGS = {"question": "question", "commonest": "commonest %"}
@@ -58,9 +58,9 @@ def facts_of_clevr(root: Path, split: str, images: ImageSet) -> list[Fact]:
         raise FileNotFoundError(f"{path} is not there: CLEVR_v1.0.zip holds it beside images/")
     try:
         scenes = {
-            scene["image_filename"]: scene for scene in json.loads(path.read_text())["scenes"]
+            scene["image_filename"]: scene for scene in json_text.parse(path.read_text())["scenes"]
         }
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no file of CLEVR's scenes: {error!r}") from error
     found = []
     for i in range(len(images)):
@@ -81,7 +81,7 @@ def facts_beside(images: ImageSet) -> list[Fact]:
                 f"{images.name(i)} has no .json beside it, nor is {images.root} CLEVR's folder "
                 "with images/ and scenes/"
             )
-        found.append(fact_of(json.loads(text), images.name(i)))
+        found.append(fact_of(json_text.parse(text), images.name(i)))
     return found
 
 

@@ -1,0 +1,42 @@
+"""Text from outside (names of files, of classes), as terminals, logs and Markdown may show it.
+
+Names are data: none may begin a line of its own, move the cursor, or end a table or a link.
+"""
+
+import os
+import sys
+
+IN_MARKDOWN = str.maketrans({character: f"\\{character}" for character in "\\`*[]<>|&#"})
+
+
+def printable(text: object) -> str:
+    """In one line, what is not printable escaped as in a Python string; no name makes it fail.
+
+    Bytes that are no UTF-8 (os.fsdecode's surrogates) are shown as such, \\xe9, and so is what
+    stdout's encoding lacks.
+    """
+    text = os.fsdecode(text) if isinstance(text, (bytes, os.PathLike)) else str(text)
+    shown = "".join(c if c.isprintable() else _escaped(c) for c in text)
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return shown.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def printable_lines(text: object) -> str:
+    """`printable` of each line: for a message whose line ends are our own."""
+    return "\n".join(map(printable, str(text).split("\n")))
+
+
+def in_markdown(text: object) -> str:
+    """`printable`, and nothing in it is a heading, a link, HTML or the end of a table's cell."""
+    return printable(text).translate(IN_MARKDOWN)
+
+
+def markdown_code(text: object) -> str:
+    """`printable` between backticks, which it cannot leave."""
+    return f"`{printable(text).replace('`', chr(39))}`"
+
+
+def _escaped(character: str) -> str:
+    if 0xDC80 <= ord(character) <= 0xDCFF:  # a byte that os.fsdecode could not decode
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode("ascii")

@@ -1,0 +1,66 @@
+"""The rows of a JSONL file, read back, whatever a crash or a disk has done to some of them."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from cjepa_fast.runtime import json_text
+from cjepa_fast.runtime.printable import printable_lines
+
+
+def warn(text: str) -> None:
+    print(f"WARNING: {printable_lines(text)}", file=sys.stderr)
+
+
+def read_log(path: Path | str, say: Callable[[str], None] = warn) -> list[dict]:
+    """The rows of a log.jsonl (or of the run folder that holds one), in order.
+
+    A last line torn by a crash is left out; so is a broken line before it, and say is told. Raises
+    FileNotFoundError where there is no log.
+    """
+    path = Path(path)
+    path = path / "log.jsonl" if path.is_dir() else path
+    rows, broken = _parsed(path)
+    if broken:
+        say(f"{path}: {_counted(broken)} left out")
+    return rows
+
+
+def _parsed(path: Path) -> tuple[list[dict], dict[int, str]]:
+    """(rows, the broken lines by their number, but for the last one, torn by a crash)."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    rows, broken = [], {}
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json_text.parse(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict) and isinstance(row.get("step", 0), (int, float)):
+            rows.append(row)
+        elif number < len(lines):
+            broken[number] = line
+    return rows, broken
+
+
+def _counted(broken: dict[int, str]) -> str:
+    lines = "1 broken line" if len(broken) == 1 else f"{len(broken)} broken lines"
+    return f"{lines} (the first is line {min(broken)})"
+
+
+def drop_rows_after(path: Path, step: int, say: Callable[[str], None] = warn) -> list[dict]:
+    """Cut a log back to the rows up to `step`, whole; returns them. Broken lines are set aside."""
+    if not path.exists():
+        return []
+    rows, broken = _parsed(path)
+    if broken:
+        aside = path.with_name(f"{path.name}.broken")
+        with open(aside, "a", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in broken.values())
+        say(f"{path}: {_counted(broken)} set aside in {aside.name}")
+    rows = [row for row in rows if row.get("step", 0) <= step]
+    whole = path.with_name(path.name + ".tmp")
+    whole.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    os.replace(whole, path)
+    return rows

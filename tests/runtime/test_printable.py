@@ -1,0 +1,45 @@
+"""No text from outside forges a line, moves a cursor, or ends a table's cell."""
+
+import io
+import os
+import sys
+
+import pytest
+
+from cjepa_fast.runtime.printable import in_markdown, markdown_code, printable, printable_lines
+
+CASES = {
+    "plain name.jpg": "plain name.jpg",
+    "caf\u00e9 \u732b.jpg": "caf\u00e9 \u732b.jpg",
+    "a\nerror: forged": "a\\nerror: forged",
+    "\x1b[31mred\x9b2J": "\\x1b[31mred\\x9b2J",
+    os.fsdecode(b"caf\xe9"): "caf\\xe9",
+    "\ud800": "\\ud800",
+    "gpj\u202e.exe": "gpj\\u202e.exe",  # right to left
+    "\u2028": "\\u2028",
+}
+
+
+@pytest.mark.parametrize("text", CASES)
+def test_what_is_not_printable_is_escaped(text, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "utf-8"))
+    assert printable(text) == CASES[text]
+    assert printable(os.fsencode(text) if text != "\ud800" else text) == CASES[text]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+def test_every_terminal_takes_it(encoding, monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding)
+    monkeypatch.setattr(sys, "stdout", out)
+    every = "".join(map(chr, range(0x3000))) + "\ud800\udcff\U0001f600"
+    print(printable(every), printable(Exception(every)), file=out)
+
+
+def test_lines_stay_lines():
+    assert printable_lines("a\n\x1bb") == "a\n\\x1bb"
+
+
+def test_markdown_shows_it_as_text():
+    assert in_markdown("# Owned\n<img onerror=x>|") == r"\# Owned\\n\<img onerror=x\>\|"
+    assert in_markdown("[a](b) `c` **d** &lt;") == r"\[a\](b) \`c\` \*\*d\*\* \&lt;"
+    assert markdown_code("a`<b>`\n") == "`a'<b>'\\n`"
