@@ -59,7 +59,7 @@ def train(session: Session) -> int:
             snapshots = build_snapshots(config, loader.images, build_masks(config))
         if session.options.dry_run:
             return dry_run(trainer, loader, told)
-        telemetry = start.open_telemetry(session, trainer, state, told, ending)
+        telemetry = start.open_telemetry(session, trainer, loader, state, told, ending)
         return Loop(session, trainer, loader, telemetry, state, online, snapshots).go()
 
 

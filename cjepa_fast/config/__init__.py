@@ -6,6 +6,7 @@ from cjepa_fast.config.load import (
     configs_folder,
     expanded,
     find,
+    image_paths,
     load,
     of,
     read,
@@ -22,5 +23,6 @@ from cjepa_fast.config.schema import (
 
 __all__ = [
     "MODEL_NAMES", "Config", "ConfigError", "DataSection", "Section", "as_begun", "completed",
-    "configs_folder", "expanded", "find", "load", "micro_batches", "of", "read", "validate",
+    "configs_folder", "expanded", "find", "image_paths", "load", "micro_batches", "of", "read",
+    "validate",
 ]  # fmt: skip

@@ -57,6 +57,12 @@ def impossible(config: Config) -> Iterator[str]:
             f"data.image_size = {data.image_size}: must be a multiple of model.patch_size = "
             f"{model.patch_size}, such as {below or model.patch_size}"
         )
+    paths = [data.path] if isinstance(data.path, str) else data.path
+    if not paths or not all(path.strip() for path in paths):
+        yield (
+            f"data.path = {json.dumps(data.path)}: an empty path names no images (an unset "
+            "variable?); name a folder, shards or a list"
+        )
     patches = (data.image_size // model.patch_size) ** 2
     if mask.min_keep >= patches > 0:
         yield (

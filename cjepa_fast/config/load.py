@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from cjepa_fast.config.checks import impossible
-from cjepa_fast.config.schema import Config, ConfigError, Section
+from cjepa_fast.config.schema import Config, ConfigError, DataSection, Section
 from cjepa_fast.runtime import json_text
 from cjepa_fast.runtime.printable import printable
 
@@ -217,3 +217,9 @@ def _nearest_word(error: dict) -> str:
 def expanded(path: str) -> str:
     """A path with ~ and environment variables put in."""
     return os.path.expandvars(os.path.expanduser(path))
+
+
+def image_paths(data: DataSection) -> list[str]:
+    """data.path, one or several, each `expanded`."""
+    paths = [data.path] if isinstance(data.path, str) else data.path
+    return list(map(expanded, paths))

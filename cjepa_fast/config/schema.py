@@ -84,7 +84,21 @@ class RunSection(Section):
 
 
 class DataSection(Section):
-    path: str = Field("data/imagenet/train", description="folder, shards, or 'shapes'")
+    path: str | tuple[str, ...] = Field(
+        "data/imagenet/train", description="folder, shards, list of images, 'shapes', or several"
+    )
+    max_pixels: Count = later(
+        89_478_485, was=178_956_970, description="larger images are left out, and named"
+    )
+    min_jpeg: Fraction = later(
+        0.9, was=1.0, description="a JPEG that was cut short is used if this share of it is there"
+    )
+    bit_depth: Annotated[int, Field(ge=9, le=16)] | None = later(
+        None, was=None, description="bits in use, of gray images that have more than 8; null: all"
+    )
+    max_skipped: Fraction = later(
+        0.05, was=1.0, description="share of the images that may turn out unreadable until it stops"
+    )
     image_size: Count = Field(
         224, description="side of the square that the networks see, in pixels"
     )

@@ -6,6 +6,7 @@ source: its worker processes cost seconds at the start and at each rebuild, and 
 the run reach them.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,24 +16,32 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cjepa_fast.data import formats
+from cjepa_fast.data import faults, formats
 from cjepa_fast.data.decode import DEPTH, DecodeFailed, Decoder, DecodeRequest
-from cjepa_fast.data.sources import NAMES_LOGGED, ImageSet
+from cjepa_fast.data.left_out import NAMED
+from cjepa_fast.data.sources import ImageSet
+from cjepa_fast.runtime.printable import printable
 
 READ_TASKS = 4  # reads in parallel a batch
 READ_AHEAD = 2  # batches whose bytes are being read beside those inside the decoder
 
 
+class ImagesGone(RuntimeError):
+    """Images cannot be read, and the training cannot do without: the message says which."""
+
+
 class Skipped:
     """Images that turned out bad while reading or decoding: `count` holes, each name once.
 
-    Beyond NAMES_LOGGED only the first of a shard is told, so that no shard goes bad unsaid.
+    most: more different ones raise ImagesGone. record: takes each name and reason; of those told by
+    log, beyond NAMED, there is only the first of a shard, so that no shard goes bad unsaid.
     rescued: those that the decoder cannot read and Pillow can: they count as good, and from then on
     Pillow reads them at once.
     """
 
-    def __init__(self, images: ImageSet, log: Callable[[str], None]):
-        self._images, self._log = images, log
+    def __init__(self, images: ImageSet, log: Callable[[str], None], most: float = math.inf):
+        self._images, self.log, self._most = images, log, most
+        self.record: Callable[[dict], None] = lambda row: None
         self.count = 0
         self.reasons: dict[int, str] = {}
         self.rescued: set[int] = set()
@@ -43,17 +52,25 @@ class Skipped:
         if i in self.reasons:
             return
         self.reasons[i] = reason
-        shard = self._images.shard(i)
-        if len(self.reasons) <= NAMES_LOGGED or shard not in self._shards:
-            self._log(f"bad image skipped: {self._images.name(i)}: {reason}")
+        shard, name = self._images.shard(i), self._images.name(i)
+        self.record({"name": name, "why": reason})
+        if len(self.reasons) <= NAMED or shard not in self._shards:
+            self.log(f"bad image skipped: {printable(name)}: {printable(reason)}")
         elif self._all_named:
             self._all_named = False
-            self._log("more bad images are skipped without being named here")
+            self.log("more bad images are skipped without being named here")
         self._shards.add(shard)
+        if len(self.reasons) > max(1, self._most):
+            raise ImagesGone(
+                f"{printable(name)} cannot be used ({printable(reason)}), nor can "
+                f"{len(self.reasons) - 1} other images of {self._images.root}: more than "
+                f"data.max_skipped allows, which is {self._most:.3g} images"
+            )
 
     def note_rescued(self, i: int) -> None:
-        if i not in self.rescued and len(self.rescued) < NAMES_LOGGED:
-            self._log(f"image decoded by Pillow, since DALI cannot: {self._images.name(i)}")
+        if i not in self.rescued and len(self.rescued) < NAMED:
+            name = printable(self._images.name(i))
+            self.log(f"image decoded by Pillow, since DALI cannot: {name}")
         self.rescued.add(i)
 
     @property
@@ -84,27 +101,27 @@ class BatchRequest:
 Mend = Callable[[BatchRequest, int, Decoder], bool]
 
 
-class ImagesGone(RuntimeError):
-    """Nothing can be read instead of a bad image: the message names images and set."""
-
-
 def read_one(images: ImageSet, i: int) -> bytes | OSError:
+    """Raises ImagesGone for what is not the file's fault: no other file is to take its place."""
     try:
         return images.read(int(i))
+    except faults.MachineFailed as error:
+        raise ImagesGone(str(error.strerror)) from error
     except OSError as error:
         return error
 
 
 def _read_some(images: ImageSet, indexes: np.ndarray, skipped: Skipped) -> list:
-    return [_as_decoded(read_one(images, i), int(i) in skipped.rescued) for i in indexes]
+    most_pixels, rescued = images.limits.max_pixels, skipped.rescued
+    return [_as_decoded(read_one(images, i), int(i) in rescued, most_pixels) for i in indexes]
 
 
-def _as_decoded(data: bytes | OSError, by_pillow: bool) -> bytes | OSError:
+def _as_decoded(data: bytes | OSError, by_pillow: bool, most_pixels: int) -> bytes | OSError:
     """What the decoder gets: the file's bytes, or Pillow's pixels of them."""
     if not by_pillow or isinstance(data, OSError):
         return data
     try:
-        return formats.as_ppm(formats.decode_rgb(data))
+        return formats.as_ppm(formats.decode_rgb(data, most_pixels))
     except OSError as error:
         return error
 

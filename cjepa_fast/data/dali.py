@@ -166,7 +166,8 @@ class DaliDecoder:
         if self._decodes(one):
             return feed.encoded[b]
         try:
-            one.encoded = [formats.as_ppm(formats.decode_rgb(feed.encoded[b]))]
+            image = formats.decode_rgb(feed.encoded[b], self._look.max_pixels)
+            one.encoded = [formats.as_ppm(image)]
         except OSError:
             return None
         return one.encoded[0] if self._decodes(one) else None

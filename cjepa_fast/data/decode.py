@@ -6,6 +6,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from cjepa_fast.data import formats
+
 DEPTH = 2  # batches inside a decoder at once, so that its threads and the GPU never wait
 MOST_MAGNITUDE = 30  # of RandAugment: there the changes are strongest
 
@@ -14,7 +16,8 @@ MOST_MAGNITUDE = 30  # of RandAugment: there the changes are strongest
 class DecodeSettings:
     """How images are shown. mean, std: of RGB in 0..1. dtype: of the tensors that come out.
 
-    rand_augment: how many changes an image gets, their magnitude, DALI's seed.
+    rand_augment: how many changes an image gets, their magnitude, DALI's seed. max_pixels: of an
+    image that Pillow decodes.
     """
 
     image_size: int
@@ -27,6 +30,7 @@ class DecodeSettings:
     colour: bool = False
     hw_decoder_load: float = 0.65
     rand_augment: tuple[int, int, int] | None = None
+    max_pixels: int = formats.MAX_PIXELS
 
     def __post_init__(self):
         """Raises ValueError for a RandAugment that there is none of."""

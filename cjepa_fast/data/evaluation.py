@@ -36,7 +36,10 @@ def eval_batches(
     """
     if not 0 < resize <= 1:
         raise ValueError(f"resize is the share of the short side to keep, in (0, 1], not {resize}")
-    look = DecodeSettings(image_size, tuple(mean), tuple(std), torch.device(device), dtype, threads)
+    look = DecodeSettings(
+        image_size, tuple(mean), tuple(std), torch.device(device), dtype, threads,
+        max_pixels=images.limits.max_pixels,
+    )  # fmt: skip
     made = open_decoder(chosen(decoder, look.device, log), look, batch_size)
     windows_N4 = crops.centre(images.sizes_N2, resize) if windows_N4 is None else windows_N4
 

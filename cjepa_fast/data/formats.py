@@ -1,35 +1,48 @@
 """What an image file holds, told from its bytes: the quick check, and conversion for the decoder.
 
 The content decides, never the extension. The check reads a header, a JPEG's end marker and a PNG's
-checksums; it does not decode. What it cannot see (damage in the middle of a JPEG) the loader finds.
+checksums; it decodes only what is damaged there. What it cannot see (damage in the middle of a
+JPEG) the loader finds.
 
 Measured with DALI 2.4 on the CPU against Pillow: JPEG (grayscale, 4:2:0 to 4:4:4, progressive, all
 eight EXIF orientations) and PNG (grayscale, palette, alpha, 1 to 16 bits) come out as the same
 upright RGB within rounding; alpha is dropped by both. What differs or fails there, or is known to
 differ between CPU and GPU decoders, is CONVERTed here by Pillow, so that every device agrees:
 CMYK and RGB-coded JPEG, damaged EXIF, and other formats under a .jpg or .png name.
-
-JPEG and PNG headers are read here rather than by Pillow, which warns of large pictures and of
-damaged EXIF, and looks for an orientation in XMP too, which DALI does not.
 """
 
 import io
 import struct
 import zlib
-from dataclasses import dataclass
+from typing import NamedTuple
 
-from PIL import Image, ImageFile, UnidentifiedImageError
+import numpy as np
+from PIL import Image, ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
-PLAIN, CONVERT, UNUSABLE = range(3)  # how `read` treats a file: as it is, through Pillow, never
-EXTENSIONS = (".jpg", ".jpeg", ".png")
+from cjepa_fast.data import kinds
+from cjepa_fast.data.headers import (
+    JPEG_END,
+    JPEG_MAGIC,
+    PNG_MAGIC,
+    Foreign,
+    HeaderDamaged,
+    JpegHeader,
+    Unusable,
+    jpeg_header,
+    orientation,
+    png_header,
+)  # fmt: skip
+
+# How `read` treats a file: as it is, through Pillow, never, never since nobody reads its kind.
+PLAIN, CONVERT, UNUSABLE, FOREIGN = range(4)
 HEAD_BYTES = 1 << 16  # holds the whole header of nearly every photograph
 TAIL_BYTES = 1 << 12
-MAX_PIXELS = 2 * 89_478_485  # Pillow's own limit against decompression bombs
-OTHER_FORMATS = ("GIF", "BMP", "WEBP")
-DECODED_FORMATS = (*OTHER_FORMATS, "PPM", "TIFF", "JPEG2000")  # by decode_rgb, beside JPEG and PNG
-_PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+JUNK_BYTES = 1 << 9  # at most so many before a JPEG are passed over
+MAX_PIXELS = 89_478_485  # from there on Pillow warns of decompression bombs
+OTHER_FORMATS = ("GIF", "BMP", "DIB", "WEBP", "PPM", "TIFF", "JPEG2000", "AVIF")  # of Pillow's
+DEEP_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")  # one channel of more than 8 bits
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -46,12 +59,19 @@ PILLOW_ERRORS = (
 )  # fmt: skip
 
 
-class Unusable(Exception):
-    """The file is no image that can be trained on; the message says why."""
+class Look(NamedTuple):
+    """What a header says. Upright; treat: PLAIN or CONVERT; bits: of a gray pixel, if more than 8,
+    else 8; there_pct: how much of a JPEG that was cut short is there, of its rows."""
+
+    height: int
+    width: int
+    treat: int
+    bits: int = 8
+    there_pct: int = 100
 
 
-def inspect(read, length: int) -> tuple[int, int, int]:
-    """(height, width, PLAIN or CONVERT) of an image, upright. Raises Unusable or OSError.
+def inspect(read, length: int) -> Look:
+    """What there is to know of an image without decoding it. Raises Unusable or OSError.
 
     read(offset, count) -> bytes of the file, which is `length` bytes long.
     """
@@ -60,139 +80,115 @@ def inspect(read, length: int) -> tuple[int, int, int]:
     head = read(0, min(length, HEAD_BYTES))
     if not head.strip(b"\0"):
         raise Unusable("zeros instead of an image")
+    if kind := kinds.unread(head):
+        raise Foreign(f"{kind}, which neither DALI nor Pillow reads")
     try:
         return _inspect_head(head, read, length)
-    except _HeaderDamaged as error:
-        if length <= HEAD_BYTES:
-            raise Unusable(str(error)) from error
+    except HeaderDamaged as error:
+        damage = error
+    whole = read(0, length)
     try:  # a header longer than HEAD_BYTES: large EXIF previews and colour profiles
-        return _inspect_head(read(0, length), read, length)
-    except _HeaderDamaged as error:
-        raise Unusable(str(error)) from error
+        return _inspect_head(whole, read, length)
+    except HeaderDamaged:
+        return _tried(whole, damage)
 
 
-class _HeaderDamaged(Exception):
-    """The header does not parse; more of the file may help."""
-
-
-def _inspect_head(head: bytes, read, length: int) -> tuple[int, int, int]:
-    if head.startswith(b"\xff\xd8"):
-        return _inspect_jpeg(_jpeg_header(head), read, length)
-    if head.startswith(_PNG_MAGIC):
-        return _inspect_png(read(0, length))
+def _tried(data: bytes, damage: Exception) -> Look:
+    """Of a damaged header Pillow may read more than we do: decoded once, it is known to."""
     try:
-        image = Image.open(io.BytesIO(head), formats=OTHER_FORMATS)
-    except UnidentifiedImageError as error:
-        raise _HeaderDamaged("not an image, or of an unsupported kind") from error
+        image = decode_rgb(data)
+    except OSError:
+        raise Unusable(str(damage)) from damage
+    return Look(image.height, image.width, CONVERT)
+
+
+def _inspect_head(head: bytes, read, length: int) -> Look:
+    if head.startswith(JPEG_MAGIC):
+        return _inspect_jpeg(jpeg_header(head), read, length)
+    if head.startswith(PNG_MAGIC):
+        header = png_header(read(0, length))
+        turn, sound = orientation(header.exif_block)
+        shape = _upright(*_checked(header.height, header.width), turn)
+        return Look(*shape, PLAIN if sound else CONVERT, header.bits)
+    try:
+        image = _open_other(io.BufferedReader(_File(read, length)), head)
     except PILLOW_ERRORS as error:
-        raise _HeaderDamaged(f"damaged header ({error})") from error
-    turn, _ = _orientation(image.info.get("exif"))
-    return *_upright(*_checked(image.height, image.width), turn), CONVERT
+        if getattr(error, "errno", None):
+            raise  # of reading
+        raise HeaderDamaged(f"damaged header ({error})") from error
+    if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
+        raise Unusable("of 32-bit numbers, whose black and white nobody knows")
+    turn, _ = orientation(image.info.get("exif"))  # none of a TIFF, which Pillow itself turns
+    bits = _depth(image) if image.mode in DEEP_MODES else 8
+    return Look(*_upright(*_checked(image.height, image.width), turn), CONVERT, bits)
 
 
-@dataclass
-class _JpegHeader:
-    """What the segments before the pixels say. exif: where its segment starts and ends, or None."""
+class _File(io.RawIOBase):
+    """A file of `length` bytes behind read(offset, count): of a large one only parts are read."""
 
-    height: int = 0
-    width: int = 0
-    frame: int = -1  # 0 baseline, 1 extended, 2 progressive; others few decoders read
-    components: bytes = b""  # their identifiers
-    adobe_transform: int | None = None
-    exif: tuple[int, int] | None = None
-    exif_block: bytes | None = None
-    scan: int = 0  # where the pixels begin
+    def __init__(self, read, length: int):
+        self._read, self._length, self._at = read, length, 0
 
-    @property
-    def plain(self) -> bool:
-        """Gray or YCbCr, in a coding that every decoder reads."""
-        rgb_coded = self.adobe_transform == 0 or self.components == b"RGB"
-        gray_or_ycc = len(self.components) == 1 or (len(self.components) == 3 and not rgb_coded)
-        return gray_or_ycc and self.frame in (0, 1, 2)
+    def readable(self) -> bool:
+        return True
 
+    def seekable(self) -> bool:
+        return True
 
-def _jpeg_header(head: bytes) -> _JpegHeader:
-    """Walk the segments up to the pixels (ITU T.81, annex B)."""
-    found, offset = _JpegHeader(), 2
-    try:
-        while True:
-            if head[offset] != 0xFF:
-                raise _HeaderDamaged("damaged header (no marker where one must stand)")
-            while head[offset + 1] == 0xFF:  # fill bytes
-                offset += 1
-            marker = head[offset + 1]
-            if marker == 0xDA:
-                found.scan = offset
-                break
-            if marker == 0xD9:
-                raise _HeaderDamaged("damaged header (it ends before the pixels)")
-            (size,) = struct.unpack_from(">H", head, offset + 2)
-            end = offset + 2 + size
-            _read_segment(found, marker, head[offset + 4 : end], (offset, end))
-            offset = end
-    except (IndexError, struct.error) as error:
-        raise _HeaderDamaged("damaged header (it is cut short)") from error
-    if found.frame < 0:
-        raise _HeaderDamaged("damaged header (it declares no picture)")
-    return found
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_CUR: self._at, io.SEEK_END: self._length}.get(whence, 0)
+        return self._at
+
+    def readinto(self, buffer) -> int:
+        count = max(0, min(len(buffer), self._length - self._at))
+        buffer[:count] = self._read(self._at, count) if count else b""
+        self._at += count
+        return count
 
 
-def _read_segment(found: _JpegHeader, marker: int, body: bytes, span: tuple[int, int]) -> None:
-    if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-        bits, found.height, found.width, count = struct.unpack_from(">BHHB", body)
-        if bits != 8:
-            raise Unusable(f"a JPEG of {bits} bits")
-        found.frame, found.components = marker - 0xC0, body[6 : 6 + 3 * count : 3]
-    elif marker == 0xE1 and body.startswith(b"Exif\0\0") and found.exif is None:
-        found.exif, found.exif_block = span, body
-    elif marker == 0xEE and body.startswith(b"Adobe") and len(body) >= 12:
-        found.adobe_transform = body[11]
+def _depth(image: Image.Image) -> int:
+    """Bits of a gray pixel, as its format has them: a TIFF's may be 12."""
+    tag = getattr(image, "tag_v2", {}).get(258, (16,))  # BitsPerSample
+    return int(tag[0])
 
 
-def _inspect_jpeg(header: _JpegHeader, read, length: int) -> tuple[int, int, int]:
+def _inspect_jpeg(header: JpegHeader, read, length: int) -> Look:
     # Searched from the pixels on: previews inside the header have end markers of their own.
     start = max(header.scan, length - TAIL_BYTES)
-    ended = b"\xff\xd9" in read(start, length - start)
-    if not ended and b"\xff\xd9" not in read(header.scan, length - header.scan):
+    ended = JPEG_END in read(start, length - start)
+    turn, sound = orientation(header.exif_block)
+    height, width = _upright(*_checked(header.height, header.width), turn)
+    if ended or JPEG_END in read(header.scan, length - header.scan):
+        return Look(height, width, PLAIN if sound and header.plain else CONVERT)
+    there_pct = _there_pct(read(0, length))
+    if not there_pct:
         raise Unusable("truncated: no end marker")
-    turn, sound = _orientation(header.exif_block)
-    shape = _upright(*_checked(header.height, header.width), turn)
-    return *shape, PLAIN if sound and header.plain else CONVERT
+    return Look(height, width, CONVERT, there_pct=there_pct)
 
 
-def _inspect_png(data: bytes) -> tuple[int, int, int]:
-    """Walk the chunks and verify every checksum, up to IEND."""
-    offset, exif, shape, pixels = len(_PNG_MAGIC), None, None, False
-    while True:
-        if offset + 12 > len(data):
-            raise Unusable("truncated: no IEND chunk")
-        size, name = struct.unpack_from(">I4s", data, offset)
-        body_end = offset + 8 + size
-        if body_end + 4 > len(data):
-            raise Unusable("truncated: a chunk is cut short")
-        (checksum,) = struct.unpack_from(">I", data, body_end)
-        if zlib.crc32(memoryview(data)[offset + 4 : body_end]) != checksum:
-            raise Unusable(f"damaged: wrong checksum in chunk {name.decode('latin1')}")
-        if name == b"IHDR" and size >= 8:
-            shape = struct.unpack_from(">II", data, offset + 8)[::-1]
-        elif name == b"eXIf":
-            exif = data[offset + 8 : body_end]
-        elif name == b"IDAT":
-            pixels = True
-        elif name == b"IEND":
-            break
-        offset = body_end + 4
-    if shape is None or not pixels:
-        raise Unusable("damaged: a PNG without header or pixels")
-    turn, sound = _orientation(exif)
-    return *_upright(*_checked(*shape), turn), PLAIN if sound else CONVERT
+def _there_pct(data: bytes) -> int:
+    """How much of a JPEG without its end is there: the rows above those that repeat the last one,
+    which libjpeg fills in. 0 where it cannot be decoded, or is too large to be tried."""
+    header = jpeg_header(data)
+    if header.height * header.width > MAX_PIXELS:
+        return 0
+    try:
+        with JpegImageFile(io.BytesIO(_without_exif(data, header) + JPEG_END)) as image:
+            rows_HW3 = np.asarray(image.convert("RGB"))
+    except PILLOW_ERRORS:
+        return 0
+    differs_H = (rows_HW3 != rows_HW3[-1]).any((1, 2))
+    return int(100 * (np.flatnonzero(differs_H).max(initial=-1) + 1) // len(rows_HW3))
+
+
+def _without_exif(data: bytes, header: JpegHeader) -> bytes:
+    """Pillow would parse it, and warn of damage."""
+    return data[: header.exif[0]] + data[header.exif[1] :] if header.exif else data
 
 
 def _checked(height: int, width: int) -> tuple[int, int]:
     if height < 1 or width < 1:
         raise Unusable(f"declares {width} x {height} pixels")
-    if height * width > MAX_PIXELS:
-        raise Unusable(f"declares {width} x {height} pixels, over the limit of {MAX_PIXELS}")
     return height, width
 
 
@@ -200,73 +196,83 @@ def _upright(height: int, width: int, turn: int) -> tuple[int, int]:
     return (width, height) if turn >= 5 else (height, width)
 
 
-def _orientation(exif: bytes | None) -> tuple[int, bool]:
-    """(EXIF orientation 1..8, whether the EXIF block could be read): one tag of the first folder.
-
-    Every tag must be there, since DALI takes a folder that is cut short for none at all.
-    Source: EXIF 2.32, 4.6.2 to 4.6.4, in its TIFF clothes.
-    """
-    if exif is None:
-        return 1, True
-    found = 1
-    tiff = exif.removeprefix(b"Exif\0\0")
-    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
-    if order is None:
-        return 1, False
-    try:
-        (folder,) = struct.unpack_from(f"{order}I", tiff, 4)
-        (count,) = struct.unpack_from(f"{order}H", tiff, folder)
-        for offset in range(folder + 2, folder + 2 + 12 * count, 12):
-            tag, kind, values, turn, _ = struct.unpack_from(f"{order}HHIHH", tiff, offset)
-            if tag == 0x0112 and (kind, values) != (3, 1):  # one 16-bit number
-                return 1, False
-            if tag == 0x0112 and turn in _TRANSPOSE:
-                found = turn
-    except struct.error:
-        return 1, False
-    return found, True
-
-
-def _opened(data: bytes) -> tuple[ImageFile.ImageFile, bytes | None]:
-    """(Pillow's image, not yet decoded; its EXIF block). Image.open would warn of large pictures,
-    and a JPEG's EXIF is cut out since Pillow would parse it and warn of damage."""
-    if data.startswith(b"\xff\xd8"):
-        header = _jpeg_header(data)
-        if header.exif is not None:
-            data = data[: header.exif[0]] + data[header.exif[1] :]
-        return JpegImageFile(io.BytesIO(data)), header.exif_block
-    if data.startswith(_PNG_MAGIC):
+def _opened(data: bytes, most_pixels: int) -> tuple[ImageFile.ImageFile, bytes | None]:
+    """(Pillow's image, not yet decoded; its EXIF block). Image.open would warn of large ones."""
+    if data.startswith(JPEG_MAGIC):
+        return _opened_jpeg(data)
+    if data.startswith(PNG_MAGIC):
         image = PngImageFile(io.BytesIO(data))
-        _checked(image.height, image.width)
+        _limited(image, most_pixels)
         image.load()  # the EXIF chunk may follow the pixels
         return image, image.info.get("exif")
-    Image.init()
-    for name in DECODED_FORMATS:
-        opens, accepts = Image.OPEN[name]
-        accepted = accepts(data[:16])
-        if isinstance(accepted, str):  # of this kind, but Pillow was built without it
-            raise Unusable(accepted)
-        if accepted:
-            image = opens(io.BytesIO(data), "")
-            return image, image.info.get("exif")  # none of a TIFF, which Pillow itself turns
-    raise Unusable("not an image, or of an unsupported kind")
-
-
-def decode_rgb(data: bytes) -> Image.Image:
-    """Upright RGB by Pillow. Raises OSError if the bytes cannot be decoded."""
     try:
-        image, exif = _opened(data)
-        _checked(image.height, image.width)
+        image = _open_other(io.BytesIO(data), data)
+    except HeaderDamaged:
+        at = data.find(JPEG_MAGIC + b"\xff", 0, JUNK_BYTES)
+        if at < 0:
+            raise
+        return _opened_jpeg(data[at:])
+    return image, image.info.get("exif")
+
+
+def _opened_jpeg(data: bytes) -> tuple[ImageFile.ImageFile, bytes | None]:
+    try:
+        header = jpeg_header(data)
+    except HeaderDamaged:
+        image = JpegImageFile(io.BytesIO(data))
+        return image, image.info.get("exif")
+    return JpegImageFile(io.BytesIO(_without_exif(data, header))), header.exif_block
+
+
+def _open_other(file, head: bytes) -> ImageFile.ImageFile:
+    """By the first of Pillow's readers that takes it, of the formats other than JPEG and PNG."""
+    Image.init()
+    for name in OTHER_FORMATS:
+        opens, accepts = Image.OPEN.get(name, (None, lambda head: False))
+        accepted = accepts(head[:16])
+        if isinstance(accepted, str):  # of this kind, but Pillow was built without it
+            raise Foreign(accepted)
+        if accepted:
+            return opens(file, "")
+    raise HeaderDamaged("not an image, or of an unsupported kind")
+
+
+def _limited(image: Image.Image, most_pixels: int) -> None:
+    _checked(image.height, image.width)
+    if image.height * image.width > most_pixels:
+        raise Unusable(over(image.height, image.width, most_pixels))
+
+
+def over(height: int, width: int, most_pixels: int) -> str:
+    """Why an image is too large."""
+    return f"too large: {width} x {height} pixels, over data.max_pixels = {most_pixels}"
+
+
+def decode_rgb(data: bytes, most_pixels: int = MAX_PIXELS, bits: int | None = None) -> Image.Image:
+    """Upright RGB by Pillow. Raises OSError if the bytes cannot be decoded.
+
+    bits: of a gray pixel that has more than 8, if fewer than its format says are in use.
+    """
+    try:
+        image, exif = _opened(data, most_pixels)
+        _limited(image, most_pixels)
         image.load()
-        if image.mode.startswith("I"):  # Pillow clips 16 bits at 255 instead of scaling
-            image = image.point(lambda v: v / 257 + 0.5).convert("L")
+        if image.mode in DEEP_MODES:
+            image = _eight_bits(image, bits or _depth(image))
         if image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")  # straight to RGB warns; alpha is dropped either way
         image = image.convert("RGB")
-    except (*PILLOW_ERRORS, _HeaderDamaged, Unusable) as error:
+    except (*PILLOW_ERRORS, HeaderDamaged, Unusable) as error:
         raise OSError(f"cannot be decoded ({error})") from error
-    turn, _ = _orientation(exif)
+    turn, _ = orientation(exif)
     return image.transpose(_TRANSPOSE[turn]) if turn in _TRANSPOSE else image
+
+
+def _eight_bits(image: Image.Image, bits: int) -> Image.Image:
+    """Scaled, where Pillow itself would clip at 255."""
+    scale = 255 / (2**bits - 1)
+    pixels_HW = np.asarray(image).astype(np.float32) * scale + 0.5
+    return Image.fromarray(pixels_HW.clip(0, 255).astype(np.uint8))
 
 
 def as_ppm(image: Image.Image) -> bytes:

@@ -10,24 +10,29 @@ import fcntl
 import hashlib
 import json
 import os
+import stat
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from cjepa_fast.data import formats
+from cjepa_fast.data import faults, formats
 from cjepa_fast.runtime import caches, json_text
+from cjepa_fast.runtime.watched import watched
 
-VERSION = 2  # of the cached file; raise it when the check or the layout changes
+VERSION = 3  # of the cached file; raise it when the check or the layout changes
 CHUNK = 256  # images a task
 UNLABELLED = -1
+UNREAD = "cannot be read"  # so begins the reason of a file that may be sound
+NEVER_NS = -1  # a time at which no file was changed
+LOOK = ("height", "width", "kind", "bits", "there_pct")  # formats.Look, in an entry
 ENTRY = np.dtype(
     [("offset", "<i8"), ("length", "<i8"), ("mtime_ns", "<i8"), ("height", "<i4"),
-     ("width", "<i4"), ("label", "<i4"), ("kind", "u1")]
+     ("width", "<i4"), ("label", "<i4"), ("kind", "u1"), ("bits", "u1"), ("there_pct", "u1")]
 )  # fmt: skip
 
 
@@ -35,7 +40,8 @@ ENTRY = np.dtype(
 class Table:
     """names: image i is blob[ends[i-1]:ends[i]]; entries_N of ENTRY; reasons: {i: why unusable}.
 
-    stamp: (size, mtime_ns) of a shard, (0, 0) for a folder, whose entries carry their own.
+    stamp: (size, mtime_ns) of a shard, (0, 0) for a folder, whose entries carry their own. words:
+    a label of -2 - k is words[k]; odd: {i: why what is given as its label is none}.
     """
 
     blob: bytes
@@ -43,11 +49,26 @@ class Table:
     entries_N: np.ndarray
     reasons: dict[int, str]
     stamp: tuple[int, int] = (0, 0)
+    words: tuple[str, ...] = ()
+    odd: dict[int, str] = field(default_factory=dict)
 
     @staticmethod
-    def of(names: list[bytes], entries_N, reasons, stamp=(0, 0)) -> "Table":
+    def of(names: list[bytes], entries_N, reasons, **more) -> "Table":
         ends_N = np.cumsum([len(name) for name in names], dtype=np.int64)
-        return Table(b"".join(names), ends_N, entries_N, reasons, stamp)
+        return Table(b"".join(names), ends_N, entries_N, reasons, **more)
+
+    @property
+    def unread(self) -> list[int]:
+        """Rows of files that could not be read, which says nothing about what they hold."""
+        return [i for i, why in self.reasons.items() if why.startswith(UNREAD)]
+
+    def as_known(self) -> "Table":
+        """What may be remembered: a file that could not be read is looked at again."""
+        if not (unread := self.unread):
+            return self
+        entries_N = self.entries_N.copy()
+        entries_N["mtime_ns"][unread] = NEVER_NS
+        return replace(self, entries_N=entries_N, stamp=(0, 0))
 
     def __len__(self) -> int:
         return len(self.ends_N)
@@ -78,16 +99,21 @@ def load(file: Path) -> Table | None:
         with open(file, "rb") as handle, np.load(handle) as kept:
             if int(kept["version"]) != VERSION or kept["entries"].dtype != ENTRY:
                 return None
-            reasons = {int(i): why for i, why in json_text.parse(kept["reasons"].tobytes()).items()}
+            said = json_text.parse(kept["said"].tobytes())
+            reasons, odd = ({int(i): w for i, w in said[k].items()} for k in ("reasons", "odd"))
             size, mtime_ns = (int(x) for x in kept["stamp"])
-            blob = kept["blob"].tobytes()
-            return Table(blob, kept["ends"], kept["entries"], reasons, (size, mtime_ns))
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
+            return Table(
+                kept["blob"].tobytes(), kept["ends"], kept["entries"], reasons,
+                stamp=(size, mtime_ns), words=tuple(said["words"]), odd=odd,
+            )  # fmt: skip
+    except (OSError, KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile):
         return None  # not there, from another version, or damaged: it is made anew
 
 
 def save(file: Path, table: Table) -> None:
     """Write beside, then rename: a reader sees the old file or the new one. Raises OSError."""
+    table = table.as_known()
+    said = {"reasons": table.reasons, "words": table.words, "odd": table.odd}
     file.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
     try:
@@ -98,7 +124,7 @@ def save(file: Path, table: Table) -> None:
                 blob=np.frombuffer(table.blob, np.uint8),
                 ends=table.ends_N,
                 entries=table.entries_N,
-                reasons=np.frombuffer(json.dumps(table.reasons).encode(), np.uint8),
+                said=np.frombuffer(json.dumps(said).encode(), np.uint8),
                 stamp=np.array(table.stamp, np.int64),
             )
         os.replace(temporary, file)
@@ -147,34 +173,57 @@ def read_unchanged(fd: int, indexed: tuple[int, int], count: int, offset: int) -
     return data
 
 
-def check(open_fd: Callable[[int], int], entries_N: np.ndarray, todo: Iterable[int]) -> dict:
-    """Fill height, width and kind of entries_N[todo] in place; returns {i: why unusable}."""
+def open_regular(path: str | bytes | os.PathLike, name: object = None) -> int:
+    """A descriptor for reading. Raises OSError for a pipe or a device, which might never answer."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError("a pipe or a device, not a file")
+    return fd
+
+
+def check(open_fd: Callable[[int], int], entries_N: np.ndarray, todo: Iterable[int], name) -> dict:
+    """Fill what formats.Look has of entries_N[todo] in place; returns {i: why unusable}.
+
+    name(i): of the file. Raises faults.MachineFailed.
+    """
     reasons = {}
     for i in todo:
         entry = entries_N[i]
         try:
-            fd = open_fd(i)
-            try:
-                start = int(entry["offset"])
-                read = lambda at, count, fd=fd, start=start: pread_exactly(fd, count, start + at)  # noqa: E731
-                shape = formats.inspect(read, int(entry["length"]))
-            finally:
-                os.close(fd)
-            entry["height"], entry["width"], entry["kind"] = shape
+            with watched(name(i)):
+                look = faults.patiently(lambda i=i: _look(open_fd, entries_N[i], i), name(i))
+            for part, value in zip(LOOK, look, strict=True):
+                entry[part] = value
         except formats.Unusable as error:
             reasons[i] = str(error)
+            foreign = isinstance(error, formats.Foreign)
+            entry["kind"] = formats.FOREIGN if foreign else formats.UNUSABLE
+        except faults.MachineFailed:
+            raise
         except OSError as error:
-            reasons[i] = f"cannot be read ({error.strerror or error})"
-        if i in reasons:
+            reasons[i] = f"{UNREAD} ({error.strerror or error})"
             entry["kind"] = formats.UNUSABLE
     return reasons
 
 
-def check_all(open_fd, entries_N: np.ndarray, todo: np.ndarray, pool: ThreadPoolExecutor, bar):
+def _look(open_fd: Callable[[int], int], entry: np.void, i: int) -> formats.Look:
+    fd = open_fd(i)
+    try:
+        start = int(entry["offset"])
+        read = lambda at, count: pread_exactly(fd, count, start + at)  # noqa: E731
+        return formats.inspect(read, int(entry["length"]))
+    finally:
+        os.close(fd)
+
+
+def check_all(
+    open_fd, entries_N: np.ndarray, todo: np.ndarray, pool: ThreadPoolExecutor, bar, name
+) -> dict[int, str]:
     """`check` in chunks on the pool. Threads do: header parsing is 16 us, the rest is reading."""
     chunks = [todo[a : a + CHUNK].tolist() for a in range(0, len(todo), CHUNK)]
     reasons = {}
-    tasks = [pool.submit(check, open_fd, entries_N, chunk) for chunk in chunks]
+    tasks = [pool.submit(check, open_fd, entries_N, chunk, name) for chunk in chunks]
     for task, chunk in zip(tasks, chunks, strict=True):
         reasons |= task.result()
         bar.update(len(chunk))

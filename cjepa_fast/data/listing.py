@@ -1,23 +1,30 @@
 """Listing what a folder tree or a shard holds, and indexing it with the help of the cache."""
 
 import os
+import stat
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from cjepa_fast.data import formats, index
+from cjepa_fast.data import faults, formats, index, kinds, labels, lists
+from cjepa_fast.runtime.printable import printable
 from cjepa_fast.telemetry.progress import shown_bar
+
+Found = tuple[bytes, int, int, str]  # path, size, mtime_ns, why it cannot be used or ""
+CAMERA_RAW = "a camera's raw file, which neither DALI nor Pillow reads"
 
 # ------------------------------------------------------------------------------------- folders
 
 
-def images_below(folder: bytes, under: bytes = b"", parents: tuple = ()) -> Iterator[tuple]:
-    """(path below the root, size, mtime_ns, why it cannot be used or "") of each image file.
+def images_below(folder: bytes, under: bytes = b"", parents: tuple = ()) -> Iterator[Found]:
+    """Of each file below `folder` that looks like an image by its name.
 
     Links are followed, save to a folder one is in; names that start with a dot are not looked at.
+    Raises OSError for an error of the machine.
     """
     status = os.stat(folder)
     if (status.st_dev, status.st_ino) in parents:
@@ -27,18 +34,27 @@ def images_below(folder: bytes, under: bytes = b"", parents: tuple = ()) -> Iter
         kept = sorted((e for e in entries if not e.name.startswith(b".")), key=lambda e: e.name)
     for entry in kept:
         path = under + entry.name
-        named_image = os.fsdecode(entry.name).lower().endswith(formats.EXTENSIONS)
+        named_image = kinds.extension(entry.name)
         if _is_folder(entry):
             below = list(_below(entry, path, parents))
             if named_image and not below:
                 yield path, 0, 0, "a folder, not a file"
             yield from below
         elif named_image:
-            try:
-                status = entry.stat()
-                yield path, status.st_size, status.st_mtime_ns, ""
-            except OSError as error:
-                yield path, 0, 0, f"cannot be read ({error.strerror})"
+            yield status_of(path, entry.stat)
+
+
+def status_of(path: bytes, stat_it: Callable[[], os.stat_result]) -> Found:
+    """Raises OSError for an error of the machine."""
+    try:
+        status = stat_it()
+    except OSError as error:
+        if faults.of_the_machine(error):
+            raise
+        return path, 0, 0, f"{index.UNREAD} ({error.strerror})"
+    if not stat.S_ISREG(status.st_mode):
+        return path, 0, 0, "a pipe or a device, not a file"
+    return path, status.st_size, status.st_mtime_ns, ""
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
@@ -48,25 +64,53 @@ def _is_folder(entry: os.DirEntry) -> bool:
         return False
 
 
-def _below(entry: os.DirEntry, path: bytes, parents: tuple) -> Iterator[tuple]:
+def _below(entry: os.DirEntry, path: bytes, parents: tuple) -> Iterator[Found]:
     try:
         yield from images_below(entry.path, path + b"/", parents)
     except PermissionError as error:
-        yield path, 0, 0, f"a folder that cannot be read ({error.strerror})"
+        yield path, 0, 0, f"{index.UNREAD}: a folder ({error.strerror})"
 
 
-def index_folder(root: Path, cache, pool: ThreadPoolExecutor, log):
-    """([Table], classes) of a folder tree; entries whose size and time are as cached are kept."""
-    found = sorted(images_below(os.fsencode(root)))
+def index_folder(root: Path, cache, pool: ThreadPoolExecutor, log) -> tuple[index.Table, list]:
+    """(table, classes) of a folder tree; entries whose size and time are as cached are kept."""
+    with shown_bar(None, f"looking for images in {printable(root)} (Ctrl-C stops)", "file") as bar:
+        found = sorted(_counted(images_below(os.fsencode(root)), bar))
+    table = _index_files(root, root, found, cache, pool, log)
+    return table, labels.of_folders(table)
+
+
+def index_list(path: Path, cache, pool: ThreadPoolExecutor, log) -> tuple[index.Table, list]:
+    """The same of the files that a list names, in its order (lists.py)."""
+    listed = lists.read(path)
+    found = [_of_list(path.parent, name) for name in listed.names]
+    table = _index_files(path.parent, path, found, cache, pool, log)
+    return table, labels.of_list(table, listed.labels)
+
+
+def _of_list(folder: Path, name: bytes) -> Found:
+    return status_of(name, lambda: os.stat(os.path.join(os.fsencode(folder), name)))
+
+
+def _counted(found: Iterator[Found], bar) -> Iterator[Found]:
+    for one in found:
+        bar.update()
+        yield one
+
+
+def _index_files(root: Path, key: Path, found: list[Found], cache, pool, log) -> index.Table:
+    """Files below `root`; key: what they are remembered by."""
     names = [name for name, *_ in found]
     entries_N = np.zeros(len(found), index.ENTRY)
     entries_N["length"] = [size for _, size, _, _ in found]
     entries_N["mtime_ns"] = [time for _, _, time, _ in found]
+    entries_N["label"], entries_N["bits"], entries_N["there_pct"] = index.UNLABELLED, 8, 100
     reasons = {i: why for i, (*_, why) in enumerate(found) if why}
     entries_N["kind"][list(reasons)] = formats.UNUSABLE
-    classes = _classes(names, entries_N)
+    raw = {i: CAMERA_RAW for i, n in enumerate(names) if kinds.extension(n) in kinds.RAW}
+    entries_N["kind"][list(raw)] = formats.FOREIGN
+    reasons = raw | reasons
 
-    file = index.cache_file(root, cache)
+    file = index.cache_file(key, cache)
     old = index.load(file)
     fresh_N = np.ones(len(found), bool)
     fresh_N[list(reasons)] = False
@@ -74,25 +118,13 @@ def index_folder(root: Path, cache, pool: ThreadPoolExecutor, log):
         reasons |= _reuse(old, names, entries_N, fresh_N)
     todo = np.flatnonzero(fresh_N)
     folder = os.fsencode(root)
-    open_fd = lambda i: os.open(os.path.join(folder, names[i]), os.O_RDONLY)  # noqa: E731
+    open_fd = lambda i: index.open_regular(os.path.join(folder, names[i]))  # noqa: E731
     with shown_bar(len(todo), "checking images") as bar:
-        reasons |= index.check_all(open_fd, entries_N, todo, pool, bar)
+        reasons |= index.check_all(open_fd, entries_N, todo, pool, bar, names.__getitem__)
     table = index.Table.of(names, entries_N, reasons)
     if len(todo) or old is None or len(old) != len(table):
         _keep(file, table, log)
-    return [table], classes
-
-
-def _classes(names: list[bytes], entries_N: np.ndarray) -> list[str] | None:
-    """Label entries by first-level sub-folder; unlabelled where an image lies in none."""
-    tops = [name.partition(b"/") for name in names]
-    if not names or not all(slash for _, slash, _ in tops):
-        entries_N["label"] = index.UNLABELLED
-        return None
-    classes = sorted({top for top, _, _ in tops})
-    number = {top: i for i, top in enumerate(classes)}
-    entries_N["label"] = [number[top] for top, _, _ in tops]
-    return [os.fsdecode(top) for top in classes]
+    return table
 
 
 def _reuse(old: index.Table, names: list[bytes], entries_N, fresh_N) -> dict[int, str]:
@@ -103,7 +135,7 @@ def _reuse(old: index.Table, names: list[bytes], entries_N, fresh_N) -> dict[int
     for field in ("length", "mtime_ns"):
         same_N[same_N] = old.entries_N[field][row_N[same_N]] == entries_N[field][same_N]
     rows = row_N[same_N]
-    for field in ("height", "width", "kind"):
+    for field in index.LOOK:
         entries_N[field][same_N] = old.entries_N[field][rows]
     fresh_N[same_N] = False
     known = np.flatnonzero(same_N).tolist()
@@ -126,6 +158,27 @@ def split_key(name: str) -> tuple[str, str]:
     folder, slash, base = name.rpartition("/")
     key, _, ext = base.partition(".")
     return folder + slash + key, ext
+
+
+def images_of(members: Iterable[str]) -> dict[str, str]:
+    """{name: why it is not used, or ""} of a shard's members that look like images.
+
+    KEY.jpg is the image of sample KEY. KEY.more.jpg belongs to it where there is a KEY.jpg (a label
+    map, a second view), and is not used; where there is none it is an image by itself.
+    """
+    looking = [n for n in members if not n.rpartition("/")[2].startswith(".")]
+    looking = [n for n in looking if kinds.extension(n)]
+    plain = {}
+    for name in looking:
+        key, ext = split_key(name)
+        if "." not in ext:
+            plain[key] = name
+    return {name: _beside(name, plain) for name in looking}
+
+
+def _beside(name: str, plain: dict[str, str]) -> str:
+    key, ext = split_key(name)
+    return f"belongs to {plain[key]}" if "." in ext and key in plain else ""
 
 
 def members(shard: Path) -> dict[str, tuple[int, int]]:
@@ -172,7 +225,7 @@ def _damaged(shard: Path, why: str) -> str:
 
 
 def index_shards(shards: list[Path], cache, pool: ThreadPoolExecutor, log):
-    """([Table a shard], classes from classes.txt beside the first, else None)."""
+    """([Table a shard], classes from classes.txt beside the first, else those that words name)."""
     stamps = [index.stamp(s.stat()) for s in shards]
     files = [index.cache_file(s, cache) for s in shards]
     tables = list(pool.map(index.load, files))
@@ -182,44 +235,44 @@ def index_shards(shards: list[Path], cache, pool: ThreadPoolExecutor, log):
         for one in pool.map(lambda k: _list_shard(shards[k]), stale):
             listed.append(one)
             bar.update()
-    total = sum(len(names) for names, *_ in listed)
+    total = sum(map(len, listed))
     with shown_bar(total, "checking images") as bar:
-        for k, (names, entries_N, refused) in zip(stale, listed, strict=True):
-            open_fd = lambda _, shard=shards[k]: os.open(shard, os.O_RDONLY)  # noqa: E731
-            todo = np.setdiff1d(np.arange(len(names)), list(refused))
-            reasons = refused | index.check_all(open_fd, entries_N, todo, pool, bar)
-            tables[k] = index.Table.of(names, entries_N, reasons, stamps[k])
+        for k, table in zip(stale, listed, strict=True):
+            open_fd = lambda _, shard=shards[k]: index.open_regular(shard)  # noqa: E731
+            name = lambda i, shard=shards[k], t=table: f"{shard}/{os.fsdecode(t.name(i))}"  # noqa: E731
+            todo = np.setdiff1d(np.arange(len(table)), list(table.reasons))
+            checked = index.check_all(open_fd, table.entries_N, todo, pool, bar, name)
+            tables[k] = replace(table, reasons=table.reasons | checked, stamp=stamps[k])
             _keep(files[k], tables[k], log)
     listed_classes = shards[0].parent / "classes.txt"
-    classes = listed_classes.read_text().split("\n") if listed_classes.is_file() else None
-    return tables, [c.strip() for c in classes if c.strip()] if classes else None
+    classes = listed_classes.read_text().split("\n") if listed_classes.is_file() else []
+    return tables, labels.of_shards(tables, [c.strip() for c in classes if c.strip()])
 
 
-def _list_shard(shard: Path) -> tuple[list[bytes], np.ndarray, dict[int, str]]:
-    """(names of the images, entries_N still to be checked, {i: why refused})."""
+def _list_shard(shard: Path) -> index.Table:
+    """The images of a shard with their labels, still to be checked."""
     found, refused = _walk(shard)
-    every = [*found, *(name for name in refused if name not in found)]
-    images = [n for n in every if f".{split_key(n)[1].lower()}" in formats.EXTENSIONS]
-    if not images:
+    every = dict.fromkeys([*found, *refused])
+    why = images_of(every)
+    if not why:
         raise ValueError(
             f"{shard} holds no image ({len(every)} members, none named KEY with one of "
-            f"{', '.join(formats.EXTENSIONS)}): leave it out of the pattern or pack it again"
+            f"{', '.join(kinds.READ)}): leave it out of the pattern or pack it again"
         )
-    entries_N = np.zeros(len(images), index.ENTRY)
-    entries_N["offset"], entries_N["length"] = np.array([found.get(n, (0, 0)) for n in images]).T
+    names = list(why)
+    entries_N = np.zeros(len(names), index.ENTRY)
+    entries_N["offset"], entries_N["length"] = np.array([found.get(n, (0, 0)) for n in names]).T
+    entries_N["bits"], entries_N["there_pct"] = 8, 100
+    foreign = {i: why[n] for i, n in enumerate(names) if why[n]}
+    foreign |= {i: CAMERA_RAW for i, n in enumerate(names) if kinds.extension(n) in kinds.RAW}
+    reasons = {i: refused[n] for i, n in enumerate(names) if n not in found}
+    entries_N["kind"][list(foreign)] = formats.FOREIGN
+    entries_N["kind"][list(reasons)] = formats.UNUSABLE
     fd = os.open(shard, os.O_RDONLY)
     try:
-        entries_N["label"] = [_label(fd, found.get(f"{split_key(n)[0]}.cls")) for n in images]
+        given = [labels.in_shard(fd, found, n) for n in names]
     finally:
         os.close(fd)
-    reasons = {i: refused[name] for i, name in enumerate(images) if name not in found}
-    entries_N["kind"][list(reasons)] = formats.UNUSABLE
-    return [os.fsencode(n) for n in images], entries_N, reasons
-
-
-def _label(fd: int, where: tuple[int, int] | None) -> int:
-    """The number in a .cls member; UNLABELLED where there is none."""
-    if where is None:
-        return index.UNLABELLED
-    text = index.pread_exactly(fd, where[1], where[0]).strip()
-    return int(text) if text.isdigit() else index.UNLABELLED
+    words, odd = labels.enter(entries_N, given)
+    raw = [os.fsencode(n) for n in names]
+    return index.Table.of(raw, entries_N, foreign | reasons, words=words, odd=odd)

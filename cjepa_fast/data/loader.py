@@ -112,7 +112,7 @@ class Loader:
         self.images, self.share = images, share
         self.steps_per_epoch = len(images) // share.global_batch
         self.accumulation = share.accumulation
-        self.skipped = Skipped(images, log)
+        self.skipped = Skipped(images, log, data.max_skipped * len(images) / share.world_size)
         self._data, self._seed, self._masks = data, seed, masks
         self._device = _with_index(torch.device(device))
         first = share.rank == 0
@@ -120,7 +120,7 @@ class Loader:
         self._look = DecodeSettings(
             data.image_size, data.mean, data.std, self._device, dtype, data.threads, data.flip,
             data.colour > 0, data.hw_decoder_load,
-            rand_augment and (*rand_augment, seed + share.rank),
+            rand_augment and (*rand_augment, seed + share.rank), images.limits.max_pixels,
         )  # fmt: skip
         # Two epochs: batches read ahead may belong to the next one while a hole is filled in this.
         self.order = functools.lru_cache(2)(functools.partial(_order, seed, len(images)))

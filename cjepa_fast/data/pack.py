@@ -23,10 +23,9 @@ from pathlib import Path
 from PIL import Image
 
 from cjepa_fast.data import formats, listing, rng
-from cjepa_fast.data.sources import ImageSet, open_images
+from cjepa_fast.data.sources import ImageSet, Limits, open_images
 from cjepa_fast.runtime import files
-from cjepa_fast.runtime.files import read_json
-from cjepa_fast.runtime.printable import printable_lines
+from cjepa_fast.runtime.printable import printable, printable_lines
 from cjepa_fast.telemetry.progress import shown_bar
 
 MANIFEST = "manifest.json"
@@ -41,6 +40,7 @@ def pack(
     short_side: int | None = None,
     quality: int = 90,
     workers: int | None = None,
+    max_pixels: int = formats.MAX_PIXELS,
     cache: Path | None = None,
     log=print,
 ) -> list[tuple[str, str]]:
@@ -52,7 +52,7 @@ def pack(
     """
     if shard_size < 1 or (short_side is not None and short_side < 1):
         raise ValueError(f"shard_size {shard_size} and short_side {short_side} must be at least 1")
-    images = open_images(folder, cache=cache, log=log)
+    images = open_images(folder, limits=Limits(max_pixels), cache=cache, log=log)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     settings = {
@@ -79,7 +79,7 @@ def _claim(manifest: Path, settings: dict) -> None:
     if not manifest.exists():
         _write_text(manifest, json.dumps(settings, indent=1))
         return
-    before = read_json(manifest)
+    before = files.read_json(manifest)
     changed = [key for key in settings if before.get(key) != settings[key]]
     if changed:
         said = ", ".join(f"{k} {before.get(k)} there, {settings[k]} now" for k in changed)
@@ -95,7 +95,7 @@ def _pack_shard(
     """Shard k, unless it is finished: the tar first, then its .json, which marks it as such."""
     tar, record = out / f"shard-{k:06d}.tar", out / f"shard-{k:06d}.json"
     if record.exists() and tar.exists():
-        done = read_json(record)
+        done = files.read_json(record)
         if done["bytes"] == tar.stat().st_size:
             bar.update(len(chosen))
             return [tuple(pair) for pair in done["left_out"]]
@@ -106,7 +106,7 @@ def _pack_shard(
             bar.update()
             if why:
                 left_out.append((images.name(i), why))
-                log(f"left out: {images.name(i)}: {why}")
+                log(f"left out: {printable(images.name(i))}: {printable(why)}")
                 continue
             member = f"{i:09d}" + (".png" if data.startswith(b"\x89PNG") else ".jpg")
             hashes[member] = hashlib.sha256(data).hexdigest()
@@ -141,7 +141,7 @@ def _prepared(
 def _prepare(images: ImageSet, i: int, short_side, quality) -> tuple[int, bytes, str]:
     try:
         data = images.read_original(i)
-        picture = formats.decode_rgb(data)
+        picture = formats.decode_rgb(data, images.limits.max_pixels)
     except OSError as error:
         return i, b"", str(error)
     if short_side is None or min(picture.size) <= short_side:
@@ -190,12 +190,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--shard-size", type=int, default=10_000, help="images a shard")
     parser.add_argument("--short-side", type=int, help="shrink to this short side, in pixels")
     parser.add_argument("--quality", type=int, default=90, help="JPEG quality after shrinking")
+    parser.add_argument("--max-pixels", type=int, default=formats.MAX_PIXELS, help="of an image")
     parser.add_argument("--workers", type=int, help="threads (default: one a core)")
     given = parser.parse_args(arguments)
     try:
         left_out = pack(
             given.folder, given.out, shard_size=given.shard_size, short_side=given.short_side,
-            quality=given.quality, workers=given.workers,
+            quality=given.quality, workers=given.workers, max_pixels=given.max_pixels,
         )  # fmt: skip
     except (ValueError, OSError) as error:
         print(f"error: {printable_lines(error)}", file=sys.stderr)

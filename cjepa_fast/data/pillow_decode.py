@@ -91,7 +91,8 @@ def pixels(data: bytes) -> np.ndarray:
 
 def shown(look: DecodeSettings, feed: DecodeRequest, b: int) -> np.ndarray:
     """Image b of a batch as it is shown, (S, S, 3) uint8. Raises OSError if it cannot be."""
-    window = window_of(formats.decode_rgb(feed.encoded[b]), *map(int, feed.window_B4[b]))
+    image = formats.decode_rgb(feed.encoded[b], look.max_pixels)
+    window = window_of(image, *map(int, feed.window_B4[b]))
     pixels_HW3 = np.asarray(resized(window, look.image_size))
     if look.colour:
         pixels_HW3 = twisted(pixels_HW3, *map(float, feed.colour_B3[b]))

@@ -1,54 +1,110 @@
-"""Where images come from: a folder tree, WebDataset shards (plain tars), or the synthetic dataset.
+"""Where images come from: a folder tree, WebDataset shards (plain tars), a list, or several.
 
     images = open_images("/data/imagenet/train")          # classes: first-level sub-folders
     images = open_images("/data/shards/x-{000000..000127}.tar")
     images.read(7), images.name(7), images.sizes_N2[7]    # bytes, name, (height, width) upright
 
-The set is indexed once (index.py) and read by position, so any image can be had at any time.
+The set is indexed once (index.py) and read by position, so any image can be had at any time. What
+is read and how it is named: docs/your_images.md.
 """
 
 import hashlib
-import itertools
 import os
-import re
+import resource
 import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from cjepa_fast.data import formats, index, listing
+from cjepa_fast.config import DataSection
+from cjepa_fast.data import faults, formats, index, kinds, labels, listing, places
+from cjepa_fast.data.headers import JPEG_END
+from cjepa_fast.data.left_out import tell
+from cjepa_fast.runtime.watched import watched
 
-NAMES_LOGGED = 20
-OPEN_SHARDS = 256  # shards kept open; a process may hold 1,024 files, and others need some
+TRIED_DEEP = 8  # images of more than 8 bits, whose brightness is looked at
+OPEN_SHARDS = 256  # shards kept open at most
+
+
+class Limits(NamedTuple):
+    """What counts as usable, of the configuration's data section."""
+
+    max_pixels: int = formats.MAX_PIXELS
+    min_jpeg: float = 0.9  # share of the rows of a JPEG that was cut short
+    bit_depth: int | None = None  # in use, of gray images with more than 8 bits
+    max_skipped: float = 0.05  # share of the files that could not be read
+
+    @staticmethod
+    def of(data: DataSection) -> "Limits":
+        return Limits(*(getattr(data, name) for name in Limits._fields))
+
+
+LIMITS = Limits()
+
+
+class NothingUsable(ValueError):
+    """The message names the path, what is there and the way out."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A folder tree, a list or a shard: its table, and where it lies.
+
+    classes: the names of its labels or None; prefix: of its names, where several paths were given.
+    """
+
+    table: index.Table
+    root: Path
+    shard: Path | None
+    classes: labels.Classes
+    prefix: str = ""
+
+    def name(self, row: int) -> str:
+        name = os.fsdecode(self.table.name(row))
+        return f"{self.prefix}{self.shard.name}/{name}" if self.shard else f"{self.prefix}{name}"
 
 
 class ImageSet:
     """The usable images of a set, in a fixed order. Reading is thread-safe.
 
-    root: what was opened, as it was named; labels: int64 (n,) or None where not every image has
-    one; classes: their names or None; sizes_N2: int32 (n, 2) height and width, upright; skipped:
-    (name, reason) of the unusable; fingerprint: hash of names and sizes in bytes, the same wherever
-    the set lies.
+    labelled: images without a label are left out. labels: int64 (n,), None where one is missing;
+    classes: their names or None; sizes_N2: int32 (n, 2) height and width, upright; skipped: (name,
+    reason) of what is left out; unlabelled: how many have no label; found: how many files look like
+    images; fingerprint: hash of names and sizes in bytes, the same wherever the set lies.
     """
 
-    def __init__(self, root: Path, shards: list[Path], tables: list[index.Table], classes):
-        self.root, self._shards, self._tables = root, shards, tables
-        usable = [np.flatnonzero(t.entries_N["kind"] != formats.UNUSABLE) for t in tables]
-        self._table_N = np.repeat(np.arange(len(tables), dtype=np.int32), [len(u) for u in usable])
+    def __init__(self, parts: list[Part], limits: Limits = LIMITS, labelled: bool = False):
+        self.root, self.limits, self._parts = parts[0].root, limits, parts
+        label_by_part, classes = _merged([part.table.entries_N["label"] for part in parts], parts)
+        out = [_left_out(part.table, limits) for part in parts]
+        if labelled:
+            for part, label_N, why in zip(parts, label_by_part, out, strict=True):
+                _leave_unlabelled(part.table, label_N, why)
+        usable = [_others(part.table, why) for part, why in zip(parts, out, strict=True)]
+        self._part_N = np.repeat(np.arange(len(parts), dtype=np.int32), [len(u) for u in usable])
         self._row_N = np.concatenate(usable).astype(np.int32)
-        pairs = zip(tables, usable, strict=True)
-        self._entries_N = np.concatenate([t.entries_N[rows] for t, rows in pairs])
+        pairs = list(zip(parts, usable, strict=True))
+        self._entries_N = np.concatenate([part.table.entries_N[rows] for part, rows in pairs])
         self.sizes_N2 = np.stack([self._entries_N["height"], self._entries_N["width"]], axis=1)
-        self.classes: list[str] | None = classes
-        self.labels = _labels(self._entries_N["label"])
+        label_N = np.concatenate(
+            [own[rows] for own, rows in zip(label_by_part, usable, strict=True)]
+        )
+        whole = not (label_N == index.UNLABELLED).any()
+        self.labels = torch.from_numpy(label_N.astype(np.int64)) if whole else None
+        self.classes: labels.Classes = classes if whole else None
         self.skipped = [
-            (self._name(t, i), why)
-            for t, table in enumerate(tables)
-            for i, why in sorted(table.reasons.items())
+            (part.name(i), why[i])
+            for part, why in zip(parts, out, strict=True)
+            for i in sorted(why)
         ]
-        self.fingerprint = _fingerprint(tables)
+        self.unlabelled = sum(int((own == index.UNLABELLED).sum()) for own in label_by_part)
+        self.found = sum(len(part.table) for part in parts)
+        self.fingerprint = _fingerprint(parts, out)
         self._open: dict[int, int] = {}
         self._members: dict[int, dict[str, tuple[int, int]]] = {}
         self._lock = threading.Lock()
@@ -57,195 +113,231 @@ class ImageSet:
         return len(self._entries_N)
 
     def name(self, i: int) -> str:
-        """The path below the folder, or "shard/member"."""
-        return self._name(int(self._table_N[i]), int(self._row_N[i]))
+        """The path below the folder, or "shard/member"; as the file system has it."""
+        return self._parts[self._part_N[i]].name(int(self._row_N[i]))
 
-    def _name(self, table: int, row: int) -> str:
-        name = os.fsdecode(self._tables[table].name(row))
-        return f"{self._shards[table].name}/{name}" if self._shards else name
+    @property
+    def bits_N(self) -> np.ndarray:
+        """Of a gray pixel, where more than 8."""
+        return self._entries_N["bits"]
 
     def shard(self, i: int) -> Path | None:
         """The shard that image i lies in, None in a folder."""
-        return self._shards[int(self._table_N[i])] if self._shards else None
+        return self._parts[self._part_N[i]].shard
 
     def read(self, i: int) -> bytes:
         """Bytes that DALI decodes to upright RGB. Raises OSError if they cannot be had."""
-        data = self.read_original(i)
-        if self._entries_N["kind"][i] == formats.CONVERT:
-            return formats.as_ppm(formats.decode_rgb(data))
+        data, entry = self.read_original(i), self._entries_N[i]
+        if entry["there_pct"] < 100:
+            data += JPEG_END
+        bits = self.limits.bit_depth if entry["bits"] > 8 else None
+        if entry["kind"] == formats.CONVERT or bits:
+            return formats.as_ppm(formats.decode_rgb(data, self.limits.max_pixels, bits))
         return data
 
     def read_original(self, i: int) -> bytes:
-        """The file's bytes as they are. Raises OSError if they cannot be had."""
-        entry = self._entries_N[i]
-        table = int(self._table_N[i])
+        """The file's bytes as they are. Raises OSError if they cannot be had, MachineFailed for
+        what is not the file's fault."""
+        with watched(self.name(i)):
+            return faults.patiently(lambda: self._read(i), self.name(i))
+
+    def _read(self, i: int) -> bytes:
+        entry, part = self._entries_N[i], self._parts[self._part_N[i]]
         where = int(entry["length"]), int(entry["offset"])
-        if self._shards:
-            return self._read_shard(table, *where)
+        if part.shard:
+            return self._read_shard(int(self._part_N[i]), *where)
         indexed = int(entry["length"]), int(entry["mtime_ns"])
-        fd = os.open(os.path.join(os.fsencode(self.root), self._tables[0].name(self._row_N[i])),
-                     os.O_RDONLY)  # fmt: skip
+        path = os.path.join(os.fsencode(part.root), part.table.name(self._row_N[i]))
+        fd = index.open_regular(path)
         try:
             return index.read_unchanged(fd, indexed, *where)
         finally:
             os.close(fd)
 
-    def _read_shard(self, table: int, count: int, offset: int) -> bytes:
+    def _read_shard(self, number: int, count: int, offset: int) -> bytes:
+        part = self._parts[number]
         with self._lock:
-            fd = self._open.get(table)
+            fd = self._open.get(number)
+            keep = fd is not None or len(self._open) < _most_open()
             if fd is None:
-                fd = os.open(self._shards[table], os.O_RDONLY)
-                keep = len(self._open) < OPEN_SHARDS
+                fd = index.open_regular(part.shard)
                 if keep:
-                    self._open[table] = fd
-            else:
-                keep = True
+                    self._open[number] = fd
         try:
-            return index.read_unchanged(fd, self._tables[table].stamp, count, offset)
+            return index.read_unchanged(fd, part.table.stamp, count, offset)
         finally:
             if not keep:
                 os.close(fd)
 
     def sidecar(self, i: int, ext: str) -> bytes | None:
         """The sample's sibling with extension `ext` ("json", ".json"), None where there is none."""
-        table, ext = int(self._table_N[i]), ext.lstrip(".")
-        name = os.fsdecode(self._tables[table].name(int(self._row_N[i])))
-        if not self._shards:
-            path = (self.root / name).with_suffix(f".{ext}")
+        number, ext = int(self._part_N[i]), ext.lstrip(".")
+        part = self._parts[number]
+        name = os.fsdecode(part.table.name(int(self._row_N[i])))
+        if not part.shard:
+            path = (part.root / name).with_suffix(f".{ext}")
             return path.read_bytes() if path.is_file() else None
-        if table not in self._members:
-            self._members[table] = listing.members(self._shards[table])
-        where = self._members[table].get(f"{listing.split_key(name)[0]}.{ext}")
-        return None if where is None else self._read_shard(table, where[1], where[0])
+        if number not in self._members:
+            self._members[number] = listing.members(part.shard)
+        keys = name.rpartition(".")[0], listing.split_key(name)[0]
+        siblings = (self._members[number].get(f"{key}.{ext}") for key in keys)
+        where = next(filter(None, siblings), None)
+        return None if where is None else self._read_shard(number, where[1], where[0])
 
     def __del__(self):
         for fd in getattr(self, "_open", {}).values():
             os.close(fd)
 
 
-def _labels(label_N: np.ndarray) -> torch.Tensor | None:
-    if (label_N == index.UNLABELLED).any():
-        return None
-    return torch.from_numpy(label_N.astype(np.int64))
+def _most_open() -> int:
+    """A quarter of the files that this process may hold: others need some."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return OPEN_SHARDS if soft == resource.RLIM_INFINITY else min(OPEN_SHARDS, soft // 4)
 
 
-def _fingerprint(tables: list[index.Table]) -> str:
+def _left_out(table: index.Table, limits: Limits) -> dict[int, str]:
+    """{row: why it is not used}: what the index says, and what is beyond the limits."""
+    entries_N = table.entries_N
+    out = dict(table.reasons)
+    pixels_N = entries_N["height"].astype(np.int64) * entries_N["width"]
+    for i in np.flatnonzero(pixels_N > limits.max_pixels).tolist():
+        out.setdefault(i, formats.over(*_size(entries_N[i]), limits.max_pixels))
+    for i in np.flatnonzero(entries_N["there_pct"] < 100 * limits.min_jpeg).tolist():
+        out.setdefault(i, f"truncated: no end marker, {entries_N['there_pct'][i]} % of it is there")
+    return out
+
+
+def _others(table: index.Table, out: dict[int, str]) -> np.ndarray:
+    return np.setdiff1d(np.arange(len(table)), list(out))
+
+
+def _size(entry: np.void) -> tuple[int, int]:
+    return int(entry["height"]), int(entry["width"])
+
+
+def _leave_unlabelled(table: index.Table, label_N: np.ndarray, out: dict[int, str]) -> None:
+    for i in np.flatnonzero(label_N == index.UNLABELLED).tolist():
+        out.setdefault(i, table.odd.get(i, labels.NONE_GIVEN))
+
+
+def _merged(label_by_part, parts: list[Part]) -> tuple[list[np.ndarray], labels.Classes]:
+    """Labels of all parts by one list of classes; numbers and names are not mixed."""
+    if all(part.classes == parts[0].classes for part in parts):
+        return label_by_part, parts[0].classes
+    classes = sorted({name for part in parts for name in part.classes or ()})
+    number = {name: i for i, name in enumerate(classes)}
+    found = []
+    for label_N, part in zip(label_by_part, parts, strict=True):
+        to_all = np.array([*(number[name] for name in part.classes or ()), index.UNLABELLED])
+        found.append(to_all[np.where(label_N < len(to_all) - 1, label_N, index.UNLABELLED)])
+    return found, classes
+
+
+def _fingerprint(parts: list[Part], out: list[dict[int, str]]) -> str:
+    """Of what is there, but for images of kinds that nobody reads; and of what the limits, a
+    missing label or a failed read leave out, where there is such."""
     digest = hashlib.sha256()
-    for table in tables:
-        for part in (table.blob, table.ends_N.tobytes(), table.entries_N["length"].tobytes()):
-            digest.update(part)
+    for part, why in zip(parts, out, strict=True):
+        table = part.table
+        ours = np.flatnonzero(table.entries_N["kind"] != formats.FOREIGN)
+        if len(ours) < len(table):
+            names = table.names()
+            table = index.Table.of([names[i] for i in ours], table.entries_N[ours], {})
+        for piece in (table.blob, table.ends_N.tobytes(), table.entries_N["length"].tobytes()):
+            digest.update(piece)
+        beyond = (why.keys() - part.table.reasons.keys()) | set(part.table.unread)
+        if beyond:
+            digest.update(repr(sorted(beyond)).encode())
     return digest.hexdigest()[:32]
 
 
 def open_images(
-    path: str | Path, *, cache: Path | None = None, workers: int | None = None, log=print
+    path: str | Path | Sequence[str | Path],
+    *,
+    limits: Limits = LIMITS,
+    labelled: bool = False,
+    cache: Path | None = None,
+    workers: int | None = None,
+    report: Path | None = None,
+    log: Callable[[str], None] = print,
 ) -> ImageSet:
     """Open, index (once; cached) and describe an image set.
 
     path: a folder (nested; classes are its first-level sub-folders, unlabelled if it has none), a
-    folder of .tar shards, one .tar, a pattern "x-{000000..000009}.tar", "shapes" or "shapes:val".
-    Raises FileNotFoundError or ValueError, naming the path and the way out, where nothing usable
-    is found. Unusable images are listed in .skipped and logged.
+    folder of .tar shards, one .tar, a pattern "x-{000000..000009}.tar", a list (.txt, .csv),
+    "shapes" or "shapes:val"; or several of these. labelled: images without a label are left out.
+    report: a file that will name all that is left out; default: in the cache. Raises
+    FileNotFoundError or ValueError, naming the path and the way out, where nothing usable is found,
+    and OSError where the disk or the machine fails.
     """
-    path = _synthetic(str(path))
-    shards = find_shards(path)
-    root = Path(path)
+    paths = [path] if isinstance(path, (str, os.PathLike)) else list(path)
     workers = workers or min(32, 4 * (os.cpu_count() or 1))
-    with index.lock(index.cache_file(root, cache)), ThreadPoolExecutor(workers) as pool:
-        if shards:
-            tables, classes = listing.index_shards(shards, cache, pool, log)
-        else:
-            tables, classes = listing.index_folder(root, cache, pool, log)
-    if not sum(int((t.entries_N["kind"] != formats.UNUSABLE).sum()) for t in tables):
-        raise ValueError(_nothing_usable(path, tables))
-    images = ImageSet(root, shards, tables, classes)
-    _log_skipped(images, log)
+    found = [places.find(str(one), log) for one in paths]
+    prefixes = _prefixes([place.root for place in found])
+    parts: list[Part] = []
+    for place, prefix in zip(found, prefixes, strict=True):
+        parts += _indexed(place, prefix, cache, workers, log)
+    images = ImageSet(parts, limits, labelled)
+    report = report or index.cache_file(found[0].root, cache).with_suffix(".unusable.jsonl")
+    tell(images.skipped, images.found, report, log)
+    if not len(images):
+        raise NothingUsable(_nothing_usable(" and ".join(map(str, paths)), images))
+    unread = sum(len(part.table.unread) for part in parts)
+    if unread > max(1, limits.max_skipped * images.found):
+        raise OSError(
+            f"{unread} of {images.found} files cannot be read, more than data.max_skipped = "
+            f"{limits.max_skipped:g} of them: see to their disk and your rights ({report})"
+        )
+    _warn_of_darkness(images, log)
     return images
 
 
-def _nothing_usable(path: str, tables: list[index.Table]) -> str:
-    table = tables[0]
-    first = next(iter(sorted(table.reasons.items())), None)
-    why = f"; the first of them, {os.fsdecode(table.name(first[0]))}: {first[1]}" if first else ""
-    found = sum(len(t) for t in tables)
-    kinds = ", ".join(formats.EXTENSIONS)
+def _warn_of_darkness(images: ImageSet, log: Callable[[str], None]) -> None:
+    """Where deep images use few of their levels, as 12 bits in a file of 16 do."""
+    deep = np.flatnonzero(images.bits_N > 8)
+    brightest = 0
+    for i in deep[:: max(1, len(deep) // TRIED_DEEP)][:TRIED_DEEP].tolist():
+        try:
+            image = formats.decode_rgb(images.read(i), images.limits.max_pixels)
+        except OSError:
+            continue
+        brightest = max(brightest, image.getextrema()[0][1])
+    if 0 < brightest < 256 // 8:
+        log(
+            f"WARNING: gray images of more than 8 bits use less than an eighth of their range (up "
+            f"to {brightest} of 255): data.bit_depth says how many bits are in use"
+        )
+
+
+def _indexed(place: places.Place, prefix: str, cache, workers: int, log) -> list[Part]:
+    root, shards = place
+    with index.lock(index.cache_file(root, cache)), ThreadPoolExecutor(workers) as pool:
+        if shards:
+            tables, classes = listing.index_shards(shards, cache, pool, log)
+            pairs = zip(tables, shards, strict=True)
+            return [Part(table, root, shard, classes, prefix) for table, shard in pairs]
+        if place.is_list:
+            table, classes = listing.index_list(root, cache, pool, log)
+            return [Part(table, root.parent, None, classes, prefix)]
+        table, classes = listing.index_folder(root, cache, pool, log)
+        return [Part(table, root, None, classes, prefix)]
+
+
+def _prefixes(roots: list[Path]) -> list[str]:
+    """What the names of each path's images begin with: nothing for one path alone."""
+    if len(roots) == 1:
+        return [""]
+    if len(set(roots)) < len(roots):
+        raise ValueError(f"{', '.join(map(str, roots))}: one of these is named twice")
+    names = [root.name for root in roots]
+    return [f"{n}/" if names.count(n) == 1 else f"{n}.{i}/" for i, n in enumerate(names)]
+
+
+def _nothing_usable(path: str, images: ImageSet) -> str:
+    first = next(iter(images.skipped), None)
+    why = f"; the first of them, {first[0]}: {first[1]}" if first else ""
     return (
-        f"no usable image in {path} ({found} files with the endings {kinds} found{why}). "
-        "Name a folder of images, or of .tar shards with such members."
+        f"no usable image in {path} ({images.found} files with the endings "
+        f"{', '.join(kinds.READ)} found{why}). "
+        "Name a folder of images, of .tar shards with such members, or a list of images."
     )
-
-
-def _log_skipped(images: ImageSet, log) -> None:
-    for name, why in images.skipped[:NAMES_LOGGED]:
-        log(f"unusable image left out: {name}: {why}")
-    if len(images.skipped) > NAMES_LOGGED:
-        log(f"... and {len(images.skipped) - NAMES_LOGGED} more unusable images left out")
-
-
-def _synthetic(path: str) -> str:
-    if path != "shapes" and not path.startswith("shapes:"):
-        return path
-    from cjepa_fast.data.sets import shapes
-
-    split = path.partition(":")[2] or "train"
-    if split not in ("train", "val"):
-        raise ValueError(f"unknown split in {path!r}: use shapes, shapes:train or shapes:val")
-    return str(shapes.ensure(split))
-
-
-def find_shards(path: str) -> list[Path]:
-    """The shards that `path` names, in order; [] where it is a folder of images."""
-    if "{" in path and not os.path.exists(path):
-        shards = [Path(p) for p in expand_braces(path)]
-        missing = [p for p in shards if not p.is_file()]
-        if missing:
-            raise FileNotFoundError(
-                f"{len(missing)} of the {len(shards)} shards of {path} are missing, the first is "
-                f"{missing[0]}: correct the numbers in the braces"
-            )
-        return [_plain_tar(p) for p in shards]
-    root = Path(path)
-    if root.is_file():
-        return [_plain_tar(root)]
-    if not root.is_dir():
-        raise FileNotFoundError(
-            f"{path} does not exist: data.path is a folder, a .tar, a pattern such as "
-            "x-{000000..000009}.tar, or shapes"
-        )
-    files = sorted(p for p in root.iterdir() if p.is_file() and not p.name.startswith("."))
-    tars = [p for p in files if p.suffix == ".tar"]
-    images = listing.images_below(os.fsencode(root))
-    if tars:  # tars beside images are what an unpacked archive leaves: the images count
-        return [] if next(images, None) else tars
-    for packed in files:
-        if packed.name.endswith((".tar.gz", ".tgz")) and next(images, None) is None:
-            _plain_tar(packed)
-    return []
-
-
-def _plain_tar(path: Path) -> Path:
-    if path.name.endswith((".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst")):
-        raise ValueError(
-            f"{path} is compressed, and its members cannot be read by position: unpack it first "
-            f"(gunzip -k {path}) and name the .tar"
-        )
-    if path.suffix != ".tar":
-        raise ValueError(f"{path} is neither a folder nor a .tar: name one of these")
-    return path
-
-
-def expand_braces(pattern: str) -> list[str]:
-    """ "a-{08..11}.tar" -> a-08.tar .. a-11.tar; also {x,y}; several braces multiply."""
-    parts = re.split(r"\{([^{}]*)\}", pattern)
-    choices = [_choices(part, pattern) if i % 2 else [part] for i, part in enumerate(parts)]
-    return ["".join(chosen) for chosen in itertools.product(*choices)]
-
-
-def _choices(body: str, pattern: str) -> list[str]:
-    span = re.fullmatch(r"(\d+)\.\.(\d+)", body)
-    if span is None:
-        return body.split(",")
-    first, last = span.groups()
-    if int(last) < int(first):
-        raise ValueError(f"{{{body}}} in {pattern} counts down: write the smaller number first")
-    return [str(i).zfill(len(first)) for i in range(int(first), int(last) + 1)]

@@ -22,14 +22,16 @@ from pathlib import Path
 import torch
 
 from cjepa_fast.checkpoint.encoders import is_run, load_encoder
-from cjepa_fast.data import rng
-from cjepa_fast.data.sources import ImageSet, open_images
+from cjepa_fast.data import places, rng
+from cjepa_fast.data.sources import ImageSet, NothingUsable, open_images
 from cjepa_fast.eval.features import digest, extract, split_by_name
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime import caches, distributed, hardware
 from cjepa_fast.runtime.files import read_json, write_text
 from cjepa_fast.runtime.printable import printable
 
+LABELLED = "it needs a folder for each class, a .cls or .json for each image, or a .csv"
+SPLITS = {places.TRAINING, *places.OTHER_SPLITS}
 Row = dict[str, object]
 Split = tuple[ImageSet, torch.Tensor]  # a set and the indices used of it
 VERSIONS = (
@@ -81,9 +83,7 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
 
 def add_sets(parser: argparse.ArgumentParser) -> None:
     """Labelled images, and how they are read."""
-    parser.add_argument(
-        "--data", required=True, metavar="SET", help="labelled; 'shapes': synthetic"
-    )
+    parser.add_argument("--data", required=True, metavar="SET", help="labelled; or 'shapes'")
     parser.add_argument("--test", metavar="SET", help="default: 20 %% of --data, by name")
     parser.add_argument("--max-train", type=positive, metavar="N", help="use N training images")
     add_reading(parser)
@@ -163,10 +163,21 @@ def fresh_like(encoder: Encoder, seed: int) -> Encoder:
 
 
 def labelled(path: str) -> ImageSet:
-    images = open_images(path)
-    if images.labels is None:
+    """The images that have a label; the others are left out aloud. Raises ValueError where those
+    are more."""
+    try:
+        images = open_images(path, labelled=True)
+    except NothingUsable as error:
+        raise ValueError(f"{path} has no labels: {LABELLED} ({error})") from error
+    without = images.unlabelled
+    if without > len(images):
         raise ValueError(
-            f"{path} has no labels: it needs a folder for each class, or a .cls beside each image"
+            f"{path}: {without} of {without + len(images)} images have no label: {LABELLED}"
+        )
+    if images.classes and set(images.classes) <= SPLITS:
+        raise ValueError(
+            f"{path} holds splits, not classes ({', '.join(images.classes)}): name one of these "
+            "folders, and another as the test set"
         )
     return images
 
@@ -178,6 +189,8 @@ def labelled_splits(
     names; the synthetic dataset has its own held-out split. Raises ValueError where labels are
     missing.
     """
+    if test is None and (held_out := places.split_beside(Path(data))):
+        test = str(held_out)
     train_set = labelled(data)
     if test is None and data == "shapes":
         test = "shapes:val"
@@ -187,9 +200,7 @@ def labelled_splits(
     else:
         test_set = labelled(test)
         train_keep, test_keep = torch.arange(len(train_set)), torch.arange(len(test_set))
-        splits = {data: train_set.classes, test: test_set.classes}
-        if train_set.classes != test_set.classes:
-            raise ValueError(f"{data} and {test} do not have the same classes: {_unlike(splits)}")
+        _match_classes({data: train_set, test: test_set})
     if not len(train_keep) or not len(test_keep):
         raise ValueError(
             f"{data}: splitting its {len(train_set)} images leaves {len(train_keep)} for training "
@@ -198,12 +209,22 @@ def labelled_splits(
     return (train_set, some(train_keep, max_train)), (test_set, some(test_keep, max_test))
 
 
-def _unlike(splits: dict[str, list[str] | None]) -> str:
-    """What the first split has that the second has not, or the other way about."""
-    for one, other in itertools.permutations(splits):
-        if only := sorted(set(splits[one] or ()) - set(splits[other] or ())):
-            return f"{', '.join(map(repr, only[:3]))}{', ...' * (len(only) > 3)} only in {one}"
-    return "one has names of classes, the other numbers"
+def _match_classes(splits: dict[str, ImageSet]) -> None:
+    """Number the second split's classes as the first does, by their names. Raises ValueError for a
+    class that one of them alone has, and for a number that the second alone has."""
+    train, test = splits.values()
+    both = " and ".join(splits)
+    if (train.classes is None) != (test.classes is None):
+        raise ValueError(f"{both}: one has names of classes, the other numbers")
+    named = {name: set(s.classes or s.labels.unique().tolist()) for name, s in splits.items()}
+    ways = list(itertools.permutations(named)) if train.classes else [(*reversed(splits),)]
+    for one, other in ways:
+        if only := sorted(named[one] - named[other]):
+            said = f"{', '.join(map(repr, only[:3]))}{', ...' * (len(only) > 3)}"
+            raise ValueError(f"{both} do not have the same classes: {said} only in {one}")
+    if test.classes != train.classes:
+        number = torch.tensor([train.classes.index(name) for name in test.classes])
+        test.labels, test.classes = number[test.labels], train.classes
 
 
 def some(keep: torch.Tensor, most: int | None) -> torch.Tensor:

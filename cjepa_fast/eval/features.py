@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from cjepa_fast.data.evaluation import eval_batches
-from cjepa_fast.data.sources import ImageSet
+from cjepa_fast.data.sources import ImageSet, Limits
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime.distributed import (
     from_all,
@@ -203,6 +203,10 @@ class Subset:
     @property
     def root(self) -> Path:
         return self.images.root
+
+    @property
+    def limits(self) -> Limits:
+        return self.images.limits
 
     @property
     def fingerprint(self) -> str:

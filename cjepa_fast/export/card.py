@@ -178,7 +178,8 @@ def _training(origin: Origin) -> str:
 
 
 def _images(origin: Origin) -> str:
-    state, name = origin.state, PurePath(origin.config["data"]["path"]).name
+    state, path = origin.state, origin.config["data"]["path"]
+    name = " and ".join(PurePath(one).name for one in ([path] if isinstance(path, str) else path))
     count = f"{state['image_count']:,} images" if "image_count" in state else "of unknown number"
     return f"{name}, {count}, fingerprint {state['images'] or 'unknown'}"
 

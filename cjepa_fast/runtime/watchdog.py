@@ -25,6 +25,8 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
+from cjepa_fast.runtime.watched import longest
+
 BEAT_S = 1.0  # between two heartbeats, and between two looks at them
 GONE_S = 60.0  # without a sign of life (or half the timeout): a rank is gone, not stuck
 HASTE_S = 10.0  # the same once one has failed or lost a connection: launchers then wait for 30 s
@@ -205,6 +207,8 @@ class Watchdog:
     def _end(self, verdict: str) -> None:
         faulthandler.dump_traceback(sys.stderr)
         print(f"error: {verdict}", file=sys.stderr, flush=True)
+        if reading := longest():
+            print(f"on this process, {reading}", file=sys.stderr, flush=True)
         epilogue = threading.Thread(target=self._write_down, args=(verdict,), daemon=True)
         epilogue.start()
         epilogue.join(LAST_WORDS_S)

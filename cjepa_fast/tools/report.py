@@ -94,9 +94,10 @@ def _summary(run: Path, settings: config.Config, rows: list[dict], records: list
     sizes = build.model_sizes(settings)
     last = rows[-1] if rows else {"step": 0}
     shape = f"{sizes['width']} wide, {sizes['depth']} blocks, {sizes['heads']} heads"
+    paths = " and ".join(config.image_paths(data))
     pairs = [
         ("Model", f"{model.name}, patch {model.patch_size}: {shape}"),
-        ("Images", f"{data.path}, {data.image_size} pixels, batch {data.batch_size:,}"),
+        ("Images", f"{paths}, {data.image_size} pixels, batch {data.batch_size:,}"),
         ("Method", _method(settings)),
         ("Steps", f"{last['step']:,}"),
         ("Epochs", f"{last.get('epoch', 0):.2f} of {settings.run.epochs}"),
@@ -253,9 +254,9 @@ def _hours(seconds: float) -> str:
 
 def _figures(run: Path, settings: config.Config, named: str | None) -> list[tuple[str, str]]:
     """Masks, attention, features and neighbours, or why they are not there."""
-    path = config.expanded(named or settings.data.path)
+    paths = [config.expanded(named)] if named else config.image_paths(settings.data)
     try:
-        images = open_images(path, log=lambda text: None)
+        images = open_images(paths, log=lambda text: None)
     except (ValueError, OSError) as error:
         why = f"Not drawn, since the images are not here ({error}); --images SET names others."
         return [("Figures", html_page.note(why, "warn"))]

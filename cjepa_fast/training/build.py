@@ -2,6 +2,7 @@
 
 import json
 import socket
+from pathlib import Path
 
 import torch
 
@@ -337,23 +338,34 @@ def initialise(networks: JEPA, target: Encoder, config: Config) -> None:
     target.load_state_dict(ema.state_dict())
 
 
-def check_same_images(path: str, images: sources.ImageSet) -> None:
+def check_same_images(paths: list[str], images: sources.ImageSet) -> None:
     """Raises ConfigError where this rank's image set is not the first's, on another node."""
     host = socket.gethostname()
     found = distributed.from_all((images.fingerprint, f"{len(images):,} images on {host}"))
     for fingerprint, where in found:
         if fingerprint != found[0][0]:
             raise ConfigError(
-                f"data.path = {path}: names another set there than here: {found[0][1]}, {where}; "
-                "give all nodes the same files, by a shared folder or copies"
+                f"data.path = {' and '.join(paths)}: names another set there than here: "
+                f"{found[0][1]}, {where}; give all nodes the same files, by a shared folder or "
+                "copies"
             )
 
 
-def build_loader(config: Config, device: torch.device, masks: MaskSampler) -> Loader:
-    data = config.data
-    path = configuration.expanded(data.path)
-    images = distributed.first_on_each_node(lambda: sources.open_images(path))
-    check_same_images(path, images)
+def build_loader(
+    config: Config, device: torch.device, masks: MaskSampler, left_out: Path | None = None
+) -> Loader:
+    """left_out: the file that will name the images that are not used; None: one in the cache."""
+    data, paths = config.data, configuration.image_paths(config.data)
+    first = distributed.rank() == 0
+    images = distributed.first_on_each_node(
+        lambda: sources.open_images(
+            paths[0] if len(paths) == 1 else paths,
+            limits=sources.Limits.of(data),
+            report=left_out if first else None,
+            log=print if first else lambda line: None,
+        )
+    )
+    check_same_images(paths, images)
     world_size = distributed.world_size()
     micro_batch, _ = data.micro_batches(world_size)
     return Loader(

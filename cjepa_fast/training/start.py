@@ -14,6 +14,7 @@ from cjepa_fast import checkpoint
 from cjepa_fast import config as configuration
 from cjepa_fast.checkpoint import encoders
 from cjepa_fast.config import Config, ConfigError
+from cjepa_fast.data import left_out as left_out_images
 from cjepa_fast.data.loader import Loader
 from cjepa_fast.model.cpu_linear import LinearBackends
 from cjepa_fast.runtime import distributed, files, hardware, run_lock, watchdog
@@ -21,6 +22,7 @@ from cjepa_fast.runtime.provenance import machine
 from cjepa_fast.runtime.signals import StopRequest
 from cjepa_fast.runtime.watchdog import Watchdog
 from cjepa_fast.telemetry import Telemetry
+from cjepa_fast.telemetry.log import Lines
 from cjepa_fast.training import cpu_micro_batch
 from cjepa_fast.training.build import build_loader, build_masks, with_precision
 from cjepa_fast.training.trainer import Trainer
@@ -121,7 +123,8 @@ def _built(session: Session, device: torch.device) -> tuple[Trainer, Loader, dic
     config = with_precision(config, device)
     saved = configuration.validate(state["config"]) if state else None
     config = session.config = cpu_micro_batch.fitted(config, device, saved)
-    loader = build_loader(config, device, build_masks(config))
+    left_out = None if options.dry_run else run / left_out_images.FILE
+    loader = build_loader(config, device, build_masks(config), left_out)
     trainer = Trainer(
         config,
         device,
@@ -193,6 +196,7 @@ def check_changes(state: dict, facts: dict, accepted: bool) -> None:
 def open_telemetry(
     session: Session,
     trainer: Trainer,
+    loader: Loader,
     state: dict | None,
     told: list[str],
     ending: contextlib.ExitStack,
@@ -217,6 +221,9 @@ def open_telemetry(
             wandb=config.telemetry.wandb,
         )
         ending.callback(telemetry.close)
+        loader.skipped.record = Lines(print, run / left_out_images.FILE).write
+        if rank == 0:
+            loader.skipped.log = telemetry.message
         if rank == 0:
             files.write_text(run / "config.json", config.to_json())
             if session.options.resume and begun and not state:

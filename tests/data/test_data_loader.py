@@ -18,6 +18,7 @@ from cjepa_fast.data.sources import open_images
 
 DECODERS = ["dali", "pillow"]
 OPTIONS = {
+    "max_skipped": 1.0,
     "image_size": 16,
     "mean": (0.5, 0.5, 0.5),
     "std": (0.25, 0.25, 0.25),

@@ -67,7 +67,7 @@ def _of_run(path: str) -> Config:
 def _drawn(settings: Config, args: argparse.Namespace) -> tuple[list[Column], Masks]:
     data, sampler = settings.data, build.build_masks(settings)
     images_B3HW = load_images(
-        open_images(args.images or config.expanded(data.path)), args.count,
+        open_images(args.images or config.image_paths(data)), args.count,
         image_size=data.image_size, mean=data.mean, std=data.std,
     )  # fmt: skip
     masks = sampler(epoch=0, step=0, index_B=torch.arange(len(images_B3HW)))

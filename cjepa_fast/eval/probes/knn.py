@@ -13,6 +13,7 @@ from cjepa_fast.data.sources import ImageSet
 from cjepa_fast.eval import cli
 from cjepa_fast.eval.features import image_vectors
 from cjepa_fast.eval.probes import linear
+from cjepa_fast.runtime import distributed
 from cjepa_fast.telemetry.progress import shown_bar
 
 HEADINGS = {
@@ -130,6 +131,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """A row for each encoder, and for what needs no learning."""
     splits = cli.labelled_splits(args.data, args.test, args.max_train)
+    (_, train_keep), _ = splits
+    if args.k > len(train_keep):
+        if distributed.rank() == 0:
+            print(f"k = {args.k}: there are {len(train_keep)} training images, so k is that")
+        args.k = len(train_keep)
     encoders = cli.encoders_of(args)
     options = {"k": args.k, "temperature": args.temperature, "device": cli.device()}
     rows = []
@@ -144,6 +150,7 @@ def run(args: argparse.Namespace) -> None:
     for name, encoder in encoders.items():
         vectors = cli.vectors_of(encoder, splits, args)
         row = {"encoder": name, "train_images": len(vectors[0]), "test_images": len(vectors[2])}
+        options["k"] = min(args.k, len(vectors[0]))  # an image may have turned out unreadable
         row |= both(*vectors, **options)
         if args.linear:
             row["linear"] = linear.top1(*vectors)

@@ -1,0 +1,147 @@
+"""What a path names: a folder of images, shards, a list of images, or the synthetic dataset."""
+
+import itertools
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from cjepa_fast.data import listing, lists
+from cjepa_fast.runtime.printable import printable
+
+TRAINING = "train"
+OTHER_SPLITS = ("val", "valid", "validation", "test")
+PACKED = (".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst")
+
+
+class Place(NamedTuple):
+    """root: a folder, a list or what names the shards; shards: [] where it is not these."""
+
+    root: Path
+    shards: list[Path]
+
+    @property
+    def is_list(self) -> bool:
+        return not self.shards and self.root.suffix.lower() in lists.ENDINGS
+
+
+def find(path: str, log: Callable[[str], None] = print) -> Place:
+    """Raises FileNotFoundError or ValueError, naming the path and the way out."""
+    if not path.strip():
+        raise ValueError(
+            "the path of the images is empty: name a folder, shards or a list (an unset variable?)"
+        )
+    path = _synthetic(path)
+    if "{" in path and not os.path.exists(path):
+        return Place(Path(path), _braced(path))
+    root = Path(path)
+    if root.is_file():
+        return Place(root, [] if root.suffix.lower() in lists.ENDINGS else [_plain_tar(root)])
+    if not root.is_dir():
+        raise FileNotFoundError(
+            f"{path} does not exist: data.path is a folder, a .tar, a pattern such as "
+            "x-{000000..000009}.tar, a list (.txt, .csv), or shapes"
+        )
+    if other := split_beside(root):
+        log(f"{root} holds splits: {TRAINING}/ is taken, {other.name}/ is left for evaluation")
+        root = root / TRAINING
+    return Place(root, _shards_in(root, log))
+
+
+def split_beside(root: Path) -> Path | None:
+    """The folder that is to train/ what val/ is: with classes that train/ has too. None without."""
+    classes = _folders(root / TRAINING)
+    for name in OTHER_SPLITS:
+        held_out = _folders(root / name)
+        if held_out and held_out <= classes:
+            return root / name
+    return None
+
+
+def _folders(root: Path) -> set[str]:
+    if not root.is_dir():
+        return set()
+    return {p.name for p in root.iterdir() if not p.name.startswith(".") and p.is_dir()}
+
+
+def _synthetic(path: str) -> str:
+    if path != "shapes" and not path.startswith("shapes:"):
+        return path
+    from cjepa_fast.data.sets import shapes
+
+    split = path.partition(":")[2] or "train"
+    if split not in ("train", "val"):
+        raise ValueError(f"unknown split in {path!r}: use shapes, shapes:train or shapes:val")
+    return str(shapes.ensure(split))
+
+
+def _braced(path: str) -> list[Path]:
+    shards = [Path(p) for p in expand_braces(path)]
+    missing = [p for p in shards if not p.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} of the {len(shards)} shards of {path} are missing, the first is "
+            f"{missing[0]}: correct the numbers in the braces"
+        )
+    return [_plain_tar(p) for p in shards]
+
+
+def _shards_in(root: Path, log: Callable[[str], None]) -> list[Path]:
+    """The tars of a folder. Beside images, those that are larger together are the set, and the
+    others are said to be left out: an unpacked archive, or a preview beside shards."""
+    files = sorted(p for p in root.iterdir() if p.is_file() and not p.name.startswith("."))
+    tars = [p for p in files if p.suffix == ".tar"]
+    packed = [p for p in files if p.name.endswith(PACKED)]
+    if not tars and not packed:
+        return []
+    images = listing.images_below(os.fsencode(root))
+    first = next(images, None)
+    if first is None:
+        return tars or [_plain_tar(packed[0])]
+    if not tars:
+        log(f"{root} holds images, and {_some(packed)}, which is not read")
+        return []
+    every = [first, *images]
+    in_folders = any(b"/" in name for name, *_ in every)
+    if in_folders or sum(size for _, size, *_ in every) > sum(p.stat().st_size for p in tars):
+        log(f"{root} holds images, and {_some(tars)}, which is not read: name it to read it")
+        return []
+    names = [Path(os.fsdecode(name)) for name, *_ in every]
+    log(f"{root} holds shards, and {_some(names)} beside them, which is not read")
+    return tars
+
+
+def _some(paths: list[Path]) -> str:
+    more = f" and {len(paths) - 1} more such" if len(paths) > 1 else ""
+    return f"{printable(paths[0].name)}{more}"
+
+
+def _plain_tar(path: Path) -> Path:
+    if path.name.endswith(PACKED):
+        raise ValueError(
+            f"{path} is compressed, and its members cannot be read by position: unpack it first "
+            f"(gunzip -k {path}) and name the .tar"
+        )
+    if path.suffix != ".tar":
+        raise ValueError(
+            f"{path} is neither a folder nor a .tar, nor a list (.txt, .csv): name one of these"
+        )
+    return path
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """ "a-{08..11}.tar" -> a-08.tar .. a-11.tar; also {x,y}; several braces multiply."""
+    parts = re.split(r"\{([^{}]*)\}", pattern)
+    choices = [_choices(part, pattern) if i % 2 else [part] for i, part in enumerate(parts)]
+    return ["".join(chosen) for chosen in itertools.product(*choices)]
+
+
+def _choices(body: str, pattern: str) -> list[str]:
+    span = re.fullmatch(r"(\d+)\.\.(\d+)", body)
+    if span is None:
+        return body.split(",")
+    first, last = span.groups()
+    if int(last) < int(first):
+        raise ValueError(f"{{{body}}} in {pattern} counts down: write the smaller number first")
+    return [str(i).zfill(len(first)) for i in range(int(first), int(last) + 1)]

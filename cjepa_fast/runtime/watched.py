@@ -1,0 +1,31 @@
+"""What is being read at the moment, so that the watchdog can name a file that never comes."""
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+
+from cjepa_fast.runtime.printable import printable
+
+NAMED_S = 5.0  # a read that takes longer is named
+
+_reading: dict[int, tuple[float, object]] = {}  # by thread: since when, and what
+
+
+@contextlib.contextmanager
+def watched(name: object) -> Iterator[None]:
+    """Within it, this thread reads what has that name."""
+    thread = threading.get_ident()
+    _reading[thread] = time.monotonic(), name
+    try:
+        yield
+    finally:
+        _reading.pop(thread, None)
+
+
+def longest() -> str:
+    """In words, the read that has taken longest; "" where none has taken long."""
+    now_s = time.monotonic()
+    since_s, name = min(list(_reading.values()), key=lambda read: read[0], default=(now_s, ""))
+    for_s = now_s - since_s
+    return f"{printable(name)} has been read for {for_s:.0f} s" if for_s > NAMED_S else ""

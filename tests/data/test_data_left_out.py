@@ -1,0 +1,447 @@
+"""What a folder, a shard or a list holds is used, or left out by name and reason."""
+
+import errno
+import json
+import os
+import resource
+import threading
+
+import broken_images as made
+import numpy as np
+import pytest
+from PIL import Image
+
+from cjepa_fast.data import faults, formats, index, lists, places
+from cjepa_fast.data.batches import ImagesGone, Skipped, read_one
+from cjepa_fast.data.sources import Limits, open_images
+from cjepa_fast.runtime import watched
+
+
+@pytest.fixture
+def opened(tmp_path):
+    said = []
+
+    def open_(path, **options):
+        return open_images(path, cache=tmp_path / "cache", log=said.append, **options)
+
+    open_.said = said
+    return open_
+
+
+def jpeg(seed: int = 0) -> bytes:
+    return made.encoded(made.picture(seed))
+
+
+def names(images) -> list[str]:
+    return [images.name(i) for i in range(len(images))]
+
+
+def reasons(images) -> dict[str, str]:
+    return {name.rpartition("/")[2]: why for name, why in images.skipped}
+
+
+# --------------------------------------------------------------------------------- kinds of images
+
+KINDS = {
+    "jpg": "JPEG", "jfif": "JPEG", "jpe": "JPEG", "png": "PNG", "webp": "WEBP", "tif": "TIFF",
+    "tiff": "TIFF", "bmp": "BMP", "gif": "GIF", "jp2": "JPEG2000", "ppm": "PPM", "avif": "AVIF",
+}  # fmt: skip
+UNREAD = {
+    "a.heic": b"\0\0\0\x18ftypheic" + bytes(99), "a.jxl": b"\xff\x0a" + bytes(99),
+    "a.psd": b"8BPS" + bytes(99), "a.svg": b"<svg/>", "a.dng": b"II*\0" + bytes(99),
+    "a.exr": b"v/1\x01" + bytes(99), "a.ico": b"\0\0\x01\0" + bytes(99),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("where", ["folder", "shard"])
+def test_every_kind_is_read_or_named(tmp_path, opened, where):
+    pixels = made.picture(1)
+    files = {f"good_{e}.{e}": made.encoded(pixels, kind) for e, kind in KINDS.items()}
+    files["named.heic"] = jpeg()  # the content decides
+    root = tmp_path / "set"
+    root.mkdir()
+    for name, data in (files | UNREAD).items() if where == "folder" else ():
+        made.write(root / name, data)
+    if where == "shard":
+        made.write_shard(root / "x.tar", files | UNREAD)
+    images = opened(root)
+    assert {name.rpartition("/")[2] for name in names(images)} == set(files)
+    assert reasons(images).keys() == UNREAD.keys()
+    assert reasons(images)["a.heic"].startswith("HEIC, which neither")
+    assert "raw file" in reasons(images)["a.dng"]
+    for i, name in enumerate(names(images)):
+        got = np.asarray(formats.decode_rgb(images.read(i))).astype(int)
+        most = 40 if "gif" in name else 12
+        assert "named" in name or np.abs(got - pixels).mean() < most, name
+        assert tuple(images.sizes_N2[i]) == got.shape[:2]
+
+
+def test_kinds_that_nobody_reads_do_not_make_another_set(tmp_path, opened):
+    root = made.good_folder(tmp_path / "set", 3)
+    before = opened(root).fingerprint
+    made.write(root / "c0" / "a.heic", UNREAD["a.heic"])
+    assert opened(root).fingerprint == before
+    made.write(root / "c0" / "a.webp", made.encoded(made.picture(0), "WEBP"))
+    assert opened(root).fingerprint != before
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+@pytest.mark.parametrize("kind", ["TIFF", "WEBP"])
+def test_other_kinds_are_upright_too(turn, kind):
+    data = made.encoded(made.picture(1, 30, 50), kind, exif=made.exif(turn))
+    look = formats.inspect(lambda at, count: data[at : at + count], len(data))
+    image = formats.decode_rgb(data)
+    assert (look.height, look.width) == (image.height, image.width)
+    assert (look.height, look.width) == ((50, 30) if turn >= 5 else (30, 50))
+
+
+def segment(marker: int, body: bytes, size: int | None = None) -> bytes:
+    return bytes([0xFF, marker]) + (size or len(body) + 2).to_bytes(2, "big") + body
+
+
+PLAIN = jpeg(5)
+APP0 = 2 + 2 + int.from_bytes(PLAIN[4:6], "big")  # where the first segment ends
+DAMAGED = {
+    "stuffed": PLAIN[:APP0] + bytes(7) + PLAIN[APP0:],
+    "junk first": b"\r\n\0junk" + PLAIN,
+    "a cut APP14": PLAIN[:APP0] + segment(0xEE, b"Adobe\0\x64") + PLAIN[APP0:],
+    "a broken Photoshop block": PLAIN[:APP0]
+    + segment(0xED, b"Photoshop 3.0\x008BIM\x04\x04\xff")
+    + PLAIN[APP0:],
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_what_pillow_opens_is_used(tmp_path, opened, kind):
+    made.write(tmp_path / "set" / "a.jpg", DAMAGED[kind])
+    images = opened(tmp_path / "set")
+    got = np.asarray(formats.decode_rgb(images.read(0))).astype(int)
+    assert np.abs(got - made.picture(5)).mean() < 3 and not images.skipped
+
+
+@pytest.mark.parametrize(("share", "used"), [(0.5, False), (0.97, True)])
+def test_a_jpeg_that_is_cut_short_is_used_if_most_is_there(tmp_path, opened, share, used):
+    pixels = np.random.default_rng(0).integers(0, 255, (200, 200, 3), np.uint8)
+    whole = made.encoded(pixels)
+    made.write(tmp_path / "set" / "cut.jpg", whole[: int(len(whole) * share)])
+    made.write(tmp_path / "set" / "whole.jpg", whole)
+    images = opened(tmp_path / "set")
+    assert ("cut.jpg" in names(images)) == used
+    if used:
+        assert np.asarray(formats.decode_rgb(images.read(0))).shape == (200, 200, 3)
+    else:
+        assert "no end marker, 5" in reasons(images)["cut.jpg"]
+    either = [names(opened(tmp_path / "set", limits=Limits(min_jpeg=m))) for m in (0.0, 1.0)]
+    assert ["cut.jpg" in found for found in either] == [True, False]
+
+
+def test_large_images_are_left_out_by_a_limit_with_a_name(tmp_path, opened):
+    root = made.good_folder(tmp_path / "set", 3)
+    made.write(root / "c0" / "large.png", made.encoded(Image.new("L", (400, 300)), "PNG"))
+    assert len(opened(root)) == 4
+    images = opened(root, limits=Limits(max_pixels=119_999))
+    assert len(images) == 3
+    said = "too large: 400 x 300 pixels, over data.max_pixels = 119999"
+    assert reasons(images) == {"large.png": said}
+    assert len(opened(root)) == 4  # the index remembers the size, not the verdict
+    with pytest.raises(OSError, match=r"data\.max_pixels"):
+        formats.decode_rgb((root / "c0" / "large.png").read_bytes(), 119_999)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_twelve_bits_in_sixteen_are_warned_of_and_can_be_told(tmp_path, opened, kind):
+    levels_HW = (np.arange(64 * 64, dtype=np.uint16)).reshape(64, 64)  # 0 to 4095
+    data = made.png(levels_HW)
+    if kind == "TIFF":
+        data = made.encoded(Image.fromarray(levels_HW), kind)
+    made.write(tmp_path / "set" / f"a.{kind.lower()}", data)
+    dark = opened(tmp_path / "set")
+    assert "data.bit_depth" in opened.said[-1] and "up to 16 of 255" in opened.said[-1]
+    assert np.asarray(formats.decode_rgb(dark.read(0))).max() == 16
+    opened.said.clear()
+    images = opened(tmp_path / "set", limits=Limits(bit_depth=12))
+    got = np.asarray(formats.decode_rgb(images.read(0)))[..., 0].astype(float)
+    assert np.abs(got - levels_HW.astype(float) * 255 / 4095).max() <= 0.51
+
+
+def test_numbers_without_black_and_white_are_refused(tmp_path, opened):
+    root = made.good_folder(tmp_path / "set", 1)
+    data = made.encoded(Image.fromarray(np.ones((8, 8), np.float32)), "TIFF")
+    made.write(root / "c0" / "a.tif", data)
+    assert "32-bit numbers" in reasons(opened(root))["a.tif"]
+
+
+# ------------------------------------------------------------------------------------------ shards
+
+
+def test_keys_with_dots(tmp_path, opened):
+    files = {"scan.v1.2.jpg": jpeg(1), "scan.v1.2.cls": b"1", "two.v3.jpg": jpeg(2)}
+    files |= {"two.cls": b"2", "plain.jpg": jpeg(3), "plain.cls": b"0", "._plain.jpg": b"mac"}
+    images = opened(made.write_shard(tmp_path / "x.tar", files))
+    found = dict(zip(names(images), images.labels.tolist(), strict=True))
+    assert found == {"x.tar/scan.v1.2.jpg": 1, "x.tar/two.v3.jpg": 2, "x.tar/plain.jpg": 0}
+    assert images.sidecar(names(images).index("x.tar/scan.v1.2.jpg"), "cls") == b"1"
+
+
+def test_a_second_picture_of_a_sample_belongs_to_it(tmp_path, opened):
+    shard = made.write_shard(tmp_path / "x.tar", {"a.jpg": jpeg(), "a.seg.png": b"a label map"})
+    assert reasons(opened(shard)) == {"a.seg.png": "belongs to a.jpg"}
+
+
+LABELS = {  # of three images -> (numbers, classes, names left out where labels are needed)
+    "numbers": ([b"0", b"1.0", b" 2\n"], [0, 1, 2], None, {}),
+    "words": ([b"dog", b"cat", b"dog"], [1, 0, 1], ["cat", "dog"], {}),
+    "one odd": ([b"0", b"-1", b"1"], [0, 1], None, {"1.jpg": "its label is -1"}),
+    "one half": ([b"0", b"0.5", b"1"], [0, 1], None, {"1.jpg": "its label is 0.5"}),
+    "one word": ([b"0", b"cat", b"1"], [0, 1], None, {"1.jpg": "a word, others are numbers"}),
+    "one number": ([b"a", b"7", b"b"], [0, 1], ["a", "b"], {"1.jpg": "a number, others are"}),
+    "one long": ([b"0", b"1" * 5000, b"1"], [0, 1], None, {"1.jpg": "has 5000 letters"}),
+    "one large": ([b"0", b"9" * 12, b"1"], [0, 1], None, {"1.jpg": "its label is 9999"}),
+    "one missing": ([b"0", None, b"1"], [0, 1], None, {"1.jpg": "no label"}),
+    "one no text": ([b"0", b"\xff\xfe", b"1"], [0, 1], None, {"1.jpg": "is no text"}),
+}
+
+
+@pytest.mark.parametrize("kind", LABELS)
+@pytest.mark.parametrize("ext", ["cls", "json"])
+def test_labels_of_a_shard_are_used_where_they_are_plain(tmp_path, opened, kind, ext):
+    given, numbers, classes, out = LABELS[kind]
+    files = {}
+    for i, label in enumerate(given):
+        files[f"{i}.jpg"] = jpeg(i)
+        if label is not None and ext == "json" and label.isascii():
+            label = json.dumps({"label": label.decode(), "other": [1]}).encode()
+        if label is not None:
+            files[f"{i}.{ext}"] = label
+    shard = made.write_shard(tmp_path / "x.tar", files)
+    for _ in range(2):  # the second time by the kept index
+        assert len(opened(shard)) == 3  # without labels all are used
+        images = opened(shard, labelled=True)
+        assert (images.labels.tolist(), images.classes) == (numbers, classes)
+        assert reasons(images).keys() == out.keys()
+        expected = "its .json is damaged" if ext == "json" and kind == "one no text" else None
+        for name, why in out.items():
+            assert (expected or why) in reasons(images)[name]
+
+
+@pytest.mark.parametrize("text", [b"[" * 100_000, b'{"label": [1]}', b'{"label": true}', b"{"])
+def test_json_of_any_depth_is_an_odd_label(tmp_path, opened, text):
+    files = {"0.jpg": jpeg(), "0.json": b'{"label": 3}', "1.jpg": jpeg(1), "1.json": text}
+    images = opened(made.write_shard(tmp_path / "x.tar", files), labelled=True)
+    assert images.labels.tolist() == [3] and "1.jpg" in reasons(images)
+
+
+def test_words_by_classes_txt(tmp_path, opened):
+    files = {f"{i}.jpg": jpeg(i) for i in range(4)}
+    files |= {"0.cls": b"b", "1.cls": b"0", "2.cls": b"zebra", "3.cls": b"9"}
+    made.write_shard(tmp_path / "x.tar", files)
+    (tmp_path / "classes.txt").write_text("a\nb\n")
+    images = opened(tmp_path / "x.tar", labelled=True)
+    assert images.labels.tolist() == [1, 0] and images.classes == ["a", "b"]
+    assert "no name in classes.txt" in reasons(images)["2.jpg"]
+    assert "not below 2 classes" in reasons(images)["3.jpg"]
+
+
+def test_a_preview_beside_shards_takes_nothing_away(tmp_path, opened):
+    root = made.good_shards(tmp_path / "set", 6)
+    made.write(root / "preview.jpg", jpeg())
+    assert len(opened(root)) == 6 and "preview.jpg beside them" in opened.said[-1]
+
+
+def test_photographs_beside_a_small_tar_are_the_set(tmp_path, opened):
+    root = tmp_path / "set"
+    for i in range(20):
+        made.write(root / f"{i}.jpg", made.encoded(made.picture(i, 200, 300)))
+    made.write_shard(root / "x.tar", {"0.jpg": jpeg()})
+    assert len(opened(root)) == 20 and "x.tar, which is not read" in opened.said[-1]
+
+
+# ----------------------------------------------------------------------------------------- folders
+
+
+def test_a_cover_beside_class_folders_has_no_label_and_takes_none(tmp_path, opened):
+    root = made.good_folder(tmp_path / "set", 4)
+    made.write(root / "cover.jpg", jpeg())
+    assert len(opened(root)) == 5
+    images = opened(root, labelled=True)
+    assert len(images) == 4 and images.classes == ["c0", "c1"] and images.unlabelled == 1
+    assert reasons(images) == {"cover.jpg": "no label: it lies beside the class folders"}
+    assert images.fingerprint != opened(root).fingerprint  # the positions are others
+
+
+def test_a_folder_of_splits_trains_on_train(tmp_path, opened):
+    root = tmp_path / "set"
+    made.good_folder(root / "train", 9, classes=3)
+    made.good_folder(root / "val", 4, classes=2)
+    images = opened(root)
+    assert len(images) == 9 and images.classes == ["c0", "c1", "c2"]
+    assert opened.said == [f"{root} holds splits: train/ is taken, val/ is left for evaluation"]
+    assert images.fingerprint == opened(root / "train").fingerprint
+    assert places.split_beside(root / "train") is None
+
+
+def test_only_regular_files_are_opened(tmp_path, opened):
+    """A pipe named as an image would never answer."""
+    root = made.good_folder(tmp_path / "set", 3)
+    os.mkfifo(root / "c0" / "x.jpg")
+    done = threading.Thread(target=lambda: opened(root), daemon=True)
+    done.start()
+    done.join(60)
+    assert not done.is_alive()
+    assert reasons(opened(root)) == {"x.jpg": "a pipe or a device, not a file"}
+    with pytest.raises(OSError, match="a pipe or a device"):
+        index.open_regular(root / "c0" / "x.jpg")
+    images = opened(root)
+    (root / images.name(0)).unlink()
+    os.mkfifo(root / images.name(0))
+    with pytest.raises(OSError, match="a pipe or a device"):
+        images.read(0)
+
+
+@pytest.mark.parametrize("path", ["", "  "])
+def test_an_empty_path_is_refused(opened, path):
+    with pytest.raises(ValueError, match="is empty"):
+        opened(path)
+
+
+# ------------------------------------------------------------------------------- lists, many paths
+
+
+def test_a_list_names_files_and_labels(tmp_path, opened):
+    root = made.good_folder(tmp_path / "set", 4)
+    made.write(root / "a b 1.jpg", jpeg())
+    other = made.write(tmp_path / "elsewhere.jpg", jpeg(9))
+    path = made.write(
+        root / "list.csv",
+        f'path,label\nc1/0001.jpg,dog\n"a b 1.jpg",cat\n{other},dog\nnone.jpg,cat\n'.encode(),
+    )
+    images = opened(path)
+    assert names(images) == ["c1/0001.jpg", "a b 1.jpg", str(other)]  # in its order
+    assert images.classes == ["cat", "dog"] and images.labels.tolist() == [1, 0, 1]
+    assert "No such file" in reasons(images)["none.jpg"]
+    assert images.read(2) == other.read_bytes() and len(opened(path)) == 3
+    path = made.write(root / "list.txt", b"# mine\nc0/0000.jpg 7\na b 1.jpg\n\nc1/0001.jpg 3\r\n")
+    images = opened(path, labelled=True)
+    assert names(images) == ["c0/0000.jpg", "c1/0001.jpg"] and images.labels.tolist() == [7, 3]
+    assert reasons(images) == {"a b 1.jpg": "no label"}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [(b"", "names no image"), (b"a.jpg\na.jpg\n", "lines 1 and 2"), (b"a\0.jpg", "is no path")],
+)
+def test_what_is_no_list_is_refused(tmp_path, text, says):
+    with pytest.raises(ValueError, match=says):
+        lists.read(made.write(tmp_path / "list.txt", text))
+
+
+def test_several_paths_are_one_set(tmp_path, opened):
+    one = made.good_folder(tmp_path / "one", 4)
+    two = made.good_folder(tmp_path / "two", 6, classes=3)
+    images = opened([one, two])
+    assert len(images) == 10 and images.classes == ["c0", "c1", "c2"]
+    where = [name.split("/")[:2] for name in names(images)]
+    assert [images.classes[k] for k in images.labels.tolist()] == [top for _, top in where]
+    assert [source for source, _ in where] == ["one"] * 4 + ["two"] * 6
+    assert images.read(4) == opened(two).read(0)
+    with pytest.raises(ValueError, match="named twice"):
+        opened([one, one])
+
+
+def test_names_and_numbers_are_not_mixed(tmp_path, opened):
+    one = made.good_folder(tmp_path / "one", 4)
+    two = made.good_shards(tmp_path / "two", 6)
+    assert opened([one, two]).labels is None and len(opened([one, two])) == 10
+    assert len(opened([one, two], labelled=True)) == 4
+
+
+# --------------------------------------------------------------------------- errors of the machine
+
+
+def failing(monkeypatch, code: int, times: float = float("inf"), name: bytes = b"0000.jpg"):
+    """os.open fails for that name, so many times."""
+    real, left = os.open, [times]
+
+    def open_(path, *args, **options):
+        if os.fsencode(path).endswith(name) and left[0] > 0:
+            left[0] -= 1
+            raise OSError(code, os.strerror(code))
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(os, "open", open_)
+    monkeypatch.setattr(faults, "PAUSES_S", (0.0, 0.0))
+
+
+@pytest.mark.parametrize("code", ["EMFILE", "ENFILE", "ENOMEM", "EIO", "ESTALE"])
+def test_an_error_of_the_machine_is_no_bad_image(tmp_path, opened, monkeypatch, code):
+    root = made.good_folder(tmp_path / "set", 4)
+    failing(monkeypatch, getattr(errno, code), times=2)
+    images = opened(root)  # the third try is good
+    assert len(images) == 4
+    monkeypatch.undo()
+    failing(monkeypatch, getattr(errno, code))
+    for fails in (lambda: images.read(0), lambda: opened(root, workers=1)):
+        with pytest.raises(faults.MachineFailed, match=r"c0/0000.jpg cannot be read"):
+            fails()
+        made.write(root / "c0" / "0000.jpg", jpeg(3))  # so that it is opened anew
+    with pytest.raises(ImagesGone, match=r"c0/0000\.jpg cannot be read"):
+        read_one(images, 0)
+    monkeypatch.undo()
+    assert len(opened(root)) == 4
+
+
+def test_a_file_that_was_out_of_rights_is_looked_at_again(tmp_path, opened, monkeypatch):
+    root = made.good_folder(tmp_path / "set", 40)
+    failing(monkeypatch, errno.EACCES)
+    assert reasons(opened(root)) == {"0000.jpg": "cannot be read (Permission denied)"}
+    before = opened(root).fingerprint
+    monkeypatch.undo()
+    assert len(opened(root)) == 40 and opened(root).fingerprint != before
+
+
+def test_a_mount_without_rights_ends_the_start(tmp_path, opened, monkeypatch):
+    root = made.good_folder(tmp_path / "set", 20)
+    failing(monkeypatch, errno.EACCES, name=b".jpg")
+    with pytest.raises((OSError, ValueError), match=r"Permission denied|cannot be read"):
+        opened(root)
+    monkeypatch.undo()
+    failing(monkeypatch, errno.EACCES, name=b"7.jpg")
+    root = made.good_folder(tmp_path / "other", 20)
+    with pytest.raises(OSError, match=r"2 of 20 files cannot be read, more than data.max_skipped"):
+        opened(root)
+
+
+def test_more_shards_than_handles(tmp_path, opened):
+    (tmp_path / "set").mkdir()
+    for i in range(150):
+        made.write_shard(tmp_path / "set" / f"x-{i:03d}.tar", {"a.jpg": jpeg()})
+    images = opened(tmp_path / "set")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    held = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (held + 60, hard))
+    try:
+        assert len({images.read(i) for i in range(150)}) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_past_its_limit_what_is_skipped_ends_the_run(tmp_path, opened):
+    images = opened(made.good_folder(tmp_path / "set", 40))
+    said, rows = [], []
+    skipped = Skipped(images, said.append, most=0.05 * 40)
+    skipped.record = rows.append
+    for i in (0, 1, 1):
+        skipped.note(i, "bad")
+    with pytest.raises(ImagesGone, match=rf"c0/0004.jpg cannot be used.*{images.root}: more than"):
+        skipped.note(2, "bad")
+    assert [row["name"] for row in rows] == names(images)[:3] and len(said) == 3
+
+
+def test_a_file_that_never_comes_is_named(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(watched.time, "monotonic", lambda: now[0])
+    with watched.watched("a\nb.jpg"):
+        assert watched.longest() == ""
+        now[0] += 60
+        assert watched.longest() == "a\\nb.jpg has been read for 60 s"
+    assert watched.longest() == ""
