@@ -29,6 +29,10 @@ from cjepa_fast.runtime import distributed
 from cjepa_fast.runtime.distributed import from_all, rank, world_size
 
 
+class _Stopped(Exception):
+    """An evaluation was left."""
+
+
 class OnlineEvaluation:
     """Evaluates an encoder on two labelled splits, and knows when it may.
 
@@ -53,12 +57,13 @@ class OnlineEvaluation:
         self.say: Callable[[str], None] = print
         self.reading = reading
         self._began_s, self._spent_s = time.monotonic(), 0.0
-        self._owed = self._told = False
+        self.stopped: Callable[[], bool] = lambda: False  # on all ranks alike
+        self.owed = self._told = False
 
     def due(self, step: int) -> bool:
         """Whether to evaluate after this step; of rank 0 alone the answer counts."""
-        self._owed |= step % self.every == 0
-        if not self._owed or rank():
+        self.owed |= step % self.every == 0
+        if not self.owed or rank():
             return False
         passed_s = time.monotonic() - self._began_s
         if self._spent_s <= self.share * passed_s:
@@ -71,17 +76,21 @@ class OnlineEvaluation:
             )
         return False
 
-    def evaluate(self, encoder: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+    def evaluate(self, encoder: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float] | None:
         """Percent right of kNN, plain and mean-subtracted, and of a linear probe.
 
         encoder: (B, 3, H, W) -> (B, N, D). Every rank calls it; the first has the answer, the
-        others an empty dict.
+        others an empty dict. None where `stopped` said so between two batches: it stays owed.
         """
-        self._owed = False
         vectors = []
-        for images, keep in self.splits:
-            features_nD, index_n = self._features(encoder, images, keep)
-            vectors += [features_nD, images.labels[index_n]]
+        try:
+            for images, keep in self.splits:
+                features_nD, index_n = self._features(encoder, images, keep)
+                vectors += [features_nD, images.labels[index_n]]
+        except _Stopped:
+            self.owed = True
+            return None
+        self.owed = False
         return {} if rank() else _scores(*vectors, k=self.k, temperature=self.temperature)
 
     @contextlib.contextmanager
@@ -97,6 +106,8 @@ class OnlineEvaluation:
         share = keep_n[rank() :: world_size()]
         found = []
         for images_B3HW, index_B in self._batches(images, share, len(keep_n)):
+            if self.stopped():
+                raise _Stopped
             tokens_BND = encoder(images_B3HW)
             found.append((tokens_BND[: len(index_B)].float().mean(1).cpu(), index_B))
         pairs = itertools.chain(*from_all(found))

@@ -144,10 +144,11 @@ class Telemetry:
         self._new_interval(self._step)
         return row
 
-    def first_row(self, values: dict[str, float]) -> None:
-        """What was measured before the first step."""
+    def row(self, step: int, values: dict[str, float]) -> None:
+        """What was measured apart from the steps: before the first, or after the last."""
         if not self.silent:
-            self._write({"step": 0, "epoch": 0.0, "time_s": self._before_s, **values})
+            epoch = step / self.steps_per_epoch
+            self._write({"step": step, "epoch": epoch, "time_s": self._before_s, **values})
 
     def _write(self, row: dict) -> None:
         self._log.write(row)

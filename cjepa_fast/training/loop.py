@@ -46,6 +46,8 @@ class Evaluation(Protocol):
     """What evaluates the target encoder now and then (eval/online.py)."""
 
     say: Callable[[str], None]
+    stopped: Callable[[], bool]  # asked between batches, by all ranks
+    owed: bool  # one is due that has not been made
 
     def due(self, step: int) -> bool:
         """Whether to evaluate after this step; on rank 0 alone the answer counts."""
@@ -53,7 +55,7 @@ class Evaluation(Protocol):
     def counted(self) -> contextlib.AbstractContextManager[None]:
         """The time within it is that of evaluations."""
 
-    def evaluate(self, encoder: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+    def evaluate(self, encoder: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float] | None:
         """Percent right by name, on rank 0; called by all ranks."""
 
 
@@ -96,7 +98,8 @@ class Loop:
         self.trainer, self.loader, self.telemetry = trainer, loader, telemetry
         self.watch, self.online, self.snapshots = session.watchdog, online, snapshots
         if online:
-            online.say = telemetry.message
+            online.say, online.stopped = telemetry.message, self._stop_is_asked
+            online.owed = (state or {}).get("progress", {}).get("evaluation_owed", False)
         self.folder, self.resume_with = session.folder, session.options.resume_with
         self.config = trainer.config
         own = self.config.checkpoint
@@ -137,11 +140,16 @@ class Loop:
 
     def go(self) -> int:
         """Train to the end, or until asked to stop. Returns the exit status."""
-        if self.done >= self.trainer.total_steps:  # it had been finished
+        finished = self.done >= self.trainer.total_steps
+        if self.online and (not self.done or (finished and self.online.owed)):
+            found = self._evaluate()
+            if found is None:
+                self.telemetry.message("stopped in an evaluation, which is made after a resume")
+                return 0
+            self.telemetry.row(self.done, found)
+        if finished:
             return self._end()
         status = None
-        if self.online and not self.done:
-            self.telemetry.first_row(self._evaluate())
         try:
             while status is None:
                 steps = steps_of(self.loader, self.done + self.data_offset)
@@ -178,6 +186,8 @@ class Loop:
             self._limit()
             telemetry.step(self.done, trainer.scalars(terms, batches), wait_s)
             found = self._evaluate() if evaluating and not stopping else {}
+            if found is None:  # made after a resume
+                found, last = {}, True
             if telemetry.due(self.done) or stopping or evaluating:
                 self._warn_of_collapse(telemetry.log_row({**self._details(), **found}))
             if saving:
@@ -209,11 +219,16 @@ class Loop:
             return False
         return self.online.due(self.done) or self.done == self.trainer.total_steps
 
-    def _evaluate(self) -> dict[str, float]:
+    def _stop_is_asked(self) -> bool:
+        return distributed.any_of(self.stop.asked)[0]
+
+    def _evaluate(self) -> dict[str, float] | None:
         """The target encoder's scores, on rank 0; the best by kNN is remembered."""
         self.watch.mark("evaluating")
         with self.telemetry.pause(), self.online.counted():
             found = self.online.evaluate(self.trainer.ema.module)
+            if found is None:
+                return None
             self._draw()
         scores = ", ".join(f"{name} {value:.2f} %" for name, value in found.items())
         self.telemetry.message(f"target encoder after step {self.done}: {scores}")
@@ -354,6 +369,7 @@ class Loop:
                 "data_offset": self.data_offset,
                 "spikes": self.spikes.history,
                 "best": self.best,
+                "evaluation_owed": self.online is not None and self.online.owed,
             },
         }
 

@@ -6,7 +6,7 @@ import os
 import resource
 import threading
 
-import broken_images as made
+import corrupt_images as made
 import numpy as np
 import pytest
 from PIL import Image

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import corrupt_images as made
 import matplotlib.axes
 import pytest
 import tiny
@@ -68,6 +69,44 @@ def test_the_run_s_settings_hold_where_the_command_names_none(run, data, tmp_pat
         main(["knn", str(run), "--data", str(data), "--json", str(out), *options])
         written = json.loads(out.read_text())["settings"]
         assert (written["crop"], written["k"], written["temperature"]) == (1.0, k, 0.07)
+
+
+def test_more_neighbours_than_images_are_as_many_as_there_are(run, data, tmp_path, capsys):
+    out, most = tmp_path / "knn.json", []
+    for k in ("7", "500"):
+        words = ["knn", str(run), "--data", str(data), "--max-train", "7", "--k", k]
+        assert main([*words, "--json", str(out)]) == 0
+        most.append(json.loads(out.read_text()))
+    assert "k = 500: there are 7 training images" in capsys.readouterr().out
+    assert most[0]["rows"] == most[1]["rows"] and most[1]["settings"]["k"] == 7
+
+
+def test_test_labels_follow_the_names_of_the_classes(tmp_path, monkeypatch):
+    """Two lists may number their classes in other orders; a class that one lacks is refused."""
+    files = {f"{i}.jpg": made.encoded(made.picture(i)) for i in range(6)}
+    files |= {f"{i}.cls": str(i % 3).encode() for i in range(6)}
+    named = {"a": "cat\ndog\nowl\n", "b": "owl\ncat\ndog\n", "c": "owl\ncat\ncow\n"}
+    for folder, text in named.items():
+        (tmp_path / folder).mkdir()
+        made.write_shard(tmp_path / folder / "x.tar", files)
+        (tmp_path / folder / "classes.txt").write_text(text)
+    one, two, three = (str(tmp_path / folder) for folder in named)
+    (train, _), (test, _) = labelled_splits(one, two)
+    assert train.classes == test.classes == ["cat", "dog", "owl"]
+    assert test.labels.tolist() == [2, 0, 1, 2, 0, 1]
+    with pytest.raises(ValueError, match=rf"'cow' only in {three}|'dog' only in {one}"):
+        labelled_splits(one, three)
+
+
+def test_splits_are_no_classes_and_val_is_the_test_set(tmp_path):
+    for split in ("train", "val"):
+        made.good_folder(tmp_path / "set" / split, 6)
+    (train, keep), (test, _) = labelled_splits(str(tmp_path / "set"), None)
+    assert (train.root.name, test.root.name) == ("train", "val") and len(keep) == 6
+    for split in ("train", "val"):
+        made.write(tmp_path / "flat" / split / "a.jpg", made.encoded(made.picture(1)))
+    with pytest.raises(ValueError, match="holds splits, not classes"):
+        labelled_splits(str(tmp_path / "flat"), None)
 
 
 def test_linear_and_a_limit_of_images(run, data, tmp_path):
@@ -240,7 +279,6 @@ def test_what_is_wrong_is_said_in_one_line(run, data, tmp_path, capsys):
         "does not exist": ["knn", str(run), "--data", str(tmp_path / "absent")],
         "nowhere": ["knn", str(tmp_path / "nowhere"), "--data", str(data)],
         "class_2' only in": ["knn", str(run), "--data", str(data), "--test", str(one.parent)],
-        "k = 500": ["knn", str(run), "--data", str(data), "--k", "500"],
         "no such run": ["curves", str(tmp_path / "nowhere"), "--out", "c.png"],
         "no config.json": ["masks", str(tmp_path / "nowhere"), "--out", "m.png"],
         "cannot draw": ["masks", str(run), "--images", str(data), "--out", "m.docx"],

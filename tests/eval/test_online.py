@@ -1,6 +1,9 @@
 """Evaluation while training: what it finds, when it may, and that the training is the same."""
 
+import itertools
 import json
+import os
+import signal
 import time
 
 import pytest
@@ -116,6 +119,33 @@ def test_the_best_is_found_again_when_a_run_goes_back(tmp_path, monkeypatch):
     away = [*back, "--set", f"run.dir={tmp_path / 'away'}", "--set", "run.epochs=3"]
     assert train.main(["--config", str(config), *sets, "--accept-changes", *away]) == 0
     assert (tmp_path / "away" / "best").resolve().name == "step_00000004"
+
+
+@pytest.mark.parametrize("step", [0, 2, 6])
+def test_a_stop_is_heard_between_its_batches_and_it_is_made_up_for(tmp_path, monkeypatch, step):
+    """A scheduler kills soon after it has asked: the checkpoint comes first."""
+    config, seen = write_config(tmp_path), []
+    batches, evaluations = online.OnlineEvaluation._batches, itertools.count()
+
+    def stopped_in_one(self, *args):
+        number = next(evaluations)  # two splits each
+        for batch in batches(self, *args):
+            seen.append(number)
+            if number == step:  # 0, then 2, 4 and 6: of one evaluation the first split
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(online.OnlineEvaluation, "_batches", stopped_in_one)
+    assert train.main(["--config", str(config)]) == 0
+    assert seen.count(step) == 1 and max(seen) == step  # the first batch was the last
+    run = tmp_path / "run"
+    newest = checkpoint.latest(run)
+    assert newest is None if step == 0 else checkpoint.step_of(newest) == step
+    monkeypatch.setattr(online.OnlineEvaluation, "_batches", batches)
+    assert train.main(["--config", str(config), "--resume", "auto"]) == 0
+    marked = [row["step"] for row in read_log(run) if row.keys() >= MARKS]
+    assert marked == {0: [0, 2, 4, 6], 2: [0, 3, 4, 6], 6: [0, 2, 4, 6]}[step]
+    assert (run / "encoder.safetensors").exists()
 
 
 def test_it_takes_no_more_than_its_share(monkeypatch):
