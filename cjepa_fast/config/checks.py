@@ -113,6 +113,12 @@ def impossible(config: Config) -> Iterator[str]:
             f"loss.prediction_weight = 0: with loss.{config.loss.regulariser}.beta = 0 nothing is "
             "left to train on; set one of them above 0"
         )
+    vicreg = config.loss.vicreg
+    if vicreg.positions_weight and vicreg.views == "positions":
+        yield (
+            f"loss.vicreg.positions_weight = {vicreg.positions_weight:g}: with loss.vicreg.views = "
+            '"positions" they are there already; leave it out, or raise loss.vicreg.beta'
+        )
     yield from _impossible_sizes(config)
     yield from _impossible_deepspeed(config)
 

@@ -203,6 +203,11 @@ class VICRegSection(Section):
     views: Literal["blocks", "context_target", "tokens", "positions"] = Field(
         "blocks", description="what the terms compare: see model/loss.py"
     )
+    positions_weight: NonNegative = later(
+        0.0,
+        was=0.0,
+        description="of variance and covariance at each position, beside those of views",
+    )
     projector: tuple[Count, ...] | None = Field(
         None, description="widths of an expander before the terms; null: none"
     )

@@ -59,9 +59,9 @@ class CJEPALoss:
     "context_target" the mean-pooled outputs of the two encoders (App. C.2), with std and cov on the
     context's; "tokens" takes std and cov of all predicted tokens, no sim; "positions", ours and not
     the paper's, takes them of the context's tokens apart at each position of the grid, no sim
-    (`position_terms`). weight: of the prediction error, 1 in the papers. sigreg: replaces
-    VICReg, beta and all. ranks: those whose batches together give the statistics, None for this one
-    alone.
+    (`position_terms`). positions_weight: of these two, added to those of `views`. weight: of the
+    prediction error, 1 in the papers. sigreg: replaces VICReg, beta and all. ranks: those whose
+    batches together give the statistics, None for this one alone.
     """
 
     prediction: str = "smooth_l1"
@@ -73,6 +73,7 @@ class CJEPALoss:
     cov: float = 1.0
     gamma: float = 1.0
     eps: float = 1e-4
+    positions_weight: float = 0.0
     sigreg: SIGReg | None = None
     ranks: Ranks | None = None
 
@@ -103,6 +104,10 @@ class CJEPALoss:
                 terms = {"sigreg": added}
             else:
                 sim, std, cov = self.vicreg(*outputs, project, context)
+                if self.positions_weight:
+                    more_std, more_cov = self.at_positions(*outputs[1:], project, context)
+                    std = std + self.positions_weight * more_std
+                    cov = cov + self.positions_weight * more_cov
                 added = self.sim * sim + self.std * std + self.cov * cov
                 terms = {"sim": sim, "std": std, "cov": cov}
         loss = jepa if self.weight == 1 else self.weight * jepa
@@ -130,15 +135,25 @@ class CJEPALoss:
             std, cov, _ = vicreg_terms(z_a, self.gamma, self.eps, self.ranks)
             return F.mse_loss(z_a, z_b), std, cov
         if self.views == "positions":
-            tokens_TD, idx_T, live_T = one_row(context_BKD, context)
-            std, cov = position_terms(
-                projected(project, tokens_TD), idx_T, target_tokens_BND.shape[1], live_T,
-                self.gamma, self.eps, self.ranks,
-            )  # fmt: skip
+            std, cov = self.at_positions(context_BKD, target_tokens_BND, project, context)
             return std.new_zeros(()), std, cov
         z_nD = projected(project, predicted_BMPD.flatten(0, 2))
         std, cov, _ = vicreg_terms(z_nD, self.gamma, self.eps, self.ranks)
         return std.new_zeros(()), std, cov
+
+    def at_positions(
+        self,
+        context_BKD: torch.Tensor,
+        target_tokens_BND: torch.Tensor,
+        project: nn.Module | None,
+        context: Context | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """std and cov of the context's tokens, apart at each position of the grid."""
+        tokens_TD, idx_T, live_T = one_row(context_BKD, context)
+        return position_terms(
+            projected(project, tokens_TD), idx_T, target_tokens_BND.shape[1], live_T,
+            self.gamma, self.eps, self.ranks,
+        )  # fmt: skip
 
 
 def position_terms(

@@ -141,6 +141,12 @@ def test_something_must_be_trained_on():
         load("vit_t", [override])
 
 
+def test_positions_are_taken_once():
+    both = ["loss.vicreg.views=positions", "loss.vicreg.positions_weight=0.1"]
+    with pytest.raises(ConfigError, match=r"positions_weight = 0\.1: with .* they are there"):
+        load("vit_t", both)
+
+
 def test_packed_contexts_want_a_kernel_of_varying_lengths():
     both = ["mask.context=packed", "model.attention=sdpa_cudnn"]
     with pytest.raises(ConfigError, match=r'model\.attention = "sdpa_cudnn".*"packed".*"auto"'):
@@ -429,11 +435,13 @@ def test_the_loss_gets_every_key_of_its_section():
     config = load("vit_t", [
         "loss.prediction=l2", "loss.vicreg.views=tokens", "loss.vicreg.beta=0.5",
         "loss.vicreg.sim=2", "loss.vicreg.std=3", "loss.vicreg.cov=4", "loss.vicreg.gamma=5",
-        "loss.vicreg.eps=0.25", "loss.vicreg.projector=[8,6]", "loss.prediction_weight=0.75",
+        "loss.vicreg.eps=0.25", "loss.vicreg.positions_weight=0.5", "loss.vicreg.projector=[8,6]",
+        "loss.prediction_weight=0.75",
     ])  # fmt: skip
     with torch.device("meta"):
         networks = build_networks(config)
-    wanted = CJEPALoss("l2", 0.75, "tokens", beta=0.5, sim=2, std=3, cov=4, gamma=5, eps=0.25)
+    wanted = CJEPALoss("l2", 0.75, "tokens", beta=0.5, sim=2, std=3, cov=4, gamma=5, eps=0.25,
+                        positions_weight=0.5)  # fmt: skip
     assert networks.loss == wanted
     assert [p.shape[0] for p in networks.projector.parameters() if p.dim() == 2] == [8, 6]
 

@@ -109,6 +109,29 @@ def test_packed_contexts_give_the_loss_of_their_tokens_alone(seed):
     assert terms["sim"] == 0
 
 
+@pytest.mark.parametrize("views", ["blocks", "context_target", "tokens"])
+def test_they_add_to_the_terms_of_other_views(seed, views):
+    torch.manual_seed(seed)
+    predicted = torch.randn(4, 2, 3, D, dtype=torch.float64)
+    context = torch.randn(4, 6, D, dtype=torch.float64, requires_grad=True)
+    outputs = (predicted, context, torch.randn(4, 9, D, dtype=torch.float64))
+    positions = torch.stack([torch.randperm(9)[:6] for _ in range(4)])
+
+    def terms_of(**options):
+        jepa = torch.tensor(0.5, dtype=torch.float64)
+        loss = CJEPALoss(beta=0.1, sim=2, std=3, cov=4, **options)
+        return loss(jepa, *outputs, context=positions)
+
+    own, added = terms_of(views=views), terms_of(views="positions")
+    both = terms_of(views=views, positions_weight=0.25)
+    for name in ("std", "cov"):
+        assert both[name].item() == pytest.approx((own[name] + 0.25 * added[name]).item())
+    gain = 0.1 * 0.25 * (3 * added["std"] + 4 * added["cov"])
+    assert both["loss"].item() == pytest.approx((own["loss"] + gain).item())
+    (slope,) = torch.autograd.grad(both["loss"], context)
+    assert slope.any()
+
+
 def test_it_asks_for_the_positions():
     with pytest.raises(ValueError, match="needs the positions of the context"):
         CJEPALoss(views="positions").vicreg(
