@@ -265,22 +265,22 @@ def measure_against(config: Config, device: torch.device, steps: int, warmup: in
     batches = synthetic_batches(config, device, masks)
     for index in range(warmup):
         batch = next(batches)
-        for trainer in trainers.values():
-            trainer.step(batch, index)
+        for each in trainers.values():
+            each.step(batch, index)
     clock = StepClock(device)
     synchronize(device)
     clock.mark()
     for index in range(warmup, warmup + steps):
         batch = next(batches)
-        for trainer in trainers.values():
-            trainer.step(batch, index)
+        for each in trainers.values():
+            each.step(batch, index)
             clock.mark()
     step_ms = clock.step_ms()
     turns = {name: step_ms[i :: len(trainers)] for i, name in enumerate(trainers)}
     rows = []
-    for name, trainer in trainers.items():
+    for name, each in trainers.items():
         row = against_row(name, turns[name], turns["ours"], trainer)
-        rows.append(row | step_memory(trainer, batch, warmup + steps))
+        rows.append(row | step_memory(each, batch, warmup + steps))
     return rows
 
 

@@ -21,10 +21,10 @@ def main(data: Path, out: Path) -> int:
 
     SavedTraining.save = stop
     try:
-        test.tuned(data, test.PLAIN, out / "training", micro_batch=4)
+        test.tuned(data, test.PLAIN, out / "training", micro_batch_size=4)
     except test.Stopped:
         SavedTraining.save = save
-    weights = test.tuned(data, test.PLAIN, out / "training", micro_batch=4, resume=True)
+    weights = test.tuned(data, test.PLAIN, out / "training", micro_batch_size=4, resume=True)
     if distributed.rank() == 0:
         torch.save(weights, out / "weights.pt")
     distributed.leave_group()

@@ -186,7 +186,7 @@ def test_recipes_by_size():
 
 
 def options(**changes) -> argparse.Namespace:
-    known = {"seed": 0, "bf16": False, "micro_batch": 16, "threads": 1, "resume": False}
+    known = {"seed": 0, "bf16": False, "micro_batch_size": 16, "threads": 1, "resume": False}
     return argparse.Namespace(**{**known, **changes})
 
 
@@ -201,7 +201,7 @@ def tuned(data: Path, chosen: Recipe, folder: Path, **changes) -> dict[str, torc
 
 def test_micro_batches_sum_up_to_the_batch(data, tmp_path):
     whole = tuned(data, PLAIN, tmp_path / "a")
-    parts = tuned(data, PLAIN, tmp_path / "b", micro_batch=4)
+    parts = tuned(data, PLAIN, tmp_path / "b", micro_batch_size=4)
     for name, value in whole.items():
         torch.testing.assert_close(parts[name], value, atol=2e-4, rtol=0, msg=name)
     first = small().state_dict()["blocks.0.mlp.fc1.weight"]
@@ -356,7 +356,7 @@ def test_few_labels_by_probe(data, saved, tmp_path):
 @pytest.mark.multiprocess
 def test_two_ranks_stopped_and_resumed_end_where_one_does(data, tmp_path):
     """By the mean of the ranks' gradients, and from the checkpoint of the first part."""
-    whole = tuned(data, PLAIN, tmp_path / "one", micro_batch=4)
+    whole = tuned(data, PLAIN, tmp_path / "one", micro_batch_size=4)
     worker = Path(__file__).with_name("finetune_worker.py")
     done = tiny.run(worker, data, tmp_path / "two", ranks=2)
     assert done.returncode == 0, done.stderr

@@ -255,7 +255,7 @@ def test_updates_of_the_optimiser_and_the_target(networks):
     """Three steps, each with its own batch: weights, moments and target follow the definition."""
     target = copy.deepcopy(networks.encoder)
     encoder, predictor = weights_of(networks.encoder), weights_of(networks.predictor)
-    ema = {name: p.detach().clone() for name, p in encoder.items()}
+    wanted_ema = {name: p.detach().clone() for name, p in encoder.items()}
     states: dict[str, dict] = {}
 
     groups = parameter_groups(networks)
@@ -274,7 +274,7 @@ def test_updates_of_the_optimiser_and_the_target(networks):
         optimiser.zero_grad()
         # of the definition's EMA, which the target's is held to below: in the target's own fp32
         # a gradient that is nearly zero would be noise, and Adam makes whole steps of noise
-        exact.load_state_dict({**exact.state_dict(), **ema})
+        exact.load_state_dict({**exact.state_dict(), **wanted_ema})
         tokens = exact(images)
         networks(images, contexts, targets, tokens)["loss"].backward()
         optimiser.step()
@@ -283,7 +283,7 @@ def test_updates_of_the_optimiser_and_the_target(networks):
         ema.update(momentum)
         # the definition
         patches = (contexts.tolist(), targets.tolist())
-        ijepa_loss(images, *patches, encoder, predictor, ema).backward()
+        ijepa_loss(images, *patches, encoder, predictor, wanted_ema).backward()
         for part, weights in (("encoder", encoder), ("predictor", predictor)):
             for name, p in weights.items():
                 decayed = "bias" not in name and p.dim() > 1
@@ -291,11 +291,11 @@ def test_updates_of_the_optimiser_and_the_target(networks):
                 adamw(p, p.grad, state, LR[step], DECAY[step] if decayed else 0.0)
                 p.grad = None
         for name, p in encoder.items():
-            ema[name] = MOMENTUM[step] * ema[name] + (1 - MOMENTUM[step]) * p.detach()
+            wanted_ema[name] = MOMENTUM[step] * wanted_ema[name] + (1 - MOMENTUM[step]) * p.detach()
         # Where a gradient is zero but for rounding (the keys' biases) Adam divides noise by its
         # eps: that does not move a weight by a thousandth of a step.
         for part, weights in (("encoder", encoder), ("predictor", predictor)):
             for name, p in weights.items():
                 close(networks.get_parameter(f"{part}.{name}"), p, rtol=0, atol=1e-3 * LR[step])
-        for name, p in ema.items():
+        for name, p in wanted_ema.items():
             close(ema.module.get_parameter(name), p, rtol=3e-7, atol=3e-7)

@@ -79,12 +79,12 @@ def test_a_step_saves_no_more_than_is_counted():
     config = configured(batch_size=8, micro_batch_size=8)
     trainer = Trainer(config, CPU, 10)
     masks = build.build_masks(config)(0, 0, torch.arange(8))
-    kept = memory.Kept(trainer.engine.module)
-    with kept.counting():
+    saved = memory.SavedActivations(trainer.engine.module)
+    with saved.counting():
         trainer.engine(
             torch.randn(8, 3, 24, 24), masks.context, masks.target_idx_BMP, torch.randn(8, 36, 24)
         )
-    assert kept.bytes <= 8 * cpu_micro_batch.needed(config)[1] <= 3 * kept.bytes
+    assert saved.bytes <= 8 * cpu_micro_batch.needed(config)[1] <= 3 * saved.bytes
 
 
 def test_a_containers_limit_counts(tmp_path, monkeypatch):

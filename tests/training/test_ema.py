@@ -174,23 +174,23 @@ def test_the_target_of_an_ijepa_checkpoint_is_the_ema_s_start(tmp_path, monkeypa
     with torch.no_grad():
         for p in trained(other).values():
             p.add_(0.01)
-        ema = copy.deepcopy(other.encoder)
-        for p in trained(ema).values():
+        stored = copy.deepcopy(other.encoder)
+        for p in trained(stored).values():
             p.mul_(2)
-    parts = {"encoder": other.encoder, "predictor": other.predictor, "target_encoder": ema}
+    parts = {"encoder": other.encoder, "predictor": other.predictor, "target_encoder": stored}
     torch.save({part: module.state_dict() for part, module in parts.items()}, file)
     build.initialise(networks, target, config)
     for got, wanted in (
         (networks.encoder, other.encoder),
         (networks.predictor, other.predictor),
-        (target, ema),
+        (target, stored),
     ):
         state = got.state_dict()
         assert all(torch.equal(state[n], value) for n, value in wanted.state_dict().items())
     ema = TargetEMA(target, whole(trained(networks.encoder)), torch.float32)
     ema.update(0.5)
     for name, p in trained(networks.encoder).items():
-        halfway = (p.detach() + ema.get_parameter(name).detach()) / 2
+        halfway = (p.detach() + stored.get_parameter(name).detach()) / 2
         torch.testing.assert_close(ema.module.get_parameter(name), halfway)
 
 

@@ -158,8 +158,8 @@ def draw(
             for labels_HW in maps:
                 seen[np.unique(labels_HW[labels_HW != IGNORE])] = True
             shown = [image.permute(1, 2, 0).numpy(), *map(coloured, maps)]
-            for axes, name, image in zip(axes_c, names, shown, strict=True):
-                axes.imshow(image, interpolation="nearest")
+            for axes, name, panel in zip(axes_c, names, shown, strict=True):
+                axes.imshow(panel, interpolation="nearest")
                 axes.set_title(name)
                 axes.set_axis_off()
         listed = np.flatnonzero(seen)[:SHOWN_CLASSES]
