@@ -74,7 +74,7 @@ def directions(seed: int, step: int, width: int, count: int, device: torch.devic
 
     Normal numbers by Box and Muller's transform, divided by their length.
     """
-    places = torch.arange(width, dtype=torch.int64, device=device)
-    draws = uniforms(seed, DIRECTION, step, places, 2 * count)
+    index = torch.arange(width, dtype=torch.int64, device=device)
+    draws = uniforms(seed, DIRECTION, step, index, 2 * count)
     radius, angle = (-2 * (1 - draws[:, :count]).log()).sqrt(), 2 * torch.pi * draws[:, count:]
     return torch.nn.functional.normalize(radius * angle.cos(), dim=0).float()

@@ -37,7 +37,7 @@ def unit(D: int, K: int) -> torch.Tensor:
 
 
 def table(G: int, n: int, gaps: float = 0.3) -> torch.Tensor:
-    """int64 (G, n): rows in any order, a share of the places empty, as many rows without one."""
+    """int64 (G, n): rows in any order, a share of the rows empty, as many rows without one."""
     rows = torch.randperm(G * n + 7)[: G * n].view(G, n)
     return torch.where(torch.rand(G, n) < gaps, -1, rows)
 

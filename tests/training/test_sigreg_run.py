@@ -69,14 +69,14 @@ def test_two_ranks_train_as_one(one_rank, tmp_path):
     config, run = one_rank
     changes = [f"run.dir={tmp_path}", "data.micro_batch_size=4"]
     sets = [part for change in changes for part in ("--set", change)]
-    result = tiny.train("--config", config, *sets, processes=2)
+    result = tiny.train("--config", config, *sets, ranks=2)
     assert result.returncode == 0, result.stderr
     one, two = logged(run), logged(tmp_path)
     assert list(two) == [1, 2, 3, 4]
     for step, row in two.items():
         assert row == pytest.approx(one[step], rel=2e-4), step
     held, other = run / "checkpoints" / "step_00000001", f"run.dir={tmp_path / 'other'}"
-    refused = tiny.train("--config", config, "--resume", held, "--set", other, processes=2)
+    refused = tiny.train("--config", config, "--resume", held, "--set", other, ranks=2)
     assert "images a SIGReg statistic: 16, saved with 8" in refused.stderr
 
 
