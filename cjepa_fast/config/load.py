@@ -48,7 +48,8 @@ def validate(values: dict, name: str = "run") -> Config:
     try:
         config = Config.model_validate_json(json.dumps(values))
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(e) for e in error.errors())) from None
+        problems = {_key_of(e): _explain(e) for e in reversed(error.errors())}
+        raise ConfigError("\n".join(reversed(problems.values()))) from None
     except RecursionError:
         raise ConfigError("the configuration is nested too deeply") from None
     problems = list(impossible(config))
@@ -185,10 +186,16 @@ def _section_at(path: Sequence) -> type[Section] | None:
     return model if hasattr(model, "model_fields") else None
 
 
+def _key_of(error: dict) -> str:
+    """Without the types that pydantic adds where a key takes one of several: "str", "tuple[...]"."""
+    parts = [str(part) for part in error["loc"]]
+    return ".".join(part for part in parts if part != "str" and "[" not in part)
+
+
 def _explain(error: dict) -> str:
     """One line for one of pydantic's errors."""
     path = [str(part) for part in error["loc"]]
-    key, value = printable(".".join(path)), _shown(error["input"])
+    key, value = printable(_key_of(error)), _shown(error["input"])
     if error["type"] == "extra_forbidden":
         section = _section_at(path[:-1])
         valid = sorted(section.model_fields) if section else []

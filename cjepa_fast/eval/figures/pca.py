@@ -1,5 +1,7 @@
 """Patch features as colours: their first three principal components over the images shown.
 
+Each image's mean is taken off first: the colours tell the parts of an image apart. With it they
+would tell images apart, which the nearest neighbours show better.
 Shapes: B images, N patches, D width, rows x cols the grid.
 """
 
@@ -42,9 +44,9 @@ def explained(encoder: Encoder, images_B3HW: torch.Tensor) -> dict[str, float]:
 
 
 def _centred(encoder: Encoder, images_B3HW: torch.Tensor) -> torch.Tensor:
-    """Tokens of all patches minus their mean: (B, N, D) fp64 on the CPU."""
+    """Tokens of all patches minus the mean of their image: (B, N, D) fp64 on the CPU."""
     tokens_BND = torch.cat([encoder(image[None]).double().cpu() for image in images_B3HW])
-    return tokens_BND - tokens_BND.mean((0, 1))
+    return tokens_BND - tokens_BND.mean(1, keepdim=True)
 
 
 def as_colours(scores_Brc3: torch.Tensor) -> np.ndarray:
@@ -78,5 +80,5 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     shown, names, rows = side_by_side.columns(args, columns, explained, args.size)
     cli.tell(args, rows, COMPONENTS, "encoder")
-    title = f"Patch features, first three principal components: {names}"
+    title = f"Patch features within an image, first three principal components: {names}"
     print(save(sheet(shown, title), args.out))
