@@ -30,7 +30,7 @@ from tables import AGAINST_COLUMNS, columns_of, phase_table, table
 
 from cjepa_fast import config as configuration
 from cjepa_fast.config import Config
-from cjepa_fast.runtime import distributed
+from cjepa_fast.runtime import children, distributed
 from cjepa_fast.training.build import with_precision
 
 RESULTS = ROOT / "bench" / "results" / "throughput.json"
@@ -106,7 +106,8 @@ def measure_apart(name: str, args: argparse.Namespace) -> list[dict]:
                 command += [f"--{option.replace('_', '-')}", str(value)]
         command += [] if args.batch[0] is None else ["--batch-size", str(args.batch[0])]
         command += [part for override in args.overrides for part in ("--set", override)]
-        own = {name: v for name, v in os.environ.items() if not name.startswith(LAUNCHERS)}
+        own = children.environment()
+        own = {name: v for name, v in own.items() if not name.startswith(LAUNCHERS)}
         done = subprocess.run(command, env=own)
         if done.returncode == 0:
             return [row | {"command": own_command()} for row in json.loads(out.read_text())]

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from cjepa_fast.data.sets import scenes, shapes
 from cjepa_fast.eval.__main__ import main as evaluate
+from cjepa_fast.runtime import children
 from cjepa_fast.runtime.hardware import cores
 from cjepa_fast.telemetry import read_log
 from cjepa_fast.tools import ablate, report
@@ -101,7 +102,7 @@ def train(run: Path, config: str, overrides: list[str]) -> int:
     command = [sys.executable, str(TRAIN), "--config", config]
     command += [part for override in sets for part in ("--set", override)]
     print(f"\n$ {shlex.join(['python', 'cjepa_fast/train.py', *command[2:]])}", flush=True)
-    training = subprocess.Popen(command)
+    training = subprocess.Popen(command, env=children.environment())
     while True:
         with contextlib.suppress(KeyboardInterrupt):  # the training has it too: it saves and ends
             return training.wait()

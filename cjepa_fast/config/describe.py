@@ -68,7 +68,8 @@ def _kind(annotation: Any) -> str:
 def _limit(limit: Any) -> str:
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
     found = [(signs[n], getattr(limit, n)) for n in signs if getattr(limit, n, None) is not None]
-    return ", ".join(f"{sign} {value}" for sign, value in found)
+    shown = ((s, f"{v:g}" if isinstance(v, float) else v) for s, v in found)
+    return ", ".join(f"{sign} {value}" for sign, value in shown)
 
 
 def explained(path: str) -> str:

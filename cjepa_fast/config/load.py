@@ -21,6 +21,7 @@ from cjepa_fast.config.schema import Config, ConfigError, DataSection, Section
 from cjepa_fast.runtime import json_text
 from cjepa_fast.runtime.printable import printable
 
+FORMS_OF_A_PATH = ("str", "tuple[str, ...]")  # pydantic's names of what data.path may be
 MOST_SHOWN = 160  # characters of a value in a message
 
 
@@ -48,8 +49,8 @@ def validate(values: dict, name: str = "run") -> Config:
     try:
         config = Config.model_validate_json(json.dumps(values))
     except ValidationError as error:
-        problems = {_key_of(e): _explain(e) for e in reversed(error.errors())}
-        raise ConfigError("\n".join(reversed(problems.values()))) from None
+        lines = dict.fromkeys(_explain(e) for e in error.errors())
+        raise ConfigError("\n".join(lines)) from None
     except RecursionError:
         raise ConfigError("the configuration is nested too deeply") from None
     problems = list(impossible(config))
@@ -186,16 +187,10 @@ def _section_at(path: Sequence) -> type[Section] | None:
     return model if hasattr(model, "model_fields") else None
 
 
-def _key_of(error: dict) -> str:
-    """Without the types that pydantic adds where a key takes one of several: "str", "tuple[...]"."""
-    parts = [str(part) for part in error["loc"]]
-    return ".".join(part for part in parts if part != "str" and "[" not in part)
-
-
 def _explain(error: dict) -> str:
     """One line for one of pydantic's errors."""
-    path = [str(part) for part in error["loc"]]
-    key, value = printable(_key_of(error)), _shown(error["input"])
+    path = [str(part) for part in error["loc"] if part not in FORMS_OF_A_PATH]
+    key, value = printable(".".join(path)), _shown(error["input"])
     if error["type"] == "extra_forbidden":
         section = _section_at(path[:-1])
         valid = sorted(section.model_fields) if section else []

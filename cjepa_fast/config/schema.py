@@ -4,14 +4,21 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
+# Every number has bounds: beyond them it is a slip, and would fail later, with other words.
+MOST = 1e12  # of a weight, a rate, a factor
+Positive = Annotated[float, Field(gt=0, le=MOST)]
+NonNegative = Annotated[float, Field(ge=0, le=MOST)]
+Seconds = Annotated[float, Field(ge=0, le=1e7)]  # 115 days
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Count = Annotated[int, Field(ge=1)]
-Whole = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
+Whole = Annotated[int, Field(ge=0, le=10**9)]
+Side = Annotated[int, Field(ge=1, le=2**14)]  # of an image or a patch, in pixels
+Width = Annotated[int, Field(ge=1, le=2**16)]  # of tokens or layers
+Few = Annotated[int, Field(ge=1, le=1024)]  # blocks, heads, threads, batches ahead
+Level = Annotated[float, Field(ge=-1000, le=1000)]  # of an image's values
 
 MODEL_NAMES = ("vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge", "vit_giant")
 
@@ -77,7 +84,7 @@ class RunSection(Section):
     spike_z: Positive = Field(
         8.0, description="a spike is this many standard deviations above the last 128 steps"
     )
-    timeout_s: NonNegative = Field(
+    timeout_s: Seconds = Field(
         600, description="seconds without progress until the run ends and says where; 0: never"
     )
     init_from: str | None = Field(None, description="I-JEPA checkpoint to start from")
@@ -99,9 +106,7 @@ class DataSection(Section):
     max_skipped: Fraction = later(
         0.05, was=1.0, description="share of the images that may turn out unreadable until it stops"
     )
-    image_size: Count = Field(
-        224, description="side of the square that the networks see, in pixels"
-    )
+    image_size: Side = Field(224, description="side of the square that the networks see, in pixels")
     batch_size: Count = Field(2048, description="images per step, over all ranks")
     micro_batch_size: Count = Field(128, description="most images a rank takes at once")
     crop_scale: tuple[Share, Share] = Field(
@@ -112,14 +117,14 @@ class DataSection(Section):
     )
     flip: bool = Field(False, description="mirror half of the crops")
     colour: NonNegative = Field(0.0, description="strength of colour jitter")
-    mean: tuple[float, float, float] = Field(
+    mean: tuple[Level, Level, Level] = Field(
         (0.485, 0.456, 0.406), description="mean of RGB in 0..1, which is subtracted"
     )
     std: tuple[Positive, Positive, Positive] = Field(
         (0.229, 0.224, 0.225), description="standard deviation of RGB in 0..1, divided by"
     )
-    threads: Count = Field(4, description="decoding threads per rank")
-    prefetch: Count = Field(2, description="batches prepared ahead")
+    threads: Few = Field(4, description="decoding threads per rank")
+    prefetch: Few = Field(2, description="batches prepared ahead")
     hw_decoder_load: Fraction = Field(
         0.65, description="share of JPEG data that the GPU's JPEG engines decode"
     )
@@ -139,7 +144,7 @@ class MaskSection(Section):
     context: Literal["random", "prefix", "fixed", "packed"] = Field(
         "random", description="how contexts of different sizes make a batch: see configs/README.md"
     )
-    targets: Count = Field(4, description="target blocks per image")
+    targets: Few = Field(4, description="target blocks per image")
     target_scale: tuple[Share, Share] = Field(
         (0.15, 0.2), description="least and most share of the patches in a target block"
     )
@@ -156,10 +161,10 @@ class ModelSection(Section):
     name: Literal[MODEL_NAMES] = Field(
         "vit_huge", description="width, depth and heads of the encoder"
     )  # type: ignore[valid-type]
-    patch_size: Count = Field(14, description="side of a patch, in pixels")
-    width: Count | None = Field(None, description="instead of the named model's")
-    depth: Count | None = Field(None, description="instead of the named model's")
-    heads: Count | None = Field(None, description="instead of the named model's")
+    patch_size: Side = Field(14, description="side of a patch, in pixels")
+    width: Width | None = Field(None, description="instead of the named model's")
+    depth: Few | None = Field(None, description="instead of the named model's")
+    heads: Few | None = Field(None, description="instead of the named model's")
     mlp_ratio: Positive | None = Field(None, description="instead of the named model's")
     init: Literal["auto", "ijepa", "xavier"] = later(
         "auto", was="ijepa", description="initial weights; auto: xavier below width 384, else ijepa"
@@ -184,9 +189,9 @@ class ModelSection(Section):
 
 
 class PredictorSection(Section):
-    width: Count = Field(384, description="width of the predictor's tokens")
-    depth: Count = Field(12, description="number of blocks")
-    heads: Count | None = Field(None, description="null: the encoder's")
+    width: Width = Field(384, description="width of the predictor's tokens")
+    depth: Few = Field(12, description="number of blocks")
+    heads: Few | None = Field(None, description="null: the encoder's")
     mlp_ratio: Positive = Field(4.0, description="width of the MLP over predictor.width")
     mode: Literal["per_target", "one_pass"] = Field(
         "per_target", description='"one_pass" runs the context once per image: other maths'
@@ -208,7 +213,7 @@ class VICRegSection(Section):
         was=0.0,
         description="of variance and covariance at each position, beside those of views",
     )
-    projector: tuple[Count, ...] | None = Field(
+    projector: tuple[Width, ...] | None = Field(
         None, description="widths of an expander before the terms; null: none"
     )
 
@@ -220,14 +225,14 @@ class SIGRegSection(Section):
     views: Literal["blocks", "context_target", "tokens", "positions"] = later(
         "context_target", was="context_target", description="what it is of: see model/sigreg.py"
     )
-    directions: Count = later(
+    directions: Width = later(
         256, was=256, description="random directions, drawn anew for each step"
     )
-    knots: Annotated[int, Field(ge=2)] = later(
+    knots: Annotated[int, Field(ge=2, le=1024)] = later(
         17, was=17, description="points of the integral on [0, t_max]"
     )
     t_max: Positive = later(3.0, was=3.0, description="where the integral ends")
-    projector: tuple[Count, ...] | None = later(
+    projector: tuple[Width, ...] | None = later(
         None, was=None, description="widths of an expander before the statistic; null: none"
     )
 
@@ -278,7 +283,7 @@ class OptimSection(Section):
 
 class CheckpointSection(Section):
     every_steps: Whole = Field(1000, description="steps between checkpoints; 0: only at the end")
-    every_minutes: NonNegative = Field(0, description="also save this often; 0: never")
+    every_minutes: Seconds = Field(0, description="also save this often; 0: never")
     keep: Count = Field(2, description="how many of the newest checkpoints are kept")
     keep_every_epochs: Whole = Field(0, description="also keep one for good this often; 0: none")
 

@@ -17,6 +17,7 @@ from cjepa_fast.eval import cli
 from cjepa_fast.eval.features import digest
 from cjepa_fast.eval.figures.curves import short_names
 from cjepa_fast.eval.figures.sheets import FIGURE, save
+from cjepa_fast.runtime import children
 from cjepa_fast.runtime.files import write_text
 
 COMPUTED = ("knn", "linear", "collapse")  # with --data
@@ -122,7 +123,7 @@ def _compute(checkpoint: str, missing: list[str], args: argparse.Namespace) -> l
                 words += ["--test", args.test]
             print(f"\n$ cjepa-eval {' '.join(words)}", flush=True)
             command_line = [sys.executable, "-m", "cjepa_fast.eval", *words, "--json", str(file)]
-            if subprocess.run(command_line).returncode:
+            if subprocess.run(command_line, env=children.environment()).returncode:
                 raise ValueError(f"{task} of {checkpoint} failed, see above")
             records.append(json.loads(file.read_text()))
     return records

@@ -17,7 +17,7 @@ from typing import NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
-from cjepa_fast.runtime import caches, hardware
+from cjepa_fast.runtime import caches, children, hardware
 
 T = TypeVar("T")
 PIECE_ROWS = 4096  # of a large tensor, passed on at a time
@@ -31,6 +31,7 @@ def start(seed: int, timeout_s: float = 0) -> torch.device:
     Without a GPU: the CPU and gloo. timeout_s: of the collectives; 0: by default.
     """
     caches.root()
+    children.end_with_parent()
     cuda = hardware.has_gpu()
     local_rank = hardware.local_rank()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")

@@ -17,7 +17,6 @@ and the curves, in the folder of the ablation.
 import argparse
 import contextlib
 import json
-import os
 import queue
 import re
 import signal
@@ -37,7 +36,7 @@ from cjepa_fast import config as configuration
 from cjepa_fast.config import ConfigError
 from cjepa_fast.eval.cli import positive, print_table
 from cjepa_fast.eval.figures.sheets import FIGURE, save
-from cjepa_fast.runtime import caches, json_text
+from cjepa_fast.runtime import caches, children, json_text
 from cjepa_fast.runtime.printable import in_markdown, printable_lines
 from cjepa_fast.telemetry import read_log
 
@@ -209,7 +208,7 @@ def start(ablation: Ablation, trial: Trial, environment: dict[str, str]) -> subp
         command += ["--resume", "auto"]
     with open(trial.folder / "said.txt", "a") as said:
         return subprocess.Popen(
-            command, stdout=said, stderr=subprocess.STDOUT, env={**os.environ, **environment}
+            command, stdout=said, stderr=subprocess.STDOUT, env=children.environment(**environment)
         )
 
 

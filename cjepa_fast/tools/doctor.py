@@ -25,7 +25,7 @@ import torch
 from cjepa_fast import config as configuration
 from cjepa_fast.config import Config, ConfigError
 from cjepa_fast.model import attention, cpu_linear
-from cjepa_fast.runtime import hardware, memory, rates
+from cjepa_fast.runtime import children, hardware, memory, rates
 from cjepa_fast.runtime.printable import printable_lines
 from cjepa_fast.runtime.provenance import own_commit
 from cjepa_fast.runtime.version import VERSION
@@ -262,7 +262,9 @@ def trial_apart(name: str) -> PartState:
     """One part, in a process of its own."""
     command = [sys.executable, "-m", "cjepa_fast.tools.doctor", "--try", name]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TRIAL_S)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=TRIAL_S, env=children.environment()
+        )
     except subprocess.TimeoutExpired:
         return PartState(BROKEN, f"gave no answer for {TRIAL_S} s")
     answer = [line for line in done.stdout.splitlines() if line.startswith(f"{name}\t")]
@@ -385,6 +387,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--try", choices=PARTS, dest="part", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.part:
+        children.end_with_parent()
         print(f"{args.part}\t" + "\t".join(trial(args.part)), flush=True)
         return 0
     try:

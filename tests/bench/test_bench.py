@@ -125,8 +125,10 @@ def test_the_reference_is_the_same_step(trainer):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-def test_steps_take_turns_against_the_reference(trainer):
+def test_steps_take_turns_against_the_reference(trainer, monkeypatch):
     ours, _ = trainer
+    known = measure.machine.Choice("bf16", "it multiplies it")
+    monkeypatch.setattr(measure.machine, "best_precision", lambda device: known)
     rows = measure.measure_against(ours.config, ours.device, steps=3, warmup=1)
     assert [row["step"] for row in rows] == [
         "ours", "reference, fp32", "reference, bf16 autocast",
@@ -139,6 +141,15 @@ def test_steps_take_turns_against_the_reference(trainer):
     kept, step = ([row[name] for row in rows] for name in ("kept_gib", "step_gib"))
     assert 0 < kept[0] < kept[1] and 0 < kept[2] < kept[1]  # ours keeps less than the reference
     assert all(a < b for a, b in zip(kept, step, strict=True))
+
+
+def test_a_reference_that_cannot_be_fast_is_left_out_with_a_word(trainer, monkeypatch, capsys):
+    ours, _ = trainer
+    known = measure.machine.Choice("fp32", "an old processor multiplies no bf16")
+    monkeypatch.setattr(measure.machine, "best_precision", lambda device: known)
+    rows = measure.measure_against(ours.config, ours.device, steps=3, warmup=1)
+    assert [row["step"] for row in rows] == ["ours", "reference, fp32"]
+    assert "left out: the reference in bf16, since an old processor" in capsys.readouterr().err
 
 
 def test_memory_is_what_was_held_at_once():

@@ -1,5 +1,6 @@
 """The configuration: what is refused and how it is said, inheritance, and the shipped files."""
 
+import functools
 import json
 import math
 
@@ -8,7 +9,8 @@ import torch
 from pydantic import ValidationError
 
 from cjepa_fast import config as configuration
-from cjepa_fast.config import ConfigError, load, micro_batches
+from cjepa_fast.config import Config, ConfigError, load, micro_batches
+from cjepa_fast.config.describe import keys
 from cjepa_fast.model.loss import CJEPALoss
 from cjepa_fast.model.vit import MODELS, count_parameters
 from cjepa_fast.training.build import build_masks, build_networks
@@ -296,6 +298,30 @@ def test_files_that_are_no_configuration(write, text, said):
 def test_one_key_in_several_objects_is_none_twice(write):
     text = '{"model": {"width": 64, "heads": 4}, "predictor": {"width": 64, "heads": 4}}'
     assert load(write("good.json", text)).predictor.width == 64
+
+
+NUMBERS = [key.path for key in keys() if "number" in key.values or "integer" in key.values]
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+@pytest.mark.parametrize("value", [1e300, -1e300, 10**30, -(10**30)])
+def test_every_number_has_bounds(key, value):
+    """A slip of a key would else end the process, or overflow, far from where it was made."""
+    values: list = [value]
+    default = functools.reduce(lambda node, name: getattr(node, name), key.split("."), Config())
+    if isinstance(default, tuple):
+        values = [value] * len(default)
+    elif key.endswith("projector"):
+        values = [value]
+    text = json.dumps(values if isinstance(default, tuple) or "projector" in key else value)
+    message = refusal(f"{key}={text}")
+    assert message.startswith(key) and "input should be" in message, message
+
+
+def test_thousands_of_threads_are_refused_and_none_of_the_shipped_values_is():
+    assert "less than or equal to 1024" in refusal("data.threads=100000")
+    assert refusal("run.timeout_s=1e300").startswith("run.timeout_s = 1e+300: input should be")
+    assert all(load(name) for name in SHIPPED)
 
 
 @pytest.mark.parametrize("value", ["[" * 100_000, "1" * 5000, "1e999"])

@@ -26,7 +26,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from cjepa_fast.data.sets.scenes import KINDS, SIZE, render
-from cjepa_fast.runtime import caches
+from cjepa_fast.runtime import caches, children
 from cjepa_fast.runtime.files import read_json
 
 VERSION = "shapes-v2"
@@ -111,7 +111,7 @@ def _render_parallel(split: str, folder: Path) -> None:
     images = COUNTS[split]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     paths = [str(Path(__file__).resolve().parents[3]), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    environment = children.environment(PYTHONPATH=os.pathsep.join(filter(None, paths)))
     command = [sys.executable, "-m", "cjepa_fast.data.sets.shapes", "--render", split, str(folder)]
     count = min(cores or 1, -(-images // SHARD))
     with contextlib.ExitStack() as stack:
@@ -164,6 +164,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--render", nargs=5, metavar="X", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.render:
+        children.end_with_parent()
         split, folder, *numbers = args.render
         _render_shards(split, Path(folder), *map(int, numbers))
         return 0

@@ -1,0 +1,36 @@
+"""Processes that are started here end with this one, however it ends: none trains on unseen.
+
+A child learns its parent's number from its environment, and looks at times whether it still has
+that parent. What torchrun and the deepspeed launcher start does the same.
+"""
+
+import functools
+import os
+import signal
+import threading
+import time
+
+PARENT = "CJEPA_PARENT"  # the process that starts others
+LAUNCHERS = ("TORCHELASTIC_RUN_ID", "LOCAL_SIZE")  # what torchrun and deepspeed set
+LOOK_S = 1.0
+
+
+def environment(**own: str) -> dict[str, str]:
+    """For a process to be started: this one's, with `own` laid over it."""
+    return {**os.environ, **own, PARENT: str(os.getpid())}
+
+
+@functools.cache  # one watcher is enough
+def end_with_parent() -> None:
+    """From now on, once the parent is gone this process gets a SIGTERM, which a training takes as
+    a request to save and stop. Of no effect where a shell or a batch system is the parent."""
+    parent = os.getppid()
+    started_here = os.environ.get(PARENT) == str(parent)
+    if started_here or any(name in os.environ for name in LAUNCHERS):
+        threading.Thread(target=_watch, args=(parent,), name="parent", daemon=True).start()
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(LOOK_S)
+    os.kill(os.getpid(), signal.SIGTERM)
