@@ -13,7 +13,7 @@ OTHERS = (
     ".heic", ".heif", ".jxl", ".jxr", ".svg", ".psd", ".psb", ".xcf", ".ico", ".icns", ".tga",
     ".pcx", ".sgi", ".qoi", ".exr", ".hdr", ".dds", ".eps", ".dcm", ".fits", ".fit",
 )  # fmt: skip
-EXTENSIONS = (*READ, *RAW, *OTHERS)
+EXTENSIONS = frozenset((*READ, *RAW, *OTHERS))
 # Bytes at an offset, of kinds that neither DALI nor Pillow reads.
 MAGIC = (
     (4, b"ftyphei", "HEIC"), (4, b"ftyphev", "HEIC"), (4, b"ftypmif1", "HEIC"),

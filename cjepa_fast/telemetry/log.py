@@ -178,6 +178,11 @@ class Telemetry:
         """Print a line of its own beside the progress line, and keep it in events.jsonl."""
         if not self.silent:
             self._line.message(text)
+            self.note(text)
+
+    def note(self, text: str) -> None:
+        """Keep in events.jsonl what has been printed before."""
+        if not self.silent:
             time_s = self._before_s + time.perf_counter() - self._start_s
             self._said.write({"step": self._step, "time_s": time_s, "text": text})
 

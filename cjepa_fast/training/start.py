@@ -224,6 +224,9 @@ def open_telemetry(
         loader.skipped.record = Lines(print, run / left_out_images.FILE).write
         if rank == 0:
             loader.skipped.log = telemetry.message
+            if skipped := loader.images.skipped:
+                told_before = left_out_images.counted(skipped)
+                telemetry.note(f"{len(skipped)} images are left out ({told_before})")
         if rank == 0:
             files.write_text(run / "config.json", config.to_json())
             if session.options.resume and begun and not state:
