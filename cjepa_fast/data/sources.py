@@ -74,7 +74,7 @@ class ImageSet:
 
     labelled: images without a label are left out. labels: int64 (n,), None where one is missing;
     classes: their names or None; sizes_N2: int32 (n, 2) height and width, upright; skipped: (name,
-    reason) of what is left out; unlabelled: how many have no label; found: how many files look like
+    reason) of what is left out; unlabelled: usable but for a label; found: how many files look like
     images; fingerprint: hash of names and sizes in bytes, the same wherever the set lies.
     """
 
@@ -82,9 +82,12 @@ class ImageSet:
         self.root, self.limits, self._parts = parts[0].root, limits, parts
         label_by_part, classes = _merged([part.table.entries_N["label"] for part in parts], parts)
         out = [_left_out(part.table, limits) for part in parts]
-        if labelled:
-            for part, label_N, why in zip(parts, label_by_part, out, strict=True):
-                _leave_unlabelled(part.table, label_N, why)
+        self.unlabelled = 0
+        for part, label_N, why in zip(parts, label_by_part, out, strict=True):
+            without = np.setdiff1d(np.flatnonzero(label_N == index.UNLABELLED), list(why)).tolist()
+            self.unlabelled += len(without)
+            if labelled:
+                why |= {i: part.table.odd.get(i, labels.NONE_GIVEN) for i in without}
         usable = [_others(part.table, why) for part, why in zip(parts, out, strict=True)]
         self._part_N = np.repeat(np.arange(len(parts), dtype=np.int32), [len(u) for u in usable])
         self._row_N = np.concatenate(usable).astype(np.int32)
@@ -102,7 +105,6 @@ class ImageSet:
             for part, why in zip(parts, out, strict=True)
             for i in sorted(why)
         ]
-        self.unlabelled = sum(int((own == index.UNLABELLED).sum()) for own in label_by_part)
         self.found = sum(len(part.table) for part in parts)
         self.fingerprint = _fingerprint(parts, out)
         self._open: dict[int, int] = {}
@@ -213,11 +215,6 @@ def _others(table: index.Table, out: dict[int, str]) -> np.ndarray:
 
 def _size(entry: np.void) -> tuple[int, int]:
     return int(entry["height"]), int(entry["width"])
-
-
-def _leave_unlabelled(table: index.Table, label_N: np.ndarray, out: dict[int, str]) -> None:
-    for i in np.flatnonzero(label_N == index.UNLABELLED).tolist():
-        out.setdefault(i, table.odd.get(i, labels.NONE_GIVEN))
 
 
 def _merged(label_by_part, parts: list[Part]) -> tuple[list[np.ndarray], labels.Classes]:

@@ -265,6 +265,9 @@ def test_a_cover_beside_class_folders_has_no_label_and_takes_none(tmp_path, open
     assert len(opened(root)) == 5
     images = opened(root, labelled=True)
     assert len(images) == 4 and images.classes == ["c0", "c1"] and images.unlabelled == 1
+    made.write(root / "empty.jpg", b"")
+    assert opened(root, labelled=True).unlabelled == opened(root).unlabelled == 1
+    (root / "empty.jpg").unlink()
     assert reasons(images) == {"cover.jpg": "no label: it lies beside the class folders"}
     assert images.fingerprint != opened(root).fingerprint  # the positions are others
 
