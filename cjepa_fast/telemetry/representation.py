@@ -20,6 +20,18 @@ def representation_stats(features_BD: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"feature_std": std, "rankme": torch.where(finite, rankme, torch.nan)}
 
 
+@torch.no_grad()
+def position_share(tokens_BND: torch.Tensor) -> torch.Tensor:
+    """Of the tokens' variance over images and positions the share, 0 to 1, that is between the mean
+    tokens of the positions: 0-d, at least fp32. Near 1 they tell where a patch is and little else.
+    NaN where nothing varies. Of B unrelated images it is about 1/B.
+    """
+    tokens_BND = tokens_BND.to(torch.promote_types(tokens_BND.dtype, torch.float32))
+    mean_D = tokens_BND.mean((0, 1))
+    total = (tokens_BND - mean_D).square().mean((0, 1)).sum()
+    return (tokens_BND.mean(0) - mean_D).square().mean(0).sum() / total
+
+
 def effective_rank(values_D: torch.Tensor) -> torch.Tensor:
     """exp of the entropy of values that are at least 0, normalised to sum to one: 0-d."""
     share = values_D / values_D.sum().clamp(min=torch.finfo(values_D.dtype).tiny)

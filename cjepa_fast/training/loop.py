@@ -23,13 +23,13 @@ from cjepa_fast.runtime.signals import StopRequest
 from cjepa_fast.telemetry import Telemetry, read_log
 from cjepa_fast.telemetry.pace import Pace
 from cjepa_fast.training.anomalies import BadSteps, Outcomes, Spikes, StepOutcome
+from cjepa_fast.training.learning import EARLY, getting_worse, learnt
 from cjepa_fast.training.start import Session
 from cjepa_fast.training.trainer import Trainer
 
 BAD_STEPS = "bad_steps.jsonl"
 NONE_BEST = {"knn": -1.0, "step": None}
 MOST_REWINDS = 3  # to one checkpoint
-FALLEN = 2.0  # points of kNN: more than one evaluation's standard error
 LEAST_FEATURES = 64  # images, before a collapse is believed
 
 
@@ -64,22 +64,6 @@ class Snapshots(Protocol):
 
     def draw(self, target: nn.Module, context: nn.Module) -> dict[str, np.ndarray]:
         """By name, each (height, width, 3) uint8."""
-
-
-def learnt(rows: list[dict]) -> str | None:
-    """Of a finished log, whether the features beat the untrained encoder's; None where neither
-    was evaluated (eval.online)."""
-    scores = [(row["step"], row["knn"]) for row in rows if row.get("knn") is not None]
-    if len(scores) < 2 or scores[0][0] != 0:
-        return None
-    (_, start), (_, end) = scores[0], scores[-1]
-    step, best = max(scores[1:], key=lambda score: score[1])
-    line = f"kNN: untrained {start:.1f} %, best {best:.1f} % (step {step}), at the end {end:.1f} %"
-    if end <= start:
-        return f"WARNING: {line}. The features are no better than untrained ones: docs/collapse.md"
-    if end < best - FALLEN:
-        line += "; it fell: RUN/best is the better checkpoint"
-    return line
 
 
 class Loop:
@@ -119,6 +103,7 @@ class Loop:
         progress = (state or {}).get("progress", {})
         self.data_offset = progress.get("data_offset", 0)  # steps whose images were passed over
         self._go_on_from(state or {"step": 0})
+        self.compared = self.done >= EARLY * trainer.total_steps  # with the start
         left = trainer.total_steps - self.done
         self.pace = Pace(left * loader.accumulation, trainer.micro_batch * distributed.world_size())
         self.bad = BadSteps(
@@ -189,7 +174,9 @@ class Loop:
             if found is None:  # made after a resume
                 found, last = {}, True
             if telemetry.due(self.done) or stopping or evaluating:
-                self._warn_of_collapse(telemetry.log_row({**self._details(), **found}))
+                row = telemetry.log_row({**self._details(), **found})
+                self._warn_of_collapse(row)
+                self._compare_with_the_start(row)
             if saving:
                 self._save()
             if last:
@@ -275,6 +262,16 @@ class Loop:
                 f"WARNING: the target's features are collapsing ({'; '.join(low)}; over the last "
                 f"{seen} images at step {row['step']}). Likely: {cause}"
             )
+
+    def _compare_with_the_start(self, row: dict | None) -> None:
+        """Once, at a tenth of the run: whether the features get worse, and what to change first."""
+        if row is None or self.compared or row["step"] < EARLY * self.trainer.total_steps:
+            return
+        rows = read_log(self.folder)
+        self.compared = sum(row["step"] > 0 for row in rows) > 1
+        width = self.trainer.context_encoder.width
+        if line := getting_worse(rows, self.config, width):
+            self.telemetry.message(line)
 
     def _is_anomaly(self, outcome: StepOutcome) -> bool:
         """Tell and write down, with its images, a step that was not applied or stands out.

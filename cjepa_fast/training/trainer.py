@@ -14,7 +14,7 @@ from cjepa_fast.data.masks import Masks
 from cjepa_fast.kernels.ema import Number
 from cjepa_fast.model.vit import count_parameters
 from cjepa_fast.runtime import distributed, hardware
-from cjepa_fast.telemetry import representation_stats
+from cjepa_fast.telemetry import position_share, representation_stats
 from cjepa_fast.training import optim
 from cjepa_fast.training.build import (
     build_engine,
@@ -31,6 +31,7 @@ from cjepa_fast.training.engines.cuda_graph import Graphed
 from cjepa_fast.training.engines.single import SingleEngine
 from cjepa_fast.training.engines.target_stream import TargetStream
 
+SHARE_IMAGES = 32  # of a micro-batch, whose target tokens tell what position explains
 FEATURE_ROWS = 1024  # pooled target features that RankMe and the per-dimension std are taken over
 
 
@@ -173,7 +174,9 @@ class Trainer:
         terms = self.engine(images_B3HW, masks.context, masks.target_idx_BMP, target_BND, *drawn)
         self.engine.backward(terms["loss"])
         applied = self.engine.step(lr, weight_decay, momentum)
-        return {name: t.detach() for name, t in terms.items()}, target_BND.mean(1), applied
+        told = {name: term.detach() for name, term in terms.items()}
+        told["by_position"] = position_share(target_BND[:SHARE_IMAGES])
+        return told, target_BND.mean(1), applied
 
     def drawn(self, index: int) -> tuple[torch.Tensor, ...]:
         """What the loss of step `index` (from 0) draws: SIGReg's directions (D, K), or nothing.

@@ -16,7 +16,6 @@ from cjepa_fast.data.sources import open_images
 from cjepa_fast.eval import features, online
 from cjepa_fast.eval.probes import knn
 from cjepa_fast.telemetry import read_log
-from cjepa_fast.training import loop
 
 handlers = test_run.handlers
 MARKS = {"knn", "knn_centred", "linear"}
@@ -216,17 +215,3 @@ def test_tensorboard_has_masks_attention_and_features_at_each(tmp_path):
     assert set(events.Tags()["images"]) == {"masks", "attention", "pca"}
     shown = events.Images("pca")
     assert [picture.step for picture in shown] == [0, 2, 4, 6] and shown[0].height > 100
-
-
-def knn_rows(*scores: float) -> list[dict]:
-    return [{"step": 10 * i, "knn": score} for i, score in enumerate(scores)]
-
-
-def test_the_end_says_whether_the_features_beat_untrained_ones():
-    assert loop.learnt([{"step": 1}]) is loop.learnt(knn_rows(20.0)) is None
-    assert loop.learnt([{"step": 5, "knn": 1.0}, {"step": 6, "knn": 2.0}]) is None  # resumed copy
-    said = loop.learnt(knn_rows(20.0, 30.0, 50.04))
-    assert said == "kNN: untrained 20.0 %, best 50.0 % (step 20), at the end 50.0 %"
-    assert loop.learnt(knn_rows(20.0, 50.0, 45.0)).endswith("RUN/best is the better checkpoint")
-    assert "fell" not in loop.learnt(knn_rows(20.0, 50.0, 49.0))
-    assert loop.learnt(knn_rows(20.0, 25.0, 19.0)).startswith("WARNING: kNN: untrained 20.0 %")

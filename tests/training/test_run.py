@@ -19,7 +19,7 @@ from cjepa_fast import checkpoint, train
 from cjepa_fast.config import validate
 from cjepa_fast.model.jepa import JEPA
 from cjepa_fast.runtime import files, run_lock
-from cjepa_fast.training import build, trainer
+from cjepa_fast.training import build, learning, trainer
 from cjepa_fast.training.trainer import Trainer
 
 
@@ -244,7 +244,8 @@ def test_features_that_are_not_finite_are_no_collapse(tmp_path, capfd, monkeypat
     assert "collapsing" not in capfd.readouterr().out
 
 
-def test_collapse_is_warned_of_once_with_its_numbers(tmp_path, capfd):
+def test_collapse_is_warned_of_once_with_its_numbers(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(learning, "LESS_SPREAD", 100.0)  # any RankMe counts as a fall
     config = tiny.write_config(
         tmp_path,
         data={"batch_size": 16, "micro_batch_size": 16, "threads": 1, "image_size": 24},
@@ -255,6 +256,8 @@ def test_collapse_is_warned_of_once_with_its_numbers(tmp_path, capfd):
     assert run(config) == 0
     out = capfd.readouterr().out
     assert out.count("WARNING: the target's features are collapsing") == 1
+    assert out.count("WARNING: the features get worse than untrained ones (RankMe") == 1
+    assert "First change loss.vicreg.beta from 0" in out
     assert "floor 100" in out and "feature_std" not in out and "loss.vicreg.beta is 0" in out
 
 

@@ -19,6 +19,7 @@ PANELS = {
     "linear": ("linear probe, %", False),
     "feature_std": ("std of the features, per dimension", False),
     "rankme": ("RankMe of the features", False),
+    "by_position": ("share of the tokens' variance that position explains", False),
     "grad_norm": ("gradient norm", True),
     "lr": ("learning rate", False),
     "images_per_s": ("images/s", False),

@@ -6,7 +6,7 @@ Shapes: n images, q views of an image, N patches, D width. All take fp32 and com
 import torch
 import torch.nn.functional as F
 
-from cjepa_fast.telemetry import effective_rank
+from cjepa_fast.telemetry import effective_rank, position_share
 
 DEAD = 0.01  # of the features' root mean square: a dimension that varies less is dead
 
@@ -70,7 +70,7 @@ def token_shares(tokens_nND: torch.Tensor) -> dict[str, float]:
     tokens_nND = tokens_nND.double()
     mean_D = tokens_nND.mean((0, 1))
     total = (tokens_nND - mean_D).square().mean((0, 1)).sum()
-    by_position = (tokens_nND.mean(0) - mean_D).square().mean(0).sum() / total
+    by_position = position_share(tokens_nND)
     by_image = (tokens_nND.mean(1) - mean_D).square().mean(0).sum() / total
     shares = {"by_position": by_position, "by_image": by_image}
     return {name: x.item() for name, x in (shares | {"by_both": 1 - sum(shares.values())}).items()}
