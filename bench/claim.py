@@ -7,10 +7,12 @@ FOLDER holds train/, held/ and test/. Encoders train on train/; probes are fitte
 images and scored on held/, by which rows are chosen; `--final` scores on test/ instead, once, for
 the rows that were chosen. Every training of configs/ablations/claim.json becomes one line of
 bench/results/claim/SET.jsonl, and its folder goes. Stopped and started again it continues.
+`python bench/claim_report.py` makes tables and curves of what is there.
 """
 
 import argparse
 import json
+import shlex
 import shutil
 import sys
 import time
@@ -136,6 +138,17 @@ def splits_of(args: argparse.Namespace):
     return cli.labelled_splits(str(args.data / "train"), str(args.data / split), 5000, None)
 
 
+def command(args: argparse.Namespace, row: str, seed: int | None) -> str:
+    """That repeats a line, without this machine's folders."""
+    words = ["python", "bench/claim.py", "--set", args.set, "--data", "FOLDER"]
+    words += ["--rows", row] if seed is not None and row != "untrained" else []
+    words += ["--seeds", str(seed or 0), "--length", str(args.length)]
+    words += ["--final"] if args.final else []
+    for override in args.overrides:
+        words += ["--override", override]
+    return shlex.join(words)
+
+
 def record(args: argparse.Namespace, name: str, seed: int | None, readings: list[dict]) -> dict:
     return {
         "row": name,
@@ -145,7 +158,7 @@ def record(args: argparse.Namespace, name: str, seed: int | None, readings: list
         "scored_on": "test" if args.final else "held",
         "overrides": args.overrides,
         "readings": readings,
-        "on": provenance(here()),
+        "on": {**provenance(here()), "command": command(args, name, seed)},
     }
 
 
