@@ -198,8 +198,8 @@ def _explain(error: dict) -> str:
         nearest = ".".join([*path[:-1], near[0]]) if near else ""
         return f"{key} = {value}: no such key; nearest is {nearest}; valid: {', '.join(valid)}"
     reason = error["msg"][0].lower() + error["msg"][1:]
-    place = f"{key} = {value}" if key else "the configuration"
-    return f"{place}: {reason}{_nearest_word(error)}"
+    subject = f"{key} = {value}" if key else "the configuration"
+    return f"{subject}: {reason}{_nearest_word(error)}"
 
 
 def _shown(value: Any) -> str:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from cjepa_fast.config import DataSection
-from cjepa_fast.data import faults, formats, index, kinds, labels, listing, places
+from cjepa_fast.data import faults, formats, index, kinds, labels, listing, locations
 from cjepa_fast.data.headers import JPEG_END
 from cjepa_fast.data.left_out import tell
 from cjepa_fast.runtime.watched import watched
@@ -269,11 +269,11 @@ def open_images(
     """
     paths = [path] if isinstance(path, (str, os.PathLike)) else list(path)
     workers = workers or min(32, 4 * (os.cpu_count() or 1))
-    found = [places.find(str(one), log) for one in paths]
-    prefixes = _prefixes([place.root for place in found])
+    found = [locations.find(str(one), log) for one in paths]
+    prefixes = _prefixes([location.root for location in found])
     parts: list[Part] = []
-    for place, prefix in zip(found, prefixes, strict=True):
-        parts += _indexed(place, prefix, cache, workers, log)
+    for location, prefix in zip(found, prefixes, strict=True):
+        parts += _indexed(location, prefix, cache, workers, log)
     images = ImageSet(parts, limits, labelled)
     report = report or index.cache_file(found[0].root, cache).with_suffix(".unusable.jsonl")
     tell(images.skipped, images.found, report, log)
@@ -306,14 +306,14 @@ def _warn_of_darkness(images: ImageSet, log: Callable[[str], None]) -> None:
         )
 
 
-def _indexed(place: places.Place, prefix: str, cache, workers: int, log) -> list[Part]:
-    root, shards = place
+def _indexed(location: locations.Location, prefix: str, cache, workers: int, log) -> list[Part]:
+    root, shards = location
     with index.lock(index.cache_file(root, cache)), ThreadPoolExecutor(workers) as pool:
         if shards:
             tables, classes = listing.index_shards(shards, cache, pool, log)
             pairs = zip(tables, shards, strict=True)
             return [Part(table, root, shard, classes, prefix) for table, shard in pairs]
-        if place.is_list:
+        if location.is_list:
             table, classes = listing.index_list(root, cache, pool, log)
             return [Part(table, root.parent, None, classes, prefix)]
         table, classes = listing.index_folder(root, cache, pool, log)

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from cjepa_fast.checkpoint.encoders import is_run, load_encoder
-from cjepa_fast.data import places, rng
+from cjepa_fast.data import locations, rng
 from cjepa_fast.data.sources import ImageSet, NothingUsable, open_images
 from cjepa_fast.eval.features import digest, extract, split_by_name
 from cjepa_fast.model.vit import Encoder
@@ -31,7 +31,7 @@ from cjepa_fast.runtime.files import read_json, write_text
 from cjepa_fast.runtime.printable import printable
 
 LABELLED = "it needs a folder for each class, a .cls or .json for each image, or a .csv"
-SPLITS = {places.TRAINING, *places.OTHER_SPLITS}
+SPLITS = {locations.TRAINING, *locations.OTHER_SPLITS}
 Row = dict[str, object]
 Split = tuple[ImageSet, torch.Tensor]  # a set and the indices used of it
 VERSIONS = (
@@ -189,7 +189,7 @@ def labelled_splits(
     names; the synthetic dataset has its own held-out split. Raises ValueError where labels are
     missing.
     """
-    if test is None and (held_out := places.split_beside(Path(data))):
+    if test is None and (held_out := locations.split_beside(Path(data))):
         test = str(held_out)
     train_set = labelled(data)
     if test is None and data == "shapes":

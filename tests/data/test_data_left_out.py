@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cjepa_fast.data import faults, formats, index, lists, places
+from cjepa_fast.data import faults, formats, index, lists, locations
 from cjepa_fast.data.batches import ImagesGone, Skipped, read_one
 from cjepa_fast.data.sources import Limits, open_images
 from cjepa_fast.runtime import watched
@@ -280,7 +280,7 @@ def test_a_folder_of_splits_trains_on_train(tmp_path, opened):
     assert len(images) == 9 and images.classes == ["c0", "c1", "c2"]
     assert opened.said == [f"{root} holds splits: train/ is taken, val/ is left for evaluation"]
     assert images.fingerprint == opened(root / "train").fingerprint
-    assert places.split_beside(root / "train") is None
+    assert locations.split_beside(root / "train") is None
 
 
 def test_only_regular_files_are_opened(tmp_path, opened):

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from cjepa_fast.data import formats, index, listing
-from cjepa_fast.data.places import expand_braces
+from cjepa_fast.data.locations import expand_braces
 from cjepa_fast.data.sources import open_images
 
 

@@ -15,7 +15,7 @@ OTHER_SPLITS = ("val", "valid", "validation", "test")
 PACKED = (".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst")
 
 
-class Place(NamedTuple):
+class Location(NamedTuple):
     """root: a folder, a list or what names the shards; shards: [] where it is not these."""
 
     root: Path
@@ -26,7 +26,7 @@ class Place(NamedTuple):
         return not self.shards and self.root.suffix.lower() in lists.ENDINGS
 
 
-def find(path: str, log: Callable[[str], None] = print) -> Place:
+def find(path: str, log: Callable[[str], None] = print) -> Location:
     """Raises FileNotFoundError or ValueError, naming the path and the way out."""
     if not path.strip():
         raise ValueError(
@@ -34,10 +34,10 @@ def find(path: str, log: Callable[[str], None] = print) -> Place:
         )
     path = _synthetic(path)
     if "{" in path and not os.path.exists(path):
-        return Place(Path(path), _braced(path))
+        return Location(Path(path), _braced(path))
     root = Path(path)
     if root.is_file():
-        return Place(root, [] if root.suffix.lower() in lists.ENDINGS else [_plain_tar(root)])
+        return Location(root, [] if root.suffix.lower() in lists.ENDINGS else [_plain_tar(root)])
     if not root.is_dir():
         raise FileNotFoundError(
             f"{path} does not exist: data.path is a folder, a .tar, a pattern such as "
@@ -46,7 +46,7 @@ def find(path: str, log: Callable[[str], None] = print) -> Place:
     if other := split_beside(root):
         log(f"{root} holds splits: {TRAINING}/ is taken, {other.name}/ is left for evaluation")
         root = root / TRAINING
-    return Place(root, _shards_in(root, log))
+    return Location(root, _shards_in(root, log))
 
 
 def split_beside(root: Path) -> Path | None:
