@@ -15,6 +15,7 @@ import time
 from multiprocessing import connection
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 GRACE_S = 30.0  # as torchrun gives the others, from SIGTERM to SIGKILL
@@ -41,6 +42,15 @@ def run(
     return subprocess.CompletedProcess([script, *args], started.poll(), *said)
 
 
+def begin(command: list, environment: dict[str, str], out: Path, err: Path):
+    """The command, begun, with pid, poll() and wait(). A Python script is forked, but for a GPU."""
+    words = [str(word) for word in command]
+    if words[0] == sys.executable and not torch.cuda.is_available():
+        return Forked(Path(words[1]), words[2:], 1, environment, out, err)
+    with out.open("a") as to, err.open("a") as told:
+        return subprocess.Popen(words, stdout=to, stderr=told, env=environment)
+
+
 class Forked:
     """Those processes, begun: where torchrun would be. stdout and stderr go to the files."""
 
@@ -55,6 +65,7 @@ class Forked:
             self._processes.append(_FORKS.Process(target=_main, args=given))
             self._processes[-1].start()
         self.pids = [process.pid for process in self._processes]
+        self.pid = self.pids[0]
 
     def wait(self, timeout_s: float) -> bool:
         """Until all have ended; one that fails has the others ended. False if it took too long."""

@@ -4,7 +4,6 @@ import contextlib
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 import uuid
@@ -16,8 +15,8 @@ import torch
 
 TRAIN = tiny.ROOT / "cjepa_fast" / "train.py"
 LAUNCHERS = {
-    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone"],
-    "deepspeed": [str(Path(sys.prefix, "bin", "deepspeed"))],
+    "torchrun": [sys.executable, Path(sys.prefix, "bin", "torchrun"), "--standalone"],
+    "deepspeed": [sys.executable, Path(sys.prefix, "bin", "deepspeed")],
 }
 NUMBER = {"torchrun": "--nproc_per_node", "deepspeed": "--num_gpus"}
 
@@ -39,11 +38,9 @@ class Launched:
         if launcher == "deepspeed":  # else of all one port
             command += ["--master_port", str(tiny.free_port())]
         command += [script, *args]
-        with self.out.open("w") as out, self.err.open("w") as err:
-            self.launcher = subprocess.Popen(
-                [str(part) for part in command], stdout=out, stderr=err, cwd=tiny.ROOT,
-                env=tiny.environment() | own,
-            )  # fmt: skip
+        for file in (self.out, self.err):
+            file.touch()
+        self.launcher = forks.begin(command, tiny.environment() | own, self.out, self.err)
 
     def __enter__(self):
         return self
@@ -55,8 +52,10 @@ class Launched:
         self.launcher.wait(tiny.HANG_S)
 
     def alive(self, *more: str) -> list[int]:
-        """Its processes that have `more` ("RANK=1") in their environment too."""
-        return [pid for pid in _numbers() if {self.mark, *more} <= _environment(pid)]
+        """The launcher and what it started; or those that have `more` ("RANK=1") set."""
+        found = [pid for pid in _numbers() if {self.mark, *more} <= _environment(pid)]
+        forked = not more and self.launcher.pid not in found and self.launcher.poll() is None
+        return found + [self.launcher.pid] * forked
 
     def pid_of(self, rank: int) -> int:
         found = [pid for pid in self.alive(f"RANK={rank}") if _parent(pid) in self.alive()]
@@ -71,7 +70,7 @@ class Launched:
         """The launcher's exit status, once all has ended."""
         while self.launcher.poll() is None or self.alive():
             self._pause()
-        return self.launcher.returncode
+        return self.launcher.poll()
 
     def _pause(self) -> None:
         assert time.monotonic() < self.deadline, self.err.read_text()[-5000:]

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import corrupt_images
+import forks
 import psutil
 import tiny
 import torch
@@ -132,25 +133,20 @@ def launched(
     try:
         if moment is not None:
             strike(moment, launcher, folder / f"halted.{number}", said)
-        status = launcher.wait(tiny.HANG_S)
+        launcher.wait(tiny.HANG_S)
     finally:
         if launcher.poll() is None:
             kill_all(launcher, launcher.pid)
-    return status, said.read_text()
+    return launcher.poll(), said.read_text()
 
 
-def launch(command: list, ranks: int, said: Path) -> subprocess.Popen:
+def launch(command: list, ranks: int, said: Path) -> forks.Forked | subprocess.Popen:
     """A script with its arguments on so many ranks; both its outputs go to the file `said`."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    launcher = [Path(sys.prefix, "bin", "torchrun"), "--standalone", f"--nproc-per-node={ranks}"]
     words = [sys.executable, *(launcher if ranks > 1 else []), *command]
-    with open(said, "w") as file:
-        return subprocess.Popen(
-            [str(word) for word in words],
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env=tiny.environment() | {"CUDA_VISIBLE_DEVICES": ""},  # bit for bit holds on the CPU
-            cwd=tiny.ROOT,
-        )
+    said.touch()
+    # bit for bit holds on the CPU
+    return forks.begin(words, tiny.environment() | {"CUDA_VISIBLE_DEVICES": ""}, said, said)
 
 
 def strike(moment: Moment, launcher: subprocess.Popen, halted: Path, said: Path) -> None:

@@ -155,9 +155,9 @@ class Run:
         self.starts += 1
         self.kills += killed
         self.stretches += stretches.values()
-        if not killed and launcher.returncode:
+        if not killed and launcher.poll():
             raise SystemExit(f"the run failed by itself; it said:\n{said.read_text()}")
-        return launcher.returncode == 0
+        return launcher.poll() == 0
 
     def _sample(self, launcher: subprocess.Popen, stretches: dict[int, Stretch]) -> list[int]:
         """Note a sample of each training process; returns their ids."""
