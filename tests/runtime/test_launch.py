@@ -95,17 +95,17 @@ def wait_for(condition, process: subprocess.Popen) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("tasks", "nodes"),
+    ("tasks", "nodes", "steps"),  # enough that the signal comes long before the end
     [
-        ("1", "localhost"),
-        pytest.param("2", "localhost,other", marks=pytest.mark.multiprocess),
+        ("1", "localhost", 200),
+        pytest.param("2", "localhost,other", 80, marks=pytest.mark.multiprocess),
     ],
 )
 def test_a_slurm_job_saves_before_its_limit_is_requeued_and_finishes(
-    cluster, tmp_path, tasks, nodes
+    cluster, tmp_path, tasks, nodes, steps
 ):
     cluster |= {"TASKS": tasks, "NODES": nodes, "SLURM_JOB_NUM_NODES": tasks}
-    config = tiny.write_config(tmp_path, run={"epochs": 100}, checkpoint={"every_steps": 0})
+    config = tiny.write_config(tmp_path, run={"epochs": steps // 2}, checkpoint={"every_steps": 0})
     log, queue = tmp_path / "run" / "log.jsonl", tmp_path / "scontrol.log"
     job = submitted(tmp_path, cluster, "--config", config)
     wait_for(lambda: log.exists() and log.read_text(), job)
@@ -113,14 +113,14 @@ def test_a_slurm_job_saves_before_its_limit_is_requeued_and_finishes(
     out, err = job.communicate(timeout=tiny.HANG_S)
     assert job.returncode == 0, err
     step = json.loads((checkpoint.latest(tmp_path / "run") / "state.json").read_text())["step"]
-    assert 1 <= step < 200 and f"stopped after step {step}; resume with: sbatch " in out
+    assert 1 <= step < steps and f"stopped after step {step}; resume with: sbatch " in out
     assert queue.read_text() == f"requeue {cluster['SLURM_JOB_ID']}\n"
 
     for _ in ("resumes to its end", "finds nothing left to do")[: 2 if tasks == "1" else 1]:
         job = submitted(tmp_path, cluster, "--config", config)  # by SLURM, as it was
         out, err = job.communicate(timeout=tiny.HANG_S)
         assert job.returncode == 0 and "done: " in out, err
-        assert list(tiny.losses(tmp_path / "run")) == list(range(1, 201))
+        assert list(tiny.losses(tmp_path / "run")) == list(range(1, steps + 1))
         assert (tmp_path / "run" / "encoder.safetensors").exists()
     assert len(queue.read_text().splitlines()) == 1
 
@@ -214,8 +214,29 @@ def one_node(tmp_path_factory) -> Path:
     return folder / "run"
 
 
+def begun(command: list[str], environment: dict, folder: Path) -> tuple:
+    """A node's command, begun, and the files with its stdout and stderr."""
+    folder.mkdir()
+    out, err = folder / "stdout", folder / "stderr"
+    for file in (out, err):
+        file.touch()
+    return forks.begin(command, environment, out, err), out, err
+
+
+def ended(nodes: list[tuple]) -> list[tuple[str, str]]:
+    """stdout and stderr of each, once all have ended."""
+    try:
+        for node, *_ in nodes:
+            node.wait(tiny.HANG_S)
+    finally:
+        for node, *_ in nodes:
+            if node.poll() is None:
+                os.kill(node.pid, signal.SIGKILL)
+    return [(out.read_text(), err.read_text()) for _, out, err in nodes]
+
+
 def torchrun(*options: str, config: Path) -> list[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", *options]
+    command = [sys.executable, f"{sys.prefix}/bin/torchrun", *options]
     return [*command, str(TRAIN), "--config", str(config)]
 
 
@@ -223,17 +244,17 @@ def torchrun(*options: str, config: Path) -> list[str]:
 @pytest.mark.multiprocess
 def test_torchrun_starts_again_where_a_rank_died(tmp_path):
     """Without the variable the second attempt finds the first one's ports in the shared store."""
-    config = tiny.write_config(tmp_path, run={"epochs": 50}, checkpoint={"every_steps": 5})
+    config = tiny.write_config(tmp_path, run={"epochs": 30}, checkpoint={"every_steps": 5})
     options = ["--nproc_per_node=2", "--max-restarts=2", "--rdzv_backend=c10d"]
     command = torchrun(*options, f"--rdzv_endpoint=127.0.0.1:{tiny.free_port()}", config=config)
     own = on_the_cpu() | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    with subprocess.Popen([*command, "--resume", "auto"], env=own, **PIPED) as job:
-        wait_for(lambda: checkpoint.latest(tmp_path / "run"), job)
-        psutil.Process(job.pid).children()[-1].kill()
-        out, err = job.communicate(timeout=tiny.HANG_S)
-    assert job.returncode == 0 and "done: " in out, err
+    node = begun([*command, "--resume", "auto"], own, tmp_path / "node")
+    tiny.wait_for(lambda: checkpoint.latest(tmp_path / "run") or node[0].poll() is not None)
+    psutil.Process(node[0].pid).children()[-1].kill()
+    ((out, err),) = ended([node])
+    assert node[0].poll() == 0 and "done: " in out, err
     assert "exitcode: -9" in err
-    assert list(tiny.losses(tmp_path / "run")) == list(range(1, 101))
+    assert list(tiny.losses(tmp_path / "run")) == list(range(1, 61))
 
 
 @pytest.mark.slow
@@ -244,28 +265,25 @@ def test_nodes_that_have_other_images_are_refused(tmp_path):
     meeting = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1"]
     meeting += [f"--master_port={tiny.free_port()}"]
     nodes = [
-        subprocess.Popen(
+        begun(
             torchrun(*meeting, f"--node_rank={n}", config=config),
-            env=on_the_cpu() | {"IMAGES_OF_NODE": str(tmp_path / folder)}, **PIPED,
+            on_the_cpu() | {"IMAGES_OF_NODE": str(tmp_path / images)},
+            tmp_path / f"node_{n}",
         )
-        for n, folder in enumerate(("images", "fewer"))
-    ]  # fmt: skip
-    said = [node.communicate(timeout=tiny.HANG_S)[1] for node in nodes]
-    assert all(node.returncode for node in nodes)
+        for n, images in enumerate(("images", "fewer"))
+    ]
+    said = [err for _, err in ended(nodes)]
+    assert all(node.poll() for node, *_ in nodes)
     assert "names another set there than here: 40 images on" in said[0] and ", 39 images" in said[0]
     assert not (tmp_path / "run").exists()
 
 
-def train_on_nodes(commands: list[list[str]], environment: dict) -> list[str]:
+def train_on_nodes(commands: list[list[str]], environment: dict, folder: Path) -> list[str]:
     """Run a command a node, all at once. Returns what each printed."""
-    nodes = [subprocess.Popen(command, env=environment, **PIPED) for command in commands]
-    try:
-        printed = [node.communicate(timeout=tiny.HANG_S) for node in nodes]
-    finally:
-        for node in nodes:
-            node.kill()
-    for node, (_, err) in zip(nodes, printed, strict=True):
-        assert node.returncode == 0, err
+    nodes = [begun(one, environment, folder / f"node_{n}") for n, one in enumerate(commands)]
+    printed = ended(nodes)
+    for (node, *_), (_, err) in zip(nodes, printed, strict=True):
+        assert node.poll() == 0, err
     return [out for out, _ in printed]
 
 
@@ -286,7 +304,7 @@ def test_torchrun_on_two_nodes_trains_as_on_one(one_node, tmp_path):
         f"--master_port={port}",
     ]
     commands = [torchrun(*meeting, f"--node_rank={n}", config=config) for n in range(2)]
-    train_on_nodes(commands, on_the_cpu())
+    train_on_nodes(commands, on_the_cpu(), tmp_path)
     assert_trained_as(one_node, tmp_path / "run")
 
 
@@ -296,11 +314,13 @@ def test_a_hostfile_of_two_nodes_trains_as_one(one_node, tmp_path):
     config, hosts = tiny.write_config(tmp_path), tmp_path / "hostfile"
     hosts.write_text("a slots=1\nb slots=1\n")
     launch = [
-        f"{sys.prefix}/bin/deepspeed", "--no_ssh", "--num_nodes=2", f"--hostfile={hosts}",
+        sys.executable, f"{sys.prefix}/bin/deepspeed", "--no_ssh", "--num_nodes=2",
+        f"--hostfile={hosts}",
         "--master_addr=127.0.0.1", f"--master_port={tiny.free_port()}",
     ]  # fmt: skip
     train = [str(TRAIN), "--config", str(config)]
-    train_on_nodes([[*launch, f"--node_rank={n}", *train] for n in range(2)], on_the_cpu())
+    commands = [[*launch, f"--node_rank={n}", *train] for n in range(2)]
+    train_on_nodes(commands, on_the_cpu(), tmp_path)
     assert_trained_as(one_node, tmp_path / "run")
 
 
@@ -341,5 +361,5 @@ def test_nodes_with_addresses_of_their_own_train_as_one(one_node, tmp_path, netw
         ["ip", "netns", "exec", name, *torchrun(*meeting, f"--node_rank={n}", config=config)]
         for n, (name, _) in enumerate(network)
     ]
-    train_on_nodes(commands, on_the_cpu() | {"GLOO_SOCKET_IFNAME": "wire"})
+    train_on_nodes(commands, on_the_cpu() | {"GLOO_SOCKET_IFNAME": "wire"}, tmp_path)
     assert_trained_as(one_node, tmp_path / "run")
