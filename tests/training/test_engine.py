@@ -52,10 +52,9 @@ def assert_agree(one: dict, other: dict, precision: str) -> None:
 
 
 def assert_stages_follow(
-    single: dict, folder, stages: list[str], *options, ranks: int, steps: int = MANY
+    single: dict, folder, runs: list[str], *options, ranks: int, steps: int = MANY
 ) -> None:
-    """Of every stage: the trajectory is one rank's, the EMA an unsharded one's, exactly."""
-    runs = [f"{stage}:{precision}" for stage in stages for precision in AGREE]
+    """Of every run: the trajectory is one rank's, the EMA an unsharded one's, exactly."""
     made = work(runs, folder, *options, ranks=ranks, steps=steps)
     for run, result in zip(runs, made, strict=True):
         stage, precision = run.split(":")
@@ -67,19 +66,28 @@ def assert_stages_follow(
         assert whole_target != (stage[0] == "3" and ranks > 1)
 
 
+EACH_STAGE = ["0:bf16", "1:fp32", "2:bf16", "3:fp32", "3offload:bf16"]
+STAGES = ("0", "1", "2", "3", "3offload")
+EACH_PAIR = [f"{stage}:{precision}" for stage in STAGES for precision in AGREE]
+
+
 @pytest.mark.multiprocess
 @pytest.mark.parametrize(
-    ("ranks", "steps"), [(2, MANY), pytest.param(4, STEPS, marks=pytest.mark.slow)]
+    ("runs", "ranks", "steps"),
+    [(EACH_PAIR, 2, MANY), pytest.param(EACH_STAGE, 4, STEPS, marks=pytest.mark.slow)],
+    ids=["2-20", "4-6"],
 )
-def test_every_stage_on_many_ranks_follows_one(single, tmp_path, ranks, steps):
-    stages, save = ["0", "1", "2", "3", "3offload"], f"save={steps // 2}"
-    assert_stages_follow(single, tmp_path, stages, save, ranks=ranks, steps=steps)
+def test_every_stage_on_many_ranks_follows_one(single, tmp_path, runs, ranks, steps):
+    """Two ranks see each stage in each precision; four, which only cut the state finer, see each
+    stage in one, and each precision."""
+    assert_stages_follow(single, tmp_path, runs, f"save={steps // 2}", ranks=ranks, steps=steps)
 
 
 @pytest.mark.slow
 def test_every_stage_on_one_process_follows_plain_training(single, tmp_path):
     """DeepSpeed steps with zero gradients to allocate Adam's state: that must leave no trace."""
-    assert_stages_follow(single, tmp_path, ["1", "2", "3", "local"], ranks=1)
+    runs = [f"{stage}:{precision}" for stage in ("1", "2", "3", "local") for precision in AGREE]
+    assert_stages_follow(single, tmp_path, runs, ranks=1)
 
 
 @pytest.mark.multiprocess
