@@ -20,7 +20,6 @@ import warnings
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0"
-os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # the same instructions, a seventh sooner
 
 import aot_table
 import shipped
