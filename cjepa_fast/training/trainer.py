@@ -147,10 +147,11 @@ class Trainer:
         if self.config.run.cuda_graph:  # it holds the update, which cannot wait inside it
             self.engine.snapshot.wait()
         for batch in batches:
-            terms, features_BD, applied = self._run(
+            terms, features_BD, tokens_bND, applied = self._run(
                 batch.images_B3HW, batch.masks, *schedules, *drawn
             )
             self.features.append(features_BD.clone())
+            self.tokens_bND = tokens_bND.clone()  # else the whole target's output stays
             sums = {name: sums.get(name, 0) + term for name, term in terms.items()}
             after_micro_batch()
         means = {name: total / self.accumulation for name, total in sums.items()}
@@ -164,10 +165,11 @@ class Trainer:
         weight_decay: Number,
         momentum: Number,
         *drawn: torch.Tensor,
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor, bool | torch.Tensor]:
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor, bool | torch.Tensor]:
         """One micro-batch, and the update after a step's last. drawn: see `drawn`.
 
-        Returns the terms, the target's mean tokens (B, D), and what the engine's step returns.
+        Returns the terms, the target's mean tokens (B, D), the tokens of its first images
+        (b, N, D), and what the engine's step returns.
         """
         with torch.no_grad():
             target_BND = self.target(images_B3HW)
@@ -175,8 +177,7 @@ class Trainer:
         self.engine.backward(terms["loss"])
         applied = self.engine.step(lr, weight_decay, momentum)
         told = {name: term.detach() for name, term in terms.items()}
-        told["by_position"] = position_share(target_BND[:SHARE_IMAGES])
-        return told, target_BND.mean(1), applied
+        return told, target_BND.mean(1), target_BND[:SHARE_IMAGES], applied
 
     def drawn(self, index: int) -> tuple[torch.Tensor, ...]:
         """What the loss of step `index` (from 0) draws: SIGReg's directions (D, K), or nothing.
@@ -220,6 +221,7 @@ class Trainer:
             "skipped_steps": skipped_steps,
             "skipped_images": skipped_images,
             **representation_stats(torch.cat(list(self.features))),
+            "by_position": position_share(self.tokens_bND),
         }
 
     def facts(self) -> dict:
