@@ -88,6 +88,7 @@ class Trainer:
         if config.run.target_stream and device.type == "cuda":
             self.target = TargetStream(target, networks.predictor, device)
         self.features: deque[torch.Tensor] = deque(maxlen=-(-FEATURE_ROWS // self.micro_batch))
+        self.tokens_bND = torch.empty(0)  # the target's, of the last micro-batch's first images
         self._run = self.micro_step
         if config.run.cuda_graph:
             self._check_graph()
