@@ -29,6 +29,7 @@ from cjepa_fast.kernels.common.launch import (
     use_kernel,
 )
 from cjepa_fast.kernels.common.maybe_triton import tl, triton
+from cjepa_fast.kernels.common.operators import operator
 from cjepa_fast.kernels.common.tiles import ROW_TILES, WIDE_LOADS, WIDEST, Tile, row_tiles
 from cjepa_fast.kernels.gelu import gelu_of
 
@@ -164,26 +165,26 @@ def launch_quantise(
 # --- the operators
 
 
-@torch.library.custom_op("cjepa_fast::quantise_rows", mutates_args=())
+@operator("quantise_rows")
 def quantise_rows_op(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return launch_quantise(x)
 
 
-@torch.library.custom_op("cjepa_fast::quantise_norm", mutates_args=())
+@operator("quantise_norm")
 def quantise_norm_op(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return launch_quantise(x, "norm", (weight, bias), eps)
 
 
-@torch.library.custom_op("cjepa_fast::quantise_gelu", mutates_args=())
+@operator("quantise_gelu")
 def quantise_gelu_op(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return launch_quantise(x, "gelu")
 
 
-@quantise_rows_op.register_fake
-@quantise_norm_op.register_fake
-@quantise_gelu_op.register_fake
+@torch.library.register_fake(quantise_rows_op)
+@torch.library.register_fake(quantise_norm_op)
+@torch.library.register_fake(quantise_gelu_op)
 def _(x, *others):
     return x.new_empty(x.shape, dtype=E4M3), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
 

@@ -12,7 +12,13 @@ import torch
 from cjepa_fast import config as configuration
 from cjepa_fast.config import Config
 from cjepa_fast.runtime import distributed, memory
-from cjepa_fast.training.build import build_networks, compute_dtype, meta_batch
+from cjepa_fast.training.build import (
+    build_networks,
+    compute_dtype,
+    gflop_of,
+    meta_batch,
+    model_sizes,
+)
 
 SHARE = 0.8  # of what is free: the rest is for batches made ahead and for what else runs here
 # What lives for a moment within a step, beside what is saved for the backward, as a factor.
@@ -48,12 +54,34 @@ def _with(config: Config, micro_batch: int) -> Config:
 
 def most_images(config: Config) -> int:
     """Images a micro-batch that fit what this process may take; all where nobody says what."""
-    free = memory.free_bytes()
+    free, asked = memory.free_bytes(), config.data.micro_batch_size
     if free is None:
-        return config.data.micro_batch_size
+        return asked
+    room = SHARE * free / _ranks_here()
+    fixed, image = at_most(config)
+    if fixed + asked * image <= room:
+        return asked
     fixed, image = needed(config)
-    room = SHARE * free / _ranks_here() - fixed
-    return max(0, int(room // image))
+    return max(0, int((room - fixed) // image))
+
+
+def at_most(config: Config) -> tuple[float, float]:
+    """A bound on `needed` from the sizes alone: the meta device takes a second to load.
+
+    A weight multiplies N tokens or more, 2 FLOP each, and biases and norms are fewer than weights.
+    A token saves at most 24 widths of fp32 in a block whose products take 24 width^2 FLOP, and a
+    pair of tokens that meet 8 bytes a head in products of 4 width FLOP.
+    """
+    N = (config.data.image_size // config.model.patch_size) ** 2
+    gflop = gflop_of(config, N, config.mask.targets, N)
+    encoder, predictor = model_sizes(config), config.predictor
+    width = min(encoder["width"], predictor.width)
+    head = min(
+        encoder["width"] // encoder["heads"],
+        predictor.width // (predictor.heads or encoder["heads"]),
+    )
+    flop = 1e9 * (gflop["context"] + gflop["predictor"]) / 3  # of the forward
+    return PARAMETER_BYTES * flop / N, MOMENTARY * flop * (4 / width + 2 / head)
 
 
 def needed(config: Config) -> tuple[float, float]:

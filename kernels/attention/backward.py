@@ -23,6 +23,7 @@ from cjepa_fast.kernels.attention.two_pass_backward import (
 )
 from cjepa_fast.kernels.common.launch import chosen, roomy
 from cjepa_fast.kernels.common.maybe_triton import triton
+from cjepa_fast.kernels.common.operators import operator
 from cjepa_fast.kernels.common.sums import sum_parts
 
 # --- the launcher
@@ -91,7 +92,7 @@ def launch_attention_backward(
 # --- the operator
 
 
-@torch.library.custom_op("cjepa_fast::attention_backward", mutates_args=())
+@operator("attention_backward")
 def attention_backward_op(
     dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor,
     lse: torch.Tensor, heads: int,
@@ -101,6 +102,6 @@ def attention_backward_op(
     return grads
 
 
-@attention_backward_op.register_fake
+@torch.library.register_fake(attention_backward_op)
 def _(dout, q, k, v, out, lse, heads):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))

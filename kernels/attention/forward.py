@@ -25,6 +25,7 @@ from cjepa_fast.kernels.attention.heads import (
 )
 from cjepa_fast.kernels.common.launch import TRITON_NAMES, Compiled, chosen, dot, narrow, use_kernel
 from cjepa_fast.kernels.common.maybe_triton import tl, triton
+from cjepa_fast.kernels.common.operators import operator
 
 WIDEST = 128  # values of a head
 
@@ -135,14 +136,14 @@ def launch_attention(
 # --- the operator
 
 
-@torch.library.custom_op("cjepa_fast::attention", mutates_args=())
+@operator("attention")
 def attention_op(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return launch_attention(q, k, v, heads)
 
 
-@attention_op.register_fake
+@torch.library.register_fake(attention_op)
 def _(q, k, v, heads):
     B, S, width = q.shape
     return q.new_empty(B, S, width), q.new_empty(B, heads, S, dtype=torch.float32)
@@ -157,7 +158,7 @@ def _gradient(ctx, dout, _):
     return *attention_backward_op(dout.contiguous(), *ctx.saved_tensors, ctx.heads), None
 
 
-attention_op.register_autograd(_gradient, setup_context=_keep)
+torch.library.register_autograd(attention_op, _gradient, setup_context=_keep)
 
 
 # --- public

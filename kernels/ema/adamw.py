@@ -24,6 +24,7 @@ import torch
 
 from cjepa_fast.kernels.common.launch import Compiled, chosen, narrow
 from cjepa_fast.kernels.common.maybe_triton import tl, triton
+from cjepa_fast.kernels.common.operators import operator
 from cjepa_fast.kernels.ema.lists import (
     CHUNKS,
     TABLES,
@@ -256,9 +257,9 @@ def _adamw_ema_cached(
 # --- the operator
 
 
-@torch.library.custom_op(
-    "cjepa_fast::adamw_ema_step",
-    mutates_args={"params", "exp_avgs", "exp_avg_sqs", "target", "copies", "target_copies"},
+@operator(
+    "adamw_ema_step",
+    mutates=("params", "exp_avgs", "exp_avg_sqs", "target", "copies", "target_copies"),
 )
 def adamw_ema_step_op(
     params: Tensors,
@@ -273,7 +274,7 @@ def adamw_ema_step_op(
     launch_adamw_ema((params, grads, exp_avgs, exp_avg_sqs, target), copies, target_copies, numbers)
 
 
-@adamw_ema_step_op.register_fake
+@torch.library.register_fake(adamw_ema_step_op)
 def _(params, grads, exp_avgs, exp_avg_sqs, target, copies, target_copies, numbers):
     return None
 

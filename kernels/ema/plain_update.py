@@ -13,6 +13,7 @@ import torch
 
 from cjepa_fast.kernels.common.launch import Compiled, chosen, narrow
 from cjepa_fast.kernels.common.maybe_triton import tl, triton
+from cjepa_fast.kernels.common.operators import operator
 from cjepa_fast.kernels.ema.lists import (
     CHUNKS,
     TABLES,
@@ -109,12 +110,15 @@ def launch_ema(
 # --- the operator
 
 
-@torch.library.custom_op("cjepa_fast::ema_update", mutates_args={"target", "copies"})
+@operator(
+    "ema_update",
+    mutates=("target", "copies"),
+)
 def ema_update_op(target: Tensors, online: Tensors, copies: Tensors, weight: torch.Tensor) -> None:
     launch_ema(target, online, copies, weight)
 
 
-@ema_update_op.register_fake
+@torch.library.register_fake(ema_update_op)
 def _(target, online, copies, weight):
     return None
 

@@ -11,6 +11,7 @@ import torch
 
 from cjepa_fast.kernels.common.launch import TRITON_NAMES, Compiled, narrow
 from cjepa_fast.kernels.common.maybe_triton import tl, triton
+from cjepa_fast.kernels.common.operators import operator
 from cjepa_fast.kernels.common.tiles import WIDEST, row_tiles
 from cjepa_fast.kernels.ema.lists import (
     TYPES,
@@ -96,7 +97,10 @@ def launch_ema_rows(
 # --- the operator
 
 
-@torch.library.custom_op("cjepa_fast::ema_update_rows", mutates_args={"target", "values", "scales"})
+@operator(
+    "ema_update_rows",
+    mutates=("target", "values", "scales"),
+)
 def ema_update_rows_op(
     target: Tensors, online: Tensors, values: Tensors, scales: Tensors, weight: torch.Tensor
 ) -> None:
@@ -104,7 +108,7 @@ def ema_update_rows_op(
     launch_ema_rows(target, online, values, scales, weight)
 
 
-@ema_update_rows_op.register_fake
+@torch.library.register_fake(ema_update_rows_op)
 def _(target, online, values, scales, weight):
     return None
 

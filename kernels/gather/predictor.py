@@ -16,6 +16,7 @@ import torch
 from cjepa_fast.kernels.common import launch
 from cjepa_fast.kernels.common.launch import Compiled, narrow, use_kernel
 from cjepa_fast.kernels.common.maybe_triton import tl, triton
+from cjepa_fast.kernels.common.operators import operator
 from cjepa_fast.kernels.common.tiles import (
     COPY_TILES,
     WIDE_LOADS,
@@ -179,7 +180,7 @@ def launch_predictor_input_backward(
 # --- the operators
 
 
-@torch.library.custom_op("cjepa_fast::predictor_input", mutates_args=())
+@operator("predictor_input")
 def predictor_input_op(
     context: torch.Tensor,
     pos: torch.Tensor,
@@ -190,20 +191,20 @@ def predictor_input_op(
     return launch_predictor_input(context, pos, mask_token, context_idx, target_idx)
 
 
-@predictor_input_op.register_fake
+@torch.library.register_fake(predictor_input_op)
 def _(context, pos, mask_token, context_idx, target_idx):
     (B, K, W), (M, P) = context.shape, target_idx.shape[1:]
     return context.new_empty(B * M, K + P, W, dtype=promoted(context, pos, mask_token))
 
 
-@torch.library.custom_op("cjepa_fast::predictor_input_backward", mutates_args=())
+@operator("predictor_input_backward")
 def predictor_input_backward_op(
     grad: torch.Tensor, B: int, K: int, context_dtype: torch.dtype, token_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return launch_predictor_input_backward(grad, B, K, (context_dtype, token_dtype))
 
 
-@predictor_input_backward_op.register_fake
+@torch.library.register_fake(predictor_input_backward_op)
 def _(grad, B, K, context_dtype, token_dtype):
     W = grad.shape[-1]
     return grad.new_empty(B, K, W, dtype=context_dtype), grad.new_empty(W, dtype=token_dtype)
@@ -219,7 +220,9 @@ def _predictor_input_gradient(ctx, grad):
     return dcontext, None, dtoken, None, None
 
 
-predictor_input_op.register_autograd(_predictor_input_gradient, setup_context=_save_shapes)
+torch.library.register_autograd(
+    predictor_input_op, _predictor_input_gradient, setup_context=_save_shapes
+)
 
 
 # --- public

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from cjepa_fast.kernels.common import launch
 from cjepa_fast.kernels.common.launch import Compiled, narrow, use_kernel
 from cjepa_fast.kernels.common.maybe_triton import tl, triton
+from cjepa_fast.kernels.common.operators import operator
 from cjepa_fast.kernels.common.ranks import wide
 from cjepa_fast.kernels.common.tiles import (
     ROW_TILES,
@@ -226,29 +227,29 @@ def launch_prediction_slope(
 # --- the operators
 
 
-@torch.library.custom_op("cjepa_fast::target_gather", mutates_args=())
+@operator("target_gather")
 def target_gather_op(x: torch.Tensor, idx: torch.Tensor, eps: float) -> torch.Tensor:
     return launch_target_gather(x, idx, eps)
 
 
-@target_gather_op.register_fake
+@torch.library.register_fake(target_gather_op)
 def _(x, idx, eps):
     return x.new_empty(*idx.shape, x.shape[-1], dtype=torch.float32)
 
 
-@torch.library.custom_op("cjepa_fast::prediction_loss", mutates_args=())
+@operator("prediction_loss")
 def prediction_loss_op(
     pred: torch.Tensor, tokens: torch.Tensor, idx: torch.Tensor, kind: str, eps: float
 ) -> torch.Tensor:
     return launch_prediction_loss(pred, tokens, idx, kind, eps)
 
 
-@prediction_loss_op.register_fake
+@torch.library.register_fake(prediction_loss_op)
 def _(pred, tokens, idx, kind, eps):
     return pred.new_empty((), dtype=torch.float32)
 
 
-@torch.library.custom_op("cjepa_fast::prediction_slope", mutates_args=())
+@operator("prediction_slope")
 def prediction_slope_op(
     upstream: torch.Tensor,
     pred: torch.Tensor,
@@ -260,7 +261,7 @@ def prediction_slope_op(
     return launch_prediction_slope(upstream, pred, tokens, idx, kind, eps)
 
 
-@prediction_slope_op.register_fake
+@torch.library.register_fake(prediction_slope_op)
 def _(upstream, pred, tokens, idx, kind, eps):
     return pred.new_empty(pred.shape)
 
@@ -281,7 +282,9 @@ def _prediction_gradient(ctx, upstream):
     return slope, None, None, None, None
 
 
-prediction_loss_op.register_autograd(_prediction_gradient, setup_context=_save_prediction)
+torch.library.register_autograd(
+    prediction_loss_op, _prediction_gradient, setup_context=_save_prediction
+)
 
 
 # --- public

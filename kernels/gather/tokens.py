@@ -17,6 +17,7 @@ import torch
 from cjepa_fast.kernels.common import launch
 from cjepa_fast.kernels.common.launch import Compiled, narrow, use_kernel
 from cjepa_fast.kernels.common.maybe_triton import tl, triton
+from cjepa_fast.kernels.common.operators import operator
 from cjepa_fast.kernels.common.tiles import (
     COPY_TILES,
     WIDE_LOADS,
@@ -188,25 +189,25 @@ def launch_gather_backward(
 # --- the operators
 
 
-@torch.library.custom_op("cjepa_fast::gather", mutates_args=())
+@operator("gather")
 def gather_op(x: torch.Tensor, pos: torch.Tensor | None, idx: torch.Tensor) -> torch.Tensor:
     return launch_gather(x, pos, idx)
 
 
-@gather_op.register_fake
+@torch.library.register_fake(gather_op)
 def _(x, pos, idx):
     dtype = x.dtype if pos is None else promoted(x, pos)
     return x.new_empty(*idx.shape, x.shape[-1], dtype=dtype)
 
 
-@torch.library.custom_op("cjepa_fast::gather_backward", mutates_args=())
+@operator("gather_backward")
 def gather_backward_op(
     grad: torch.Tensor, idx: torch.Tensor, N: int, dtype: torch.dtype
 ) -> torch.Tensor:
     return launch_gather_backward(grad, idx, N, dtype)
 
 
-@gather_backward_op.register_fake
+@torch.library.register_fake(gather_backward_op)
 def _(grad, idx, N, dtype):
     return grad.new_empty(grad.shape[0], N, grad.shape[-1], dtype=dtype)
 
@@ -221,15 +222,15 @@ def _gather_gradient(ctx, grad):
     return gather_backward_op(grad, ctx.saved_tensors[0], ctx.N, ctx.dtype), None, None
 
 
-gather_op.register_autograd(_gather_gradient, setup_context=_save_gather)
+torch.library.register_autograd(gather_op, _gather_gradient, setup_context=_save_gather)
 
 
-@torch.library.custom_op("cjepa_fast::add_positions", mutates_args=())
+@operator("add_positions")
 def add_positions_op(x: torch.Tensor, pos: torch.Tensor, idx: torch.Tensor) -> torch.Tensor:
     return launch_gather(x, pos, idx, gather=False)
 
 
-@add_positions_op.register_fake
+@torch.library.register_fake(add_positions_op)
 def _(x, pos, idx):
     return x.new_empty(x.shape, dtype=promoted(x, pos))
 
@@ -238,8 +239,8 @@ def _save_dtype(ctx, inputs, output):
     ctx.dtype = inputs[0].dtype
 
 
-add_positions_op.register_autograd(
-    lambda ctx, grad: (grad.to(ctx.dtype), None, None), setup_context=_save_dtype
+torch.library.register_autograd(
+    add_positions_op, lambda ctx, grad: (grad.to(ctx.dtype), None, None), setup_context=_save_dtype
 )
 
 

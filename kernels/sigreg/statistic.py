@@ -7,6 +7,7 @@ are in the package's docstring.
 import torch
 
 from cjepa_fast.kernels.common.launch import use_kernel
+from cjepa_fast.kernels.common.operators import operator
 from cjepa_fast.kernels.common.ranks import Ranks, sum_over_ranks, wide
 from cjepa_fast.kernels.sigreg.backward import launch_grad
 from cjepa_fast.kernels.sigreg.forward import launch_sums
@@ -94,7 +95,7 @@ def _runs_kernels(z: torch.Tensor, rows: torch.Tensor) -> bool:
     return use_kernel(z) and z.numel() > 0 and rows.numel() > 0
 
 
-@torch.library.custom_op("cjepa_fast::sigreg_sums", mutates_args=())
+@operator("sigreg_sums")
 def sums_op(
     z: torch.Tensor, directions: torch.Tensor, rows: torch.Tensor, Q: int, step: float
 ) -> torch.Tensor:
@@ -105,14 +106,14 @@ def sums_op(
         return launch_sums(*_dense(z, directions, rows), Q, step)
 
 
-@sums_op.register_fake
+@torch.library.register_fake(sums_op)
 def _(z, directions, rows, Q, step):
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
     shape = len(rows), 2, Q, directions.shape[1]
     return torch.empty(shape, dtype=dtype, device=z.device)
 
 
-@torch.library.custom_op("cjepa_fast::sigreg_grad", mutates_args=())
+@operator("sigreg_grad")
 def grad_op(
     z: torch.Tensor, directions: torch.Tensor, rows: torch.Tensor, slopes: torch.Tensor, step: float
 ) -> torch.Tensor:
@@ -123,7 +124,7 @@ def grad_op(
         return launch_grad(*_dense(z, directions, rows), slopes.contiguous(), step)
 
 
-@grad_op.register_fake
+@torch.library.register_fake(grad_op)
 def _(z, directions, rows, slopes, step):
     return torch.empty(z.shape, dtype=z.dtype, device=z.device)
 
@@ -143,7 +144,7 @@ def _backward(ctx, slopes):
     return grad_op(*ctx.saved_tensors, slopes, ctx.step), None, None, None, None
 
 
-sums_op.register_autograd(_backward, setup_context=_keep_for_backward)
+torch.library.register_autograd(sums_op, _backward, setup_context=_keep_for_backward)
 
 
 # --- public

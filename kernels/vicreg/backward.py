@@ -23,6 +23,7 @@ from cjepa_fast.kernels.common.launch import (
     narrow,
 )
 from cjepa_fast.kernels.common.maybe_triton import tl, triton
+from cjepa_fast.kernels.common.operators import operator
 from cjepa_fast.kernels.vicreg.forward import runs_kernels
 from cjepa_fast.kernels.vicreg.plain import plain_grad
 from cjepa_fast.kernels.vicreg.tiles import (
@@ -143,7 +144,7 @@ def terms_grad(
         return grad(z, saved, g_std, g_cov, gamma, eps, count)
 
 
-@torch.library.custom_op("cjepa_fast::vicreg_grad", mutates_args=())
+@operator("vicreg_grad")
 def grad_op(
     z: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor, matrix: torch.Tensor,
     g_std: torch.Tensor, g_cov: torch.Tensor, gamma: float, eps: float,
@@ -151,7 +152,7 @@ def grad_op(
     return terms_grad(z, Saved(mean, variance, matrix), g_std, g_cov, gamma, eps, z.shape[1])
 
 
-@grad_op.register_fake
+@torch.library.register_fake(grad_op)
 def _(z, mean, variance, matrix, g_std, g_cov, gamma, eps):
     return torch.empty(z.shape, dtype=z.dtype, device=z.device)
 

@@ -6,6 +6,7 @@ bytes are in the package's docstring.
 
 import torch
 
+from cjepa_fast.kernels.common.operators import operator
 from cjepa_fast.kernels.common.ranks import Ranks, centred, sum_over_ranks, wide
 from cjepa_fast.kernels.vicreg.backward import grad_op
 from cjepa_fast.kernels.vicreg.forward import empty_matrix, runs_kernels, terms_forward
@@ -44,7 +45,7 @@ def _check(z: torch.Tensor, ranks: Ranks | None) -> None:
 # --- the operator of one rank, of z (M, n, D)
 
 
-@torch.library.custom_op("cjepa_fast::vicreg_terms", mutates_args=())
+@operator("vicreg_terms")
 def terms_op(
     z: torch.Tensor, gamma: float, eps: float, need_grad: bool
 ) -> tuple[
@@ -55,7 +56,7 @@ def terms_op(
     return (*terms, *saved)
 
 
-@terms_op.register_fake
+@torch.library.register_fake(terms_op)
 def _(z, gamma, eps, need_grad):
     M, n, D = z.shape
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
@@ -83,7 +84,7 @@ def _backward(ctx, g_std, g_cov, *_):
     return dz, None, None, None
 
 
-terms_op.register_autograd(_backward, setup_context=_keep_for_backward)
+torch.library.register_autograd(terms_op, _backward, setup_context=_keep_for_backward)
 
 
 # --- public

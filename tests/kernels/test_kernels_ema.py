@@ -493,6 +493,16 @@ def test_the_operators_pass_opcheck(seed, kernel_device):
     check_operator(ops.adamw_ema_step.default, (*lists, copies, clones(copies), numbers))
 
 
+def test_autograd_hears_of_what_is_written(seed, kernel_device):
+    """As of PyTorch's own operators in place: a graph that saved it before refuses to go on."""
+    target, online = some_lists(kernel_device, 2)
+    before = [x._version for x in (*target, *online)]
+    weight = ema_lists.on_device([0.1], target[0].device)
+    torch.ops.cjepa_fast.ema_update(target, online, [], weight)
+    after = [x._version for x in (*target, *online)]
+    assert [b - a for a, b in zip(before, after, strict=True)] == [1, 1, 0, 0]
+
+
 def step_of(target, online, exp_avgs, exp_avg_sqs, grads, copies) -> None:
     ema.ema_update(target, online, 0.9, copies)
     ema.adamw_ema_step(

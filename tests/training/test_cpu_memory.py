@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from cjepa_fast.config import validate
+from cjepa_fast.config import load, validate
 from cjepa_fast.runtime import distributed, memory
 from cjepa_fast.training import cpu_micro_batch
 
@@ -95,3 +95,26 @@ def test_a_containers_limit_counts(tmp_path, monkeypatch):
     assert memory._free_of_container() is None
     (tmp_path / "memory.max").write_text("1000005\n")
     assert memory.free_bytes() == 1_000_000 < whole
+
+
+@pytest.mark.parametrize("mode", ["per_target", "one_pass"])
+@pytest.mark.parametrize("name", ["demo.json", "cifar10_vit_t.json", "vit_b.json", "tiny"])
+def test_the_bound_from_the_sizes_holds(name, mode):
+    own = [f"predictor.mode={mode}", "run.precision=fp32"]
+    config = configured() if name == "tiny" else load(name, own)
+    for bound, counted in zip(
+        cpu_micro_batch.at_most(config), cpu_micro_batch.needed(config), strict=True
+    ):
+        assert counted <= bound
+
+
+def test_where_the_bound_fits_nothing_is_counted(monkeypatch):
+    config = configured()
+    monkeypatch.setattr(cpu_micro_batch, "needed", None)
+    fixed, image = cpu_micro_batch.at_most(config)
+    room = int((fixed + 48 * image) / cpu_micro_batch.SHARE)
+    monkeypatch.setattr(memory, "free_bytes", lambda: room + 10)
+    assert cpu_micro_batch.most_images(config) == 48
+    monkeypatch.setattr(memory, "free_bytes", lambda: room - 10)
+    with pytest.raises(TypeError):
+        cpu_micro_batch.most_images(config)
