@@ -1,4 +1,4 @@
-"""softmax(q k^T / sqrt(d)) v by several kernels behind one function, and the fastest of them here.
+"""softmax(q k^T / sqrt(d)) v by several kernels behind one function.
 
 Shapes: B sequences, H heads, S queries, T keys, d values of a head; q (B, H, S, d), k and v
 (B, H, T, d). No masks: every query sees every key of its sequence. `attend_packed` is for
@@ -7,18 +7,14 @@ sequences of different lengths, end to end.
 
 import functools
 import importlib
-import statistics
-import time
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cjepa_fast.kernels.attention import short_attention, takes
-from cjepa_fast.kernels.common.maybe_triton import OutOfResources
-from cjepa_fast.model.packed import Sequences, evenly
+from cjepa_fast.model.packed import Sequences
 from cjepa_fast.runtime import hardware
 
 SDPA = {"sdpa_flash": SDPBackend.FLASH_ATTENTION, "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION}
@@ -26,8 +22,6 @@ BACKENDS = ("plain", "sdpa", *SDPA, "flash_attn", "triton")
 PACKED_BACKENDS = ("plain", "sdpa_flash", "flash_attn")  # those with a variable-length kernel
 # Versions 4, 3 and 2 of flash-attn are packages of their own; the newest that loads is taken.
 FLASH_MODULES = ("flash_attn.cute", "flash_attn_interface", "flash_attn")
-TURNS = 7
-TRIED = 1024  # sequences of a trial: enough that kernels are timed, not their launches
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str) -> torch.Tensor:
@@ -36,7 +30,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str) -> t
     "plain" writes the attention map: in bf16 on a CPU it is faster than SDPA. "sdpa" lets torch
     choose among its kernels, "sdpa_flash" and "sdpa_cudnn" name one, "flash_attn" is the package,
     "triton" is kernels/attention/ where that takes the shape, else sdpa.
-    "auto" is sdpa on CUDA and plain elsewhere, until `fastest` has been asked.
+    "auto" is sdpa on CUDA and plain elsewhere, until attention_trial.fastest has been asked.
     """
     if backend == "auto":
         backend = "sdpa" if q.is_cuda else "plain"
@@ -174,112 +168,3 @@ def flash_attention(name: str = "flash_attn_func") -> Callable:
         f'attention = "flash_attn": the package does not load ({"; ".join(errors)}): pip install '
         '".[flash]" on a machine with CUDA, or take "auto"'
     )
-
-
-class Shape(NamedTuple):
-    """One use of attention: B sequences of S queries and T keys, and whether it is trained.
-
-    packed: the lengths are means of sequences that lie end to end.
-    """
-
-    sequences: int
-    heads: int
-    queries: int
-    keys: int
-    width: int  # of a head
-    trained: bool
-    packed: bool = False
-
-
-def candidates(device: torch.device) -> list[str]:
-    """What may be the fastest: on a CPU plain alone, so that a run's bits do not hang on timing."""
-    return installed() if device.type == "cuda" else ["plain"]
-
-
-def installed() -> list[str]:
-    """Every backend whose package is here; whether its kernel takes a shape is seen by trial."""
-    return [name for name in BACKENDS if name != "flash_attn" or _flash_loads()]
-
-
-def _flash_loads() -> bool:
-    try:
-        flash_attention()
-    except ValueError:
-        return False
-    return True
-
-
-def fastest(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[str, dict[str, float]]:
-    """The fastest candidate for a shape, and the medians in milliseconds of those that can do it.
-
-    The shape is tried with at most TRIED sequences at a time, in turns, after a warm-up.
-    """
-    calls = dict(_calls(shape, device, dtype))
-    if len(calls) == 1:
-        return next(iter(calls)), {}
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(TURNS):
-        for name, call in calls.items():
-            times[name].append(_timed_ms(call, device))
-    medians = {name: statistics.median(found) for name, found in times.items()}
-    return min(medians, key=medians.__getitem__), medians
-
-
-def _calls(
-    shape: Shape, device: torch.device, dtype: torch.dtype
-) -> Iterator[tuple[str, Callable[[], object]]]:
-    """A call of each candidate that takes the shape."""
-    found = [n for n in candidates(device) if not shape.packed or n in PACKED_BACKENDS]
-    call = _call_by_name(shape, device, dtype)
-    for name in found:
-        if len(found) == 1 or not _failure(call, name):  # that warmed it
-            yield name, functools.partial(call, name)
-
-
-def problem(shape: Shape, device: torch.device, dtype: torch.dtype, name: str) -> str:
-    """Why a backend cannot be used for a shape here, in words, "" where it can: it is tried."""
-    few = shape._replace(sequences=min(shape.sequences, 2))
-    return _failure(_call_by_name(few, device, dtype), name)
-
-
-def _failure(call: Callable[[str], None], name: str) -> str:
-    """What a backend says that has no kernel for this width, type or device."""
-    try:
-        call(name)
-        return ""
-    except (RuntimeError, ValueError, OutOfResources) as error:
-        return str(error).strip().split("\n")[0] or type(error).__name__
-
-
-def _call_by_name(shape: Shape, device: torch.device, dtype: torch.dtype) -> Callable[[str], None]:
-    """Attention by a backend's name: forward, and backward where it is trained."""
-    B, heads, d = min(shape.sequences, TRIED), shape.heads, shape.width
-    lengths = shape.queries, shape.keys, shape.keys
-    kind = {"device": device, "dtype": dtype}
-    if shape.packed:
-        tensors = [torch.randn(B * n, heads, d, **kind) for n in lengths]
-    else:  # the heads of a token side by side, as the projections write them
-        tensors = [torch.randn(B, n, heads, d, **kind).transpose(1, 2) for n in lengths]
-    tensors = [x.requires_grad_(shape.trained) for x in tensors]
-    packing = [evenly(B, n, device) for n in lengths[:2]] if shape.packed else []
-    function = attend_packed if shape.packed else attend
-
-    def call(name: str) -> None:
-        out = function(*tensors, *packing, name)
-        if shape.trained:
-            torch.autograd.grad(out, tensors, out.detach())
-
-    return call
-
-
-def _timed_ms(call: Callable[[], object], device: torch.device) -> float:
-    if device.type != "cuda":
-        began = time.perf_counter()
-        call()
-        return 1e3 * (time.perf_counter() - began)
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    call()
-    end.record()
-    torch.cuda.synchronize(device)
-    return begin.elapsed_time(end)

@@ -24,7 +24,7 @@ import torch
 
 from cjepa_fast import config as configuration
 from cjepa_fast.config import Config, ConfigError
-from cjepa_fast.model import attention, cpu_linear
+from cjepa_fast.model import attention, attention_trial, cpu_linear
 from cjepa_fast.runtime import children, hardware, memory, rates
 from cjepa_fast.runtime.printable import printable_lines
 from cjepa_fast.runtime.provenance import own_commit
@@ -98,8 +98,8 @@ def try_compile() -> str:
 
 def _attention(name: str) -> str:
     device = _gpu()
-    shape = attention.Shape(2, 4, 64, 64, 64, True)
-    if problem := attention.problem(shape, device, torch.bfloat16, name):
+    shape = attention_trial.Shape(2, 4, 64, 64, 64, True)
+    if problem := attention_trial.problem(shape, device, torch.bfloat16, name):
         raise RuntimeError(problem)
     return "forward and backward of 64 tokens, bf16"
 
@@ -342,7 +342,9 @@ def attention_choice(config: Config, device: torch.device) -> str:
         return f"{config.model.attention}: as model.attention has it"
     if device.type == "cpu":
         return "plain: on a CPU the fastest in bf16, and a run's bits do not hang on timing"
-    return f"the fastest of {', '.join(attention.candidates(device))} at the run's own lengths"
+    return (
+        f"the fastest of {', '.join(attention_trial.candidates(device))} at the run's own lengths"
+    )
 
 
 def rate_lines(device: torch.device, seconds: float) -> Iterator[tuple[str, str]]:

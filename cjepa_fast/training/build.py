@@ -14,8 +14,8 @@ from cjepa_fast.data.masks import MaskSampler
 from cjepa_fast.interop import load_ijepa
 from cjepa_fast.kernels.common.ranks import Ranks
 from cjepa_fast.model import cpu_linear, fp8
-from cjepa_fast.model.attention import Shape, fastest
-from cjepa_fast.model.attention import problem as unusable
+from cjepa_fast.model.attention_trial import Shape, fastest
+from cjepa_fast.model.attention_trial import problem as unusable
 from cjepa_fast.model.flops import step_gflop
 from cjepa_fast.model.jepa import JEPA
 from cjepa_fast.model.loss import CJEPALoss, build_projector
@@ -143,7 +143,8 @@ def choose_attention(
         part = blocks[0].attn
         width = part.proj.in_features // part.heads
         packed = trained and config.mask.context == "packed"
-        shape = Shape(sequences, part.heads, queries, keys, width, trained, packed)
+        fused = fuses(config) and dtype.itemsize == 2 and not packed and queries == keys
+        shape = Shape(sequences, part.heads, queries, keys, width, trained, packed, fused)
         if given != "auto":
             if problem := unusable(shape, device, dtype, given):
                 raise ConfigError(
@@ -215,13 +216,17 @@ def compile_networks(networks: JEPA, target: Encoder, how: str, backend: str = "
         part.compile(backend=backend)
 
 
+def fuses(config: Config) -> bool:
+    return config.model.fused and config.run.compile == "none"
+
+
 def fuse_networks(networks: JEPA, target: Encoder, config: Config, stage: int) -> None:
     """Let the blocks run by our kernels (Block.fused), by model.fused, where nothing forbids it.
 
     That is a compiler, which makes its own, and ZeRO stage 3, which gathers weights from module to
     module. On a CPU and in fp32 they run as they are all the same.
     """
-    if not config.model.fused or config.run.compile != "none" or stage == 3:
+    if not fuses(config) or stage == 3:
         return
     networks.encoder.fused = networks.predictor.fused = target.fused = True
 

@@ -10,8 +10,9 @@ import torch
 from torch.nn.attention.varlen import varlen_attn
 
 from cjepa_fast.config import ConfigError, validate
-from cjepa_fast.model import attention
-from cjepa_fast.model.attention import TRIED, Shape, attend, attend_packed, candidates, fastest
+from cjepa_fast.model import attention, attention_trial
+from cjepa_fast.model.attention import attend, attend_packed
+from cjepa_fast.model.attention_trial import TRIED, Shape, candidates, fastest
 from cjepa_fast.model.packed import evenly
 from cjepa_fast.training import build
 
@@ -77,12 +78,59 @@ def test_the_fastest_that_takes_the_shape_is_chosen(monkeypatch):
         call()
         return taken[order[-1]]
 
-    monkeypatch.setattr(attention, "attend", trial)
-    monkeypatch.setattr(attention, "_timed_ms", timed)
-    monkeypatch.setattr(attention, "candidates", lambda device: [*taken, "sdpa_cudnn"])
+    monkeypatch.setattr(attention_trial, "attend", trial)
+    monkeypatch.setattr(attention_trial, "_timed_ms", timed)
+    monkeypatch.setattr(attention_trial, "candidates", lambda device: [*taken, "sdpa_cudnn"])
     name, medians = fastest(Shape(5000, 3, 7, 5, 8, False), CPU, torch.float32)
     assert (name, medians) == ("sdpa", taken)
     assert order[3:9] == [*taken, *taken]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("queries", [5, 3])
+def test_a_trial_runs_what_a_block_runs_around_the_kernel(monkeypatch, fused, queries):
+    """Gradients back to the projection's output, side by side, and of its bias where that is
+    fused."""
+    asked = []
+
+    def grad(out, inputs, upstream, **options):
+        asked.append([tuple(x.shape) for x in inputs])
+        found = real(out, inputs, upstream, **options)
+        assert out.shape == (4, queries, 24) and [x is None for x in found[:-1]] == [False] * parts
+        assert (found[-1] is None) == (not fused)
+
+    real, parts = torch.autograd.grad, 1 + (queries == 3)
+    monkeypatch.setattr(torch.autograd, "grad", grad)
+    shape = Shape(4, 3, queries, 5, 8, True, fused=fused)
+    attention_trial._call_by_name(shape, CPU, torch.float32)("plain")
+    whole = {5: [(4, 5, 72)], 3: [(4, 3, 24), (4, 5, 48)]}
+    assert asked == [[*whole[queries], (72,)]]
+
+
+def test_on_a_gpu_the_device_is_kept_busy_before_a_call_is_timed(monkeypatch):
+    """Else a call that takes the host longer than the device is timed at the host's pace."""
+    told = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.name = "event"
+
+        def record(self):
+            told.append("event")
+
+        def elapsed_time(self, end):
+            return 5.0
+
+    class Queued:
+        def zero_(self):
+            told.append("queued")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: told.append("wait"))
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: Queued())
+    gpu = torch.device("cuda", 0)
+    assert attention_trial._timed_ms(lambda: told.append("call"), gpu) == 5.0
+    assert told == ["queued"] * attention_trial.QUEUED + ["event", "call", "event", "wait"]
 
 
 def test_packed_sequences_are_timed_by_the_kernels_that_take_them(monkeypatch):
@@ -94,8 +142,8 @@ def test_packed_sequences_are_timed_by_the_kernels_that_take_them(monkeypatch):
         tried.append(name)
         return q * 1
 
-    monkeypatch.setattr(attention, "attend_packed", trial)
-    monkeypatch.setattr(attention, "candidates", lambda device: attention.BACKENDS)
+    monkeypatch.setattr(attention_trial, "attend_packed", trial)
+    monkeypatch.setattr(attention_trial, "candidates", lambda device: attention.BACKENDS)
     _, medians = fastest(Shape(5000, 3, 7, 5, 8, False, packed=True), CPU, torch.float32)
     assert set(medians) == set(tried) == {"plain", "sdpa_flash", "flash_attn"}
 
