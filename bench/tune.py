@@ -198,8 +198,8 @@ def fastest(knob: Knob, watch: Stopwatch, seconds: float) -> tuple[int, list[flo
     return (best if times[best] < MARGIN * times[0] else 0), times
 
 
-def tune(found: Iterator[Knob], watch: Stopwatch, seconds: float) -> dict[str, int]:
-    """By key, the index of the fastest candidate, where that is not the first."""
+def tune(found: Iterator[Knob], watch: Stopwatch, seconds: float) -> dict[str, int | tuple]:
+    """By key, the numbers of the fastest candidate, where that is not the first."""
     table = {}
     for knob in found:
         if len(knob.candidates) < 2:
@@ -207,19 +207,23 @@ def tune(found: Iterator[Knob], watch: Stopwatch, seconds: float) -> dict[str, i
         best, times = fastest(knob, watch, seconds)
         print(f"{knob.key:32s} {best}  " + "  ".join(f"{us:.1f} us" for us in times), flush=True)
         if best:
-            table[knob.key] = best
+            table[knob.key] = numbers_of(knob.candidates[best])
     return table
 
 
-def source(table: dict[str, dict[str, int]]) -> str:
+def numbers_of(candidate: int | tuple) -> int | tuple:
+    return tuple(candidate) if isinstance(candidate, tuple) else candidate
+
+
+def source(table: dict[str, dict[str, int | tuple]]) -> str:
     """The text of kernels/tuned.py."""
     named = {architecture: found for architecture, found in sorted(table.items()) if found}
     if not named:
-        return f"{HEADER}TUNED: dict[str, dict[str, int]] = {{}}\n"
-    lines = ["TUNED: dict[str, dict[str, int]] = {"]
+        return f"{HEADER}TUNED: dict[str, dict[str, int | tuple]] = {{}}\n"
+    lines = ["TUNED: dict[str, dict[str, int | tuple]] = {"]
     for architecture, found in named.items():
         lines.append(f'    "{architecture}": {{')
-        lines += [f'        "{key}": {index},' for key, index in sorted(found.items())]
+        lines += [f'        "{key}": {numbers},' for key, numbers in sorted(found.items())]
         lines.append("    },")
     return HEADER + "\n".join([*lines, "}"]) + "\n"
 

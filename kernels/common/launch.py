@@ -4,7 +4,7 @@ import contextlib
 import functools
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -149,7 +149,13 @@ def chosen(key: str, candidates: Sequence[T], device: torch.device) -> T:
 
     Another one sums in another order: the last bits are those of one architecture.
     """
-    return candidates[TUNED.get(architecture(device), {}).get(key, 0)]
+    return named_in(TUNED.get(architecture(device), {}), key, candidates)
+
+
+def named_in(table: Mapping[str, Any], key: str, candidates: Sequence[T]) -> T:
+    """By its own numbers, not by its position: a list may grow and change its order."""
+    named = table.get(key)
+    return next((c for c in candidates if c == named), candidates[0])
 
 
 @dataclass(frozen=True)

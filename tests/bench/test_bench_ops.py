@@ -9,6 +9,7 @@ import torch
 
 from cjepa_fast.kernels import tuned
 from cjepa_fast.kernels.common import launch
+from cjepa_fast.kernels.common.tiles import Tile
 from cjepa_fast.kernels.ema import adamw, plain_update
 from cjepa_fast.kernels.vicreg import backward, forward
 
@@ -155,22 +156,30 @@ def test_every_knob_turns_and_names_a_choice_the_kernels_make(monkeypatch):
     assert {knob.key for knob in knobs} == asked
 
 
-@pytest.mark.parametrize(("times", "index"), [((9.0, 5.0), 1), ((5.0, 9.0), 0), ((5.0, 4.9), 0)])
-def test_the_fastest_is_written_down_unless_it_may_be_noise(times, index):
-    knob = tune.Knob("a kernel", ("one", "other"), lambda candidate: None)
+@pytest.mark.parametrize(
+    ("times", "gain"), [((9.0, 5.0), True), ((5.0, 9.0), False), ((5.0, 4.9), False)]
+)
+def test_the_fastest_is_written_down_unless_it_may_be_noise(times, gain):
+    knob = tune.Knob("a kernel", (Tile(1, 64), Tile(2, 64, 8)), lambda candidate: None)
     table = tune.tune(iter([knob]), Fake(times), 0.0)
-    assert table == ({"a kernel": index} if index else {})
+    assert table == ({"a kernel": (2, 64, 8)} if gain else {})
 
 
 def test_the_table_is_source_that_says_the_same():
-    table = {"sm_90": {"b": 1, "a": 2}, "sm_80": {}}
+    table = {"sm_90": {"b": 1024, "a": (2, 64, None)}, "sm_80": {}}
     scope: dict = {}
     exec(tune.source(table), scope)
-    assert scope["TUNED"] == {"sm_90": {"a": 2, "b": 1}}
+    assert scope["TUNED"] == {"sm_90": {"a": (2, 64, None), "b": 1024}}
     assert tune.source(tuned.TUNED) == tune.TABLE.read_text()
 
 
 def test_a_kernel_takes_what_the_table_names(monkeypatch):
-    monkeypatch.setattr(launch, "TUNED", {"cpu": {"a kernel": 1}})
-    assert launch.chosen("a kernel", ("one", "other"), CPU) == "other"
-    assert launch.chosen("another", ("one", "other"), CPU) == "one"
+    """Wherever it stands in the list; what is no longer there is not guessed."""
+    first, other = Tile(1, 64), Tile(2, 64)
+    monkeypatch.setattr(
+        launch, "TUNED", {"cpu": {"a kernel": (2, 64, 4), "an old one": (3, 64, 4)}}
+    )
+    for candidates in ((first, other), (first, Tile(4, 64), other)):
+        assert launch.chosen("a kernel", candidates, CPU) is other
+    assert launch.chosen("an old one", (first, other), CPU) is first
+    assert launch.chosen("another", (first, other), CPU) is first

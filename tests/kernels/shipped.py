@@ -16,6 +16,7 @@ from cjepa_fast.kernels import gelu, norm
 from cjepa_fast.kernels.attention.backward import backward_candidates
 from cjepa_fast.kernels.attention.forward import forward_candidates
 from cjepa_fast.kernels.attention.one_pass_backward import OnePass
+from cjepa_fast.kernels.common import launch
 from cjepa_fast.kernels.common.tiles import copy_tiles, row_tiles
 from cjepa_fast.kernels.ema.lists import CHUNKS
 from cjepa_fast.kernels.ema.rows_update import ROWS
@@ -28,14 +29,15 @@ FOR_A_CPU = {"demo.json"}
 
 
 class Chooser:
-    """launch.chosen on sm_`arch`. asked: the keys of tuned.py that it was called with."""
+    """launch.chosen on sm_`arch`. named: the keys of tuned.py whose configuration it gave."""
 
     def __init__(self, arch: int):
-        self.indices, self.asked = TUNED.get(f"sm_{arch}", {}), set()
+        self.table, self.named = TUNED.get(f"sm_{arch}", {}), set()
 
     def __call__(self, key: str, candidates: tuple):
-        self.asked.add(key)
-        return candidates[self.indices.get(key, 0)]
+        if self.table.get(key) in candidates:
+            self.named.add(key)
+        return launch.named_in(self.table, key, candidates)
 
 
 class Stack(NamedTuple):
@@ -69,7 +71,7 @@ def stacks() -> tuple[Stack, ...]:
 
 
 def shipped(arch: int) -> tuple[set[str], set[str]]:
-    """The names of what is launched on sm_`arch`, and the keys that tuned.py was asked for."""
+    """The names of what is launched on sm_`arch`, and the keys whose configuration is tuned.py's."""
     choose = Chooser(arch)
     found = {"sum_parts bf16", *_gelu(choose), *_ema(choose), *_vicreg(choose), *_sigreg()}
     for stack in stacks() + _tuned(choose):
@@ -79,12 +81,12 @@ def shipped(arch: int) -> tuple[set[str], set[str]]:
         if stack.role == "target":
             found |= {*_losses(choose, stack.width)}
             found |= {*_quantised(stack.width)} if arch >= 89 else set()
-    return found, choose.asked
+    return found, choose.named
 
 
 def _tuned(choose: Chooser) -> tuple[Stack, ...]:
     """Sequences for which another tile than the first is chosen: contexts vary in length."""
-    keys = filter(None, (re.fullmatch(r"attention (\d+)x(\d+)", key) for key in choose.indices))
+    keys = filter(None, (re.fullmatch(r"attention (\d+)x(\d+)", key) for key in choose.table))
     return tuple(Stack("tuned", 0, int(key[2]), int(key[1])) for key in keys)
 
 

@@ -187,12 +187,13 @@ def test_one_pass_holds_all_queries_and_the_others_take_two():
 
 
 def test_a_length_has_one_key_and_one_list():
-    """tuned.py names an index of the list, by the key."""
+    """tuned.py names one of the list by the key, by numbers that no other of it has."""
     for d in (24, 80):
         lists = {}
         for S in range(1, 600):
             key, found = backward_candidates(S, d, torch.device("cpu"))
             assert lists.setdefault(key, found) == found
+            assert len(set(map(tuple, found))) == len(found)
 
 
 # --- the operator
