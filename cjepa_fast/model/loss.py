@@ -17,7 +17,7 @@ from torch import nn
 from cjepa_fast.kernels.common.ranks import Ranks, centred, sum_over_ranks, wide
 from cjepa_fast.kernels.vicreg import vicreg_terms
 from cjepa_fast.model.sigreg import SIGReg
-from cjepa_fast.model.views import Context, one_row, pooled_context, projected
+from cjepa_fast.model.views import Context, mean_over, one_row, pooled_context, projected
 
 Terms = dict[str, torch.Tensor]
 
@@ -126,12 +126,12 @@ class CJEPALoss:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """sim, std and cov of the chosen views, unweighted."""
         if self.views == "blocks":
-            z_MBD = wide(predicted_BMPD).mean(2).transpose(0, 1)
+            z_MBD = mean_over(predicted_BMPD, 2).transpose(0, 1)
             return block_terms(projected(project, z_MBD), self.gamma, self.eps, self.ranks)
         if self.views == "context_target":
             z_a = projected(project, pooled_context(context_BKD, context))
             with torch.no_grad():
-                z_b = projected(project, wide(target_tokens_BND).mean(1))
+                z_b = projected(project, mean_over(target_tokens_BND, 1))
             std, cov, _ = vicreg_terms(z_a, self.gamma, self.eps, self.ranks)
             return F.mse_loss(z_a, z_b), std, cov
         if self.views == "positions":

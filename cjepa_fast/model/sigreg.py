@@ -15,9 +15,16 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from cjepa_fast.kernels.common.ranks import Ranks, wide
+from cjepa_fast.kernels.common.ranks import Ranks
 from cjepa_fast.kernels.sigreg import sigreg_statistic
-from cjepa_fast.model.views import Context, one_row, pooled_context, projected, rows_by_position
+from cjepa_fast.model.views import (
+    Context,
+    mean_over,
+    one_row,
+    pooled_context,
+    projected,
+    rows_by_position,
+)
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,7 @@ class SIGReg:
         if self.views == "blocks":
             B, M = predicted_BMPD.shape[:2]
             rows = torch.arange(B * M, device=predicted_BMPD.device).view(B, M).T
-            return wide(predicted_BMPD).mean(2).flatten(0, 1), rows
+            return mean_over(predicted_BMPD, 2).flatten(0, 1), rows
         if self.views == "context_target":
             return pooled_context(context_BKD, context), None
         if self.views == "positions":

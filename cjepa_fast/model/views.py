@@ -20,12 +20,16 @@ def projected(project: nn.Module | None, z: torch.Tensor) -> torch.Tensor:
     return wide(project(z.flatten(0, -2).to(weight.dtype)).view(*z.shape[:-1], -1))
 
 
+def mean_over(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """In fp32, or in float64 of such, without a copy of x in it."""
+    return x.mean(dim, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
 def pooled_context(context_BKD: torch.Tensor, context: Context | None) -> torch.Tensor:
     """The mean of each image's context tokens, (B, D)."""
-    tokens = wide(context_BKD)
     if isinstance(context, PackedContext):
-        return context.sequences.means(tokens[0])
-    return tokens.mean(1)
+        return context.sequences.means(wide(context_BKD[0]))
+    return mean_over(context_BKD, 1)
 
 
 def one_row(

@@ -64,7 +64,17 @@ class PatchProjection(nn.Conv2d):
     """A patch-sized convolution as a matmul, so that chosen patches alone are embedded."""
 
     def forward(self, patches_BKC: torch.Tensor) -> torch.Tensor:
-        return linear(patches_BKC, self.weight.flatten(1), self.bias)
+        operands = patches_BKC, self.weight.flatten(1)
+        if patches_BKC.is_cuda:
+            operands = map(aligned, operands)
+        return linear(*operands, self.bias)
+
+
+def aligned(rows: torch.Tensor) -> torch.Tensor:
+    """Rows with zeros behind them up to a multiple of 16 bytes, below which a GPU's fast matmuls
+    do not go: a patch of 14 x 14 x 3 values has 588, in bf16 73.5 times that. The product stays."""
+    values = 16 // rows.itemsize
+    return F.pad(rows, (0, -rows.shape[-1] % values))
 
 
 class PatchEmbed(nn.Module):

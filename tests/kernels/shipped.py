@@ -71,7 +71,7 @@ def stacks() -> tuple[Stack, ...]:
 
 
 def shipped(arch: int) -> tuple[set[str], set[str]]:
-    """The names of what is launched on sm_`arch`, and the keys whose configuration is tuned.py's."""
+    """The names of what is launched on sm_`arch`, and the keys that tuned.py decided."""
     choose = Chooser(arch)
     found = {"sum_parts bf16", *_gelu(choose), *_ema(choose), *_vicreg(choose), *_sigreg()}
     for stack in stacks() + _tuned(choose):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from test_kernels_vicreg import by_loops, spread
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cjepa_fast.kernels.gather import prediction_error
 from cjepa_fast.model.loss import (
@@ -12,6 +13,7 @@ from cjepa_fast.model.loss import (
     block_terms,
     build_projector,
 )
+from cjepa_fast.model.views import mean_over
 
 B, M, P, D, K, N = 5, 3, 2, 4, 6, 9
 
@@ -65,6 +67,30 @@ def test_half_precision_is_compared_in_fp32(seed):
 
 
 # --- the views
+
+
+def test_a_mean_is_in_fp32_without_a_copy_in_it():
+    x = torch.randn(3, 50, 8).bfloat16()
+    with Copies() as copies:
+        mean = mean_over(x, 1)
+    assert mean.dtype == torch.float32 and torch.equal(mean, x.float().mean(1))
+    assert not copies.made and mean_over(x.double(), 1).dtype == torch.float64
+    with Copies() as copies:
+        x.float().mean(1)
+    assert copies.made == [(3, 50, 8)]
+
+
+class Copies(TorchDispatchMode):
+    """The shapes of what is copied to another dtype."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default:
+            self.made.append(tuple(args[0].shape))
+        return function(*args, **(kwargs or {}))
 
 
 def pairwise(z_MBD: torch.Tensor, gamma: float, eps: float) -> list[torch.Tensor]:

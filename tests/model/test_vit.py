@@ -130,6 +130,19 @@ def test_patches_are_cut_as_a_convolution_reads_them(seed):
     torch.testing.assert_close(embed(patchify(images, 3)), wanted, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize(("dtype", "width"), [(torch.bfloat16, 592), (torch.float32, 588)])
+def test_rows_of_a_product_are_whole_16_bytes(dtype, width):
+    """A patch of 14 x 14 x 3 values: zeros that change neither the product nor its gradients."""
+    x, weight = torch.randn(3, 588, dtype=dtype), torch.randn(5, 588, dtype=dtype)
+    a, b = (t.clone().requires_grad_() for t in (x, weight))
+    assert vit.aligned(a).shape == (3, width) and not vit.aligned(a)[:, 588:].any()
+    out = vit.aligned(a).double() @ vit.aligned(b).double().T
+    torch.testing.assert_close(out, x.double() @ weight.double().T)
+    grads = torch.autograd.grad(out.sum(), (a, b))
+    assert torch.equal(grads[0], weight.double().sum(0).to(dtype).expand(3, -1))
+    assert grads[1].shape == weight.shape
+
+
 def test_images_that_do_not_divide_are_refused(encoder):
     with pytest.raises(ValueError, match="images of 12x13 do not divide into patches of 3"):
         encoder(images_of(encoder, width=13))

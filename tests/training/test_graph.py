@@ -75,6 +75,27 @@ def test_every_call_sees_its_own_inputs(monkeypatch):
         graphed(torch.zeros(4), Masks(x, x), 1.0)
 
 
+def test_the_calls_before_a_recording_share_one_stream(monkeypatch):
+    """Else the memory of each of them stays reserved, for a stream that is never used again."""
+    made, used = [], []
+
+    class Stream:
+        def __init__(self):
+            made.append(self)
+
+        def wait_stream(self, other):
+            pass
+
+    here = Stream()
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: here)
+    monkeypatch.setattr(torch.cuda, "stream", lambda s: contextlib.nullcontext(used.append(s)))
+    graphed = Graphed(lambda x: x + 1, torch.device("cpu"))
+    for _ in range(WARM):
+        assert graphed(torch.zeros(1)) == 1
+    assert made == [here, used[0]] and used == [used[0]] * WARM
+
+
 class NoReading(TorchDispatchMode):
     """Fails where a value goes to the host, or a shape depends on values."""
 

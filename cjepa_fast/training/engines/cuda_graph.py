@@ -21,7 +21,7 @@ class Graphed:
 
     def __init__(self, function: Callable, device: torch.device):
         self.function, self.device = function, device
-        self.calls = 0
+        self.calls, self.beside = 0, None
 
     def __call__(self, *inputs):
         inputs = [
@@ -43,12 +43,13 @@ class Graphed:
         return self.outputs
 
     def _beside(self):
-        """On another CUDA stream, as torch asks of the calls before a recording."""
-        here, beside = torch.cuda.current_stream(), torch.cuda.Stream()
-        beside.wait_stream(here)
-        with torch.cuda.stream(beside):
+        """On another CUDA stream, as torch asks of the calls before a recording; on the same one
+        for all of them, since torch keeps the memory of each stream for it alone."""
+        here, self.beside = torch.cuda.current_stream(), self.beside or torch.cuda.Stream()
+        self.beside.wait_stream(here)
+        with torch.cuda.stream(self.beside):
             outputs = self.function(*self.inputs)
-        here.wait_stream(beside)
+        here.wait_stream(self.beside)
         return outputs
 
     def _record(self) -> None:
