@@ -32,6 +32,17 @@ def is_current(table: Path = TABLE) -> bool:
     return ingredients() in table.read_text(encoding="utf-8").splitlines()
 
 
+def cells(table: Path = TABLE) -> dict[tuple[str, int], str]:
+    """What it says of a kernel on an architecture, by name and number."""
+    rows = [x.strip("| ").split(" | ") for x in table.read_text().splitlines() if x[:1] == "|"]
+    archs = [int(head.removeprefix("sm_")) for head in rows[0][2:]]
+    return {
+        (name, arch): cell
+        for name, _, *found in rows[2:]
+        for arch, cell in zip(archs, found, strict=False)
+    }
+
+
 def main() -> int:
     current = is_current()
     name, now = TABLE.relative_to(ROOT), ingredients()

@@ -1,17 +1,19 @@
 """Compile every kernel in every configuration without a GPU, and report what came out.
 
     aot_worker.py [--module gather ema.adamw ...] [--arch 80 90 100] [--only TEXT] [--shipped]
-                  [--processes N] [--json F] [--markdown F]
+                  [--sample N] [--processes N] [--json F] [--markdown F]
 
 A process of its own, since one that interprets kernels cannot compile them. Exits with 1 where a
 kernel spills, needs more shared memory or registers than the device has, or lacks an instruction
-that it must have; the report names it.
+that it must have; the report names it. With --sample, N drawn at random are compiled, and must be
+as the committed table has them.
 """
 
 import argparse
 import json
 import multiprocessing
 import os
+import random
 import re
 import subprocess
 import sys
@@ -72,6 +74,15 @@ def report(one, arch: int) -> dict:
     wrong += [f"{row['shared']} bytes of shared memory"] * (row["shared"] > SHARED[arch])
     wrong += ["too many registers"] * (row["registers"] * 32 * one.num_warps > REGISTER_FILE)
     return row | {"wrong": wrong}
+
+
+def compare(rows: list[dict]) -> None:
+    """Adds to what is wrong with a row that the committed table has another one."""
+    cells = aot_table.cells()
+    for row in rows:
+        there = cells.get((row["name"], row["arch"]))
+        if there != _cell(row):
+            row["wrong"].append(f"{_cell(row)}, where the table has {there}")
 
 
 def kernels(chosen: list[str] | None, only: str) -> list:
@@ -137,6 +148,7 @@ def main() -> int:
     parser.add_argument("--arch", nargs="+", type=int, default=sorted(SHARED), choices=SHARED)
     parser.add_argument("--only", default="", help="kernels whose name has this text")
     parser.add_argument("--shipped", action="store_true", help="what configs/ launch")
+    parser.add_argument("--sample", type=int, metavar="N")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
@@ -150,7 +162,11 @@ def main() -> int:
         for arch in args.arch
         if arch >= one.since and (not args.shipped or one.name in wanted[arch])
     ]
+    if args.sample:
+        jobs = random.sample(jobs, min(args.sample, len(jobs)))
     rows = reports(jobs, args.processes)
+    if args.sample:
+        compare(rows)
     wrong = [row for row in rows if row["wrong"]]
     if args.json:
         args.json.write_text(json.dumps(rows), encoding="utf-8")

@@ -46,12 +46,17 @@ def test_no_constant_of_a_kernel_is_nan():
 def test_what_the_trainings_launch(arch):
     """No spills, shared memory and registers that the device has, the instructions there.
 
-    `make kernels-check` compiles every configuration; the committed table is of all of them.
+    `make kernels-check` compiles every configuration and writes a table where nothing is wrong. A
+    compiler gives the same again: of these kernels and compilers, it stands for what it says, as a
+    few drawn anew each time must show. Of others, all that is launched is compiled here.
     """
-    done = worker("--arch", str(arch), "--shipped")
+    names, current = shipped.shipped(arch)[0], aot_table.is_current()
+    done = worker("--arch", str(arch), "--shipped", *(["--sample", "6"] if current else []))
     assert done.returncode == 0, done.stdout + done.stderr
     compiled = int(re.search(r"^(\d+) compiled, 0 wrong$", done.stdout, re.M)[1])
-    assert compiled == len(shipped.shipped(arch)[0])  # each name is one of ahead_of_time()
+    assert compiled == (6 if current else len(names))  # each name is one of ahead_of_time()
+    if current:
+        assert names <= {name for (name, a), cell in aot_table.cells().items() if a == arch and cell}
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
