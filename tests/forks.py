@@ -12,11 +12,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from multiprocessing import connection
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing
 
 GRACE_S = 30.0  # as torchrun gives the others, from SIGTERM to SIGKILL
 _FORKS = multiprocessing.get_context("forkserver")
@@ -40,6 +42,12 @@ def run(
     if not in_time:
         raise subprocess.TimeoutExpired(str(script), timeout_s, *said)
     return subprocess.CompletedProcess([script, *args], started.poll(), *said)
+
+
+def spawn(function: Callable, args: tuple, count: int) -> None:
+    """torch.multiprocessing.spawn: function(number, *args) in so many processes, forked too."""
+    how = "spawn" if torch.cuda.is_available() else "forkserver"
+    torch.multiprocessing.start_processes(function, args, count, start_method=how)
 
 
 def begin(command: list, environment: dict[str, str], out: Path, err: Path):

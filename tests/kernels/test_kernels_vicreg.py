@@ -1,10 +1,10 @@
 """VICReg's terms against loops, far from zero mean, and over several ranks."""
 
+import forks
 import pytest
 import tiny
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from cjepa_fast.kernels.common.ranks import centred, sum_over_ranks
 from cjepa_fast.kernels.gather import prediction_error
@@ -223,7 +223,7 @@ def parallel(tmp_path_factory) -> tuple[dict, list[dict]]:
     x[: ROWS[0]] += 2  # the ranks' own means differ, as if the data were sorted
     port = tiny.free_port()
     out = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, (port, x, str(out)), nprocs=len(ROWS))
+    forks.spawn(worker, (port, x, str(out)), len(ROWS))
     alone = each_variant(x, None)
     alone |= {views: whole_loss(views, slice(None), None) for views in VIEWS}
     return alone, [torch.load(out / f"rank{rank}.pt") for rank in range(len(ROWS))]

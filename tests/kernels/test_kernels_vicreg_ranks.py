@@ -5,11 +5,11 @@ import functools
 import itertools
 from typing import NamedTuple
 
+import forks
 import pytest
 import tiny
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from kernel_checks import within_budget
 
 from cjepa_fast.kernels.common import launch
@@ -108,7 +108,7 @@ def worker(rank: int, port: int, rows: tuple[int, ...], out: str) -> None:
 def together(world: int, out: str) -> list[dict]:
     """What each of `world` ranks finds."""
     port = tiny.free_port()
-    mp.spawn(worker, (port, WORLDS[world], out), nprocs=world)
+    forks.spawn(worker, (port, WORLDS[world], out), world)
     return [torch.load(f"{out}/rank{rank}.pt") for rank in range(world)]
 
 

@@ -2,11 +2,11 @@
 
 import copy
 
+import forks
 import pytest
 import tiny
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from test_ema import STEPS, encoder_of, momentum_of, share, trained, walk, whole
@@ -216,7 +216,7 @@ def worker(rank: int, port: int, out: str) -> None:
 @pytest.mark.multiprocess
 def test_shares_that_cut_rows_give_the_same_bits(tmp_path):
     port = tiny.free_port()
-    mp.spawn(worker, (port, str(tmp_path)), nprocs=2)
+    forks.spawn(worker, (port, str(tmp_path)), 2)
     wanted = state(ema_of().module)
     for rank in range(2):
         for found in torch.load(tmp_path / f"rank{rank}.pt"):

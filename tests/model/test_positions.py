@@ -1,10 +1,10 @@
 """VICReg at each position: against plain loops over positions, padded, packed and over ranks."""
 
+import forks
 import pytest
 import tiny
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from cjepa_fast.data.masks import MaskSampler
 from cjepa_fast.model.jepa import JEPA
@@ -160,7 +160,7 @@ def worker(rank: int, port: int, seed: int, out: str) -> None:
 
 @pytest.mark.multiprocess
 def test_ranks_together_are_one_with_all_tokens(seed, tmp_path):
-    mp.spawn(worker, args=(tiny.free_port(), seed, str(tmp_path)), nprocs=2)
+    forks.spawn(worker, (tiny.free_port(), seed, str(tmp_path)), 2)
     x, idx_T = tokens(seed)
     scale = torch.ones(D, dtype=torch.float64, requires_grad=True)
     wanted = position_terms(x.detach() * scale, idx_T, N)

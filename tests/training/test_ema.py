@@ -2,11 +2,11 @@
 
 import copy
 
+import forks
 import pytest
 import tiny
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from cjepa_fast import config as configuration
 from cjepa_fast.model.vit import MODELS, Encoder
@@ -216,7 +216,7 @@ def worker(rank: int, port: int, out: str) -> None:
 @pytest.mark.multiprocess
 def test_ranks_complete_each_others_working_copy(tmp_path):
     port = tiny.free_port()
-    mp.spawn(worker, (port, str(tmp_path)), nprocs=3)
+    forks.spawn(worker, (port, str(tmp_path)), 3)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(3)]
     for dtype in (torch.float32, torch.bfloat16):
         (ema,), _ = followed(dtype)
