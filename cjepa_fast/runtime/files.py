@@ -1,15 +1,19 @@
 """Files written so that a reader sees the old or the new, and a crash loses neither."""
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from cjepa_fast.runtime import json_text
+
+if TYPE_CHECKING:
+    import torch
 
 MOST_JSON_BYTES = 2**26  # of a description; what is larger is none of ours
 
@@ -68,6 +72,8 @@ def write_tensors(
 
     Not atomic: under a temporary name. Raises OSError where that fails, as on a full disk.
     """
+    from safetensors.torch import save_file  # with torch, seconds to import
+
     path.touch()
     mode = path.stat().st_mode
     try:

@@ -189,7 +189,12 @@ def test_no_module_bears_a_foreign_name():
     assert not ours & (foreign - {"cjepa_fast"})
 
 
-def test_importing_the_package_stays_light():
-    code = "import cjepa_fast, sys; print('torch' in sys.modules, 'numpy' in sys.modules)"
+@pytest.mark.parametrize(
+    ("name", "loaded"),
+    [("cjepa_fast", [False, False]), ("cjepa_fast.data.sets.shapes", [False, True])],
+)
+def test_importing_the_package_or_what_renders_stays_light(name, loaded):
+    """The processes that render the shapes set would else take longer to start than to render."""
+    code = f"import {name}, sys; print('torch' in sys.modules, 'numpy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", "False"]
+    assert done.stdout.split() == [str(x) for x in loaded]
