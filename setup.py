@@ -54,6 +54,7 @@ setup(
     extras_require={
         "detect": ["torchvision", "pycocotools"],
         "flash": ["flash-attn"],
+        "hub": ["huggingface_hub"],
         "wandb": ["wandb"],
         "export": ["transformers", "onnx", "onnxscript", "onnxruntime"],
         "dev": [

@@ -11,6 +11,8 @@ if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
 
 import argparse
 import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from cjepa_fast import config as configuration
 from cjepa_fast.config import Config
@@ -20,6 +22,7 @@ from cjepa_fast.runtime import distributed
 from cjepa_fast.runtime.launchers import resume_command
 from cjepa_fast.training import failures, start
 from cjepa_fast.training.build import build_masks, compute_dtype
+from cjepa_fast.training.callbacks import Callback, Callbacks
 from cjepa_fast.training.dry_run import dry_run
 from cjepa_fast.training.loop import Loop
 from cjepa_fast.training.run import Run
@@ -28,28 +31,31 @@ from cjepa_fast.training.start import Options, Session
 
 def pretrain(
     config: str | Path | dict | Config,
-    *,
     data: str | Path | None = None,
+    epochs: int | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    *,
     resume: str | None = None,
     accept_changes: bool = False,
-    **sections: dict,
+    callbacks: Sequence[Callback] = (),
 ) -> Run:
     """Train, in this process or in those that torchrun or deepspeed started.
 
-    config: a file, here or shipped ("vit_s"), or its values; data: short for data.path; resume:
-    "auto", or the path of a checkpoint; sections: values laid over the file's, such as
-    optim={"lr": 3e-4}. Writes and prints what `cjepa-train` does. Raises ConfigError for what is
-    wrong with the configuration, and passes on what a step raises.
+    config: a file, here or shipped ("vit_s"), or its values; data and epochs: short for data.path
+    and run.epochs; overrides: values laid over the file's, {"optim.lr": 3e-4}; resume: "auto", or
+    the path of a checkpoint; callbacks: see Callback. Writes and prints what `cjepa-train` does.
+    Raises ConfigError for what is wrong with the configuration, and passes on what a step raises.
     """
-    if data is not None:
-        sections["data"] = {**sections.get("data", {}), "path": str(data)}
+    over = dict(overrides or {})
+    over |= {"data.path": str(data)} if data is not None else {}
+    over |= {"run.epochs": epochs} if epochs is not None else {}
     call = 'cjepa_fast.pretrain(..., resume="auto")'
     options = Options(resume=resume, accept_changes=accept_changes, resume_with=call)
-    session = Session(configuration.of(config, sections), options)
-    return Run(session.folder, train(session))
+    session = Session(configuration.of(config, over), options)
+    return Run(session.folder, train(session, callbacks))
 
 
-def train(session: Session) -> int:
+def train(session: Session, callbacks: Sequence[Callback] = ()) -> int:
     """All of a training, or of a dry run. Returns the exit status."""
     with contextlib.ExitStack() as ending:
         trainer, loader, state, told = start.begin(session, ending)
@@ -60,7 +66,8 @@ def train(session: Session) -> int:
         if session.options.dry_run:
             return dry_run(trainer, loader, told)
         telemetry = start.open_telemetry(session, trainer, loader, state, told, ending)
-        return Loop(session, trainer, loader, telemetry, state, online, snapshots).go()
+        parts = trainer, loader, telemetry, state, online, snapshots, Callbacks(callbacks)
+        return Loop(session, *parts).go()
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -7,16 +7,19 @@ from pathlib import Path
 import torch
 
 from cjepa_fast.checkpoint import Stored, damage, latest
+from cjepa_fast.checkpoint.pretrained import PretrainedEncoder
+from cjepa_fast.config.schema import EvalSection
 from cjepa_fast.interop import huggingface, ijepa
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime.files import read_json, read_tensors, sha256, write_tensors, write_text
 
+HUB = "hf:"
 FINAL = {"target": "encoder", "context": "context_encoder"}  # file names at the end of a run
 
 
 def write_encoder(path: Path, which: str, checkpoint: Path) -> None:
     """Write one encoder of a checkpoint, as save_encoder does."""
-    save_encoder(load_encoder(checkpoint, which), path)
+    save_encoder(_read(checkpoint, which), path)
 
 
 def save_encoder(encoder: Encoder, path: Path) -> None:
@@ -29,19 +32,38 @@ def save_encoder(encoder: Encoder, path: Path) -> None:
     partial.rename(path)
 
 
-def load_encoder(path: str | os.PathLike, which: str = "target") -> Encoder:
-    """A pretrained encoder, fp32, on the CPU, in evaluation mode.
+def load_encoder(path: str | os.PathLike, which: str = "target") -> PretrainedEncoder:
+    """A pretrained encoder, fp32, on the CPU, in evaluation mode; `embed` takes images as they are.
 
-    path: a run's folder, a checkpoint's folder, a .safetensors file with its .json beside it, a
-    Hugging Face I-JEPA folder, or one of I-JEPA's own files (.pth.tar).
+    path: a run's folder (or its name, where it lies in runs/), a checkpoint's folder, a
+    .safetensors file with its .json beside it, a Hugging Face I-JEPA folder, "hf:USER/NAME" of
+    their hub, or one of I-JEPA's own files (.pth.tar).
     which: "target" (the EMA, used for evaluation) or "context"; a .safetensors file holds
     one encoder, the target's unless its name says otherwise, a Hugging Face folder one, taken for
-    the target's. The module also carries `mean` and `std`, the normalisation its images had.
-    Raises FileNotFoundError or ValueError.
+    the target's. Raises FileNotFoundError or ValueError.
     """
     if which not in FINAL:
         raise ValueError(f'which={which!r}: must be "target" or "context"')
-    path = Path(path)
+    path = _found(path)
+    return PretrainedEncoder(_read(path, which), _crop_of(path))
+
+
+def _found(path: str | os.PathLike) -> Path:
+    """Where it lies: of the hub's, a copy on this machine."""
+    if str(path).startswith(HUB):
+        return huggingface.from_hub(str(path).removeprefix(HUB))
+    named = Path("runs", path)
+    return named if not Path(path).exists() and named.is_dir() else Path(path)
+
+
+def _crop_of(path: Path) -> float:
+    """Of evaluation's centred square: as the run has it that the path belongs to, or as usual."""
+    run = next((folder for folder in (path, *path.resolve().parents[:2]) if is_run(folder)), None)
+    saved = read_json(run / "config.json").get("eval", {}) if run else {}
+    return saved.get("crop", EvalSection().crop)
+
+
+def _read(path: Path, which: str) -> Encoder:
     if path.suffix == ".safetensors":
         if which == "context" and path.stem != FINAL["context"]:
             raise ValueError(f"{path} holds a target encoder: give the run's folder instead")
@@ -54,7 +76,7 @@ def load_encoder(path: str | os.PathLike, which: str = "target") -> Encoder:
         return huggingface.read_encoder(path)
     final = path / f"{FINAL[which]}.safetensors"
     if final.is_file():
-        return load_encoder(final, which)
+        return _read(final, which)
     checkpoint = path if (path / "state.json").is_file() else latest(path)
     if checkpoint is None:
         raise FileNotFoundError(f"{path}: neither a checkpoint nor {final.name} is there")

@@ -68,7 +68,8 @@ class Saver:
     """Saves an engine's state below `folder`; every rank makes one and calls it alike.
 
     keep: of the newest checkpoints; besides, each whose step is a multiple of `keep_period` (0:
-    none). say: called on rank 0 with what the user should know.
+    none). say: called on rank 0 with what the user should know; saved: with the step and the folder
+    of each checkpoint that came through, by the thread that calls this object.
     """
 
     def __init__(
@@ -80,9 +81,11 @@ class Saver:
         keep: int,
         keep_period: int = 0,
         say: Callable[[str], None] = print,
+        saved: Callable[[int, Path], None] = lambda step, folder: None,
     ):
         self.folder, self.keep, self.keep_period = folder, keep, keep_period
-        self._engine, self._encoder_json, self._say = engine, encoder_json, say
+        self._engine, self._encoder_json = engine, encoder_json
+        self._say, self._came_through = say, saved
         self._worker = Worker("checkpoint")
         self._writing = self._naming = False  # what was begun and is not settled
         self._failure: str | None = None  # of the naming
@@ -167,6 +170,8 @@ class Saver:
         self._naming = False
         if self._failure:
             self._fail(self._failure)
+        else:
+            self._came_through(self._saved, self.folder / f"step_{self._saved:08d}")
 
     def _write(self, generators: dict[str, torch.Tensor]) -> None:
         """In a thread: this rank's shard."""

@@ -8,7 +8,7 @@ value, what is allowed and, for an unknown key, the nearest valid one.
 import difflib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -33,15 +33,20 @@ def load(name: str, overrides: Sequence[str] = ()) -> Config:
     return validate(values, Path(name).stem)
 
 
-def of(source: str | Path | dict | Config, sections: dict) -> Config:
-    """The configuration of a file (as in `load`) or of values, with `sections` laid over it."""
+def of(source: str | Path | dict | Config, overrides: Mapping[str, Any]) -> Config:
+    """The configuration of a file (as in `load`) or of values, with {"key.path": value} laid over
+    it; a value may be a dict of keys below. Raises ConfigError."""
     if isinstance(source, Config):
         values, name = source.model_dump(mode="json", exclude_unset=True), "run"
     elif isinstance(source, dict):
         values, name = source, "run"
     else:
         values, name = _resolved(find(str(source))), Path(source).stem
-    return validate(_merged(values, sections), name)
+    for path, value in overrides.items():
+        for key in reversed(path.split(".")):
+            value = {key: value}
+        values = _merged(values, value)
+    return validate(values, name)
 
 
 def validate(values: dict, name: str = "run") -> Config:

@@ -29,7 +29,6 @@ from cjepa_fast.runtime.printable import printable_lines
 from cjepa_fast.telemetry.progress import shown_clock
 
 CARD = "model_card.md"
-CROP = 0.875  # of the evaluation's images, where no run says it
 # Features are of the order of one, and another order of summation moves them by a millionth.
 LARGEST_ERROR = 1e-3
 
@@ -78,8 +77,8 @@ def export(checkpoint: Path, to: str, out: Path, which: str = "target") -> float
         )
     with shown_clock(f"export to {to}"), new_folder(out) as folder:
         origin = origin_of(checkpoint)
-        crop = origin.config.get("eval", {}).get("crop", CROP)
-        source = Source(load_encoder(checkpoint, which), which, crop)
+        encoder = load_encoder(checkpoint, which)
+        source = Source(encoder, which, encoder.crop)
         form.write(source, folder)
         error = difference(source, form, folder)
         files = sorted(path.name for path in folder.iterdir())

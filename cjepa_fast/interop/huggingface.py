@@ -41,6 +41,19 @@ def is_folder(path: Path) -> bool:
         return False
 
 
+def from_hub(name: str) -> Path:
+    """The folder of USER/NAME of Hugging Face's hub, fetched to this machine's cache of it. Raises
+    ValueError where that fails."""
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ValueError(f"hf:{name} needs huggingface_hub: pip install '.[hub]'") from None
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"hf:{name} cannot be fetched: {error}") from error
+
+
 def read_encoder(folder: Path) -> Encoder:
     """The encoder of a folder: fp32, on the CPU, eval mode.
 

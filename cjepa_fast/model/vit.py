@@ -177,7 +177,7 @@ class Encoder(nn.Module):
         table = F.interpolate(table, size=(rows, cols), mode="bicubic", align_corners=False)
         return table.permute(0, 2, 3, 1).reshape(rows * cols, self.width).to(self.pos_embed.dtype)
 
-    def embed(
+    def embedded(
         self, images_B3HW: torch.Tensor, context: torch.Tensor | PackedContext | None
     ) -> torch.Tensor:
         """Patch tokens with their positions, before the blocks, in the shape of `forward`."""
@@ -206,7 +206,7 @@ class Encoder(nn.Module):
         context: int64 (B, K), for (B, K, D), or packed, for (1, T, D).
         """
         packed = context.sequences if isinstance(context, PackedContext) else None
-        x = self.embed(images_B3HW, context)
+        x = self.embedded(images_B3HW, context)
         if self.fused and packed is None and supports(self.blocks, x):
             return run_fused(self.blocks, self.norm, x)
         for block in self.blocks:
@@ -220,7 +220,7 @@ class Encoder(nn.Module):
         """
         if not wanted or min(wanted) < 1 or max(wanted) > self.depth:
             raise ValueError(f"blocks {sorted(wanted)} of an encoder that has 1 to {self.depth}")
-        x = self.embed(images_B3HW, None)
+        x = self.embedded(images_B3HW, None)
         found = []
         for number, block in enumerate(self.blocks[: max(wanted)], 1):
             x = block(x)
@@ -237,12 +237,18 @@ class Encoder(nn.Module):
     @torch.no_grad()
     def attention_maps(self, images_B3HW: torch.Tensor) -> torch.Tensor:
         """The last block's attention over the whole image: (B, H, N, N), rows summing to one."""
-        x = self.embed(images_B3HW, None)
+        x = self.embedded(images_B3HW, None)
         for block in self.blocks[:-1]:
             x = block(x)
         last = self.blocks[-1]
         q, k, _ = last.attn.heads_of(last.norm1(x))
         return attention_map(q, k)
+
+    def attention_received(self, images_B3HW: torch.Tensor) -> torch.Tensor:
+        """What each patch receives there, over all queries: (B, H, rows, cols), each map summing
+        to one, fp32."""
+        grid = tuple(size // self.patch_size for size in images_B3HW.shape[-2:])
+        return self.attention_maps(images_B3HW).float().mean(2).unflatten(-1, grid)
 
 
 def stream_of(positions: torch.Tensor, residual: str) -> torch.Tensor:

@@ -23,6 +23,7 @@ from cjepa_fast.runtime.signals import StopRequest
 from cjepa_fast.telemetry import Telemetry, read_log
 from cjepa_fast.telemetry.pace import Pace
 from cjepa_fast.training.anomalies import BadSteps, Outcomes, Spikes, StepOutcome
+from cjepa_fast.training.callbacks import Callbacks
 from cjepa_fast.training.learning import EARLY, getting_worse, learnt
 from cjepa_fast.training.start import Session
 from cjepa_fast.training.trainer import Trainer
@@ -78,9 +79,11 @@ class Loop:
         state: dict | None = None,
         online: Evaluation | None = None,
         snapshots: Snapshots | None = None,
+        callbacks: Callbacks | None = None,
     ):
         self.trainer, self.loader, self.telemetry = trainer, loader, telemetry
         self.watch, self.online, self.snapshots = session.watchdog, online, snapshots
+        self.callbacks = callbacks or Callbacks()
         if online:
             online.say, online.stopped = telemetry.message, self._stop_is_asked
             online.owed = (state or {}).get("progress", {}).get("evaluation_owed", False)
@@ -95,6 +98,7 @@ class Loop:
             keep=own.keep,
             keep_period=self.period,
             say=telemetry.message,
+            saved=self.callbacks.on_save,
         )
         self.stop = session.stop or StopRequest()
         self.saved_s = time.monotonic()
@@ -153,8 +157,9 @@ class Loop:
             self.watch.mark("in the step")
             terms, applied = trainer.step(batches, self.done, self._after_micro_batch)
             self.done += 1
+            asked = self.callbacks.on_step(self.done, terms) or self.stop.asked
             stopping, writing, minutes_up, evaluating = distributed.any_of(
-                self.stop.asked, self.saver.busy, self._minutes_are_up(), self._evaluation_is_due()
+                asked, self.saver.busy, self._minutes_are_up(), self._evaluation_is_due()
             )
             if not writing:
                 self.saver.settle()
@@ -219,6 +224,8 @@ class Loop:
             self._draw()
         scores = ", ".join(f"{name} {value:.2f} %" for name, value in found.items())
         self.telemetry.message(f"target encoder after step {self.done}: {scores}")
+        if distributed.rank() == 0:
+            self.callbacks.on_evaluate(self.done, found)
         if self.done:
             score = {"knn": found.get("knn"), "step": self.done}
             self.best = distributed.from_rank_0(

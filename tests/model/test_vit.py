@@ -192,8 +192,8 @@ def test_a_chosen_patch_keeps_its_position(encoder):
     """With equal pixels everywhere, tokens before the blocks differ by their positions alone."""
     images = torch.ones(1, 3, 12, 12, dtype=torch.float64)
     context = torch.tensor([[3, 12, 5]])
-    tokens = encoder.embed(images, context)[0]
-    difference = tokens - encoder.embed(images, None)[0, :1]
+    tokens = encoder.embedded(images, context)[0]
+    difference = tokens - encoder.embedded(images, None)[0, :1]
     wanted = encoder.pos_embed[0, context[0]] - encoder.pos_embed[0, :1]
     torch.testing.assert_close(difference, wanted, rtol=0, atol=1e-12)
 

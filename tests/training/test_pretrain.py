@@ -1,31 +1,102 @@
 """`cjepa_fast.pretrain`: the command's training, called from Python."""
 
+import matplotlib.pyplot as plt
 import pytest
 import tiny
+import torch
 
 import cjepa_fast
+from cjepa_fast import config as configuration
 from cjepa_fast.config import ConfigError
 
 
 @pytest.mark.slow
 def test_it_trains_as_the_command_does_and_resumes(tmp_path, one_thread):  # sums are rounded alike
-    by_command = tiny.train("--config", tiny.write_config(tmp_path / "a", run={"epochs": 2}))
+    config = tiny.write_config(tmp_path / "a", run={"epochs": 2})
+    images = tmp_path / "a" / "images"
+    online = {"online": {"data": str(images), "every_epochs": 1, "share": 1.0}}
+    by_command = tiny.train("--config", config)
     assert by_command.returncode == 0, by_command.stderr
-    config = tiny.write_config(tmp_path / "b")
-    run = cjepa_fast.pretrain(config, run={"epochs": 2})
+    config, seen = tiny.write_config(tmp_path / "b", eval=online), Noting()
+    run = cjepa_fast.pretrain(config, images, 2, callbacks=[seen])
+    assert seen.steps == [1, 2, 3, 4] and {"loss", "jepa"} <= seen.terms.keys()
+    assert [step for step, _ in seen.scores] == [0, 2, 4] and seen.scores[0][1].keys() >= {"knn"}
+    assert seen.saved[-1] == (4, run.folder / "checkpoints" / "step_00000004")
     assert run.status == 0 and run.folder == tmp_path / "b" / "run"
     name = "encoder.safetensors"
     assert (run.folder / name).read_bytes() == (tmp_path / "a" / "run" / name).read_bytes()
     assert [row["step"] for row in run.log()] == sorted({row["step"] for row in run.log()})
     assert run.encoder().width == run.encoder("context").width
-    again = cjepa_fast.pretrain(config, run={"epochs": 2}, resume="auto")
+    again = cjepa_fast.pretrain(config, epochs=2, resume="auto")
     assert again == run
+
+
+class Noting(cjepa_fast.Callback):
+    """All that it is called with."""
+
+    def __init__(self):
+        self.steps, self.terms, self.scores, self.saved = [], {}, [], []
+
+    def on_step(self, step, terms):
+        self.steps.append(step)
+        self.terms = terms
+
+    def on_evaluate(self, step, scores):
+        self.scores.append((step, scores))
+
+    def on_save(self, step, checkpoint):
+        assert (checkpoint / "manifest.json").is_file()
+        self.saved.append((step, checkpoint))
+
+
+class Enough(cjepa_fast.Callback):
+    def on_step(self, step, terms):
+        return step == 2
+
+
+def test_a_callback_may_ask_to_stop(tmp_path, capsys):
+    config = tiny.write_config(tmp_path)
+    stopped = cjepa_fast.pretrain(config, callbacks=[Enough(), cjepa_fast.Callback()])
+    assert stopped.status == 0 and not (stopped.folder / "encoder.safetensors").exists()
+    assert "stopped after step 2; resume with" in capsys.readouterr().out
+    assert (stopped.folder / "checkpoints" / "step_00000002").is_dir()
+
+
+def test_an_error_of_a_callback_ends_the_training(tmp_path):
+    class Wrong(cjepa_fast.Callback):
+        def on_step(self, step, terms):
+            raise RuntimeError("of mine")
+
+    with pytest.raises(RuntimeError, match="of mine"):
+        cjepa_fast.pretrain(tiny.write_config(tmp_path), callbacks=[Wrong()])
+
+
+def test_overrides_are_keys_or_sections():
+    over = {"optim.lr": 3e-4, "loss": {"vicreg.beta": 1}}
+    with pytest.raises(ConfigError, match=r"loss.vicreg.beta.*no such key"):
+        cjepa_fast.pretrain("demo", overrides=over)
+    over["loss"] = {"vicreg": {"beta": 0.5}}
+    config = configuration.of("demo", over)
+    assert (config.optim.lr, config.loss.vicreg.beta) == (3e-4, 0.5)
+    assert config.loss.vicreg.std == configuration.load("demo").loss.vicreg.std
+
+
+def test_masks_can_be_looked_at():
+    over = {"mask.targets": 3, "mask": {"min_keep": 4}, "data.image_size": 64}
+    figure = cjepa_fast.masks("demo", count=2, overrides=over)
+    axes = [a for a in figure.axes if a.images]
+    assert len(axes) == 2 * (3 + 3)  # image, context, both, and each target
+    image = torch.rand(3, 80, 90)
+    shown = cjepa_fast.masks("demo", [image], overrides=over)
+    assert len([a for a in shown.axes if a.images]) == 6
+    plt.close("all")
 
 
 def test_what_is_wrong_is_a_ConfigError(tmp_path):
     with pytest.raises(ConfigError, match=r"optim.learning_rate = 1: no such key; nearest is"):
-        cjepa_fast.pretrain("vit_s", optim={"learning_rate": 1})
+        cjepa_fast.pretrain("vit_s", overrides={"optim.learning_rate": 1})
     with pytest.raises(ConfigError, match="no such file"):
         cjepa_fast.pretrain("vit_z")
     with pytest.raises(ConfigError, match="nowhere"):
-        cjepa_fast.pretrain("demo", data=tmp_path / "nowhere", run={"dir": str(tmp_path / "run")})
+        over = {"run.dir": str(tmp_path / "run")}
+        cjepa_fast.pretrain("demo", data=tmp_path / "nowhere", overrides=over)

@@ -63,7 +63,7 @@ class Segmenter(nn.Module):
     def _tokens(self, images_B3HW: torch.Tensor) -> list[torch.Tensor]:
         if self.quarters is None:
             return self.encoder.layers(images_B3HW, self.encoder.last(self.layers))
-        x = self.encoder.embed(images_B3HW, None)
+        x = self.encoder.embedded(images_B3HW, None)
         after = []
         for block in self.encoder.blocks:
             x = block(x)

@@ -23,10 +23,7 @@ COLOURS, STRENGTH = "inferno", 0.72  # over a pale grey copy of the image
 
 def received(encoder: Encoder, images_B3HW: torch.Tensor) -> torch.Tensor:
     """Attention each patch receives, by head: (B, H, rows, cols); a head's map sums to one."""
-    attention_BHNN = encoder.attention_maps(images_B3HW)
-    patch = encoder.patch_size
-    grid = (images_B3HW.shape[-2] // patch, images_B3HW.shape[-1] // patch)
-    return attention_BHNN.float().mean(2).unflatten(-1, grid).cpu()
+    return encoder.attention_received(images_B3HW).cpu()
 
 
 def evenness(encoder: Encoder, images_B3HW: torch.Tensor) -> dict[str, float]:

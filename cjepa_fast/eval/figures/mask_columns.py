@@ -3,11 +3,19 @@
 Shapes: B images, N patches, K context patches, M target blocks, P patches a block.
 """
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import torch
 
+from cjepa_fast import config as configuration
+from cjepa_fast.checkpoint.pretrained import Transform
+from cjepa_fast.config import Config
 from cjepa_fast.data.masks import Masks
 from cjepa_fast.eval.figures.sheets import Column, as_arrays, sheet
+from cjepa_fast.training.build import build_masks
 
 BLOCK_COLOURS = ("#e6550d", "#3182bd", "#31a354", "#c51b8a", "#756bb1", "#fdae6b")
 
@@ -29,6 +37,27 @@ def columns(
     names = ["image", "context", "context and targets", *(f"target {m + 1}" for m in range(M))]
     views = [_views(image, masks, b, grid) for b, image in enumerate(images)]
     return list(zip(names, zip(*views, strict=True), strict=True))
+
+
+def masks(
+    config: str | Path | dict | Config,
+    images: Sequence = (),
+    count: int = 4,
+    overrides: Mapping[str, Any] | None = None,
+):
+    """A matplotlib figure of the masks that a configuration draws, a row an image.
+
+    config, overrides: as of `pretrain`; images: as an encoder's `embed` takes them, else `count`
+    blank ones. Raises ConfigError or ValueError.
+    """
+    settings = configuration.of(config, overrides or {})
+    data, sampler = settings.data, build_masks(settings)
+    transform = Transform(data.image_size, data.mean, data.std, settings.eval.crop)
+    blank = [torch.zeros(3, data.image_size, data.image_size)] * count
+    images_B3HW = torch.stack([transform(image) for image in images] or blank)
+    drawn = sampler(epoch=0, step=0, index_B=torch.arange(len(images_B3HW)))
+    title = f"Masks: {config if isinstance(config, str | Path) else 'context and targets'}"
+    return figure(images_B3HW, data.mean, data.std, drawn, sampler.grid, title)
 
 
 def figure(images_B3HW: torch.Tensor, mean, std, masks: Masks, grid: tuple[int, int], title: str):
