@@ -72,10 +72,13 @@ setup(
     },
     entry_points={
         "console_scripts": [
+            "cjepa-ablate = cjepa_fast.tools.ablate:main",
             "cjepa-doctor = cjepa_fast.tools.doctor:main",
+            "cjepa-embed = cjepa_fast.eval.__main__:embed",
             "cjepa-eval = cjepa_fast.eval.__main__:main",
             "cjepa-export = cjepa_fast.export.__main__:main",
             "cjepa-train = cjepa_fast.train:main",
+            "cjepa-pack = cjepa_fast.data.pack:main",
             "cjepa-plan = cjepa_fast.tools.plan:main",
             "cjepa-report = cjepa_fast.tools.report:main",
         ]

@@ -183,7 +183,7 @@ def _write_text(path: Path, text: str) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m cjepa_fast.data.pack", description="Pack a folder of images into shards."
+        prog="cjepa-pack", description="Pack a folder of images into shards."
     )
     parser.add_argument("folder", help="folder of images; its sub-folders are the classes")
     parser.add_argument("out", help="folder for the shards")

@@ -15,6 +15,7 @@ from cjepa_fast.runtime import distributed, hardware
 from cjepa_fast.runtime.printable import printable_lines
 
 TASKS = {  # by name: the module below cjepa_fast.eval, imported when it is asked for; help
+    "embed": ("embed", "features of images, in a file with their names"),
     "knn": ("probes.knn", "k nearest neighbours on frozen features"),
     "linear": ("probes.linear", "linear probes on frozen features, the best of a sweep"),
     "semi": ("probes.semi", "fine-tuning or probing with few labels"),
@@ -69,6 +70,11 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         distributed.leave_group()
     return 0
+
+
+def embed() -> int:
+    """The console script cjepa-embed."""
+    return main(["embed", *sys.argv[1:]])
 
 
 def _complete(args: argparse.Namespace) -> None:

@@ -1,0 +1,227 @@
+"""The features of a folder or shards of images, in a file with their names.
+
+`cjepa-embed RUN IMAGES --out features.parquet`, or .npz, .csv, .safetensors (names in a .json
+beside it). The images are taken a part at a time, each kept in OUT.parts until all are there, so
+that the same command resumes; torchrun spreads a part over its ranks.
+Shapes: n images, N patches, D width.
+"""
+
+import argparse
+import csv
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from cjepa_fast.checkpoint.encoders import load_encoder
+from cjepa_fast.checkpoint.pretrained import LAYERS, POOLS
+from cjepa_fast.data.sources import ImageSet, open_images
+from cjepa_fast.eval import cli
+from cjepa_fast.eval.features import digest, extract
+from cjepa_fast.runtime import distributed
+from cjepa_fast.runtime.files import read_json, read_tensors, write_tensors, write_text
+from cjepa_fast.runtime.memory import free_bytes
+from cjepa_fast.runtime.printable import printable
+
+PART = 4096  # images
+FACTS = "facts.json"
+
+
+class Part(NamedTuple):
+    """names, labels (-1 where the images have none), and features (n, D) or (n, N, D) fp32."""
+
+    names: list[str]
+    labels_n: np.ndarray
+    features: np.ndarray
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="RUN", help="a run, a checkpoint, an encoder")
+    parser.add_argument("images", metavar="IMAGES", help="a folder, shards, a list, or 'shapes'")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="by its ending: "
+                        + ", ".join(WRITERS))  # fmt: skip
+    parser.add_argument("--pool", choices=POOLS, default="mean", help="the patches' mean, none, or "
+                        "the means of the last 4 blocks side by side; default: mean")  # fmt: skip
+    parser.add_argument("--which", choices=("target", "context"), default="target", help="encoder")
+    parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
+    cli.add_reading(parser)
+    parser.add_argument("--bf16", action="store_true", help="the encoder in bf16")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Raises ValueError for an ending without a writer, a file that is there, parts of others."""
+    write = _writer(args.out, args.pool)
+    encoder = load_encoder(args.checkpoint, args.which)
+    images = open_images(args.images)
+    facts = {
+        "encoder": digest(encoder), "images": images.fingerprint, "pool": args.pool,
+        "crop": args.crop, "bf16": args.bf16, "part": PART,
+    }  # fmt: skip
+    parts = args.out.with_name(f"{args.out.name}.parts")
+    distributed.from_rank_0(lambda: _begin(parts, facts))
+    files = [*_extracted(encoder, images, parts, args)]
+    if distributed.rank() != 0:
+        return
+    partial = args.out.with_name(f".{args.out.stem}.partial{args.out.suffix}")
+    write(partial, [*map(_Stored(images), files)], images)
+    partial.rename(args.out)
+    count = sum(len(read_tensors(file)["index"]) for file in files)
+    shutil.rmtree(parts)
+    missing = len(images) - count + len(images.skipped)
+    left_out = f"; {missing} images left out, which cannot be used" if missing else ""
+    print(f"{printable(args.out)}: features of {count} images{left_out}")
+
+
+def _writer(out: Path, pool: str) -> Callable:
+    if out.suffix not in WRITERS:
+        raise ValueError(f"--out {out}: its ending must be one of {', '.join(WRITERS)}")
+    if out.exists():
+        raise ValueError(f"--out {out} is there already: name another, or remove it")
+    if out.suffix == ".csv" and pool == "none":
+        raise ValueError("--pool none has a row for each patch, which .csv has no place for: take "
+                         ".npz, .parquet or .safetensors")  # fmt: skip
+    return WRITERS[out.suffix]
+
+
+def _begin(parts: Path, facts: dict) -> None:
+    """Raises ValueError where there are parts of other features."""
+    parts.mkdir(parents=True, exist_ok=True)
+    if not (parts / FACTS).is_file():
+        write_text(parts / FACTS, json.dumps(facts, indent=2))
+    before = read_json(parts / FACTS)
+    if differs := sorted(key for key in facts if before.get(key) != facts[key]):
+        raise ValueError(
+            f"{parts} holds parts of other features (another {', '.join(differs)}): remove it, or "
+            "name another --out"
+        )
+
+
+def _extracted(encoder, images: ImageSet, parts: Path, args) -> Iterator[Path]:
+    """The parts' files, made where they are missing; all ranks call it."""
+    layers = encoder.last(LAYERS) if args.pool == "last4" else None
+    count = -(-len(images) // PART)
+    for number in range(count):
+        path = parts / f"part_{number:06d}.safetensors"
+        if not distributed.from_rank_0(path.is_file):
+            features, index = extract(
+                encoder, images, keep=torch.arange(number * PART, len(images))[:PART],
+                crop=args.crop, layers=layers, pooled=args.pool != "none", device=cli.device(),
+                bf16=args.bf16, batch_size=args.batch_size, threads=args.threads,
+                title=f"features, part {number + 1} of {count}",
+            )  # fmt: skip
+            if distributed.rank() == 0:
+                partial = path.with_suffix(".partial")
+                write_tensors({"features": features, "index": index}, partial)
+                partial.rename(path)
+        yield path
+
+
+class _Stored:
+    """A part of its file, with the images' names and labels."""
+
+    def __init__(self, images: ImageSet):
+        self._images = images
+        self._labels_N = torch.full((len(images),), -1) if images.labels is None else images.labels
+
+    def __call__(self, path: Path) -> Callable[[], Part]:
+        def read() -> Part:
+            found = read_tensors(path)
+            index_n = found["index"]
+            names = [_text(self._images.name(i)) for i in index_n.tolist()]
+            return Part(names, self._labels_N[index_n].numpy(), found["features"].numpy())
+
+        return read
+
+
+def _text(name: str) -> str:
+    """A file's name as text: bytes that are no UTF-8 as \\xe9."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def _whole(parts: list) -> Part:
+    """All parts in one. Raises ValueError where they do not fit into memory."""
+    first = parts[0]()
+    needed, free = 2 * len(parts) * first.features.nbytes, free_bytes()
+    if free is not None and needed > free:
+        raise ValueError(
+            f"the features take up to {needed / 2**30:.0f} GiB at once, of {free / 2**30:.0f} "
+            "free: take .parquet or .csv, which are written a part at a time"
+        )
+    found = [first, *(part() for part in parts[1:])]
+    names = [name for part in found for name in part.names]
+    arrays = (np.concatenate([part[i] for part in found]) for i in (1, 2))
+    return Part(names, *arrays)
+
+
+def _labels(part: Part, images: ImageSet) -> dict[str, np.ndarray]:
+    return {} if images.labels is None else {"labels": part.labels_n}
+
+
+def write_npz(path: Path, parts: list, images: ImageSet) -> None:
+    """names, features, and labels with classes where the images have them: without pickles."""
+    part = _whole(parts)
+    classes = {"classes": np.array(images.classes)} if images.classes else {}
+    np.savez(path, names=np.array(part.names), features=part.features,
+             **_labels(part, images), **classes)  # fmt: skip
+
+
+def write_safetensors(path: Path, parts: list, images: ImageSet) -> None:
+    """features, and labels; in a .json beside it the names and the classes."""
+    part = _whole(parts)
+    tensors = {"features": part.features, **_labels(part, images)}
+    write_tensors({name: torch.from_numpy(x) for name, x in tensors.items()}, path)
+    named = {"names": part.names, "classes": images.classes and [*map(str, images.classes)]}
+    name = path.name.removeprefix(".").replace(".partial.safetensors", ".json")
+    write_text(path.with_name(name), json.dumps(named) + "\n")
+
+
+def write_csv(path: Path, parts: list, images: ImageSet) -> None:
+    """name, label (empty without one), f0, f1, ..."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        for number, read in enumerate(parts):
+            part = read()
+            if number == 0:
+                heads = [f"f{i}" for i in range(part.features.shape[1])]
+                rows.writerow(["name", "label", *heads])
+            for name, label, features in zip(*part, strict=True):
+                rows.writerow([name, _class(label, images), *map(repr, features.tolist())])
+
+
+def _class(label: int, images: ImageSet) -> str:
+    if images.labels is None:
+        return ""
+    return str(images.classes[label] if images.classes else label)
+
+
+def write_parquet(path: Path, parts: list, images: ImageSet) -> None:
+    """name, label (null without one), and features: a list of D, or of N lists of D."""
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise ValueError(".parquet needs pyarrow: pip install pyarrow, or take .npz") from None
+    writer = None
+    for read in parts:
+        part = read()
+        column = pa.array(part.features.reshape(-1))
+        for size in reversed(part.features.shape[1:]):
+            column = pa.FixedSizeListArray.from_arrays(column, size)
+        labels = [_class(x, images) or None for x in part.labels_n]
+        table = pa.table({"name": part.names, "label": pa.array(labels, pa.string()),
+                          "features": column})  # fmt: skip
+        writer = writer or pq.ParquetWriter(path, table.schema)
+        writer.write_table(table)
+    writer.close()
+
+
+WRITERS = {
+    ".parquet": write_parquet,
+    ".npz": write_npz,
+    ".csv": write_csv,
+    ".safetensors": write_safetensors,
+}

@@ -1,0 +1,155 @@
+"""cjepa-embed: the features of evaluation in each kind of file, resumed, on several ranks."""
+
+import csv
+import json
+import sys
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from cjepa_fast.checkpoint.encoders import load_encoder
+from cjepa_fast.data.sources import open_images
+from cjepa_fast.eval import __main__ as evaluation
+from cjepa_fast.eval import embed
+from cjepa_fast.eval.features import extract
+from cjepa_fast.model.vit import Encoder
+from cjepa_fast.runtime.files import read_tensors
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(run, images, names, features) of ten images in two classes."""
+    folder = tmp_path_factory.mktemp("embed")
+    torch.manual_seed(0)
+    run = tiny.write_run(folder / "runs", Encoder(24, 4, 24, 4, 2))
+    tiny.write_images(folder / "images", 10)
+    images = open_images(str(folder / "images"))
+    features, _ = extract(load_encoder(run), images, crop=0.875, threads=1)
+    return run, folder / "images", [images.name(i) for i in range(10)], features.numpy()
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    monkeypatch.setattr(embed, "PART", 4)
+
+
+def call(run, images, out, *more) -> int:
+    return evaluation.main(["embed", str(run), str(images), "--out", str(out), *more])
+
+
+def read(path) -> tuple[list[str], np.ndarray, np.ndarray, list[str]]:
+    """names, features, numbers or words of the classes, and the classes' names."""
+    if path.suffix == ".npz":
+        found = np.load(path, allow_pickle=False)
+        return found["names"].tolist(), found["features"], found["labels"], [*found["classes"]]
+    if path.suffix == ".safetensors":
+        found, named = read_tensors(path), json.loads(path.with_suffix(".json").read_text())
+        arrays = found["features"].numpy(), found["labels"].numpy()
+        return named["names"], *arrays, named["classes"]
+    if path.suffix == ".csv":
+        head, *rows = csv.reader(path.open())
+        assert head[:3] == ["name", "label", "f0"]
+        features = np.array([[float(x) for x in row[2:]] for row in rows], np.float32)
+        return [row[0] for row in rows], features, np.array([row[1] for row in rows]), []
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = parquet.read_table(path)
+    features = np.array(table["features"].to_pylist(), np.float32)
+    return table["name"].to_pylist(), features, np.array(table["label"].to_pylist()), []
+
+
+@pytest.mark.parametrize("ending", embed.WRITERS)
+def test_each_kind_of_file_holds_names_labels_and_the_features(tmp_path, made, ending, capsys):
+    run, images, names, features = made
+    out = tmp_path / f"features{ending}"
+    if ending == ".parquet":
+        pytest.importorskip("pyarrow")
+    assert call(run, images, out) == 0, capsys.readouterr().err
+    found_names, found, labels, classes = read(out)
+    assert found_names == names and np.array_equal(found, features)
+    words = [classes[x] for x in labels] if classes else labels.tolist()
+    assert words == [name.partition("/")[0] for name in names]
+    assert {path.name for path in tmp_path.iterdir()} <= {out.name, "features.json"}
+
+
+def test_a_row_for_each_patch(tmp_path, made):
+    run, images, _, features = made
+    assert call(run, images, tmp_path / "a.npz", "--pool", "none") == 0
+    found = np.load(tmp_path / "a.npz")["features"]
+    assert found.shape == (10, 36, 24)
+    np.testing.assert_allclose(found.mean(1), features, atol=1e-6)
+    assert call(run, images, tmp_path / "b.npz", "--pool", "last4") == 0
+    assert np.load(tmp_path / "b.npz")["features"].shape == (10, 96)
+
+
+def test_it_resumes_and_makes_nothing_twice(tmp_path, made, monkeypatch, capsys):
+    run, images, _, features = made
+    out, asked = tmp_path / "a.npz", []
+
+    def failing(*args, keep, **options):
+        asked.append(keep.tolist())
+        if len(asked) == 2:
+            raise OSError("the disk went away")
+        return extract(*args, keep=keep, **options)
+
+    monkeypatch.setattr(embed, "extract", failing)
+    assert call(run, images, out) == 2 and "went away" in capsys.readouterr().err
+    assert not out.exists()
+    assert call(run, images, out) == 0
+    assert asked == [[0, 1, 2, 3], [4, 5, 6, 7], [4, 5, 6, 7], [8, 9]]
+    assert np.array_equal(np.load(out)["features"], features)
+
+
+def test_parts_of_other_features_are_not_mixed_in(tmp_path, made, monkeypatch, capsys):
+    run, images, *_ = made
+    monkeypatch.setattr(embed, "extract", lambda *args, **options: (_ for _ in ()).throw(OSError()))
+    assert call(run, images, tmp_path / "a.npz") == 2
+    assert call(run, images, tmp_path / "a.npz", "--pool", "none", "--crop", "0.5") == 2
+    assert "another crop, pool" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "said"),
+    [
+        ("a.pkl", [], "must be one of .parquet, .npz, .csv, .safetensors"),
+        ("a.csv", ["--pool", "none"], "--pool none"),
+        ("there.npz", [], "is there already"),
+    ],
+)
+def test_what_cannot_be_written_is_said_before_any_work(tmp_path, made, name, more, said, capsys):
+    (tmp_path / "there.npz").touch()
+    assert call(*made[:2], tmp_path / name, *more) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_without_labels_there_are_none(tmp_path, made):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for i, path in enumerate(sorted(made[1].rglob("*.jpg"))[:3]):
+        (flat / f"{i}.jpg").write_bytes(path.read_bytes())
+    (flat / "bad.jpg").write_bytes(b"no image")
+    assert call(made[0], flat, tmp_path / "a.npz") == 0
+    assert set(np.load(tmp_path / "a.npz")) == {"names", "features"}
+    assert call(made[0], flat, tmp_path / "a.csv") == 0
+    assert [row[1] for row in csv.reader((tmp_path / "a.csv").open())] == ["label", "", "", ""]
+
+
+def test_what_does_not_fit_is_told(tmp_path, made, monkeypatch, capsys):
+    monkeypatch.setattr(embed, "free_bytes", lambda: 1000)
+    assert call(*made[:2], tmp_path / "a.npz") == 2
+    assert "take .parquet or .csv" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert call(*made[:2], tmp_path / "a.parquet") == 2
+    assert "pip install pyarrow" in capsys.readouterr().err
+
+
+def test_two_ranks_make_the_same_file(tmp_path, made):
+    run, images, names, features = made
+    script = tmp_path / "embed.py"
+    script.write_text("import sys\nfrom cjepa_fast.eval.__main__ import main\nsys.exit(main())\n")
+    done = tiny.run(script, "embed", run, images, "--out", tmp_path / "a.npz", ranks=2)
+    assert done.returncode == 0, done.stderr
+    found = np.load(tmp_path / "a.npz")
+    assert found["names"].tolist() == names
+    np.testing.assert_allclose(found["features"], features, atol=1e-6)
