@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 
 from cjepa_fast.checkpoint import Stored, damage, latest
-from cjepa_fast.checkpoint.pretrained import PretrainedEncoder
-from cjepa_fast.config.schema import EvalSection
+from cjepa_fast.checkpoint.pretrained import CROP, PretrainedEncoder
 from cjepa_fast.interop import huggingface, ijepa
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime.files import read_json, read_tensors, sha256, write_tensors, write_text
@@ -60,7 +59,7 @@ def _crop_of(path: Path) -> float:
     """Of evaluation's centred square: as the run has it that the path belongs to, or as usual."""
     run = next((folder for folder in (path, *path.resolve().parents[:2]) if is_run(folder)), None)
     saved = read_json(run / "config.json").get("eval", {}) if run else {}
-    return saved.get("crop", EvalSection().crop)
+    return saved.get("crop", CROP)
 
 
 def _read(path: Path, which: str) -> Encoder:

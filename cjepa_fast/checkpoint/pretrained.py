@@ -25,6 +25,7 @@ from cjepa_fast.model.vit import Encoder
 
 POOLS = ("mean", "none", "last4")
 LAYERS = 4  # of "last4"
+CROP = 0.875  # of the short side, where no run says its eval.crop: that key's default
 THREADS = 8  # at most, that read and resize images
 
 

@@ -142,7 +142,7 @@ def test_a_run_says_how_its_images_are_cropped(tmp_path, monkeypatch):
     assert cj.load_encoder(run).crop == 0.6
     assert cj.load_encoder(run / "encoder.safetensors").crop == 0.6
     save_encoder(fresh(), tmp_path / "alone.safetensors")
-    assert cj.load_encoder(tmp_path / "alone.safetensors").crop == 0.875
+    assert cj.load_encoder(tmp_path / "alone.safetensors").crop == cj.Config().eval.crop
     monkeypatch.chdir(tmp_path)
     assert cj.load_encoder("run").crop == 0.6  # by its name in runs/
     with pytest.raises(FileNotFoundError, match="yours"):

@@ -5,6 +5,8 @@ images are a handful, RUN a run of them, the configuration that of tests/tiny.py
 so has a line in ELSEWHERE that says where it is tried. Words after the name choose commands.
 """
 
+import itertools
+import json
 import os
 import re
 import shlex
@@ -117,6 +119,7 @@ def as_run(command: Command, folder: Path, config: Path, number: int) -> str:
     scripts = {"cjepa-eval": "cjepa_fast.eval", "cjepa-export": "cjepa_fast.export"}
     scripts |= {"cjepa-plan": "cjepa_fast.tools.plan", "cjepa-train": "cjepa_fast.train"}
     scripts |= {"cjepa-report": "cjepa_fast.tools.report", "torchrun": "torch.distributed.run"}
+    scripts |= {"cjepa-embed": "cjepa_fast.eval embed"}
     first, _, rest = text.partition(" ")
     if first == "deepspeed":
         return shlex.join([str(Path(sys.prefix, "bin", "deepspeed"))]) + f" {rest}"
@@ -124,14 +127,24 @@ def as_run(command: Command, folder: Path, config: Path, number: int) -> str:
     return f"{python} -m {scripts[first]} {rest}" if first in scripts else f"{python} {rest}"
 
 
+def notebook_commands() -> Iterator[Command]:
+    """The cells of docs/'s notebooks as a script, which draws to no screen."""
+    for page in sorted((ROOT / "docs").glob("*.ipynb")):
+        cells = json.loads(page.read_text())["cells"]
+        code = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+        yield Command(page, 1, shlex.join(["python", "-c", code]))
+
+
 def main() -> int:
     failed = 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         config = prepared(folder)
-        cache = {"XDG_CACHE_HOME": str(folder / "cache")}
-        for number, command in enumerate(c for page in PAGES for c in commands(page)):
-            where = f"{command.page.relative_to(ROOT)}:{command.line}: {command.text}"
+        cache = {"XDG_CACHE_HOME": str(folder / "cache"), "MPLBACKEND": "agg"}
+        shown = itertools.chain(*map(commands, PAGES), notebook_commands())
+        for number, command in enumerate(shown):
+            text = command.text.partition("\n")[0]
+            where = f"{command.page.relative_to(ROOT)}:{command.line}: {text}"
             if not all(word in command.text for word in sys.argv[1:]):
                 continue
             if command.elsewhere:

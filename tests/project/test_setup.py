@@ -10,7 +10,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tiny
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -128,18 +130,22 @@ def pip_install(site: Path, *what: str) -> None:
 
 
 def packages_seen_from(site: Path, cwd: Path) -> dict[str, str]:
-    """Where a fresh interpreter finds the parts when `site` comes before all installed packages."""
-    # -S, or this environment's own editable install would come first.
+    """Where a fresh interpreter finds the parts."""
     code = (
-        f"import site; [site.addsitedir(d) for d in {[str(site), *installed_folders()]!r}]\n"
         "import json, importlib.resources, cjepa_fast, cjepa_fast.kernels.gather as g\n"
         "configs = importlib.resources.files('cjepa_fast.configs')\n"
         "print(json.dumps({'package': cjepa_fast.__file__, 'kernels': g.__file__,\n"
         "    'configs': sorted(p.name for p in configs.iterdir() if p.suffix == '.json')}))"
     )
-    command = [sys.executable, "-S", "-c", code]
-    done = subprocess.run(command, cwd=cwd, check=True, text=True, stdout=subprocess.PIPE)
-    return json.loads(done.stdout)
+    return json.loads(run_from(site, cwd, code).stdout)
+
+
+def run_from(site: Path, cwd: Path, code: str) -> subprocess.CompletedProcess:
+    """Code in a fresh interpreter, to which `site` comes before all installed packages."""
+    # -S, or this environment's own editable install would come first.
+    before = f"import site; [site.addsitedir(d) for d in {[str(site), *installed_folders()]!r}]\n"
+    command = [sys.executable, "-S", "-c", before + code]
+    return subprocess.run(command, cwd=cwd, check=True, text=True, stdout=subprocess.PIPE)
 
 
 def installed_folders() -> list[str]:
@@ -168,6 +174,30 @@ def test_the_wheel_works_away_from_its_source(tmp_path):
     assert Path(seen["package"]) == site / "cjepa_fast" / "__init__.py"
     assert Path(seen["kernels"]) == site / "cjepa_fast" / "kernels" / "gather" / "__init__.py"
     assert seen["configs"] == shipped_configs()
+    a_first_day(site, tmp_path)
+
+
+def a_first_day(site: Path, folder: Path) -> None:
+    """Three steps of a training, its features in a file, an export and a plan, as users of the
+    wheel have them."""
+    config = tiny.write_config(folder, run={"epochs": 1}, data={"batch_size": 12})
+    run_from(
+        site,
+        folder,
+        f"""
+import cjepa_fast as cj
+from cjepa_fast.eval.__main__ import main as evaluate
+from cjepa_fast.export.__main__ import main as export
+from cjepa_fast.tools.plan import main as plan
+run = cj.pretrain({str(config)!r})
+assert run.status == 0 and run.log()[-1]["step"] == 3
+assert evaluate(["embed", str(run.folder), "images", "--out", "features.npz"]) == 0
+assert export([str(run.folder), "--to", "safetensors", "--out", "exported"]) == 0
+assert plan(["--config", "vit_h", "--gpu", "h200"]) == 0
+""",
+    )
+    assert np.load(folder / "features.npz")["features"].shape == (40, 24)
+    assert (folder / "exported" / "encoder.safetensors").is_file()
 
 
 @pytest.mark.slow
