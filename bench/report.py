@@ -16,7 +16,7 @@ from pathlib import Path
 import files
 import matplotlib
 
-from cjepa_fast.tools.plan import MEASURED, measured_shares
+from cjepa_fast.tools.plan import MEASURED, measured_rows
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -306,7 +306,7 @@ def fresh_texts(rows: list[dict]) -> dict[Path, str]:
     return {
         README: with_table(README.read_text(encoding="utf-8"), headline(found)),
         TABLE: HEAD + table(found),
-        MEASURED: json.dumps(measured_shares(rows), indent=1) + "\n",
+        MEASURED: json.dumps(measured_rows(rows), indent=1) + "\n",
     }
 
 

@@ -6,15 +6,16 @@
 Bytes of weights, gradients and optimiser follow from the parameters; those kept for the backward
 are counted by running the networks on torch's meta device, which computes nothing. What lives for a
 moment within the backward, as a block's part that model.checkpointing recomputes, is not.
-The speed is the counted work, and what is recomputed, over the data sheet's bf16 rate, at the
-share of it that bench/throughput.py has measured for this configuration on this GPU
-(measured.json), else at an assumed one ("predicted").
+The speed is the counted work, and what is recomputed, over the data sheet's rate, at the share of
+it that bench/throughput.py has measured (measured.json) of this very step on this GPU. Of any other
+it is derived or assumed, and has a range.
 """
 
 import argparse
 import contextlib
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -34,7 +35,8 @@ from cjepa_fast.training import build
 
 MEASURED = Path(__file__).with_name("measured.json")
 IMAGENET = 1_281_167
-ASSUMED_MFU = 0.40
+ASSUMED_MFU = 0.40, 0.25, 0.50  # and its range
+DERIVED = 0.75, 1.1  # of the share that another step of the same networks reached
 USABLE = 0.92  # of a GPU's memory, beside the context, the libraries' buffers and fragmentation
 STAGES = (0, 1, 2, 3)
 
@@ -166,28 +168,65 @@ def gflop_per_image(config: Config) -> tuple[float, float]:
     return step_gflop(**sizes)["total"], again
 
 
-def utilisation(name: str, gpu: GPU, measured: Path = MEASURED) -> tuple[float, str]:
-    """The share of the bf16 rate that this configuration reaches, and where that is from."""
-    found = [
-        row["mfu_pct"] / 100
+class Speed(NamedTuple):
+    """The share of the GPU's rate that a step reaches, its range, and what says so."""
+
+    mfu: float
+    low: float
+    high: float
+    source: str
+    joules_per_image: float | None = None
+
+    @property
+    def measured(self) -> bool:
+        return self.low == self.high
+
+
+def speed(config: Config, name: str, gpu: GPU, count: int, measured: Path = MEASURED) -> Speed:
+    """Measured where a row is of this very step: the same settings, precision, images, GPU and
+    count of GPUs. Else derived from the row of this configuration on this GPU whose images are the
+    nearest, or assumed; the ranges of both are a judgement."""
+    rows = [
+        row
         for row in json.loads(measured.read_text())
         if row["config"] == Path(name).stem and gpu.name in row["device"]
     ]
-    return (max(found), "measured") if found else (ASSUMED_MFU, "predicted")
-
-
-def measured_shares(rows: list[dict]) -> list[dict]:
-    """Of bench/results/throughput.json's rows what measured.json holds: the best MFU by
-    configuration and device, where the device's rate is known."""
-    best: dict[tuple[str, str], float] = {}
+    images = config.data.batch_size
     for row in rows:
-        if row.get("config") and row.get("mfu_sheet_pct"):
-            key = row["config"], row["hardware"]["device"]
-            best[key] = max(best.get(key, 0.0), row["mfu_sheet_pct"])
+        same = (row["precision"], row["batch"], row["processes"]) == (
+            config.run.precision, images, count
+        )  # fmt: skip
+        if same and _step(on_gpu(configuration.load(name, row["overrides"]), gpu)) == _step(config):
+            mfu = row["mfu_pct"] / 100
+            return Speed(mfu, mfu, mfu, f"measured, {row['commit']}", row["joules_per_image"])
+    alike = [row for row in rows if row["precision"] == config.run.precision]
+    if not alike or config.model != configuration.load(name).model:
+        return Speed(*ASSUMED_MFU, "assumed: nothing like it has been measured")
+    row = min(alike, key=lambda row: abs(row["batch"] - images // count))
+    mfu, own = row["mfu_pct"] / 100, ", ".join(row["overrides"]) or "as shipped"
+    said = f"derived: {100 * mfu:.1f} % measured of {row['batch']} images on {row['processes']} x "
+    return Speed(mfu, *(mfu * x for x in DERIVED), f"{said}{row['device']}, {own}")
+
+
+def _step(config: Config) -> tuple:
+    """What a step's time depends on, beside the images."""
+    run = config.run
+    how = run.precision, run.compile, run.cuda_graph, run.target_stream
+    own = (config.data.image_size, config.data.micro_batch_size, config.optim.implementation)
+    parts = config.mask, config.model, config.predictor, config.loss
+    return *how, *own, *parts, json.dumps(config.deepspeed, sort_keys=True)
+
+
+def measured_rows(rows: list[dict]) -> list[dict]:
+    """Of bench/results/throughput.json's rows what measured.json holds: those of a GPU whose rate
+    is known."""
+    kept = ("config", "overrides", "precision", "batch", "processes", "joules_per_image", "commit")
     return [
-        {"config": config, "device": device, "mfu_pct": share}
-        for (config, device), share in sorted(best.items())
-    ]
+        {**{key: row.get(key) for key in kept}, "device": row["hardware"]["device"],
+         "mfu_pct": row["mfu_sheet_pct"]}
+        for row in rows
+        if row.get("config") and row.get("mfu_sheet_pct")
+    ]  # fmt: skip
 
 
 def on_gpu(config: Config, gpu: GPU) -> Config:
@@ -207,43 +246,83 @@ def on_gpu(config: Config, gpu: GPU) -> Config:
 def describe(args: argparse.Namespace, config: Config) -> str:
     gpu = GPUS[args.gpu]
     config = on_gpu(config, gpu)
-    share, source = utilisation(args.config, gpu)
-    gflop, again = gflop_per_image(config)
-    epochs = args.epochs or config.run.epochs
-    images_per_s = args.count * share * gpu.tflops * 1e3 / (gflop + again)
-    hours = epochs * args.images / images_per_s / 3600
     micro_batch, accumulation = config.data.micro_batches(args.count)
+    gflop, again = gflop_per_image(config)
     plans = {stage: plan(config, stage, args.count) for stage in STAGES}
+    own = config.deepspeed.get("zero_optimization", {}).get("stage", 0)
     lines = [
         f"{args.config} on {args.count} x {args.gpu}: {plans[0].trained / 1e6:.0f} M trained "
         f"parameters, {gflop:.1f} GFLOP an image, {micro_batch} images a GPU x {accumulation}",
+        verdict(plans, own, gpu, micro_batch),
         "",
-        f"GB of each GPU's {gpu.memory_gb:g}, predicted",
-        "".join([f"{'ZeRO stage':20s}", *(f"{stage:>10d}" for stage in STAGES)]),
-    ]
-    for part in plans[0].static:
-        cells = (f"{found.static[part] / 1e9:10.2f}" for found in plans.values())
-        lines.append(f"{part:20s}{''.join(cells)}")
-    kept = (f"{found.per_image * micro_batch / 1e9:10.2f}" for found in plans.values())
-    lines.append(f"{'saved for backward':20s}{''.join(kept)}")
-    totals = (f"{found.total(micro_batch) / 1e9:10.2f}" for found in plans.values())
-    lines.append(f"{'in all':20s}{''.join(totals)}")
-    largest = (f"{largest_batch(found, gpu):10d}" for found in plans.values())
-    lines.append(f"{'largest batch':20s}{''.join(largest)}")
-    own = config.deepspeed.get("zero_optimization", {}).get("stage", 0)
-    if plans[own].total(micro_batch) > USABLE * gpu.memory_gb * 1e9:
-        lines.append(f"does not fit with ZeRO stage {own}, which the configuration asks for")
-    lines += [
+        *memory_table(plans, own, gpu, micro_batch),
         "",
-        f"MFU            {100 * share:10.1f} %  {source}",
-        f"recomputed     {again:10.1f}    predicted, GFLOP an image, by model.checkpointing",
-        f"images/s       {images_per_s:10.0f}    {source}; the exchange of gradients not counted",
-        f"hours          {hours:10.1f}    {source}: {epochs} epochs of {args.images:,} images",
-        f"GPU-hours      {hours * args.count:10.0f}    {source}",
-        f"kWh            {hours * args.count * gpu.watts / 1e3:10.0f}    {source}, at the boards' "
-        f"{gpu.watts:g} W",
+        *cost(args, config, gpu, gflop, again),
     ]
     return "\n".join(lines)
+
+
+def verdict(plans: dict[int, Plan], own: int, gpu: GPU, micro_batch: int) -> str:
+    """Whether the configuration fits, and if not what to change."""
+    room, needed = USABLE * gpu.memory_gb, plans[own].total(micro_batch) / 1e9
+    of = f"{needed:.1f} GB of each GPU's {room:.1f} usable, at ZeRO stage {own}"
+    if needed <= room:
+        return f"fits: {of}; up to {largest_batch(plans[own], gpu)} images a GPU would"
+    ways = []
+    if most := largest_batch(plans[own], gpu):
+        ways.append(f"data.micro_batch_size={most} or less")
+    if stage := next((s for s in STAGES if plans[s].total(micro_batch) / 1e9 <= room), None):
+        ways.append(f"deepspeed.zero_optimization.stage={stage}")
+    ways.append("model.checkpointing, more GPUs, or a smaller model" if ways else
+                "more GPUs with ZeRO stage 3, or a smaller model")  # fmt: skip
+    return f"does not fit, because it takes {of}: try {'; '.join(ways)}"
+
+
+def memory_table(plans: dict[int, Plan], own: int, gpu: GPU, micro_batch: int) -> list[str]:
+    """A column a ZeRO stage, the configuration's own marked with a *."""
+    heads = [f"{stage}{'*' if stage == own else ''}" for stage in STAGES]
+
+    def row(name: str, cells: list[str]) -> str:
+        return f"{name:22s}" + "".join(f"{cell:>10s}" for cell in cells)
+
+    def sizes(name: str, size: Callable[[Plan], float]) -> str:
+        return row(name, [f"{size(found) / 1e9:.2f}" for found in plans.values()])
+
+    return [
+        f"GB of each GPU's {gpu.memory_gb:g}, predicted (*: as the configuration has it)",
+        row("ZeRO stage", heads),
+        *(sizes(part, lambda found, part=part: found.static[part]) for part in plans[0].static),
+        sizes("saved for backward", lambda found: found.per_image * micro_batch),
+        sizes("in all", lambda found: found.total(micro_batch)),
+        row("largest batch a GPU", [str(largest_batch(found, gpu)) for found in plans.values()]),
+    ]
+
+
+def cost(args: argparse.Namespace, config: Config, gpu: GPU, gflop: float, again: float) -> list:
+    """Speed, time and energy, each with its range; the source of all of them in the first line."""
+    found = speed(config, args.config, gpu, args.count)
+    images = (args.epochs or config.run.epochs) * args.images
+    peak = args.count * gpu.tflops * 1e3 / (gflop + again)
+    hours = [images / (share * peak) / 3600 for share in (found.mfu, found.high, found.low)]
+    joules = found.joules_per_image
+    kwh = [images * joules / 3.6e6] if joules else [h * args.count * gpu.watts / 1e3 for h in hours]
+    watts = "" if joules else f", at the boards' {gpu.watts:g} W"
+    rate = [share * peak for share in (found.mfu, found.low, found.high)]
+
+    def line(name: str, values: list[float], digits: int, note: str = "") -> str:
+        range_ = "" if found.measured else f"({values[1]:,.{digits}f} to {values[2]:,.{digits}f})"
+        return f"{name:15s}{values[0]:>12,.{digits}f}  {range_:22s}{note}".rstrip()
+
+    shares = [100 * share for share in (found.mfu, found.low, found.high)]
+    several = "" if args.count == 1 else "the exchange of gradients not counted"
+    return [
+        line("MFU, %", shares, 1, found.source),
+        f"{'recomputed':15s}{again:12.1f}  {'':22s}GFLOP an image, by model.checkpointing",
+        line("images/s", rate, 0, several),
+        line("hours", hours, 1, f"{images // args.images} epochs of {args.images:,} images"),
+        line("GPU-hours", [h * args.count for h in hours], 0),
+        line("kWh", kwh, 0, watts.removeprefix(", ")),
+    ]
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
