@@ -78,7 +78,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--accept-changes", action="store_true", help="resume as another training")
     parser.add_argument("--print-config", action="store_true", help="print the resolved one, exit")
     parser.add_argument("--help-config", action=HelpConfig, help="explain a key or section, exit")
-    parser.add_argument("--dry-run", action="store_true", help="build all, run 2 steps, exit")
+    parser.add_argument("--dry-run", action="store_true", help="build all, run 3 steps, exit")
+    parser.add_argument("--quiet", action="store_true", help="messages alone, no progress line")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
@@ -89,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     given = ("--config", args.config, *(f"--set={override}" for override in args.overrides))
     options = Options(
         resume=args.resume, accept_changes=args.accept_changes, dry_run=args.dry_run,
-        command_line=given, resume_with=resume_command(),
+        quiet=args.quiet, command_line=given, resume_with=resume_command(),
     )  # fmt: skip
     with failures.told(options) as told:
         with start.input_errors():

@@ -21,12 +21,13 @@ import torch
 
 from cjepa_fast.runtime.printable import printable, printable_lines
 from cjepa_fast.telemetry.nvml import GpuCounters
+from cjepa_fast.telemetry.pace import duration
 from cjepa_fast.telemetry.rows import drop_rows_after
 from cjepa_fast.telemetry.sinks import AsyncSink, Sink, TensorBoardSink, WandbSink, is_number
 
 REFRESH_S = 0.5  # on a terminal the line is redrawn no oftener than this
+PLAIN_S = 60.0  # and elsewhere written no oftener, but for the first and the last
 RATE_MEMORY = 0.7  # weight of the past in the EMA of the step time behind the ETA
-TERMS = ("jepa", "sim", "std", "cov", "sigreg")  # the loss's terms on the progress line
 
 
 class Telemetry:
@@ -35,7 +36,8 @@ class Telemetry:
     folder: RUN, made if missing; log.jsonl and tensorboard/ go there. None: silent.
     total_steps: steps of the whole run; steps_per_epoch, images_per_step: global figures.
     interval: steps between rows. start_step: steps done before (resume): rows beyond it are
-    dropped from log.jsonl, so that a resumed log has each step once. wandb: a project there.
+    dropped from log.jsonl, so that a resumed log has each step once. wandb: a project there. quiet:
+    messages alone, without the progress line.
     Raises ValueError for an interval below one.
     """
 
@@ -51,6 +53,7 @@ class Telemetry:
         tensorboard: bool = True,
         wandb: str | None = None,
         stream: TextIO | None = None,
+        quiet: bool = False,
     ):
         if interval < 1:
             raise ValueError(f"interval {interval}: telemetry needs at least one step between rows")
@@ -59,7 +62,7 @@ class Telemetry:
         self.silent = folder is None
         if self.silent:
             return
-        self._line = ProgressLine(stream or sys.stdout)
+        self._line = ProgressLine(stream or sys.stdout, quiet)
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._step = folder, start_step
@@ -76,6 +79,7 @@ class Telemetry:
             self._sinks.append(AsyncSink(WandbSink, self.message, folder, wandb))
         self._gpu = GpuCounters()
         self._shown: dict = {}
+        self._knn: float | None = None  # of the last evaluation
         self._step_s: float | None = None
         self._new_interval(start_step)
 
@@ -95,7 +99,8 @@ class Telemetry:
         """Note a finished step (counted from 1).
 
         scalars: 0-d tensors or numbers, logged as means over the interval's finite values.
-        data_wait_s: seconds this step waited for its data. Forces no host sync.
+        data_wait_s: seconds this step waited for its data. Forces no host sync, but for the first
+        step, of which a line tells that it is done.
         """
         if self.silent:
             return
@@ -104,6 +109,9 @@ class Telemetry:
         self._means.add(scalars)
         if self._shown:
             self._line.refresh(lambda: self._text({**self._shown, "step": step}))
+        else:
+            self._shown = {"step": step, "loss": _number(_scalar(scalars.get("loss", math.nan)))}
+            self._line.show(self._text(self._shown))
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -138,15 +146,17 @@ class Telemetry:
             **{name: _number(value) for name, value in (extra or {}).items()},
             **self._gpu.read(),
         }
+        self._knn = row.get("knn") or self._knn
         self._write(row)
         self._shown = row
-        self._line.show(self._text(row))
+        self._line.show(self._text(row), last=self._step >= self.total_steps)
         self._new_interval(self._step)
         return row
 
     def row(self, step: int, values: dict[str, float]) -> None:
         """What was measured apart from the steps: before the first, or after the last."""
         if not self.silent:
+            self._knn = values.get("knn") or self._knn
             epoch = step / self.steps_per_epoch
             self._write({"step": step, "epoch": epoch, "time_s": self._before_s, **values})
 
@@ -162,16 +172,20 @@ class Telemetry:
                 sink.figures(figures, step)
 
     def _text(self, row: dict) -> str:
-        left_s = (self.total_steps - row["step"]) * (self._step_s or 0.0)
+        """What matters first: a narrow terminal cuts the end off. All terms are in log.jsonl."""
+        row = row | {"knn": self._knn}
         parts = [
             f"step {row['step']}/{self.total_steps}",
             f"epoch {row['step'] / self.steps_per_epoch:.2f}",
-            f"{row['images_per_s']:.0f} images/s",
-            f"ETA {_duration(left_s)}",
         ]
-        if row.get("lr") is not None:
+        shown = (("loss", "loss {:.4f}"), ("rankme", "RankMe {:.1f}"), ("knn", "kNN {:.1f} %"),
+                 ("images_per_s", "{:.0f} images/s"))  # fmt: skip
+        parts += [text.format(row[name]) for name, text in shown if is_number(row, name)]
+        if self._step_s is not None:
+            left_s = (self.total_steps - row["step"]) * self._step_s
+            parts.append(f"ETA {duration(left_s)}")
+        if is_number(row, "lr"):
             parts.append(f"lr {row['lr']:.2e}")
-        parts += [f"{name} {row[name]:.4f}" for name in ("loss", *TERMS) if is_number(row, name)]
         return "  ".join(parts)
 
     def message(self, text: str) -> None:
@@ -275,21 +289,25 @@ class DeviceMeans:
 
 
 class ProgressLine:
-    """A line that redraws itself on a terminal; elsewhere (files, pipes) a plain line each row."""
+    """A line that redraws itself on a terminal; elsewhere (files, pipes) a plain line a minute, the
+    first and the last."""
 
-    def __init__(self, stream: TextIO):
-        self._stream = stream
+    def __init__(self, stream: TextIO, quiet: bool = False):
+        self._stream, self._quiet = stream, quiet
         self._live = stream.isatty()
         self._drawn = ""
         self._drawn_s = -math.inf
 
-    def show(self, text: str) -> None:
+    def show(self, text: str, last: bool = False) -> None:
+        now_s = time.perf_counter()
+        if self._quiet or (not self._live and not last and now_s - self._drawn_s < PLAIN_S):
+            return
+        self._drawn_s = now_s
         if not self._live:
             self._stream.write(printable(text) + "\n")
         else:
             # a line that wraps cannot be returned to; \x1b[K wipes what a longer one left
             self._drawn = text[: max(shutil.get_terminal_size().columns - 1, 20)]
-            self._drawn_s = time.perf_counter()
             self._stream.write(f"\r{self._drawn}\x1b[K")
         self._stream.flush()
 
@@ -328,9 +346,3 @@ def _number(value: torch.Tensor | float) -> float | int | None:
 
 def _moving_average(past: float | None, new: float) -> float:
     return new if past is None else RATE_MEMORY * past + (1 - RATE_MEMORY) * new
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -8,6 +8,13 @@ WARM = 1  # micro-batches that are not timed: the first is slower
 LEAST_S = 5.0  # timed, unless one micro-batch takes longer
 
 
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds, 1:02:03."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
 class Pace:
     """The time that is left, from the first micro-batches.
 

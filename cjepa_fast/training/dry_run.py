@@ -1,4 +1,4 @@
-"""Two steps of a configuration, and what they are made of: `train.py --dry-run`."""
+"""A few steps of a configuration, and what a run of it is: `train.py --dry-run`."""
 
 import math
 import sys
@@ -9,10 +9,12 @@ import torch
 from cjepa_fast.data.loader import Loader
 from cjepa_fast.runtime import distributed, hardware
 from cjepa_fast.runtime.memory import peak_resident_gib
+from cjepa_fast.telemetry.pace import duration
 from cjepa_fast.training.build import gflop_of
 from cjepa_fast.training.loop import steps_of
 from cjepa_fast.training.trainer import Trainer
 
+STEPS = 3
 BROKEN = (
     "error: a step's loss or gradient is not finite: try --set run.precision=fp32, a lower "
     "optim.lr, and data.mean and data.std of your images"
@@ -20,10 +22,10 @@ BROKEN = (
 
 
 def dry_run(trainer: Trainer, loader: Loader, told: list[str]) -> int:
-    """Two steps, then what a run of this configuration is made of. Returns the exit status: 1
-    where a step's loss or gradient is not finite."""
+    """STEPS, then what a run of this configuration is made of. Returns the exit status: 1 where a
+    step's loss or gradient is not finite."""
     finite = True
-    for index, (batches, _) in zip(range(2), steps_of(loader, 0), strict=False):
+    for index, (batches, _) in zip(range(STEPS), steps_of(loader, 0), strict=False):
         began = time.perf_counter()
         terms, applied = trainer.step(batches, index)
         loss = float(terms["loss"])  # waits for the device
@@ -38,6 +40,18 @@ def dry_run(trainer: Trainer, loader: Loader, told: list[str]) -> int:
     gflop = gflop_of(trainer.config, K, M, P)
     rows, cols = encoder.grid
     parameters = trainer.parameters
+    config, images = trainer.config, loader.images
+    classes = f" in {len(images.classes)} classes" if images.classes else ""
+    print(f"images       {len(images):,}{classes}, {config.data.batch_size} a step")
+    print(
+        f"steps        {trainer.steps_per_epoch:,} an epoch, {trainer.total_steps:,} in "
+        f"{config.run.epochs} epochs: {duration(step_s * trainer.total_steps)} at this rate"
+    )
+    optim = config.optim
+    print(
+        f"rate         from {optim.start_lr:g} to {optim.lr:g} in {optim.warmup_epochs:g} epochs, "
+        f"to {optim.final_lr:g} at the end"
+    )
     print(hardware.told_precision(trainer.config.run.precision, trainer.device, False))
     print(f"parameters   encoder {parameters['encoder']:,}, predictor {parameters['predictor']:,}")
     print(f"tokens       {rows} x {cols} patches, context {K:g}, targets {M} x {P}")
@@ -45,7 +59,7 @@ def dry_run(trainer: Trainer, loader: Loader, told: list[str]) -> int:
     print(f"memory       {peak_gib(trainer.device):.2f} GiB at the peak, {trainer.device}")
     print(
         f"step         {trainer.micro_batch} images x {loader.accumulation} x "
-        f"{distributed.world_size()} ranks, loss {loss:.4f}, {step_s:.2f} s (not warmed up)"
+        f"{distributed.world_size()} ranks, loss {loss:.4f}, {step_s:.2f} s (the third step)"
     )
     if broken:
         print(BROKEN, file=sys.stderr)

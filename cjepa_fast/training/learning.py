@@ -1,13 +1,36 @@
 """Whether a training learns: its log against the untrained encoder's rows, in a line of words."""
 
+import shlex
+import statistics
+from pathlib import Path
+
 from cjepa_fast.config import Config
 from cjepa_fast.model.vit import initialisation
+from cjepa_fast.telemetry.pace import duration
 
 EARLY = 0.1  # of a run: when its features are compared with the first ones
 FALLEN = 2.0  # points of kNN: more than one evaluation's standard error
 LESS_SPREAD = 0.8  # of the first RankMe. A run that learns may dip to 0.84 in its first twentieth
 BY_POSITION = 0.5  # of the tokens' variance: more tells where a patch is rather than what is there
 NAMES = {"knn": "kNN %", "rankme": "RankMe", "by_position": "share of position"}
+
+
+def ended(rows: list[dict], run: Path) -> list[str]:
+    """Of a training that is done, from its log: where the encoder is, what it took, and what users
+    do next."""
+    took = rows[-1].get("time_s", 0.0) if rows else 0.0
+    rates = [row["images_per_s"] for row in rows if row.get("images_per_s")]
+    speed = f", {statistics.median(rates):,.0f} images/s" if rates else ""
+    lines = [f"done: {run / 'encoder.safetensors'} ({duration(took)}{speed})"]
+    if line := learnt(rows):
+        lines.append(line)
+    folder = shlex.quote(str(run))
+    return [
+        *lines,
+        f"next: cjepa-eval knn {folder} --data LABELLED_IMAGES --untrained",
+        f"      cjepa-embed {folder} IMAGES --out features.npz",
+        f"      cjepa-report {folder}",
+    ]
 
 
 def learnt(rows: list[dict]) -> str | None:

@@ -24,7 +24,7 @@ from cjepa_fast.telemetry import Telemetry, read_log
 from cjepa_fast.telemetry.pace import Pace
 from cjepa_fast.training.anomalies import BadSteps, Outcomes, Spikes, StepOutcome
 from cjepa_fast.training.callbacks import Callbacks
-from cjepa_fast.training.learning import EARLY, getting_worse, learnt
+from cjepa_fast.training.learning import EARLY, ended, getting_worse
 from cjepa_fast.training.start import Session
 from cjepa_fast.training.trainer import Trainer
 
@@ -217,6 +217,8 @@ class Loop:
     def _evaluate(self) -> dict[str, float] | None:
         """The target encoder's scores, on rank 0; the best by kNN is remembered."""
         self.watch.mark("evaluating")
+        if not self.done:
+            self.telemetry.message("evaluating the untrained encoder on eval.online.data")
         with self.telemetry.pause(), self.online.counted():
             found = self.online.evaluate(self.trainer.ema.module)
             if found is None:
@@ -395,11 +397,6 @@ class Loop:
         )
         return 1
 
-    def _tell_what_was_learnt(self) -> None:
-        log = self.folder / "log.jsonl"  # none of a finished training taken to another folder
-        if log.is_file() and (line := learnt(read_log(log))):
-            self.telemetry.message(line)
-
     def _end(self) -> int:
         """Of a run that is done, or was asked to stop."""
         self.watch.mark("writing the last checkpoint and the encoders")
@@ -414,6 +411,7 @@ class Loop:
             final = checkpoint.latest(self.folder)
             encoders.write_encoder(self.folder / "encoder.safetensors", "target", final)
             encoders.write_encoder(self.folder / "context_encoder.safetensors", "context", final)
-            self.telemetry.message(f"done: {self.folder / 'encoder.safetensors'}")
-            self._tell_what_was_learnt()
+            log = self.folder / "log.jsonl"  # none of a finished training taken to another folder
+            for line in ended(read_log(log) if log.is_file() else [], self.folder):
+                self.telemetry.message(line)
         return 0 if saved or distributed.rank() else 1

@@ -35,6 +35,7 @@ class Options:
     resume: str | None = None  # "auto", or the path of a checkpoint or of another run
     accept_changes: bool = False  # resume although the configuration makes it another training
     dry_run: bool = False
+    quiet: bool = False  # messages alone, no progress line
     command_line: tuple[str, ...] = ()  # --config and --set, as they were given
     resume_with: str = ""  # the command, or the call, that resumes this training
 
@@ -219,6 +220,7 @@ def open_telemetry(
             start_step=state["step"] if state else 0,
             tensorboard=config.telemetry.tensorboard,
             wandb=config.telemetry.wandb,
+            quiet=session.options.quiet,
         )
         ending.callback(telemetry.close)
         loader.skipped.record = Lines(print, run / left_out_images.FILE).write

@@ -202,21 +202,39 @@ def test_what_is_said_is_no_escape_sequence(tmp_path, started):
     assert stream.getvalue() == "skipped: \\x1b[31ma\\xe9\n"
 
 
-def test_plain_lines_where_there_is_no_terminal(tmp_path, started, clock):
+@pytest.mark.parametrize(
+    ("step_s", "wanted"), [(1.0, [1, 40]), (4.0, [1, 20, 40]), (7.0, [1, 10, 20, 30, 40])]
+)
+def test_a_plain_line_a_minute_where_there_is_no_terminal(tmp_path, started, clock, step_s, wanted):
+    """And the first step's, and the last; all rows are in the log."""
     stream = io.StringIO()
     out = started(tmp_path, stream=stream)
-    for step in range(1, 21):
-        clock.now_s += 1.0
+    out.row(0, {"knn": 25.0})
+    for step in range(1, 41):
+        clock.now_s += step_s
         out.step(step, {"loss": torch.tensor(0.25), "sim": torch.tensor(0.5)})
         if out.due(step):
-            out.log_row({"lr": 5e-4})
+            out.log_row({"lr": 5e-4, "rankme": 12.34})
     out.close()
-    lines = stream.getvalue().splitlines()
-    assert len(lines) == 2 and "\r" not in stream.getvalue()
-    assert lines[1].split("  ") == [
-        "step 20/40", "epoch 1.00", "64 images/s", "ETA 0:00:20", "lr 5.00e-04", "loss 0.2500",
-        "sim 0.5000",
+    lines = [line.split("  ") for line in stream.getvalue().splitlines()]
+    assert "\r" not in stream.getvalue()
+    assert [line[0] for line in lines] == [f"step {step}/40" for step in wanted]
+    assert lines[0] == ["step 1/40", "epoch 0.05", "loss 0.2500", "kNN 25.0 %"]
+    assert lines[-1] == [
+        "step 40/40", "epoch 2.00", "loss 0.2500", "RankMe 12.3", "kNN 25.0 %",
+        f"{64 / step_s:.0f} images/s", "ETA 0:00:00", "lr 5.00e-04",
     ]  # fmt: skip
+    assert [row["step"] for row in read_log(tmp_path)] == [0, 10, 20, 30, 40]
+
+
+def test_quiet_is_messages_alone(tmp_path, started):
+    stream = io.StringIO()
+    out = started(tmp_path, stream=stream, quiet=True, interval=1)
+    out.step(1, {"loss": torch.tensor(0.25)})
+    out.log_row()
+    out.message("done")
+    out.close()
+    assert stream.getvalue() == "done\n" and len(read_log(tmp_path)) == 1
 
 
 def test_a_terminal_line_redraws_itself_between_rows(tmp_path, started, clock, monkeypatch):
@@ -233,7 +251,8 @@ def test_a_terminal_line_redraws_itself_between_rows(tmp_path, started, clock, m
     text = stream.getvalue()
     shown = [part.split("\x1b[K")[0] for part in text.split("\r")[1:]]
     steps = [line.split("/")[0] for line in shown if line.startswith("step")]
-    assert steps == ["step 10", "step 15"]  # 0.5 s after the row, no oftener
+    # 0.5 s after the first step, and after the row, no oftener
+    assert steps == ["step 1", "step 6", "step 10", "step 15"]
     assert all(len(line) < 60 for line in shown)
     assert text.count("\n") == 2  # one ends the message, one the run
     assert "\r\x1b[Kskipped corrupt.jpg\nstep 15" in text
@@ -243,13 +262,15 @@ def test_the_time_left_follows_the_recent_rate(tmp_path, started, clock):
     stream = io.StringIO()
     out = started(tmp_path, stream=stream, total_steps=1000)
     for step in range(1, 31):
-        clock.now_s += 10.0 if step <= 10 else 1.0
+        clock.now_s += 70.0 if step <= 10 else 7.0
         out.step(step, {})
         if out.due(step):
             out.log_row()
-    step_s = 0.7 * (0.7 * 10 + 0.3 * 1) + 0.3 * 1
+    step_s = 0.7 * (0.7 * 70 + 0.3 * 7) + 0.3 * 7
     minutes = 970 * step_s / 60
-    assert f"ETA {int(minutes // 60)}:{int(minutes % 60):02d}:" in stream.getvalue().splitlines()[2]
+    assert (
+        f"ETA {int(minutes // 60)}:{int(minutes % 60):02d}:" in stream.getvalue().splitlines()[-1]
+    )
 
 
 def test_a_silent_rank_writes_nothing(tmp_path, capsys, monkeypatch):

@@ -1,5 +1,7 @@
 """Whether a training learns, told early and at its end."""
 
+from pathlib import Path
+
 import pytest
 
 from cjepa_fast import config
@@ -21,6 +23,17 @@ def test_the_end_says_whether_the_features_beat_untrained_ones():
     assert "fell" not in learning.learnt(knn_rows(20.0, 50.0, 49.0))
     worse = learning.learnt(knn_rows(20.0, 25.0, 19.0))
     assert worse.startswith("WARNING: kNN: untrained 20.0 %")
+
+
+def test_the_end_says_what_it_took_and_what_comes_next():
+    rows = [{"step": 0, "knn": 20.0}, {"step": 1, "images_per_s": 10.0},
+            {"step": 2, "images_per_s": 1500.0, "knn": 50.0, "time_s": 3723.4},
+            {"step": 3, "images_per_s": 1400.0, "time_s": 3724.4}]  # fmt: skip
+    done, knn, *following = learning.ended(rows, Path("a run"))
+    assert done == "done: a run/encoder.safetensors (1:02:04, 1,400 images/s)"
+    assert knn.startswith("kNN: untrained 20.0 %")
+    assert all("'a run'" in line for line in following) and len(following) == 3
+    assert learning.ended([], Path("run"))[0] == "done: run/encoder.safetensors (0:00:00)"
 
 
 def rows(**ends: tuple[float, float]) -> list[dict]:

@@ -52,8 +52,18 @@ def test_dry_run_prints_what_a_run_is_made_of_and_leaves_nothing(tmp_path):
     result = subprocess.run(command, env=tiny.environment(), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "torch.nn" in result.stderr and "torch._dynamo" not in result.stderr
-    for word in ("parameters", "tokens", "6 x 6 patches", "GFLOP/image", "memory", "GiB"):
-        assert word in result.stdout
+    for word in (
+        "parameters",
+        "tokens",
+        "6 x 6 patches",
+        "GFLOP/image",
+        "memory",
+        "GiB",
+        "40 in 2 classes",
+        "2 an epoch, 4 in 2 epochs: 0:00:0",
+        "at this rate",
+    ):
+        assert word in result.stdout, result.stdout
     assert not (tmp_path / "run").exists()
 
 
