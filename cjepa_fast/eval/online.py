@@ -6,10 +6,11 @@ Shapes: n images of a set, B images of a batch, N patches, D width.
 """
 
 import contextlib
+import importlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -28,6 +29,9 @@ from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime import distributed
 from cjepa_fast.runtime.distributed import from_all, rank, world_size
 
+# Of (features (n, D), labels (n,)) to fit on and (features (m, D), labels (m,)) to score: percent.
+Probe = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], float | Mapping]
+
 
 class _Stopped(Exception):
     """An evaluation was left."""
@@ -37,8 +41,8 @@ class OnlineEvaluation:
     """Evaluates an encoder on two labelled splits, and knows when it may.
 
     every: optimiser steps between evaluations; share: of the run's time that they may take, the
-    first and the last apart; batch_size: images a rank takes at a time. The rest as in
-    eval_batches and knn.predict.
+    first and the last apart; batch_size: images a rank takes at a time; probes: beside kNN and the
+    linear probe. The rest as in eval_batches and knn.predict.
     """
 
     def __init__(
@@ -50,8 +54,10 @@ class OnlineEvaluation:
         batch_size: int,
         k: int,
         temperature: float,
+        probes: Sequence[Probe] = (),
         **reading,
     ):
+        self.probes = probes
         self.splits, self.every, self.share = splits, every, share
         self.batch_size, self.k, self.temperature = batch_size, k, temperature
         self.say: Callable[[str], None] = print
@@ -91,7 +97,10 @@ class OnlineEvaluation:
             self.owed = True
             return None
         self.owed = False
-        return {} if rank() else _scores(*vectors, k=self.k, temperature=self.temperature)
+        if rank():
+            return {}
+        own = [score for probe in self.probes for score in _named(probe, vectors)]
+        return _scores(*vectors, k=self.k, temperature=self.temperature) | dict(own)
 
     @contextlib.contextmanager
     def counted(self) -> Iterator[None]:
@@ -174,6 +183,7 @@ def build_online(
         batch_size=micro_batch,
         k=config.eval.k,
         temperature=config.eval.temperature,
+        probes=[probe_at(path) for path in own.probes],
         image_size=data.image_size,
         resize=config.eval.crop,
         mean=data.mean,
@@ -204,6 +214,25 @@ def build_snapshots(config: Config, images: ImageSet, masks: MaskSampler) -> Sna
     )
     drawn = masks(0, 0, torch.arange(len(images_B3HW)))
     return SnapshotImages(images_B3HW, drawn, data.mean, data.std)
+
+
+def probe_at(path: str) -> Probe:
+    """The function at "module:function". Raises ValueError."""
+    module, _, name = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"eval.online.probes: {path} cannot be imported ({error}); write it as "
+            '"module:function", of a module on PYTHONPATH'
+        ) from error
+
+
+def _named(probe: Probe, vectors: list[torch.Tensor]) -> Iterator[tuple[str, float]]:
+    """Its scores by name: its own name, and behind it the key where it gives several."""
+    found = probe(*vectors)
+    for key, value in (found if isinstance(found, Mapping) else {"": found}).items():
+        yield f"{probe.__name__}{'_' * bool(key)}{key}", float(value)
 
 
 def _scores(train_nD, label_n, test_mD, test_label_m, **options) -> dict[str, float]:

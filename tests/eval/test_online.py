@@ -59,11 +59,24 @@ def test_nothing_is_drawn_that_nobody_shows(tmp_path, monkeypatch):
     assert train.main(["--config", str(config), "--set", "run.epochs=1"]) == 0
 
 
-def test_training_is_the_same_with_and_without(tmp_path):
-    """Evaluated, and drawn for TensorBoard."""
+OWN_PROBES = """
+def classes(train, train_labels, test, test_labels):
+    assert train.shape[1] == test.shape[1] and len(test) == len(test_labels)
+    return len(train_labels.unique())
+
+def several(*vectors):
+    return {"one": 1, "two": vectors[0].sum() * 0 + 2}
+"""
+
+
+def test_training_is_the_same_with_and_without(tmp_path, monkeypatch):
+    """Evaluated, by probes of the user's own too, and drawn for TensorBoard."""
+    (tmp_path / "own_probes.py").write_text(OWN_PROBES)
+    monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    with_it = write_config(tmp_path / "a", pictures=2)
+    own = ["own_probes:classes", "own_probes:several"]
+    with_it = write_config(tmp_path / "a", pictures=2, probes=own)
     without = write_config(tmp_path / "b", data=None)
     for config in (with_it, without):
         assert train.main(["--config", str(config), "--set", "telemetry.tensorboard=true"]) == 0
@@ -72,9 +85,19 @@ def test_training_is_the_same_with_and_without(tmp_path):
         for config in (with_it, without)
     )
     assert one == other and len(one) == 6
+    last = read_log(tmp_path / "a" / "run")[-1]
+    assert (last["classes"], last["several_one"], last["several_two"]) == (3, 1, 2)
     both = [checkpoint.Stored(checkpoint.latest(c.parent / "run")) for c in (with_it, without)]
     weights = [stored.encoder_weights("target") for stored in both]
     assert all(torch.equal(p, weights[1][name]) for name, p in weights[0].items())
+
+
+@pytest.mark.parametrize("path", ["no_such_module:x", "math:no_such", "math", ""])
+def test_a_probe_that_is_not_there_is_told_before_the_first_step(tmp_path, capsys, path):
+    config = write_config(tmp_path, probes=[path])
+    assert train.main(["--config", str(config)]) == 2
+    said = capsys.readouterr().err
+    assert f"eval.online.probes: {path} cannot be imported" in said and "module:function" in said
 
 
 def test_the_checkpoint_with_the_best_knn_is_kept(tmp_path, monkeypatch):
