@@ -1,3 +1,3 @@
 """The version of this code, also written into checkpoints, reports and exports."""
 
-VERSION = "0.1.0"
+VERSION = "0.2.0"

@@ -272,3 +272,9 @@ def test_every_promise_names_tests_that_are_there():
         assert name in there if not more else any(test.startswith(name) for test in there), name
     for file in re.findall(r"\btest_\w+\.py\b", text):
         assert file in sources
+
+
+def test_the_version_has_its_changes():
+    version = setup_arguments()["version"]
+    assert f"\n## {version}\n" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
