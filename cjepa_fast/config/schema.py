@@ -309,7 +309,7 @@ class OnlineSection(Section):
     max_test: Count = Field(1024, description="images to score")
     pictures: Whole = Field(6, description="images that TensorBoard shows masks and features of")
     probes: tuple[str, ...] = later(
-        (), was=(), description='own ones, "module:function": see docs/python.md'
+        (), was=[], description='own ones, "module:function": see docs/python.md'
     )
 
 
