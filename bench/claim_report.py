@@ -114,10 +114,11 @@ def main() -> int:
     for (name, length, scored_on), group in groups.items():
         figure = f"{name}_{length}_{scored_on}.png"
         on = group[0]["on"]
-        where = f"{on['hardware']['device']}; torch {on['versions']['torch']}; commit "
+        commits = ", ".join(dict.fromkeys(line["on"]["commit"][:7] for line in group))
+        where = f"{on['hardware']['device']}; torch {on['versions']['torch']}; commits "
         parts.append(
             f"## {name}, scored on {scored_on}, up to {group[-1]['readings'][-1]['images']:,} "
-            f"images\n\n{where}{on['commit'][:7]}.\n\n{table(group)}\n\n![curves]({figure})\n"
+            f"images\n\n{where}{commits}.\n\n{table(group)}\n\n![curves]({figure})\n"
         )
         draw(group, RESULTS / figure)
     if (notes := RESULTS / "reading.md").exists():
