@@ -30,6 +30,7 @@ from cjepa_fast.config import Config, ConfigError
 from cjepa_fast.data import sources
 from cjepa_fast.data.loader import Loader
 from cjepa_fast.runtime import distributed
+from cjepa_fast.runtime.image_size import aspect, height_width, shown
 from cjepa_fast.training import build
 
 FILLED = 3  # batches beside the loader's own that are made before the clock starts
@@ -37,19 +38,20 @@ PAGE_MIB = 4096 / 2**20
 
 
 def dali_batches(paths: list[str], config: Config, device: torch.device) -> Iterator[torch.Tensor]:
-    """Endless (B, 3, S, S) batches of JPEG files, by DALI alone."""
+    """Endless (B, 3, H, W) batches of JPEG files, by DALI alone."""
     from nvidia.dali import Pipeline, fn, types
 
     data, gpu = config.data, device.type == "cuda"
     gpu_options = {"hw_decoder_load": data.hw_decoder_load} if gpu else {}
+    ratio = [limit * aspect(data.image_size) for limit in data.crop_ratio]
     pipe = Pipeline(data.micro_batch_size, data.threads, 0 if gpu else None, seed=config.run.seed)
     with pipe:
         encoded, _ = fn.readers.file(files=paths, random_shuffle=True, name="files")
         images = fn.decoders.image_random_crop(
             encoded, device="mixed" if gpu else "cpu", output_type=types.RGB,
-            random_area=data.crop_scale, random_aspect_ratio=data.crop_ratio, **gpu_options,
+            random_area=data.crop_scale, random_aspect_ratio=ratio, **gpu_options,
         )  # fmt: skip
-        size = (data.image_size, data.image_size)
+        size = height_width(data.image_size)
         images = fn.resize(images, size=size, interp_type=types.INTERP_LINEAR, antialias=True)
         images = fn.crop_mirror_normalize(
             images, dtype=types.FLOAT, output_layout="CHW",
@@ -176,7 +178,7 @@ def measure(config: Config, args: argparse.Namespace, device: torch.device) -> d
 
 def text(row: dict) -> str:
     lines = [f"{row['config']}: {row['images']} files, batch {row['batch']}, "
-             f"{row['threads']} threads, {row['image_size']} pixels"]  # fmt: skip
+             f"{row['threads']} threads, {shown(row['image_size'])} pixels"]  # fmt: skip
     for reader, found in row["medians"].items():
         lines.append(f"{reader}: {found['images_per_s']:.0f} images/s, processor "
                      f"{found['cpu_ms_per_image']:.2f} ms an image")  # fmt: skip

@@ -27,6 +27,7 @@ from cjepa_fast.model import fp8
 from cjepa_fast.model.attention import Shape, fastest
 from cjepa_fast.model.flops import block_flop
 from cjepa_fast.model.vit import Encoder
+from cjepa_fast.runtime.image_size import ImageSize, height_width
 from cjepa_fast.training import build
 
 TOY = ["data.image_size=64", "model.patch_size=16", "model.width=48", "model.heads=3"]
@@ -47,9 +48,10 @@ def encoders(
         yield name, build.build_networks(config).encoder, config.data.micro_batch_size
 
 
-def pictures(count: int, side: int, device: torch.device) -> torch.Tensor:
-    coarse = torch.randn(count, 3, side // 8, side // 8, device=device)
-    return F.interpolate(coarse, size=side, mode="bicubic")
+def pictures(count: int, size: ImageSize, device: torch.device) -> torch.Tensor:
+    height, width = height_width(size)
+    coarse = torch.randn(count, 3, height // 8, width // 8, device=device)
+    return F.interpolate(coarse, size=(height, width), mode="bicubic")
 
 
 def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:

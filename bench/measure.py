@@ -25,6 +25,7 @@ from cjepa_fast.config import Config
 from cjepa_fast.data.loader import Batch, Loader
 from cjepa_fast.runtime import distributed
 from cjepa_fast.runtime import hardware as machine
+from cjepa_fast.runtime.image_size import height_width
 from cjepa_fast.runtime.memory import SavedActivations, peak_bytes
 from cjepa_fast.training import build, dry_run, loop
 from cjepa_fast.training import trainer as trainer_module
@@ -62,10 +63,10 @@ class StepClock:
 
 def synthetic_batches(config: Config, device: torch.device, masks) -> Iterator[list[Batch]]:
     """Endless steps of one batch of noise each, with masks as a run would draw them."""
-    B, side = config.data.micro_batch_size, config.data.image_size
+    B, size = config.data.micro_batch_size, height_width(config.data.image_size)
     ring = []
     for step in range(RING):
-        images = torch.randn(B, 3, side, side, device=device, dtype=build.compute_dtype(config))
+        images = torch.randn(B, 3, *size, device=device, dtype=build.compute_dtype(config))
         index_B = torch.arange(B) + step * B
         ring.append(
             [Batch(images, masks(0, step, index_B).to(device), torch.arange(B), 0, step, 0)]

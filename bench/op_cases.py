@@ -17,6 +17,7 @@ from cjepa_fast.config import Config
 from cjepa_fast.data.masks import Masks
 from cjepa_fast.kernels import attention, ema, fp8, gather, gelu, norm, sigreg, vicreg
 from cjepa_fast.model.views import rows_by_position
+from cjepa_fast.runtime.image_size import patch_grid
 from cjepa_fast.training import build
 
 MODELS = {"T": "vit_t", "B": "vit_b", "L": "vit_l", "H": "vit_h"}
@@ -69,6 +70,10 @@ def wanting(x: torch.Tensor) -> torch.Tensor:
     return x.requires_grad_()
 
 
+def patches_of(config: Config) -> int:
+    return math.prod(patch_grid(config.data.image_size, config.model.patch_size))
+
+
 def pair(module, op: str) -> dict[str, Callable]:
     """A public function of kernels/ and its reference."""
     return {"op": op, "ours": getattr(module, op), "reference": getattr(module, f"{op}_reference")}
@@ -78,7 +83,7 @@ def gathers(model: str, config: Config, masks: Masks) -> list[Case]:
     """The five gathers and the prediction loss, at a model's shapes in bf16."""
     context, targets = masks.context_idx_BK, masks.target_idx_BMP
     (B, K), (_, M, P) = context.shape, targets.shape
-    N = (config.data.image_size // config.model.patch_size) ** 2
+    N = patches_of(config)
     D, W = build.model_sizes(config)["width"], config.predictor.width
     S, tokens, rows = M * P, f"{model}: {B}x{N}x{D}", B * D * BF16
     copied = {"forward": Cost(2 * K * rows), "backward": Cost((K + N) * rows)}
@@ -156,7 +161,7 @@ def blocks(model: str, config: Config, masks: Masks) -> list[Case]:
     """What fused blocks do between their matmuls: of the target's tokens forward, of the
     context's and the predictor's backward."""
     (B, K), (_, M, P) = masks.context_idx_BK.shape, masks.target_idx_BMP.shape
-    N = (config.data.image_size // config.model.patch_size) ** 2
+    N = patches_of(config)
     sizes, W = build.model_sizes(config), config.predictor.width
     D, hidden, heads = sizes["width"], round(sizes["width"] * sizes["mlp_ratio"]), sizes["heads"]
     L = K + P
@@ -242,7 +247,7 @@ def _plain_gelu_gradients(dg, u):
 def quantisations(model: str, config: Config, images: int) -> list[Case]:
     """What the target's forward in fp8 does beside its matmuls: of all tokens, from bf16."""
     sizes = build.model_sizes(config)
-    tokens, D = images * (config.data.image_size // config.model.patch_size) ** 2, sizes["width"]
+    tokens, D = images * patches_of(config), sizes["width"]
     hidden = round(D * sizes["mlp_ratio"])
 
     def case(op: str, width: int, make) -> Case:
@@ -318,7 +323,7 @@ def vicreg_case(label: str, shape: tuple[int, ...], dtype: torch.dtype) -> Case:
 def sigreg_views(model: str, config: Config, masks: Masks) -> list[Case]:
     """The pooled contexts in fp32, and the contexts' tokens apart at each position."""
     B, D = len(masks.target_idx_BMP), build.model_sizes(config)["width"]
-    N = (config.data.image_size // config.model.patch_size) ** 2
+    N = patches_of(config)
     rows_NB = rows_by_position(masks.context, N)
     T = int(rows_NB.max()) + 1
     pooled = sigreg_case(f"{model}: {B}x{D}", (B, D), torch.float32, torch.arange(B)[None])

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from cjepa_fast.config.schema import Config
+from cjepa_fast.runtime.image_size import height_width, patch_grid, simplest
 
 OWN_OPTIMISER = "brings an optimiser of its own, whose state could not be saved; leave it out"
 NVME = 'what lies on a disk can be neither averaged nor saved; take "cpu"'
@@ -51,23 +52,12 @@ REFUSED_OF_DEEPSPEED: dict[str, tuple[tuple, str]] = {
 def impossible(config: Config) -> Iterator[str]:
     """What no single key shows to be wrong."""
     data, mask, model, optim = config.data, config.mask, config.model, config.optim
-    if data.image_size % model.patch_size:
-        below = data.image_size - data.image_size % model.patch_size
-        yield (
-            f"data.image_size = {data.image_size}: must be a multiple of model.patch_size = "
-            f"{model.patch_size}, such as {below or model.patch_size}"
-        )
+    yield from _impossible_grid(config)
     paths = [data.path] if isinstance(data.path, str) else data.path
     if not paths or not all(path.strip() for path in paths):
         yield (
             f"data.path = {json.dumps(data.path)}: an empty path names no images (an unset "
             "variable?); name a folder, shards or a list"
-        )
-    patches = (data.image_size // model.patch_size) ** 2
-    if mask.min_keep >= patches > 0:
-        yield (
-            f"mask.min_keep = {mask.min_keep}: the grid has only {patches} patches; "
-            f"at most {patches - 1} can be kept beside a target"
         )
     for section, key in (
         ("data", "crop_scale"),
@@ -121,6 +111,28 @@ def impossible(config: Config) -> Iterator[str]:
         )
     yield from _impossible_sizes(config)
     yield from _impossible_deepspeed(config)
+
+
+def _impossible_grid(config: Config) -> Iterator[str]:
+    size, patch = config.data.image_size, config.model.patch_size
+    written = json.dumps(size)
+    if any(side % patch for side in height_width(size)):
+        fitting = simplest([max(side // patch, 1) * patch for side in height_width(size)])
+        yield (
+            f"data.image_size = {written}: must be a multiple of model.patch_size = {patch}, "
+            f"such as {json.dumps(fitting)}"
+        )
+    rows, cols = patch_grid(size, patch)
+    if config.mask.min_keep >= rows * cols > 0:
+        yield (
+            f"mask.min_keep = {config.mask.min_keep}: the grid has only {rows * cols} patches; "
+            f"at most {rows * cols - 1} can be kept beside a target"
+        )
+    if config.mask.sampler == "ijepa" and min(rows, cols) == 1:
+        yield (
+            f"data.image_size = {written}: its {rows} x {cols} patches leave no room for "
+            'mask.sampler = "ijepa", which never uses the last row and column; take "uniform"'
+        )
 
 
 def _impossible_sizes(config: Config) -> Iterator[str]:

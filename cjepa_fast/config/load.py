@@ -21,7 +21,8 @@ from cjepa_fast.config.schema import Config, ConfigError, DataSection, Section
 from cjepa_fast.runtime import json_text
 from cjepa_fast.runtime.printable import printable
 
-FORMS_OF_A_PATH = ("str", "tuple[str, ...]")  # pydantic's names of what data.path may be
+# pydantic's names of what data.path and data.image_size may be
+FORMS = ("str", "tuple[str, ...]", "side", "height, width")
 MOST_SHOWN = 160  # characters of a value in a message
 
 
@@ -194,7 +195,7 @@ def _section_at(path: Sequence) -> type[Section] | None:
 
 def _explain(error: dict) -> str:
     """One line for one of pydantic's errors."""
-    path = [str(part) for part in error["loc"] if part not in FORMS_OF_A_PATH]
+    path = [str(part) for part in error["loc"] if part not in FORMS]
     key, value = printable(".".join(path)), _shown(error["input"])
     if error["type"] == "extra_forbidden":
         section = _section_at(path[:-1])

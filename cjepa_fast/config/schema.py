@@ -2,7 +2,9 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
+
+from cjepa_fast.runtime.image_size import simplest
 
 # Every number has bounds: beyond them it is a slip, and would fail later, with other words.
 MOST = 1e12  # of a weight, a rate, a factor
@@ -16,6 +18,11 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Whole = Annotated[int, Field(ge=0, le=10**9)]
 Side = Annotated[int, Field(ge=1, le=2**14)]  # of an image or a patch, in pixels
+ImageSides = Annotated[  # of a square, or height and width; told apart, so that an error is of one
+    Annotated[Side, Tag("side")] | Annotated[tuple[Side, Side], Tag("height, width")],
+    Discriminator(lambda size: "height, width" if isinstance(size, (list, tuple)) else "side"),
+    AfterValidator(simplest),
+]
 Width = Annotated[int, Field(ge=1, le=2**16)]  # of tokens or layers
 Few = Annotated[int, Field(ge=1, le=1024)]  # blocks, heads, threads, batches ahead
 Level = Annotated[float, Field(ge=-1000, le=1000)]  # of an image's values
@@ -106,14 +113,17 @@ class DataSection(Section):
     max_skipped: Fraction = later(
         0.05, was=1.0, description="share of the images that may turn out unreadable until it stops"
     )
-    image_size: Side = Field(224, description="side of the square that the networks see, in pixels")
+    image_size: ImageSides = Field(
+        224, description="pixels that the networks see: a square's side, or [height, width]"
+    )
     batch_size: Count = Field(2048, description="images per step, over all ranks")
     micro_batch_size: Count = Field(128, description="most images a rank takes at once")
     crop_scale: tuple[Share, Share] = Field(
         (0.3, 1.0), description="least and most share of the image's area in a crop"
     )
     crop_ratio: tuple[Positive, Positive] = Field(
-        (3 / 4, 4 / 3), description="least and most width over height of a crop"
+        (3 / 4, 4 / 3),
+        description="least and most width over height of a crop, times those of image_size",
     )
     flip: bool = Field(False, description="mirror half of the crops")
     colour: NonNegative = Field(0.0, description="strength of colour jitter")
@@ -314,7 +324,9 @@ class OnlineSection(Section):
 
 
 class EvalSection(Section):
-    crop: Share = Field(0.875, description="centre crop, as a share of the short side")
+    crop: Share = Field(
+        0.875, description="centre crop, as a share of the largest of image_size's shape"
+    )
     k: Count = Field(20, description="neighbours of kNN")
     temperature: Positive = Field(0.07, description="temperature of kNN's votes")
     online: OnlineSection = OnlineSection()

@@ -7,6 +7,8 @@ import math
 
 import numpy as np
 
+from cjepa_fast.runtime.image_size import ImageSize, aspect, height_width
+
 TRIES = 10
 CROP_UNIFORMS = 2 * TRIES + 2  # area and aspect a try, then one row and one column
 
@@ -16,13 +18,17 @@ def random_resized(
     uniforms_BC: np.ndarray,
     scale: tuple[float, float],
     ratio: tuple[float, float],
+    image_size: ImageSize = 1,
 ) -> np.ndarray:
     """Windows as torchvision's RandomResizedCrop draws them, for a whole batch at once.
 
     sizes_B2: (height, width); uniforms_BC: (B, CROP_UNIFORMS) in [0, 1). Each of ten tries draws an
-    area share in `scale` and a log-uniform aspect (width / height) in `ratio`; the first that fits
-    is placed uniformly; where none fits, the largest centred window of the nearest aspect is taken.
+    area share in `scale` and a log-uniform aspect (width / height) in `ratio` times that of
+    image_size, which the window is shown in: so `ratio` is how far it is stretched. The first that
+    fits is placed uniformly; where none fits, the largest centred window of the nearest aspect is
+    taken.
     """
+    ratio = tuple(limit * aspect(image_size) for limit in ratio)
     height_B, width_B = sizes_B2[:, 0].astype(np.int64), sizes_B2[:, 1].astype(np.int64)
     area_BT = scale[0] + uniforms_BC[:, :TRIES] * (scale[1] - scale[0])
     area_BT = area_BT * (height_B * width_B)[:, None]
@@ -51,13 +57,13 @@ def _nearest_aspect(height_B, width_B, ratio) -> np.ndarray:
     return np.stack([np.maximum(h_B, 1), np.maximum(w_B, 1)], axis=1).astype(np.int64)
 
 
-def centre(sizes_B2: np.ndarray, share: float = 1.0) -> np.ndarray:
-    """The centred square whose side is `share` of the short side."""
-    side_B = np.maximum(np.round(sizes_B2.min(axis=1) * share), 1).astype(np.int64)
-    top_left_B2 = (sizes_B2 - side_B[:, None]) // 2
-    return np.concatenate([top_left_B2, np.stack([side_B, side_B], axis=1)], axis=1).astype(
-        np.int32
-    )
+def centre(sizes_B2: np.ndarray, share: float = 1.0, image_size: ImageSize = 1) -> np.ndarray:
+    """The centred window of image_size's aspect whose sides are `share` of the largest such one's:
+    of a square, `share` of the short side."""
+    shape_2 = np.array(height_width(image_size)) / min(height_width(image_size))
+    largest_B1 = (sizes_B2 / shape_2).min(axis=1, keepdims=True)
+    window_B2 = np.clip(np.round(largest_B1 * share * shape_2), 1, sizes_B2).astype(np.int64)
+    return np.concatenate([(sizes_B2 - window_B2) // 2, window_B2], axis=1).astype(np.int32)
 
 
 def flips(uniforms_B1: np.ndarray) -> np.ndarray:

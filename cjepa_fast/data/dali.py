@@ -77,7 +77,7 @@ def build(look: DecodeSettings, batch_size: int, threads: int, depth: int):
                 encoded, device="cpu", output_type=types.RGB, start=start, shape=shape,
                 axis_names="HW",
             )  # fmt: skip
-        size = (look.image_size, look.image_size)
+        size = look.height_width
         images = fn.resize(images, size=size, interp_type=types.INTERP_LINEAR, antialias=True)
         if look.colour:
             b, c, s = (given(n, types.FLOAT, 0) for n in ("brightness", "contrast", "saturation"))

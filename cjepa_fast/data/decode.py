@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from cjepa_fast.data import formats
+from cjepa_fast.runtime.image_size import ImageSize, height_width
 
 DEPTH = 2  # batches inside a decoder at once, so that its threads and the GPU never wait
 MOST_MAGNITUDE = 30  # of RandAugment: there the changes are strongest
@@ -14,13 +15,14 @@ MOST_MAGNITUDE = 30  # of RandAugment: there the changes are strongest
 
 @dataclass(frozen=True)
 class DecodeSettings:
-    """How images are shown. mean, std: of RGB in 0..1. dtype: of the tensors that come out.
+    """How images are shown. image_size: a square's side, or (height, width), in pixels. mean, std:
+    of RGB in 0..1. dtype: of the tensors that come out.
 
     rand_augment: how many changes an image gets, their magnitude, DALI's seed. max_pixels: of an
     image that Pillow decodes.
     """
 
-    image_size: int
+    image_size: ImageSize
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     device: torch.device
@@ -31,6 +33,10 @@ class DecodeSettings:
     hw_decoder_load: float = 0.65
     rand_augment: tuple[int, int, int] | None = None
     max_pixels: int = formats.MAX_PIXELS
+
+    @property
+    def height_width(self) -> tuple[int, int]:
+        return height_width(self.image_size)
 
     def __post_init__(self):
         """Raises ValueError for a RandAugment that there is none of."""
@@ -82,7 +88,7 @@ class Decoder(Protocol):
         """Raises DecodeFailed."""
 
     def collect(self) -> torch.Tensor:
-        """The oldest submitted batch, (B, 3, S, S), for any CUDA stream. Raises DecodeFailed."""
+        """The oldest submitted batch, (B, 3, H, W), for any CUDA stream. Raises DecodeFailed."""
 
     def alone(self, feed: DecodeRequest, b: int) -> bytes | None:
         """The bytes by which image b of the batch decodes when it is alone, None if none do.

@@ -11,12 +11,13 @@ from cjepa_fast.data.batches import BatchRequest, Skipped, decode
 from cjepa_fast.data.decode import DecodeRequest, DecodeSettings
 from cjepa_fast.data.decoders import chosen, open_decoder
 from cjepa_fast.data.sources import ImageSet
+from cjepa_fast.runtime.image_size import ImageSize
 
 
 def eval_batches(
     images: ImageSet,
     *,
-    image_size: int,
+    image_size: ImageSize,
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
     batch_size: int,
@@ -30,18 +31,21 @@ def eval_batches(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(images_B3HW, index_B), in order, the last batch partial; a bad image is left out.
 
-    Each image is cropped to the centred square with `resize` times its short side, then resized to
-    image_size. windows_N4: of each image (crops.py), instead of that square. decoder:
+    Each image is cropped to the centred window of image_size's aspect with `resize` times the sides
+    of the largest, then resized to it. windows_N4: of each image (crops.py), instead. decoder:
     decoders.CHOICES. index_B: int64 positions in the set, on the CPU.
     """
     if not 0 < resize <= 1:
-        raise ValueError(f"resize is the share of the short side to keep, in (0, 1], not {resize}")
+        raise ValueError(
+            f"resize is the share of the largest centred window to keep, in (0, 1], not {resize}"
+        )
     look = DecodeSettings(
         image_size, tuple(mean), tuple(std), torch.device(device), dtype, threads,
         max_pixels=images.limits.max_pixels,
     )  # fmt: skip
     made = open_decoder(chosen(decoder, look.device, log), look, batch_size)
-    windows_N4 = crops.centre(images.sizes_N2, resize) if windows_N4 is None else windows_N4
+    if windows_N4 is None:
+        windows_N4 = crops.centre(images.sizes_N2, resize, image_size)
 
     def show(index_B: np.ndarray) -> DecodeRequest:
         return DecodeRequest([], windows_N4[index_B])

@@ -161,7 +161,13 @@ class Loader:
         crop_BC = uniforms(rng.CROP, crops.CROP_UNIFORMS)
         return DecodeRequest(
             [],
-            crops.random_resized(sizes_B2, crop_BC, self._data.crop_scale, self._data.crop_ratio),
+            crops.random_resized(
+                sizes_B2,
+                crop_BC,
+                self._data.crop_scale,
+                self._data.crop_ratio,
+                self._data.image_size,
+            ),
             crops.flips(uniforms(rng.FLIP, 1)) if self._look.flip else None,
             crops.colour_factors(uniforms(rng.COLOUR, 3), self._data.colour)
             if self._look.colour

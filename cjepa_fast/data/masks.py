@@ -99,8 +99,8 @@ class MaskSampler:
       "packed" keeps block sizes and every context patch: the images' contexts lie end to end,
       padded to a number of tokens that is the same for the whole run (see `budget`).
     target_scale, context_scale: block area as a share of the grid, in (0, 1].
-    target_aspect: height over width of the targets. The context block has the grid's aspect, or,
-      under "ijepa", is square.
+    target_aspect: height over width of the targets, in patches. The context block has the grid's
+      aspect, or, under "ijepa", is square where the grid has room for it.
     min_keep: an image that keeps fewer context patches is redrawn up to 20 times; then target
       blocks are given up one by one, so that context may lie inside a given-up target. The
       released code wants more than min_keep, and so does "ijepa". Target blocks are not held to
@@ -245,12 +245,19 @@ class MaskSampler:
         return Blocks(*target, *self._block(_between(self.context_scale, 0.5), self.context_aspect))
 
     def _block(self, scale: float, aspect: float) -> tuple[int, int]:
-        """Height and width in cells of a block of `scale` of the grid, cut to the grid."""
+        """Height and width in cells of a block of `scale` of the grid, cut to the grid. What an
+        oblong grid's short side cuts off, its long one makes up for."""
         area = int(self.cells * scale)
         spare = int(self.sampler == "ijepa")  # the released code keeps a row and a column free
         height = round(math.sqrt(area * aspect))
         width = round(math.sqrt(area / aspect))
-        return min(height, self.grid[0] - spare), min(width, self.grid[1] - spare)
+        most_h, most_w = self.grid[0] - spare, self.grid[1] - spare
+        if self.grid[0] != self.grid[1]:  # a square's blocks are the released code's
+            if height > most_h:
+                width = max(width, round(area / most_h))
+            elif width > most_w:
+                height = max(height, round(area / most_w))
+        return min(height, most_h), min(width, most_w)
 
     def _layouts(
         self, epoch: int, blocks: Blocks, index_B: torch.Tensor

@@ -90,10 +90,10 @@ def pixels(data: bytes) -> np.ndarray:
 
 
 def shown(look: DecodeSettings, feed: DecodeRequest, b: int) -> np.ndarray:
-    """Image b of a batch as it is shown, (S, S, 3) uint8. Raises OSError if it cannot be."""
+    """Image b of a batch as it is shown, (H, W, 3) uint8. Raises OSError if it cannot be."""
     image = formats.decode_rgb(feed.encoded[b], look.max_pixels)
     window = window_of(image, *map(int, feed.window_B4[b]))
-    pixels_HW3 = np.asarray(resized(window, look.image_size))
+    pixels_HW3 = np.asarray(resized(window, look.height_width))
     if look.colour:
         pixels_HW3 = twisted(pixels_HW3, *map(float, feed.colour_B3[b]))
     if look.rand_augment:
@@ -109,16 +109,16 @@ def window_of(image: Image.Image, top: int, left: int, height: int, width: int) 
     return image.crop((left, top, left + width, top + height))
 
 
-def resized(image: Image.Image, side: int) -> Image.Image:
-    """To a square, by a triangular filter that is as wide as the image shrinks.
+def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """To (height, width), by a triangular filter that is as wide as the image shrinks.
 
     At the edges the filter sees the outermost pixels repeated, as DALI's does. Pillow's own would
     see nothing there, which makes noise at the edges differ by ten levels and more.
     """
     width, height = image.size
-    frame = math.ceil(max(width, height, side) / side)  # the filter's reach
+    frame = math.ceil(max(height / size[0], width / size[1], 1))  # the filter's reach
     box = (frame, frame, frame + width, frame + height)
-    return _framed(image, frame).resize((side, side), Image.Resampling.BILINEAR, box)
+    return _framed(image, frame).resize(size[::-1], Image.Resampling.BILINEAR, box)
 
 
 def _framed(image: Image.Image, frame: int) -> Image.Image:

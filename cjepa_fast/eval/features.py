@@ -29,6 +29,7 @@ from cjepa_fast.runtime.distributed import (
     world_size,
 )
 from cjepa_fast.runtime.files import read_tensors, write_tensors
+from cjepa_fast.runtime.image_size import ImageSize
 from cjepa_fast.telemetry.progress import shown_bar
 
 TOLD_BYTES = 2**30  # of a file of features, before it is told of
@@ -54,12 +55,12 @@ def extract(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Features (n, layers * D) fp32 and the images' positions in the set (n,) int64, on the CPU.
 
-    keep: positions to use, ascending (default: all). crop: share of the short side of the centre
-    crop. flip: left and right. layers: numbers of the blocks, from 1 and rising, whose normed
-    outputs are set side by side (default: the last). pooled: the mean over the patches; else
-    (n, N, layers * D). cache: a folder to keep them in. An image that turns out unreadable is left
-    out, hence the positions, and then nothing is kept: it may be readable another time. Raises
-    ValueError for features that are not finite.
+    keep: positions to use, ascending (default: all). crop: share of the largest centred window of
+    the encoder's aspect. flip: left and right. layers: numbers of the blocks, from 1 and rising,
+    whose normed outputs are set side by side (default: the last). pooled: the mean over the
+    patches; else (n, N, layers * D). cache: a folder to keep them in. An image that turns out
+    unreadable is left out, hence the positions, and then nothing is kept: it may be readable
+    another time. Raises ValueError for features that are not finite.
     """
     encoder = encoder.to(device).eval()
     layers = list(layers or encoder.last(1))
@@ -149,7 +150,7 @@ def image_vectors(
     images: ImageSet,
     function: Callable[[torch.Tensor], torch.Tensor],
     *,
-    image_size: int,
+    image_size: ImageSize,
     mean: tuple,
     std: tuple,
     keep: torch.Tensor | None,

@@ -28,6 +28,7 @@ from cjepa_fast.eval.probes import knn
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime import distributed
 from cjepa_fast.runtime.distributed import from_all, rank, world_size
+from cjepa_fast.runtime.image_size import height_width
 
 # Of (features (n, D), labels (n,)) to fit on and (features (m, D), labels (m,)) to score: percent.
 Probe = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], float | Mapping]
@@ -136,9 +137,8 @@ class OnlineEvaluation:
 
     def _filled(self, images_B3HW: torch.Tensor | None) -> torch.Tensor:
         """To a whole batch; of what is added nothing is read."""
-        size = self.reading["image_size"]
         whole = torch.zeros(
-            (self.batch_size, 3, size, size),
+            (self.batch_size, 3, *height_width(self.reading["image_size"])),
             dtype=self.reading["dtype"],
             device=self.reading["device"],
         )

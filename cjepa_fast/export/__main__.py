@@ -25,6 +25,7 @@ from cjepa_fast.export.card import card
 from cjepa_fast.export.formats import FORMATS, Format, Source, is_installed
 from cjepa_fast.export.origin import origin_of
 from cjepa_fast.runtime import caches
+from cjepa_fast.runtime.image_size import height_width
 from cjepa_fast.runtime.printable import printable_lines
 from cjepa_fast.telemetry.progress import shown_clock
 
@@ -111,10 +112,10 @@ def difference(source: Source, form: Format, folder: Path) -> float | None:
     """
     if not is_installed(form.opened_by):
         return None
-    side = source.encoder.image_size
-    images_B3SS = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
-    exported_BND = form.open(folder)(images_B3SS)
-    error = (exported_BND - source.encoder(images_B3SS)).abs().max().item()
+    size = height_width(source.encoder.image_size)
+    images_B3HW = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    exported_BND = form.open(folder)(images_B3HW)
+    error = (exported_BND - source.encoder(images_B3HW)).abs().max().item()
     if not error <= LARGEST_ERROR:
         raise ValueError(
             f"the export's features differ from the encoder's by {error:.2g}: nothing was written. "

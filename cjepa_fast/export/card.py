@@ -13,6 +13,7 @@ from cjepa_fast.eval.features import digest
 from cjepa_fast.export.formats import Source
 from cjepa_fast.export.origin import Origin
 from cjepa_fast.model.vit import count_parameters
+from cjepa_fast.runtime.image_size import height_width, shown
 from cjepa_fast.runtime.printable import in_markdown, markdown_code
 from cjepa_fast.runtime.provenance import own_commit
 from cjepa_fast.runtime.version import VERSION
@@ -38,18 +39,18 @@ TERMS = {
     "knn": "kNN while training, %",
     "linear": "linear probe while training, %",
 }
-# What begins and ends most snippets. {S}: the image's side.
-NORMALISED = "images = torch.zeros(1, 3, {S}, {S})  # normalised, as below"
+# What begins and ends most snippets. {H}, {W}: the image's sides.
+NORMALISED = "images = torch.zeros(1, 3, {H}, {W})  # normalised, as below"
 SNIPPETS = {
     "hf": """\
 import torch
-from PIL import Image
+{loaded[0]}
 from transformers import AutoImageProcessor, AutoModel
 
 folder = "."  # where this card lies
 model = AutoModel.from_pretrained(folder)
 processor = AutoImageProcessor.from_pretrained(folder)
-images = processor(Image.open("image.jpg"), return_tensors="pt")
+images = processor({loaded[1]}, return_tensors="pt")
 with torch.no_grad():
     tokens = model(**images).last_hidden_state
 features = tokens.mean(1)""",
@@ -81,7 +82,7 @@ import numpy as np
 import onnxruntime
 
 session = onnxruntime.InferenceSession("encoder.onnx")
-images = np.zeros((1, 3, {S}, {S}), np.float32)  # normalised, as below
+images = np.zeros((1, 3, {H}, {W}), np.float32)  # normalised, as below
 (tokens,) = session.run(["tokens"], {{"images": images}})
 features = tokens.mean(1)""",
     "torch": f"""\
@@ -93,6 +94,14 @@ with torch.no_grad():
     tokens = model(images)
 features = tokens.mean(1)""",
 }
+
+
+# Of a square transformers' processor cuts the window; of an oblong it cannot.
+SQUARE = "from PIL import Image", 'Image.open("image.jpg")'
+OBLONG = (
+    "from PIL import Image, ImageOps",
+    'ImageOps.fit(Image.open("image.jpg"), ({W}, {H}), Image.Resampling.BILINEAR, {bleed:g})',
+)
 
 
 def card(source: Source, origin: Origin, form: str, name: str, files: Sequence[str]) -> str:
@@ -134,8 +143,8 @@ def _description(source: Source, origin: Origin) -> str:
     return (
         f"A Vision Transformer pretrained without labels{_method(origin.config)}: {kind}. "
         f"{encoder.depth} blocks of width {encoder.width} with {encoder.heads} heads, "
-        f"{count_parameters(encoder):,} parameters. For an image of {encoder.image_size} x "
-        f"{encoder.image_size} pixels it gives {encoder.grid[0]} x {encoder.grid[1]} tokens, one a "
+        f"{count_parameters(encoder):,} parameters. For an image of {shown(encoder.image_size)} "
+        f"pixels it gives {encoder.grid[0]} x {encoder.grid[1]} tokens, one a "
         f"patch of {encoder.patch_size} pixels; there is no class token, and an image's features "
         "are the mean of its tokens."
     )
@@ -153,14 +162,21 @@ def _method(config: dict) -> str:
 
 
 def _use(source: Source, form: str, files: Sequence[str]) -> str:
-    encoder, side = source.encoder, source.encoder.image_size
+    encoder, (H, W) = source.encoder, height_width(source.encoder.image_size)
     weights = next((file for file in files if file.endswith(".safetensors")), "")
-    code = SNIPPETS[form].format(S=side, file=weights)
+    bleed = (1 - source.crop) / 2  # what ImageOps.fit leaves out at each edge
+    loaded = [part.format(H=H, W=W, bleed=bleed) for part in (SQUARE if H == W else OBLONG)]
+    code = SNIPPETS[form].format(H=H, W=W, file=weights, loaded=loaded)
+    window = (
+        f"square of {source.crop:g} times the short side"
+        if H == W
+        else f"window of their shape, {source.crop:g} times as long and wide as the largest,"
+    )
     numbers = [", ".join(f"{value:g}" for value in pair) for pair in (encoder.mean, encoder.std)]
     return (
         f"```python\n{code}\n```\n\n"
-        f"Images are RGB, their centred square of {source.crop:g} times the short side resized "
-        f"(bilinear, antialiased) to {side} x {side}, values in 0..1 normalised with mean "
+        f"Images are RGB, their centred {window} resized "
+        f"(bilinear, antialiased) to {H} x {W}, values in 0..1 normalised with mean "
         f"{numbers[0]} and std {numbers[1]}. Weights are fp32."
     )
 

@@ -1,7 +1,7 @@
 """The forms that an encoder leaves in: how each is written, and opened by the library it is for.
 
 A writer fills an empty folder. An opener gives, for a folder, the function of normalised images
-(B, 3, S, S) that its library computes: their patch tokens (B, N, D). Each export is compared with
+(B, 3, H, W) that its library computes: their patch tokens (B, N, D). Each export is compared with
 the encoder itself by it.
 """
 
@@ -20,6 +20,7 @@ from cjepa_fast.checkpoint.encoders import FINAL, load_encoder, save_encoder
 from cjepa_fast.interop import huggingface
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime.files import read_tensors, write_tensors, write_text
+from cjepa_fast.runtime.image_size import height_width
 
 Tokens = Callable[[torch.Tensor], torch.Tensor]
 
@@ -27,8 +28,8 @@ ONNX, PROGRAM = "encoder.onnx", "encoder.pt2"
 
 
 class Source(NamedTuple):
-    """What is exported. which: "target" or "context"; crop: the share of an image's short side that
-    the evaluation's centre crop keeps."""
+    """What is exported. which: "target" or "context"; crop: the share of the largest
+    centred window that the evaluation shows."""
 
     encoder: Encoder
     which: str
@@ -62,7 +63,7 @@ def open_huggingface(folder: Path) -> Tokens:
     from transformers import AutoModel
 
     model = AutoModel.from_pretrained(folder, local_files_only=True)
-    return lambda images_B3SS: model(images_B3SS).last_hidden_state
+    return lambda images_B3HW: model(images_B3HW).last_hidden_state
 
 
 def write_safetensors(source: Source, folder: Path) -> None:
@@ -89,14 +90,14 @@ def write_timm(source: Source, folder: Path) -> None:
 
 def timm_config(source: Source) -> dict:
     """timm's config.json. Any of its plain ViTs serves as `architecture`: model_args say all."""
-    encoder, side = source.encoder, source.encoder.image_size
+    encoder = source.encoder
     return {
         "architecture": "vit_base_patch16_224",
         "num_classes": 0,
         "num_features": encoder.width,
         "global_pool": "avg",
         "model_args": {
-            "img_size": side,
+            "img_size": encoder.image_size,
             "patch_size": encoder.patch_size,
             "embed_dim": encoder.width,
             "depth": encoder.depth,
@@ -108,7 +109,7 @@ def timm_config(source: Source) -> dict:
             "fc_norm": False,  # the last norm comes before the mean over the patches
         },
         "pretrained_cfg": {
-            "input_size": [3, side, side],
+            "input_size": [3, *height_width(encoder.image_size)],
             "fixed_input_size": True,
             "interpolation": "bilinear",
             "crop_pct": source.crop,
@@ -149,7 +150,7 @@ def portable(encoder: Encoder) -> Encoder:
 
 
 def example(encoder: Encoder) -> tuple[torch.Tensor]:
-    return (torch.zeros(2, 3, encoder.image_size, encoder.image_size),)
+    return (torch.zeros(2, 3, *height_width(encoder.image_size)),)
 
 
 def any_batch() -> tuple[dict]:
@@ -180,8 +181,8 @@ def open_onnx(folder: Path) -> Tokens:
 
     providers = ["CPUExecutionProvider"]
     session = onnxruntime.InferenceSession(folder / ONNX, providers=providers)
-    return lambda images_B3SS: torch.from_numpy(
-        session.run(["tokens"], {"images": images_B3SS.numpy()})[0]
+    return lambda images_B3HW: torch.from_numpy(
+        session.run(["tokens"], {"images": images_B3HW.numpy()})[0]
     )
 
 

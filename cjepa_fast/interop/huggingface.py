@@ -15,6 +15,7 @@ from cjepa_fast.interop.weights import MEAN, STD, depth_of, fill, mismatches
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime import json_text
 from cjepa_fast.runtime.files import read_tensors, write_tensors, write_text
+from cjepa_fast.runtime.image_size import height_width, shown, simplest
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
@@ -130,17 +131,20 @@ def _config(encoder: Encoder) -> dict:
 def _processor(encoder: Encoder, crop: float) -> dict:
     """The evaluation's images: the centred square of `crop` times the short side, bilinear.
 
-    BitImageProcessor is the one of transformers that resizes the short side and then crops.
+    BitImageProcessor is the one of transformers that resizes the short side and then crops. None
+    of them finds the largest window of another aspect, so an oblong is not cut by it: the model
+    then refuses images of another size than its own, and the card's code cuts them.
     """
-    side = encoder.image_size
+    height, width = height_width(encoder.image_size)
+    is_square = height == width
     return {
         "image_processor_type": "BitImageProcessor",
         "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": round(side / crop)},
+        "do_resize": is_square,
+        "size": {"shortest_edge": round(min(height, width) / crop)},
         "resample": 2,  # bilinear, as PIL numbers it
-        "do_center_crop": True,
-        "crop_size": {"height": side, "width": side},
+        "do_center_crop": is_square,
+        "crop_size": {"height": height, "width": width},
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
@@ -160,8 +164,8 @@ def _described(path: Path) -> Encoder:
     try:
         with torch.device("meta"):
             return Encoder(
-                image_size=_side(config["image_size"]),
-                patch_size=_side(config["patch_size"]),
+                image_size=config["image_size"],
+                patch_size=_square(config["patch_size"]),
                 width=config["hidden_size"],
                 depth=config["num_hidden_layers"],
                 heads=config["num_attention_heads"],
@@ -172,12 +176,12 @@ def _described(path: Path) -> Encoder:
         raise ValueError(f"{path} does not describe an encoder: {error!r}") from error
 
 
-def _side(size: int | list[int]) -> int:
-    """Of a square, given as one number or as two."""
-    height, width = (size, size) if isinstance(size, int) else size
-    if height != width:
-        raise ValueError(f"{height} x {width} is no square")
-    return height
+def _square(size: int | list[int]) -> int:
+    """The side of a square, given as one number or as two."""
+    side = simplest(size)
+    if not isinstance(side, int):
+        raise ValueError(f"a patch of {shown(side)} is no square")
+    return side
 
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -14,6 +14,7 @@ import torch
 from cjepa_fast.interop.weights import MEAN, STD, depth_of, fill, listed, mismatches
 from cjepa_fast.model.predictor import Predictor
 from cjepa_fast.model.vit import MODELS, Encoder
+from cjepa_fast.runtime.image_size import ImageSize, simplest
 
 PARTS = ("encoder", "predictor", "target_encoder")
 
@@ -22,20 +23,25 @@ def load_ijepa(
     path_or_dict: str | Path | Mapping,
     model: str = "vit_huge",
     patch_size: int = 14,
-    image_size: int = 224,
+    image_size: ImageSize = 224,
     predictor_depth: int = 12,
     predictor_width: int = 384,
 ) -> tuple[Encoder, Predictor, Encoder]:
     """(encoder, predictor, target_encoder) of an I-JEPA checkpoint: fp32, on the CPU, eval mode.
 
     path_or_dict: a file of I-JEPA's, or what torch.load gave of one. model: a name in MODELS;
-    patch_size and image_size in pixels; the predictor's heads follow the encoder's. The target
-    encoder's parameters need no gradient.
+    patch_size and image_size, of a square, in pixels; the predictor's heads follow the encoder's.
+    The target encoder's parameters need no gradient.
     Raises ValueError for an unknown model, a file that cannot be read or is no such checkpoint,
     and for parameters that are missing, unexpected or of another shape, all named.
     """
     if model not in MODELS:
         raise ValueError(f"model {model!r} is unknown: use one of {', '.join(MODELS)}")
+    if not isinstance(simplest(image_size), int):
+        raise ValueError(
+            f"image_size {list(image_size)}: I-JEPA's checkpoints have the positions of a square, "
+            "and predict on it; take a square, or start without one"
+        )
     is_loaded = isinstance(path_or_dict, Mapping)
     checkpoint = path_or_dict if is_loaded else _read(Path(path_or_dict))
     source = "the checkpoint" if is_loaded else str(path_or_dict)

@@ -10,7 +10,10 @@ a sequence, D width.
 """
 
 import functools
+import math
 from collections.abc import Callable
+
+from cjepa_fast.runtime.image_size import ImageSize, patch_grid
 
 
 def block_flop(
@@ -74,7 +77,7 @@ def patch_embedding_flop(patches: float, patch_size: int, width: int) -> float:
 
 def step_gflop(
     *,
-    image_size: int,
+    image_size: ImageSize,
     patch_size: int,
     width: int,
     depth: int,
@@ -99,7 +102,7 @@ def step_gflop(
     passed whole.
     """
     del heads, init
-    patches_n = (image_size // patch_size) ** 2
+    patches_n = math.prod(patch_grid(image_size, patch_size))
     target = depth * block_flop(patches_n, width, mlp_ratio)
     target += patch_embedding_flop(patches_n, patch_size, width)
     context = 3 * depth * block_flop(context_k, width, mlp_ratio)

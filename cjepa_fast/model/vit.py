@@ -21,6 +21,7 @@ from cjepa_fast.model.attention import (
 from cjepa_fast.model.block import Block, Norm, run_fused, supports
 from cjepa_fast.model.cpu_linear import linear
 from cjepa_fast.model.packed import PackedContext
+from cjepa_fast.runtime.image_size import ImageSize, height_width, patch_grid, simplest
 
 MODELS = {
     "vit_tiny": {"width": 192, "depth": 12, "heads": 3, "mlp_ratio": 4.0},
@@ -123,7 +124,8 @@ def frozen_positions(rows: int, cols: int, width: int) -> nn.Parameter:
 class Encoder(nn.Module):
     """A ViT over the patches of an image, or over a chosen subset of them.
 
-    image_size and patch_size are in pixels; the grid is (image_size // patch_size) squared.
+    image_size, a square's side or (height, width), and patch_size are in pixels; the grid is
+    (height // patch_size, width // patch_size).
     residual: "fp32" keeps the residual stream in fp32 where the weights are bf16; the
     matmuls and the output stay bf16. checkpointing: see recompute.py; init: see init_weights. Where
     `fused` is set, the blocks run by our kernels on what those take.
@@ -132,7 +134,7 @@ class Encoder(nn.Module):
 
     def __init__(
         self,
-        image_size: int,
+        image_size: ImageSize,
         patch_size: int,
         width: int,
         depth: int,
@@ -144,16 +146,17 @@ class Encoder(nn.Module):
         init: str = "ijepa",
     ):
         super().__init__()
-        if image_size % patch_size:
+        self.image_size = simplest(image_size)
+        if any(side % patch_size for side in height_width(image_size)):
             raise ValueError(
-                f"image_size {image_size} is not a multiple of patch_size {patch_size}"
+                f"image_size {self.image_size} is not a multiple of patch_size {patch_size}"
             )
         if init not in INITS:
             raise ValueError(f"init {init!r}: must be one of {', '.join(INITS)}")
-        self.image_size, self.patch_size, self.width = image_size, patch_size, width
+        self.patch_size, self.width = patch_size, width
         self.depth, self.heads, self.mlp_ratio = depth, heads, mlp_ratio
         self.residual, self.fused, self.init = residual, False, init
-        self.grid = (image_size // patch_size,) * 2
+        self.grid = patch_grid(self.image_size, patch_size)
         self.patch_embed = PatchEmbed(patch_size, width)
         self.pos_embed = frozen_positions(*self.grid, width)
         self.blocks = nn.ModuleList(

@@ -24,6 +24,7 @@ from cjepa_fast.eval.figures.sheets import as_arrays, load_images, sheet, spread
 from cjepa_fast.eval.figures.side_by_side import Encoders
 from cjepa_fast.model.vit import count_parameters
 from cjepa_fast.runtime import caches, files
+from cjepa_fast.runtime.image_size import shown as shown_size
 from cjepa_fast.runtime.printable import printable_lines
 from cjepa_fast.telemetry import read_log
 from cjepa_fast.telemetry.progress import shown_clock
@@ -97,7 +98,7 @@ def _summary(run: Path, settings: config.Config, rows: list[dict], records: list
     paths = " and ".join(config.image_paths(data))
     pairs = [
         ("Model", f"{model.name}, patch {model.patch_size}: {shape}"),
-        ("Images", f"{paths}, {data.image_size} pixels, batch {data.batch_size:,}"),
+        ("Images", f"{paths}, {shown_size(data.image_size)} pixels, batch {data.batch_size:,}"),
         ("Method", _method(settings)),
         ("Steps", f"{last['step']:,}"),
         ("Epochs", f"{last.get('epoch', 0):.2f} of {settings.run.epochs}"),

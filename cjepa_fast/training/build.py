@@ -1,6 +1,7 @@
 """From the configuration to the parts: networks, masks, loader."""
 
 import json
+import math
 import socket
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from cjepa_fast.model.predictor import Predictor
 from cjepa_fast.model.sigreg import SIGReg
 from cjepa_fast.model.vit import MODELS, Encoder, initialisation
 from cjepa_fast.runtime import distributed, hardware, trials
+from cjepa_fast.runtime.image_size import height_width, patch_grid
 from cjepa_fast.training.engines.single import SingleEngine
 from cjepa_fast.training.engines.zero import DTYPES, ZeroEngine
 from cjepa_fast.training.optim import parameter_groups
@@ -309,9 +311,9 @@ def with_precision(config: Config, device: torch.device) -> Config:
 
 def build_masks(config: Config) -> MaskSampler:
     """Raises ConfigError for settings that leave a block empty or can never keep min_keep."""
-    side = config.data.image_size // config.model.patch_size
+    grid = patch_grid(config.data.image_size, config.model.patch_size)
     try:
-        return MaskSampler(grid=(side, side), seed=config.run.seed, **config.mask.model_dump())
+        return MaskSampler(grid=grid, seed=config.run.seed, **config.mask.model_dump())
     except ValueError as error:
         raise ConfigError(f"mask.{error}") from None
 
@@ -319,9 +321,9 @@ def build_masks(config: Config) -> MaskSampler:
 def meta_batch(config: Config, images: int) -> tuple:
     """One micro-batch without values, with the masks' sizes that a run would draw."""
     masks = build_masks(config)(0, 0, torch.arange(images))
-    side, width = config.data.image_size, model_sizes(config)["width"]
-    N = (side // config.model.patch_size) ** 2
-    shapes = (images, 3, side, side), (images, N, width)
+    size, width = config.data.image_size, model_sizes(config)["width"]
+    N = math.prod(patch_grid(size, config.model.patch_size))
+    shapes = (images, 3, *height_width(size)), (images, N, width)
     images_B3HW, tokens = (
         torch.empty(shape, dtype=compute_dtype(config), device="meta") for shape in shapes
     )

@@ -86,6 +86,9 @@ def test_unknown_words_name_the_nearest(override, said):
         ("data=7", "data = 7: input should be an object"),
         ("data=null", "data = null: input should be an object"),
         ("deepspeed=3", "deepspeed = 3: input should be an object"),
+        ("data.image_size=wide", 'data.image_size = "wide": input should be a valid integer'),
+        ("data.image_size=[96]", "data.image_size.1 = [96]: field required"),
+        ("data.image_size=[96,96,3]", "data.image_size = [96, 96, 3]: tuple should have at most 2"),
         ("data.mean=[1,2]", "data.mean.2 = [1, 2]: field required"),
         ("data.mean=[1,2,3,4]", "data.mean = [1, 2, 3, 4]: tuple should have at most 3 items"),
         ("mask.target_scale=0.2", "mask.target_scale = 0.2: input should be a valid array"),
@@ -100,6 +103,13 @@ def test_wrong_types(override, said):
     [
         ("data.image_size=100", "multiple of model.patch_size = 12, such as 96"),
         ("data.image_size=5", "such as 12"),
+        (
+            "data.image_size=[96,100]",
+            "[96, 100]: must be a multiple of model.patch_size = 12, such",
+        ),
+        ("data.image_size=[100,100]", "data.image_size = 100: must be a multiple"),
+        ("data.image_size=[5,50]", "such as [12, 48]"),
+        ("data.image_size=[96,0]", "data.image_size.1 = 0: input should be greater than or equal"),
         ("mask.min_keep=64", "mask.min_keep = 64: the grid has only 64 patches"),
         ("optim.warmup_epochs=5", "optim.warmup_epochs = 5: longer than the run; at most"),
         ("mask.target_scale=[0.3,0.2]", "mask.target_scale = [0.3, 0.2]: the first must not"),
@@ -134,6 +144,23 @@ def test_wrong_types(override, said):
 def test_impossible_values(override, said):
     message = refusal(override)
     assert said in message and message.startswith(override.split("=")[0].split(".")[0])
+
+
+def test_an_oblong_s_grid_must_hold_the_masks():
+    few = refusal("data.image_size=[24,48]")
+    assert few.startswith("mask.min_keep = 10: the grid has only 8 patches")
+    thin = ("data.image_size=[12,480]", "mask.min_keep=4")
+    assert "its 1 x 40 patches leave no room" in refusal(*thin, 'mask.sampler="ijepa"')
+    load("demo.json", [*SIZES, *thin])
+
+
+def test_a_square_is_one_number_however_it_is_written():
+    """So all that follows from the configuration is the same, to the bit."""
+    one, two = (load("demo.json", [*SIZES, f"data.image_size={s}"]) for s in ("96", "[96, 96]"))
+    assert one == two and one.to_json() == two.to_json()
+    oblong = load("demo.json", [*SIZES, "data.image_size=[48,96]"])
+    assert oblong.data.image_size == (48, 96)
+    assert configuration.validate(json.loads(oblong.to_json())) == oblong
 
 
 def test_something_must_be_trained_on():

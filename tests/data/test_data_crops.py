@@ -67,6 +67,30 @@ def test_corners_are_reached():
     assert first.tolist() == [0, 0, 5, 5] and last.tolist() == [5, 5, 5, 5]
 
 
+def test_ratio_is_how_far_an_oblong_is_stretched(seed):
+    """So a crop shown in an oblong is one whose aspect is as many times larger."""
+    rng = np.random.default_rng(seed)
+    sizes, uniforms = rng.integers(1, 700, (400, 2)), rng.random((400, crops.CROP_UNIFORMS))
+    got = crops.random_resized(sizes, uniforms, (0.3, 1.0), (3 / 4, 4 / 3), (40, 100))
+    ratio = (3 / 4 * 2.5, 4 / 3 * 2.5)
+    want = [
+        reference(*s, u, (0.3, 1.0), ratio) for s, u in zip(sizes.tolist(), uniforms, strict=True)
+    ]
+    np.testing.assert_array_equal(got, want)
+    assert (got[:, :2] >= 0).all() and (got[:, 2:] >= 1).all()
+    assert (got[:, :2] + got[:, 2:] <= sizes).all()
+
+
+def test_the_centre_of_an_oblong_is_its_largest_window():
+    sizes = np.array([[100, 60], [61, 90], [1, 1], [30, 400], [7, 500]])
+    whole = [[35, 0, 30, 60], [8, 0, 45, 90], [0, 0, 1, 1], [0, 170, 30, 60], [0, 243, 7, 14]]
+    assert crops.centre(sizes, image_size=(32, 64)).tolist() == whole
+    assert crops.centre(sizes[:2], 0.5, (32, 64)).tolist() == [[42, 15, 15, 30], [19, 22, 22, 45]]
+    assert crops.centre(sizes[:1], image_size=(64, 32)).tolist() == [[0, 5, 100, 50]]
+    for size in (7, (7, 7)):
+        assert (crops.centre(sizes, 0.7, size) == crops.centre(sizes, 0.7)).all()
+
+
 def test_centre():
     sizes = np.array([[100, 60], [61, 90], [1, 1]])
     assert crops.centre(sizes).tolist() == [[20, 0, 60, 60], [0, 14, 61, 61], [0, 0, 1, 1]]

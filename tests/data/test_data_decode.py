@@ -27,8 +27,8 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 LEVELS = {"cpu": 1.0, "cuda": 3.0}  # in the mean
 
 
-def look(device="cpu", dtype=torch.float32, **options):
-    return DecodeSettings(48, MEAN, STD, torch.device(device), dtype, 1, **options)
+def look(device="cpu", dtype=torch.float32, image_size=48, **options):
+    return DecodeSettings(image_size, MEAN, STD, torch.device(device), dtype, 1, **options)
 
 
 @pytest.fixture(params=DECODERS)
@@ -42,10 +42,10 @@ def in_levels(images_B3HW):
     return (255 * (images_B3HW.float().cpu() * std + mean)).permute(0, 2, 3, 1).numpy()
 
 
-def by_pillow(upright: Image.Image, window) -> np.ndarray:
+def by_pillow(upright: Image.Image, window, size=(48, 48)) -> np.ndarray:
     top, left, height, width = (int(v) for v in window)
     crop = upright.crop((left, top, left + width, top + height))
-    return np.asarray(crop.resize((48, 48), Image.Resampling.BILINEAR)).astype(float)
+    return np.asarray(crop.resize(size[::-1], Image.Resampling.BILINEAR)).astype(float)
 
 
 SMOOTH = made.picture(11, 90, 130)
@@ -128,6 +128,25 @@ def test_flip_colour_and_dtype(device, dtype, kind_of_decoder):
     assert grey.std(axis=-1).mean() < 1.5 < plain.std(axis=-1).mean()
 
 
+@pytest.mark.parametrize("size", [(24, 64), (64, 24)])
+def test_an_oblong_is_height_by_width(size, kind_of_decoder):
+    """Both shrunk and enlarged, for the filter reaches further along one side."""
+    data = made.encoded(SMOOTH, subsampling=0)
+    window_B4 = np.array([[0, 0, 90, 130], [5, 9, 70, 20]], np.int32)
+    augmented = {"rand_augment": (0, 9, 0)}  # no change, but DALI is told of the size
+    for options in ({}, augmented):
+        how = look(image_size=size, flip=True, **options)
+        decoder = open_decoder(kind_of_decoder, how, 2)
+        nothing = np.zeros((2, 0)) if options else None
+        flip_B = np.array([0, 1], np.int32)
+        decoder.submit(DecodeRequest([data] * 2, window_B4, flip_B, augment_BC=nothing))
+        images_B3HW = decoder.collect()
+        assert images_B3HW.shape == (2, 3, *size)
+        plain, mirrored = in_levels(images_B3HW)
+        assert np.abs(plain - by_pillow(IMAGE, window_B4[0], size)).mean() < 1.5
+        assert np.abs(mirrored[:, ::-1] - by_pillow(IMAGE, window_B4[1], size)).mean() < 1.5
+
+
 def test_batches_come_in_order_and_a_partial_one_too(kind_of_decoder):
     decoder = open_decoder(kind_of_decoder, look(), 4)
     window = np.array([[0, 0, 60, 80]], np.int32)
@@ -189,7 +208,7 @@ def test_evaluation_of_bad_images_alone_is_empty(tmp_path, kind_of_decoder):
         "decoder": kind_of_decoder,
     }
     assert list(eval_batches(images, batch_size=2, log=lambda line: None, **options)) == []
-    with pytest.raises(ValueError, match="share of the short side"):
+    with pytest.raises(ValueError, match="share of the largest centred window"):
         next(eval_batches(images, batch_size=2, resize=1.2, **options))
 
 

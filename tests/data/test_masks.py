@@ -315,6 +315,18 @@ def test_a_context_block_takes_the_shape_of_the_grid_or_a_square():
 
 
 @pytest.mark.parametrize("sampler", ["uniform", "ijepa"])
+@pytest.mark.parametrize("grid", [(6, 40), (40, 6)])
+def test_what_an_oblong_cuts_off_a_block_it_gains_along_the_other_side(seed, sampler, grid):
+    """Targets of 36 to 48 patches are up to 8 high, and a square context 15."""
+    sizes = [MaskSampler(grid, sampler, seed=seed).block_sizes(0, step) for step in range(200)]
+    targets = [b.target_h * b.target_w / 240 for b in sizes]
+    contexts = [b.context_h * b.context_w / 240 for b in sizes]
+    assert min(targets) > 0.12 and max(targets) < 0.23  # of 0.15 to 0.2, in whole patches
+    most = 5 * 39 / 240 if sampler == "ijepa" else 1  # which leaves a row and a column free
+    assert min(contexts) > 0.78 and max(contexts) > 0.99 * most
+
+
+@pytest.mark.parametrize("sampler", ["uniform", "ijepa"])
 @pytest.mark.parametrize("side", [8, 14, 16])
 def test_fixed_shapes_never_change(seed, sampler, side):
     masks_of = MaskSampler((side, side), sampler, "fixed", seed=seed)

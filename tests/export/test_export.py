@@ -74,6 +74,45 @@ def test_the_card_s_code_runs(exported, monkeypatch, form):
     assert torch.allclose(features, torch.as_tensor(names["tokens"]).mean(1), atol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def oblong(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("oblong")
+    encoder = tiny.uneven_encoder(image_size=(16, 32), depth=1)
+    return tiny.write_run(folder, encoder, data={"image_size": [16, 32]}, eval={"crop": 0.75})
+
+
+@pytest.mark.parametrize("form", [form for form in FORMATS if form != "timm"])
+def test_an_oblong_leaves_in_every_form(oblong, tmp_path, monkeypatch, form):
+    """The card's code too, which shows the evaluation's window where a library cannot find it."""
+    for package in (*FORMATS[form].needs, FORMATS[form].opened_by):
+        pytest.importorskip(package)
+    folder = tmp_path / form
+    assert exporting.export(oblong, form, folder) < 1e-5
+    card = (folder / "model_card.md").read_text()
+    assert "16 x 32 pixels it gives 4 x 8 tokens" in card and "0.75 times as long and wide" in card
+    monkeypatch.chdir(folder)
+    picture = Image.new("RGB", (96, 64), (255, 0, 0))  # of whose window of 96 x 48 this is 0.75:
+    picture.paste((51, 102, 153), (12, 14, 84, 50))
+    picture.save("image.jpg", quality=100)
+    names: dict = {}
+    exec(compile(card.split("```python\n")[1].split("```")[0], "model_card.md", "exec"), names)
+    assert tuple(names["tokens"].shape) == (1, 32, 24)
+    if form == "hf":
+        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+        pixels = names["images"]["pixel_values"] * std[:, None, None] + mean[:, None, None]
+        far = (pixels - torch.tensor([0.2, 0.4, 0.6])[:, None, None]).abs()
+        assert far[..., 1:-1, 1:-1].max() < 0.05 < far.max()  # the edge sees what is outside
+        assert load_encoder(folder).image_size == (16, 32)
+
+
+def test_timm_is_told_of_both_sides():
+    encoder = tiny.uneven_encoder(image_size=(16, 32))
+    encoder.mean, encoder.std = (0.5,) * 3, (0.25,) * 3
+    config = timm_config(Source(encoder, "target", 0.75))
+    assert config["model_args"]["img_size"] == (16, 32)
+    assert config["pretrained_cfg"]["input_size"] == [3, 16, 32]
+
+
 @pytest.mark.parametrize("form", ["hf", "safetensors"])
 def test_what_is_loaded_back_is_the_same_to_the_bit(exported, run, form):
     ours, back = load_encoder(run), load_encoder(exported(form)[0])

@@ -198,6 +198,22 @@ def test_a_chosen_patch_keeps_its_position(encoder):
     torch.testing.assert_close(difference, wanted, rtol=0, atol=1e-12)
 
 
+def test_an_oblong_encoder_has_rows_and_columns_apart(seed):
+    """The first half of a position is its column's, at the trained size and at others."""
+    encoder = Encoder([8, 24], 4, 32, 1, 2)
+    assert encoder.image_size == (8, 24) and encoder.grid == (2, 6)
+    assert torch.equal(encoder.pos_embed[0], sincos_positions(2, 6, 32))
+    for rows, cols in ((2, 6), (4, 9)):
+        table = encoder.positions(rows, cols).view(rows, cols, 32)
+        assert (table[..., :16] - table[:1, :, :16]).abs().max() < 1e-6
+        assert (table[..., 16:] - table[:, :1, 16:]).abs().max() < 1e-6
+    images = torch.randn(2, 3, 8, 24)
+    assert encoder(images).shape == (2, 12, 32)
+    assert Encoder((24, 24), 4, 32, 1, 2).architecture == Encoder(24, 4, 32, 1, 2).architecture
+    with pytest.raises(ValueError, match=r"image_size \(8, 26\) is not a multiple of patch_size 4"):
+        Encoder((8, 26), 4, 32, 1, 2)
+
+
 def test_positions_of_the_trained_grid_are_untouched(encoder):
     assert torch.equal(encoder.positions(4, 4), encoder.pos_embed[0])
 

@@ -73,7 +73,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     side_by_side.add_options(parser)
     parser.add_argument(
         "--size", type=cli.positive, metavar="PIXELS",
-        help="of the images, for a larger grid than trained (positions are interpolated)",
+        help="of the images' short side, for more patches than trained (positions interpolated)",
     )  # fmt: skip
 
 

@@ -17,10 +17,11 @@ from cjepa_fast.eval.figures.curves import short_names
 from cjepa_fast.eval.figures.sheets import FIGURE, as_arrays, load_images, save, spread_over
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime.distributed import rank
+from cjepa_fast.runtime.image_size import ImageSize, with_short_side
 
 Neighbours = tuple[torch.Tensor, torch.Tensor]  # similarities and rows, as `nearest` gives them
 HEADINGS = {"similarity": "similarity", "agreement": "of the query's class %"}
-PIXELS = 128  # a side of each image
+PIXELS = 128  # the short side of each image
 RIGHT, WRONG, QUERY = "#31a354", "#d62728", "0.4"  # colours of the frames
 
 
@@ -42,10 +43,11 @@ def figure(
     found: dict[str, Neighbours],
     title: str,
     crop: float = 1.0,
+    image_size: ImageSize = PIXELS,
 ):
     """A row a query: it first, then by encoder its neighbours, what `nearest` found of features of
-    the images at the indices index_n. Where the set is labelled, a frame says if the class is the
-    query's."""
+    the images at the indices index_n. image_size: of what is shown. Where the set is labelled,
+    a frame says if the class is the query's."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -55,7 +57,7 @@ def figure(
     headings = dict(zip(begins, found, strict=False)) if len(found) > 1 else {}
     wanted = index_n[rows_qc]  # of the set
     keep, inside = wanted.unique(return_inverse=True)
-    loaded = load_images(images, len(keep), image_size=PIXELS, crop=crop, keep=keep)
+    loaded = load_images(images, len(keep), image_size=image_size, crop=crop, keep=keep)
     shown = as_arrays(loaded, (0.0,) * 3, (1.0,) * 3)
     q, c = wanted.shape
     with rc_context(FIGURE | {"axes.titlesize": 7}):
@@ -111,7 +113,8 @@ def sheet_of(
     if images.labels is not None:
         shares = ", ".join(f"{row['agreement']:.0f} %" for row in rows)
         title += f"\n{shares} of those shown are of the query's class (green)"
-    return figure(images, indices[0], query_q, found, title, crop), rows
+    seen = with_short_side(next(iter(encoders.values())).image_size, PIXELS)
+    return figure(images, indices[0], query_q, found, title, crop, seen), rows
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

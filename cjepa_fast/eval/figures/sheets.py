@@ -9,6 +9,7 @@ import torch
 from cjepa_fast.data.evaluation import eval_batches
 from cjepa_fast.data.sources import ImageSet
 from cjepa_fast.eval.features import Subset
+from cjepa_fast.runtime.image_size import ImageSize
 
 FIGURE = {"font.size": 9, "axes.titlesize": 9, "figure.titlesize": 11, "figure.dpi": 130}
 Column = tuple[str, Sequence[np.ndarray]]  # its heading, and an RGB image in [0, 1] for each row
@@ -23,15 +24,15 @@ def load_images(
     images: ImageSet,
     count: int,
     *,
-    image_size: int,
+    image_size: ImageSize,
     mean=(0.0,) * 3,
     std=(1.0,) * 3,
     crop: float = 1.0,
     keep: torch.Tensor | None = None,
     decoder: str = "auto",
 ):
-    """`count` images spread evenly over a set, or those at the positions `keep`: (B, 3, image_size,
-    image_size) fp32, normalised (in 0..1 where no normalisation is named)."""
+    """`count` images spread evenly over a set, or those at the positions `keep`: (B, 3, H, W) fp32,
+    normalised (in 0..1 where no normalisation is named)."""
     keep = spread_over(images, count) if keep is None else keep
     batches = eval_batches(
         Subset(images, keep), image_size=image_size, resize=crop, batch_size=len(keep),
@@ -48,13 +49,15 @@ def as_arrays(images_B3HW: torch.Tensor, mean, std) -> np.ndarray:
 
 
 def sheet(columns: Sequence[Column], title: str, side: float = 1.8):
-    """A figure of images, `side` inches each: a row an image, a heading over each column."""
+    """A figure of images, `side` inches wide each: a row an image, a heading over each column."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     rows = len(columns[0][1])
+    height, width = columns[0][1][0].shape[:2]
+    tall = side * height / width
     with rc_context(FIGURE):
-        figure = Figure(figsize=(side * len(columns), side * rows + 0.8), layout="constrained")
+        figure = Figure(figsize=(side * len(columns), tall * rows + 0.8), layout="constrained")
         axes_rc = figure.subplots(rows, len(columns), squeeze=False)
         for axes_r, (heading, shown) in zip(axes_rc.T, columns, strict=True):
             axes_r[0].set_title(heading)

@@ -14,6 +14,7 @@ from cjepa_fast.eval import cli
 from cjepa_fast.eval.figures.curves import short_names
 from cjepa_fast.eval.figures.sheets import Column, as_arrays, load_images
 from cjepa_fast.model.vit import Encoder
+from cjepa_fast.runtime.image_size import with_short_side
 from cjepa_fast.telemetry.progress import shown_clock
 
 Encoders = dict[str, Encoder]  # by "target" and "context"
@@ -33,15 +34,17 @@ def columns(
     """The images, then what `drawn` makes of each checkpoint; the checkpoints' names; and what
     `measured` finds of each encoder.
 
-    size: of the images in pixels, rounded to whole patches; None: what each encoder was trained at.
+    size: of the images' short side in pixels, rounded to whole patches; None: what each encoder was
+    trained at.
     """
     images, shown, rows = open_images(args.images), [], []
     names = short_names(args.checkpoints)
     for name, checkpoint in zip(names, args.checkpoints, strict=True):
         encoders = {k: x.to(cli.device()) for k, x in load_encoders(checkpoint).items()}
         first = next(iter(encoders.values()))
-        patch = first.patch_size
-        pixels = max(round(size / patch), 1) * patch if size else first.image_size
+        pixels = first.image_size
+        if size:
+            pixels = with_short_side(pixels, size, first.patch_size)
         images_B3HW = load_images(
             images, args.count, image_size=pixels, mean=first.mean, std=first.std, crop=args.crop
         )

@@ -88,7 +88,11 @@ def _views(encoder, images, keep, views, seed, *, device, bf16=False, **reading)
     keep_nq = keep.repeat_interleave(views)
     uniforms = rng.uniforms(seed, rng.CROP, 0, torch.arange(len(keep_nq)), crops.CROP_UNIFORMS)
     windows_nq4 = crops.random_resized(
-        images.sizes_N2[keep_nq.numpy()], uniforms.numpy(), CROP_SCALE, CROP_RATIO
+        images.sizes_N2[keep_nq.numpy()],
+        uniforms.numpy(),
+        CROP_SCALE,
+        CROP_RATIO,
+        encoder.image_size,
     )
     encoder = encoder.to(device)
 

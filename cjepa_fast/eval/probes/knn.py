@@ -14,6 +14,7 @@ from cjepa_fast.eval import cli
 from cjepa_fast.eval.features import image_vectors
 from cjepa_fast.eval.probes import linear
 from cjepa_fast.runtime import distributed
+from cjepa_fast.runtime.image_size import ImageSize, with_short_side
 from cjepa_fast.telemetry.progress import shown_bar
 
 HEADINGS = {
@@ -24,7 +25,9 @@ HEADINGS = {
     "linear": "linear %",
 }
 TRAIN, TEST = 65536, 2048  # images of either split that are compared at a time
-PIXELS = 32  # raw pixels are compared at this size: a plain kNN on more gains nothing and is slow
+PIXELS = (
+    32  # raw pixels are compared at this short side: a plain kNN on more gains nothing and is slow
+)
 
 
 def predict(
@@ -89,11 +92,12 @@ def pixel_baselines(
     train_keep: torch.Tensor | None = None,
     test_keep: torch.Tensor | None = None,
     crop: float = 1.0,
+    image_size: ImageSize = PIXELS,
     threads: int = 2,
     **options,
 ) -> dict[str, dict[str, float]]:
     """kNN in percent from what needs no learning, plain ("top1") and mean-subtracted
-    ("top1_centred"), for "raw pixels" (at PIXELS x PIXELS) and "mean colour".
+    ("top1_centred"), for "raw pixels" (at image_size) and "mean colour".
 
     train and test are labelled; train_keep and test_keep choose positions in them; options as in
     `predict`.
@@ -101,7 +105,7 @@ def pixel_baselines(
     splits = []
     for images, keep in ((train, train_keep), (test, test_keep)):
         flat_nD, index_n = image_vectors(
-            images, lambda x: x.flatten(1), image_size=PIXELS, mean=(0.0,) * 3, std=(1.0,) * 3,
+            images, lambda x: x.flatten(1), image_size=image_size, mean=(0.0,) * 3, std=(1.0,) * 3,
             keep=keep, crop=crop, batch_size=256, device="cpu", threads=threads, title="pixels",
         )  # fmt: skip
         colour_n3 = flat_nD.view(len(flat_nD), 3, -1).mean(2)
@@ -143,6 +147,7 @@ def run(args: argparse.Namespace) -> None:
         (train, train_keep), (test, test_keep) = splits
         found = pixel_baselines(
             train, test, train_keep=train_keep, test_keep=test_keep, crop=args.crop,
+            image_size=with_short_side(next(iter(encoders.values())).image_size, PIXELS),
             threads=args.threads, **options,
         )  # fmt: skip
         counts = {"train_images": len(train_keep), "test_images": len(test_keep)}
