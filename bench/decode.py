@@ -38,17 +38,18 @@ PAGE_MIB = 4096 / 2**20
 
 
 def dali_batches(paths: list[str], config: Config, device: torch.device) -> Iterator[torch.Tensor]:
-    """Endless (B, 3, H, W) batches of JPEG files, by DALI alone."""
+    """Endless (B, C, H, W) batches of JPEG files, by DALI alone."""
     from nvidia.dali import Pipeline, fn, types
 
     data, gpu = config.data, device.type == "cuda"
     gpu_options = {"hw_decoder_load": data.hw_decoder_load} if gpu else {}
+    kind = {1: types.GRAY, 3: types.RGB}.get(data.channels, types.ANY_DATA)
     ratio = [limit * aspect(data.image_size) for limit in data.crop_ratio]
     pipe = Pipeline(data.micro_batch_size, data.threads, 0 if gpu else None, seed=config.run.seed)
     with pipe:
         encoded, _ = fn.readers.file(files=paths, random_shuffle=True, name="files")
         images = fn.decoders.image_random_crop(
-            encoded, device="mixed" if gpu else "cpu", output_type=types.RGB,
+            encoded, device="mixed" if gpu else "cpu", output_type=kind,
             random_area=data.crop_scale, random_aspect_ratio=ratio, **gpu_options,
         )  # fmt: skip
         size = height_width(data.image_size)

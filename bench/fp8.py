@@ -27,7 +27,7 @@ from cjepa_fast.model import fp8
 from cjepa_fast.model.attention import Shape, fastest
 from cjepa_fast.model.flops import block_flop
 from cjepa_fast.model.vit import Encoder
-from cjepa_fast.runtime.image_size import ImageSize, height_width
+from cjepa_fast.runtime.image_size import height_width
 from cjepa_fast.training import build
 
 TOY = ["data.image_size=64", "model.patch_size=16", "model.width=48", "model.heads=3"]
@@ -48,9 +48,9 @@ def encoders(
         yield name, build.build_networks(config).encoder, config.data.micro_batch_size
 
 
-def pictures(count: int, size: ImageSize, device: torch.device) -> torch.Tensor:
-    height, width = height_width(size)
-    coarse = torch.randn(count, 3, height // 8, width // 8, device=device)
+def pictures(count: int, encoder: Encoder, device: torch.device) -> torch.Tensor:
+    height, width = height_width(encoder.image_size)
+    coarse = torch.randn(count, encoder.channels, height // 8, width // 8, device=device)
     return F.interpolate(coarse, size=(height, width), mode="bicubic")
 
 
@@ -61,7 +61,7 @@ def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
 @torch.no_grad()
 def row_of(name: str, encoder: Encoder, batch: int, device: torch.device, seconds: float) -> dict:
     encoder = encoder.to(device).eval()
-    images = pictures(batch, encoder.image_size, device).bfloat16()
+    images = pictures(batch, encoder, device).bfloat16()
     some = images[:CHECKED]
     exact, plain = encoder(some.float()), copy.deepcopy(encoder).bfloat16()
     N, heads = encoder.grid[0] * encoder.grid[1], encoder.heads

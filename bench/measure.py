@@ -63,10 +63,11 @@ class StepClock:
 
 def synthetic_batches(config: Config, device: torch.device, masks) -> Iterator[list[Batch]]:
     """Endless steps of one batch of noise each, with masks as a run would draw them."""
-    B, size = config.data.micro_batch_size, height_width(config.data.image_size)
+    B = config.data.micro_batch_size
+    shape = B, config.data.channels, *height_width(config.data.image_size)
     ring = []
     for step in range(RING):
-        images = torch.randn(B, 3, *size, device=device, dtype=build.compute_dtype(config))
+        images = torch.randn(shape, device=device, dtype=build.compute_dtype(config))
         index_B = torch.arange(B) + step * B
         ring.append(
             [Batch(images, masks(0, step, index_B).to(device), torch.arange(B), 0, step, 0)]

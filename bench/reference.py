@@ -74,7 +74,7 @@ class ReferenceEncoder(nn.Module):
         super().__init__()
         size, width = ours.patch_size, ours.width
         self.patch_embed = nn.Module()
-        self.patch_embed.proj = nn.Conv2d(3, width, size, size)
+        self.patch_embed.proj = nn.Conv2d(ours.channels, width, size, size)
         self.pos_embed = nn.Parameter(ours.pos_embed.detach().clone(), requires_grad=False)
         hidden = ours.blocks[0].mlp.fc1.out_features
         self.blocks = nn.ModuleList(Block(width, ours.heads, hidden) for _ in ours.blocks)

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from cjepa_fast.config.schema import Config
+from cjepa_fast.config.schema import Config, DataSection
 from cjepa_fast.runtime.image_size import height_width, patch_grid, simplest
 
 OWN_OPTIMISER = "brings an optimiser of its own, whose state could not be saved; leave it out"
@@ -53,6 +53,7 @@ def impossible(config: Config) -> Iterator[str]:
     """What no single key shows to be wrong."""
     data, mask, model, optim = config.data, config.mask, config.model, config.optim
     yield from _impossible_grid(config)
+    yield from _impossible_channels(config.data)
     paths = [data.path] if isinstance(data.path, str) else data.path
     if not paths or not all(path.strip() for path in paths):
         yield (
@@ -132,6 +133,22 @@ def _impossible_grid(config: Config) -> Iterator[str]:
         yield (
             f"data.image_size = {written}: its {rows} x {cols} patches leave no room for "
             'mask.sampler = "ijepa", which never uses the last row and column; take "uniform"'
+        )
+
+
+def _impossible_channels(data: DataSection) -> Iterator[str]:
+    for key in ("mean", "std"):
+        values = list(getattr(data, key))
+        if len(values) != data.channels:
+            yield (
+                f"data.{key} = {json.dumps(values)}: data.channels = {data.channels} wants "
+                f"{data.channels} numbers, such as {json.dumps([0.5] * min(data.channels, 4))}"
+                f"{'...' * (data.channels > 4)}"
+            )
+    if data.colour and data.channels != 3:
+        yield (
+            f"data.colour = {data.colour:g}: colour jitter is of RGB, and data.channels = "
+            f"{data.channels}; set it to 0"
         )
 
 

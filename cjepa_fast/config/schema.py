@@ -25,7 +25,7 @@ ImageSides = Annotated[  # of a square, or height and width; told apart, so that
 ]
 Width = Annotated[int, Field(ge=1, le=2**16)]  # of tokens or layers
 Few = Annotated[int, Field(ge=1, le=1024)]  # blocks, heads, threads, batches ahead
-Level = Annotated[float, Field(ge=-1000, le=1000)]  # of an image's values
+Level = Annotated[float, Field(ge=-1e6, le=1e6)]  # of an image's values
 
 MODEL_NAMES = ("vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge", "vit_giant")
 
@@ -127,11 +127,16 @@ class DataSection(Section):
     )
     flip: bool = Field(False, description="mirror half of the crops")
     colour: NonNegative = Field(0.0, description="strength of colour jitter")
-    mean: tuple[Level, Level, Level] = Field(
-        (0.485, 0.456, 0.406), description="mean of RGB in 0..1, which is subtracted"
+    channels: Few = later(
+        3,
+        was=3,
+        description="of every image: 1 gray, 2 with alpha, 3 RGB, 4 RGBA, or so many bands",
     )
-    std: tuple[Positive, Positive, Positive] = Field(
-        (0.229, 0.224, 0.225), description="standard deviation of RGB in 0..1, divided by"
+    mean: tuple[Level, ...] = Field(
+        (0.485, 0.456, 0.406), description="mean of each channel in 0..1, which is subtracted"
+    )
+    std: tuple[Positive, ...] = Field(
+        (0.229, 0.224, 0.225), description="standard deviation of each channel in 0..1, divided by"
     )
     threads: Few = Field(4, description="decoding threads per rank")
     prefetch: Few = Field(2, description="batches prepared ahead")

@@ -101,27 +101,35 @@ class BatchRequest:
 Mend = Callable[[BatchRequest, int, Decoder], bool]
 
 
-def read_one(images: ImageSet, i: int) -> bytes | OSError:
-    """Raises ImagesGone for what is not the file's fault: no other file is to take its place."""
+def read_one(images: ImageSet, i: int, channels: int) -> bytes | OSError:
+    """What images.read gives. Raises ImagesGone for what is not the file's fault: no other file is
+    to take its place."""
     try:
-        return images.read(int(i))
+        return images.read(int(i), channels)
     except faults.MachineFailed as error:
         raise ImagesGone(str(error.strerror)) from error
     except OSError as error:
         return error
 
 
-def _read_some(images: ImageSet, indexes: np.ndarray, skipped: Skipped) -> list:
+def _read_some(
+    images: ImageSet, indexes: np.ndarray, skipped: Skipped, channels: int
+) -> list[bytes | OSError]:
     most_pixels, rescued = images.limits.max_pixels, skipped.rescued
-    return [_as_decoded(read_one(images, i), int(i) in rescued, most_pixels) for i in indexes]
+    return [
+        _as_decoded(read_one(images, i, channels), int(i) in rescued, most_pixels, channels)
+        for i in indexes
+    ]
 
 
-def _as_decoded(data: bytes | OSError, by_pillow: bool, most_pixels: int) -> bytes | OSError:
+def _as_decoded(
+    data: bytes | OSError, by_pillow: bool, most_pixels: int, channels: int
+) -> bytes | OSError:
     """What the decoder gets: the file's bytes, or Pillow's pixels of them."""
     if not by_pillow or isinstance(data, OSError):
         return data
     try:
-        return formats.as_ppm(formats.decode_rgb(data, most_pixels))
+        return formats.as_ppm(formats.decode_rgb(data, most_pixels, channels=channels))
     except OSError as error:
         return error
 
@@ -139,7 +147,7 @@ def decode(
     with ThreadPoolExecutor(READ_TASKS, thread_name_prefix="read") as pool:
         try:
             while True:
-                _top_up(works, images, pool, reading, READ_AHEAD + 1, skipped)
+                _top_up(works, images, pool, reading, skipped, decoder.channels)
                 if reading and len(inside) < DEPTH:
                     work = _complete(reading.popleft(), decoder, skipped, mend)
                     if len(work.index_B):
@@ -157,10 +165,10 @@ def decode(
                     task.cancel()
 
 
-def _top_up(works, images: ImageSet, pool, reading: deque, count: int, skipped: Skipped) -> None:
-    while len(reading) < count and (work := next(works, None)) is not None:
+def _top_up(works, images: ImageSet, pool, reading: deque, skipped: Skipped, channels: int) -> None:
+    while len(reading) <= READ_AHEAD and (work := next(works, None)) is not None:
         parts = np.array_split(work.index_B, min(READ_TASKS, len(work.index_B)))
-        work.reads = [pool.submit(_read_some, images, part, skipped) for part in parts]
+        work.reads = [pool.submit(_read_some, images, part, skipped, channels) for part in parts]
         reading.append(work)
 
 

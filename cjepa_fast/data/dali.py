@@ -1,4 +1,4 @@
-"""All that knows DALI: bytes and windows in, normalised (B, 3, H, W) tensors out; whole images.
+"""All that knows DALI: bytes and windows in, normalised (B, C, H, W) tensors out; whole images.
 
     external bytes -> decode the window -> resize (antialiased) -> [colour] -> [RandAugment]
       -> [mirror] normalise
@@ -13,6 +13,7 @@ import warnings
 
 import numpy as np
 import torch
+from PIL import Image
 
 from cjepa_fast.data import formats
 from cjepa_fast.data.decode import DEPTH, DecodeFailed, DecodeRequest, DecodeSettings
@@ -20,23 +21,31 @@ from cjepa_fast.runtime import oom
 
 # DALI raises RuntimeError for a sample, IndexError once the pipeline is no longer valid.
 FAILURES = (RuntimeError, IndexError)
-BLACK_PPM = b"P6 16 16 255\n" + bytes(16 * 16 * 3)  # DALI reads it on every device
+TRIED_LEVELS = (40, 90, 140, 190)  # of the channels
 
 
-def problem(device: torch.device) -> str | None:
-    """Why images cannot be decoded by DALI on this device, in a line; None if they can be.
+def problem(device: torch.device, channels: int = 3) -> str | None:
+    """Why such images cannot be decoded by DALI on this device, in a line; None if they can be.
 
     Raises what DALI raises where memory is short: that says nothing about DALI.
     """
-    look = DecodeSettings(8, (0.0,) * 3, (1.0,) * 3, device, torch.float32, 1)
+    levels = TRIED_LEVELS[:channels]
+    image = Image.new(formats.MODES[channels], (16, 16), levels if channels > 1 else levels[0])
+    look = DecodeSettings(8, (0.0,) * channels, (1.0,) * channels, device, torch.float32, 1)
     try:
         pipe = build(look, 1, 1, 1)
-        _feed(pipe, look, DecodeRequest([BLACK_PPM], np.array([[0, 0, 16, 16]], np.int32)))
-        pipe.run()
+        window_14 = np.array([[0, 0, 16, 16]], np.int32)
+        _feed(pipe, look, DecodeRequest([formats.as_ppm(image)], window_14))
+        (made,) = pipe.run()
+        made = made.as_cpu() if device.type == "cuda" else made
+        found_C = 255 * np.asarray(made.as_tensor())[0].mean((1, 2))
+        if found_C.shape != (channels,) or np.abs(found_C - levels).max() > 2:
+            return f"of {levels} in {channels} channels it makes {found_C.tolist()}"
     except (ImportError, OSError, *FAILURES) as error:
         if oom.is_out_of_memory(error):
             raise
-        return str(error).strip().split("\n")[0] or type(error).__name__
+        lines = str(error).strip().split("\n")
+        return next((line for line in lines if not line.endswith(":")), type(error).__name__)
     return None
 
 
@@ -56,6 +65,7 @@ def build(look: DecodeSettings, batch_size: int, threads: int, depth: int):
     from nvidia.dali.auto_aug.rand_augment import rand_augment
 
     on_gpu = look.device.type == "cuda"
+    kind = {1: types.GRAY, 3: types.RGB}.get(look.channels, types.ANY_DATA)
     device_id = (look.device.index or 0) if on_gpu else None
 
     def given(name, dtype, ndim):
@@ -69,12 +79,12 @@ def build(look: DecodeSettings, batch_size: int, threads: int, depth: int):
             # nvImageCodec 0.9 (its issue 55), which DALI 2.4 requires, and the CPU's region decode
             # below is its way to save work, which the hardware JPEG engine does not need.
             images = fn.decoders.image(
-                encoded, device="mixed", output_type=types.RGB, hw_decoder_load=look.hw_decoder_load
+                encoded, device="mixed", output_type=kind, hw_decoder_load=look.hw_decoder_load
             )
             images = fn.slice(images, start=start, shape=shape, axes=(0, 1))
         else:
             images = fn.decoders.image_slice(
-                encoded, device="cpu", output_type=types.RGB, start=start, shape=shape,
+                encoded, device="cpu", output_type=kind, start=start, shape=shape,
                 axis_names="HW",
             )  # fmt: skip
         size = look.height_width
@@ -120,7 +130,7 @@ class DaliDecoder:
     """decode.Decoder by the pipeline above, on the device of the tensors."""
 
     def __init__(self, look: DecodeSettings, batch_size: int):
-        self._look, self._batch_size = look, batch_size
+        self._look, self._batch_size, self.channels = look, batch_size, look.channels
         self._stream = torch.cuda.Stream(look.device) if look.device.type == "cuda" else None
         self._probe = None
         self.restart()
@@ -166,7 +176,9 @@ class DaliDecoder:
         if self._decodes(one):
             return feed.encoded[b]
         try:
-            image = formats.decode_rgb(feed.encoded[b], self._look.max_pixels)
+            image = formats.decode_rgb(
+                feed.encoded[b], self._look.max_pixels, channels=self.channels
+            )
             one.encoded = [formats.as_ppm(image)]
         except OSError:
             return None

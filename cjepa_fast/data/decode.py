@@ -16,15 +16,16 @@ MOST_MAGNITUDE = 30  # of RandAugment: there the changes are strongest
 @dataclass(frozen=True)
 class DecodeSettings:
     """How images are shown. image_size: a square's side, or (height, width), in pixels. mean, std:
-    of RGB in 0..1. dtype: of the tensors that come out.
+    of each channel in 0..1. dtype: of the tensors that come out.
 
     rand_augment: how many changes an image gets, their magnitude, DALI's seed. max_pixels: of an
-    image that Pillow decodes.
+    image that Pillow decodes. arrays: whether the images are arrays, whose bits in use are
+    bit_depth's.
     """
 
     image_size: ImageSize
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     device: torch.device
     dtype: torch.dtype
     threads: int
@@ -33,13 +34,27 @@ class DecodeSettings:
     hw_decoder_load: float = 0.65
     rand_augment: tuple[int, int, int] | None = None
     max_pixels: int = formats.MAX_PIXELS
+    arrays: bool = False
+    bit_depth: int | None = None
 
     @property
     def height_width(self) -> tuple[int, int]:
         return height_width(self.image_size)
 
+    @property
+    def channels(self) -> int:
+        return len(self.mean)
+
     def __post_init__(self):
-        """Raises ValueError for a RandAugment that there is none of."""
+        """Raises ValueError for a RandAugment that there is none of, and for colours to change
+        where there is no RGB."""
+        if (self.colour or self.rand_augment) and (self.channels != 3 or self.arrays):
+            what = "rand_augment" if self.rand_augment else "data.colour"
+            raise ValueError(
+                f"{what}: it changes the colours of RGB pictures, and these are "
+                f"{'arrays' if self.arrays else 'images'} of {self.channels} channels; set it to "
+                f"{'null' if self.rand_augment else 0}"
+            )
         count, magnitude, _ = self.rand_augment or (0, 0, 0)
         if not (isinstance(count, int) and isinstance(magnitude, int)):
             raise ValueError(f"rand_augment = [{count}, {magnitude}]: must be whole numbers")
@@ -82,13 +97,15 @@ class Decoder(Protocol):
     submitted, and submit again.
     """
 
+    channels: int
+
     def restart(self) -> None: ...
 
     def submit(self, feed: DecodeRequest) -> None:
         """Raises DecodeFailed."""
 
     def collect(self) -> torch.Tensor:
-        """The oldest submitted batch, (B, 3, H, W), for any CUDA stream. Raises DecodeFailed."""
+        """The oldest submitted batch, (B, C, H, W), for any CUDA stream. Raises DecodeFailed."""
 
     def alone(self, feed: DecodeRequest, b: int) -> bytes | None:
         """The bytes by which image b of the batch decodes when it is alone, None if none do.

@@ -34,9 +34,17 @@ def open_whole_decoder(kind: str, batch_size: int, threads: int) -> WholeDecoder
     return DaliWholeDecoder(batch_size, threads)
 
 
-def chosen(wanted: str, device: torch.device, log: Callable[[str], None] = print) -> str:
-    """DALI or PILLOW. "auto": by CJEPA_DECODER, else DALI where it works on `device`, else Pillow,
-    and then log is told once. Raises ValueError for another word, or if DALI is demanded in vain.
+def chosen(
+    wanted: str,
+    device: torch.device,
+    log: Callable[[str], None] = print,
+    *,
+    channels: int = 3,
+    arrays: bool = False,
+) -> str:
+    """DALI or PILLOW, the latter for arrays. "auto": by CJEPA_DECODER, else DALI where it works on
+    `device` with so many channels, else Pillow, and then log is told once. Raises ValueError for
+    another word, or if DALI is demanded in vain.
     """
     key = "data.decoder"
     if wanted == "auto":
@@ -45,9 +53,14 @@ def chosen(wanted: str, device: torch.device, log: Callable[[str], None] = print
         raise ValueError(f"{key} = {wanted!r}: must be {', '.join(CHOICES)}")
     if wanted == PILLOW:
         return PILLOW
-    problem = _problem_of_dali(str(device))
+    if arrays and wanted == DALI:
+        raise ValueError(f"{key} = {DALI!r}: it does not decode arrays (.npy, a TIFF of bands)")
+    if arrays:
+        return PILLOW
+    problem = _problem_of_dali(str(device), channels)
     if problem and wanted == "auto":
-        _say_once(log, f"Pillow decodes the images, since DALI does not work here: {problem}")
+        lacks = "work here" if channels == 3 else f"decode images of {channels} channels here"
+        _say_once(log, f"Pillow decodes the images, since DALI does not {lacks}: {problem}")
         return PILLOW
     if problem:
         raise ValueError(
@@ -58,8 +71,8 @@ def chosen(wanted: str, device: torch.device, log: Callable[[str], None] = print
 
 
 @functools.cache
-def _problem_of_dali(device: str) -> str | None:
-    return dali.problem(torch.device(device))
+def _problem_of_dali(device: str, channels: int) -> str | None:
+    return dali.problem(torch.device(device), channels)
 
 
 _said: set[str] = set()

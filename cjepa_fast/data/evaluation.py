@@ -18,8 +18,8 @@ def eval_batches(
     images: ImageSet,
     *,
     image_size: ImageSize,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
     batch_size: int,
     device: torch.device | str,
     dtype: torch.dtype,
@@ -29,7 +29,7 @@ def eval_batches(
     decoder: str = "auto",
     log=print,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(images_B3HW, index_B), in order, the last batch partial; a bad image is left out.
+    """(images_BCHW, index_B), in order, the last batch partial; a bad image is left out.
 
     Each image is cropped to the centred window of image_size's aspect with `resize` times the sides
     of the largest, then resized to it. windows_N4: of each image (crops.py), instead. decoder:
@@ -41,9 +41,12 @@ def eval_batches(
         )
     look = DecodeSettings(
         image_size, tuple(mean), tuple(std), torch.device(device), dtype, threads,
-        max_pixels=images.limits.max_pixels,
+        max_pixels=images.limits.max_pixels, arrays=images.has_arrays,
+        bit_depth=images.limits.bit_depth,
     )  # fmt: skip
-    made = open_decoder(chosen(decoder, look.device, log), look, batch_size)
+    images.require_channels(look.channels)
+    kind = chosen(decoder, look.device, log, channels=look.channels, arrays=look.arrays)
+    made = open_decoder(kind, look, batch_size)
     if windows_N4 is None:
         windows_N4 = crops.centre(images.sizes_N2, resize, image_size)
 

@@ -21,7 +21,7 @@ from PIL import Image, ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
-from cjepa_fast.data import kinds
+from cjepa_fast.data import arrays, kinds
 from cjepa_fast.data.headers import (
     JPEG_END,
     JPEG_MAGIC,
@@ -36,7 +36,10 @@ from cjepa_fast.data.headers import (
 )  # fmt: skip
 
 # How `read` treats a file: as it is, through Pillow, never, never since nobody reads its kind.
-PLAIN, CONVERT, UNUSABLE, FOREIGN = range(4)
+# ARRAY: by arrays.py alone.
+PLAIN, CONVERT, UNUSABLE, FOREIGN, ARRAY = range(5)
+MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # Pillow's, by channels
+CHANNELS = {"1": 1, "L": 1, "LA": 2, "La": 2, "PA": 4, "RGBA": 4, "RGBa": 4, "RGBX": 4}  # else 3
 HEAD_BYTES = 1 << 16  # holds the whole header of nearly every photograph
 TAIL_BYTES = 1 << 12
 JUNK_BYTES = 1 << 9  # at most so many before a JPEG are passed over
@@ -60,14 +63,16 @@ PILLOW_ERRORS = (
 
 
 class Look(NamedTuple):
-    """What a header says. Upright; treat: PLAIN or CONVERT; bits: of a gray pixel, if more than 8,
-    else 8; there_pct: how much of a JPEG that was cut short is there, of its rows."""
+    """What a header says. Upright; treat: PLAIN, CONVERT or ARRAY; bits: of a gray pixel or of a
+    number in an array, if more than 8, else 8; there_pct: how much of a JPEG that was cut short is
+    there, of its rows; channels: as stored, but three for CMYK and for a palette without alpha."""
 
     height: int
     width: int
     treat: int
     bits: int = 8
     there_pct: int = 100
+    channels: int = 3
 
 
 def inspect(read, length: int) -> Look:
@@ -97,9 +102,10 @@ def _tried(data: bytes, damage: Exception) -> Look:
     """Of a damaged header Pillow may read more than we do: decoded once, it is known to."""
     try:
         image = decode_rgb(data)
+        channels = channels_of(_opened(data, MAX_PIXELS)[0])
     except OSError:
         raise Unusable(str(damage)) from damage
-    return Look(image.height, image.width, CONVERT)
+    return Look(image.height, image.width, CONVERT, channels=channels)
 
 
 def _inspect_head(head: bytes, read, length: int) -> Look:
@@ -109,18 +115,38 @@ def _inspect_head(head: bytes, read, length: int) -> Look:
         header = png_header(read(0, length))
         turn, sound = orientation(header.exif_block)
         shape = _upright(*_checked(header.height, header.width), turn)
-        return Look(*shape, PLAIN if sound else CONVERT, header.bits)
+        treat = PLAIN if sound else CONVERT
+        return Look(*shape, treat, header.bits, channels=header.channels)
+    file = io.BufferedReader(_File(read, length))
+    if head.startswith(arrays.NPY_MAGIC):
+        return _of_array(arrays.inspect(file, head, length))
     try:
-        image = _open_other(io.BufferedReader(_File(read, length)), head)
+        image = _open_other(file, head)
     except PILLOW_ERRORS as error:
         if getattr(error, "errno", None):
             raise  # of reading
+        if arrays.is_array(head):
+            return _of_array(arrays.inspect(file, head, length))
         raise HeaderDamaged(f"damaged header ({error})") from error
+    if image.format == "TIFF" and image.tag_v2.get(277, 1) > 4:  # Pillow drops those it cannot name
+        return _of_array(arrays.inspect(file, head, length))
     if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
         raise Unusable("of 32-bit numbers, whose black and white nobody knows")
     turn, _ = orientation(image.info.get("exif"))  # none of a TIFF, which Pillow itself turns
     bits = _depth(image) if image.mode in DEEP_MODES else 8
-    return Look(*_upright(*_checked(image.height, image.width), turn), CONVERT, bits)
+    shape = _upright(*_checked(image.height, image.width), turn)
+    return Look(*shape, CONVERT, bits, channels=channels_of(image))
+
+
+def _of_array(shape: arrays.Shape) -> Look:
+    return Look(*_checked(shape.height, shape.width), ARRAY, shape.bits, channels=shape.channels)
+
+
+def channels_of(image: Image.Image) -> int:
+    """How many a picture of Pillow's has; of CMYK and the like, those of the RGB it becomes."""
+    if image.mode == "P":
+        return 4 if "transparency" in image.info else 3
+    return 1 if image.mode in DEEP_MODES else CHANNELS.get(image.mode, 3)
 
 
 class _File(io.RawIOBase):
@@ -155,15 +181,17 @@ def _depth(image: Image.Image) -> int:
 def _inspect_jpeg(header: JpegHeader, read, length: int) -> Look:
     # Searched from the pixels on: previews inside the header have end markers of their own.
     start = max(header.scan, length - TAIL_BYTES)
+    channels = 1 if len(header.components) == 1 else 3
     ended = JPEG_END in read(start, length - start)
     turn, sound = orientation(header.exif_block)
     height, width = _upright(*_checked(header.height, header.width), turn)
     if ended or JPEG_END in read(header.scan, length - header.scan):
-        return Look(height, width, PLAIN if sound and header.plain else CONVERT)
+        treat = PLAIN if sound and header.plain else CONVERT
+        return Look(height, width, treat, channels=channels)
     there_pct = _there_pct(read(0, length))
     if not there_pct:
         raise Unusable("truncated: no end marker")
-    return Look(height, width, CONVERT, there_pct=there_pct)
+    return Look(height, width, CONVERT, there_pct=there_pct, channels=channels)
 
 
 def _there_pct(data: bytes) -> int:
@@ -248,8 +276,11 @@ def over(height: int, width: int, most_pixels: int) -> str:
     return f"too large: {width} x {height} pixels, over data.max_pixels = {most_pixels}"
 
 
-def decode_rgb(data: bytes, most_pixels: int = MAX_PIXELS, bits: int | None = None) -> Image.Image:
-    """Upright RGB by Pillow. Raises OSError if the bytes cannot be decoded.
+def decode_rgb(
+    data: bytes, most_pixels: int = MAX_PIXELS, bits: int | None = None, channels: int = 3
+) -> Image.Image:
+    """Upright RGB by Pillow, or a picture of so many channels. Raises OSError if the bytes cannot
+    be decoded.
 
     bits: of a gray pixel that has more than 8, if fewer than its format says are in use.
     """
@@ -261,7 +292,9 @@ def decode_rgb(data: bytes, most_pixels: int = MAX_PIXELS, bits: int | None = No
             image = _eight_bits(image, bits or _depth(image))
         if image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")  # straight to RGB warns; alpha is dropped either way
-        image = image.convert("RGB")
+        if image.mode == "RGBX" and channels == 4:
+            image = Image.merge("RGBA", image.split())  # the fourth band as it is
+        image = image.convert(MODES[channels])
     except (*PILLOW_ERRORS, HeaderDamaged, Unusable) as error:
         raise OSError(f"cannot be decoded ({error})") from error
     turn, _ = orientation(exif)
@@ -276,7 +309,11 @@ def _eight_bits(image: Image.Image, bits: int) -> Image.Image:
 
 
 def as_ppm(image: Image.Image) -> bytes:
-    """Uncompressed PPM: lossless, costs nothing to write, and both of DALI's devices read it."""
+    """Uncompressed PPM: lossless, costs nothing to write, and both of DALI's devices read it. With
+    alpha, which that has not, a PNG."""
     buffer = io.BytesIO()
-    image.save(buffer, "PPM")
+    if image.mode in ("LA", "RGBA"):
+        image.save(buffer, "PNG", compress_level=1)
+    else:
+        image.save(buffer, "PPM")
     return buffer.getvalue()

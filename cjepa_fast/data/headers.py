@@ -12,6 +12,7 @@ from typing import NamedTuple
 JPEG_MAGIC = b"\xff\xd8"
 JPEG_END = b"\xff\xd9"
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+PNG_CHANNELS = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}  # by colour type
 
 
 class Unusable(Exception):
@@ -86,17 +87,19 @@ def _read_segment(found: JpegHeader, marker: int, body: bytes, span: tuple[int, 
 
 
 class PngHeader(NamedTuple):
-    """bits: of a gray pixel, if more than 8, else 8; exif_block: None where there is none."""
+    """bits: of a gray pixel, if more than 8, else 8; exif_block: None where there is none;
+    channels: as decoded, a palette's three, or four where some of its colours are clear."""
 
     height: int
     width: int
     bits: int
     exif_block: bytes | None
+    channels: int
 
 
 def png_header(data: bytes) -> PngHeader:
     """Walk the chunks and verify every checksum, up to IEND. Raises Unusable."""
-    offset, exif, shape, pixels, bits = len(PNG_MAGIC), None, None, False, 8
+    offset, exif, shape, pixels, bits, channels, colour = len(PNG_MAGIC), None, None, False, 8, 3, 2
     while True:
         if offset + 12 > len(data):
             raise Unusable("truncated: no IEND chunk")
@@ -110,6 +113,9 @@ def png_header(data: bytes) -> PngHeader:
         if name == b"IHDR" and size >= 10:
             *sides, depth, colour = struct.unpack_from(">IIBB", data, offset + 8)
             shape, bits = sides[::-1], 16 if (depth, colour) == (16, 0) else 8
+            channels = PNG_CHANNELS.get(colour, 3)
+        elif name == b"tRNS" and colour == 3:
+            channels = 4
         elif name == b"eXIf":
             exif = data[offset + 8 : body_end]
         elif name == b"IDAT":
@@ -119,7 +125,7 @@ def png_header(data: bytes) -> PngHeader:
         offset = body_end + 4
     if shape is None or not pixels:
         raise Unusable("damaged: a PNG without header or pixels")
-    return PngHeader(*shape, bits, exif)
+    return PngHeader(*shape, bits, exif, channels)
 
 
 def orientation(exif: bytes | None) -> tuple[int, bool]:

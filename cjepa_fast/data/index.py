@@ -2,7 +2,7 @@
 
 A Table covers one folder tree or one shard. It is made once, in parallel, and kept in the user's
 cache; a folder's entries stay valid by each file's size and time, a shard's by the shard's.
-40 bytes an image and its name: about 100 MB for ImageNet.
+41 bytes an image and its name: about 100 MB for ImageNet.
 """
 
 import contextlib
@@ -24,15 +24,16 @@ from cjepa_fast.data import faults, formats
 from cjepa_fast.runtime import caches, json_text
 from cjepa_fast.runtime.watched import watched
 
-VERSION = 3  # of the cached file; raise it when the check or the layout changes
+VERSION = 4  # of the cached file; raise it when the check or the layout changes
 CHUNK = 256  # images a task
 UNLABELLED = -1
 UNREAD = "cannot be read"  # so begins the reason of a file that may be sound
 NEVER_NS = -1  # a time at which no file was changed
-LOOK = ("height", "width", "kind", "bits", "there_pct")  # formats.Look, in an entry
+LOOK = ("height", "width", "kind", "bits", "there_pct", "channels")  # formats.Look, in an entry
 ENTRY = np.dtype(
     [("offset", "<i8"), ("length", "<i8"), ("mtime_ns", "<i8"), ("height", "<i4"),
-     ("width", "<i4"), ("label", "<i4"), ("kind", "u1"), ("bits", "u1"), ("there_pct", "u1")]
+     ("width", "<i4"), ("label", "<i4"), ("kind", "u1"), ("bits", "u1"), ("there_pct", "u1"),
+     ("channels", "<u2")]
 )  # fmt: skip
 
 

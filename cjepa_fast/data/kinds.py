@@ -3,6 +3,11 @@
 Whether a file is read is decided by its content (formats.py): a JPEG named .heic is read.
 """
 
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
+
 READ = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".gif", ".bmp", ".dib", ".webp",
     ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpx", ".avif",
@@ -13,7 +18,8 @@ OTHERS = (
     ".heic", ".heif", ".jxl", ".jxr", ".svg", ".psd", ".psb", ".xcf", ".ico", ".icns", ".tga",
     ".pcx", ".sgi", ".qoi", ".exr", ".hdr", ".dds", ".eps", ".dcm", ".fits", ".fit",
 )  # fmt: skip
-EXTENSIONS = frozenset((*READ, *RAW, *OTHERS))
+ARRAYS = (".npy",)  # images where there are no others, else features, masks or the like beside them
+EXTENSIONS = frozenset((*READ, *RAW, *OTHERS, *ARRAYS))
 # Bytes at an offset, of kinds that neither DALI nor Pillow reads.
 MAGIC = (
     (4, b"ftyphei", "HEIC"), (4, b"ftyphev", "HEIC"), (4, b"ftypmif1", "HEIC"),
@@ -30,6 +36,12 @@ def extension(name: str | bytes) -> str:
     base = name.rsplit(b"/", 1)[-1].decode("latin-1") if isinstance(name, bytes) else name
     found = "." + base.rpartition(".")[2].lower()
     return found if found in EXTENSIONS else ""
+
+
+def without_arrays(found: Sequence[T], name: Callable[[T], str | bytes]) -> list[T]:
+    """Those of `found` that are images: arrays are, where nothing else is."""
+    pictures = [one for one in found if extension(name(one)) not in ARRAYS]
+    return pictures or list(found)
 
 
 def unread(head: bytes) -> str:

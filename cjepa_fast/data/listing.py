@@ -75,6 +75,7 @@ def index_folder(root: Path, cache, pool: ThreadPoolExecutor, log) -> tuple[inde
     """(table, classes) of a folder tree; entries whose size and time are as cached are kept."""
     with shown_bar(None, f"looking for images in {printable(root)} (Ctrl-C stops)", "file") as bar:
         found = sorted(_counted(images_below(os.fsencode(root)), bar))
+    found = kinds.without_arrays(found, lambda one: one[0])
     table = _index_files(root, root, found, cache, pool, log)
     return table, labels.of_folders(table)
 
@@ -163,11 +164,13 @@ def split_key(name: str) -> tuple[str, str]:
 def images_of(members: Iterable[str]) -> dict[str, str]:
     """{name: why it is not used, or ""} of a shard's members that look like images.
 
-    KEY.jpg is the image of sample KEY. KEY.more.jpg belongs to it where there is a KEY.jpg (a label
-    map, a second view), and is not used; where there is none it is an image by itself.
+    KEY.jpg is the image of sample KEY; KEY.npy is, where the shard has no pictures. KEY.more.jpg
+    belongs to it where there is a KEY.jpg (a label map, a second view), and is not used; where
+    there is none it is an image by itself.
     """
     looking = [n for n in members if not n.rpartition("/")[2].startswith(".")]
     looking = [n for n in looking if kinds.extension(n)]
+    looking = kinds.without_arrays(looking, str)
     plain = {}
     for name in looking:
         key, ext = split_key(name)

@@ -116,11 +116,16 @@ class Loader:
         self._data, self._seed, self._masks = data, seed, masks
         self._device = _with_index(torch.device(device))
         first = share.rank == 0
-        self.decoder = chosen(data.decoder, self._device, log if first else lambda line: None)
+        images.require_channels(len(data.mean))
+        self.decoder = chosen(
+            data.decoder, self._device, log if first else lambda line: None,
+            channels=len(data.mean), arrays=images.has_arrays,
+        )  # fmt: skip
         self._look = DecodeSettings(
             data.image_size, data.mean, data.std, self._device, dtype, data.threads, data.flip,
             data.colour > 0, data.hw_decoder_load,
             rand_augment and (*rand_augment, seed + share.rank), images.limits.max_pixels,
+            images.has_arrays, images.limits.bit_depth,
         )  # fmt: skip
         # Two epochs: batches read ahead may belong to the next one while a hole is filled in this.
         self.order = functools.lru_cache(2)(functools.partial(_order, seed, len(images)))
@@ -193,7 +198,7 @@ class Loader:
         drawn_T = torch.cat([pool[(draw * len(pool)).long()] for pool, draw in halves])
         hole = self.images.name(int(work.index_B[b]))
         for candidate in drawn_T.tolist():
-            data = read_one(self.images, candidate)
+            data = read_one(self.images, candidate, self._look.channels)
             if isinstance(data, OSError):
                 self.skipped.note(candidate, f"cannot be read ({data.strerror or data})")
                 continue

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from cjepa_fast.data import listing, lists
+from cjepa_fast.data import kinds, listing, lists
 from cjepa_fast.runtime.printable import printable
 
 TRAINING = "train"
@@ -95,7 +95,8 @@ def _shards_in(root: Path, log: Callable[[str], None]) -> list[Path]:
     packed = [p for p in files if p.name.endswith(PACKED)]
     if not tars and not packed:
         return []
-    images = listing.images_below(os.fsencode(root))
+    below = listing.images_below(os.fsencode(root))
+    images = (one for one in below if kinds.extension(one[0]) not in kinds.ARRAYS)
     first = next(images, None)
     if first is None:
         return tars or [_plain_tar(packed[0])]

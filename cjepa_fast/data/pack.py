@@ -22,7 +22,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from cjepa_fast.data import formats, listing, rng
+from cjepa_fast.data import arrays, formats, listing, rng
+from cjepa_fast.data.headers import PNG_MAGIC
 from cjepa_fast.data.sources import ImageSet, Limits, open_images
 from cjepa_fast.runtime import files
 from cjepa_fast.runtime.printable import printable, printable_lines
@@ -53,6 +54,8 @@ def pack(
     if shard_size < 1 or (short_side is not None and short_side < 1):
         raise ValueError(f"shard_size {shard_size} and short_side {short_side} must be at least 1")
     images = open_images(folder, limits=Limits(max_pixels), cache=cache, log=log)
+    if short_side is not None and images.has_arrays:
+        raise ValueError(f"short_side {short_side}: arrays are packed as they are; leave it out")
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     settings = {
@@ -108,7 +111,7 @@ def _pack_shard(
                 left_out.append((images.name(i), why))
                 log(f"left out: {printable(images.name(i))}: {printable(why)}")
                 continue
-            member = f"{i:09d}" + (".png" if data.startswith(b"\x89PNG") else ".jpg")
+            member = f"{i:09d}{_ending(data)}"
             hashes[member] = hashlib.sha256(data).hexdigest()
             _add(archive, member, data)
             if images.labels is not None:
@@ -141,6 +144,9 @@ def _prepared(
 def _prepare(images: ImageSet, i: int, short_side, quality) -> tuple[int, bytes, str]:
     try:
         data = images.read_original(i)
+        if images.has_arrays:
+            arrays.pixels(data)  # that it can be read
+            return i, data, ""
         picture = formats.decode_rgb(data, images.limits.max_pixels)
     except OSError as error:
         return i, b"", str(error)
@@ -151,6 +157,12 @@ def _prepare(images: ImageSet, i: int, short_side, quality) -> tuple[int, bytes,
     buffer = io.BytesIO()
     picture.resize(size, Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=quality)
     return i, buffer.getvalue(), ""
+
+
+def _ending(data: bytes) -> str:
+    if data.startswith(arrays.NPY_MAGIC):
+        return ".npy"
+    return ".png" if data.startswith(PNG_MAGIC) else ".jpg"  # by name; the content decides
 
 
 def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cjepa_fast.data import formats, rand_augment
+from cjepa_fast.data import arrays, formats, rand_augment
 from cjepa_fast.data.decode import DecodeFailed, DecodeRequest, DecodeSettings
 
 # DALI's, of R, G, B: luma, and two differences of colour that a saturation scales.
@@ -26,12 +26,13 @@ class PillowDecoder:
     """decode.Decoder: each image is a task of a pool of look.threads threads."""
 
     def __init__(self, look: DecodeSettings):
-        self._look = look
+        self._look, self.channels = look, look.channels
+        self._shown = shown_array if look.arrays else shown
         self._pool = ThreadPoolExecutor(look.threads, thread_name_prefix="decode")
         self._inside: deque[tuple[DecodeRequest, list[Future]]] = deque()
         self._stream = torch.cuda.Stream(look.device) if look.device.type == "cuda" else None
-        self._mean = torch.tensor(look.mean).mul(255.0).view(3, 1, 1).to(look.device)
-        self._scale = torch.tensor(look.std).mul(255.0).reciprocal().view(3, 1, 1).to(look.device)
+        self._mean = torch.tensor(look.mean).mul(255.0).view(-1, 1, 1).to(look.device)
+        self._scale = torch.tensor(look.std).mul(255.0).reciprocal().view(-1, 1, 1).to(look.device)
 
     def restart(self) -> None:
         for _, tasks in self._inside:
@@ -40,32 +41,34 @@ class PillowDecoder:
         self._inside.clear()
 
     def submit(self, feed: DecodeRequest) -> None:
-        tasks = [self._pool.submit(shown, self._look, feed, b) for b in range(len(feed.window_B4))]
+        tasks = [
+            self._pool.submit(self._shown, self._look, feed, b) for b in range(len(feed.window_B4))
+        ]
         self._inside.append((feed, tasks))
 
     def collect(self) -> torch.Tensor:
         _, tasks = self._inside[0]
         try:
-            pixels_BHW3 = np.stack([task.result() for task in tasks])
+            pixels_BHWC = np.stack([task.result() for task in tasks])
         except OSError as error:
             raise DecodeFailed(str(error)) from error
         self._inside.popleft()
         if self._stream is None:
-            return self._normalised(pixels_BHW3)
+            return self._normalised(pixels_BHWC)
         with torch.cuda.stream(self._stream):
-            images_B3HW = self._normalised(pixels_BHW3)
+            images_BCHW = self._normalised(pixels_BHWC)
         self._stream.synchronize()  # the loader's own thread waits, the training does not
-        return images_B3HW
+        return images_BCHW
 
-    def _normalised(self, pixels_BHW3: np.ndarray) -> torch.Tensor:
-        pixels_B3HW = torch.from_numpy(pixels_BHW3).to(self._look.device).permute(0, 3, 1, 2)
-        images_B3HW = pixels_B3HW.to(torch.float32, memory_format=torch.contiguous_format)
-        return images_B3HW.sub_(self._mean).mul_(self._scale).to(self._look.dtype)
+    def _normalised(self, pixels_BHWC: np.ndarray) -> torch.Tensor:
+        pixels_BCHW = torch.from_numpy(pixels_BHWC).to(self._look.device).permute(0, 3, 1, 2)
+        images_BCHW = pixels_BCHW.to(torch.float32, memory_format=torch.contiguous_format)
+        return images_BCHW.sub_(self._mean).mul_(self._scale).to(self._look.dtype)
 
     def alone(self, feed: DecodeRequest, b: int) -> bytes | None:
         known = next((tasks[b] for inside, tasks in self._inside if inside is feed), None)
         try:
-            known.result() if known else shown(self._look, feed, b)
+            known.result() if known else self._shown(self._look, feed, b)
         except OSError:
             return None
         return feed.encoded[b]
@@ -90,16 +93,28 @@ def pixels(data: bytes) -> np.ndarray:
 
 
 def shown(look: DecodeSettings, feed: DecodeRequest, b: int) -> np.ndarray:
-    """Image b of a batch as it is shown, (H, W, 3) uint8. Raises OSError if it cannot be."""
-    image = formats.decode_rgb(feed.encoded[b], look.max_pixels)
+    """Image b of a batch as it is shown, (H, W, C) uint8. Raises OSError if it cannot be."""
+    image = formats.decode_rgb(feed.encoded[b], look.max_pixels, channels=look.channels)
     window = window_of(image, *map(int, feed.window_B4[b]))
-    pixels_HW3 = np.asarray(resized(window, look.height_width))
+    pixels_HWC = np.atleast_3d(np.asarray(resized(window, look.height_width)))
     if look.colour:
-        pixels_HW3 = twisted(pixels_HW3, *map(float, feed.colour_B3[b]))
+        pixels_HWC = twisted(pixels_HWC, *map(float, feed.colour_B3[b]))
     if look.rand_augment:
         _, magnitude, _ = look.rand_augment
-        pixels_HW3 = rand_augment.changed(pixels_HW3, feed.augment_BC[b], magnitude)
-    return pixels_HW3[:, ::-1] if look.flip and feed.flip_B[b] else pixels_HW3
+        pixels_HWC = rand_augment.changed(pixels_HWC, feed.augment_BC[b], magnitude)
+    return pixels_HWC[:, ::-1] if look.flip and feed.flip_B[b] else pixels_HWC
+
+
+def shown_array(look: DecodeSettings, feed: DecodeRequest, b: int) -> np.ndarray:
+    """The same of an array, (H, W, C) fp32: nothing is rounded."""
+    pixels_HWC = arrays.pixels(feed.encoded[b], look.bit_depth)
+    if pixels_HWC.shape[2] != look.channels:
+        raise OSError(f"has {pixels_HWC.shape[2]} channels, not {look.channels}")
+    window = tuple(map(int, feed.window_B4[b]))
+    bands = (Image.fromarray(pixels_HWC[..., c]) for c in range(look.channels))
+    shown = [np.asarray(resized(window_of(band, *window), look.height_width)) for band in bands]
+    pixels_HWC = np.stack(shown, axis=2)
+    return pixels_HWC[:, ::-1] if look.flip and feed.flip_B[b] else pixels_HWC
 
 
 def window_of(image: Image.Image, top: int, left: int, height: int, width: int) -> Image.Image:
@@ -113,8 +128,11 @@ def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """To (height, width), by a triangular filter that is as wide as the image shrinks.
 
     At the edges the filter sees the outermost pixels repeated, as DALI's does. Pillow's own would
-    see nothing there, which makes noise at the edges differ by ten levels and more.
+    see nothing there, which makes noise at the edges differ by ten levels and more. Each channel is
+    by itself, where Pillow would weigh colours by their alpha.
     """
+    if image.mode in ("LA", "RGBA"):
+        return Image.merge(image.mode, [resized(band, size) for band in image.split()])
     width, height = image.size
     frame = math.ceil(max(height / size[0], width / size[1], 1))  # the filter's reach
     box = (frame, frame, frame + width, frame + height)
@@ -125,7 +143,7 @@ def _framed(image: Image.Image, frame: int) -> Image.Image:
     """With the outermost pixels repeated `frame` times on each side."""
     width, height = image.size
     right, bottom = frame + width, frame + height
-    framed = Image.new("RGB", (right + frame, bottom + frame))
+    framed = Image.new(image.mode, (right + frame, bottom + frame))
     framed.paste(image, (frame, frame))
 
     def repeat(edge: tuple[int, int, int, int], x: int, y: int, size: tuple[int, int]) -> None:

@@ -22,9 +22,10 @@ import numpy as np
 import torch
 
 from cjepa_fast.config import DataSection
-from cjepa_fast.data import faults, formats, index, kinds, labels, listing, locations
+from cjepa_fast.data import arrays, faults, formats, index, kinds, labels, listing, locations
 from cjepa_fast.data.headers import JPEG_END
 from cjepa_fast.data.left_out import tell
+from cjepa_fast.runtime.printable import printable
 from cjepa_fast.runtime.watched import watched
 
 TRIED_DEEP = 8  # images of more than 8 bits, whose brightness is looked at
@@ -75,13 +76,15 @@ class ImageSet:
     labelled: images without a label are left out. labels: int64 (n,), None where one is missing;
     classes: their names or None; sizes_N2: int32 (n, 2) height and width, upright; skipped: (name,
     reason) of what is left out; unlabelled: usable but for a label; found: how many files look like
-    images; fingerprint: hash of names and sizes in bytes, the same wherever the set lies.
+    images; has_arrays: all are arrays (arrays.py), else none is; fingerprint: hash of names and
+    sizes in bytes, the same wherever the set lies.
     """
 
     def __init__(self, parts: list[Part], limits: Limits = LIMITS, labelled: bool = False):
         self.root, self.limits, self._parts = parts[0].root, limits, parts
         label_by_part, classes = _merged([part.table.entries_N["label"] for part in parts], parts)
         out = [_left_out(part.table, limits) for part in parts]
+        _without_arrays(parts, out)
         self.unlabelled = 0
         for part, label_N, why in zip(parts, label_by_part, out, strict=True):
             without = np.setdiff1d(np.flatnonzero(label_N == index.UNLABELLED), list(why)).tolist()
@@ -93,6 +96,7 @@ class ImageSet:
         self._row_N = np.concatenate(usable).astype(np.int32)
         pairs = list(zip(parts, usable, strict=True))
         self._entries_N = np.concatenate([part.table.entries_N[rows] for part, rows in pairs])
+        self.has_arrays = bool((self._entries_N["kind"] == formats.ARRAY).any())
         self.sizes_N2 = np.stack([self._entries_N["height"], self._entries_N["width"]], axis=1)
         label_N = np.concatenate(
             [own[rows] for own, rows in zip(label_by_part, usable, strict=True)]
@@ -127,14 +131,34 @@ class ImageSet:
         """The shard that image i lies in, None in a folder."""
         return self._parts[self._part_N[i]].shard
 
-    def read(self, i: int) -> bytes:
-        """Bytes that DALI decodes to upright RGB. Raises OSError if they cannot be had."""
+    def require_channels(self, channels: int) -> None:
+        """Raises ValueError, naming the first image that has another number. Three is RGB, which
+        pictures of any kind become; only arrays must have three."""
+        found_N = self._entries_N["channels"]
+        others = np.flatnonzero(found_N != channels)
+        if not len(others) or (channels == 3 and not self.has_arrays):
+            return
+        first = int(others[0])
+        has = f"{printable(self.name(first))} has {found_N[first]}"
+        more = f", and {len(others) - 1} more are not of {channels}" if len(others) > 1 else ""
+        raise ValueError(
+            f"data.channels = {channels}: {has}{more}; "
+            "all images of a set must have the same: set data.channels, with a mean and std for "
+            "each, or keep the others apart"
+        )
+
+    def read(self, i: int, channels: int = 3) -> bytes:
+        """Bytes that DALI decodes to an upright picture of so many channels, or an array's own.
+        Raises OSError if they cannot be had."""
         data, entry = self.read_original(i), self._entries_N[i]
         if entry["there_pct"] < 100:
             data += JPEG_END
+        if self.has_arrays:
+            return data
         bits = self.limits.bit_depth if entry["bits"] > 8 else None
         if entry["kind"] == formats.CONVERT or bits:
-            return formats.as_ppm(formats.decode_rgb(data, self.limits.max_pixels, bits))
+            image = formats.decode_rgb(data, self.limits.max_pixels, bits, channels)
+            return formats.as_ppm(image)
         return data
 
     def read_original(self, i: int) -> bytes:
@@ -209,6 +233,18 @@ def _left_out(table: index.Table, limits: Limits) -> dict[int, str]:
     return out
 
 
+def _without_arrays(parts: list[Part], out: list[dict[int, str]]) -> None:
+    """Leave out, by name, the arrays of a set that has pictures."""
+    pairs = list(zip(parts, out, strict=True))
+    used = [np.delete(part.table.entries_N["kind"], list(why)) for part, why in pairs]
+    if all((kind_N == formats.ARRAY).all() for kind_N in used):
+        return
+    for part, why in pairs:
+        entries_N = part.table.entries_N
+        for i in np.flatnonzero(entries_N["kind"] == formats.ARRAY).tolist():
+            why.setdefault(i, f"an array of {entries_N['channels'][i]} channels among pictures")
+
+
 def _others(table: index.Table, out: dict[int, str]) -> np.ndarray:
     return np.setdiff1d(np.arange(len(table)), list(out))
 
@@ -243,6 +279,7 @@ def _fingerprint(parts: list[Part], out: list[dict[int, str]]) -> str:
         for piece in (table.blob, table.ends_N.tobytes(), table.entries_N["length"].tobytes()):
             digest.update(piece)
         beyond = (why.keys() - part.table.reasons.keys()) | set(part.table.unread)
+        beyond -= set(np.flatnonzero(part.table.entries_N["kind"] == formats.ARRAY).tolist())
         if beyond:
             digest.update(repr(sorted(beyond)).encode())
     return digest.hexdigest()[:32]
@@ -295,15 +332,21 @@ def _warn_of_darkness(images: ImageSet, log: Callable[[str], None]) -> None:
     brightest = 0
     for i in deep[:: max(1, len(deep) // TRIED_DEEP)][:TRIED_DEEP].tolist():
         try:
-            image = formats.decode_rgb(images.read(i), images.limits.max_pixels)
+            brightest = max(brightest, _brightest(images, i))
         except OSError:
             continue
-        brightest = max(brightest, image.getextrema()[0][1])
     if 0 < brightest < 256 // 8:
         log(
             f"WARNING: gray images of more than 8 bits use less than an eighth of their range (up "
             f"to {brightest} of 255): data.bit_depth says how many bits are in use"
         )
+
+
+def _brightest(images: ImageSet, i: int) -> int:
+    data = images.read(i)
+    if images.has_arrays:
+        return int(arrays.pixels(data, images.limits.bit_depth).max())
+    return formats.decode_rgb(data, images.limits.max_pixels).getextrema()[0][1]
 
 
 def _indexed(location: locations.Location, prefix: str, cache, workers: int, log) -> list[Part]:

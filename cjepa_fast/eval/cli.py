@@ -153,6 +153,17 @@ def encoders_of(args: argparse.Namespace) -> dict[str, Encoder]:
     return {**fresh, "trained": trained}
 
 
+def rgb_encoders_of(args: argparse.Namespace) -> dict[str, Encoder]:
+    """encoders_of, for a task whose images are RGB. Raises ValueError for others."""
+    found = encoders_of(args)
+    if (channels := found["trained"].channels) != 3:
+        raise ValueError(
+            f"{args.task} reads RGB images, and {args.checkpoint} is an encoder of {channels} "
+            "channels: knn, linear and finetune take it"
+        )
+    return found
+
+
 def fresh_like(encoder: Encoder, seed: int) -> Encoder:
     """A newly initialised encoder of the same architecture and normalisation."""
     with torch.random.fork_rng():

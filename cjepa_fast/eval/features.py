@@ -214,14 +214,21 @@ class Subset:
         kept = hashlib.sha256(self.keep_n.numpy().tobytes()).hexdigest()
         return f"{self.images.fingerprint}-{kept[:16]}"
 
+    @property
+    def has_arrays(self) -> bool:
+        return self.images.has_arrays
+
+    def require_channels(self, channels: int) -> None:
+        self.images.require_channels(channels)
+
     def name(self, i: int) -> str:
         return self.images.name(int(self.keep_n[i]))
 
     def shard(self, i: int) -> Path | None:
         return self.images.shard(int(self.keep_n[i]))
 
-    def read(self, i: int) -> bytes:
-        return self.images.read(int(self.keep_n[i]))
+    def read(self, i: int, channels: int = 3) -> bytes:
+        return self.images.read(int(self.keep_n[i]), channels)
 
 
 def name_hashes(images: ImageSet) -> torch.Tensor:

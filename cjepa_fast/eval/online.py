@@ -138,7 +138,7 @@ class OnlineEvaluation:
     def _filled(self, images_B3HW: torch.Tensor | None) -> torch.Tensor:
         """To a whole batch; of what is added nothing is read."""
         whole = torch.zeros(
-            (self.batch_size, 3, *height_width(self.reading["image_size"])),
+            (self.batch_size, len(self.reading["mean"]), *height_width(self.reading["image_size"])),
             dtype=self.reading["dtype"],
             device=self.reading["device"],
         )

@@ -39,8 +39,9 @@ TERMS = {
     "knn": "kNN while training, %",
     "linear": "linear probe while training, %",
 }
-# What begins and ends most snippets. {H}, {W}: the image's sides.
-NORMALISED = "images = torch.zeros(1, 3, {H}, {W})  # normalised, as below"
+# What begins and ends most snippets. {C}, {H}, {W}: the images' shape.
+BANDS = "hf of bands"  # more of them than image processors read
+NORMALISED = "images = torch.zeros(1, {C}, {H}, {W})  # normalised, as below"
 SNIPPETS = {
     "hf": """\
 import torch
@@ -53,6 +54,15 @@ processor = AutoImageProcessor.from_pretrained(folder)
 images = processor({loaded[1]}, return_tensors="pt")
 with torch.no_grad():
     tokens = model(**images).last_hidden_state
+features = tokens.mean(1)""",
+    BANDS: f"""\
+import torch
+from transformers import AutoModel
+
+model = AutoModel.from_pretrained(".")  # where this card lies
+{NORMALISED}
+with torch.no_grad():
+    tokens = model(images).last_hidden_state
 features = tokens.mean(1)""",
     "safetensors": f"""\
 import torch
@@ -82,7 +92,7 @@ import numpy as np
 import onnxruntime
 
 session = onnxruntime.InferenceSession("encoder.onnx")
-images = np.zeros((1, 3, {H}, {W}), np.float32)  # normalised, as below
+images = np.zeros((1, {C}, {H}, {W}), np.float32)  # normalised, as below
 (tokens,) = session.run(["tokens"], {{"images": images}})
 features = tokens.mean(1)""",
     "torch": f"""\
@@ -97,11 +107,12 @@ features = tokens.mean(1)""",
 
 
 # Of a square transformers' processor cuts the window; of an oblong it cannot.
-SQUARE = "from PIL import Image", 'Image.open("image.jpg")'
+SQUARE = "from PIL import Image", 'Image.open("image.{ending}")'
 OBLONG = (
     "from PIL import Image, ImageOps",
-    'ImageOps.fit(Image.open("image.jpg"), ({W}, {H}), Image.Resampling.BILINEAR, {bleed:g})',
+    'ImageOps.fit(Image.open("image.{ending}"), ({W}, {H}), Image.Resampling.BILINEAR, {bleed:g})',
 )
+KINDS = {1: "gray", 2: "gray with alpha", 3: "RGB", 4: "RGB with alpha"}  # by channels
 
 
 def card(source: Source, origin: Origin, form: str, name: str, files: Sequence[str]) -> str:
@@ -163,10 +174,14 @@ def _method(config: dict) -> str:
 
 def _use(source: Source, form: str, files: Sequence[str]) -> str:
     encoder, (H, W) = source.encoder, height_width(source.encoder.image_size)
+    C = encoder.channels
+    form = BANDS if form == "hf" and C not in KINDS else form
     weights = next((file for file in files if file.endswith(".safetensors")), "")
     bleed = (1 - source.crop) / 2  # what ImageOps.fit leaves out at each edge
-    loaded = [part.format(H=H, W=W, bleed=bleed) for part in (SQUARE if H == W else OBLONG)]
-    code = SNIPPETS[form].format(H=H, W=W, file=weights, loaded=loaded)
+    ending = "jpg" if C in (1, 3) else "png"  # which has alpha
+    parts = SQUARE if H == W else OBLONG
+    loaded = [part.format(H=H, W=W, bleed=bleed, ending=ending) for part in parts]
+    code = SNIPPETS[form].format(C=C, H=H, W=W, file=weights, loaded=loaded)
     window = (
         f"square of {source.crop:g} times the short side"
         if H == W
@@ -175,7 +190,7 @@ def _use(source: Source, form: str, files: Sequence[str]) -> str:
     numbers = [", ".join(f"{value:g}" for value in pair) for pair in (encoder.mean, encoder.std)]
     return (
         f"```python\n{code}\n```\n\n"
-        f"Images are RGB, their centred {window} resized "
+        f"Images are {KINDS.get(C, f'of {C} channels')}, their centred {window} resized "
         f"(bilinear, antialiased) to {H} x {W}, values in 0..1 normalised with mean "
         f"{numbers[0]} and std {numbers[1]}. Weights are fp32."
     )

@@ -99,6 +99,7 @@ def timm_config(source: Source) -> dict:
         "model_args": {
             "img_size": encoder.image_size,
             "patch_size": encoder.patch_size,
+            "in_chans": encoder.channels,
             "embed_dim": encoder.width,
             "depth": encoder.depth,
             "num_heads": encoder.heads,
@@ -109,7 +110,7 @@ def timm_config(source: Source) -> dict:
             "fc_norm": False,  # the last norm comes before the mean over the patches
         },
         "pretrained_cfg": {
-            "input_size": [3, *height_width(encoder.image_size)],
+            "input_size": [encoder.channels, *height_width(encoder.image_size)],
             "fixed_input_size": True,
             "interpolation": "bilinear",
             "crop_pct": source.crop,
@@ -150,7 +151,7 @@ def portable(encoder: Encoder) -> Encoder:
 
 
 def example(encoder: Encoder) -> tuple[torch.Tensor]:
-    return (torch.zeros(2, 3, *height_width(encoder.image_size)),)
+    return (torch.zeros(2, encoder.channels, *height_width(encoder.image_size)),)
 
 
 def any_batch() -> tuple[dict]:

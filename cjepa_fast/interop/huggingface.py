@@ -31,7 +31,7 @@ BLOCK = {
 }
 QKV = [f"attention.attention.{part}" for part in ("query", "key", "value")]
 # What our encoder is and their configuration might have otherwise.
-FIXED = {"num_channels": 3, "hidden_act": "gelu", "layer_norm_eps": 1e-6, "qkv_bias": True}
+FIXED = {"hidden_act": "gelu", "layer_norm_eps": 1e-6, "qkv_bias": True}
 
 
 def is_folder(path: Path) -> bool:
@@ -67,6 +67,11 @@ def read_encoder(folder: Path) -> Encoder:
         raise ValueError(f"{folder} does not fit its {CONFIG}:\n  " + "\n  ".join(problems))
     fill(encoder, from_huggingface(state, encoder.depth))
     encoder.mean, encoder.std = _normalisation(folder / PROCESSOR)
+    if not len(encoder.mean) == len(encoder.std) == encoder.channels:
+        raise ValueError(
+            f"{folder / PROCESSOR}: image_mean and image_std must have a number for each of the "
+            f"{encoder.channels} channels"
+        )
     return encoder
 
 
@@ -117,6 +122,7 @@ def _config(encoder: Encoder) -> dict:
         "model_type": "ijepa",
         "image_size": encoder.image_size,
         "patch_size": encoder.patch_size,
+        "num_channels": encoder.channels,
         "hidden_size": encoder.width,
         "num_hidden_layers": encoder.depth,
         "num_attention_heads": encoder.heads,
@@ -139,7 +145,7 @@ def _processor(encoder: Encoder, crop: float) -> dict:
     is_square = height == width
     return {
         "image_processor_type": "BitImageProcessor",
-        "do_convert_rgb": True,
+        "do_convert_rgb": encoder.channels == 3,
         "do_resize": is_square,
         "size": {"shortest_edge": round(min(height, width) / crop)},
         "resample": 2,  # bilinear, as PIL numbers it
@@ -171,6 +177,7 @@ def _described(path: Path) -> Encoder:
                 heads=config["num_attention_heads"],
                 mlp_ratio=config["intermediate_size"] / config["hidden_size"],
                 init=config.get("weights_init", "ijepa"),
+                channels=config["num_channels"],
             )
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ValueError(f"{path} does not describe an encoder: {error!r}") from error

@@ -11,7 +11,15 @@ from pathlib import Path
 
 import torch
 
-from cjepa_fast.interop.weights import MEAN, STD, depth_of, fill, listed, mismatches
+from cjepa_fast.interop.weights import (
+    MEAN,
+    STD,
+    depth_of,
+    fill,
+    listed,
+    mismatches,
+    with_channels,
+)
 from cjepa_fast.model.predictor import Predictor
 from cjepa_fast.model.vit import MODELS, Encoder
 from cjepa_fast.runtime.image_size import ImageSize, simplest
@@ -26,12 +34,15 @@ def load_ijepa(
     image_size: ImageSize = 224,
     predictor_depth: int = 12,
     predictor_width: int = 384,
+    channels: int = 3,
 ) -> tuple[Encoder, Predictor, Encoder]:
     """(encoder, predictor, target_encoder) of an I-JEPA checkpoint: fp32, on the CPU, eval mode.
 
     path_or_dict: a file of I-JEPA's, or what torch.load gave of one. model: a name in MODELS;
     patch_size and image_size, of a square, in pixels; the predictor's heads follow the encoder's.
-    The target encoder's parameters need no gradient.
+    The target encoder's parameters need no gradient. channels: of the encoders; where these are not
+    the checkpoint's three, each has the sum of the three channels' filters over `channels`, so that
+    an image which is the same in all its channels gives the same tokens.
     Raises ValueError for an unknown model, a file that cannot be read or is no such checkpoint,
     and for parameters that are missing, unexpected or of another shape, all named.
     """
@@ -46,10 +57,13 @@ def load_ijepa(
     checkpoint = path_or_dict if is_loaded else _read(Path(path_or_dict))
     source = "the checkpoint" if is_loaded else str(path_or_dict)
     states = {part: _state(checkpoint, part, source) for part in PARTS}
+    if channels != 3:
+        for part in ("encoder", "target_encoder"):
+            states[part] = with_channels(states[part], channels)
 
     with torch.device("meta"):  # shapes alone: the weights come from the file
-        encoder = Encoder(image_size, patch_size, **MODELS[model])
-        target = Encoder(image_size, patch_size, **MODELS[model])
+        encoder = Encoder(image_size, patch_size, **MODELS[model], channels=channels)
+        target = Encoder(image_size, patch_size, **MODELS[model], channels=channels)
         predictor = Predictor(
             encoder.width, encoder.grid, predictor_width, predictor_depth, encoder.heads
         )

@@ -37,6 +37,19 @@ def listed(names: list[str]) -> str:
     return (", ".join(names[:SHOWN]) or "nothing") + more
 
 
+def with_channels(state: Mapping[str, torch.Tensor], channels: int) -> dict[str, torch.Tensor]:
+    """An encoder's weights for images of another number of channels.
+
+    Each channel's filter is the sum of the filters there over `channels`: the sum alone for gray.
+    """
+    name = "patch_embed.proj.weight"
+    filters_DCpp = state.get(name)
+    if filters_DCpp is None or filters_DCpp.ndim != 4:
+        return dict(state)  # what is missing or of another shape is told by `mismatches`
+    shared_D1pp = filters_DCpp.float().sum(1, keepdim=True) / channels
+    return {**state, name: shared_D1pp.repeat(1, channels, 1, 1)}
+
+
 def fill(module: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
     """Replace a module's meta tensors by copies, in fp32, that do not depend on the file."""
     copies = {name: tensor.to(torch.float32, copy=True) for name, tensor in state.items()}

@@ -70,9 +70,9 @@ def predictor_blocks_flop(
     return (depth - 1) * block(pairs=K**2 + pairs) + block(outputs=M * P, pairs=pairs)
 
 
-def patch_embedding_flop(patches: float, patch_size: int, width: int) -> float:
-    """Embedding `patches` patches of 3 channels, forward, in FLOP."""
-    return patches * 2 * 3 * patch_size**2 * width
+def patch_embedding_flop(patches: float, patch_size: int, width: int, channels: int = 3) -> float:
+    """Embedding `patches` patches, forward, in FLOP."""
+    return patches * 2 * channels * patch_size**2 * width
 
 
 def step_gflop(
@@ -91,6 +91,7 @@ def step_gflop(
     predictor_mlp_ratio: float = 4.0,
     predictor_mode: str = "per_target",
     init: str = "ijepa",
+    channels: int = 3,
 ) -> dict[str, float]:
     """GFLOP of one image in one training step: target, context, predictor and their total.
 
@@ -104,9 +105,9 @@ def step_gflop(
     del heads, init
     patches_n = math.prod(patch_grid(image_size, patch_size))
     target = depth * block_flop(patches_n, width, mlp_ratio)
-    target += patch_embedding_flop(patches_n, patch_size, width)
+    target += patch_embedding_flop(patches_n, patch_size, width, channels)
     context = 3 * depth * block_flop(context_k, width, mlp_ratio)
-    context += 2 * patch_embedding_flop(context_k, patch_size, width)
+    context += 2 * patch_embedding_flop(context_k, patch_size, width, channels)
     narrow = predictor_width, predictor_mlp_ratio, predictor_depth
     masks = context_k, targets_m, targets_p
     predictor = predictor_blocks_flop(block_flop, predictor_mode, *narrow, *masks)

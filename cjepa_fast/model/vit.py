@@ -51,13 +51,13 @@ def sincos_positions(rows: int, cols: int, width: int) -> torch.Tensor:
     return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], 1).float()
 
 
-def patchify(images_B3HW: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """Images cut into patches, row-major: (B, N, 3 * patch_size^2), each as (channel, y, x)."""
-    B, C, height, width = images_B3HW.shape
+def patchify(images_BCHW: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """Images cut into patches, row-major: (B, N, C * patch_size^2), each as (channel, y, x)."""
+    B, C, height, width = images_BCHW.shape
     if height % patch_size or width % patch_size:
         raise ValueError(f"images of {height}x{width} do not divide into patches of {patch_size}")
     rows, cols = height // patch_size, width // patch_size
-    tiles = images_B3HW.reshape(B, C, rows, patch_size, cols, patch_size)
+    tiles = images_BCHW.reshape(B, C, rows, patch_size, cols, patch_size)
     return tiles.permute(0, 2, 4, 1, 3, 5).reshape(B, rows * cols, C * patch_size**2)
 
 
@@ -79,9 +79,9 @@ def aligned(rows: torch.Tensor) -> torch.Tensor:
 
 
 class PatchEmbed(nn.Module):
-    def __init__(self, patch_size: int, width: int):
+    def __init__(self, patch_size: int, width: int, channels: int = 3):
         super().__init__()
-        self.proj = PatchProjection(3, width, kernel_size=patch_size, stride=patch_size)
+        self.proj = PatchProjection(channels, width, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, patches_BKC: torch.Tensor) -> torch.Tensor:
         return self.proj(patches_BKC)
@@ -144,6 +144,7 @@ class Encoder(nn.Module):
         residual: str = "bf16",
         checkpointing: str = "none",
         init: str = "ijepa",
+        channels: int = 3,
     ):
         super().__init__()
         self.image_size = simplest(image_size)
@@ -157,7 +158,8 @@ class Encoder(nn.Module):
         self.depth, self.heads, self.mlp_ratio = depth, heads, mlp_ratio
         self.residual, self.fused, self.init = residual, False, init
         self.grid = patch_grid(self.image_size, patch_size)
-        self.patch_embed = PatchEmbed(patch_size, width)
+        self.channels = channels
+        self.patch_embed = PatchEmbed(patch_size, width, channels)
         self.pos_embed = frozen_positions(*self.grid, width)
         self.blocks = nn.ModuleList(
             Block(width, heads, mlp_ratio, attention, checkpointing) for _ in range(depth)
@@ -168,9 +170,10 @@ class Encoder(nn.Module):
     @property
     def architecture(self) -> dict:
         """The constructor's arguments that decide what it computes and starts from, as in
-        encoder.json."""
+        encoder.json; of three channels nothing is said there."""
         names = ("image_size", "patch_size", "width", "depth", "heads", "mlp_ratio", "init")
-        return {name: getattr(self, name) for name in names}
+        other = ("channels",) * (self.channels != 3)
+        return {name: getattr(self, name) for name in (*names, *other)}
 
     def positions(self, rows: int, cols: int) -> torch.Tensor:
         """(rows * cols, D): the positions, interpolated (bicubic) for another grid than trained."""
@@ -184,6 +187,10 @@ class Encoder(nn.Module):
         self, images_B3HW: torch.Tensor, context: torch.Tensor | PackedContext | None
     ) -> torch.Tensor:
         """Patch tokens with their positions, before the blocks, in the shape of `forward`."""
+        if images_B3HW.shape[1] != self.channels:
+            raise ValueError(
+                f"images of {images_B3HW.shape[1]} channels for an encoder of {self.channels}"
+            )
         patches = patchify(images_B3HW, self.patch_size)
         positions = self.positions(*(size // self.patch_size for size in images_B3HW.shape[-2:]))
         positions = stream_of(positions, self.residual)

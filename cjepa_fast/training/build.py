@@ -37,7 +37,13 @@ def build_networks(config: Config, ranks: Ranks | None = None) -> JEPA:
     check_heads("model", model["width"], model["heads"])
     check_heads("predictor", part.width, part.heads or model["heads"])
     options["init"] = initialisation(config.model.init, model["width"])
-    encoder = Encoder(config.data.image_size, config.model.patch_size, **model, **options)
+    encoder = Encoder(
+        config.data.image_size,
+        config.model.patch_size,
+        channels=config.data.channels,
+        **model,
+        **options,
+    )
     encoder.mean, encoder.std = config.data.mean, config.data.std
     predictor = Predictor(
         encoder.width,
@@ -277,6 +283,7 @@ def counted_sizes(config: Config, context_k: float, targets_m: int, targets_p: f
     return model_sizes(config) | {
         "image_size": config.data.image_size,
         "patch_size": config.model.patch_size,
+        "channels": config.data.channels,
         "predictor_width": part.width,
         "predictor_depth": part.depth,
         "predictor_mlp_ratio": part.mlp_ratio,
@@ -323,7 +330,7 @@ def meta_batch(config: Config, images: int) -> tuple:
     masks = build_masks(config)(0, 0, torch.arange(images))
     size, width = config.data.image_size, model_sizes(config)["width"]
     N = math.prod(patch_grid(size, config.model.patch_size))
-    shapes = (images, 3, *height_width(size)), (images, N, width)
+    shapes = (images, config.data.channels, *height_width(size)), (images, N, width)
     images_B3HW, tokens = (
         torch.empty(shape, dtype=compute_dtype(config), device="meta") for shape in shapes
     )
@@ -339,6 +346,7 @@ def initialise(networks: JEPA, target: Encoder, config: Config) -> None:
         config.data.image_size,
         config.predictor.depth,
         config.predictor.width,
+        config.data.channels,
     )
     networks.encoder.load_state_dict(encoder.state_dict())
     networks.predictor.load_state_dict(predictor.state_dict())

@@ -89,8 +89,10 @@ def test_unknown_words_name_the_nearest(override, said):
         ("data.image_size=wide", 'data.image_size = "wide": input should be a valid integer'),
         ("data.image_size=[96]", "data.image_size.1 = [96]: field required"),
         ("data.image_size=[96,96,3]", "data.image_size = [96, 96, 3]: tuple should have at most 2"),
-        ("data.mean=[1,2]", "data.mean.2 = [1, 2]: field required"),
-        ("data.mean=[1,2,3,4]", "data.mean = [1, 2, 3, 4]: tuple should have at most 3 items"),
+        ("data.mean=[1,2]", "data.mean = [1.0, 2.0]: data.channels = 3 wants 3 numbers, such as"),
+        ("data.std=[1,2,3,4]", "data.std = [1.0, 2.0, 3.0, 4.0]: data.channels = 3 wants 3"),
+        ("data.mean=[]", "data.mean = []: data.channels = 3 wants 3 numbers"),
+        ("data.channels=0", "data.channels = 0: input should be greater than or equal to 1"),
         ("mask.target_scale=0.2", "mask.target_scale = 0.2: input should be a valid array"),
     ],
 )
@@ -152,6 +154,16 @@ def test_an_oblong_s_grid_must_hold_the_masks():
     thin = ("data.image_size=[12,480]", "mask.min_keep=4")
     assert "its 1 x 40 patches leave no room" in refusal(*thin, 'mask.sampler="ijepa"')
     load("demo.json", [*SIZES, *thin])
+
+
+def test_channels_decide_how_many_means_there_are():
+    four = ("data.channels=4", "data.mean=[0.5,0.5,0.5,0.5]", "data.std=[1,1,1,1]")
+    assert load("demo.json", [*SIZES, *four]).data.mean == (0.5,) * 4
+    said = refusal("data.channels=5")
+    assert "data.mean = [" in said and "data.std = [" in said and "wants 5 numbers" in said
+    assert refusal(*four, "data.colour=0.4").startswith(
+        "data.colour = 0.4: colour jitter is of RGB"
+    )
 
 
 def test_a_square_is_one_number_however_it_is_written():

@@ -218,9 +218,7 @@ def test_evaluation_of_bad_images_alone_is_empty(tmp_path, kind_of_decoder):
 @pytest.fixture
 def broken_dali(monkeypatch):
     """As on a machine for which there is no DALI."""
-    monkeypatch.setattr(
-        decoders, "_problem_of_dali", lambda device: "No module named 'nvidia.dali'"
-    )
+    monkeypatch.setattr(decoders, "_problem_of_dali", lambda *_: "No module named 'nvidia.dali'")
     monkeypatch.setattr(decoders, "_said", set())
 
 
@@ -286,7 +284,7 @@ def unread(tmp_path, monkeypatch):
     root = made.good_folder(tmp_path / "set", 16, classes=1)
     for i in (3, 9):
         made.write(root / "c0" / f"gif{i}.jpg", made.encoded(IMAGE.quantize(64), "GIF"))
-    monkeypatch.setattr(ImageSet, "read", ImageSet.read_original)
+    monkeypatch.setattr(ImageSet, "read", lambda self, i, _: self.read_original(i))
     return open_images(root, cache=tmp_path / "cache")
 
 

@@ -156,9 +156,9 @@ from cjepa_fast.runtime import distributed
 from cjepa_fast.data.sources import ImageSet
 
 read = ImageSet.read
-def slow(self, i):
+def slow(self, i, channels):
     time.sleep(0.5)
-    return read(self, i)
+    return read(self, i, channels)
 ImageSet.read = slow
 distributed.leave(train.main(sys.argv[1:]))
 """

@@ -388,7 +388,7 @@ def test_an_error_of_the_machine_is_no_bad_image(tmp_path, opened, monkeypatch, 
             fails()
         made.write(root / "c0" / "0000.jpg", jpeg(3))  # so that it is opened anew
     with pytest.raises(ImagesGone, match=r"c0/0000\.jpg cannot be read"):
-        read_one(images, 0)
+        read_one(images, 0, 3)
     monkeypatch.undo()
     assert len(opened(root)) == 4
 

@@ -116,10 +116,10 @@ def test_features_are_kept_by_what_decides_them(encoder, images, tmp_path, monke
 def test_what_could_not_be_read_this_time_is_read_the_next(encoder, images, tmp_path, monkeypatch):
     cache, read = tmp_path / "features", features.Subset.read
 
-    def failing(subset, i):
+    def failing(subset, i, channels=3):
         if subset.name(i) == images.name(4):
             raise OSError("the network is away")
-        return read(subset, i)
+        return read(subset, i, channels)
 
     monkeypatch.setattr(features.Subset, "read", failing)
     made, index = features.extract(encoder, images, cache=cache)
@@ -150,7 +150,7 @@ distributed.start(0)
 encoder = Encoder(image_size=24, patch_size=8, width=24, depth=2, heads=3).eval()
 encoder.mean, encoder.std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 seen, plain = [], features.Subset.read
-features.Subset.read = lambda self, i: seen.append(i) or plain(self, i)
+features.Subset.read = lambda self, i, channels: seen.append(i) or plain(self, i, channels)
 keep = torch.tensor([0, 2, 3, 5, 7, 11, 13])
 images, cache = open_images(sys.argv[1]), Path(sys.argv[2]) / "features"
 distributed.PIECE_ROWS = 2
@@ -159,10 +159,10 @@ count = len(seen)
 kept, _ = features.extract(encoder, images, keep=keep, cache=cache)
 single, _ = features.extract(encoder, images, keep=keep[:1])
 
-def away(self, i):  # of two ranks, all of the first one's images and one of the second's
+def away(self, i, channels):  # of two ranks, all of the first one's images and one of the second's
     if self.keep_n[i] in (0, 3, 7, 11, 13):
         raise OSError("the network is away")
-    return plain(self, i)
+    return plain(self, i, channels)
 
 features.Subset.read = away
 some = features.extract(encoder, images, keep=keep, cache=cache / "none")

@@ -105,11 +105,42 @@ def test_an_oblong_leaves_in_every_form(oblong, tmp_path, monkeypatch, form):
         assert load_encoder(folder).image_size == (16, 32)
 
 
+@pytest.fixture(scope="module", params=[1, 5])
+def bands(request, tmp_path_factory):
+    """Gray, which image processors read, and five bands, which they do not."""
+    channels = request.param
+    encoder = tiny.uneven_encoder(image_size=16, depth=1, channels=channels)
+    data = {"image_size": 16, "channels": channels, "mean": [0.5] * channels}
+    data["std"] = [0.25] * channels
+    return tiny.write_run(tmp_path_factory.mktemp("bands"), encoder, data=data)
+
+
+@pytest.mark.parametrize("form", [form for form in FORMATS if form != "timm"])
+def test_any_number_of_channels_leaves_in_every_form(bands, tmp_path, monkeypatch, form):
+    for package in (*FORMATS[form].needs, FORMATS[form].opened_by):
+        pytest.importorskip(package)
+    ours, folder = load_encoder(bands), tmp_path / form
+    assert exporting.export(bands, form, folder) < 1e-5
+    card = (folder / "model_card.md").read_text()
+    assert {1: "Images are gray,", 5: "Images are of 5 channels,"}[ours.channels] in card
+    monkeypatch.chdir(folder)
+    Image.new("L", (40, 30), 128).save("image.jpg", quality=100)
+    names: dict = {}
+    exec(compile(card.split("```python\n")[1].split("```")[0], "model_card.md", "exec"), names)
+    assert tuple(names["tokens"].shape) == (1, 16, 24)
+    if form in ("hf", "safetensors"):
+        back = load_encoder(folder)
+        assert (back.architecture, back.mean) == (ours.architecture, ours.mean)
+    if form == "hf" and ours.channels == 1:
+        pixels = names["images"]["pixel_values"]
+        assert pixels.shape == (1, 1, 16, 16) and pixels.abs().max() < 0.02  # (128 / 255 - 0.5) / 4
+
+
 def test_timm_is_told_of_both_sides():
     encoder = tiny.uneven_encoder(image_size=(16, 32))
     encoder.mean, encoder.std = (0.5,) * 3, (0.25,) * 3
     config = timm_config(Source(encoder, "target", 0.75))
-    assert config["model_args"]["img_size"] == (16, 32)
+    assert config["model_args"]["img_size"] == (16, 32) and config["model_args"]["in_chans"] == 3
     assert config["pretrained_cfg"]["input_size"] == [3, 16, 32]
 
 
@@ -169,7 +200,7 @@ def test_timm_s_names_shapes_and_arguments(exported):
     config = json.loads((folder / "config.json").read_text())
     assert config["pretrained_cfg"]["crop_pct"] == 0.75
     assert config["model_args"] == {
-        "img_size": 24, "patch_size": 4, "embed_dim": 44, "depth": 2, "num_heads": 4,
+        "img_size": 24, "patch_size": 4, "in_chans": 3, "embed_dim": 44, "depth": 2, "num_heads": 4,
         "mlp_ratio": 48 / 11, "num_classes": 0, "class_token": False, "global_pool": "avg",
         "fc_norm": False,
     }  # fmt: skip

@@ -152,6 +152,25 @@ def test_other_sizes_than_the_files_are_named(layout, changes, named):
     assert named in refusal(layout, **changes)
 
 
+@pytest.mark.parametrize("channels", [1, 4])
+def test_filters_of_three_channels_are_shared_by_any_number(layout, modules, channels):
+    """An image that is the same in all its channels gives the tokens that it gave as RGB."""
+    encoder, _, target = load(layout, channels=channels)
+    gray = torch.randn(2, 1, 64, 64)
+    for ours, theirs in ((encoder, "encoder"), (target, "target_encoder")):
+        assert ours.channels == ours.patch_embed.proj.weight.shape[1] == channels
+        with torch.no_grad():
+            wanted = modules[theirs](gray.expand(-1, 3, -1, -1))
+            got = ours(gray.expand(-1, channels, -1, -1))
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    named = refusal(layout, channels=channels, patch_size=32)
+    assert f"(192, {channels}, 16, 16) where (192, {channels}, 32, 32)" in named
+
+
+def test_an_oblong_is_refused(layout):
+    assert "image_size [32, 128]: I-JEPA's checkpoints" in refusal(layout, image_size=(32, 128))
+
+
 def test_a_long_list_is_cut_short(layout):
     for name in list(layout["encoder"])[:30]:
         del layout["encoder"][name]

@@ -82,26 +82,26 @@ def test_one_pass_spares_45_percent_of_the_predictor():
 
 
 @pytest.mark.parametrize(
-    ("mlp_ratio", "mode", "policy"),
+    ("mlp_ratio", "mode", "policy", "image"),
     [
-        (4.0, "per_target", "none"),
-        (48 / 11, "per_target", "none"),
-        (4.0, "one_pass", "none"),
-        (4.0, "per_target", "norm_gelu"),
-        (48 / 11, "per_target", "selective"),
-        (4.0, "per_target", "full"),
-        (4.0, "one_pass", "selective"),
-        (48 / 11, "one_pass", "full"),
+        (4.0, "per_target", "none", (3, 40, 40)),
+        (48 / 11, "per_target", "none", (5, 20, 80)),
+        (4.0, "one_pass", "none", (1, 80, 20)),
+        (4.0, "per_target", "norm_gelu", (3, 40, 40)),
+        (48 / 11, "per_target", "selective", (3, 40, 40)),
+        (4.0, "per_target", "full", (3, 40, 40)),
+        (4.0, "one_pass", "selective", (3, 40, 40)),
+        (48 / 11, "one_pass", "full", (3, 40, 40)),
     ],
 )
-def test_agrees_with_torchs_counter(mlp_ratio, mode, policy):
+def test_agrees_with_torchs_counter(mlp_ratio, mode, policy, image):
     """Exactly, since both count the matmuls alone. No two sizes are equal."""
     batch, m, k, p = 2, 3, 7, 5
     sizes = {"width": 44, "depth": 3, "heads": 2, "mlp_ratio": mlp_ratio}
     options = {"attention": "plain", "checkpointing": policy}
-    encoder = Encoder(40, 5, **sizes, **options)
+    encoder = Encoder(image[1:], 5, **sizes, **options, channels=image[0])
     predictor = Predictor(44, encoder.grid, 24, 2, 2, mlp_ratio=3.0, mode=mode, **options)
-    images = torch.randn(batch, 3, 40, 40)
+    images = torch.randn(batch, *image)
     context_idx = torch.stack([torch.randperm(64)[:k] for _ in range(batch)])
     target_idx = torch.stack([torch.randperm(64)[: m * p].view(m, p) for _ in range(batch)])
     counts = {}

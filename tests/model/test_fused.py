@@ -21,8 +21,9 @@ B, M, P, K = 2, 2, 7, 20
 
 def networks(device: str, **options) -> torch.nn.ModuleDict:
     """A small encoder and predictor whose every parameter matters."""
+    channels = options.pop("channels", 3)
     options = {"attention": "triton", **options}
-    encoder = Encoder(24, 4, 48, 2, 2, **options)
+    encoder = Encoder(24, 4, 48, 2, 2, **options, channels=channels)
     predictor = Predictor(48, encoder.grid, 32, 2, 2, **options)
     made = torch.nn.ModuleDict({"encoder": encoder, "predictor": predictor})
     for p in made.parameters():
@@ -31,9 +32,9 @@ def networks(device: str, **options) -> torch.nn.ModuleDict:
     return made.to(device)
 
 
-def inputs(device: str) -> tuple[torch.Tensor, ...]:
+def inputs(device: str, channels: int = 3) -> tuple[torch.Tensor, ...]:
     context = torch.stack([torch.randperm(36)[:K].sort().values for _ in range(B)])
-    images, upstream = torch.randn(B, 3, 24, 24), torch.randn(B, M, P, 48)
+    images, upstream = torch.randn(B, channels, 24, 24), torch.randn(B, M, P, 48)
     return tuple(x.to(device) for x in (images, context, torch.randint(36, (B, M, P)), upstream))
 
 
@@ -70,6 +71,19 @@ def test_as_near_to_the_truth_as_the_modules(seed, kernel_device, residual, poli
         assert got[name].dtype == plain[name].dtype == torch.bfloat16, name
         allowed = 2 * distance(plain[name], wanted) + 2.0**-9
         assert distance(got[name], wanted) <= allowed, name
+
+
+@pytest.mark.parametrize("channels", [1, 5])
+def test_any_number_of_channels(seed, kernel_device, channels):
+    """A patch is then 16 or 80 values, which the gather of the context's patches copies."""
+    made = networks(kernel_device, channels=channels)
+    batch = inputs(kernel_device, channels)
+    exact = outcome(made, *batch, torch.float64, False)
+    plain = outcome(made, *batch, torch.bfloat16, False)
+    got = outcome(made, *batch, torch.bfloat16, True)
+    for name in ("out", "images", "encoder.patch_embed.proj.weight"):
+        allowed = 2 * distance(plain[name], exact[name]) + 2.0**-9
+        assert distance(got[name], exact[name]) <= allowed, name
 
 
 @pytest.mark.parametrize("policy", POLICIES[1:])

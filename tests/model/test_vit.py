@@ -143,6 +143,21 @@ def test_rows_of_a_product_are_whole_16_bytes(dtype, width):
     assert grads[1].shape == weight.shape
 
 
+def test_channels_are_the_encoders():
+    encoder = Encoder(8, 4, 32, 1, 2, channels=5)
+    assert encoder.patch_embed.proj.weight.shape == (32, 5, 4, 4)
+    assert encoder.architecture["channels"] == 5
+    assert "channels" not in Encoder(8, 4, 32, 1, 2).architecture  # as ever, and so are digests
+    images = torch.randn(2, 5, 8, 8)
+    by_convolution = F.conv2d(
+        images, encoder.patch_embed.proj.weight, encoder.patch_embed.proj.bias, stride=4
+    )
+    wanted = by_convolution.flatten(2).transpose(1, 2) + encoder.pos_embed
+    torch.testing.assert_close(encoder.embed(images, None), wanted)
+    with pytest.raises(ValueError, match="images of 3 channels for an encoder of 5"):
+        encoder(images[:, :3])
+
+
 def test_images_that_do_not_divide_are_refused(encoder):
     with pytest.raises(ValueError, match="images of 12x13 do not divide into patches of 3"):
         encoder(images_of(encoder, width=13))

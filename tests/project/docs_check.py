@@ -40,6 +40,7 @@ ELSEWHERE = {
     r"cjepa-eval detect ": "tests/eval/test_eval_detect.py, where torchvision is not installed",
     r"cjepa-eval clevr .*CLEVR": "tests/eval/test_eval_clevr.py",
     r"python -m cjepa_fast.tools.ablate beta": "it wants four GPUs; the other is run",
+    r".*data.channels=1": "tests/training/test_channels_run.py: the images here are RGB",
     r"pip install": "by hand: it changes the environment",
     r"bench/gpu_gate.sh": "by hand, at toy size: minutes on a CPU",
 }

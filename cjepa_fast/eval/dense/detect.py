@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
     check_same_classes(train, val)
     kinds = kinds_of(train, val)
     rows = []
-    for name, encoder in cli.encoders_of(args).items():
+    for name, encoder in cli.rgb_encoders_of(args).items():
         recipe = recipe_of(args, encoder)
         model = trained(encoder, train, recipe, out / name, "mask" in kinds, args.threads)
         results = detections(model, val, cli.device(), args.threads)

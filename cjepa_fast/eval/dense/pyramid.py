@@ -75,7 +75,7 @@ def enlarge_patches(encoder: Encoder, size: int) -> Encoder:
         return encoder
     units = torch.eye(old**2, dtype=torch.float64).view(-1, 1, old, old)
     enlarged = F.interpolate(units, size=(size, size), mode="bilinear").flatten(1)
-    before, embed = encoder.patch_embed.proj, PatchEmbed(size, encoder.width)
+    before, embed = encoder.patch_embed.proj, PatchEmbed(size, encoder.width, encoder.channels)
     with torch.no_grad():
         kernel = before.weight.flatten(2).double() @ torch.linalg.pinv(enlarged).T
         embed.proj.weight.copy_(kernel.view_as(embed.proj.weight))

@@ -250,7 +250,7 @@ def complete(args: argparse.Namespace, patch_size: int) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """A row for each encoder, each with a head of the same initial weights."""
-    encoders = cli.encoders_of(args)
+    encoders = cli.rgb_encoders_of(args)
     complete(args, encoders["trained"].patch_size)
     pairs, tests = open_pairs(args.data, TRAINING), open_pairs(args.data, VALIDATION)
     classes = find_classes(args.data, pairs, set(args.ignore_index))

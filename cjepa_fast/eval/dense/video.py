@@ -199,7 +199,7 @@ def run(args: argparse.Namespace) -> None:
     names = ("short_side", "topk", "context", "radius", "temperature", "bf16", "threads")
     options = {name: getattr(args, name) for name in names}
     rows, found = [], {}
-    for name, encoder in cli.encoders_of(args).items():
+    for name, encoder in cli.rgb_encoders_of(args).items():
         save_to = args.save / name if args.save else None
         objects, found[name] = evaluate(encoder.to(cli.device()), clips, save_to, **options)
         encoder.cpu()

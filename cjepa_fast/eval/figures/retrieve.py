@@ -44,10 +44,11 @@ def figure(
     title: str,
     crop: float = 1.0,
     image_size: ImageSize = PIXELS,
+    channels: int = 3,
 ):
     """A row a query: it first, then by encoder its neighbours, what `nearest` found of features of
-    the images at the indices index_n. image_size: of what is shown. Where the set is labelled,
-    a frame says if the class is the query's."""
+    the images at the indices index_n. image_size, channels: of what is shown. Where the set is
+    labelled, a frame says if the class is the query's."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -57,8 +58,9 @@ def figure(
     headings = dict(zip(begins, found, strict=False)) if len(found) > 1 else {}
     wanted = index_n[rows_qc]  # of the set
     keep, inside = wanted.unique(return_inverse=True)
-    loaded = load_images(images, len(keep), image_size=image_size, crop=crop, keep=keep)
-    shown = as_arrays(loaded, (0.0,) * 3, (1.0,) * 3)
+    look = {"mean": (0.0,) * channels, "std": (1.0,) * channels}
+    loaded = load_images(images, len(keep), image_size=image_size, crop=crop, keep=keep, **look)
+    shown = as_arrays(loaded, **look)
     q, c = wanted.shape
     with rc_context(FIGURE | {"axes.titlesize": 7}):
         figure = Figure(figsize=(1.25 * c, 1.45 * q + 0.6), layout="constrained")
@@ -113,8 +115,9 @@ def sheet_of(
     if images.labels is not None:
         shares = ", ".join(f"{row['agreement']:.0f} %" for row in rows)
         title += f"\n{shares} of those shown are of the query's class (green)"
-    seen = with_short_side(next(iter(encoders.values())).image_size, PIXELS)
-    return figure(images, indices[0], query_q, found, title, crop, seen), rows
+    first = next(iter(encoders.values()))
+    seen = with_short_side(first.image_size, PIXELS), first.channels
+    return figure(images, indices[0], query_q, found, title, crop, *seen), rows
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -42,10 +42,13 @@ def load_images(
     return torch.cat([images_B3HW.clone() for images_B3HW, _ in batches])
 
 
-def as_arrays(images_B3HW: torch.Tensor, mean, std) -> np.ndarray:
-    """Normalised images as RGB in [0, 1]: (B, H, W, 3)."""
+def as_arrays(images_BCHW: torch.Tensor, mean, std) -> np.ndarray:
+    """Normalised images as RGB in [0, 1]: (B, H, W, 3). Of more channels the first three are shown,
+    of fewer the first as gray."""
     mean, std = (torch.tensor(x)[:, None, None] for x in (mean, std))
-    return (images_B3HW.cpu().float() * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    shown_BCHW = (images_BCHW.cpu().float() * std + mean).clamp(0, 1)
+    channels = [0, 1, 2] if shown_BCHW.shape[1] >= 3 else [0, 0, 0]
+    return shown_BCHW[:, channels].permute(0, 2, 3, 1).numpy()
 
 
 def sheet(columns: Sequence[Column], title: str, side: float = 1.8):

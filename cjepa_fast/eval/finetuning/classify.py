@@ -83,8 +83,9 @@ def loader_of(
     micro_batch: int,
 ) -> Loader:  # fmt: skip
     data = DataSection(
-        image_size=encoder.image_size, mean=tuple(encoder.mean), std=tuple(encoder.std),
-        threads=args.threads, crop_scale=tuple(chosen.crop_scale), flip=True,
+        image_size=encoder.image_size, channels=encoder.channels, mean=tuple(encoder.mean),
+        std=tuple(encoder.std), threads=args.threads, crop_scale=tuple(chosen.crop_scale),
+        flip=True,
     )  # fmt: skip
     return Loader(
         train, data, Share(batch, micro_batch, rank(), world_size()), seed=args.seed,

@@ -93,6 +93,7 @@ def pixel_baselines(
     test_keep: torch.Tensor | None = None,
     crop: float = 1.0,
     image_size: ImageSize = PIXELS,
+    channels: int = 3,
     threads: int = 2,
     **options,
 ) -> dict[str, dict[str, float]]:
@@ -105,11 +106,12 @@ def pixel_baselines(
     splits = []
     for images, keep in ((train, train_keep), (test, test_keep)):
         flat_nD, index_n = image_vectors(
-            images, lambda x: x.flatten(1), image_size=image_size, mean=(0.0,) * 3, std=(1.0,) * 3,
-            keep=keep, crop=crop, batch_size=256, device="cpu", threads=threads, title="pixels",
+            images, lambda x: x.flatten(1), image_size=image_size, mean=(0.0,) * channels,
+            std=(1.0,) * channels, keep=keep, crop=crop, batch_size=256, device="cpu",
+            threads=threads, title="pixels",
         )  # fmt: skip
-        colour_n3 = flat_nD.view(len(flat_nD), 3, -1).mean(2)
-        splits.append((flat_nD, colour_n3, images.labels[index_n]))
+        colour_nC = flat_nD.view(len(flat_nD), channels, -1).mean(2)
+        splits.append((flat_nD, colour_nC, images.labels[index_n]))
     (*vectors, label), (*test_vectors, test_label) = splits
     named = zip(("raw pixels", "mean colour"), vectors, test_vectors, strict=True)
     return {name: both(x, label, y, test_label, **options) for name, x, y in named}
@@ -145,9 +147,10 @@ def run(args: argparse.Namespace) -> None:
     rows = []
     if args.pixels:
         (train, train_keep), (test, test_keep) = splits
+        first = next(iter(encoders.values()))
         found = pixel_baselines(
             train, test, train_keep=train_keep, test_keep=test_keep, crop=args.crop,
-            image_size=with_short_side(next(iter(encoders.values())).image_size, PIXELS),
+            image_size=with_short_side(first.image_size, PIXELS), channels=first.channels,
             threads=args.threads, **options,
         )  # fmt: skip
         counts = {"train_images": len(train_keep), "test_images": len(test_keep)}
