@@ -29,7 +29,12 @@ UNTRAINED, TRAINED, PIXELS = "untrained", "trained", "raw pixels"
 PHASES = ("target", "context", "predictor", "loss", "backward", "optimiser", "average", "rest")
 # Of a folder of bench/gpu_gate.sh: what is appended to a list here, what replaces a file.
 APPENDED, REPLACED = "throughput*.json", ("ops.json", "attention.json", "saving.json")
-SIZES = ("model.", "predictor.", "data.image_size")  # overrides after which a model is another
+SIZES = (
+    "model.",
+    "predictor.",
+    "data.image_size",
+    "data.channels",
+)  # overrides after which a model is another
 Line = tuple[str, str, str, str]  # what, hardware, figure, where it is from
 # The README's rows: the first line of the table that holds these words.
 SHOWN = (

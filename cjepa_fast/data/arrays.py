@@ -44,7 +44,7 @@ def inspect(file, head: bytes, length: int) -> Shape:
             raise Unusable(f"truncated: an array of {shape} that is not all there")
         height, width, channels = _height_width_channels(shape)
     else:
-        bands = tiff_bands.header(file)
+        bands = tiff_bands.header(file, length)
         dtype, (height, width, channels) = bands.dtype, bands.shape
     if not 1 <= channels <= MOST_CHANNELS:
         raise Unusable(f"of {channels} channels, more than {MOST_CHANNELS} or none")

@@ -260,7 +260,8 @@ def _list_shard(shard: Path) -> index.Table:
     if not why:
         raise ValueError(
             f"{shard} holds no image ({len(every)} members, none named KEY with one of "
-            f"{', '.join(kinds.READ)}): leave it out of the pattern or pack it again"
+            f"{', '.join((*kinds.READ, *kinds.ARRAYS))}): leave it out of the pattern, or pack it "
+            "again"
         )
     names = list(why)
     entries_N = np.zeros(len(names), index.ENTRY)

@@ -226,8 +226,12 @@ def _left_out(table: index.Table, limits: Limits) -> dict[int, str]:
     entries_N = table.entries_N
     out = dict(table.reasons)
     pixels_N = entries_N["height"].astype(np.int64) * entries_N["width"]
+    # In memory an array of many channels is as large as so many pictures of three.
+    array_N = entries_N["kind"] == formats.ARRAY
+    pixels_N *= np.where(array_N, -(-entries_N["channels"].astype(np.int64) // 3), 1)
     for i in np.flatnonzero(pixels_N > limits.max_pixels).tolist():
-        out.setdefault(i, formats.over(*_size(entries_N[i]), limits.max_pixels))
+        more = f", of {entries_N['channels'][i]} channels, three a pixel" * int(array_N[i])
+        out.setdefault(i, formats.over(*_size(entries_N[i]), limits.max_pixels) + more)
     for i in np.flatnonzero(entries_N["there_pct"] < 100 * limits.min_jpeg).tolist():
         out.setdefault(i, f"truncated: no end marker, {entries_N['there_pct'][i]} % of it is there")
     return out
@@ -378,6 +382,6 @@ def _nothing_usable(path: str, images: ImageSet) -> str:
     why = f"; the first of them, {first[0]}: {first[1]}" if first else ""
     return (
         f"no usable image in {path} ({images.found} files with the endings "
-        f"{', '.join(kinds.READ)} found{why}). "
+        f"{', '.join((*kinds.READ, *kinds.ARRAYS))} found{why}). "
         "Name a folder of images, of .tar shards with such members, or a list of images."
     )

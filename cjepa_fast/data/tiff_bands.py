@@ -55,8 +55,8 @@ class Bands(NamedTuple):
         )
 
 
-def header(file) -> Bands:
-    """Raises Unusable, naming what cannot be read, or HeaderDamaged."""
+def header(file, length: int) -> Bands:
+    """Of a file `length` bytes long. Raises Unusable, naming what is not read, or HeaderDamaged."""
     try:
         tags, order = _tags(file)
         bits, kinds = _numbers(tags, BITS, 1), _numbers(tags, FORMAT, 1)
@@ -96,7 +96,7 @@ def header(file) -> Bands:
         raise Unusable(f"a TIFF of {samples} bands with predictor {predictor}: store it without")
     deflated = compression != PLAIN
     blocks = -(-shape[0] // block[0]) * -(-shape[1] // block[1]) * (samples if planes else 1)
-    most = sum(length for _, length in spans) * (MOST_DEFLATED if deflated else 1)
+    most = min(sum(size for _, size in spans), length) * (MOST_DEFLATED if deflated else 1)
     if len(spans) != blocks or math.prod(shape) * dtype.itemsize > most:
         raise Unusable(f"truncated: {shape[1]} x {shape[0]} pixels of {samples} bands in {blocks} "
                        f"blocks, of which it has {len(spans)}")  # fmt: skip
@@ -125,7 +125,7 @@ def _number(tags: ImageFileDirectory_v2, tag: int, *default: int) -> int:
 
 def read(data: bytes) -> np.ndarray:
     """(H, W, bands) in the file's type. Raises Unusable, HeaderDamaged or ValueError."""
-    bands = header(io.BytesIO(data))
+    bands = header(io.BytesIO(data), len(data))
     height = bands.shape[0]
     values = np.zeros(bands.shape, bands.dtype.newbyteorder("="))
     for (offset, length), (band, top, left) in zip(bands.spans, bands.places, strict=True):

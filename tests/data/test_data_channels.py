@@ -18,7 +18,7 @@ from cjepa_fast.data.evaluation import eval_batches
 from cjepa_fast.data.headers import Unusable
 from cjepa_fast.data.loader import Loader, Share
 from cjepa_fast.data.pack import pack
-from cjepa_fast.data.sources import open_images
+from cjepa_fast.data.sources import Limits, open_images
 
 SMOOTH = made.picture(5, 60, 80)
 RGBA = np.concatenate([SMOOTH, made.picture(6, 60, 80)[..., :1]], axis=2)
@@ -179,6 +179,12 @@ CUT = {
         lambda: tiff(BANDS, more={279: [10] * 4}),
         "truncated: 80 x 60 pixels of 5 bands",
     ),
+    "a file of a few bytes that claims gigabytes": (
+        lambda: tiff(
+            BANDS, more={256: [60000], 257: [60000], 278: [60000], 273: [8], 279: [60000 * 60000]}
+        ),
+        "truncated: 60000 x 60000 pixels of 5 bands",
+    ),
     "damaged block": (
         lambda: tiff(BANDS, deflated=True).replace(
             zlib.compress(BANDS[:16].tobytes())[9:40], b"?" * 31
@@ -203,6 +209,15 @@ def test_arrays_that_cannot_be_read_say_why(kind):
     with pytest.raises((Unusable, OSError), match=said):
         looked(data)
         arrays.pixels(data)
+
+
+def test_channels_count_for_the_largest_image(tmp_path):
+    files = [("npy", npy(np.zeros((20, 30, 7), np.uint8))), ("npy", npy(np.zeros((9, 9, 7), "u1")))]
+    root = write(tmp_path / "set", files)
+    whole = open_images(root, limits=Limits(20 * 30 * 3), cache=tmp_path / "cache")
+    assert len(whole) == 2
+    images = open_images(root, limits=Limits(20 * 30 * 3 - 1), cache=tmp_path / "cache")
+    assert len(images) == 1 and "of 7 channels, three a pixel" in images.skipped[0][1]
 
 
 def test_values_of_arrays_are_shares_of_their_range_or_what_they_are():
