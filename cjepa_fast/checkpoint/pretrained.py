@@ -4,8 +4,10 @@ Images are whatever stands at hand, one or many:
     a path, or a PIL image
     a numpy array (H, W), (H, W, 3), or (n, H, W, 3): uint8, uint16, or floats from 0 to 1
     a tensor (3, H, W), (1, H, W), or (n, 3, H, W): uint8, or floats from 0 to 1
-Each is seen as evaluation sees it: upright, RGB, its centred square resized to the encoder's size.
-Shapes: n images, S x S pixels, N patches, D width.
+Each is seen as evaluation sees it: upright, RGB, its centred square resized to the encoder's size;
+of an oblong encoder, the largest centred window of that aspect. An encoder of another number of
+channels C takes (H, W, C) and (C, H, W), and the files that a training on C channels takes.
+Shapes: n images, N patches, D width.
 """
 
 import os
@@ -19,9 +21,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from cjepa_fast.checkpoint.bands import bands_of, is_of_bands
 from cjepa_fast.data import crops, formats
-from cjepa_fast.data.pillow_decode import resized, window_of
+from cjepa_fast.data.pillow_decode import resized, resized_array, window_of
 from cjepa_fast.model.vit import Encoder
+from cjepa_fast.runtime.image_size import ImageSize, height_width
 
 POOLS = ("mean", "none", "last4")
 LAYERS = 4  # of "last4"
@@ -30,19 +34,30 @@ THREADS = 8  # at most, that read and resize images
 
 
 class Transform:
-    """An image, as in the module's first lines, -> (3, S, S) fp32, normalised for the encoder."""
+    """An image, as in the module's first lines, -> (C, H, W) fp32, normalised for the encoder."""
 
-    def __init__(self, image_size: int, mean: tuple, std: tuple, crop: float):
+    def __init__(self, image_size: ImageSize, mean: tuple, std: tuple, crop: float):
         self.image_size, self.mean, self.std, self.crop = image_size, mean, std, crop
 
     def __call__(self, image: Any) -> torch.Tensor:
         """Raises ValueError for what is no image of those kinds, or cannot be decoded."""
+        of_bands = is_of_bands(image, len(self.mean))
+        pixels_HWC = self._bands(image) if of_bands else self._rgb(image)
+        mean, std = (torch.tensor(x).mul(255.0).view(-1, 1, 1) for x in (self.mean, self.std))
+        return (torch.from_numpy(pixels_HWC).permute(2, 0, 1).float() - mean) * std.reciprocal()
+
+    def _rgb(self, image: Any) -> np.ndarray:
         picture = _rgb(image)
-        size = np.array([[picture.height, picture.width]])
-        (window,) = crops.centre(size, self.crop).tolist()
-        pixels = np.array(resized(window_of(picture, *window), self.image_size))
-        mean, std = (torch.tensor(x).mul(255.0).view(3, 1, 1) for x in (self.mean, self.std))
-        return (torch.from_numpy(pixels).permute(2, 0, 1).float() - mean) * std.reciprocal()
+        window = self._window(picture.height, picture.width)
+        return np.array(resized(window_of(picture, *window), height_width(self.image_size)))
+
+    def _bands(self, image: Any) -> np.ndarray:
+        pixels_HWC = bands_of(image, len(self.mean))
+        window = self._window(*pixels_HWC.shape[:2])
+        return resized_array(pixels_HWC, window, height_width(self.image_size))
+
+    def _window(self, height: int, width: int) -> list[int]:
+        return crops.centre(np.array([[height, width]]), self.crop, self.image_size)[0].tolist()
 
     def __repr__(self) -> str:
         said = f"{self.image_size}, mean={self.mean}, std={self.std}, crop={self.crop}"
@@ -52,8 +67,8 @@ class Transform:
 class PretrainedEncoder(Encoder):
     """An Encoder, in evaluation mode: `encoder(images)` takes normalised batches as ever.
 
-    mean, std: the normalisation its images had; crop: the share of an image's short side that
-    evaluation's centred square keeps; transform: what makes such an image of any other.
+    mean, std: the normalisation its images had; crop: the share of the largest centred
+    window that evaluation keeps; transform: what makes such an image of any other.
     """
 
     def __init__(self, encoder: Encoder, crop: float):
@@ -79,8 +94,8 @@ class PretrainedEncoder(Encoder):
             raise ValueError(f"pool={pool!r}: must be one of {', '.join(map(repr, POOLS))}")
         wanted = self.last(LAYERS if pool == "last4" else 1)
         found = []
-        for batch_B3SS in self._batches(images, batch_size):
-            layers = [x.float() for x in self.layers(batch_B3SS, wanted)]
+        for batch_BCHW in self._batches(images, batch_size):
+            layers = [x.float() for x in self.layers(batch_BCHW, wanted)]
             layers = layers if pool == "none" else [x.mean(1) for x in layers]
             found.append(torch.cat(layers, -1).cpu())
         return torch.cat(found)
@@ -89,7 +104,7 @@ class PretrainedEncoder(Encoder):
         """Attention that each patch receives in the last block, by head: (n, heads, rows, cols),
         each map summing to one."""
         batches = self._batches(images, batch_size)
-        return torch.cat([self.attention_received(batch_B3SS).cpu() for batch_B3SS in batches])
+        return torch.cat([self.attention_received(batch_BCHW).cpu() for batch_BCHW in batches])
 
     def _batches(self, images: Any, batch_size: int) -> Iterator[torch.Tensor]:
         weight, transform = self.norm.weight, self.transform

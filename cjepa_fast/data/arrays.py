@@ -52,7 +52,7 @@ def inspect(file, head: bytes, length: int) -> Shape:
 
 
 def pixels(data: bytes, bits: int | None = None) -> np.ndarray:
-    """(H, W, C) fp32, as shares times 255, which is how levels are counted everywhere.
+    """(H, W, C) fp32, in `levels`.
 
     bits: in use, if fewer than the type has. Raises OSError.
     """
@@ -64,6 +64,11 @@ def pixels(data: bytes, bits: int | None = None) -> np.ndarray:
             values = tiff_bands.read(data)
     except (ValueError, EOFError, Unusable, HeaderDamaged) as error:
         raise OSError(f"cannot be decoded ({error})") from error
+    return levels(values, bits)
+
+
+def levels(values: np.ndarray, bits: int | None = None) -> np.ndarray:
+    """Shares times 255, in fp32: of unsigned integers those of their range, floats as they are."""
     wide = values.astype(np.float32)
     if values.dtype.kind == "u":
         deep = bits if bits and values.dtype.itemsize > 1 else 8 * values.dtype.itemsize

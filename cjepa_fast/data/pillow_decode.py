@@ -7,6 +7,7 @@ each rounded to 8 bits, as in dali.py; the batch is then normalised on the devic
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -110,10 +111,7 @@ def shown_array(look: DecodeSettings, feed: DecodeRequest, b: int) -> np.ndarray
     pixels_HWC = arrays.pixels(feed.encoded[b], look.bit_depth)
     if pixels_HWC.shape[2] != look.channels:
         raise OSError(f"has {pixels_HWC.shape[2]} channels, not {look.channels}")
-    window = tuple(map(int, feed.window_B4[b]))
-    bands = (Image.fromarray(pixels_HWC[..., c]) for c in range(look.channels))
-    shown = [np.asarray(resized(window_of(band, *window), look.height_width)) for band in bands]
-    pixels_HWC = np.stack(shown, axis=2)
+    pixels_HWC = resized_array(pixels_HWC, feed.window_B4[b], look.height_width)
     return pixels_HWC[:, ::-1] if look.flip and feed.flip_B[b] else pixels_HWC
 
 
@@ -122,6 +120,15 @@ def window_of(image: Image.Image, top: int, left: int, height: int, width: int) 
     if top < 0 or left < 0 or top + height > image.height or left + width > image.width:
         raise OSError(f"an image of {image.width}x{image.height} is smaller than its window")
     return image.crop((left, top, left + width, top + height))
+
+
+def resized_array(
+    pixels_HWC: np.ndarray, window_4: Sequence[int], size: tuple[int, int]
+) -> np.ndarray:
+    """A window of an fp32 array as `resized` shows it. Raises OSError as window_of."""
+    bands = (Image.fromarray(pixels_HWC[..., c]) for c in range(pixels_HWC.shape[2]))
+    window = tuple(map(int, window_4))
+    return np.stack([np.asarray(resized(window_of(b, *window), size)) for b in bands], axis=2)
 
 
 def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -212,7 +212,8 @@ def _step(config: Config) -> tuple:
     """What a step's time depends on, beside the images."""
     run = config.run
     how = run.precision, run.compile, run.cuda_graph, run.target_stream
-    own = (config.data.image_size, config.data.micro_batch_size, config.optim.implementation)
+    data = config.data
+    own = data.image_size, data.channels, data.micro_batch_size, config.optim.implementation
     parts = config.mask, config.model, config.predictor, config.loss
     return *how, *own, *parts, json.dumps(config.deepspeed, sort_keys=True)
 

@@ -5,6 +5,7 @@ What a step saves for its backward is counted by running the networks on torch's
 computes nothing. data.batch_size stays: a step takes more micro-batches.
 """
 
+import math
 import os
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from cjepa_fast import config as configuration
 from cjepa_fast.config import Config
 from cjepa_fast.runtime import distributed, memory
+from cjepa_fast.runtime.image_size import patch_grid
 from cjepa_fast.training.build import (
     build_networks,
     compute_dtype,
@@ -72,7 +74,7 @@ def at_most(config: Config) -> tuple[float, float]:
     A token saves at most 24 widths of fp32 in a block whose products take 24 width^2 FLOP, and a
     pair of tokens that meet 8 bytes a head in products of 4 width FLOP.
     """
-    N = (config.data.image_size // config.model.patch_size) ** 2
+    N = math.prod(patch_grid(config.data.image_size, config.model.patch_size))
     gflop = gflop_of(config, N, config.mask.targets, N)
     encoder, predictor = model_sizes(config), config.predictor
     width = min(encoder["width"], predictor.width)

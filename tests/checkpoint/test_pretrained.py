@@ -36,6 +36,57 @@ def pixels() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
 
 
+def of(channels: int, **sizes) -> PretrainedEncoder:
+    torch.manual_seed(0)
+    encoder = Encoder(**{"image_size": (16, 32), **sizes}, patch_size=4, width=24, depth=1, heads=2,
+                      channels=channels)  # fmt: skip
+    encoder.mean, encoder.std = (0.5,) * channels, (0.25,) * channels
+    return PretrainedEncoder(encoder, 0.8)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4, 5])
+def test_an_oblong_of_any_channels_is_seen_as_evaluation_sees_it(tmp_path, channels):
+    """A file by its path, its pixels as an array and as a tensor."""
+    values = np.random.default_rng(0).integers(0, 256, (40, 90, channels), dtype=np.uint8)
+    files = {"npy": tmp_path / "npy" / "a.npy", "png": tmp_path / "png" / "a.png"}
+    for file in files.values():
+        file.parent.mkdir()
+    np.save(files["npy"], values.transpose(2, 0, 1))
+    if channels == 5:
+        del files["png"]
+    else:
+        mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
+        Image.fromarray(values[..., 0] if channels == 1 else values, mode).save(files["png"])
+    encoder = of(channels)
+    for kind, file in files.items():
+        (batch,) = eval_batches(
+            open_images(file.parent), image_size=(16, 32), mean=encoder.mean, std=encoder.std,
+            batch_size=1, device="cpu", dtype=torch.float32, threads=1, resize=0.8, decoder=PILLOW,
+        )  # fmt: skip
+        within = 1.01 / 255 / 0.25  # a level: evaluation rounds pictures, and no arrays
+        exact = kind == "npy" or channels == 3
+        assert (encoder.transform(file) - batch[0][0]).abs().max() <= (1e-5 if exact else within)
+        others = [values, torch.from_numpy(values).permute(2, 0, 1)]
+        others += [Image.open(file)] if kind == "png" else []
+        for image in others:
+            assert (encoder.transform(image) - batch[0][0]).abs().max() <= within
+        assert encoder.embed([file]).shape == (1, 24)
+        assert encoder.attention(file).shape == (1, 2, 4, 8)
+
+
+def test_other_channels_than_the_encoder_s_are_refused(tmp_path):
+    encoder, rgb = of(5), np.zeros((40, 40, 3), np.uint8)
+    Image.fromarray(rgb).save(tmp_path / "a.png")
+    for image in (rgb, torch.zeros(3, 40, 40), Image.fromarray(rgb), tmp_path / "a.png"):
+        with pytest.raises(ValueError, match=r"shape \(40, 40, 3\), for an encoder of 5 channels"):
+            encoder.embed([image])
+    with pytest.raises(ValueError, match="int64: must be uint8"):
+        encoder.embed([np.zeros((40, 40, 5), np.int64)])
+    (tmp_path / "b.npy").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"b\.npy: "):
+        encoder.embed(tmp_path / "b.npy")
+
+
 def test_it_is_the_encoder(encoder):
     plain, images = fresh(), torch.randn(2, 3, 24, 24)
     assert torch.equal(encoder(images), plain(images)) and not encoder.training

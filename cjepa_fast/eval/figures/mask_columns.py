@@ -15,6 +15,7 @@ from cjepa_fast.checkpoint.pretrained import Transform
 from cjepa_fast.config import Config
 from cjepa_fast.data.masks import Masks
 from cjepa_fast.eval.figures.sheets import Column, as_arrays, sheet
+from cjepa_fast.runtime.image_size import height_width
 from cjepa_fast.training.build import build_masks
 
 BLOCK_COLOURS = ("#e6550d", "#3182bd", "#31a354", "#c51b8a", "#756bb1", "#fdae6b")
@@ -53,7 +54,7 @@ def masks(
     settings = configuration.of(config, overrides or {})
     data, sampler = settings.data, build_masks(settings)
     transform = Transform(data.image_size, data.mean, data.std, settings.eval.crop)
-    blank = [torch.zeros(3, data.image_size, data.image_size)] * count
+    blank = [torch.zeros(data.channels, *height_width(data.image_size))] * count
     images_B3HW = torch.stack([transform(image) for image in images] or blank)
     drawn = sampler(epoch=0, step=0, index_B=torch.arange(len(images_B3HW)))
     title = f"Masks: {config if isinstance(config, str | Path) else 'context and targets'}"
