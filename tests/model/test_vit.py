@@ -153,7 +153,7 @@ def test_channels_are_the_encoders():
         images, encoder.patch_embed.proj.weight, encoder.patch_embed.proj.bias, stride=4
     )
     wanted = by_convolution.flatten(2).transpose(1, 2) + encoder.pos_embed
-    torch.testing.assert_close(encoder.embed(images, None), wanted)
+    torch.testing.assert_close(encoder.embedded(images, None), wanted)
     with pytest.raises(ValueError, match="images of 3 channels for an encoder of 5"):
         encoder(images[:, :3])
 
