@@ -128,7 +128,8 @@ def _inspect_head(head: bytes, read, length: int) -> Look:
         if arrays.is_array(head):
             return _of_array(arrays.inspect(file, head, length))
         raise HeaderDamaged(f"damaged header ({error})") from error
-    if image.format == "TIFF" and image.tag_v2.get(277, 1) > 4:  # Pillow drops those it cannot name
+    # Of bands Pillow drops those it cannot name, and of floats it does not know the white.
+    if image.format == "TIFF" and (image.tag_v2.get(277, 1) > 4 or image.mode == "F"):
         return _of_array(arrays.inspect(file, head, length))
     if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
         raise Unusable("of 32-bit numbers, whose black and white nobody knows")

@@ -246,7 +246,9 @@ def _without_arrays(parts: list[Part], out: list[dict[int, str]]) -> None:
     for part, why in pairs:
         entries_N = part.table.entries_N
         for i in np.flatnonzero(entries_N["kind"] == formats.ARRAY).tolist():
-            why.setdefault(i, f"an array of {entries_N['channels'][i]} channels among pictures")
+            count = entries_N["channels"][i]
+            said = f"an array of {count} channel{'s' * int(count > 1)} among pictures"
+            why.setdefault(i, said)
 
 
 def _others(table: index.Table, out: dict[int, str]) -> np.ndarray:

@@ -146,6 +146,10 @@ def test_channels_are_told_from_headers():
     for channels, files in kinds.items():
         assert [looked(data).channels for data in files] == [channels] * len(files)
     assert looked(npy(BANDS.transpose(2, 0, 1)))[:3] == (60, 80, formats.ARRAY)
+    floats = SMOOTH[..., :1].astype(np.float32)
+    for data in (tiff(floats), made.encoded(Image.fromarray(floats[..., 0]), "TIFF")):
+        assert looked(data) == (60, 80, formats.ARRAY, 8, 100, 1)
+        assert np.array_equal(arrays.pixels(data), 255 * floats)
     assert looked(tiff(BANDS))[:3] == (60, 80, formats.ARRAY)
 
 

@@ -166,9 +166,12 @@ def test_twelve_bits_in_sixteen_are_warned_of_and_can_be_told(tmp_path, opened, 
 
 def test_numbers_without_black_and_white_are_refused(tmp_path, opened):
     root = made.good_folder(tmp_path / "set", 1)
-    data = made.encoded(Image.fromarray(np.ones((8, 8), np.float32)), "TIFF")
-    made.write(root / "c0" / "a.tif", data)
-    assert "32-bit numbers" in reasons(opened(root))["a.tif"]
+    for name, kind in (("a.tif", np.int32), ("b.tif", np.float32)):
+        data = made.encoded(Image.fromarray(np.ones((8, 8), kind)), "TIFF")
+        made.write(root / "c0" / name, data)
+    found = reasons(opened(root))
+    assert "32-bit numbers" in found["a.tif"]
+    assert found["b.tif"] == "an array of 1 channel among pictures"
 
 
 # ------------------------------------------------------------------------------------------ shards
