@@ -74,6 +74,19 @@ def damaged_tables(seed):
     return _patched(data, data.find(b"\xff\xc4") + 5, b"\xff" * 16)
 
 
+def stray_bytes(seed):
+    """Eight bytes too many after the pixels: libjpeg warns of them, and the picture is whole."""
+    data = encoded(picture(seed))
+    return data[:-2] + b"abcdefgh" + data[-2:]
+
+
+def png_with(name: bytes, body: bytes) -> bytes:
+    """A PNG with one more chunk before its pixels."""
+    data = encoded(picture(1), "PNG")
+    at = data.find(b"IDAT") - 4
+    return data[:at] + chunk(name, body) + data[at:]
+
+
 def png_wrong_checksum(seed):
     data = encoded(picture(seed), "PNG")
     at = data.find(b"IDAT") + 40

@@ -6,6 +6,7 @@ source: its worker processes cost seconds at the start and at each rebuild, and 
 the run reach them.
 """
 
+import functools
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ import torch
 
 from cjepa_fast.data import faults, formats
 from cjepa_fast.data.decode import DEPTH, DecodeFailed, Decoder, DecodeRequest
+from cjepa_fast.data.decoder_warnings import DecoderWarnings, Suspect
 from cjepa_fast.data.left_out import NAMED
 from cjepa_fast.data.sources import ImageSet
 from cjepa_fast.runtime.printable import printable
@@ -35,13 +37,14 @@ class Skipped:
 
     most: more different ones raise ImagesGone. record: takes each name and reason; of those told by
     log, beyond NAMED, there is only the first of a shard, so that no shard goes bad unsaid.
-    rescued: those that the decoder cannot read and Pillow can: they count as good, and from then on
-    Pillow reads them at once.
+    warnings: of images that the decoder reads all the same. rescued: those that the decoder cannot
+    read and Pillow can: they count as good, and from then on Pillow reads them at once.
     """
 
     def __init__(self, images: ImageSet, log: Callable[[str], None], most: float = math.inf):
         self._images, self.log, self._most = images, log, most
         self.record: Callable[[dict], None] = lambda row: None
+        self.warnings = DecoderWarnings(lambda line: self.log(line), lambda line: None)
         self.count = 0
         self.reasons: dict[int, str] = {}
         self.rescued: set[int] = set()
@@ -154,7 +157,7 @@ def decode(
                         inside.append(work)
                         _submit(inside, decoder, skipped, mend)
                 elif inside:
-                    done = _collect(inside, decoder, skipped, mend)
+                    done = _collect(inside, images, decoder, skipped, mend)
                     if done is not None:
                         yield done
                 else:
@@ -191,8 +194,10 @@ def _complete(work: BatchRequest, decoder: Decoder, skipped: Skipped, mend: Mend
 
 def usable(work: BatchRequest, b: int, decoder: Decoder, skipped: Skipped) -> bool:
     """Whether image b decodes; if only Pillow can read its bytes, these become Pillow's pixels."""
+    skipped.warnings.hear(decoder)
     data = decoder.alone(work.feed, b)
     if data is None:
+        decoder.written()  # of a file that is named anyway
         return False
     if data is not work.feed.encoded[b]:
         skipped.note_rescued(int(work.index_B[b]))
@@ -221,19 +226,32 @@ def _submit(inside: deque, decoder: Decoder, skipped: Skipped, mend: Mend) -> No
         _repair(inside, decoder, skipped, mend, error)
 
 
-def _collect(inside: deque, decoder, skipped, mend) -> tuple[torch.Tensor, BatchRequest] | None:
+def _collect(
+    inside: deque, images: ImageSet, decoder: Decoder, skipped: Skipped, mend: Mend
+) -> tuple[torch.Tensor, BatchRequest] | None:
     while inside:
         try:
             tensor = decoder.collect()
+            skipped.warnings.hear(decoder, lambda: _suspects(inside, images, decoder))
             return tensor, inside.popleft()
         except DecodeFailed as error:
             _repair(inside, decoder, skipped, mend, error)
     return None  # every image that was inside turned out bad and was dropped
 
 
+def _suspects(inside: deque, images: ImageSet, decoder: Decoder) -> list[Suspect]:
+    """What is inside the decoder, each image to be decoded alone."""
+    return [
+        (images.name(int(i)), functools.partial(decoder.alone, work.feed, b))
+        for work in inside
+        for b, i in enumerate(work.index_B)
+    ]
+
+
 def _repair(inside: deque, decoder, skipped, mend, error: Exception) -> None:
     """After a failure: find the culprits, mend them, and start again with the same batches."""
     culprits = 0
+    decoder.written()  # what is good is decoded again
     for work in inside:
         before = list(work.feed.encoded)
         bad = [b for b in range(len(work.index_B)) if not usable(work, b, decoder, skipped)]

@@ -18,10 +18,15 @@ from PIL import Image
 from cjepa_fast.data import formats
 from cjepa_fast.data.decode import DEPTH, DecodeFailed, DecodeRequest, DecodeSettings
 from cjepa_fast.runtime import oom
+from cjepa_fast.runtime.library_stderr import LibraryStderr
 
 # DALI raises RuntimeError for a sample, IndexError once the pipeline is no longer valid.
 FAILURES = (RuntimeError, IndexError)
 TRIED_LEVELS = (40, 90, 140, 190)  # of the channels
+# What decodes for it: libjpeg and libpng write of damage, and not of which file.
+WRITTEN = LibraryStderr(
+    "libnvimgcodec.so", "libjpeg_turbo_ext.so", "libopencv_ext.so", "libtiff_ext.so"
+)
 
 
 def problem(device: torch.device, channels: int = 3) -> str | None:
@@ -112,6 +117,7 @@ def build(look: DecodeSettings, batch_size: int, threads: int, depth: int):
             prefetch_queue_depth=depth,
         )  # fmt: skip
         pipe.build()
+    WRITTEN.take()
     return pipe
 
 
@@ -184,6 +190,9 @@ class DaliDecoder:
             return None
         return one.encoded[0] if self._decodes(one) else None
 
+    def written(self) -> list[str]:
+        return WRITTEN.lines()
+
     def _decodes(self, one: DecodeRequest) -> bool:
         """DALI's own verdict, on its own device, about a batch of one."""
         if self._probe is None:
@@ -217,6 +226,9 @@ class DaliWholeDecoder:
             raise
         return [np.array(images.at(b)) for b in range(len(encoded))]  # DALI uses its memory again
 
+    def written(self) -> list[str]:
+        return WRITTEN.lines()
+
 
 def _build_whole(batch_size: int, threads: int):
     import nvidia.dali.fn as fn
@@ -227,4 +239,5 @@ def _build_whole(batch_size: int, threads: int):
         encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
         pipe.set_outputs(fn.decoders.image(encoded, device="cpu", output_type=types.RGB))
     pipe.build()
+    WRITTEN.take()
     return pipe

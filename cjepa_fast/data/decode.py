@@ -114,9 +114,15 @@ class Decoder(Protocol):
         answer is about the window that was asked for, and depends on nothing before.
         """
 
+    def written(self) -> list[str]:
+        """The lines that its libraries wrote to stderr since the last call, of all decoders."""
+
 
 class WholeDecoder(Protocol):
     """Whole images in their own sizes, on the CPU."""
 
     def __call__(self, encoded: list[bytes]) -> list[np.ndarray]:
         """Upright RGB, each (H, W, 3) uint8. Raises DecodeFailed."""
+
+    def written(self) -> list[str]:
+        """As a Decoder's."""

@@ -9,6 +9,7 @@ import torch
 from cjepa_fast.data import crops
 from cjepa_fast.data.batches import BatchRequest, Skipped, decode
 from cjepa_fast.data.decode import DecodeRequest, DecodeSettings
+from cjepa_fast.data.decoder_warnings import told
 from cjepa_fast.data.decoders import chosen, open_decoder
 from cjepa_fast.data.sources import ImageSet
 from cjepa_fast.runtime.image_size import ImageSize
@@ -58,7 +59,10 @@ def eval_batches(
         BatchRequest(every_N[a : a + batch_size], show) for a in range(0, len(images), batch_size)
     )
     drop = lambda work, b, decoder: False  # noqa: E731
-    decoded = decode(works, images, made, Skipped(images, log), drop)
+    skipped = Skipped(images, log)
+    decoded = decode(works, images, made, skipped, drop)
     with contextlib.closing(decoded):
         for images_B3HW, work in decoded:
             yield images_B3HW, torch.from_numpy(work.index_B)
+    if line := told(skipped.warnings.count):
+        log(line)

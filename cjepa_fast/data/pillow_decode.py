@@ -74,6 +74,9 @@ class PillowDecoder:
             return None
         return feed.encoded[b]
 
+    def written(self) -> list[str]:
+        return []  # Pillow keeps its libraries quiet
+
 
 class PillowWholeDecoder:
     """decode.WholeDecoder."""
@@ -86,6 +89,9 @@ class PillowWholeDecoder:
             return list(self._pool.map(pixels, encoded))
         except OSError as error:
             raise DecodeFailed(str(error)) from error
+
+    def written(self) -> list[str]:
+        return []
 
 
 def pixels(data: bytes) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Whole images in their own sizes, decoded on the CPU: what dense tasks begin with."""
 
+import functools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -9,6 +10,7 @@ import torch
 
 from cjepa_fast.data import pillow_decode
 from cjepa_fast.data.decode import DecodeFailed
+from cjepa_fast.data.decoder_warnings import DecoderWarnings
 from cjepa_fast.data.decoders import chosen, open_whole_decoder
 
 T = TypeVar("T")
@@ -20,6 +22,7 @@ class WholeImages:
     def __init__(self, batch_size: int, threads: int):
         kind = chosen("auto", torch.device("cpu"))
         self._decode = open_whole_decoder(kind, batch_size, threads)
+        self._warnings = DecoderWarnings(say=print, note=print)
 
     def __call__(self, encoded: list[bytes], names: list[str]) -> list[torch.Tensor]:
         """Upright RGB, each (3, H, W) uint8. Raises ValueError, naming what cannot be decoded."""
@@ -30,6 +33,10 @@ class WholeImages:
             if not any(rescued for _, rescued in alone):
                 raise error  # each decodes alone: not a bad file
             found = [image_HW3 for image_HW3, _ in alone]
+        pairs = zip(names, encoded, strict=True)
+        self._warnings.hear(
+            self._decode, lambda: [(n, functools.partial(self._alone, d, n)) for n, d in pairs]
+        )
         return [torch.from_numpy(image_HW3).permute(2, 0, 1) for image_HW3 in found]
 
     def _alone(self, data: bytes, name: str) -> tuple[np.ndarray, bool]:

@@ -16,6 +16,7 @@ from torch import nn
 from cjepa_fast import checkpoint
 from cjepa_fast.checkpoint import encoders
 from cjepa_fast.checkpoint.writer import Saver
+from cjepa_fast.data import decoder_warnings
 from cjepa_fast.data.loader import Batch, Loader
 from cjepa_fast.runtime import distributed
 from cjepa_fast.runtime.provenance import machine
@@ -403,6 +404,9 @@ class Loop:
         if not distributed.any_of(self.saver.pending or self._is_saved())[0]:
             self._save()  # a finished run's checkpoint, in another folder
         saved = self.saver.finish()
+        counts = distributed.from_all(dict(self.loader.skipped.warnings.count))
+        if line := decoder_warnings.told(sum(map(Counter, counts), Counter())):
+            self.telemetry.message(line)
         if self.done < self.trainer.total_steps:
             self.telemetry.message(
                 f"stopped after step {self.done}; resume with: {self.resume_with}"

@@ -224,6 +224,7 @@ def open_telemetry(
         )
         ending.callback(telemetry.close)
         loader.skipped.record = Lines(print, run / left_out_images.FILE).write
+        _note_warnings(loader, telemetry, run)
         if rank == 0:
             loader.skipped.log = telemetry.message
             if skipped := loader.images.skipped:
@@ -236,6 +237,16 @@ def open_telemetry(
             for line in (*_choices(trainer), *_left_behind(run, trainer, state), *told):
                 telemetry.message(line)
     return telemetry
+
+
+def _note_warnings(loader: Loader, telemetry: Telemetry, run: Path) -> None:
+    """What the decoder says of a file is in events.jsonl, on whichever rank."""
+    if distributed.rank() == 0:
+        loader.skipped.warnings.note = telemetry.note
+        return
+    events = Lines(print, run / "events.jsonl")
+    note = lambda line: events.write({"text": line})  # noqa: E731
+    loader.skipped.warnings.say = loader.skipped.warnings.note = note
 
 
 def _choices(trainer: Trainer) -> Iterator[str]:
