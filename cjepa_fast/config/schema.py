@@ -107,6 +107,9 @@ class DataSection(Section):
     min_jpeg: Fraction = later(
         0.9, was=1.0, description="a JPEG that was cut short is used if this share of it is there"
     )
+    min_shown: Fraction = later(
+        0.9, was=0.0, description="of a JPEG whose pixels end early, crops with less are replaced"
+    )
     bit_depth: Annotated[int, Field(ge=9, le=16)] | None = later(
         None, was=None, description="bits in use, of gray images that have more than 8; null: all"
     )

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 from cjepa_fast.data import faults, formats
-from cjepa_fast.data.decode import DEPTH, DecodeFailed, Decoder, DecodeRequest
+from cjepa_fast.data.decode import DEPTH, DecodeFailed, Decoder, DecodeRequest, DecodeSettings
 from cjepa_fast.data.decoder_warnings import DecoderWarnings, Suspect
+from cjepa_fast.data.early_ends import EarlyEnds
 from cjepa_fast.data.left_out import NAMED
 from cjepa_fast.data.sources import ImageSet
 from cjepa_fast.runtime.printable import printable
@@ -37,14 +38,22 @@ class Skipped:
 
     most: more different ones raise ImagesGone. record: takes each name and reason; of those told by
     log, beyond NAMED, there is only the first of a shard, so that no shard goes bad unsaid.
-    warnings: of images that the decoder reads all the same. rescued: those that the decoder cannot
+    warnings: of images that the decoder reads all the same. ends: those that end early, of images
+    that are shown by `look`. rescued: those that the decoder cannot
     read and Pillow can: they count as good, and from then on Pillow reads them at once.
     """
 
-    def __init__(self, images: ImageSet, log: Callable[[str], None], most: float = math.inf):
+    def __init__(
+        self,
+        images: ImageSet,
+        log: Callable[[str], None],
+        look: DecodeSettings | None = None,
+        most: float = math.inf,
+    ):
         self._images, self.log, self._most = images, log, most
         self.record: Callable[[dict], None] = lambda row: None
         self.warnings = DecoderWarnings(lambda line: self.log(line), lambda line: None)
+        self.ends = EarlyEnds(images, look)
         self.count = 0
         self.reasons: dict[int, str] = {}
         self.rescued: set[int] = set()
@@ -185,24 +194,27 @@ def _complete(work: BatchRequest, decoder: Decoder, skipped: Skipped, mend: Mend
     for b, data in enumerate(encoded):
         if isinstance(data, OSError):
             failed[b] = f"cannot be read ({data.strerror or data})"
-        elif int(work.index_B[b]) in skipped and not usable(work, b, decoder, skipped):
+        elif int(work.index_B[b]) in skipped and (why := flaw(work, b, decoder, skipped)):
             # Bad before: asked alone, so that it does not cost the whole pipeline again.
-            failed[b] = "cannot be decoded"
+            failed[b] = why
     _mend_all(work, failed, decoder, skipped, mend)
     return work
 
 
-def usable(work: BatchRequest, b: int, decoder: Decoder, skipped: Skipped) -> bool:
-    """Whether image b decodes; if only Pillow can read its bytes, these become Pillow's pixels."""
-    skipped.warnings.hear(decoder)
+def flaw(work: BatchRequest, b: int, decoder: Decoder, skipped: Skipped) -> str:
+    """Why image b cannot be used, alone, as it is shown; "" if it can. If only Pillow can read its
+    bytes, these become Pillow's pixels."""
+    i = int(work.index_B[b])
+    if why := skipped.ends.known(i, work.feed.window_B4[b]):
+        return why
     data = decoder.alone(work.feed, b)
     if data is None:
         decoder.written()  # of a file that is named anyway
-        return False
+        return "cannot be decoded"
     if data is not work.feed.encoded[b]:
-        skipped.note_rescued(int(work.index_B[b]))
+        skipped.note_rescued(i)
         work.feed.encoded[b] = data
-    return True
+    return ""
 
 
 def _mend_all(
@@ -232,10 +244,16 @@ def _collect(
     while inside:
         try:
             tensor = decoder.collect()
-            skipped.warnings.hear(decoder, lambda: _suspects(inside, images, decoder))
-            return tensor, inside.popleft()
         except DecodeFailed as error:
             _repair(inside, decoder, skipped, mend, error)
+            continue
+        skipped.warnings.hear(decoder, lambda: _suspects(inside, images, decoder))
+        work = inside[0]
+        cut = skipped.ends.seen(tensor, work.index_B, work.feed)
+        if not cut:
+            return tensor, inside.popleft()
+        _mend_all(work, cut, decoder, skipped, mend)
+        _again(inside, decoder)
     return None  # every image that was inside turned out bad and was dropped
 
 
@@ -251,17 +269,23 @@ def _suspects(inside: deque, images: ImageSet, decoder: Decoder) -> list[Suspect
 def _repair(inside: deque, decoder, skipped, mend, error: Exception) -> None:
     """After a failure: find the culprits, mend them, and start again with the same batches."""
     culprits = 0
-    decoder.written()  # what is good is decoded again
     for work in inside:
         before = list(work.feed.encoded)
-        bad = [b for b in range(len(work.index_B)) if not usable(work, b, decoder, skipped)]
+        flaws = {b: flaw(work, b, decoder, skipped) for b in range(len(work.index_B))}
+        bad = {b: why for b, why in flaws.items() if why}
         rescued = [a for a, b in zip(before, work.feed.encoded, strict=True) if a is not b]
         culprits += len(bad) + len(rescued)
-        _mend_all(work, dict.fromkeys(bad, "cannot be decoded"), decoder, skipped, mend)
+        _mend_all(work, bad, decoder, skipped, mend)
     if not culprits:
         raise error  # every image decodes alone: out of memory or the like, not a bad file
+    _again(inside, decoder)
+
+
+def _again(inside: deque, decoder: Decoder) -> None:
+    """Decode anew what is inside, as it is now."""
     for work in [work for work in inside if not len(work.index_B)]:
         inside.remove(work)
     decoder.restart()
+    decoder.written()  # what is good comes again
     for work in inside:
         decoder.submit(work.feed)

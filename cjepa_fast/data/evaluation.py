@@ -59,7 +59,7 @@ def eval_batches(
         BatchRequest(every_N[a : a + batch_size], show) for a in range(0, len(images), batch_size)
     )
     drop = lambda work, b, decoder: False  # noqa: E731
-    skipped = Skipped(images, log)
+    skipped = Skipped(images, log, look)
     decoded = decode(works, images, made, skipped, drop)
     with contextlib.closing(decoded):
         for images_B3HW, work in decoded:

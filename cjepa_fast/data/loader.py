@@ -20,7 +20,7 @@ import torch
 
 from cjepa_fast.config import DataSection
 from cjepa_fast.data import crops, rng
-from cjepa_fast.data.batches import BatchRequest, ImagesGone, Skipped, decode, read_one, usable
+from cjepa_fast.data.batches import BatchRequest, ImagesGone, Skipped, decode, flaw, read_one
 from cjepa_fast.data.decode import Decoder, DecodeRequest, DecodeSettings
 from cjepa_fast.data.decoders import chosen, open_decoder
 from cjepa_fast.data.masks import Masks
@@ -112,7 +112,6 @@ class Loader:
         self.images, self.share = images, share
         self.steps_per_epoch = len(images) // share.global_batch
         self.accumulation = share.accumulation
-        self.skipped = Skipped(images, log, data.max_skipped * len(images) / share.world_size)
         self._data, self._seed, self._masks = data, seed, masks
         self._device = _with_index(torch.device(device))
         first = share.rank == 0
@@ -127,6 +126,8 @@ class Loader:
             rand_augment and (*rand_augment, seed + share.rank), images.limits.max_pixels,
             images.has_arrays, images.limits.bit_depth,
         )  # fmt: skip
+        most = data.max_skipped * len(images) / share.world_size
+        self.skipped = Skipped(images, log, self._look, most)
         # Two epochs: batches read ahead may belong to the next one while a hole is filled in this.
         self.order = functools.lru_cache(2)(functools.partial(_order, seed, len(images)))
         self._running: weakref.WeakSet[_Iteration] = weakref.WeakSet()
@@ -207,9 +208,9 @@ class Loader:
             encoded = [*work.feed.encoded[:b], data, *work.feed.encoded[b + 1 :]]
             work.feed = self._show(part, work.index_B)
             work.feed.encoded = encoded
-            if usable(work, b, decoder, self.skipped):
+            if not (why := flaw(work, b, decoder, self.skipped)):
                 return True
-            self.skipped.note(candidate, "cannot be decoded")
+            self.skipped.note(candidate, why)
         raise ImagesGone(
             f"{hole} cannot be used, and none of {STAND_IN_TRIES} other images drawn for its "
             f"index can: are the files still there? They were in {self.images.root}"

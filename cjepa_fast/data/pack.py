@@ -23,6 +23,7 @@ from pathlib import Path
 from PIL import Image
 
 from cjepa_fast.data import arrays, formats, listing, rng
+from cjepa_fast.data.early_ends import gap
 from cjepa_fast.data.headers import PNG_MAGIC
 from cjepa_fast.data.sources import ImageSet, Limits, open_images
 from cjepa_fast.runtime import files
@@ -150,6 +151,8 @@ def _prepare(images: ImageSet, i: int, short_side, quality) -> tuple[int, bytes,
         picture = formats.decode_rgb(data, images.limits.max_pixels)
     except OSError as error:
         return i, b"", str(error)
+    if (cut := gap(data)) and cut.there_pct < 100 * images.limits.min_jpeg:
+        return i, b"", cut.why
     if short_side is None or min(picture.size) <= short_side:
         return i, data, ""
     scale = short_side / min(picture.size)

@@ -37,6 +37,7 @@ class Limits(NamedTuple):
 
     max_pixels: int = formats.MAX_PIXELS
     min_jpeg: float = 0.9  # share of the rows of a JPEG that was cut short
+    min_shown: float = 0.9  # share of what is shown of a JPEG that ends early
     bit_depth: int | None = None  # in use, of gray images with more than 8 bits
     max_skipped: float = 0.05  # share of the files that could not be read
 

@@ -33,7 +33,7 @@ from cjepa_fast.runtime.image_size import ImageSize
 from cjepa_fast.telemetry.progress import shown_bar
 
 TOLD_BYTES = 2**30  # of a file of features, before it is told of
-CACHE_VERSION = 1  # counted up where an image would be read in another way: older ones are stale
+CACHE_VERSION = 2  # counted up where an image would be read in another way: older ones are stale
 
 
 @torch.inference_mode()
@@ -229,6 +229,9 @@ class Subset:
 
     def read(self, i: int, channels: int = 3) -> bytes:
         return self.images.read(int(self.keep_n[i]), channels)
+
+    def read_original(self, i: int) -> bytes:
+        return self.images.read_original(int(self.keep_n[i]))
 
 
 def name_hashes(images: ImageSet) -> torch.Tensor:
