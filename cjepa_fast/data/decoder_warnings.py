@@ -62,6 +62,7 @@ class DecoderWarnings:
         decode()
         again = set(map(self._kind, decoder.written()))
         kinds = {kind: line for line in found if (kind := self._kind(line)) in again}
+        self.count += Counter(kind for line in found if (kind := self._kind(line)) not in again)
         if not readable:  # it is found, and named as such, when its batch comes
             self.count -= Counter(map(self._kind, found))
         elif kinds:
