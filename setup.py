@@ -55,6 +55,7 @@ setup(
         "detect": ["torchvision", "pycocotools"],
         "flash": ["flash-attn"],
         "hub": ["huggingface_hub"],
+        "parquet": ["pyarrow>=21"],
         "wandb": ["wandb"],
         "export": ["transformers", "onnx", "onnxscript", "onnxruntime"],
         "dev": [
@@ -68,6 +69,7 @@ setup(
             "onnxscript",
             "onnxruntime",
             "pycocotools",
+            "pyarrow>=21",
         ],
     },
     entry_points={

@@ -12,6 +12,7 @@ from cjepa_fast.runtime.printable import printable
 
 TRAINING = "train"
 OTHER_SPLITS = ("val", "valid", "validation", "test")
+PARQUET = ".parquet"
 PACKED = (".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst")
 
 
@@ -50,13 +51,18 @@ def find(path: str, log: Callable[[str], None] = print) -> Location:
 
 
 def split_beside(root: Path) -> Path | None:
-    """The folder that is to train/ what val/ is: with classes that train/ has too. None without."""
-    classes = _folders(root / TRAINING)
+    """The folder that is to train/ what val/ is: with classes that train/ has too, or with shards
+    as train/ has. None without."""
+    classes, shards = _folders(root / TRAINING), _holds_shards(root / TRAINING)
     for name in OTHER_SPLITS:
         held_out = _folders(root / name)
-        if held_out and held_out <= classes:
+        if (held_out and held_out <= classes) or (shards and _holds_shards(root / name)):
             return root / name
     return None
+
+
+def _holds_shards(folder: Path) -> bool:
+    return any(p.suffix == ".tar" for p in folder.iterdir()) if folder.is_dir() else False
 
 
 def _folders(root: Path) -> set[str]:
@@ -124,11 +130,28 @@ def _plain_tar(path: Path) -> Path:
             f"{path} is compressed, and its members cannot be read by position: unpack it first "
             f"(gunzip -k {path}) and name the .tar"
         )
+    if path.suffix == PARQUET:
+        raise ValueError(to_be_packed(path))
     if path.suffix != ".tar":
         raise ValueError(
             f"{path} is neither a folder nor a .tar, nor a list (.txt, .csv): name one of these"
         )
     return path
+
+
+def parquet_files(path: Path) -> list[Path]:
+    """The Parquet file, or those below a folder, in order; [] where there are none."""
+    if path.is_file():
+        return [path] if path.suffix == PARQUET else []
+    found = (p for p in path.rglob(f"*{PARQUET}") if p.is_file())
+    return sorted(p for p in found if not any(n.startswith(".") for n in p.relative_to(path).parts))
+
+
+def to_be_packed(path: object) -> str:
+    return (
+        f"{printable(path)} holds Parquet files, whose rows cannot be read by position: pack them "
+        f"once, python -m cjepa_fast.data.pack {printable(path)} SHARDS, and name SHARDS"
+    )
 
 
 def expand_braces(pattern: str) -> list[str]:

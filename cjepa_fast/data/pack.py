@@ -1,12 +1,14 @@
 """Pack a folder of images into WebDataset shards (plain tars), which file systems like better.
 
     python -m cjepa_fast.data.pack FOLDER OUT [--shard-size 10000] [--short-side 256] [--workers 8]
+    python -m cjepa_fast.data.pack PARQUET OUT [--split NAME]       # a file or a folder of them
 
 Each image becomes KEY.jpg or KEY.png (by its content) with its bytes unchanged, and KEY.cls where
 the folder has classes; classes.txt names them. Images are shuffled over the shards with a fixed
-seed, so that readers in sequence see all classes too. Every image is decoded once; those that fail
-are left out and named. A shard is read back and compared before it gets its name; a run that was
-interrupted resumes with the first shard that is missing.
+seed, so that readers in sequence see all classes too; rows of Parquet files stay in their order,
+and each of several splits has a folder of its own in OUT. Every image is decoded once; those that
+fail are left out and named. A shard is read back and compared before it gets its name; a run that
+was interrupted resumes with the first shard that is missing.
 """
 
 import argparse
@@ -19,12 +21,14 @@ import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
 
-from cjepa_fast.data import arrays, formats, listing, rng
+from cjepa_fast.data import arrays, formats, listing, parquet, rng
 from cjepa_fast.data.early_ends import gap
 from cjepa_fast.data.headers import PNG_MAGIC
+from cjepa_fast.data.locations import parquet_files
 from cjepa_fast.data.sources import ImageSet, Limits, open_images
 from cjepa_fast.runtime import files
 from cjepa_fast.runtime.printable import printable, printable_lines
@@ -52,30 +56,85 @@ def pack(
     every byte. Raises ValueError if `out` holds shards of other images or settings, or if a shard
     does not read back as it was written.
     """
-    if shard_size < 1 or (short_side is not None and short_side < 1):
-        raise ValueError(f"shard_size {shard_size} and short_side {short_side} must be at least 1")
     images = open_images(folder, limits=Limits(max_pixels), cache=cache, log=log)
     if short_side is not None and images.has_arrays:
         raise ValueError(f"short_side {short_side}: arrays are packed as they are; leave it out")
-    out = Path(out)
+    order = rng.permutation(0, 0, len(images)).tolist()
+    how = Packing(shard_size, short_side, quality, workers)
+    return _pack_set(images, order, Path(out), how, log)
+
+
+def pack_parquet(
+    path: str | Path,
+    out: str | Path,
+    *,
+    split: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    shard_size: int = 10_000,
+    short_side: int | None = None,
+    quality: int = 90,
+    workers: int | None = None,
+    max_pixels: int = formats.MAX_PIXELS,
+    log=print,
+) -> list[tuple[str, str]]:
+    """`pack` of Parquet files (parquet.py). split: only that one, else each in its own folder,
+    where there are several. label_column: "" takes no labels."""
+    splits = parquet.by_split(parquet_files(Path(path)), log)
+    if split is not None and split not in splits:
+        raise ValueError(f"{path} has no split {split!r}: it has {', '.join(map(repr, splits))}")
+    how = Packing(shard_size, short_side, quality, workers)
+    left_out = []
+    chosen = splits if split is None else {split: splits[split]}
+    for name, own in chosen.items():
+        folder = Path(out) / name if len(chosen) > 1 else Path(out)
+        images = parquet.ParquetImages(own, image_column, label_column, Limits(max_pixels))
+        log(f"{printable(name or path)} goes to {printable(folder)}: {images.told}")
+        left_out += _pack_set(images, list(range(len(images))), folder, how, log)
+    return left_out
+
+
+class Packing(NamedTuple):
+    """How images are packed, as in `pack`."""
+
+    shard_size: int
+    short_side: int | None
+    quality: int
+    workers: int | None
+
+
+def _pack_set(
+    images: ImageSet | parquet.ParquetImages, order: list[int], out: Path, how: Packing, log
+) -> list[tuple[str, str]]:
+    if how.shard_size < 1 or (how.short_side is not None and how.short_side < 1):
+        raise ValueError(
+            f"shard_size {how.shard_size} and short_side {how.short_side} must be at least 1"
+        )
     out.mkdir(parents=True, exist_ok=True)
     settings = {
-        "images": len(images), "fingerprint": images.fingerprint, "shard_size": shard_size,
-        "short_side": short_side, "quality": quality if short_side else None,
+        "images": len(images), "fingerprint": images.fingerprint, "shard_size": how.shard_size,
+        "short_side": how.short_side, "quality": how.quality if how.short_side else None,
     }  # fmt: skip
     _claim(out / MANIFEST, settings)
-    if images.labels is not None and images.classes:
-        _write_text(out / "classes.txt", "".join(f"{name}\n" for name in images.classes))
-    order = rng.permutation(0, 0, len(images)).tolist()
+    if images.class_names and _can_be_listed(images.class_names, log):
+        _write_text(out / "classes.txt", "".join(f"{name}\n" for name in images.class_names))
     left_out = list(images.skipped)
     with (
-        ThreadPoolExecutor(workers or os.cpu_count()) as pool,
+        ThreadPoolExecutor(how.workers or os.cpu_count()) as pool,
         shown_bar(len(images), "packing") as bar,
     ):
-        for k, first in enumerate(range(0, len(order), shard_size)):
-            chosen = order[first : first + shard_size]
-            left_out += _pack_shard(images, chosen, out, k, pool, short_side, quality, bar, log)
+        for k, first in enumerate(range(0, len(order), how.shard_size)):
+            chosen = order[first : first + how.shard_size]
+            left_out += _pack_shard(images, chosen, out, k, pool, how, bar, log)
     return left_out
+
+
+def _can_be_listed(classes: list[str], log) -> bool:
+    """Whether classes.txt, a name a line, can hold them: else a number would change its class."""
+    odd = next((c for c in classes if not c.isprintable() or c != c.strip() or not c), None)
+    if odd is not None:
+        log(f"WARNING: classes.txt is not written, since it cannot hold the class {odd!r}")
+    return odd is None
 
 
 def _claim(manifest: Path, settings: dict) -> None:
@@ -94,7 +153,7 @@ def _claim(manifest: Path, settings: dict) -> None:
 
 
 def _pack_shard(
-    images: ImageSet, chosen: list[int], out: Path, k: int, pool, short_side, quality, bar, log
+    images: ImageSet, chosen: list[int], out: Path, k: int, pool, how: Packing, bar, log
 ) -> list[tuple[str, str]]:
     """Shard k, unless it is finished: the tar first, then its .json, which marks it as such."""
     tar, record = out / f"shard-{k:06d}.tar", out / f"shard-{k:06d}.json"
@@ -106,7 +165,7 @@ def _pack_shard(
     hashes, left_out = {}, []
     temporary = tar.with_suffix(".tar.tmp")
     with open(temporary, "wb") as file, tarfile.open(fileobj=file, mode="w") as archive:
-        for i, data, why in _prepared(images, chosen, pool, short_side, quality):
+        for i, data, why in _prepared(images, chosen, pool, how):
             bar.update()
             if why:
                 left_out.append((images.name(i), why))
@@ -115,8 +174,8 @@ def _pack_shard(
             member = f"{i:09d}{_ending(data)}"
             hashes[member] = hashlib.sha256(data).hexdigest()
             _add(archive, member, data)
-            if images.labels is not None:
-                _add(archive, f"{i:09d}.cls", str(int(images.labels[i])).encode())
+            if images.label_N[i] >= 0:
+                _add(archive, f"{i:09d}.cls", str(int(images.label_N[i])).encode())
         archive.close()  # writes the end of the archive, before the file is flushed
         file.flush()
         os.fsync(file.fileno())
@@ -133,16 +192,16 @@ def _pack_shard(
 
 
 def _prepared(
-    images: ImageSet, chosen: list[int], pool, short_side, quality
+    images: ImageSet, chosen: list[int], pool, how: Packing
 ) -> Iterator[tuple[int, bytes, str]]:
     """(i, bytes, "") or (i, b"", why it is left out), in order, a bounded number at a time."""
     ahead = IMAGES_A_TASK * max(2, os.cpu_count() or 1)
     for a in range(0, len(chosen), ahead):
         some = chosen[a : a + ahead]
-        yield from pool.map(lambda i: _prepare(images, i, short_side, quality), some)
+        yield from pool.map(lambda i: _prepare(images, i, how), some)
 
 
-def _prepare(images: ImageSet, i: int, short_side, quality) -> tuple[int, bytes, str]:
+def _prepare(images: ImageSet, i: int, how: Packing) -> tuple[int, bytes, str]:
     try:
         data = images.read_original(i)
         if images.has_arrays:
@@ -153,12 +212,12 @@ def _prepare(images: ImageSet, i: int, short_side, quality) -> tuple[int, bytes,
         return i, b"", str(error)
     if (cut := gap(data)) and cut.there_pct < 100 * images.limits.min_jpeg:
         return i, b"", cut.why
-    if short_side is None or min(picture.size) <= short_side:
+    if how.short_side is None or min(picture.size) <= how.short_side:
         return i, data, ""
-    scale = short_side / min(picture.size)
+    scale = how.short_side / min(picture.size)
     size = [max(1, round(side * scale)) for side in picture.size]
     buffer = io.BytesIO()
-    picture.resize(size, Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=quality)
+    picture.resize(size, Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=how.quality)
     return i, buffer.getvalue(), ""
 
 
@@ -198,26 +257,35 @@ def _write_text(path: Path, text: str) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="cjepa-pack", description="Pack a folder of images into shards."
+        prog="cjepa-pack",
+        description="Pack a folder of images, or Parquet files with their bytes, into shards.",
     )
-    parser.add_argument("folder", help="folder of images; its sub-folders are the classes")
+    parser.add_argument("folder", help="images, classes in sub-folders; or Parquet files")
     parser.add_argument("out", help="folder for the shards")
     parser.add_argument("--shard-size", type=int, default=10_000, help="images a shard")
     parser.add_argument("--short-side", type=int, help="shrink to this short side, in pixels")
     parser.add_argument("--quality", type=int, default=90, help="JPEG quality after shrinking")
     parser.add_argument("--max-pixels", type=int, default=formats.MAX_PIXELS, help="of an image")
     parser.add_argument("--workers", type=int, help="threads (default: one a core)")
-    given = parser.parse_args(arguments)
+    rows = parser.add_argument_group("of Parquet files")
+    rows.add_argument("--split", metavar="NAME", help="only this one, such as train")
+    rows.add_argument("--image-column", metavar="NAME", help="where it is not plain")
+    rows.add_argument("--label-column", metavar="NAME", help="where it is not plain; '': no labels")
+    given = vars(parser.parse_args(arguments))
+    folder, out = given.pop("folder"), given.pop("out")
+    of_rows = {name: given.pop(name) for name in ("split", "image_column", "label_column")}
     try:
-        left_out = pack(
-            given.folder, given.out, shard_size=given.shard_size, short_side=given.short_side,
-            quality=given.quality, workers=given.workers, max_pixels=given.max_pixels,
-        )  # fmt: skip
+        if parquet.is_all_of(Path(folder)):
+            left_out = pack_parquet(folder, out, **of_rows, **given)
+        elif said := [name for name, value in of_rows.items() if value is not None]:
+            raise ValueError(f"{folder} holds no Parquet files, of which {said[0]} speaks")
+        else:
+            left_out = pack(folder, out, **given)
     except (ValueError, OSError) as error:
         print(f"error: {printable_lines(error)}", file=sys.stderr)
         return 2
-    shards = len(list(Path(given.out).glob("shard-*.tar")))
-    print(f"{shards} shards in {given.out}; {len(left_out)} images left out")
+    shards = len(list(Path(out).rglob("shard-*.tar")))
+    print(f"{shards} shards in {printable(out)}; {len(left_out)} images left out")
     return 0
 
 

@@ -75,9 +75,10 @@ class ImageSet:
     """The usable images of a set, in a fixed order. Reading is thread-safe.
 
     labelled: images without a label are left out. labels: int64 (n,), None where one is missing;
-    classes: their names or None; sizes_N2: int32 (n, 2) height and width, upright; skipped: (name,
-    reason) of what is left out; unlabelled: usable but for a label; found: how many files look like
-    images; has_arrays: all are arrays (arrays.py), else none is; fingerprint: hash of names and
+    classes: their names or None; label_N, class_names: the same where some are missing; sizes_N2:
+    int32 (n, 2) height and width, upright; skipped: (name, reason) of what is left out; unlabelled:
+    usable but for a label; found: how many files look like images; has_arrays: all are arrays
+    (arrays.py), else none is; fingerprint: hash of names and
     sizes in bytes, the same wherever the set lies.
     """
 
@@ -102,8 +103,9 @@ class ImageSet:
         label_N = np.concatenate(
             [own[rows] for own, rows in zip(label_by_part, usable, strict=True)]
         )
+        self.label_N, self.class_names = label_N.astype(np.int64), classes
         whole = not (label_N == index.UNLABELLED).any()
-        self.labels = torch.from_numpy(label_N.astype(np.int64)) if whole else None
+        self.labels = torch.from_numpy(self.label_N) if whole else None
         self.classes: labels.Classes = classes if whole else None
         self.skipped = [
             (part.name(i), why[i])
@@ -322,6 +324,9 @@ def open_images(
     report = report or index.cache_file(found[0].root, cache).with_suffix(".unusable.jsonl")
     tell(images.skipped, images.found, report, log)
     if not len(images):
+        rows = next((one for one in paths if locations.parquet_files(Path(one))), None)
+        if rows is not None:
+            raise NothingUsable(locations.to_be_packed(rows))
         raise NothingUsable(_nothing_usable(" and ".join(map(str, paths)), images))
     unread = sum(len(part.table.unread) for part in parts)
     if unread > max(1, limits.max_skipped * images.found):
