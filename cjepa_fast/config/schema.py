@@ -321,6 +321,10 @@ class OnlineSection(Section):
     test: str | None = Field(
         None, description="labelled images to test on; null: 20 % of online.data, by name"
     )
+    labels: str | None = later(
+        None, was=None, description="file with the labels of online.data, a line an image"
+    )
+    test_labels: str | None = later(None, was=None, description="the same of online.test")
     every_epochs: Count = Field(10, description="epochs between evaluations")
     share: Share = Field(0.01, description="share of the run's time that evaluations may take")
     max_train: Count = Field(4096, description="images to fit on")

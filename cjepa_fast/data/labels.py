@@ -4,8 +4,10 @@ An entry's label is a class's number, index.UNLABELLED, or -2 - k for the k-th w
 until the classes of the whole set are known. In a shard it is KEY.cls, or "label" in KEY.json.
 """
 
+import itertools
 import os
 import re
+from pathlib import Path
 
 import numpy as np
 
@@ -109,11 +111,24 @@ def of_folders(table: index.Table) -> Classes:
     return [os.fsdecode(top) for top in classes] or None
 
 
-def of_list(table: index.Table, texts: list[str]) -> Classes:
-    """Label as a list says: by numbers, or by words that are classes."""
-    words, odd = enter(table.entries_N, [parsed(text) if text else None for text in texts])
-    table.odd.update(odd)
-    return _resolve([table], [words], [])
+def of_list(tables: list[index.Table], texts: list[str], beside: Path) -> Classes:
+    """Label as a list says, which has a text for each row of the tables: by numbers, or by words
+    that are classes. beside: the list, which a classes.txt may lie beside."""
+    given, words = iter(texts), []
+    for table in tables:
+        own = [parsed(text) if text else None for text in itertools.islice(given, len(table))]
+        found, odd = enter(table.entries_N, own)
+        table.odd.clear()
+        table.odd.update(odd)
+        words.append(found)
+    return _resolve(tables, words, listed_beside(beside))
+
+
+def listed_beside(path: Path) -> list[str]:
+    """The classes of classes.txt in the same folder, a name a line; [] without it."""
+    file = path.parent / "classes.txt"
+    names = file.read_text().split("\n") if file.is_file() and file != path else []
+    return [name.strip() for name in names if name.strip()]
 
 
 def of_shards(tables: list[index.Table], named: list[str]) -> Classes:

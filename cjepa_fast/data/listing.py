@@ -85,7 +85,7 @@ def index_list(path: Path, cache, pool: ThreadPoolExecutor, log) -> tuple[index.
     listed = lists.read(path)
     found = [_of_list(path.parent, name) for name in listed.names]
     table = _index_files(path.parent, path, found, cache, pool, log)
-    return table, labels.of_list(table, listed.labels)
+    return table, labels.of_list([table], listed.labels, path)
 
 
 def _of_list(folder: Path, name: bytes) -> Found:
@@ -247,9 +247,7 @@ def index_shards(shards: list[Path], cache, pool: ThreadPoolExecutor, log):
             checked = index.check_all(open_fd, table.entries_N, todo, pool, bar, name)
             tables[k] = replace(table, reasons=table.reasons | checked, stamp=stamps[k])
             _keep(files[k], tables[k], log)
-    listed_classes = shards[0].parent / "classes.txt"
-    classes = listed_classes.read_text().split("\n") if listed_classes.is_file() else []
-    return tables, labels.of_shards(tables, [c.strip() for c in classes if c.strip()])
+    return tables, labels.of_shards(tables, labels.listed_beside(shards[0]))
 
 
 def _list_shard(shard: Path) -> index.Table:

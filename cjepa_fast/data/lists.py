@@ -7,8 +7,9 @@ Paths are relative to the list's folder, or absolute. What is named twice is ref
 """
 
 import csv
+import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,11 +28,8 @@ class Listed(NamedTuple):
 
 def read(path: Path) -> Listed:
     """Raises ValueError, naming the line, for what is no list."""
-    text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
-    try:
-        rows = list(_of_csv(text) if path.suffix.lower() == ".csv" else _of_lines(path, text))
-    except csv.Error as error:
-        raise ValueError(f"{path} is no CSV: {error}") from error
+    text = _text(path)
+    rows = _of_csv(path, text) if path.suffix.lower() == ".csv" else list(_of_lines(path, text))
     first: dict[str, int] = {}
     for number, name, _ in rows:
         if "\0" in name:
@@ -45,22 +43,77 @@ def read(path: Path) -> Listed:
     return Listed([os.fsencode(name) for _, name, _ in rows], [label for *_, label in rows])
 
 
-def _of_csv(text: str) -> Iterator[tuple[int, str, str]]:
-    lines = csv.reader(text.splitlines())
-    for row in lines:
-        cells = [cell.strip() for cell in row]
-        if not any(cells) or (lines.line_num == 1 and cells[0].lower() in HEADING):
-            continue
-        yield lines.line_num, cells[0], cells[1] if len(cells) > 1 else ""
+def labels_for(path: Path, names: list[bytes], log: Callable[[str], None]) -> list[str]:
+    """The label of each of `names`, "" where there is none, by a file beside or elsewhere.
+
+    Its lines are `name label` or `name,label`, the name with or without its ending, below the
+    images' folder; or a label each, in the order of the names. Raises ValueError for what is
+    neither, and for what `read` refuses.
+    """
+    text = _text(path)
+    if path.suffix.lower() == ".csv":
+        rows = _of_csv(path, text)
+        lines = [cell for _, cell, _ in rows]
+    else:
+        rows = [(number, *_pair(line)) for number, line in _lines(text)]
+        lines = [line for _, line in _lines(text)]
+    given = _by_name(path, rows)
+    known = [(name, os.path.splitext(name)[0]) for name in map(os.fsdecode, names)]
+    if found := given.keys() & set(itertools.chain(*known)):
+        if odd := [name for name in given if name not in found]:
+            log(f"{path}: {len(odd)} lines name no image of the set, such as {printable(odd[0])}")
+        return [given.get(name, given.get(stem, "")) for name, stem in known]
+    if len(lines) != len(names):
+        raise ValueError(
+            f"{path} names none of the {len(names)} images, and has {len(lines)} lines: give a "
+            "line `name label` for each, or a label alone for each in the order of the names"
+        )
+    return lines
+
+
+def _by_name(path: Path, rows: list[tuple[int, str, str]]) -> dict[str, str]:
+    """{name: label} of the rows that have both. Raises ValueError for a name with two labels."""
+    found: dict[str, str] = {}
+    for number, name, label in rows:
+        if label and found.setdefault(name, label) != label:
+            raise ValueError(f"{path}, line {number}: another label of {printable(name)}")
+    return found
+
+
+def _text(path: Path) -> str:
+    return path.read_bytes().decode("utf-8-sig", "surrogateescape")
+
+
+def _of_csv(path: Path, text: str) -> list[tuple[int, str, str]]:
+    lines, found = csv.reader(text.splitlines()), []
+    try:
+        for row in lines:
+            cells = [cell.strip() for cell in row]
+            if not any(cells) or (lines.line_num == 1 and cells[0].lower() in HEADING):
+                continue
+            found.append((lines.line_num, cells[0], cells[1] if len(cells) > 1 else ""))
+    except csv.Error as error:
+        raise ValueError(f"{path} is no CSV: {error}") from error
+    return found
 
 
 def _of_lines(path: Path, text: str) -> Iterator[tuple[int, str, str]]:
     """A file's name may have spaces: where the whole line is one, it has no label."""
-    for number, line in enumerate(text.split("\n"), 1):
-        line = line.strip()
-        if not line or line.startswith("#"):
-            continue
-        name, _, label = line.rpartition(" ")
-        if not name or os.path.exists(os.fsencode(path.parent / line)):
-            name, label = line, ""
-        yield number, name.strip(), label
+    for number, line in _lines(text):
+        if os.path.exists(os.fsencode(path.parent / line)):
+            yield number, line, ""
+        else:
+            yield number, *_pair(line)
+
+
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    """Those that are neither empty nor a comment, numbered from 1."""
+    for number, line in enumerate(map(str.strip, text.split("\n")), 1):
+        if line and not line.startswith("#"):
+            yield number, line
+
+
+def _pair(line: str) -> tuple[str, str]:
+    """(name, label); a line of one word has no label."""
+    name, *label = line.rsplit(None, 1)
+    return name, label[0] if label else ""

@@ -14,7 +14,7 @@ import resource
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +22,17 @@ import numpy as np
 import torch
 
 from cjepa_fast.config import DataSection
-from cjepa_fast.data import arrays, faults, formats, index, kinds, labels, listing, locations
+from cjepa_fast.data import (
+    arrays,
+    faults,
+    formats,
+    index,
+    kinds,
+    labels,
+    listing,
+    lists,
+    locations,
+)
 from cjepa_fast.data.headers import JPEG_END
 from cjepa_fast.data.left_out import tell
 from cjepa_fast.runtime.printable import printable
@@ -299,6 +309,7 @@ def open_images(
     *,
     limits: Limits = LIMITS,
     labelled: bool = False,
+    label_list: str | Path | None = None,
     cache: Path | None = None,
     workers: int | None = None,
     report: Path | None = None,
@@ -309,6 +320,7 @@ def open_images(
     path: a folder (nested; classes are its first-level sub-folders, unlabelled if it has none), a
     folder of .tar shards, one .tar, a pattern "x-{000000..000009}.tar", a list (.txt, .csv),
     "shapes" or "shapes:val"; or several of these. labelled: images without a label are left out.
+    label_list: a file with the labels (lists.labels_for), instead of those that the images have.
     report: a file that will name all that is left out; default: in the cache. Raises
     FileNotFoundError or ValueError, naming the path and the way out, where nothing usable is found,
     and OSError where the disk or the machine fails.
@@ -320,6 +332,8 @@ def open_images(
     parts: list[Part] = []
     for location, prefix in zip(found, prefixes, strict=True):
         parts += _indexed(location, prefix, cache, workers, log)
+    if label_list is not None:
+        parts = _labelled_by(Path(label_list), parts, log)
     images = ImageSet(parts, limits, labelled)
     report = report or index.cache_file(found[0].root, cache).with_suffix(".unusable.jsonl")
     tell(images.skipped, images.found, report, log)
@@ -336,6 +350,13 @@ def open_images(
         )
     _warn_of_darkness(images, log)
     return images
+
+
+def _labelled_by(file: Path, parts: list[Part], log: Callable[[str], None]) -> list[Part]:
+    names = [name for part in parts for name in part.table.names()]
+    texts = lists.labels_for(file, names, log)
+    classes = labels.of_list([part.table for part in parts], texts, file)
+    return [replace(part, classes=classes) for part in parts]
 
 
 def _warn_of_darkness(images: ImageSet, log: Callable[[str], None]) -> None:

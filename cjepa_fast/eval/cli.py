@@ -81,10 +81,14 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
 
 
-def add_sets(parser: argparse.ArgumentParser) -> None:
-    """Labelled images, and how they are read."""
+def add_sets(parser: argparse.ArgumentParser, own_labels: bool = True) -> None:
+    """Labelled images, and how they are read. own_labels: they may have a file of labels."""
     parser.add_argument("--data", required=True, metavar="SET", help="labelled; or 'shapes'")
     parser.add_argument("--test", metavar="SET", help="default: 20 %% of --data, by name")
+    if own_labels:
+        add_label_lists(parser)
+    else:
+        parser.set_defaults(labels=None, test_labels=None)
     parser.add_argument("--max-train", type=positive, metavar="N", help="use N training images")
     add_reading(parser)
 
@@ -100,6 +104,11 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     add_crop(parser)
     parser.add_argument("--batch-size", type=positive, default=128, help="images encoded at once")
     parser.add_argument("--threads", type=positive, default=2, help="decoding threads")
+
+
+def add_label_lists(parser: argparse.ArgumentParser) -> None:
+    for name, images in ("--labels", "--data"), ("--test-labels", "--test"):
+        parser.add_argument(name, metavar="FILE", help=f"labels of {images}, a line an image")
 
 
 def add_features(parser: argparse.ArgumentParser) -> None:
@@ -173,11 +182,11 @@ def fresh_like(encoder: Encoder, seed: int) -> Encoder:
     return fresh
 
 
-def labelled(path: str) -> ImageSet:
+def labelled(path: str, label_list: str | None = None) -> ImageSet:
     """The images that have a label; the others are left out aloud. Raises ValueError where those
-    are more."""
+    are more. label_list: a file of labels, instead of the images' own."""
     try:
-        images = open_images(path, labelled=True)
+        images = open_images(path, labelled=True, label_list=label_list)
     except NothingUsable as error:
         raise ValueError(f"{path} has no labels: {LABELLED} ({error})") from error
     without = images.unlabelled
@@ -194,22 +203,30 @@ def labelled(path: str) -> ImageSet:
 
 
 def labelled_splits(
-    data: str, test: str | None, max_train: int | None = None, max_test: int | None = None
+    data: str,
+    test: str | None,
+    max_train: int | None = None,
+    max_test: int | None = None,
+    labels: str | None = None,
+    test_labels: str | None = None,
 ) -> tuple[Split, Split]:
-    """Training and test images, at most so many. Without `test`, 20 % of `data` by a hash of the
-    names; the synthetic dataset has its own held-out split. Raises ValueError where labels are
-    missing.
+    """Training and test images, at most so many. labels, test_labels: files of them.
+
+    Without `test`, 20 % of `data` by a hash of the names; the synthetic dataset has its own
+    held-out split. Raises ValueError where labels are missing.
     """
     if test is None and (held_out := locations.split_beside(Path(data))):
         test = str(held_out)
-    train_set = labelled(data)
+    train_set = labelled(data, labels)
     if test is None and data == "shapes":
         test = "shapes:val"
+    if test is None and test_labels:
+        raise ValueError(f"--test-labels {test_labels}: name the images too, by --test")
     if test is None:
         train_keep, test_keep = split_by_name(train_set)
         test_set = train_set
     else:
-        test_set = labelled(test)
+        test_set = labelled(test, test_labels)
         train_keep, test_keep = torch.arange(len(train_set)), torch.arange(len(test_set))
         _match_classes({data: train_set, test: test_set})
     if not len(train_keep) or not len(test_keep):
@@ -220,13 +237,22 @@ def labelled_splits(
     return (train_set, some(train_keep, max_train)), (test_set, some(test_keep, max_test))
 
 
+def splits_of(args: argparse.Namespace) -> tuple[Split, Split]:
+    """`labelled_splits` by the options of `add_sets`."""
+    files = {"labels": args.labels, "test_labels": args.test_labels}
+    return labelled_splits(args.data, args.test, args.max_train, **files)
+
+
 def _match_classes(splits: dict[str, ImageSet]) -> None:
     """Number the second split's classes as the first does, by their names. Raises ValueError for a
     class that one of them alone has, and for a number that the second alone has."""
     train, test = splits.values()
     both = " and ".join(splits)
     if (train.classes is None) != (test.classes is None):
-        raise ValueError(f"{both}: one has names of classes, the other numbers")
+        raise ValueError(
+            f"{both}: one has names of classes, the other numbers: name these in a classes.txt, a "
+            "name a line from class 0 on, beside the shards or the list of labels"
+        )
     named = {name: set(s.classes or s.labels.unique().tolist()) for name, s in splits.items()}
     ways = list(itertools.permutations(named)) if train.classes else [(*reversed(splits),)]
     for one, other in ways:

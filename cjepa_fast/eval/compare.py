@@ -119,14 +119,20 @@ def _compute(checkpoint: str, missing: list[str], args: argparse.Namespace) -> l
         for task in missing:
             file = Path(folder) / f"{task}.json"
             words = [task, str(checkpoint), "--data", args.data, "--which", args.which]
-            if args.test and task != "collapse":
-                words += ["--test", args.test]
+            for name in ("labels", "test", "test_labels") if task != "collapse" else ():
+                if value := getattr(args, name):
+                    words += [f"--{name.replace('_', '-')}", value]
             print(f"\n$ cjepa-eval {' '.join(words)}", flush=True)
             command_line = [sys.executable, "-m", "cjepa_fast.eval", *words, "--json", str(file)]
             if subprocess.run(command_line, env=children.environment()).returncode:
                 raise ValueError(f"{task} of {checkpoint} failed, see above")
             records.append(json.loads(file.read_text()))
     return records
+
+
+def _asked(args: argparse.Namespace) -> dict[str, str | None]:
+    """Which images, and where their labels are."""
+    return {name: getattr(args, name) for name in ("data", "labels", "test", "test_labels")}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -136,6 +142,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--data", metavar="SET", help=f"compute what is missing: {', '.join(COMPUTED)}"
     )
     parser.add_argument("--test", metavar="SET", help="of knn and linear; default: 20 %% of --data")
+    cli.add_label_lists(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
     parser.add_argument("--out", type=Path, metavar="FILE.png", help="draw them as bars there")
 
@@ -146,7 +153,7 @@ def run(args: argparse.Namespace) -> None:
     for checkpoint in args.checkpoints:
         found = found_in(checkpoint, args.which)
         if args.data:
-            asked = {"data": args.data, "test": args.test}
+            asked = _asked(args)
             there = {r["task"] for r in found if all(
                 r["settings"].get(k, v) == v for k, v in asked.items()
             )}  # fmt: skip

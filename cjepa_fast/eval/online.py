@@ -171,9 +171,10 @@ def build_online(
     own, data = config.eval.online, config.data
     if own.data is None:
         return None
-    train, test = (path and configuration.expanded(path) for path in (own.data, own.test))
+    paths = (own.data, own.test, own.labels, own.test_labels)
+    train, test, *labels = (path and configuration.expanded(path) for path in paths)
     splits = distributed.first_on_each_node(
-        lambda: labelled_splits(train, test, own.max_train, own.max_test)
+        lambda: labelled_splits(train, test, own.max_train, own.max_test, *labels)
     )
     micro_batch, _ = data.micro_batches(distributed.world_size())
     return OnlineEvaluation(

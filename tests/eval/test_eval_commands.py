@@ -44,6 +44,31 @@ def run(tmp_path, data, seed):
     return run
 
 
+def test_labels_of_a_flat_folder_from_a_file(run, data, tmp_path, capsys):
+    """The same numbers as with a folder for each class."""
+    flat, lines = tmp_path / "flat", []
+    flat.mkdir()
+    for path in sorted(data.glob("*/*.jpg"))[::5]:
+        shutil.copy(path, flat / path.name)
+        lines.append(f"{path.stem} {path.parent.name}\n")
+    for k in range(3):
+        (tmp_path / "sorted" / f"class_{k}").mkdir(parents=True)
+    for line in lines:
+        name, label = line.split()
+        shutil.copy(flat / f"{name}.jpg", tmp_path / "sorted" / label)
+    (tmp_path / "labels.txt").write_text("".join(lines))
+    command, out = ["knn", str(run), "--data", str(data), "--k", "3"], tmp_path / "knn.json"
+    found = []
+    for test, more in ("sorted", []), ("flat", ["--test-labels", str(tmp_path / "labels.txt")]):
+        options = ["--test", str(tmp_path / test), *more, "--json", str(out)]
+        assert main([*command, *options]) == 0
+        record = json.loads(out.read_text())
+        found.append(record["rows"])
+    assert found[0] == found[1] and record["settings"]["test_labels"] == more[1]
+    assert main([*command, "--test-labels", more[1]]) == 2
+    assert "name the images too, by --test" in capsys.readouterr().err
+
+
 def test_knn_writes_what_the_parts_compute(run, data, tmp_path, capsys):
     out = tmp_path / "deep" / "knn.json"
     test = shutil.copytree(data, tmp_path / "copy")

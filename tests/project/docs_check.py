@@ -88,6 +88,16 @@ def commands(page: Path) -> Iterator[Command]:
             begun = None
 
 
+def write_parquet(file: Path, images: list[Path]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file.parent.mkdir()
+    rows = [{"bytes": path.read_bytes(), "path": path.name} for path in images]
+    labels = [path.parent.name for path in images]
+    pq.write_table(pa.table({"image": rows, "label": labels}), file)
+
+
 def prepared(folder: Path) -> Path:
     """The folder in which commands run: the sources, sets of images, and a run. Its config file."""
     for name in ("cjepa_fast", "kernels", "bench", "configs", "scripts"):
@@ -97,6 +107,10 @@ def prepared(folder: Path) -> Path:
     (folder / "my" / "labelled" / "images").symlink_to(folder / "my" / "images")
     for name in ("train", "val"):
         (folder / "my" / name).symlink_to(folder / "my" / "images")
+    images = sorted((folder / "my" / "images").glob("*/*.jpg"))
+    lines = (f"{p.parent.name}/{p.name} {p.parent.name}\n" for p in images)
+    (folder / "my" / "val_labels.txt").write_text("".join(lines))
+    write_parquet(folder / "my" / "dataset" / "train.parquet", images)
     dense_sets.write_davis(folder / "my" / "DAVIS")
     dense_sets.write_pairs(folder / "my" / "ADEChallengeData2016", {"train": 4, "val": 2})
     config = tiny.write_config(folder, data={"path": str(folder / "my" / "images")}, eval={"k": 3})

@@ -34,7 +34,9 @@ HEADINGS = {
     "average_top1": "EMA weights %",
     "average_top5": "top 5 %",
 }
-SETTINGS = ("data", "test", "max_train", "crop", "bf16", "seed", "recipe")
+SETTINGS = (
+    "data", "labels", "test", "test_labels", "max_train", "crop", "bf16", "seed", "recipe",
+)  # fmt: skip
 FINAL_LR = 1e-6
 LR_BATCH = 256  # images that a recipe's learning rate is for
 
@@ -224,7 +226,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """A row for each encoder."""
-    splits = cli.labelled_splits(args.data, args.test, args.max_train)
+    splits = cli.splits_of(args)
     chosen = changed(recipe.recipe_of(load_encoder(args.checkpoint, args.which)), args.set)
     args.recipe = asdict(chosen)
     rows = [

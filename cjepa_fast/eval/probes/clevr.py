@@ -147,7 +147,7 @@ def features_of(
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     cli.add_checkpoint(parser)
-    cli.add_sets(parser)
+    cli.add_sets(parser, own_labels=False)
     cli.add_features(parser)
     linear.add_sweep(parser)
 

@@ -136,7 +136,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """A row for each encoder, and for what needs no learning."""
-    splits = cli.labelled_splits(args.data, args.test, args.max_train)
+    splits = cli.splits_of(args)
     (_, train_keep), _ = splits
     if args.k > len(train_keep):
         if distributed.rank() == 0:
@@ -163,5 +163,5 @@ def run(args: argparse.Namespace) -> None:
         if args.linear:
             row["linear"] = linear.top1(*vectors)
         rows.append(row)
-    settings = ("data", "test", "max_train", "crop", "bf16", "k", "temperature")
+    settings = (*linear.SETTINGS, "k", "temperature")
     cli.report(args, rows, HEADINGS, settings)

@@ -28,7 +28,7 @@ HEADINGS = {
     "top5": "top 5 %",
 }
 BEST_ON_TEST = {"top1": "best on test %", "top5": "its top 5 %"}
-SETTINGS = ("data", "test", "max_train", "crop", "bf16")
+SETTINGS = ("data", "labels", "test", "test_labels", "max_train", "crop", "bf16")
 SWEEP_SETTINGS = ("optimizer", "epochs", "batch", "sweep", "layers", "choose")
 HELD_OUT = 0.1  # share of the training images that the best probe is chosen on
 Vectors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -195,7 +195,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """A row for each encoder and number of layers."""
     complete_sweep(args)
-    splits = cli.labelled_splits(args.data, args.test, args.max_train)
+    splits = cli.splits_of(args)
     rows = []
     for name, encoder in cli.encoders_of(args).items():
         for reading in readings(encoder, args.layers):

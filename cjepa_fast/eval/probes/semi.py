@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
             way = "without" if args.probe else "with"
             raise ValueError(f"--{option} is for semi {way} --probe")
     linear.complete_sweep(args)
-    (images, keep_n), test = cli.labelled_splits(args.data, args.test, args.max_train)
+    (images, keep_n), test = cli.splits_of(args)
     if args.list:
         few = {args.list.name: listed(images, keep_n, args.list)}
     else:
