@@ -41,13 +41,37 @@ def chunk(name: bytes, body: bytes) -> bytes:
 
 
 def png(pixels: np.ndarray) -> bytes:
-    """A PNG of uint8 or uint16 (H, W) or (H, W, 3): Pillow writes no 16-bit colour."""
+    """A PNG of uint8 or uint16 (H, W), (H, W, 3) or (H, W, 4): Pillow writes no 16-bit colour."""
     bits = 8 * pixels.dtype.itemsize
     height, width = pixels.shape[:2]
     rows = b"".join(b"\0" + row.astype(f">u{bits // 8}").tobytes() for row in pixels)
-    header = struct.pack(">IIBBBBB", width, height, bits, 2 if pixels.ndim == 3 else 0, 0, 0, 0)
+    colour = {2: 0, 3: 2, 4: 6}[pixels.shape[2] if pixels.ndim == 3 else 2]
+    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
     body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     return PNG_MAGIC + body
+
+
+def tiff(pixels_HWC: np.ndarray, order: str) -> bytes:
+    """A TIFF of uint16 colour. order: of its bytes, "little" or "big"; "packed": by zlib."""
+    (height, width, count), end = pixels_HWC.shape, ">" if order == "big" else "<"
+    data = pixels_HWC.astype(f"{end}u2").tobytes()
+    data = zlib.compress(data) if order == "packed" else data
+    tags = {  # of 32 bits, but for those of 16 that are given as a tuple of one
+        256: width, 257: height, 258: None, 259: (8 if order == "packed" else 1,), 262: (2,),
+        273: None, 277: (count,), 278: height, 279: len(data), 284: (1,),
+    }  # fmt: skip
+    tags |= {338: (2,)} if count == 4 else {}
+    bits = 8 + 2 + 12 * len(tags) + 4
+    tags[273] = bits + 2 * count
+    head = struct.pack(f"{end}2sHIH", b"MM" if order == "big" else b"II", 42, 8, len(tags))
+    for tag, value in tags.items():
+        if tag == 258:
+            head += struct.pack(f"{end}HHII", tag, 3, count, bits)
+        elif isinstance(value, tuple):
+            head += struct.pack(f"{end}HHIHH", tag, 3, 1, *value, 0)
+        else:
+            head += struct.pack(f"{end}HHII", tag, 4, 1, value)
+    return head + struct.pack(f"{end}I{count}H", 0, *[16] * count) + data
 
 
 def _patched(data: bytes, at: int, patch: bytes) -> bytes:

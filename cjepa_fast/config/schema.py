@@ -111,7 +111,9 @@ class DataSection(Section):
         0.9, was=0.0, description="of a JPEG whose pixels end early, crops with less are replaced"
     )
     bit_depth: Annotated[int, Field(ge=9, le=16)] | None = later(
-        None, was=None, description="bits in use, of gray images that have more than 8; null: all"
+        None,
+        was=None,
+        description="bits in use of images with more than 8 a channel; null: all",
     )
     max_skipped: Fraction = later(
         0.05, was=1.0, description="share of the images that may turn out unreadable until it stops"

@@ -12,7 +12,9 @@ CMYK and RGB-coded JPEG, damaged EXIF, and other formats under a .jpg or .png na
 """
 
 import io
+import re
 import struct
+import sys
 import zlib
 from typing import NamedTuple
 
@@ -46,6 +48,8 @@ JUNK_BYTES = 1 << 9  # at most so many before a JPEG are passed over
 MAX_PIXELS = 89_478_485  # from there on Pillow warns of decompression bombs
 OTHER_FORMATS = ("GIF", "BMP", "DIB", "WEBP", "PPM", "TIFF", "JPEG2000", "AVIF")  # of Pillow's
 DEEP_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")  # one channel of more than 8 bits
+# Colour of 16 bits, as Pillow unpacks it: the higher byte of each number, and no more.
+DEEP_COLOUR = re.compile(r"(RGB|RGBA|RGBX);16[BLN]")
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -63,7 +67,7 @@ PILLOW_ERRORS = (
 
 
 class Look(NamedTuple):
-    """What a header says. Upright; treat: PLAIN, CONVERT or ARRAY; bits: of a gray pixel or of a
+    """What a header says. Upright; treat: PLAIN, CONVERT or ARRAY; bits: of a channel or of a
     number in an array, if more than 8, else 8; there_pct: how much of a JPEG that was cut short is
     there, of its rows; channels: as stored, but three for CMYK and for a palette without alpha."""
 
@@ -134,7 +138,7 @@ def _inspect_head(head: bytes, read, length: int) -> Look:
     if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
         raise Unusable("of 32-bit numbers, whose black and white nobody knows")
     turn, _ = orientation(image.info.get("exif"))  # none of a TIFF, which Pillow itself turns
-    bits = _depth(image) if image.mode in DEEP_MODES else 8
+    bits = _depth(image) if image.mode in DEEP_MODES or _deep_tiles(image) else 8
     shape = _upright(*_checked(image.height, image.width), turn)
     return Look(*shape, CONVERT, bits, channels=channels_of(image))
 
@@ -174,7 +178,7 @@ class _File(io.RawIOBase):
 
 
 def _depth(image: Image.Image) -> int:
-    """Bits of a gray pixel, as its format has them: a TIFF's may be 12."""
+    """Bits of a channel, as its format has them: a TIFF's may be 12."""
     tag = getattr(image, "tag_v2", {}).get(258, (16,))  # BitsPerSample
     return int(tag[0])
 
@@ -283,14 +287,16 @@ def decode_rgb(
     """Upright RGB by Pillow, or a picture of so many channels. Raises OSError if the bytes cannot
     be decoded.
 
-    bits: of a gray pixel that has more than 8, if fewer than its format says are in use.
+    bits: of a channel that has more than 8, if fewer than its format says are in use.
     """
     try:
         image, exif = _opened(data, most_pixels)
         _limited(image, most_pixels)
+        if bits and (colour_HWC := _deep_colour(data)) is not None:
+            image = Image.fromarray(_eight_bits(colour_HWC, bits))
         image.load()
         if image.mode in DEEP_MODES:
-            image = _eight_bits(image, bits or _depth(image))
+            image = Image.fromarray(_eight_bits(np.asarray(image), bits or _depth(image)))
         if image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")  # straight to RGB warns; alpha is dropped either way
         if image.mode == "RGBX" and channels == 4:
@@ -302,11 +308,50 @@ def decode_rgb(
     return image.transpose(_TRANSPOSE[turn]) if turn in _TRANSPOSE else image
 
 
-def _eight_bits(image: Image.Image, bits: int) -> Image.Image:
+def _eight_bits(levels: np.ndarray, bits: int) -> np.ndarray:
     """Scaled, where Pillow itself would clip at 255."""
     scale = 255 / (2**bits - 1)
-    pixels_HW = np.asarray(image).astype(np.float32) * scale + 0.5
-    return Image.fromarray(pixels_HW.clip(0, 255).astype(np.uint8))
+    return (levels.astype(np.float32) * scale + 0.5).clip(0, 255).astype(np.uint8)
+
+
+def _deep_tiles(image: Image.Image) -> list | None:
+    """Pillow's plan of reading an image, where its channels are of 16 bits and it has colour."""
+    codings = [t[3] if isinstance(t[3], str) else t[3][0] for t in getattr(image, "tile", ())]
+    deep = codings and all(isinstance(c, str) and DEEP_COLOUR.fullmatch(c) for c in codings)
+    return image.tile if deep else None
+
+
+def _deep_colour(data: bytes) -> np.ndarray | None:
+    """(H, W, 3 or 4) uint16 of a PNG or TIFF with colour of 16 bits; None of what is no such file.
+
+    Pillow gives one byte of each number, the one that stands for the higher; so it is asked twice.
+    """
+    if data.startswith(JPEG_MAGIC):
+        return None
+    halves = [_unpacked(data, low) for low in (False, True)]
+    if any(half is None for half in halves):
+        return None
+    high_HWC, low_HWC = halves
+    return high_HWC.astype(np.uint16) * 256 + low_HWC
+
+
+def _unpacked(data: bytes, low: bool) -> np.ndarray | None:
+    """The higher bytes of 16-bit colour, or the lower ones: those of the other order of bytes."""
+    png = data.startswith(PNG_MAGIC)
+    image = PngImageFile(io.BytesIO(data)) if png else _open_other(io.BytesIO(data), data)
+    if not (tiles := _deep_tiles(image)):
+        return None
+    image.tile = [_other_order(tile) for tile in tiles] if low else tiles
+    return np.asarray(image)
+
+
+def _other_order(tile: tuple):
+    """A step of Pillow's plan, for numbers whose bytes stand the other way around."""
+    *where, said = tile
+    coding, *more = [said] if isinstance(said, str) else said
+    order = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}[coding[-1]]
+    coding = coding[:-1] + order
+    return getattr(type(tile), "_make", tuple)([*where, (coding, *more) if more else coding])
 
 
 def as_ppm(image: Image.Image) -> bytes:

@@ -87,8 +87,9 @@ def _read_segment(found: JpegHeader, marker: int, body: bytes, span: tuple[int, 
 
 
 class PngHeader(NamedTuple):
-    """bits: of a gray pixel, if more than 8, else 8; exif_block: None where there is none;
-    channels: as decoded, a palette's three, or four where some of its colours are clear."""
+    """bits: of a channel, if more than 8, else 8 (of gray with alpha always); exif_block: None where
+    there is none; channels: as decoded, a palette's three, or four where some of its colours are
+    clear."""
 
     height: int
     width: int
@@ -112,7 +113,7 @@ def png_header(data: bytes) -> PngHeader:
             raise Unusable(f"damaged: wrong checksum in chunk {name.decode('latin1')}")
         if name == b"IHDR" and size >= 10:
             *sides, depth, colour = struct.unpack_from(">IIBB", data, offset + 8)
-            shape, bits = sides[::-1], 16 if (depth, colour) == (16, 0) else 8
+            shape, bits = sides[::-1], 16 if depth == 16 and colour in (0, 2, 6) else 8
             channels = PNG_CHANNELS.get(colour, 3)
         elif name == b"tRNS" and colour == 3:
             channels = 4

@@ -47,16 +47,17 @@ def pack(
     quality: int = 90,
     workers: int | None = None,
     max_pixels: int = formats.MAX_PIXELS,
+    bit_depth: int | None = None,
     cache: Path | None = None,
     log=print,
 ) -> list[tuple[str, str]]:
     """Write the shards and return (name, reason) of the images left out.
 
     short_side: shrink images whose short side is longer to it, as JPEG of `quality`; None keeps
-    every byte. Raises ValueError if `out` holds shards of other images or settings, or if a shard
-    does not read back as it was written.
+    every byte. bit_depth: as data.bit_depth, of what is shrunk. Raises ValueError if `out` holds
+    shards of other images or settings, or if a shard does not read back as it was written.
     """
-    images = open_images(folder, limits=Limits(max_pixels), cache=cache, log=log)
+    images = open_images(folder, limits=_limits(max_pixels, bit_depth), cache=cache, log=log)
     if short_side is not None and images.has_arrays:
         raise ValueError(f"short_side {short_side}: arrays are packed as they are; leave it out")
     order = rng.permutation(0, 0, len(images)).tolist()
@@ -76,6 +77,7 @@ def pack_parquet(
     quality: int = 90,
     workers: int | None = None,
     max_pixels: int = formats.MAX_PIXELS,
+    bit_depth: int | None = None,
     log=print,
 ) -> list[tuple[str, str]]:
     """`pack` of Parquet files (parquet.py). split: only that one, else each in its own folder,
@@ -84,14 +86,20 @@ def pack_parquet(
     if split is not None and split not in splits:
         raise ValueError(f"{path} has no split {split!r}: it has {', '.join(map(repr, splits))}")
     how = Packing(shard_size, short_side, quality, workers)
-    left_out = []
+    limits, left_out = _limits(max_pixels, bit_depth), []
     chosen = splits if split is None else {split: splits[split]}
     for name, own in chosen.items():
         folder = Path(out) / name if len(chosen) > 1 else Path(out)
-        images = parquet.ParquetImages(own, image_column, label_column, Limits(max_pixels))
+        images = parquet.ParquetImages(own, image_column, label_column, limits)
         log(f"{printable(name or path)} goes to {printable(folder)}: {images.told}")
         left_out += _pack_set(images, list(range(len(images))), folder, how, log)
     return left_out
+
+
+def _limits(max_pixels: int, bit_depth: int | None) -> Limits:
+    if bit_depth is not None and not 9 <= bit_depth <= 16:
+        raise ValueError(f"bit_depth {bit_depth} must be from 9 to 16")
+    return Limits(max_pixels, bit_depth=bit_depth)
 
 
 class Packing(NamedTuple):
@@ -114,6 +122,7 @@ def _pack_set(
     settings = {
         "images": len(images), "fingerprint": images.fingerprint, "shard_size": how.shard_size,
         "short_side": how.short_side, "quality": how.quality if how.short_side else None,
+        "bit_depth": images.limits.bit_depth if how.short_side else None,
     }  # fmt: skip
     _claim(out / MANIFEST, settings)
     if images.class_names and _can_be_listed(images.class_names, log):
@@ -207,7 +216,7 @@ def _prepare(images: ImageSet, i: int, how: Packing) -> tuple[int, bytes, str]:
         if images.has_arrays:
             arrays.pixels(data)  # that it can be read
             return i, data, ""
-        picture = formats.decode_rgb(data, images.limits.max_pixels)
+        picture = formats.decode_rgb(data, images.limits.max_pixels, images.limits.bit_depth)
     except OSError as error:
         return i, b"", str(error)
     if (cut := gap(data)) and cut.there_pct < 100 * images.limits.min_jpeg:
@@ -266,6 +275,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--short-side", type=int, help="shrink to this short side, in pixels")
     parser.add_argument("--quality", type=int, default=90, help="JPEG quality after shrinking")
     parser.add_argument("--max-pixels", type=int, default=formats.MAX_PIXELS, help="of an image")
+    parser.add_argument("--bit-depth", type=int, help="as data.bit_depth, of what is shrunk")
     parser.add_argument("--workers", type=int, help="threads (default: one a core)")
     rows = parser.add_argument_group("of Parquet files")
     rows.add_argument("--split", metavar="NAME", help="only this one, such as train")

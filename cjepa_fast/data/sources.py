@@ -48,7 +48,7 @@ class Limits(NamedTuple):
     max_pixels: int = formats.MAX_PIXELS
     min_jpeg: float = 0.9  # share of the rows of a JPEG that was cut short
     min_shown: float = 0.9  # share of what is shown of a JPEG that ends early
-    bit_depth: int | None = None  # in use, of gray images with more than 8 bits
+    bit_depth: int | None = None  # in use, of images with more than 8 bits
     max_skipped: float = 0.05  # share of the files that could not be read
 
     @staticmethod
@@ -137,7 +137,7 @@ class ImageSet:
 
     @property
     def bits_N(self) -> np.ndarray:
-        """Of a gray pixel, where more than 8."""
+        """Of a channel, where more than 8."""
         return self._entries_N["bits"]
 
     def shard(self, i: int) -> Path | None:
@@ -370,8 +370,8 @@ def _warn_of_darkness(images: ImageSet, log: Callable[[str], None]) -> None:
             continue
     if 0 < brightest < 256 // 8:
         log(
-            f"WARNING: gray images of more than 8 bits use less than an eighth of their range (up "
-            f"to {brightest} of 255): data.bit_depth says how many bits are in use"
+            f"WARNING: images of more than 8 bits use less than an eighth of their range (up to "
+            f"{brightest} of 255): data.bit_depth says how many bits are in use"
         )
 
 
@@ -379,7 +379,8 @@ def _brightest(images: ImageSet, i: int) -> int:
     data = images.read(i)
     if images.has_arrays:
         return int(arrays.pixels(data, images.limits.bit_depth).max())
-    return formats.decode_rgb(data, images.limits.max_pixels).getextrema()[0][1]
+    picture = formats.decode_rgb(data, images.limits.max_pixels)
+    return max(most for _, most in picture.getextrema())
 
 
 def _indexed(location: locations.Location, prefix: str, cache, workers: int, log) -> list[Part]:

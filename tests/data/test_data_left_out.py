@@ -164,6 +164,25 @@ def test_twelve_bits_in_sixteen_are_warned_of_and_can_be_told(tmp_path, opened, 
     assert np.abs(got - levels_HW.astype(float) * 255 / 4095).max() <= 0.51
 
 
+@pytest.mark.parametrize("alpha", [False, True])
+@pytest.mark.parametrize("kind", ["png", "little", "big", "packed"])
+def test_twelve_bits_in_sixteen_of_colour_too(tmp_path, opened, kind, alpha):
+    """The last ones of a channel count: a higher byte alone has 16 levels of them."""
+    levels_HWC = np.stack([np.arange(64 * 64).reshape(64, 64) * k % 4096 for k in range(1, 5)], -1)
+    levels_HWC = levels_HWC[..., : 4 if alpha else 3].astype(np.uint16)
+    data = made.png(levels_HWC) if kind == "png" else made.tiff(levels_HWC, kind)
+    made.write(tmp_path / "set" / f"a.{kind}.png", data)
+    made.write(tmp_path / "set" / "b.jpg", jpeg())
+    dark = opened(tmp_path / "set")
+    assert "data.bit_depth" in opened.said[-1] and dark.bits_N.tolist() == [16, 8]
+    assert np.asarray(formats.decode_rgb(dark.read(0))).max() in (15, 16)
+    opened.said.clear()
+    images = opened(tmp_path / "set", limits=Limits(bit_depth=12))
+    got = np.asarray(formats.decode_rgb(images.read(0))).astype(float)
+    assert np.abs(got - levels_HWC[..., :3] * (255 / 4095)).max() <= 0.51
+    assert images.read(1) == dark.read(1) and not opened.said
+
+
 def test_numbers_without_black_and_white_are_refused(tmp_path, opened):
     root = made.good_folder(tmp_path / "set", 1)
     for name, kind in (("a.tif", np.int32), ("b.tif", np.float32)):

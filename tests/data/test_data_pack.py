@@ -5,6 +5,7 @@ import io
 import json
 
 import corrupt_images as made
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -55,6 +56,16 @@ def test_broken_images_are_left_out_and_named(tmp_path, packed):
     assert len(open_images(tmp_path / "out", cache=tmp_path / "cache")) == 10
     again, _ = packed()
     assert sorted(again) == sorted(left_out)
+
+
+def test_deep_images_are_shrunk_in_their_range(tmp_path, packed):
+    levels_HW3 = np.repeat(np.arange(64 * 64, dtype=np.uint16).reshape(64, 64, 1), 3, 2)
+    made.write(tmp_path / "set" / "a.png", made.png(levels_HW3))  # up to 4095
+    packed(short_side=16, bit_depth=12)
+    images = open_images(tmp_path / "out", cache=tmp_path / "cache", log=lambda line: None)
+    assert np.asarray(Image.open(io.BytesIO(images.read_original(0)))).max() > 240
+    with pytest.raises(ValueError, match="bit_depth 8 must be"):
+        packed(short_side=16, bit_depth=8)
 
 
 def test_unlabelled_folder(tmp_path, packed):
