@@ -297,6 +297,9 @@ def cache_of(args: argparse.Namespace) -> Path | None:
 # ----------------------------------------------------------------------------------------- report
 
 
+RECORD = {"task": str, "made": str, "settings": dict, "headings": dict, "rows": list}
+
+
 def report(
     args: argparse.Namespace,
     rows: list[Row],
@@ -357,8 +360,11 @@ def _files(args: argparse.Namespace, chosen: dict) -> Iterable[Path]:
 def records(run: Path) -> list[dict]:
     """What `report` has left in a run's folder, the oldest first. Raises ValueError, naming the
     file, for one that is damaged."""
-    found = [read_json(path) for path in (run / "eval").glob("*-*.json")]
-    return sorted(found, key=lambda record: record["made"])
+    found = {path: read_json(path) for path in (run / "eval").glob("*-*.json")}
+    for path, record in found.items():
+        if not all(isinstance(record.get(key), kind) for key, kind in RECORD.items()):
+            raise ValueError(f"{path} is no record of an evaluation: remove it")
+    return sorted(found.values(), key=lambda record: record["made"])
 
 
 def _versions() -> dict[str, str]:

@@ -41,4 +41,4 @@ def origin_of(path: Path) -> Origin:
 def _row_at(log: Path, step: int) -> dict:
     """The last row up to a step."""
     rows = read_log(log) if log.is_file() else []
-    return next((row for row in reversed(rows) if row["step"] <= step), {})
+    return next((row for row in reversed(rows) if row.get("step", 0) <= step), {})

@@ -35,11 +35,14 @@ FIXED = {"hidden_act": "gelu", "layer_norm_eps": 1e-6, "qkv_bias": True}
 
 
 def is_folder(path: Path) -> bool:
-    """Whether it holds a config.json of the kind that transformers writes."""
+    """Whether it holds a config.json of the kind that transformers writes, or a damaged one beside
+    such weights."""
     try:
         return "model_type" in json_text.parse((path / CONFIG).read_text())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    except (FileNotFoundError, NotADirectoryError):
         return False
+    except ValueError:
+        return any((path / name).is_file() for name in (WEIGHTS, INDEX))
 
 
 def from_hub(name: str) -> Path:

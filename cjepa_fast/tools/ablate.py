@@ -224,8 +224,13 @@ def tell(trial: Trial, status: int, seconds: float) -> None:
 
 
 def scores_of(trial: Trial) -> list[dict]:
-    """The rows of its log that have scores."""
-    return [row for row in read_log(trial.folder) if "knn" in row]
+    """The rows of its log that have scores. Raises ValueError where there is none."""
+    if not (found := [row for row in read_log(trial.folder) if "knn" in row]):
+        raise ValueError(
+            f"{trial.folder / 'log.jsonl'} has no scores, though the training is finished: remove "
+            f"{trial.folder} to train it again"
+        )
+    return found
 
 
 # --------------------------------------------------------------------------------------- results
@@ -378,8 +383,11 @@ def main(argv: list[str] | None = None) -> int:
     if not any(trial.finished for trial in trials):
         print("no training is finished yet")
         return 1
-    for line in results(ablation, trials, out):
-        print(line)
+    try:
+        print(*results(ablation, trials, out), sep="\n")
+    except (ValueError, OSError) as error:
+        print(f"error: {printable_lines(error)}", file=sys.stderr)
+        return 2
     return 1 if failed else 0
 
 

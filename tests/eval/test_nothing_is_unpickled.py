@@ -23,8 +23,12 @@ import torch
 import vision_ops
 from safetensors.torch import load_file, save_file
 
+from cjepa_fast import config as configuration
 from cjepa_fast.checkpoint import format as stored
 from cjepa_fast.eval.__main__ import main
+from cjepa_fast.export.__main__ import main as export_main
+from cjepa_fast.model.vit import Encoder
+from cjepa_fast.tools import ablate
 
 EVAL = tiny.ROOT / "cjepa_fast" / "eval" / "__main__.py"
 
@@ -296,3 +300,87 @@ def test_features_and_indexes_kept_on_disk_are_made_anew(tmp_path, monkeypatch, 
     for path in left:
         path.write_bytes(pickle.dumps(Bomb(marker)))
         assert rows() == first
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_two_ranks_resume_from_the_checkpoint_before(tmp_path, marker):
+    """A bomb instead of what one rank alone reads, then instead of all but that checkpoint."""
+    config, run = tiny.write_config(tmp_path), tmp_path / "run"
+    done = tiny.train("--config", config, ranks=2)
+    assert done.returncode == 0, done.stderr
+    newest, good = run / "checkpoints" / "step_00000004", run / "checkpoints" / "step_00000002"
+    shutil.copytree(run, tmp_path / "good", symlinks=True)
+    assert "shard_00001_of_00002.safetensors" in {path.name for path in files_below(newest)}
+    for bombed in [newest / "shard_00001_of_00002.safetensors"], files_below(run):
+        for path in bombed:
+            if good not in path.parents:
+                path.write_bytes(pickle.dumps(Bomb(marker)))
+        done = tiny.train("--config", config, "--resume", "auto", ranks=2)
+        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+        assert str(newest) in done.stderr, done.stderr
+        shutil.rmtree(run)
+        shutil.copytree(tmp_path / "good", run, symlinks=True)
+
+
+# ------------------------------------------------------------------------------ ablate and export
+
+
+def test_the_files_of_an_ablation(tmp_path, marker, capsys, monkeypatch):
+    """Those that are its input are refused by name; what it writes is written anew."""
+    base, out = tiny.write_config(tmp_path, eval={"k": 3}), tmp_path / "out"
+    shared = {"eval.online.data": str(tmp_path / "images"), "data.decoder": "pillow"}
+    rows = {"first": {}, "second": {"optim.lr": 1e-3}}
+    file = tmp_path / "two.json"
+    file.write_text(json.dumps({"base": str(base), "set": shared, "seeds": [0], "rows": rows}))
+    ablation = ablate.read(str(file))
+    for trial in ablate.trials_of(ablation, out):
+        trial.folder.mkdir(parents=True)
+        row = {"step": 0, "epoch": 0.0, "time_s": 1.0, **dict.fromkeys(ablate.MEASURES, 10.0)}
+        (trial.folder / "log.jsonl").write_text(json.dumps(row) + "\n")
+        (trial.folder / "encoder.safetensors").write_bytes(b"")
+        made = configuration.load(ablation.base, ablation.settings_of(trial))
+        (trial.folder / "config.json").write_text(made.to_json())
+    words = [str(file), "--out", str(out), "--table"]
+    assert ablate.main(words) == 0, capsys.readouterr().err
+    monkeypatch.setattr(ablate, "draw", lambda ablation, trials, path: path)  # only written
+    for path in [file, base, *files_below(out)]:
+        kept = path.read_bytes()
+        for content in (pickle.dumps(Bomb(marker)), *OTHER):
+            path.write_bytes(content)
+            capsys.readouterr()
+            status, err = ablate.main(words), capsys.readouterr().err
+            asked = path in (file, base) or path.name in ("config.json", "log.jsonl")
+            if asked and content:
+                assert status and str(path) in err and "Traceback" not in err, (path, err)
+            path.write_bytes(kept)
+    assert ablate.main(words) == 0
+
+
+@pytest.mark.parametrize("form", ["safetensors", "hf"])
+def test_what_export_reads_and_writes(tmp_path, marker, capsys, seed, form):
+    """Instead of a run's files, of an encoder's and of an export's: none runs."""
+    encoder = Encoder(image_size=24, patch_size=4, width=24, depth=1, heads=3)
+    run, out = tiny.write_run(tmp_path, encoder), tmp_path / "out"
+    (run / "eval").mkdir()
+    record = {"task": "knn", "made": "now", "settings": {}, "headings": {}, "rows": []}
+    (run / "eval" / "knn-0.json").write_text(json.dumps(record))
+
+    def export(source: Path, to: Path) -> int:
+        capsys.readouterr()
+        shutil.rmtree(to, ignore_errors=True)
+        return export_main([str(source), "--to", form, "--out", str(to)])
+
+    if not importlib.util.find_spec("transformers") and form == "hf":
+        pytest.skip("transformers is an extra (export)")
+    assert export(run, out) == 0, capsys.readouterr().err
+    for path in files_below(run):
+        with replaced(path, pickle.dumps(Bomb(marker))):
+            status, err = export(run, tmp_path / "again"), capsys.readouterr().err
+        assert status == 0 or (err.startswith("error: ") and str(path) in err), (path, err)
+        assert status == 2 or not path.name.startswith("encoder"), path
+    for path in files_below(out):
+        with replaced(path, pickle.dumps(Bomb(marker))):
+            status, err = export(out, tmp_path / "again"), capsys.readouterr().err
+        assert (status == 0) == (path.name == "model_card.md"), path
+        assert status == 0 or str(path) in err, (path, err)
