@@ -83,4 +83,5 @@ def told(count: Counter[str]) -> str:
     if not count:
         return ""
     kinds = ", ".join(f"{printable(kind)}: {number:,}" for kind, number in count.most_common())
-    return f"the decoder warned {count.total():,} times ({kinds})"
+    times = "once" if count.total() == 1 else f"{count.total():,} times"
+    return f"the decoder warned {times} ({kinds})"

@@ -30,7 +30,10 @@ from cjepa_fast.runtime import caches, distributed, hardware
 from cjepa_fast.runtime.files import read_json, write_text
 from cjepa_fast.runtime.printable import printable
 
-LABELLED = "it needs a folder for each class, a .cls or .json for each image, or a .csv"
+LABELLED = (
+    "it needs a folder for each class, a .cls or .json for each image, or a file of labels "
+    "(--labels, --test-labels; a list)"
+)
 SPLITS = {locations.TRAINING, *locations.OTHER_SPLITS}
 Row = dict[str, object]
 Split = tuple[ImageSet, torch.Tensor]  # a set and the indices used of it

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -240,13 +241,18 @@ def open_telemetry(
 
 
 def _note_warnings(loader: Loader, telemetry: Telemetry, run: Path) -> None:
-    """What the decoder says of a file is in events.jsonl, on whichever rank."""
-    if distributed.rank() == 0:
-        loader.skipped.warnings.note = telemetry.note
-        return
-    events = Lines(print, run / "events.jsonl")
-    note = lambda line: events.write({"text": line})  # noqa: E731
-    loader.skipped.warnings.say = loader.skipped.warnings.note = note
+    """What the decoder says of a file goes to events.jsonl, once for all ranks and resumes."""
+    path, warnings = run / "events.jsonl", loader.skipped.warnings
+    lines = Lines(print, path)
+    write = telemetry.note if distributed.rank() == 0 else lambda text: lines.write({"text": text})
+
+    def note(text: str) -> None:
+        if not path.exists() or json.dumps(text) not in path.read_text(errors="replace"):
+            write(text)
+
+    warnings.note = note
+    if distributed.rank() != 0:
+        warnings.say = note
 
 
 def _choices(trainer: Trainer) -> Iterator[str]:
