@@ -64,6 +64,8 @@ class LibraryStderr:
         self._fd = os.memfd_create("library_stderr")
         path = f"/proc/self/fd/{self._fd}".encode()
         self._kept = _c_file(path), _cpp_stream(path)
+        for target in self._kept:  # for good: a library may write when Python has ended
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(target))
         return {STDERR: ctypes.addressof(self._kept[0]), CERR: ctypes.addressof(self._kept[1])}
 
     def lines(self) -> list[str]:
@@ -71,7 +73,10 @@ class LibraryStderr:
         if self._fd < 0:
             return []
         with self._lock:
-            data = os.pread(self._fd, os.fstat(self._fd).st_size, self._read_bytes)
+            size = os.fstat(self._fd).st_size
+            if size < self._read_bytes:  # emptied by another process that shares it, a fork
+                self._read_bytes = 0
+            data = os.pread(self._fd, size, self._read_bytes)
             whole = data[: data.rfind(b"\n") + 1]
             self._read_bytes += len(whole)
             if self._read_bytes > MOST_BYTES and whole == data:
