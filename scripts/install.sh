@@ -202,7 +202,7 @@ rm -f $stamp
 pip_install "installing torch" torch setuptools wheel
 pip_install "installing cjepa_fast and what it needs" --editable '.[dev]'
 # tests/vision_ops.py says why torchvision lies apart
-pip_install "installing torchvision for the tests" --no-deps --upgrade \
-  --target $venv/torchvision torchvision
+pip_install "installing torchvision and timm for the tests" --no-deps --upgrade \
+  --target $venv/torchvision torchvision timm
 rm $unfinished
 touch $stamp

@@ -153,15 +153,6 @@ def _impossible_channels(data: DataSection) -> Iterator[str]:
 
 
 def _impossible_sizes(config: Config) -> Iterator[str]:
-    given = {"model": ("width", "depth", "heads", "mlp_ratio"), "predictor": ("heads", "mlp_ratio")}
-    for section, keys in given.items() if config.run.init_from else ():
-        part = getattr(config, section)
-        for key in keys:
-            if getattr(part, key) != type(part).model_fields[key].default:
-                yield (
-                    f"{section}.{key} = {getattr(part, key)}: leave it out, since run.init_from "
-                    "names an I-JEPA checkpoint, which has its own"
-                )
     for section in ("model", "predictor"):
         part = getattr(config, section)
         for key, value in (("width", part.width), ("heads", part.heads)):

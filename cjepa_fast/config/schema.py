@@ -94,7 +94,9 @@ class RunSection(Section):
     timeout_s: Seconds = Field(
         600, description="seconds without progress until the run ends and says where; 0: never"
     )
-    init_from: str | None = Field(None, description="I-JEPA checkpoint to start from")
+    init_from: str | None = Field(
+        None, description="weights to start from: I-JEPA's, another ViT's, or a run's"
+    )
 
 
 class DataSection(Section):
@@ -188,6 +190,9 @@ class ModelSection(Section):
     mlp_ratio: Positive | None = Field(None, description="instead of the named model's")
     init: Literal["auto", "ijepa", "xavier"] = later(
         "auto", was="ijepa", description="initial weights; auto: xavier below width 384, else ijepa"
+    )
+    positions: Literal["sincos", "learned"] = later(
+        "sincos", was="sincos", description="fixed, or trained from there or from run.init_from's"
     )
     attention: Literal[
         "auto", "plain", "sdpa", "sdpa_flash", "sdpa_cudnn", "flash_attn", "triton"

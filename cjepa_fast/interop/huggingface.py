@@ -133,6 +133,7 @@ def _config(encoder: Encoder) -> dict:
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
         "weights_init": encoder.init,  # ours: transformers keeps what it does not know
+        **({"learned_positions": True} if encoder.learned_positions else {}),
         **FIXED,
     }
 
@@ -166,7 +167,10 @@ def _described(path: Path) -> Encoder:
     """The encoder of a config.json, without weights. Raises ValueError for what ours cannot be."""
     config = _read_json(path)
     if config.get("model_type") != "ijepa":
-        raise ValueError(f"{path} describes a model {config.get('model_type')!r}, not an 'ijepa'")
+        raise ValueError(
+            f"{path} describes a model {config.get('model_type')!r}, not an 'ijepa'; to start from "
+            "its weights give run.init_from the file that holds them"
+        )
     for key, value in FIXED.items():
         if config.get(key) != value:
             raise ValueError(f"{path}: {key} is {config.get(key)!r}; only {value!r} can be loaded")
@@ -181,6 +185,7 @@ def _described(path: Path) -> Encoder:
                 mlp_ratio=config["intermediate_size"] / config["hidden_size"],
                 init=config.get("weights_init", "ijepa"),
                 channels=config["num_channels"],
+                learned_positions=config.get("learned_positions", False),
             )
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ValueError(f"{path} does not describe an encoder: {error!r}") from error

@@ -5,7 +5,6 @@ prefixed `module.`; optimiser, scaler and counters lie beside them and are not r
 """
 
 import math
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from cjepa_fast.interop.weights import (
     fill,
     listed,
     mismatches,
+    read_torch,
     with_channels,
 )
 from cjepa_fast.model.predictor import Predictor
@@ -99,6 +99,11 @@ def read_encoder(path: Path, which: str) -> Encoder:
     return encoder
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a file of torch's has the parts of I-JEPA's."""
+    return read_torch(path).keys() >= set(PARTS)
+
+
 def _sizes(state: Mapping[str, torch.Tensor], source: str) -> dict:
     """An encoder's arguments. Width, depth, patch and grid are seen in the weights; the heads are
     not: they are those of I-JEPA's model of that width and depth."""
@@ -125,22 +130,10 @@ def _sizes(state: Mapping[str, torch.Tensor], source: str) -> dict:
 
 
 def _read(path: Path) -> Mapping:
-    """The checkpoint's dict; tensors stay in the file until they are used, where torch can."""
+    """The checkpoint's dict."""
     if not path.is_file():
         raise ValueError(f"{path} is no file: give the path of an I-JEPA checkpoint (.pth.tar)")
-    try:
-        # memory mapping needs torch's zip format; files from before torch 1.6 have another
-        mapped = zipfile.is_zipfile(path)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:  # on foreign bytes the unpickler raises nearly anything
-        reason = str(error).strip().splitlines() or ["no reason given"]
-        raise ValueError(
-            f"{path} cannot be read as a checkpoint of tensors and plain values "
-            f"(torch.load with weights_only=True): {type(error).__name__}: {reason[0]}"
-        ) from error
-    if not isinstance(checkpoint, Mapping):
-        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint's dict")
-    return checkpoint
+    return read_torch(path)
 
 
 def _state(checkpoint: Mapping, part: str, source: str) -> dict[str, torch.Tensor]:

@@ -1,13 +1,38 @@
-"""What the readers of foreign weights share: the check of names and shapes, and the filling."""
+"""What the readers of foreign weights share: reading torch's files, the check of names and shapes,
+and the filling."""
 
+import zipfile
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import nn
 
+from cjepa_fast.runtime.printable import printable
+
 # What images are normalised with where a file does not say: ImageNet's mean and deviation.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SHOWN = 10  # names in a message before "and n more"
+
+
+def read_torch(path: Path) -> Mapping:
+    """The dict in a file of torch's; tensors stay there until they are used, where torch can.
+
+    Raises ValueError for other than tensors and plain values in it, which are never unpickled.
+    """
+    try:
+        # memory mapping needs torch's zip format; files from before torch 1.6 have another
+        mapped = zipfile.is_zipfile(path)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # on foreign bytes the unpickler raises nearly anything
+        reason = str(error).strip().splitlines() or ["no reason given"]
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint of tensors and plain values "
+            f"(torch.load with weights_only=True): {type(error).__name__}: {reason[0]}"
+        ) from error
+    if not isinstance(checkpoint, Mapping):
+        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint's dict")
+    return checkpoint
 
 
 def mismatches(
@@ -34,7 +59,7 @@ def depth_of(state: Mapping[str, torch.Tensor]) -> int:
 
 def listed(names: list[str]) -> str:
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return (", ".join(names[:SHOWN]) or "nothing") + more
+    return (", ".join(map(printable, names[:SHOWN])) or "nothing") + more
 
 
 def with_channels(state: Mapping[str, torch.Tensor], channels: int) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 Parameter names and maths are I-JEPA's (Assran et al. 2023, arXiv 2301.08243), so that its
 checkpoints load: no class token, fixed 2-D sin-cos positions, pre-norm blocks, exact GELU.
+Positions can also be learned, as those of most other ViTs are.
 Shapes: B images, N patches, K context patches, D width, H heads, S tokens of a sequence. Packed
 sequences (packed.py) are one row of S = T tokens, B = 1, of which only attention sees the cuts.
 """
@@ -127,8 +128,9 @@ class Encoder(nn.Module):
     image_size, a square's side or (height, width), and patch_size are in pixels; the grid is
     (height // patch_size, width // patch_size).
     residual: "fp32" keeps the residual stream in fp32 where the weights are bf16; the
-    matmuls and the output stay bf16. checkpointing: see recompute.py; init: see init_weights. Where
-    `fused` is set, the blocks run by our kernels on what those take.
+    matmuls and the output stay bf16. checkpointing: see recompute.py; init: see init_weights.
+    learned_positions: they start as the sin-cos, and are trained. Where `fused` is set, the blocks
+    run by our kernels on what those take.
     Raises ValueError when the image is no multiple of the patch or the width none of the heads.
     """
 
@@ -145,6 +147,7 @@ class Encoder(nn.Module):
         checkpointing: str = "none",
         init: str = "ijepa",
         channels: int = 3,
+        learned_positions: bool = False,
     ):
         super().__init__()
         self.image_size = simplest(image_size)
@@ -158,9 +161,9 @@ class Encoder(nn.Module):
         self.depth, self.heads, self.mlp_ratio = depth, heads, mlp_ratio
         self.residual, self.fused, self.init = residual, False, init
         self.grid = patch_grid(self.image_size, patch_size)
-        self.channels = channels
+        self.channels, self.learned_positions = channels, learned_positions
         self.patch_embed = PatchEmbed(patch_size, width, channels)
-        self.pos_embed = frozen_positions(*self.grid, width)
+        self.pos_embed = frozen_positions(*self.grid, width).requires_grad_(learned_positions)
         self.blocks = nn.ModuleList(
             Block(width, heads, mlp_ratio, attention, checkpointing) for _ in range(depth)
         )
@@ -170,10 +173,11 @@ class Encoder(nn.Module):
     @property
     def architecture(self) -> dict:
         """The constructor's arguments that decide what it computes and starts from, as in
-        encoder.json; of three channels nothing is said there."""
-        names = ("image_size", "patch_size", "width", "depth", "heads", "mlp_ratio", "init")
-        other = ("channels",) * (self.channels != 3)
-        return {name: getattr(self, name) for name in (*names, *other)}
+        encoder.json; of three channels and of fixed positions nothing is said there."""
+        names = ["image_size", "patch_size", "width", "depth", "heads", "mlp_ratio", "init"]
+        names += ["channels"] if self.channels != 3 else []
+        names += ["learned_positions"] if self.learned_positions else []
+        return {name: getattr(self, name) for name in names}
 
     def positions(self, rows: int, cols: int) -> torch.Tensor:
         """(rows * cols, D): the positions, interpolated (bicubic) for another grid than trained."""

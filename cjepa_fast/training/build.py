@@ -12,7 +12,6 @@ from cjepa_fast.config import Config, ConfigError
 from cjepa_fast.data import sources
 from cjepa_fast.data.loader import Loader, Share
 from cjepa_fast.data.masks import MaskSampler
-from cjepa_fast.interop import load_ijepa
 from cjepa_fast.kernels.common.ranks import Ranks
 from cjepa_fast.model import cpu_linear, fp8
 from cjepa_fast.model.attention_trial import Shape, fastest
@@ -41,6 +40,7 @@ def build_networks(config: Config, ranks: Ranks | None = None) -> JEPA:
         config.data.image_size,
         config.model.patch_size,
         channels=config.data.channels,
+        learned_positions=config.model.positions == "learned",
         **model,
         **options,
     )
@@ -335,22 +335,6 @@ def meta_batch(config: Config, images: int) -> tuple:
         torch.empty(shape, dtype=compute_dtype(config), device="meta") for shape in shapes
     )
     return images_B3HW, masks.context.to("meta"), masks.target_idx_BMP.to("meta"), tokens
-
-
-def initialise(networks: JEPA, target: Encoder, config: Config) -> None:
-    """Start from an I-JEPA checkpoint: fills encoder, predictor and target encoder."""
-    encoder, predictor, ema = load_ijepa(
-        configuration.expanded(config.run.init_from),
-        config.model.name,
-        config.model.patch_size,
-        config.data.image_size,
-        config.predictor.depth,
-        config.predictor.width,
-        config.data.channels,
-    )
-    networks.encoder.load_state_dict(encoder.state_dict())
-    networks.predictor.load_state_dict(predictor.state_dict())
-    target.load_state_dict(ema.state_dict())
 
 
 def check_same_images(paths: list[str], images: sources.ImageSet) -> None:

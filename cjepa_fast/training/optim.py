@@ -12,13 +12,14 @@ from torch import nn
 def parameter_groups(model: nn.Module) -> list[dict]:
     """Four groups: encoder and the rest (predictor, projector), each decayed and not.
 
-    Biases and one-dimensional parameters take no weight decay (`"decay": False`). Each group has a
-    name. Raises AssertionError if a trainable parameter is in no group or in two.
+    Biases, one-dimensional parameters and learned positions take no weight decay (`"decay":
+    False`). Each group has a name. Raises AssertionError if a trainable parameter is in no group
+    or in two.
     """
     members: dict[tuple[bool, bool], list] = {}
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     for name, p in trainable:
-        decay = p.dim() > 1 and not name.endswith("bias")
+        decay = p.dim() > 1 and not name.endswith(("bias", "pos_embed"))
         members.setdefault((name.startswith("encoder."), decay), []).append(p)
     groups = []
     for (encoder, decay), params in members.items():

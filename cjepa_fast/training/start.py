@@ -102,7 +102,8 @@ def begin(
         ending.callback(run_lock.release)
         trainer, loader, state = _built(session, device)
         ending.callback(loader.close)
-        return trainer, loader, state, cpu_micro_batch.told(asked, session.config)
+        told = trainer.started_from + cpu_micro_batch.told(asked, session.config)
+        return trainer, loader, state, told
 
 
 def _built(session: Session, device: torch.device) -> tuple[Trainer, Loader, dict | None]:

@@ -24,12 +24,12 @@ from cjepa_fast.training.build import (
     choose_linear,
     compile_networks,
     fuse_networks,
-    initialise,
     projector_widths,
 )
 from cjepa_fast.training.engines.cuda_graph import Graphed
 from cjepa_fast.training.engines.single import SingleEngine
 from cjepa_fast.training.engines.target_stream import TargetStream
+from cjepa_fast.training.initial import initialise
 
 SHARE_IMAGES = 32  # of a micro-batch, whose target tokens tell what position explains
 FEATURE_ROWS = 1024  # pooled target features that RankMe and the per-dimension std are taken over
@@ -68,8 +68,9 @@ class Trainer:
             config, distributed.AllRanks() if distributed.world_size() > 1 else None
         )
         target = copy.deepcopy(networks.encoder)
+        self.started_from: list[str] = []  # what there is to say of it
         if config.run.init_from and not restoring:
-            initialise(networks, target, config)
+            self.started_from = initialise(networks, target, config)
         self.encoder_json = json.dumps(
             {**target.architecture, "mean": config.data.mean, "std": config.data.std}, indent=2
         )

@@ -212,14 +212,6 @@ def test_settings_that_exclude_each_other(one, other, said):
     assert f'not with {key} = "{value}"' in message
 
 
-@pytest.mark.parametrize("key", ["model.depth", "model.mlp_ratio", "predictor.heads"])
-def test_a_checkpoint_of_ijepa_has_its_own_sizes(key):
-    section, name = key.split(".")
-    values = {"run": {"init_from": "x.pth.tar"}, section: {name: 3}}
-    with pytest.raises(ConfigError, match=f"{key} = 3.*leave it out.*run.init_from"):
-        configuration.validate(values)
-
-
 def test_all_that_is_wrong_is_said_at_once():
     message = refusal("optim.lrr=1", "run.epochs=0", "data.flip=3")
     assert len(message.splitlines()) == 3

@@ -109,6 +109,17 @@ def test_layer_decay_by_hand():
     assert scales.keys() == trained
 
 
+def test_learned_positions_are_below_all_blocks():
+    model = Classifier(small(depth=2), classes=5)
+    model.encoder.pos_embed.requires_grad_()
+    (group,) = [
+        group
+        for group in layer_decay.layer_decay_groups(model, model.encoder, 0.5, 0.1)
+        if any(p is model.encoder.pos_embed for p in group["params"])
+    ]
+    assert (group["lr_scale"], group["weight_decay"]) == (0.125, 0.0)
+
+
 def test_mixup_by_hand():
     images = torch.tensor([1.0, 2.0, 4.0]).view(3, 1, 1, 1).expand(3, 3, 2, 2)
     mixed, target = recipe.mixup(images, torch.eye(3), share=0.75)

@@ -64,10 +64,10 @@ def test_the_source_unpickles_nothing_but_foreign_weights():
     files = [*(tiny.ROOT / "cjepa_fast").rglob("*.py"), *(tiny.ROOT / "kernels").rglob("*.py")]
     trees = {str(path.relative_to(tiny.ROOT)): ast.parse(path.read_text()) for path in files}
     assert {name: found for name, tree in trees.items() if (found := suspects(tree))} == {
-        "cjepa_fast/interop/ijepa.py": {"torch.load"},
+        "cjepa_fast/interop/weights.py": {"torch.load"},
         "cjepa_fast/export/formats.py": {"torch.export.load", "torch.export.save"},
     }
-    calls = [node for node in ast.walk(trees["cjepa_fast/interop/ijepa.py"])
+    calls = [node for node in ast.walk(trees["cjepa_fast/interop/weights.py"])
              if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load"]  # fmt: skip
     assert calls and all("weights_only=True" in ast.unparse(call) for call in calls)
 

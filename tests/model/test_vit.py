@@ -229,6 +229,22 @@ def test_an_oblong_encoder_has_rows_and_columns_apart(seed):
         Encoder((8, 26), 4, 32, 1, 2)
 
 
+def test_learned_positions_start_as_the_sin_cos_and_take_their_gradient(seed):
+    """Of all patches, of a context, and of one packed: that of the tokens, by patch."""
+    encoder = Encoder(12, 3, 16, 0, 2, learned_positions=True)
+    assert torch.equal(encoder.pos_embed[0], sincos_positions(4, 4, 16))
+    assert encoder.architecture["learned_positions"]
+    images, context = torch.randn(2, 3, 12, 12), torch.tensor([[3, 12, 5], [5, 0, 1]])
+    encoder.embed(images, None).sum().backward()
+    assert torch.equal(encoder.pos_embed.grad[0, :, 0], torch.full((16,), 2.0))
+    encoder.zero_grad()
+    encoder.embed(images, context).sum().backward()
+    counts = torch.bincount(context.flatten(), minlength=16).float()
+    assert torch.equal(encoder.pos_embed.grad[0, :, 0], counts)
+    fixed = Encoder(12, 3, 16, 0, 2)
+    assert not fixed.pos_embed.requires_grad and "learned_positions" not in fixed.architecture
+
+
 def test_positions_of_the_trained_grid_are_untouched(encoder):
     assert torch.equal(encoder.positions(4, 4), encoder.pos_embed[0])
 

@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 
 from cjepa_fast import config as configuration
+from cjepa_fast.config import ConfigError
 from cjepa_fast.model.vit import MODELS, Encoder
-from cjepa_fast.training import build
+from cjepa_fast.training import build, initial
 from cjepa_fast.training.ema import Fragment, TargetEMA, fragment_of
 
 STEPS = 20
@@ -179,7 +180,10 @@ def test_the_target_of_an_ijepa_checkpoint_is_the_ema_s_start(tmp_path, monkeypa
             p.mul_(2)
     parts = {"encoder": other.encoder, "predictor": other.predictor, "target_encoder": stored}
     torch.save({part: module.state_dict() for part, module in parts.items()}, file)
-    build.initialise(networks, target, config)
+    told = initial.initialise(networks, target, config)
+    assert told == [
+        f"weights of {file}, an I-JEPA checkpoint: encoder, predictor and target encoder"
+    ]
     for got, wanted in (
         (networks.encoder, other.encoder),
         (networks.predictor, other.predictor),
@@ -187,6 +191,13 @@ def test_the_target_of_an_ijepa_checkpoint_is_the_ema_s_start(tmp_path, monkeypa
     ):
         state = got.state_dict()
         assert all(torch.equal(state[n], value) for n, value in wanted.state_dict().items())
+    for key in ("model.depth", "predictor.mlp_ratio"):  # the file has its own
+        section, name = key.split(".")
+        other = configuration.validate(
+            {**sizes, section: {**sizes[section], name: 3}, "run": {"init_from": str(file)}}
+        )
+        with pytest.raises(ConfigError, match=f"{key} = 3.*leave it out.*run.init_from"):
+            initial.initialise(networks, target, other)
     ema = TargetEMA(target, whole(trained(networks.encoder)), torch.float32)
     ema.update(0.5)
     for name, p in trained(networks.encoder).items():

@@ -63,6 +63,11 @@ def test_who_is_decayed(networks):
     assert not any("pos_embed" in name for names in groups.values() for name in names)
 
 
+def test_learned_positions_are_trained_and_not_decayed(networks):
+    networks.encoder.pos_embed.requires_grad_()
+    assert "encoder.pos_embed" in names_by_group(networks)["encoder_no_decay"]
+
+
 def test_frozen_parts_are_left_out(networks):
     networks.encoder.blocks[0].requires_grad_(False)
     assert not any(

@@ -18,16 +18,18 @@ def layer_decay_groups(
     """AdamW's groups of all of a model that is trained, of which the encoder is a part.
 
     "lr_scale", for a schedule: 1 for what follows the encoder's blocks, `decay` to the power of 1
-    for the last block, of 2 for the one before, of depth + 1 for the patch embedding. Biases and
-    norms take no weight decay.
+    for the last block, of 2 for the one before, of depth + 1 for the patch embedding and learned
+    positions. Those, biases and norms take no weight decay.
     """
-    level = {id(p): encoder.depth + 1 for p in encoder.patch_embed.parameters()}
+    embedding = [encoder.pos_embed, *encoder.patch_embed.parameters()]
+    level = {id(p): encoder.depth + 1 for p in embedding}
     for i, block in enumerate(encoder.blocks):
         level |= {id(p): encoder.depth - i for p in block.parameters()}
     groups: dict[tuple[int, bool], list] = {}
     for p in model.parameters():
         if p.requires_grad:
-            groups.setdefault((level.get(id(p), 0), p.dim() > 1), []).append(p)
+            decays = p.dim() > 1 and p is not encoder.pos_embed
+            groups.setdefault((level.get(id(p), 0), decays), []).append(p)
     return [
         {"params": p, "lr_scale": decay**below, "weight_decay": weight_decay if decays else 0.0}
         for (below, decays), p in groups.items()

@@ -1,0 +1,118 @@
+"""Weights to start from, run.init_from: I-JEPA's three networks, or an encoder of others.
+
+An encoder alone is both the context encoder and the target's start; the predictor stays fresh.
+"""
+
+from pathlib import Path
+
+import torch
+
+from cjepa_fast import config as configuration
+from cjepa_fast.checkpoint.encoders import load_encoders
+from cjepa_fast.config import Config, ConfigError
+from cjepa_fast.interop import ijepa, load_ijepa, vits
+from cjepa_fast.interop.resample import resample_patches, resample_positions
+from cjepa_fast.model.jepa import JEPA
+from cjepa_fast.model.vit import Encoder
+
+SIZES = ("width", "depth", "heads")
+
+
+def initialise(networks: JEPA, target: Encoder, config: Config) -> list[str]:
+    """Fill encoder, target encoder and, from I-JEPA's files, the predictor. Returns what the user
+    should know of it, a line each.
+
+    Raises ConfigError where the configuration's sizes are not those of the weights, ValueError for
+    what cannot be read or cannot be an encoder of ours.
+    """
+    path = Path(configuration.expanded(config.run.init_from))
+    tensors = path.suffix == ".safetensors"
+    ours = path.is_dir() or (tensors and path.with_suffix(".json").is_file())
+    if not ours and not tensors and path.is_file() and ijepa.is_checkpoint(path):
+        return _from_ijepa(path, networks, target, config)
+    if ours:
+        found = load_encoders(path)
+        one = next(iter(found.values()))
+        context, ema = found.get("context", one), found.get("target", one)
+        told = [f"weights of {path}: {' and '.join(found)} encoder"]
+    else:
+        context, told = vits.read_vit(path, networks.encoder.heads)
+        ema = context
+    told += _fill(networks.encoder, context, config)
+    _fill(target, ema, config)
+    return [*told, "the predictor starts fresh: only files of I-JEPA's are taken with theirs"]
+
+
+def _fill(encoder: Encoder, start: Encoder, config: Config) -> list[str]:
+    """Put the weights in place, at the configuration's grid and patch size."""
+    _check_sizes(encoder, start, config)
+    state, told = start.state_dict(), []
+    if start.patch_size != encoder.patch_size:
+        kernel = resample_patches(state["patch_embed.proj.weight"], encoder.patch_size)
+        state["patch_embed.proj.weight"] = kernel
+        sizes = f"{start.patch_size} to {encoder.patch_size} pixels"
+        told.append(f"resampled: the patch embedding, from {sizes} (FlexiViT's way)")
+    if start.grid != encoder.grid:
+        state["pos_embed"] = resample_positions(state["pos_embed"][0], encoder.grid)[None]
+        grids = " to ".join(f"{rows} x {cols}" for rows, cols in (start.grid, encoder.grid))
+        told.append(f"interpolated: positions, from {grids} (bicubic, antialiased)")
+    _check_positions(encoder, state["pos_embed"], config)
+    encoder.load_state_dict(state)
+    return told
+
+
+def _check_sizes(encoder: Encoder, start: Encoder, config: Config) -> None:
+    """Raises ConfigError, naming the keys and the file's values, where the blocks differ."""
+    differ = [key for key in SIZES if getattr(encoder, key) != getattr(start, key)]
+    differ = {key: (getattr(encoder, key), getattr(start, key)) for key in differ}
+    hidden, theirs = (one.blocks[0].mlp.fc1.out_features for one in (encoder, start))
+    if hidden != theirs and "width" not in differ:
+        differ["mlp_ratio"] = encoder.mlp_ratio, theirs / start.width
+    if differ:
+        have = "; ".join(f"model.{key} = {own}" for key, (own, _) in differ.items())
+        take = " ".join(f"model.{key}={theirs}" for key, (_, theirs) in differ.items())
+        raise ConfigError(
+            f"{have}: not as in run.init_from = {config.run.init_from}; set {take}, or leave "
+            "run.init_from out"
+        )
+
+
+def _check_positions(encoder: Encoder, table: torch.Tensor, config: Config) -> None:
+    """Raises ConfigError where fixed sin-cos positions would take the place of others."""
+    if encoder.learned_positions or (table - encoder.pos_embed).abs().max() <= vits.SAME:
+        return
+    rows, cols = encoder.grid
+    raise ConfigError(
+        f'model.positions = "sincos": the positions of run.init_from = {config.run.init_from}, at '
+        f"{rows} x {cols} patches, are others, and the features would change; set "
+        "model.positions=learned, which starts from them and trains them"
+    )
+
+
+def _from_ijepa(path: Path, networks: JEPA, target: Encoder, config: Config) -> list[str]:
+    _check_named_sizes(config)
+    encoder, predictor, ema = load_ijepa(
+        path,
+        config.model.name,
+        config.model.patch_size,
+        config.data.image_size,
+        config.predictor.depth,
+        config.predictor.width,
+    )
+    networks.encoder.load_state_dict(encoder.state_dict())
+    networks.predictor.load_state_dict(predictor.state_dict())
+    target.load_state_dict(ema.state_dict())
+    return [f"weights of {path}, an I-JEPA checkpoint: encoder, predictor and target encoder"]
+
+
+def _check_named_sizes(config: Config) -> None:
+    """Raises ConfigError for sizes set by hand beside a checkpoint of I-JEPA's."""
+    given = {"model": (*SIZES, "mlp_ratio"), "predictor": ("heads", "mlp_ratio")}
+    for section, keys in given.items():
+        part = getattr(config, section)
+        for key in keys:
+            if getattr(part, key) != type(part).model_fields[key].default:
+                raise ConfigError(
+                    f"{section}.{key} = {getattr(part, key)}: leave it out, since run.init_from "
+                    "names an I-JEPA checkpoint, which has its own"
+                )

@@ -1,0 +1,427 @@
+"""Other projects' ViTs as a start: what fits is carried over exactly, the rest said or refused."""
+
+import copy
+import json
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from cjepa_fast import config as configuration
+from cjepa_fast import load_encoder
+from cjepa_fast.checkpoint.encoders import save_encoder
+from cjepa_fast.config import ConfigError
+from cjepa_fast.interop import huggingface
+from cjepa_fast.interop.resample import resample_patches, resample_positions
+from cjepa_fast.interop.vits import read_vit
+from cjepa_fast.model.vit import Encoder, sincos_positions
+from cjepa_fast.training import build
+from cjepa_fast.training.initial import initialise
+
+Weights = dict[str, torch.Tensor]
+
+
+@pytest.fixture
+def encoder(seed) -> Encoder:
+    return tiny.uneven_encoder()
+
+
+@pytest.fixture
+def weights(encoder) -> Weights:
+    """The encoder's, under timm's names, which are its own."""
+    return {name: value.clone() for name, value in encoder.state_dict().items()}
+
+
+def read(folder, weights, name="x.pth", heads=3) -> tuple[Encoder, list[str]]:
+    path = folder / name
+    if path.suffix == ".safetensors":
+        save_file({key: value.contiguous() for key, value in weights.items()}, path)
+    else:
+        torch.save(weights, path)
+    return read_vit(path, heads)
+
+
+def refusal(folder, weights) -> str:
+    with pytest.raises(ValueError) as refused:
+        read(folder, weights)
+    assert str(folder / "x.pth") in str(refused.value)
+    return str(refused.value)
+
+
+# ------------------------------------------------------------ the same encoder, written by others
+
+
+def as_it_is(weights: Weights) -> Weights:
+    return weights
+
+
+def with_layer_scale(weights: Weights, names=("ls1.gamma", "ls2.gamma")) -> Weights:
+    """Branches that are scaled by what their last Linear was divided by."""
+    for name, linear in zip(names, ("attn.proj", "mlp.fc2"), strict=True):
+        for i in range(2):
+            gamma = 0.5 + torch.rand(24)
+            weights[f"blocks.{i}.{name}"] = gamma
+            weights[f"blocks.{i}.{linear}.weight"] /= gamma[:, None]
+            weights[f"blocks.{i}.{linear}.bias"] /= gamma
+    return weights
+
+
+def of_dinov2(weights: Weights) -> Weights:
+    """A teacher's, trained in chunks of blocks, the class token's position before the others."""
+    weights = with_layer_scale(weights)
+    weights["pos_embed"] = torch.cat([torch.randn(1, 1, 24), weights["pos_embed"]], 1)
+    others = {"cls_token": (1, 1, 24), "register_tokens": (1, 4, 24), "mask_token": (1, 24)}
+    weights |= {name: torch.randn(shape) for name, shape in others.items()}
+    chunked = {name.replace("blocks.1.", "blocks.1.1.").replace("blocks.0.", "blocks.0.0."): value
+               for name, value in weights.items()}  # fmt: skip
+    head = {"dino_head.mlp.0.weight": torch.randn(3, 24)}
+    backbone = {f"backbone.{name}": value for name, value in chunked.items()}
+    student = {name: torch.zeros_like(value) for name, value in backbone.items()}
+    return {"teacher": backbone | head, "student": student, "epoch": 3}
+
+
+def of_mae(weights: Weights) -> Weights:
+    weights["cls_token"] = torch.randn(1, 1, 24)
+    weights["pos_embed"] = torch.cat([torch.zeros(1, 1, 24), weights["pos_embed"]], 1)
+    decoder = {"decoder_embed.weight": (8, 24), "decoder_blocks.0.attn.qkv.weight": (24, 8)}
+    decoder |= {"mask_token": (1, 1, 8), "decoder_pos_embed": (1, 37, 8)}
+    return {"model": weights | {name: torch.randn(shape) for name, shape in decoder.items()}}
+
+
+def of_transformers(weights: Weights) -> Weights:
+    found = {f"vit.{n}": v for n, v in huggingface.to_huggingface(weights).items()}
+    return found | {
+        "classifier.weight": torch.randn(5, 24),
+        "vit.pooler.dense.weight": torch.eye(3),
+    }
+
+
+def of_transformers_dinov2(weights: Weights) -> Weights:
+    found = huggingface.to_huggingface(with_layer_scale(weights, ("ls1.gamma", "ls2.gamma")))
+    for theirs, dinov2 in (
+        ("layernorm_before", "norm1"), ("layernorm_after", "norm2"),
+        ("intermediate.dense", "mlp.fc1"), ("attention.output.dense", "kept"),
+        ("output.dense", "mlp.fc2"), ("kept", "attention.output.dense"),
+    ):  # fmt: skip
+        found = {name.replace(theirs, dinov2): value for name, value in found.items()}
+    scales = {f"encoder.layer.{i}.layer_scale{n}.lambda1": weights[f"blocks.{i}.ls{n}.gamma"]
+              for i in range(2) for n in (1, 2)}  # fmt: skip
+    return found | scales
+
+
+def of_transformers_5(weights: Weights) -> Weights:
+    """As its modules are named from version 5 on."""
+    parts = {f"blocks.{i}.attn.{part}_proj.{kind}": value
+             for i in range(2) for kind in ("weight", "bias")
+             for part, value in zip(
+                 "qkv", weights[f"blocks.{i}.attn.qkv.{kind}"].chunk(3), strict=True)}  # fmt: skip
+    rest = {name: value for name, value in weights.items() if "attn.qkv" not in name}
+    return {
+        name.replace("blocks.", "layers.").replace("attn.proj", "attention.o_proj")
+        .replace("attn.", "attention.").replace("patch_embed.proj", "embeddings.patch_embeddings."
+        "projection").replace("pos_embed", "embeddings.position_embeddings")
+        : value for name, value in (parts | rest).items()
+    }  # fmt: skip
+
+
+def of_beit(weights: Weights) -> Weights:
+    """Its keys have no bias, and its LayerScale another name."""
+    weights = with_layer_scale(weights, ("gamma_1", "gamma_2"))
+    for i in range(2):
+        bias = weights.pop(f"blocks.{i}.attn.qkv.bias")
+        q, _, v = bias.chunk(3)
+        weights |= {f"blocks.{i}.attn.q_bias": q, f"blocks.{i}.attn.v_bias": v}
+    return weights
+
+
+FORMS = {
+    "timm.safetensors": (as_it_is, []),
+    "timm with LayerScale.pth": (with_layer_scale, ["folded: LayerScale"]),
+    "dinov2.pth": (of_dinov2, [
+        "it is the file's teacher.backbone; left out beside it: student.backbone, teacher.dino",
+        "positions of 6 x 6 patches; left out: 1 of other tokens",
+        "left out: class token (cls_token): the patches attended to it",
+        "left out: registers (register_tokens): the patches attended to it",
+        "left out: mask token (mask_token)",
+        "folded: LayerScale",
+    ]),
+    "mae.pth": (of_mae, [
+        "it is the file's model",
+        "left out: decoder (decoder_blocks.0.attn.qkv.weight, decoder_embed.weight, "
+        "decoder_pos_embed)",
+    ]),
+    "transformers.bin": (of_transformers, [
+        "it is the file's vit; left out beside it: classifier",
+        "left out: head (pooler.dense.weight)",
+        "folded: q, k and v into one weight",
+    ]),
+    "dinov2.safetensors": (of_transformers_dinov2, ["folded: LayerScale"]),
+    "transformers 5.pt": (of_transformers_5, ["folded: q, k and v into one weight"]),
+    "beit.pth": (of_beit, ["folded: k without a bias: zeros", "folded: LayerScale"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_features_are_the_same_under_everybody_s_names(tmp_path, encoder, weights, name):
+    """Up to the tokens that a file has beside the patches', which are not asked here."""
+    form, said = FORMS[name]
+    if form is of_beit:
+        with torch.no_grad():
+            for i in range(2):
+                encoder.blocks[i].attn.qkv.bias[24:48] = 0
+                weights[f"blocks.{i}.attn.qkv.bias"][24:48] = 0
+    read_back, told = read(tmp_path, form(weights), name)
+    images = torch.randn(2, 3, 24, 24)
+    with torch.no_grad():
+        assert (read_back(images) - encoder(images)).abs().max() < 1e-5
+    assert not read_back.training and read_back.learned_positions
+    for line in said:
+        assert any(one.startswith(line) for one in told), told
+    assert told[0].endswith("2 blocks of width 24, patches of 4 pixels; taken as 3 heads")
+
+
+def test_absent_biases_are_zeros(tmp_path, encoder, weights):
+    for name in ("attn.qkv.bias", "norm1.bias"):
+        for i in range(2):
+            encoder.get_parameter(f"blocks.{i}.{name}").data.zero_()
+            del weights[f"blocks.{i}.{name}"]
+    images = torch.randn(2, 3, 24, 24)
+    read_back, told = read(tmp_path, weights)
+    with torch.no_grad():
+        assert torch.equal(read_back(images), encoder(images))
+    assert {"folded: attn.qkv without biases: zeros", "folded: norm1 without biases: zeros"} < set(
+        told
+    )
+    del weights["blocks.1.mlp.fc1.bias"]  # of one block alone: a damaged file
+    assert "missing: blocks.1.mlp.fc1.bias" in refusal(tmp_path, weights)
+
+
+@pytest.mark.parametrize(
+    ("classes", "registers", "positions"),
+    [(1, 0, 37), (0, 0, 36), (1, 4, 36), (1, 4, 37), (1, 4, 41), (2, 0, 38)],
+)
+def test_positions_of_other_tokens_are_left_out(tmp_path, weights, classes, registers, positions):
+    """As timm, DINOv2 and DeiT have them: of all tokens, of class token and patches, or these."""
+    names = ["cls_token", "dist_token"][:classes] + ["reg_token"] * bool(registers)
+    weights |= {name: torch.zeros(1, registers if name == "reg_token" else 1, 24) for name in names}
+    table = weights["pos_embed"]
+    more = torch.randn(1, positions - 36, 24)
+    weights["pos_embed"] = torch.cat([more, table], 1)
+    read_back, _ = read(tmp_path, weights)
+    assert torch.equal(read_back.pos_embed, table)
+
+
+def test_positions_that_are_our_sin_cos_stay_fixed(tmp_path, weights):
+    """Also as another library computes them, in another precision."""
+    weights["pos_embed"] = sincos_positions(6, 6, 24)[None] + 1e-6
+    read_back, _ = read(tmp_path, weights)
+    assert not read_back.learned_positions and not read_back.pos_embed.requires_grad
+
+
+# ---------------------------------------------------------------------------------------- refused
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("blocks.0.mlp.w12.weight", "SwiGLU in the MLP (blocks.0.mlp.w12.weight)"),
+        ("blocks.0.mlp.weights_in.weight", "SwiGLU"),
+        ("blocks.0.mlp.gate_proj.weight", "SwiGLU"),
+        ("rope_embed.periods", "rotary positions (RoPE)"),
+        ("blocks.0.attn.relative_position_bias_table", "a relative position bias"),
+        ("blocks.0.attn.rel_pos_h", "a relative position bias"),
+        ("blocks.0.attn.q_norm.weight", "norms of queries and keys"),
+        ("norm_pre.weight", "a norm of the patch embedding"),
+        ("blocks.0.attn.norm.weight", "a norm inside of attention or MLP"),
+        ("blocks.0.conv.weight", "unexpected: blocks.0.conv.weight"),
+        ("adapter.weight", "unexpected: adapter.weight"),
+        ("blocks.7.norm1.weight", "blocks are not numbered from 0 on: 0, 1, 7"),
+    ],
+)  # fmt: skip
+def test_what_has_no_place_in_ours_is_refused_by_name(tmp_path, weights, name, said):
+    weights[name] = torch.ones(24)
+    assert said in refusal(tmp_path, weights)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("pos_embed", None, "no table of positions"),
+        ("pos_embed", (1, 35, 24), "(1, 35, 24) is no square grid"),
+        ("pos_embed", (1, 6, 6, 24), "is no square grid"),
+        ("patch_embed.proj.weight", (24, 4, 4, 4), "(24, 4, 4, 4), not of square RGB patches"),
+        ("patch_embed.proj.weight", (24, 3, 4, 2), "not of square RGB patches"),
+        ("patch_embed.proj.weight", None, "holds no ViT: no patch_embed.proj.weight"),
+        ("blocks.0.mlp.fc1.weight", (192, 24), "(blocks.0.mlp.fc1.weight has both of its halves)"),
+        ("blocks.1.norm2.weight", None, "missing: blocks.1.norm2.weight"),
+        ("norm.weight", None, "missing: norm.weight"),
+        ("blocks.0.ls1.gamma", (7,), "cannot be an encoder of ours"),
+        ("blocks.0.mlp.fc1.weight", (), "cannot be an encoder of ours"),
+    ],
+)  # fmt: skip
+def test_weights_that_are_not_all_there_or_of_other_shapes(tmp_path, weights, name, value, said):
+    weights[name] = None if value is None else torch.ones(value)
+    present = {name: tensor for name, tensor in weights.items() if tensor is not None}
+    assert said in refusal(tmp_path, present)
+
+
+def test_dinov3_is_refused_for_its_positions(tmp_path, weights):
+    """Under all three of its names: no file of it has a table of positions."""
+    del weights["pos_embed"]
+    assert "they are rotary (RoPE), relative or none" in refusal(tmp_path, weights)
+    weights["blocks.0.attn.qkv.bias_mask"] = torch.ones(72)
+    assert "rotary positions (RoPE), as in DINOv3" in refusal(tmp_path, weights)
+
+
+def test_of_several_vits_none_is_guessed(tmp_path, weights):
+    both = {"online": weights, "offline": weights}
+    assert "several ViTs: save one of them alone. Their names begin with offline., online." in (
+        refusal(tmp_path, both)
+    )
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_nothing_in_a_file_is_unpickled(tmp_path, weights):
+    made = tmp_path / "made"
+    assert "weights_only=True" in refusal(tmp_path, {"model": weights, "args": Bomb(made)})
+    assert not made.exists()
+
+
+def test_names_in_a_file_are_data(tmp_path, weights):
+    weights["head.\nerror: all is lost\x1b[31m"] = torch.ones(2)
+    _, told = read(tmp_path, weights)
+    assert r"left out: head (head.\nerror: all is lost\x1b[31m)" in told
+
+
+# -------------------------------------------------------------------------------------- resampling
+
+
+def test_larger_patches_give_what_the_old_ones_did(seed):
+    """Of a resized image the new kernel makes what the old one makes of the image itself."""
+    kernel, image = torch.randn(5, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    larger = F.interpolate(image, size=(7, 7), mode="bicubic", antialias=True)
+    found = F.conv2d(larger, resample_patches(kernel, 7))
+    assert (found - F.conv2d(image, kernel)).abs().max() < 1e-5
+    assert torch.equal(resample_patches(kernel, 4), kernel)
+
+
+def test_positions_are_interpolated_by_place():
+    rows, cols = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
+    table = torch.stack([rows, cols], -1).view(64, 2)  # a ramp: in the middle, halfway between
+    found = resample_positions(table, (4, 4)).view(4, 4, 2)
+    assert torch.allclose(found[1:3, 1:3, 0], torch.tensor([[2.5, 2.5], [4.5, 4.5]]), atol=0.05)
+    assert torch.allclose(found[1:3, 1:3, 1], torch.tensor([[2.5, 4.5], [2.5, 4.5]]), atol=0.05)
+    assert torch.equal(resample_positions(table, (8, 8)), table)
+
+
+# --------------------------------------------------------------------------------- run.init_from
+
+
+def networks_of(path, **model):
+    """JEPA and target of a tiny configuration, started from a file; what was said."""
+    model = {**tiny.CONFIG["model"], "positions": "learned", **model}
+    config = configuration.validate(
+        {**tiny.CONFIG, "model": model, "run": {"init_from": str(path)}}
+    )
+    networks = build.build_networks(config)
+    target = copy.deepcopy(networks.encoder)
+    fresh = copy.deepcopy(networks.predictor)
+    told = initialise(networks, target, config)
+    for name, value in fresh.state_dict().items():
+        assert torch.equal(networks.predictor.state_dict()[name], value)
+    assert told[-1].startswith("the predictor starts fresh")
+    return networks.encoder, target, told
+
+
+def test_both_encoders_start_from_the_file(tmp_path, encoder, weights):
+    torch.save(weights, tmp_path / "x.pth")
+    images = torch.randn(2, 3, 24, 24)
+    *found, _ = networks_of(tmp_path / "x.pth")
+    with torch.no_grad():
+        for one in found:
+            assert torch.equal(one(images), encoder(images))
+
+
+def test_another_grid_and_other_patches_are_resampled_aloud(tmp_path, encoder, weights):
+    torch.save(weights, tmp_path / "x.pth")
+    context, _, told = networks_of(tmp_path / "x.pth", patch_size=6)
+    assert torch.equal(context.pos_embed[0], resample_positions(encoder.pos_embed[0].data, (4, 4)))
+    kernel = encoder.patch_embed.proj.weight.data
+    assert torch.equal(context.patch_embed.proj.weight, resample_patches(kernel, 6))
+    assert torch.equal(context.blocks[1].mlp.fc2.weight, encoder.blocks[1].mlp.fc2.weight)
+    assert "resampled: the patch embedding, from 4 to 6 pixels (FlexiViT's way)" in told
+    assert "interpolated: positions, from 6 x 6 to 4 x 4 (bicubic, antialiased)" in told
+
+
+def test_learned_positions_do_not_become_sin_cos_in_silence(tmp_path, weights):
+    torch.save(weights, tmp_path / "x.pth")
+    with pytest.raises(ConfigError, match=r"features would change; set model\.positions=learned"):
+        networks_of(tmp_path / "x.pth", positions="sincos")
+    weights["pos_embed"] = sincos_positions(6, 6, 24)[None]
+    torch.save(weights, tmp_path / "x.pth")
+    context, _, _ = networks_of(tmp_path / "x.pth", positions="sincos")
+    assert not context.pos_embed.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ({"depth": 3}, "model.depth = 3: not as in .*; set model.depth=2"),
+        ({"width": 48}, "model.width = 48: not as in .*; set model.width=24"),
+        ({"mlp_ratio": 2}, "model.mlp_ratio = 2.0: not as in .*; set model.mlp_ratio=4.0"),
+    ],
+)
+def test_other_sizes_than_the_file_s_are_named(tmp_path, weights, sizes, said):
+    torch.save(weights, tmp_path / "x.pth")
+    with pytest.raises(ConfigError, match=said):
+        networks_of(tmp_path / "x.pth", **sizes)
+
+
+def test_a_run_of_ours_is_a_start_too(tmp_path, encoder):
+    run = tiny.write_run(tmp_path, encoder)
+    other = tiny.uneven_encoder()
+    other.mean, other.std = encoder.mean, encoder.std
+    save_encoder(other, run / "context_encoder.safetensors")
+    for path in (run, run / "encoder.safetensors"):
+        # a run's checkpoint is newer than its final files: here it holds no weights
+        (run / "checkpoints").rename(tmp_path / "aside") if path == run else None
+        context, target, _ = networks_of(path)
+        assert torch.equal(target.pos_embed, encoder.pos_embed)
+        expected = other if path == run else encoder
+        assert torch.equal(context.norm.bias, expected.norm.bias)
+
+
+def test_what_is_no_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"none\.pth is no file"):
+        networks_of(tmp_path / "none.pth")
+
+
+def test_a_training_from_there_resumes_with_its_positions(tmp_path, weights):
+    """The trained positions are in checkpoints and exports as all other weights are."""
+    torch.save(weights, tmp_path / "x.pth")
+    config = tiny.write_config(tmp_path, run={"epochs": 1, "init_from": str(tmp_path / "x.pth")},
+                               model={"positions": "learned"})  # fmt: skip
+    done = tiny.train("--config", config)
+    assert done.returncode == 0, done.stderr
+    assert "weights of" in done.stdout and "positions of 6 x 6 patches" in done.stdout
+    (tmp_path / "x.pth").unlink()  # a resume needs it no more
+    again = tiny.train("--config", config, "--resume", "auto", "--set", "run.epochs=2",
+                       "--accept-changes")  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    trained = load_encoder(tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "encoder.json").read_text())["learned_positions"]
+    moved = (trained.pos_embed - weights["pos_embed"]).abs().max()
+    assert 0 < moved < 0.1
+    from_checkpoint = load_encoder(max((tmp_path / "run" / "checkpoints").glob("step_*")))
+    assert torch.equal(from_checkpoint.pos_embed, trained.pos_embed)
+    huggingface.write_encoder(trained, tmp_path, crop=1.0)
+    assert load_encoder(tmp_path).architecture == trained.architecture
