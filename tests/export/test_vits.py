@@ -182,6 +182,26 @@ def test_features_are_the_same_under_everybody_s_names(tmp_path, encoder, weight
     assert told[0].endswith("2 blocks of width 24, patches of 4 pixels; taken as 3 heads")
 
 
+def test_what_transformers_writes_is_read(tmp_path, seed):
+    """Its DINOv2 with registers; the same features where its blocks see the patches alone."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Dinov2WithRegistersConfig(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=3, image_size=24, patch_size=4,
+        layerscale_value=0.5, num_register_tokens=2,
+    )  # fmt: skip
+    model = transformers.Dinov2WithRegistersModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    model.save_pretrained(tmp_path)
+    ours, _ = read_vit(tmp_path / "model.safetensors", 3)
+    images = torch.randn(2, 3, 24, 24)
+    with torch.no_grad():
+        patches = model.embeddings(images)[:, 3:]
+        theirs = model.layernorm(model.encoder(patches).last_hidden_state)
+        assert (ours(images) - theirs).abs().max() < 1e-5
+
+
 def test_absent_biases_are_zeros(tmp_path, encoder, weights):
     for name in ("attn.qkv.bias", "norm1.bias"):
         for i in range(2):
