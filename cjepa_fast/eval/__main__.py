@@ -18,6 +18,10 @@ TASKS = {  # by name: the module below cjepa_fast.eval, imported when it is aske
     "embed": ("embed", "features of images, in a file with their names"),
     "knn": ("probes.knn", "k nearest neighbours on frozen features"),
     "linear": ("probes.linear", "linear probes on frozen features, the best of a sweep"),
+    "attentive": (
+        "probes.attentive",
+        "V-JEPA's attentive probe: cross-attention over frozen patch features",
+    ),
     "semi": ("probes.semi", "fine-tuning or probing with few labels"),
     "finetune": ("finetuning.classify", "fine-tuning of the whole encoder"),
     "clevr": (

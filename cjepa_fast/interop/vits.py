@@ -21,6 +21,7 @@ from cjepa_fast.runtime.files import read_tensors
 Named = dict[str, torch.Tensor]
 
 BETTER = re.compile(r"teacher|ema|momentum|target")  # of several ViTs in a file
+DEEPEST = 50  # dots before a name
 SAME = 1e-5  # of positions, whose sines and cosines others compute in other precisions
 
 
@@ -31,7 +32,7 @@ def read_vit(path: Path, heads: int) -> tuple[Encoder, list[str]]:
     number. fp32, on the CPU, eval mode; `mean` and `std` are ImageNet's. Raises ValueError for a
     file that cannot be read or holds no ViT that ours can be, naming why.
     """
-    everything = dict(_flat(_read(path)))
+    everything = dict(_flat(_read(path), path))
     prefix = _prefix(everything, path)
     names = {name: translated(name.removeprefix(prefix)) for name in everything
              if name.startswith(prefix)}  # fmt: skip
@@ -40,7 +41,7 @@ def read_vit(path: Path, heads: int) -> tuple[Encoder, list[str]]:
         raise ValueError(f"{path} has two names for one weight among {listed(sorted(names))}")
     try:
         encoder, told = _encoder_of(state, heads)
-    except (ValueError, RuntimeError, TypeError, IndexError) as error:  # the latter: of shapes
+    except (ValueError, RuntimeError, TypeError, IndexError, ArithmeticError) as error:  # by shapes
         raise ValueError(f"{path} cannot be an encoder of ours: {error}") from error
     width, depth, side = encoder.width, encoder.depth, encoder.patch_size
     first = f"weights of {path}: {depth} blocks of width {width}, patches of {side} pixels"
@@ -63,12 +64,15 @@ def _read(path: Path) -> Mapping:
     return read_tensors(path) if path.suffix == ".safetensors" else read_torch(path)
 
 
-def _flat(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of nested dicts, by their path with dots."""
+def _flat(tree: Mapping, path: Path, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of nested dicts, by their names with dots. Raises ValueError for dicts that are
+    nested too deep, as those are that hold themselves."""
+    if prefix.count(".") > DEEPEST:
+        raise ValueError(f"{path} holds dicts nested deeper than {DEEPEST}: {prefix[:60]}...")
     for key, value in tree.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{name}.")
+            yield from _flat(value, path, f"{name}.")
         elif isinstance(value, torch.Tensor):
             yield name, value
 

@@ -133,6 +133,11 @@ def finetune(tmp_path: Path) -> Training:
     return Training(list(map(str, words)), ["--resume"], tmp_path / "out" / "trained")
 
 
+def attentive(tmp_path: Path) -> Training:
+    words, *rest = finetune(tmp_path)
+    return Training(["attentive", *words[1:]], *rest)
+
+
 def segment(tmp_path: Path) -> Training:
     pairs = dense_sets.write_pairs(tmp_path / "pairs", {"train": 4, "val": 1})
     words = ["segment", dense_sets.write_encoder(tmp_path), "--data", pairs, "--short-side", 40]
@@ -152,7 +157,7 @@ def detect(tmp_path: Path) -> Training:
     return Training(list(map(str, words)), [], tmp_path / "out" / "trained")
 
 
-TRAININGS = {"finetune": finetune, "segment": segment, "detect": detect}
+TRAININGS = {"finetune": finetune, "attentive": attentive, "segment": segment, "detect": detect}
 OTHER = (b"[" * 200_000, b"")  # instead of a file: JSON too deep, and nothing
 
 

@@ -277,6 +277,8 @@ def test_what_has_no_place_in_ours_is_refused_by_name(tmp_path, weights, name, s
         ("blocks.0.mlp.fc1.weight", (192, 24), "(blocks.0.mlp.fc1.weight has both of its halves)"),
         ("blocks.1.norm2.weight", None, "missing: blocks.1.norm2.weight"),
         ("norm.weight", None, "missing: norm.weight"),
+        ("patch_embed.proj.weight", (0, 3, 4, 4), "cannot be an encoder of ours"),
+        ("cls_token", (), "cannot be an encoder of ours"),
         ("blocks.0.ls1.gamma", (7,), "cannot be an encoder of ours"),
         ("blocks.0.mlp.fc1.weight", (), "cannot be an encoder of ours"),
     ],
@@ -300,6 +302,11 @@ def test_of_several_vits_none_is_guessed(tmp_path, weights):
     assert "several ViTs: save one of them alone. Their names begin with offline., online." in (
         refusal(tmp_path, both)
     )
+
+
+def test_dicts_that_hold_themselves_are_refused(tmp_path, weights):
+    weights["again"] = weights
+    assert "holds dicts nested deeper than 50: again.again." in refusal(tmp_path, weights)
 
 
 class Bomb:

@@ -54,6 +54,7 @@ PLAIN = "--set epochs=1 batch=8 rand_augment=null"
 SHORT = {  # instead of what would take long
     r"^deepspeed (?=--module|\S+\.py)": "deepspeed --num_gpus 2 ",
     r"(eval finetune .*)": rf"\1 {PLAIN}",
+    r"(eval attentive .*)": r"\1 --set epochs=1",
     r"(eval segment .*)": r"\1 --steps 2 --batch-size 2 --crop-size 24 --short-side 24",
     r"--slide \d+": "--slide 12",
     r"--nproc_per_node[= ]\d+": "--nproc_per_node=2",

@@ -8,6 +8,7 @@ import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -38,6 +39,7 @@ SETTINGS = (
     "data", "labels", "test", "test_labels", "max_train", "crop", "bf16", "seed", "recipe",
 )  # fmt: skip
 FINAL_LR = 1e-6
+AnyRecipe = TypeVar("AnyRecipe")  # a dataclass
 LR_BATCH = 256  # images that a recipe's learning rate is for
 
 
@@ -194,9 +196,9 @@ def change(text: str) -> tuple[str, object]:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=NUMBER, such as lr=1e-3") from None
 
 
-def changed(base: Recipe, changes: list[tuple[str, object]] | None) -> Recipe:
-    """Raises ValueError for a name that no recipe has."""
-    names = [field.name for field in fields(Recipe)]
+def changed(base: AnyRecipe, changes: list[tuple[str, object]] | None) -> AnyRecipe:
+    """Raises ValueError for a name that the recipe has not."""
+    names = [field.name for field in fields(base)]
     for name, _ in changes or ():
         if name not in names:
             raise ValueError(f"--set {name}: a recipe has {', '.join(names)}")

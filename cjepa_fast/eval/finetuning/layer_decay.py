@@ -19,7 +19,7 @@ def layer_decay_groups(
 
     "lr_scale", for a schedule: 1 for what follows the encoder's blocks, `decay` to the power of 1
     for the last block, of 2 for the one before, of depth + 1 for the patch embedding and learned
-    positions. Those, biases and norms take no weight decay.
+    positions. Those, biases and norms take no weight decay ("decays").
     """
     embedding = [encoder.pos_embed, *encoder.patch_embed.parameters()]
     level = {id(p): encoder.depth + 1 for p in embedding}
@@ -31,7 +31,12 @@ def layer_decay_groups(
             decays = p.dim() > 1 and p is not encoder.pos_embed
             groups.setdefault((level.get(id(p), 0), decays), []).append(p)
     return [
-        {"params": p, "lr_scale": decay**below, "weight_decay": weight_decay if decays else 0.0}
+        {
+            "params": p,
+            "lr_scale": decay**below,
+            "decays": decays,
+            "weight_decay": weight_decay if decays else 0.0,
+        }
         for (below, decays), p in groups.items()
     ]
 

@@ -41,7 +41,8 @@ class Task(Protocol):
 class TrainingPlan:
     """period: steps from one save to the next; unit: "epoch" where a period is one, else "step".
     rate: the learning rate of a step, counted from 0. accumulation: micro-batches a step.
-    advice: what to do where the loss is not finite."""
+    weight_decay: that of a step; None: the learner's own. advice: what to do where the loss is not
+    finite."""
 
     title: str
     steps: int
@@ -50,6 +51,7 @@ class TrainingPlan:
     lr: Callable[[int], float]
     advice: str
     accumulation: int = 1
+    weight_decay: Callable[[int], float] | None = None
 
     def moment(self, done: int) -> str:
         size = self.period if self.unit == "epoch" else 1
@@ -93,6 +95,8 @@ def _update(
 ) -> torch.Tensor:
     """One step. The mean loss of this rank's micro-batches, 0-d."""
     learner.set_lr(plan.lr(step))
+    if plan.weight_decay is not None:
+        learner.set_weight_decay(plan.weight_decay(step))
     losses = []
     for micro in range(plan.accumulation):
         with _this_rank_alone(model, micro + 1 < plan.accumulation):

@@ -37,23 +37,27 @@ class Recipe:
     crop_scale: tuple[float, float] = (0.08, 1.0)
 
     def __post_init__(self):
-        """Raises ValueError, naming the value, for one that makes no sense."""
-        for name, value in vars(self).items():
-            if name in ("rand_augment", "crop_scale"):
-                pair = isinstance(value, tuple) and len(value) == 2
-                if not (pair or (value is None and name == "rand_augment")):
-                    raise ValueError(f"{name} = {value}: must be two numbers, as in [0.08, 1]")
-                continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise ValueError(f"{name} = {value}: must be a number")
-            if name in ("epochs", "batch") and not isinstance(value, int):
-                raise ValueError(f"{name} = {value}: must be a whole number")
-            if name in ("epochs", "batch", "lr", "layer_decay") and not value > 0:
-                raise ValueError(f"{name} = {value}: must be above 0")
-            if name in ("drop_path", "smoothing", "average") and not 0 <= value < 1:
-                raise ValueError(f"{name} = {value}: must be from 0 to below 1")
-            if value < 0:
-                raise ValueError(f"{name} = {value}: must not be negative")
+        check_values(vars(self))
+
+
+def check_values(values: dict[str, object]) -> None:
+    """Raises ValueError, naming the value, for one of a recipe that makes no sense."""
+    for name, value in values.items():
+        if name in ("rand_augment", "crop_scale"):
+            pair = isinstance(value, tuple) and len(value) == 2
+            if not (pair or (value is None and name == "rand_augment")):
+                raise ValueError(f"{name} = {value}: must be two numbers, as in [0.08, 1]")
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"{name} = {value}: must be a number")
+        if name in ("epochs", "batch") and not isinstance(value, int):
+            raise ValueError(f"{name} = {value}: must be a whole number")
+        if name in ("epochs", "batch", "lr", "layer_decay") and not value > 0:
+            raise ValueError(f"{name} = {value}: must be above 0")
+        if name in ("drop_path", "smoothing", "average") and not 0 <= value < 1:
+            raise ValueError(f"{name} = {value}: must be from 0 to below 1")
+        if value < 0:
+            raise ValueError(f"{name} = {value}: must not be negative")
 
 
 BASE = Recipe()

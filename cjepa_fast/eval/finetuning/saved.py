@@ -41,6 +41,7 @@ class FragmentsEMA(NamedTuple):
 class Learner:
     """A model with an encoder, its AdamW by layer decay, and the EMA of its weights, if any.
 
+    clip: the largest norm of all gradients together; 0: none.
     It is checkpoint.owned.Saved: whole on every rank, of which the first writes it.
     """
 
@@ -53,8 +54,9 @@ class Learner:
         layer_decay: float,
         weight_decay: float,
         average: AveragedModel | None = None,
+        clip: float = 0.0,
     ):
-        self.module, self.encoder, self.average = model, encoder, average
+        self.module, self.encoder, self.average, self.clip = model, encoder, average, clip
         groups = layer_decay_groups(model, encoder, layer_decay, weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=0.0)
         for p in self._trained().values():
@@ -67,8 +69,15 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
 
+    def set_weight_decay(self, weight_decay: float) -> None:
+        """That of the next step, for the groups that take it."""
+        for group in self.optimizer.param_groups:
+            group["weight_decay"] = weight_decay if group["decays"] else 0.0
+
     def step(self) -> None:
         """Update the weights and their EMA by the gradients, and clear those."""
+        if self.clip:
+            nn.utils.clip_grad_norm_(self._trained().values(), self.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.average is not None:

@@ -1,0 +1,185 @@
+"""An attentive probe: cross-attention over the frozen encoder's patch tokens, then a linear layer.
+
+V-JEPA's (Bardes et al. 2024, arXiv 2404.08471, section 4, and the configurations of its code for
+ImageNet): one block, in which a learned query attends to the tokens, with as many heads as the
+encoder, and an MLP of 4 times the width. AdamW for 20 epochs of 1024 images, learning rate 1e-3 and
+weight decay 1e-3 to 1e-6 by half a cosine, gradients clipped at a norm of 1, random crops,
+mirrored, with random erasing. Its AutoAugment is left out: RandAugment can be set instead.
+Shapes: B images, N patches, D width, H heads, d width of a head, C classes.
+"""
+
+import argparse
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cjepa_fast.data.loader import Batch, Loader
+from cjepa_fast.eval import cli
+from cjepa_fast.eval.features import Subset, digest
+from cjepa_fast.eval.finetuning import classify, loop, recipe
+from cjepa_fast.eval.finetuning.saved import Learner, SavedTraining
+from cjepa_fast.model.block import MLP
+from cjepa_fast.model.vit import Encoder
+from cjepa_fast.runtime.distributed import world_size
+from cjepa_fast.training import optim
+
+HEADINGS = {
+    "train_images": "train",
+    "test_images": "test",
+    "top1": "attentive %",
+    "top5": "top 5 %",
+}
+STEPS_OF_SMALL_SETS = 50  # an epoch, at least
+SMALLEST_BATCH = 16
+
+
+@dataclass(frozen=True)
+class ProbeRecipe:
+    """batch: 0 is 1024, or a 50th of a small set. lr: whatever the batch; rand_augment: n and m, as
+    recipe.Recipe has them; DALI draws it anew in a training that resumes."""
+
+    epochs: int = 20
+    batch: int = 0
+    lr: float = 1e-3
+    weight_decay: float = 1e-3
+    final_weight_decay: float = 1e-6
+    clip: float = 1.0
+    erasing: float = 0.25
+    rand_augment: tuple[int, int] | None = None
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+
+    def __post_init__(self):
+        recipe.check_values({**vars(self), "batch": self.batch or 1})
+
+    def batch_of(self, images: int) -> int:
+        """Images a step; of fewer than asked for, all of them."""
+        small = max(SMALLEST_BATCH, images // STEPS_OF_SMALL_SETS)
+        return min(self.batch or min(1024, small), images)
+
+
+class AttentiveProbe(nn.Module):
+    """Images to logits (B, C). The encoder is frozen; what is trained begins at `query`."""
+
+    def __init__(self, encoder: Encoder, classes: int, bf16: bool = False):
+        super().__init__()
+        D = encoder.width
+        self.encoder, self.bf16 = encoder.requires_grad_(False), bf16
+        self.query = nn.Parameter(torch.empty(1, 1, D))
+        self.norm1, self.norm2 = nn.LayerNorm(D), nn.LayerNorm(D)
+        self.q, self.kv, self.proj = nn.Linear(D, D), nn.Linear(D, 2 * D), nn.Linear(D, D)
+        self.mlp = MLP(D, 4 * D)
+        self._initialise()
+        self.head = nn.Linear(D, classes)
+
+    def _initialise(self) -> None:
+        """Truncated normal of std 0.02; what ends a branch divided by the root of 2."""
+        nn.init.trunc_normal_(self.query, std=0.02)
+        for layer in (self.q, self.kv, self.proj, self.mlp.fc1, self.mlp.fc2):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+        for layer in (self.proj, self.mlp.fc2):
+            layer.weight.data.div_(math.sqrt(2))
+
+    def forward(self, images_B3HW: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad(), torch.autocast(
+            images_B3HW.device.type, torch.bfloat16, enabled=self.bf16
+        ):  # fmt: skip
+            tokens_BND = self.encoder(images_B3HW)
+        return self.head(self.pool(tokens_BND.float()))
+
+    def pool(self, tokens_BND: torch.Tensor) -> torch.Tensor:
+        """What the query makes of the tokens: (B, D)."""
+        k, v = self.kv(self.norm1(tokens_BND)).chunk(2, -1)
+        q = self.q(self.query).expand(len(tokens_BND), -1, -1)
+        q_BH1d, *kv_BHNd = (
+            x.unflatten(-1, (self.encoder.heads, -1)).transpose(1, 2) for x in (q, k, v)
+        )
+        found = F.scaled_dot_product_attention(q_BH1d, *kv_BHNd).transpose(1, 2).flatten(2)
+        x_B1D = self.query + self.proj(found)
+        return (x_B1D + self.mlp(self.norm2(x_B1D)))[:, 0]
+
+
+class Probing(classify.Labelled):
+    """loop.Task of labelled images, erased as the recipe has it."""
+
+    def loss(self, model: Callable, batch: Batch) -> torch.Tensor:
+        images_B3HW = recipe.erase(batch.images_B3HW, self._recipe.erasing, self._random)
+        label_B = self._label_n[batch.index_B].to(images_B3HW.device)
+        return F.cross_entropy(model(images_B3HW), label_B)
+
+
+def train(
+    encoder: Encoder, images: Subset, label_n: torch.Tensor, classes: int, chosen: ProbeRecipe,
+    args: argparse.Namespace, folder: Path,
+) -> AttentiveProbe:  # fmt: skip
+    """The probe, trained on images with labels (n,). folder: of the checkpoints.
+
+    Raises ValueError for a loss that is not finite, or where `folder` holds another training.
+    """
+    facts = {"recipe": asdict(chosen), "encoder": digest(encoder), "images": images.fingerprint}
+    facts |= {"classes": classes, "seed": args.seed, "processes": world_size()}
+    torch.manual_seed(args.seed)
+    probe = AttentiveProbe(encoder, classes, args.bf16).to(cli.device())
+    learner = Learner(probe, encoder, 1.0, chosen.weight_decay, clip=chosen.clip)
+    asked = chosen.batch_of(len(images))
+    batch, micro_batch = classify.batches_of(len(images), asked, args.micro_batch_size)
+    loader = classify.loader_of(images, encoder, chosen, args, batch, micro_batch)
+    task = Probing(loader, label_n, classes, chosen, args.seed)
+    saved = SavedTraining(folder, facts | {"batch": batch}, resume=args.resume)
+    loop.train(learner, task, plan_of(loader, chosen), saved)
+    return probe
+
+
+def plan_of(loader: Loader, chosen: ProbeRecipe) -> loop.TrainingPlan:
+    """Half a cosine from the first step to the last, without a warm-up."""
+    total = chosen.epochs * loader.steps_per_epoch
+    decay = functools.partial(
+        optim.weight_decay, total=total, start=chosen.weight_decay, final=chosen.final_weight_decay
+    )
+    return loop.TrainingPlan(
+        "attentive probe",
+        steps=total,
+        period=loader.steps_per_epoch,
+        unit="epoch",
+        lr=lambda step: optim.learning_rate(step, total, 0, 0.0, chosen.lr, 0.0),
+        advice="lower the learning rate by --set lr=...",
+        accumulation=loader.accumulation,
+        weight_decay=decay,
+    )
+
+
+def probed_row(
+    name: str, encoder: Encoder, splits: tuple[cli.Split, cli.Split], chosen: ProbeRecipe,
+    args: argparse.Namespace,
+) -> cli.Row:  # fmt: skip
+    """A row of HEADINGS: a probe trained on the first split and tested on the second."""
+    (images, keep), test = splits
+    classes = 1 + int(torch.cat([images.labels[keep], test[0].labels[test[1]]]).max())
+    folder = classify.folder_of(args) / name
+    probe = train(encoder, Subset(images, keep), images.labels[keep], classes, chosen, args, folder)
+    row = {"encoder": name, "train_images": len(keep), "test_images": len(test[1])}
+    return row | classify.percent(probe, encoder, test, args)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    cli.add_checkpoint(parser)
+    cli.add_sets(parser)
+    classify.add_tuning(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """A row for each encoder."""
+    splits = cli.labelled_splits(args.data, args.test, args.max_train)
+    chosen = classify.changed(ProbeRecipe(), args.set)
+    args.recipe = asdict(chosen)
+    rows = [
+        probed_row(name, encoder, splits, chosen, args)
+        for name, encoder in cli.encoders_of(args).items()
+    ]
+    cli.report(args, rows, HEADINGS, classify.SETTINGS)
