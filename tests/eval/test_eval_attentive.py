@@ -183,6 +183,9 @@ def test_what_resumes_ends_as_what_never_stopped(data, tmp_path, monkeypatch):
         trained(data, tmp_path / "b")
     with pytest.raises(ValueError, match="another training: recipe was"):
         trained(data, tmp_path / "b", replace(SHORT, lr=0.1), resume=True)
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="another training: enco"):
+        patch.setattr(attentive, "digest", lambda encoder: "of other weights")
+        trained(data, tmp_path / "b", resume=True)
     again = trained(data, tmp_path / "b", resume=True)
     assert whole.keys() == again.keys()
     for name, value in whole.items():
