@@ -235,10 +235,10 @@ def test_learned_positions_start_as_the_sin_cos_and_take_their_gradient(seed):
     assert torch.equal(encoder.pos_embed[0], sincos_positions(4, 4, 16))
     assert encoder.architecture["learned_positions"]
     images, context = torch.randn(2, 3, 12, 12), torch.tensor([[3, 12, 5], [5, 0, 1]])
-    encoder.embed(images, None).sum().backward()
+    encoder.embedded(images, None).sum().backward()
     assert torch.equal(encoder.pos_embed.grad[0, :, 0], torch.full((16,), 2.0))
     encoder.zero_grad()
-    encoder.embed(images, context).sum().backward()
+    encoder.embedded(images, context).sum().backward()
     counts = torch.bincount(context.flatten(), minlength=16).float()
     assert torch.equal(encoder.pos_embed.grad[0, :, 0], counts)
     fixed = Encoder(12, 3, 16, 0, 2)
