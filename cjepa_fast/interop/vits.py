@@ -16,12 +16,15 @@ import torch
 from cjepa_fast.interop.names import DROPPED, REFUSED, kinds, prefixes, translated
 from cjepa_fast.interop.weights import MEAN, STD, fill, listed, mismatches, read_torch
 from cjepa_fast.model.vit import Encoder, sincos_positions
+from cjepa_fast.runtime import json_text
 from cjepa_fast.runtime.files import read_tensors
+from cjepa_fast.runtime.printable import printable
 
 Named = dict[str, torch.Tensor]
 
 BETTER = re.compile(r"teacher|ema|momentum|target")  # of several ViTs in a file
 DEEPEST = 50  # dots before a name
+EPS = 1e-6  # of our norms, and of those of timm, DINO and MAE
 SAME = 1e-5  # of positions, whose sines and cosines others compute in other precisions
 
 
@@ -29,8 +32,9 @@ def read_vit(path: Path, heads: int) -> tuple[Encoder, list[str]]:
     """The encoder of a file, at its own sizes, and what the user should know of it, a line each.
 
     path: .safetensors, or what torch.load reads with weights_only=True. heads: no file has their
-    number. fp32, on the CPU, eval mode; `mean` and `std` are ImageNet's. Raises ValueError for a
-    file that cannot be read or holds no ViT that ours can be, naming why.
+    number, but transformers' config.json beside it may. fp32, on the CPU, eval mode; `mean` and
+    `std` are ImageNet's. Raises ValueError for a file that cannot be read or holds no ViT that
+    ours can be, naming why.
     """
     everything = dict(_flat(_read(path), path))
     prefix = _prefix(everything, path)
@@ -46,7 +50,29 @@ def read_vit(path: Path, heads: int) -> tuple[Encoder, list[str]]:
     width, depth, side = encoder.width, encoder.depth, encoder.patch_size
     first = f"weights of {path}: {depth} blocks of width {width}, patches of {side} pixels"
     beside = [_left_out_beside(everything, prefix)] if prefix else []
-    return encoder, [f"{first}; taken as {heads} heads", *beside, *told]
+    told = [f"{first}; taken as {heads} heads", *beside, *told]
+    return encoder, told + _described_beside(path.with_name("config.json"), heads)
+
+
+def _described_beside(path: Path, heads: int) -> list[str]:
+    """What transformers' config.json tells and no weight does. Raises ValueError for other heads or
+    another activation than those taken."""
+    try:
+        known = json_text.parse(path.read_text())
+    except (OSError, ValueError):
+        return []
+    known = known if isinstance(known, dict) else {}
+    if (theirs := known.get("num_attention_heads", heads)) != heads:
+        raise ValueError(
+            f"{path}: num_attention_heads is {theirs!r}, and model.heads is {heads}: set "
+            "model.heads to it"
+        )
+    if (activation := known.get("hidden_act", "gelu")) != "gelu":
+        raise ValueError(f"{path}: hidden_act is {activation!r}; our encoder has 'gelu' alone")
+    eps = known.get("layer_norm_eps", EPS)
+    if eps == EPS:
+        return []
+    return [f"{path}: layer_norm_eps is {printable(eps)}, ours {EPS:g}: features differ a little"]
 
 
 def _encoder_of(state: Named, heads: int) -> tuple[Encoder, list[str]]:

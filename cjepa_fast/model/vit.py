@@ -208,6 +208,8 @@ class Encoder(nn.Module):
                 context.idx_T[None],
             )
         chosen = gather_tokens(patches, rows)  # so that these alone are embedded
+        if positions.requires_grad:
+            return self.patch_embed(chosen) + trained_positions(positions, idx)
         return add_positions(self.patch_embed(chosen), positions, idx)
 
     def forward(
@@ -263,6 +265,13 @@ class Encoder(nn.Module):
         to one, fp32."""
         grid = tuple(size // self.patch_size for size in images_B3HW.shape[-2:])
         return self.attention_maps(images_B3HW).float().mean(2).unflatten(-1, grid)
+
+
+def trained_positions(positions_ND: torch.Tensor, idx_BK: torch.Tensor) -> torch.Tensor:
+    """positions[idx]: (B, K, D). Their gradient, a sum over the images, is summed in fp32 at least:
+    in bf16 it would be 1.4 % off after 160 terms."""
+    wide = torch.promote_types(positions_ND.dtype, torch.float32)
+    return positions_ND.to(wide)[idx_BK].to(positions_ND.dtype)
 
 
 def stream_of(positions: torch.Tensor, residual: str) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """Other projects' ViTs as a start: what fits is carried over exactly, the rest said or refused."""
 
+import json
+
 import pytest
 import tiny
 import torch
@@ -191,6 +193,26 @@ def test_what_transformers_writes_is_read(tmp_path, seed):
         patches = model.embeddings(images)[:, 3:]
         theirs = model.layernorm(model.encoder(patches).last_hidden_state)
         assert (ours(images) - theirs).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"num_attention_heads": 6}, "num_attention_heads is 6, and model.heads is 3"),
+        ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
+    ],
+)
+def test_what_transformers_says_beside_a_file_is_heard(tmp_path, weights, config, said):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=said):
+        read(tmp_path, weights)
+    known = {"num_attention_heads": 3, "hidden_act": "gelu", "layer_norm_eps": 1e-12}
+    (tmp_path / "config.json").write_text(json.dumps(known))
+    _, told = read(tmp_path, weights)
+    assert told[-1].endswith("layer_norm_eps is 1e-12, ours 1e-06: features differ a little")
+    for other in ("[]", "{", '{"run": {}}'):  # of something else
+        (tmp_path / "config.json").write_text(other)
+        assert len(read(tmp_path, weights)[1]) == len(told) - 1
 
 
 def test_absent_biases_are_zeros(tmp_path, encoder, weights):

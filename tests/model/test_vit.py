@@ -241,6 +241,11 @@ def test_learned_positions_start_as_the_sin_cos_and_take_their_gradient(seed):
     encoder.embedded(images, context).sum().backward()
     counts = torch.bincount(context.flatten(), minlength=16).float()
     assert torch.equal(encoder.pos_embed.grad[0, :, 0], counts)
+    encoder.to(torch.bfloat16).zero_grad()  # its sums over many images are not in bf16
+    many = torch.stack([torch.randperm(16)[:12] for _ in range(1000)])
+    encoder.embedded(torch.zeros(1000, 3, 12, 12).bfloat16(), many).sum().backward()
+    counts = torch.bincount(many.flatten(), minlength=16).float()
+    assert torch.equal(encoder.pos_embed.grad[0, :, 0].float(), counts.bfloat16().float())
     fixed = Encoder(12, 3, 16, 0, 2)
     assert not fixed.pos_embed.requires_grad and "learned_positions" not in fixed.architecture
 
