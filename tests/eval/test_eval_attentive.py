@@ -198,18 +198,18 @@ def test_the_command_finds_a_patch_wherever_it_is(data, saved, tmp_path, capsys)
     out = tmp_path / "probe.json"
     words = ["attentive", str(saved), "--data", str(data), "--untrained", "--seed", "1"]
     words += ["--threads", "1", "--crop", "1", "--out", str(tmp_path / "out"), "--json", str(out)]
-    changes = ["epochs=12", "batch=8", "lr=0.01", "crop_scale=[0.9,1]", "erasing=0"]
+    changes = ["epochs=6", "batch=8", "lr=0.02", "crop_scale=[0.9,1]", "erasing=0"]
     assert main([*words, "--set", *changes]) == 0
     record = json.loads(out.read_text())
     rows = record["rows"]
     assert [row["encoder"] for row in rows] == ["untrained", "trained"]
     assert all(row["top1"] >= 90 and "top5" not in row for row in rows)
     assert rows[0]["train_images"] + rows[0]["test_images"] == 48
-    assert record["task"] == "attentive" and record["settings"]["recipe"]["lr"] == 0.01
+    assert record["task"] == "attentive" and record["settings"]["recipe"]["lr"] == 0.02
     assert record["settings"]["recipe"]["weight_decay"] == 1e-3
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"trained", "untrained"}
     said = capsys.readouterr().out
-    assert "epoch 12 of 12: loss" in said and "attentive %" in said
+    assert "epoch 6 of 6: loss" in said and "attentive %" in said
 
 
 def test_what_is_wrong_is_said(data, saved, capsys):
