@@ -87,9 +87,9 @@ def _read_segment(found: JpegHeader, marker: int, body: bytes, span: tuple[int, 
 
 
 class PngHeader(NamedTuple):
-    """bits: of a channel, if more than 8, else 8 (of gray with alpha always); exif_block: None where
-    there is none; channels: as decoded, a palette's three, or four where some of its colours are
-    clear."""
+    """bits: of a channel, if more than 8, else 8 (of gray with alpha always); exif_block: None
+    where there is none; channels: as decoded, a palette's three, or four where some of its colours
+    are clear."""
 
     height: int
     width: int

@@ -12,6 +12,7 @@ from cjepa_fast.checkpoint.encoders import load_encoders
 from cjepa_fast.config import Config, ConfigError
 from cjepa_fast.interop import ijepa, load_ijepa, vits
 from cjepa_fast.interop.resample import resample_patches, resample_positions
+from cjepa_fast.interop.weights import with_channels
 from cjepa_fast.model.jepa import JEPA
 from cjepa_fast.model.vit import Encoder
 
@@ -47,6 +48,12 @@ def _fill(encoder: Encoder, start: Encoder, config: Config) -> list[str]:
     """Put the weights in place, at the configuration's grid and patch size."""
     _check_sizes(encoder, start, config)
     state, told = start.state_dict(), []
+    if start.channels != encoder.channels:
+        state = with_channels(state, encoder.channels)
+        told.append(
+            f"each of {encoder.channels} channels has the sum of the filters of {start.channels}, "
+            f"over {encoder.channels}"
+        )
     if start.patch_size != encoder.patch_size:
         kernel = resample_patches(state["patch_embed.proj.weight"], encoder.patch_size)
         state["patch_embed.proj.weight"] = kernel
@@ -98,6 +105,7 @@ def _from_ijepa(path: Path, networks: JEPA, target: Encoder, config: Config) -> 
         config.data.image_size,
         config.predictor.depth,
         config.predictor.width,
+        config.data.channels,
     )
     networks.encoder.load_state_dict(encoder.state_dict())
     networks.predictor.load_state_dict(predictor.state_dict())

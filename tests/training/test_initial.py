@@ -29,11 +29,12 @@ def weights(encoder) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in encoder.state_dict().items()}
 
 
-def networks_of(path, **model):
+def networks_of(path, data=None, **model):
     """JEPA and target of a tiny configuration, started from a file; what was said."""
     model = {**tiny.CONFIG["model"], "positions": "learned", **model}
+    data = {**tiny.CONFIG["data"], **(data or {})}
     config = configuration.validate(
-        {**tiny.CONFIG, "model": model, "run": {"init_from": str(path)}}
+        {**tiny.CONFIG, "data": data, "model": model, "run": {"init_from": str(path)}}
     )
     networks = build.build_networks(config)
     target = copy.deepcopy(networks.encoder)
@@ -63,6 +64,20 @@ def test_another_grid_and_other_patches_are_resampled_aloud(tmp_path, encoder, w
     assert torch.equal(context.blocks[1].mlp.fc2.weight, encoder.blocks[1].mlp.fc2.weight)
     assert "resampled: the patch embedding, from 4 to 6 pixels (FlexiViT's way)" in told
     assert "interpolated: positions, from 6 x 6 to 4 x 4 (bicubic, antialiased)" in told
+
+
+def test_gray_and_oblong_images_start_from_three_channels_and_a_square(tmp_path, encoder, weights):
+    torch.save(weights, tmp_path / "x.pth")
+    gray = {"channels": 1, "mean": [0.5], "std": [0.5]}
+    context, _, told = networks_of(tmp_path / "x.pth", gray)
+    image = torch.randn(1, 1, 24, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(context(image), encoder(image.expand(-1, 3, -1, -1)))
+    assert "each of 1 channels has the sum of the filters of 3, over 1" in told
+    oblong, _, told = networks_of(tmp_path / "x.pth", {"image_size": [16, 32]})
+    wanted = resample_positions(encoder.pos_embed[0].data, (4, 8))
+    assert torch.equal(oblong.pos_embed[0], wanted)
+    assert "interpolated: positions, from 6 x 6 to 4 x 8 (bicubic, antialiased)" in told
 
 
 def test_learned_positions_do_not_become_sin_cos_in_silence(tmp_path, weights):
