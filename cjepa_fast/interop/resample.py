@@ -7,15 +7,18 @@ import torch
 import torch.nn.functional as F
 
 
-def resample_positions(table_ND: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """A square grid's positions at the points of another grid: bicubic, antialiased, (rows * cols,
-    D) fp32. Those of the same grid are returned as they are."""
-    side = round(len(table_ND) ** 0.5)
+def resample_positions(
+    table_ND: torch.Tensor, old: tuple[int, int], new: tuple[int, int]
+) -> torch.Tensor:
+    """Positions of a grid (rows, cols) at the points of another: bicubic, antialiased, fp32.
+
+    Those of the same grid are returned as they are.
+    """
     table_ND = table_ND.float()
-    if grid == (side, side):
+    if old == new:
         return table_ND
-    image = table_ND.view(1, side, side, -1).permute(0, 3, 1, 2)
-    image = F.interpolate(image, size=grid, mode="bicubic", antialias=True, align_corners=False)
+    image = table_ND.view(1, *old, -1).permute(0, 3, 1, 2)
+    image = F.interpolate(image, size=new, mode="bicubic", antialias=True, align_corners=False)
     return image.permute(0, 2, 3, 1).flatten(0, 2)
 
 

@@ -60,7 +60,8 @@ def _fill(encoder: Encoder, start: Encoder, config: Config) -> list[str]:
         sizes = f"{start.patch_size} to {encoder.patch_size} pixels"
         told.append(f"resampled: the patch embedding, from {sizes} (FlexiViT's way)")
     if start.grid != encoder.grid:
-        state["pos_embed"] = resample_positions(state["pos_embed"][0], encoder.grid)[None]
+        table = resample_positions(state["pos_embed"][0], start.grid, encoder.grid)
+        state["pos_embed"] = table[None]
         grids = " to ".join(f"{rows} x {cols}" for rows, cols in (start.grid, encoder.grid))
         told.append(f"interpolated: positions, from {grids} (bicubic, antialiased)")
     _check_positions(encoder, state["pos_embed"], config)

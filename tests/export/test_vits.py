@@ -357,7 +357,7 @@ def test_larger_patches_give_what_the_old_ones_did(seed):
 def test_positions_are_interpolated_by_place():
     rows, cols = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
     table = torch.stack([rows, cols], -1).view(64, 2)  # a ramp: in the middle, halfway between
-    found = resample_positions(table, (4, 4)).view(4, 4, 2)
+    found = resample_positions(table, (8, 8), (4, 4)).view(4, 4, 2)
     assert torch.allclose(found[1:3, 1:3, 0], torch.tensor([[2.5, 2.5], [4.5, 4.5]]), atol=0.05)
     assert torch.allclose(found[1:3, 1:3, 1], torch.tensor([[2.5, 4.5], [2.5, 4.5]]), atol=0.05)
-    assert torch.equal(resample_positions(table, (8, 8)), table)
+    assert torch.equal(resample_positions(table, (8, 8), (8, 8)), table)

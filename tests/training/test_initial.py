@@ -58,7 +58,8 @@ def test_both_encoders_start_from_the_file(tmp_path, encoder, weights):
 def test_another_grid_and_other_patches_are_resampled_aloud(tmp_path, encoder, weights):
     torch.save(weights, tmp_path / "x.pth")
     context, _, told = networks_of(tmp_path / "x.pth", patch_size=6)
-    assert torch.equal(context.pos_embed[0], resample_positions(encoder.pos_embed[0].data, (4, 4)))
+    table = resample_positions(encoder.pos_embed[0].data, (6, 6), (4, 4))
+    assert torch.equal(context.pos_embed[0], table)
     kernel = encoder.patch_embed.proj.weight.data
     assert torch.equal(context.patch_embed.proj.weight, resample_patches(kernel, 6))
     assert torch.equal(context.blocks[1].mlp.fc2.weight, encoder.blocks[1].mlp.fc2.weight)
@@ -75,9 +76,14 @@ def test_gray_and_oblong_images_start_from_three_channels_and_a_square(tmp_path,
         torch.testing.assert_close(context(image), encoder(image.expand(-1, 3, -1, -1)))
     assert "each of 1 channels has the sum of the filters of 3, over 1" in told
     oblong, _, told = networks_of(tmp_path / "x.pth", {"image_size": [16, 32]})
-    wanted = resample_positions(encoder.pos_embed[0].data, (4, 8))
+    wanted = resample_positions(encoder.pos_embed[0].data, (6, 6), (4, 8))
     assert torch.equal(oblong.pos_embed[0], wanted)
     assert "interpolated: positions, from 6 x 6 to 4 x 8 (bicubic, antialiased)" in told
+    oblong.mean, oblong.std = (0.5,) * 3, (0.25,) * 3
+    save_encoder(oblong, tmp_path / "encoder.safetensors")
+    square, _, told = networks_of(tmp_path / "encoder.safetensors")
+    assert torch.equal(square.pos_embed[0], resample_positions(wanted, (4, 8), (6, 6)))
+    assert "interpolated: positions, from 4 x 8 to 6 x 6 (bicubic, antialiased)" in told
 
 
 def test_learned_positions_do_not_become_sin_cos_in_silence(tmp_path, weights):
