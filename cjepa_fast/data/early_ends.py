@@ -140,18 +140,15 @@ class EarlyEnds:
             return None
 
 
-def gray_edged(images_B3HW: torch.Tensor, look: DecodeSettings, feed: DecodeRequest) -> list[int]:
+def gray_edged(images_BCHW: torch.Tensor, look: DecodeSettings, feed: DecodeRequest) -> list[int]:
     """The images that have an edge of the gray that decoders paint where pixels are missing."""
-    edges = [images_B3HW[:, :, at, ::EVERY] for at in (0, -1)]
-    edges += [images_B3HW[:, :, ::EVERY, at] for at in (0, -1)]
-    edges_B43S = torch.stack(edges, 1).float()
-    mean, std = (
-        torch.tensor(v, device=edges_B43S.device).view(3, 1) for v in (look.mean, look.std)
-    )
-    gray_B = np.full(len(images_B3HW), GRAY)
+    edges = [images_BCHW[:, :, at, ::EVERY] for at in (0, -1)]
+    edges += [images_BCHW[:, :, ::EVERY, at] for at in (0, -1)]
+    device = images_BCHW.device
+    mean, std = (torch.tensor(v, device=device).view(-1, 1) for v in (look.mean, look.std))
+    gray_B = np.full(len(images_BCHW), GRAY, np.float32)
     if look.colour:  # of gray, brightness alone changes the level
         gray_B = (gray_B * feed.colour_B3[:, 0]).clip(0, 255)
-    gray_B = torch.from_numpy(gray_B).to(edges_B43S)
-    levels_B43S = (edges_B43S * std + mean) * 255
-    far_B4 = (levels_B43S - gray_B.view(-1, 1, 1, 1)).abs().amax((2, 3))
-    return (far_B4 < CLOSE).any(1).nonzero().flatten().tolist()
+    gray_B11 = torch.from_numpy(gray_B).to(device, torch.float32).view(-1, 1, 1)
+    far = [((x.float() * std + mean) * 255 - gray_B11).abs().amax((1, 2)) for x in edges]
+    return (torch.stack(far, 1) < CLOSE).any(1).nonzero().flatten().tolist()
