@@ -36,7 +36,6 @@ def one_rank(tmp_path_factory) -> tuple[Path, Path]:
     )
     result = tiny.train("--config", config)
     assert result.returncode == 0, result.stderr
-    assert "sigreg 0." in result.stdout or "sigreg 1." in result.stdout, result.stdout
     return config, folder / "run"
 
 
