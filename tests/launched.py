@@ -34,6 +34,7 @@ class Launched:
         own = {name: value, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
         self.deadline = time.monotonic() + tiny.HANG_S
         self.out, self.err = folder / "stdout", folder / "stderr"
+        self.log = folder / "run" / "log.jsonl"
         command = [*LAUNCHERS[launcher], NUMBER[launcher], str(ranks)]
         if launcher == "deepspeed":  # else of all one port
             command += ["--master_port", str(tiny.free_port())]
@@ -62,7 +63,9 @@ class Launched:
         return min(found)  # what it started itself is younger
 
     def wait_for_step(self, step: int) -> None:
-        while not re.search(rf"^step {step}/", self.out.read_text(), re.MULTILINE):
+        """Until the run in `folder`/run has logged it."""
+        row = re.compile(rf'^{{"step": {step},', re.MULTILINE)
+        while not (self.log.is_file() and row.search(self.log.read_text())):
             assert self.launcher.poll() is None, self.err.read_text()[-5000:]
             self._pause()
 
@@ -100,6 +103,7 @@ class Forked(Launched):
     def __init__(self, ranks: int, script: Path, args: list, folder: Path):
         self.deadline = time.monotonic() + tiny.HANG_S
         self.out, self.err = folder / "stdout", folder / "stderr"
+        self.log = folder / "run" / "log.jsonl"
         for file in (self.out, self.err):
             file.touch()
         environment = tiny.environment() | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}

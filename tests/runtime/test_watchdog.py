@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 
 import pytest
 import tiny
@@ -202,6 +203,7 @@ def interrupt(launcher: str, number: int, rank: int, folder, timeout_s: float) -
     config = tiny.write_config(folder, run={"epochs": 10000, "timeout_s": timeout_s})
     with Launched(launcher, 2, TRAIN, ["--config", config], folder) as run:
         run.wait_for_step(6)
+        time.sleep(3 * watchdog.BEAT_S)  # the ranks have heard of each other
         pids = [run.pid_of(0), run.pid_of(1)]
         os.kill(pids[rank], number)
         return run.wait(), run.err.read_text(), pids
