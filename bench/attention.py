@@ -17,7 +17,7 @@ import torch
 from hardware import ROOT, here, provenance
 
 from cjepa_fast import config as configuration
-from cjepa_fast.model import attention
+from cjepa_fast.model import attention, attention_trial
 from cjepa_fast.training import build
 
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.json"))
@@ -32,13 +32,15 @@ def measure(name: str, batch: int | None, overrides: list[str], device: torch.de
         networks = build.build_networks(config)
     tried = []
 
-    def trial(shape: attention.Shape, device: torch.device, dtype: torch.dtype):
-        tried.append((shape, *attention.fastest(shape, device, dtype)))
+    def trial(shape: attention_trial.Shape, device: torch.device, dtype: torch.dtype):
+        tried.append((shape, *attention_trial.fastest(shape, device, dtype)))
         return tried[-1][1:]
 
     with (
         mock.patch.object(build, "fastest", trial),
-        mock.patch.object(attention, "candidates", lambda device: attention.installed()),
+        mock.patch.object(
+            attention_trial, "candidates", lambda device: attention_trial.installed()
+        ),
     ):
         parts = build.choose_attention(networks, networks.encoder, config, device, images)
     return [

@@ -24,7 +24,7 @@ from stopwatch import Stopwatch
 from cjepa_fast import config as configuration
 from cjepa_fast import load_encoder
 from cjepa_fast.model import fp8
-from cjepa_fast.model.attention import Shape, fastest
+from cjepa_fast.model.attention_trial import Shape, fastest
 from cjepa_fast.model.flops import block_flop
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime.image_size import height_width

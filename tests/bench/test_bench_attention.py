@@ -8,7 +8,7 @@ import tiny
 import torch
 
 from cjepa_fast.config import load
-from cjepa_fast.model import attention as kernels
+from cjepa_fast.model import attention_trial as kernels
 from cjepa_fast.training import build
 
 sys.path.insert(0, str(tiny.ROOT / "bench"))  # no package: its scripts import each other by name
