@@ -19,7 +19,7 @@ declare -A MKL=([SSE41]=SSE4_2 [AVX2]=AVX2 [AVX512_CORE]=AVX512 [AVX512_CORE_BF1
                 [AVX512_CORE_AMX]=AVX512)
 declare -A ATEN=([SSE41]=default [AVX2]=avx2 [AVX512_CORE]=avx512 [AVX512_CORE_BF16]=avx512
                  [AVX512_CORE_AMX]=avx512)
-TESTS=(tests/model/test_{linear,vit,fused,fp8,predictor,checkpointing}.py
+TESTS=(tests/model/test_{linear,vit,fused,fp8,packed,predictor,checkpointing}.py tests/tools/test_plan.py
        tests/training/test_{train,run,engine}.py tests/checkpoint/test_older_runs.py
        tests/runtime/test_hardware.py)
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"

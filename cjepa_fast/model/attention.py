@@ -53,8 +53,11 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str) -> t
 def _plain(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """By its definition; see `attention_map`. In fp32 on a CPU that multiplies no bf16: faster."""
-    dtype, on_cpu = q.dtype, q.device.type == "cpu" and not torch.compiler.is_compiling()
+    """By its definition; see `attention_map`. In fp32 on a CPU that multiplies no bf16: faster.
+
+    The meta device does as this machine's CPU, for which it counts (training/cpu_micro_batch.py).
+    """
+    dtype, on_cpu = q.dtype, q.device.type != "cuda" and not torch.compiler.is_compiling()
     if on_cpu and dtype == torch.bfloat16 and not hardware.cpu_multiplies_bf16():
         q, k, v = q.float(), k.float(), v.float()
     return (attention_map(q, k, seen) @ v).to(dtype)

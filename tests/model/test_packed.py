@@ -193,6 +193,7 @@ def test_packed_attention_is_that_of_each_sequence(seed, device, backend, width)
 def trained(folder: Path, steps: range, from_: Path | None = None) -> tuple[list[dict], Path]:
     """The terms of some steps on noise, and the checkpoint after them."""
     sections = {
+        "run": {"precision": "bf16"},
         "data": tiny.CONFIG["data"] | {"batch_size": 8},
         "mask": {"min_keep": 4, "context": "packed"},
         "optim": {"warmup_epochs": 0, "lr": 0.01},
