@@ -177,6 +177,10 @@ class MaskSection(Section):
         (0.85, 1.0), description="least and most share of the patches in the context block"
     )
     min_keep: Count = Field(10, description="fewest context patches left beside the targets")
+    keep: Count | None = later(
+        None, was=None,
+        description='context patches that "fixed" keeps; null: as many as nine images in ten have',
+    )  # fmt: skip
 
 
 class ModelSection(Section):

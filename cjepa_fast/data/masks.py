@@ -105,6 +105,7 @@ class MaskSampler:
       blocks are given up one by one, so that context may lie inside a given-up target. The
       released code wants more than min_keep, and so does "ijepa". Target blocks are not held to
       it.
+    keep: K of "fixed", in place of its own (see `fixed_context`).
 
     Raises ValueError for settings that leave a block empty or can never keep min_keep patches.
     """
@@ -118,6 +119,7 @@ class MaskSampler:
     context_scale: tuple[float, float] = (0.85, 1.0)
     min_keep: int = 10
     seed: int = 0
+    keep: int | None = None
 
     def __post_init__(self):
         _choice("sampler", self.sampler, ("uniform", "ijepa"))
@@ -134,6 +136,8 @@ class MaskSampler:
             raise ValueError(f"min_keep {self.min_keep}: need at least one context patch")
         self._check_targets()
         self._check_min_keep()
+        if self.keep is not None:
+            self._check_keep(self.keep)
 
     def _check_targets(self) -> None:
         cells = int(self.cells * self.target_scale[0])
@@ -151,6 +155,16 @@ class MaskSampler:
             raise ValueError(
                 f"min_keep {self.min_keep} is more than the smallest context block on a grid of "
                 f"{self.grid} can hold ({room} patches): lower it or raise context_scale"
+            )
+
+    def _check_keep(self, keep: int) -> None:
+        if self.context != "fixed":
+            raise ValueError(f'keep {keep}: of context "fixed" alone, not of "{self.context}"')
+        most = int(self._typical_lengths.median())
+        if not self.needed <= keep <= most:
+            raise ValueError(
+                f"keep {keep}: from {self.needed} (min_keep) to {most}, the patches that half of "
+                "the images have left; for more of them raise context_scale or lower target_scale"
             )
 
     def __call__(
@@ -199,9 +213,11 @@ class MaskSampler:
     def fixed_context(self) -> int:
         """K of "fixed", a function of the settings alone (not of the seed).
 
-        The 10 % quantile of the context patches over 2,048 layouts, or min_keep if that is more:
-        nine images in ten keep their first layout, the others are redrawn.
+        `keep`, or the 10 % quantile of the context patches over 2,048 layouts, min_keep if that is
+        more: nine images in ten keep their first layout, the others are redrawn.
         """
+        if self.keep is not None:
+            return self.keep
         kept = self._typical_lengths
         quantile = int(kept.sort().values[int(len(kept) * FIXED_QUANTILE)])
         return max(quantile, self.needed)

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from cjepa_fast import config as configuration
 from cjepa_fast.config import Config, ConfigError
-from cjepa_fast.model import block
+from cjepa_fast.model import block, waves
 from cjepa_fast.model.block import Attention
 from cjepa_fast.model.flops import recomputed_gflop, step_gflop
 from cjepa_fast.model.jepa import JEPA
@@ -42,26 +42,27 @@ STAGES = (0, 1, 2, 3)
 
 
 class GPU(NamedTuple):
-    """By the vendor's data sheet: dense rate in its precision, memory, power, a part of torch's
-    name, and what run.precision "auto" becomes on it."""
+    """By the vendor's data sheet: dense rate in its precision, memory, power, multiprocessors, a
+    part of torch's name, and what run.precision "auto" becomes on it."""
 
     tflops: float
     memory_gb: float
     watts: float
+    multiprocessors: int
     name: str
     precision: str = "bf16"
 
 
 GPUS = {
-    "a100-40": GPU(312, 40, 400, "A100"),
-    "a100-80": GPU(312, 80, 400, "A100"),
-    "h100": GPU(989, 80, 700, "H100"),
-    "h200": GPU(989, 141, 700, "H200"),
-    "b200": GPU(2250, 180, 1000, "B200"),
-    "l40s": GPU(362, 48, 350, "L40S"),
-    "4090": GPU(165, 24, 450, "4090"),
-    "t4": GPU(8.1, 16, 70, "T4", "fp32"),
-    "2080ti": GPU(13.4, 11, 250, "2080 Ti", "fp32"),
+    "a100-40": GPU(312, 40, 400, 108, "A100"),
+    "a100-80": GPU(312, 80, 400, 108, "A100"),
+    "h100": GPU(989, 80, 700, 132, "H100"),
+    "h200": GPU(989, 141, 700, 132, "H200"),
+    "b200": GPU(2250, 180, 1000, 148, "B200"),
+    "l40s": GPU(362, 48, 350, 142, "L40S"),
+    "4090": GPU(165, 24, 450, 128, "4090"),
+    "t4": GPU(8.1, 16, 70, 40, "T4", "fp32"),
+    "2080ti": GPU(13.4, 11, 250, 68, "2080 Ti", "fp32"),
 }
 
 
@@ -319,11 +320,24 @@ def cost(args: argparse.Namespace, config: Config, gpu: GPU, gflop: float, again
     return [
         line("MFU, %", shares, 1, found.source),
         f"{'recomputed':15s}{again:12.1f}  {'':22s}GFLOP an image, by model.checkpointing",
+        *told_waves(config, gpu),
         line("images/s", rate, 0, several),
         line("hours", hours, 1, f"{images // args.images} epochs of {args.images:,} images"),
         line("GPU-hours", [h * args.count for h in hours], 0),
         line("kWh", kwh, 0, watts.removeprefix(", ")),
     ]
+
+
+def told_waves(config: Config, gpu: GPU) -> list[str]:
+    """How the lengths of "fixed" fill the multiprocessors; nothing of what varies by the batch."""
+    if config.mask.context != "fixed":
+        return []
+    images = config.data.micro_batch_size
+    masks = build.build_masks(config)(0, 0, torch.arange(1))
+    K, (M, P) = int(masks.context_k), masks.target_idx_BMP.shape[1:]
+    sizes = build.counted_sizes(config, K, M, P)
+    said = waves.told(images, K, gpu.multiprocessors, config.mask.min_keep, **sizes)
+    return [f"{'waves':15s}{said}"]
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -7,10 +7,11 @@ import time
 import torch
 
 from cjepa_fast.data.loader import Loader
+from cjepa_fast.model import waves
 from cjepa_fast.runtime import distributed, hardware
 from cjepa_fast.runtime.memory import peak_resident_gib
 from cjepa_fast.telemetry.pace import duration
-from cjepa_fast.training.build import gflop_of
+from cjepa_fast.training.build import counted_sizes, gflop_of
 from cjepa_fast.training.loop import steps_of
 from cjepa_fast.training.trainer import Trainer
 
@@ -55,6 +56,11 @@ def dry_run(trainer: Trainer, loader: Loader, told: list[str]) -> int:
     print(hardware.told_precision(trainer.config.run.precision, trainer.device, False))
     print(f"parameters   encoder {parameters['encoder']:,}, predictor {parameters['predictor']:,}")
     print(f"tokens       {rows} x {cols} patches, context {K:g}, targets {M} x {P}")
+    if config.mask.context == "fixed" and trainer.device.type == "cuda":
+        count = torch.cuda.get_device_properties(trainer.device).multi_processor_count
+        sizes = counted_sizes(config, K, M, P)
+        fewest = config.mask.min_keep
+        print("waves        " + waves.told(trainer.micro_batch, int(K), count, fewest, **sizes))
     print("GFLOP/image  " + ", ".join(f"{name} {value:.1f}" for name, value in gflop.items()))
     print(f"memory       {peak_gib(trainer.device):.2f} GiB at the peak, {trainer.device}")
     print(

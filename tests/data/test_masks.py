@@ -360,6 +360,15 @@ def same_blocks_as(constant: MaskSampler) -> MaskSampler:
     return same
 
 
+@pytest.mark.parametrize("keep", [20, 70])
+def test_keep_is_what_fixed_keeps(seed, keep):
+    """Few: hardly an image is redrawn, and all are cut; many: half of them are redrawn."""
+    masks_of = MaskSampler((14, 14), "uniform", "fixed", seed=seed, keep=keep)
+    for masks in many(masks_of, 20, 16):
+        check(masks, (14, 14), 4)
+        assert masks.context_idx_BK.shape[1] == keep
+
+
 def test_fixed_redraws_about_one_image_in_ten(seed):
     """An image keeps its first layout unless that came out short."""
     fixed = MaskSampler((14, 14), "uniform", "fixed", seed=seed)
@@ -477,6 +486,9 @@ def test_images_that_keep_enough_are_left_alone(seed):
         ({"target_aspect": (0.001, 1.5)}, ["target_aspect (0.001, 1.5)", "empty target block"]),
         ({"min_keep": 0}, ["min_keep 0"]),
         ({"min_keep": 170}, ["min_keep 170", "(169 patches)", "context_scale"]),
+        ({"keep": 40}, ["keep 40", '"fixed"', '"random"']),
+        ({"keep": 9, "context": "fixed"}, ["keep 9", "from 10 (min_keep)"]),
+        ({"keep": 120, "context": "fixed"}, ["keep 120", "context_scale", "target_scale"]),
     ],
 )
 def test_impossible_settings_are_refused_by_name(change, words):

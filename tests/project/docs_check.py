@@ -2,7 +2,8 @@
 
 Each is run as it stands there, in a folder of its own, with small things instead of large ones: the
 images are a handful, RUN a run of them, the configuration that of tests/tiny.py. What cannot be run
-so has a line in ELSEWHERE that says where it is tried. Words after the name choose commands.
+so has a line in ELSEWHERE that says where it is tried. Arguments choose pages (docs/kernels.md) and
+commands (a word of theirs).
 """
 
 import itertools
@@ -152,6 +153,12 @@ def notebook_commands() -> Iterator[Command]:
         yield Command(page, 1, shlex.join(["python", "-c", code]))
 
 
+def chosen(command: Command, arguments: list[str]) -> bool:
+    pages = {ROOT / name for name in arguments if name.endswith((".md", ".ipynb"))}
+    words = [word for word in arguments if ROOT / word not in pages]
+    return command.page in (pages or {command.page}) and all(w in command.text for w in words)
+
+
 def main() -> int:
     failed = 0
     with tempfile.TemporaryDirectory() as temporary:
@@ -162,7 +169,7 @@ def main() -> int:
         for number, command in enumerate(shown):
             text = command.text.partition("\n")[0]
             where = f"{command.page.relative_to(ROOT)}:{command.line}: {text}"
-            if not all(word in command.text for word in sys.argv[1:]):
+            if not chosen(command, sys.argv[1:]):
                 continue
             if command.elsewhere:
                 print(f"-     {where}  ({command.elsewhere})", flush=True)

@@ -143,7 +143,7 @@ def test_sharing_divides_what_the_stage_shares():
 
 def test_the_largest_batch_fills_the_memory():
     found = plan.Plan({"weights": 20e9}, 0.5e9, 1)
-    gpu = plan.GPU(100, 80, 100, "G")
+    gpu = plan.GPU(100, 80, 100, 132, "G")
     batch = plan.largest_batch(found, gpu)
     assert found.total(batch) <= 0.92 * 80e9 < found.total(batch + 1)
     assert plan.largest_batch(found._replace(static={"weights": 90e9}), gpu) == 0
@@ -251,8 +251,18 @@ def test_the_shipped_table_is_of_rows_that_are_found_again():
         assert plan.speed(config, row["config"], plan.GPUS["h200"], 1).measured
 
 
+def test_the_waves_of_fixed_lengths_are_told(capsys):
+    asked = ["--config", "vit_h", "--gpu", "h200"]
+    assert plan.main([*asked, "--set", "mask.context=fixed"]) == 0
+    assert "K = 91" in capsys.readouterr().out
+    assert plan.main([*asked, "--set", "mask.context=fixed", "--set", "mask.keep=85"]) == 0
+    assert "K = 85" in capsys.readouterr().out
+    assert plan.main(asked) == 0
+    assert "waves" not in capsys.readouterr().out
+
+
 def test_the_verdict_says_what_to_change():
-    gpu = plan.GPU(100, 10, 100, "G")
+    gpu = plan.GPU(100, 10, 100, 132, "G")
 
     def said(static, per_image):
         plans = {

@@ -1,0 +1,142 @@
+"""How well a length fills a GPU: waves of the matmuls' tiles, and attention's padded tiles.
+
+A GPU computes a matmul in tiles, one a multiprocessor at a time. A product of 1.05 waves of tiles
+takes as long as one of 2. Attention pads queries and keys to whole tiles. With mask.context "fixed"
+the lengths of a step are constants, so that mask.keep can be chosen to waste little. Predicted from
+the sizes alone, of TILE_ROWS x TILE_COLS tiles, as the library takes for products of this size on
+sm_90; another tile moves the figures (docs/performance.md says what has been measured).
+
+Work is in multiply-adds. K context patches, M target blocks, P patches a block, D width.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+TILE_ROWS, TILE_COLS = 128, 256
+ATTENTION_TILE = 64  # queries, and keys, that kernels/attention/ takes at a time on most shapes
+# A multiply-add of attention takes so many times as long as one of a matmul: 2.4 TFLOP in 32 ms of
+# the H200's ViT-H step, beside 790 TFLOP/s (bench/results/h200).
+ATTENTION_SLOWER = 10
+TOLERANCE = 0.1  # of K, within which a better one is looked for
+
+
+class Product(NamedTuple):
+    """A matmul (rows, inner) x (inner, columns), done `times` over."""
+
+    rows: int
+    inner: int
+    columns: int
+    times: int
+
+    @property
+    def work(self) -> int:
+        return self.rows * self.inner * self.columns * self.times
+
+    def room(self, multiprocessors: int) -> int:
+        """The work that whole waves of full tiles would have done meanwhile."""
+        tiles = math.ceil(self.rows / TILE_ROWS) * math.ceil(self.columns / TILE_COLS)
+        tiles = math.ceil(tiles / multiprocessors) * multiprocessors
+        return tiles * TILE_ROWS * TILE_COLS * self.inner * self.times
+
+
+class Attention(NamedTuple):
+    """softmax(q k^T) v of `sequences` of one length, over all heads, done `times` over."""
+
+    sequences: int
+    length: int
+    width: int
+    times: int
+
+    @property
+    def share(self) -> float:
+        """Of the pairs of a query and a key in its tiles, those of real tokens."""
+        return (self.length / _padded(self.length)) ** 2
+
+    @property
+    def work(self) -> int:
+        pairs = self.sequences * self.length**2
+        return ATTENTION_SLOWER * 2 * pairs * self.width * self.times
+
+    def room(self, multiprocessors: int) -> float:
+        """As of a product; its programs are many and small, so that waves do not count."""
+        return self.work / self.share
+
+
+def _padded(length: int) -> int:
+    return math.ceil(length / ATTENTION_TILE) * ATTENTION_TILE
+
+
+def parts(
+    images: int,
+    K: int,
+    *,
+    width: int,
+    depth: int,
+    mlp_ratio: float,
+    predictor_width: int,
+    predictor_depth: int,
+    predictor_mlp_ratio: float,
+    predictor_mode: str,
+    targets_m: int,
+    targets_p: int,
+    **_,
+) -> Iterator[Product | Attention]:
+    """What of a step's blocks follows K: linear layers, forward and their inputs' gradients, and
+    attention, its backward counted as twice its forward.
+
+    Takes what flops.step_gflop takes. The gradients of the weights sum over the rows, so their
+    tiles do not follow K.
+    """
+    per_target = predictor_mode == "per_target"
+    sequences = images * (targets_m if per_target else 1)
+    length = K + targets_p * (1 if per_target else targets_m)
+    for count, tokens, D, ratio, blocks in (
+        (images, K, width, mlp_ratio, depth),
+        (sequences, length, predictor_width, predictor_mlp_ratio, predictor_depth),
+    ):
+        hidden = round(D * ratio)
+        for inner, columns in ((D, 3 * D), (D, D), (D, hidden), (hidden, D)):
+            yield Product(count * tokens, inner, columns, blocks)
+            yield Product(count * tokens, columns, inner, blocks)
+        yield Attention(count, tokens, D, 3 * blocks)
+
+
+class Fill(NamedTuple):
+    """A K, the share of the GPU's time in these parts that is work, and of attention's tiles for
+    the encoder and for the predictor."""
+
+    keep: int
+    share: float
+    attention: tuple[float, float]
+
+
+def fill(images: int, K: int, multiprocessors: int, **sizes) -> Fill:
+    """sizes: as `parts` takes them."""
+    found = list(parts(images, K, **sizes))
+    share = sum(p.work for p in found) / sum(p.room(multiprocessors) for p in found)
+    return Fill(K, share, tuple(p.share for p in found if isinstance(p, Attention)))
+
+
+def best_keep(images: int, K: int, multiprocessors: int, fewest: int, **sizes) -> Fill:
+    """Of the K from 10 % below this one up to it, the one with the greatest share; `fewest`: least.
+
+    Not above it: each patch more is one that more layouts must be redrawn for.
+    """
+    lowest = min(K, max(fewest, math.ceil(K * (1 - TOLERANCE))))
+    fills = (fill(images, keep, multiprocessors, **sizes) for keep in range(K, lowest - 1, -1))
+    return max(fills, key=lambda one: one.share)
+
+
+def told(images: int, K: int, multiprocessors: int, fewest: int, **sizes) -> str:
+    """One line for people."""
+    now = fill(images, K, multiprocessors, **sizes)
+    best = best_keep(images, K, multiprocessors, fewest, **sizes)
+    said = f"{now.share:.0%} of the time is work at K = {K}"
+    if best.keep != K:
+        said += f", {best.share:.0%} at mask.keep={best.keep}"
+    encoder, predictor = now.attention
+    return (
+        f"{said}; of attention's tiles {encoder:.0%} (encoder) and {predictor:.0%} (predictor); "
+        f"predicted, {multiprocessors} multiprocessors"
+    )
