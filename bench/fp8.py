@@ -1,11 +1,12 @@
 """The target encoder in fp8 beside bf16: how far off its features are, and how fast it is.
 
     python bench/fp8.py                         # vit_b, vit_l and vit_h; at toy size on a CPU
-    python bench/fp8.py --encoder runs/vit_h --json fp8.json
+    python bench/fp8.py --encoder runs/vit_h --json fp8.json --data TRAIN --test TEST
 
 The error is that of all tokens against bf16, relative, of smooth random images; "bf16" is bf16's
 own against fp32. Without --encoder the weights are untrained, and a trained encoder's features are
-what counts. The variants take turns on one micro-batch; a figure is the median.
+what counts: --data adds kNN on them. On a CPU fast sums are simulated (model/fp8.py: short_sums).
+The variants take turns on one micro-batch; a figure is the median.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import copy
 import json
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hardware
@@ -23,6 +24,9 @@ from stopwatch import Stopwatch
 
 from cjepa_fast import config as configuration
 from cjepa_fast import load_encoder
+from cjepa_fast.eval import cli
+from cjepa_fast.eval.features import image_vectors
+from cjepa_fast.eval.probes import knn
 from cjepa_fast.model import fp8
 from cjepa_fast.model.attention_trial import Shape, fastest
 from cjepa_fast.model.flops import block_flop
@@ -33,6 +37,7 @@ from cjepa_fast.training import build
 TOY = ["data.image_size=64", "model.patch_size=16", "model.width=48", "model.heads=3"]
 TOY += ["model.depth=2", "data.micro_batch_size=2"]
 CHECKED = 8  # images whose features are compared
+MOST = 5000  # images to fit kNN on, and to score
 
 
 def encoders(
@@ -58,8 +63,24 @@ def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found.double() - wanted.double()).norm() / wanted.double().norm())
 
 
+def knn_of(tokens_of: Callable, encoder: Encoder, splits: list, device: torch.device) -> float:
+    """Percent right by the 20 nearest of one variant's features, pooled as evaluation does."""
+    vectors = []
+    for images, keep in splits:
+        features_nD, index_n = image_vectors(
+            images, lambda x: tokens_of(x.bfloat16()).float().mean(1), keep=keep, crop=1.0,
+            image_size=encoder.image_size, mean=encoder.mean, std=encoder.std, batch_size=128,
+            device=device, threads=2, title="features",
+        )  # fmt: skip
+        vectors += [features_nD, images.labels[index_n]]
+    return knn.both(*vectors, k=20, temperature=0.07)["top1"]
+
+
 @torch.no_grad()
-def row_of(name: str, encoder: Encoder, batch: int, device: torch.device, seconds: float) -> dict:
+def row_of(
+    name: str, encoder: Encoder, batch: int, device: torch.device, seconds: float, splits: list = ()
+) -> dict:
+    """splits: the images to fit kNN on and to score, as cli.labelled_splits gives them."""
     encoder = encoder.to(device).eval()
     images = pictures(batch, encoder, device).bfloat16()
     some = images[:CHECKED]
@@ -86,11 +107,12 @@ def row_of(name: str, encoder: Encoder, batch: int, device: torch.device, second
         "fp8, fast sums": relative(with_fast_sums(some), wanted),
     }
 
-    calls = {
-        "bf16": lambda: plain(images),
-        "fp8": lambda: narrow(images),
-        "fp8, fast sums": lambda: with_fast_sums(images),
-    }
+    variants = {"bf16": plain, "fp8": narrow, "fp8, fast sums": with_fast_sums}
+    scores = {
+        name: knn_of(tokens_of, encoder, splits, device)
+        for name, tokens_of in variants.items() if splits
+    }  # fmt: skip
+    calls = {name: lambda f=tokens_of: f(images) for name, tokens_of in variants.items()}
     for call in calls.values():  # compile, and warm up
         call()
         call()
@@ -101,6 +123,7 @@ def row_of(name: str, encoder: Encoder, batch: int, device: torch.device, second
         "encoder": name, "batch": batch, "tokens": N, "attention": backend, "errors": errors,
         "ms": ms, "tflops": {variant: flop / t / 1e9 for variant, t in ms.items()},
         "speedup": {variant: ms["bf16"] / t for variant, t in ms.items() if variant != "bf16"},
+        "knn": scores,
     }  # fmt: skip
 
 
@@ -119,6 +142,8 @@ def table(rows: list[dict], about: dict) -> str:
         cells += [f"{ms[name]:.2f}" for name in ("bf16", "fp8")]
         cells += [f"{speedup[name]:.2f}" for name in ("fp8", "fp8, fast sums")]
         lines.append(f"| {' | '.join(cells)} | {row['tflops']['fp8']:.4g} |")
+        for variant, top1 in row["knn"].items():
+            lines.append(f"\nkNN of {row['encoder']}, {variant}: {top1:.1f} %")
     return "\n".join(lines)
 
 
@@ -126,6 +151,8 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--config", nargs="+", default=["vit_b", "vit_l", "vit_h"])
     parser.add_argument("--encoder", metavar="RUN", help="a trained one instead, as load_encoder's")
+    parser.add_argument("--data", metavar="SET", help="labelled: kNN on the features")
+    parser.add_argument("--test", metavar="SET", help="of --data's classes; default: a part of it")
     parser.add_argument("--seconds", type=float, default=2.0, help="of timing an encoder, about")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
@@ -133,7 +160,8 @@ def main(argv: list[str]) -> int:
     try:
         fp8.check_device(device)
         found = encoders(args.config, args.encoder, device.type == "cpu")
-        rows = [row_of(*one, device, args.seconds) for one in found]
+        splits = cli.labelled_splits(args.data, args.test, MOST, None) if args.data else ()
+        rows = [row_of(*one, device, args.seconds, splits) for one in found]
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

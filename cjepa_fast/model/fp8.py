@@ -18,12 +18,33 @@ from cjepa_fast.kernels.fp8 import Rows, quantise_gelu, quantise_norm, quantise_
 from cjepa_fast.runtime import hardware
 
 MULTIPLE = 16  # of which every width must be one, for a GPU's matmul
-FAST_SUMS = False  # True: sums of fewer bits than fp32's in the tensor cores
+FAST_SUMS = False  # True: sums of fewer bits than fp32's in the tensor cores; see short_sums
+# Of the tensor cores of sm_89 and sm_90: the values that one instruction sums, and the last bits of
+# an fp32 fraction that its accumulator drops (13 of 23 stay: SageAttention2, arXiv 2411.10958).
+INSTRUCTION, DROPPED_BITS = 32, 10
 
 
 def matmul_reference(x: Rows, weight: Rows, bias: torch.Tensor) -> torch.Tensor:
-    out = F.linear(x.values.float(), weight.values.float()) * x.scales * weight.scales.T
+    product = short_sums if FAST_SUMS else F.linear
+    out = product(x.values.float(), weight.values.float()) * x.scales * weight.scales.T
     return (out + bias.float()).bfloat16()
+
+
+def short_sums(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x (..., C) times weight (O, C), fp32, summed as the tensor cores do with fast sums.
+
+    After each instruction the accumulator's last bits are cut off. Without fast sums the library
+    moves it to an fp32 sum every few instructions. The cut of the single products within an
+    instruction, to the same bits of the greatest, is left out: one rounding of 32, not a sum of
+    roundings.
+    """
+    out = x.new_zeros(*x.shape[:-1], len(weight))
+    parts = zip(x.split(INSTRUCTION, -1), weight.split(INSTRUCTION, -1), strict=True)
+    for x_part, weight_part in parts:
+        out += F.linear(x_part, weight_part)
+        bits = out.view(torch.int32)
+        bits &= -1 << DROPPED_BITS  # towards zero
+    return out
 
 
 def matmul(x: Rows, weight: Rows, bias: torch.Tensor) -> torch.Tensor:

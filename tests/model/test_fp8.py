@@ -48,6 +48,19 @@ def test_the_matmul_is_that_of_what_the_rows_stand_for(seed, shape):
     assert ((found.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-5).all()
 
 
+def test_fast_sums_lose_the_bits_that_the_accumulator_drops(seed, monkeypatch):
+    """By hand: 1 + 2^-13 is kept, and 2^-14 more is lost, again and again."""
+    terms = torch.zeros(1, 4 * fp8.INSTRUCTION)
+    terms[0, :: fp8.INSTRUCTION] = torch.tensor([1.0, 2.0**-13, 2.0**-14, 2.0**-14])
+    assert fp8.short_sums(terms, torch.ones_like(terms)).item() == 1 + 2.0**-13
+    assert fp8.short_sums(-terms, torch.ones_like(terms)).item() == -1 - 2.0**-13
+    x, weight = (quantise_rows(torch.randn(8, 5120)) for _ in range(2))
+    bias = torch.zeros(8, dtype=torch.bfloat16)
+    exact = fp8.matmul(x, weight, bias)
+    monkeypatch.setattr(fp8, "FAST_SUMS", True)
+    assert 5e-4 < relative(fp8.matmul(x, weight, bias), exact) < 2e-2
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("tokens", [1, 7, 300])

@@ -58,6 +58,7 @@ SHORT = {  # instead of what would take long
     r"(eval attentive .*)": r"\1 --set epochs=1",
     r"(eval segment .*)": r"\1 --steps 2 --batch-size 2 --crop-size 24 --short-side 24",
     r"--slide \d+": "--slide 12",
+    r"--pool last4": "",  # of an encoder of one block
     r"--nproc_per_node[= ]\d+": "--nproc_per_node=2",
     r"--save$": "",
     r"(eval video .*)": r"\1 --short-side 40",
@@ -101,8 +102,18 @@ def write_parquet(file: Path, images: list[Path]) -> None:
     pq.write_table(pa.table({"image": rows, "label": labels}), file)
 
 
+def example_module(name: str) -> str:
+    """The indented block of docs/python.md whose first line ends with the file's name."""
+    lines = (ROOT / "docs" / "python.md").read_text().splitlines()
+    first = next(i for i, line in enumerate(lines) if line.endswith(f"  # {name}"))
+    block = itertools.takewhile(lambda line: not line or line.startswith("    "), lines[first:])
+    return "\n".join(line[4:] for line in block) + "\n"
+
+
 def prepared(folder: Path) -> Path:
-    """The folder in which commands run: the sources, sets of images, and a run. Its config file."""
+    """The folder in which commands run, which is on sys.path: the sources, sets of images, a module
+    of the user's, and a run. Its config file."""
+    (folder / "my_probes.py").write_text(example_module("my_probes.py"))
     for name in ("cjepa_fast", "kernels", "bench", "configs", "scripts"):
         (folder / name).symlink_to(ROOT / name)
     tiny.write_images(folder / "my" / "images", count=60, classes=3)
