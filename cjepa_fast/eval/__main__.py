@@ -15,6 +15,7 @@ from cjepa_fast.runtime import distributed, hardware
 from cjepa_fast.runtime.printable import printable_lines
 
 TASKS = {  # by name: the module below cjepa_fast.eval, imported when it is asked for; help
+    "all": ("all_tasks", "kNN, linear probes, signs of collapse and figures, in one table"),
     "embed": ("embed", "features of images, in a file with their names"),
     "knn": ("probes.knn", "k nearest neighbours on frozen features"),
     "linear": ("probes.linear", "linear probes on frozen features, the best of a sweep"),

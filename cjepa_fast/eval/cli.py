@@ -75,11 +75,12 @@ def from_zero(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to below 1")
 
 
-def add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    """CHECKPOINT and the encoders made of it, for a table."""
+def add_checkpoint(parser: argparse.ArgumentParser, untrained: bool = True) -> None:
+    """CHECKPOINT and the encoders made of it, for a table. untrained: one may be asked for."""
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run, a checkpoint, an encoder")
     parser.add_argument("--which", choices=("target", "context"), default="target", help="encoder")
-    parser.add_argument("--untrained", action="store_true", help="also a fresh encoder beside it")
+    if untrained:
+        parser.add_argument("--untrained", action="store_true", help="also a fresh encoder")
     parser.add_argument("--seed", type=int, help="of fresh weights; default: the run's")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
 

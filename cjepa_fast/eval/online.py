@@ -24,7 +24,7 @@ from cjepa_fast.eval.cli import Split, labelled_splits
 from cjepa_fast.eval.features import Subset
 from cjepa_fast.eval.figures import snapshots
 from cjepa_fast.eval.figures.sheets import load_images
-from cjepa_fast.eval.probes import knn
+from cjepa_fast.eval.probes import knn, linear
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime import distributed
 from cjepa_fast.runtime.distributed import from_all, rank, world_size
@@ -239,18 +239,5 @@ def _named(probe: Probe, vectors: list[torch.Tensor]) -> Iterator[tuple[str, flo
 def _scores(train_nD, label_n, test_mD, test_label_m, **options) -> dict[str, float]:
     options["k"] = min(options["k"], len(train_nD))
     tops = knn.both(train_nD, label_n, test_mD, test_label_m, **options)
-    right_m = ridge(train_nD, label_n, test_mD) == test_label_m
-    linear = 100 * right_m.double().mean().item()
-    return {"knn": tops["top1"], "knn_centred": tops["top1_centred"], "linear": linear}
-
-
-def ridge(train_nD: torch.Tensor, label_n: torch.Tensor, test_mD: torch.Tensor) -> torch.Tensor:
-    """The classes (m,) that ridge regression on standardised features gives: a linear probe in one
-    solution, where logistic regression takes a thousand steps. Penalty: a hundredth of n."""
-    from sklearn.linear_model import RidgeClassifier
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    probe = make_pipeline(StandardScaler(), RidgeClassifier(alpha=len(train_nD) / 100))
-    probe.fit(train_nD.double().numpy(), label_n.numpy())
-    return torch.from_numpy(probe.predict(test_mD.double().numpy()))
+    percent = linear.percent(linear.ridge(train_nD, label_n, test_mD), test_label_m)
+    return {"knn": tops["top1"], "knn_centred": tops["top1_centred"], "linear": percent}

@@ -14,7 +14,7 @@ import torch
 from cjepa_fast import checkpoint, load_encoder, train
 from cjepa_fast.data.sources import open_images
 from cjepa_fast.eval import features, online
-from cjepa_fast.eval.probes import knn
+from cjepa_fast.eval.probes import knn, linear
 from cjepa_fast.telemetry import read_log
 
 handlers = test_run.handlers
@@ -49,7 +49,7 @@ def test_the_target_is_evaluated_before_between_and_at_the_end(tmp_path):
         vectors, index = features.extract(load_encoder(run), images, keep=keep)
         found += [vectors, images.labels[index]]
     assert rows[6]["knn"] == pytest.approx(knn.top1(*found, k=3), abs=1e-3)
-    right = online.ridge(*found[:3]) == found[3]
+    right = linear.ridge(*found[:3]) == found[3]
     assert rows[6]["linear"] == pytest.approx(100 * right.double().mean().item(), abs=1e-3)
 
 

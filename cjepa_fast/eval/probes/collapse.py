@@ -49,17 +49,21 @@ def measure(
     seed: int = 0,
     crop: float = 1.0,
     cache: Path | None = None,
+    keep: torch.Tensor | None = None,
+    clean_nD: torch.Tensor | None = None,
     **reading,
 ) -> dict[str, float | list[float]]:
     """HEADINGS' measures of `count` images spread over the set, and two spectra, largest first:
     `singular_values` of the features as they are, `stds` of their dimensions.
 
     crop: of the centre, for all but LiDAR and alignment, which take `views` random crops an image.
+    keep: positions instead, and clean_nD: their features, where these are known.
     reading: device, batch_size, threads, bf16. Raises ValueError for fewer than two images.
     """
-    keep = spread_over(images, count)
+    keep = spread_over(images, count) if keep is None else keep
     own = {"crop": crop, **reading}
-    clean_nD, _ = extract(encoder, images, keep=keep, cache=cache, **own)
+    if clean_nD is None:
+        clean_nD, _ = extract(encoder, images, keep=keep, cache=cache, **own)
     tokens_nND, _ = extract(
         encoder, images, keep=keep[:: -(-len(keep) // TOKEN_IMAGES)], pooled=False, title="patches",
         **own,

@@ -103,18 +103,37 @@ def pixel_baselines(
     train and test are labelled; train_keep and test_keep choose positions in them; options as in
     `predict`.
     """
-    splits = []
+    flat_nD, label_n, test_mD, test_label_m = pixel_vectors(
+        train, test, train_keep=train_keep, test_keep=test_keep, crop=crop, image_size=image_size,
+        channels=channels, threads=threads,
+    )  # fmt: skip
+    colour_nC, test_colour_mC = (x.unflatten(1, (channels, -1)).mean(2) for x in (flat_nD, test_mD))
+    splits = {"raw pixels": (flat_nD, test_mD), "mean colour": (colour_nC, test_colour_mC)}
+    return {name: both(x, label_n, y, test_label_m, **options) for name, (x, y) in splits.items()}
+
+
+def pixel_vectors(
+    train: ImageSet,
+    test: ImageSet,
+    *,
+    train_keep: torch.Tensor | None,
+    test_keep: torch.Tensor | None,
+    crop: float,
+    image_size: ImageSize,
+    channels: int,
+    threads: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Images as they are, small: (n, channels H W) in 0..1 and labels (n,), then of the test
+    images. Options as in `pixel_baselines`."""
+    found = []
     for images, keep in ((train, train_keep), (test, test_keep)):
         flat_nD, index_n = image_vectors(
             images, lambda x: x.flatten(1), image_size=image_size, mean=(0.0,) * channels,
             std=(1.0,) * channels, keep=keep, crop=crop, batch_size=256, device="cpu",
             threads=threads, title="pixels",
         )  # fmt: skip
-        colour_nC = flat_nD.view(len(flat_nD), channels, -1).mean(2)
-        splits.append((flat_nD, colour_nC, images.labels[index_n]))
-    (*vectors, label), (*test_vectors, test_label) = splits
-    named = zip(("raw pixels", "mean colour"), vectors, test_vectors, strict=True)
-    return {name: both(x, label, y, test_label, **options) for name, x, y in named}
+        found += [flat_nD, images.labels[index_n]]
+    return tuple(found)
 
 
 def both(train_nD, label_n, test_mD, test_label_m, **options) -> dict[str, float]:
@@ -124,12 +143,16 @@ def both(train_nD, label_n, test_mD, test_label_m, **options) -> dict[str, float
     return {"top1": top1(*splits, **options), "top1_centred": centred}
 
 
+def add_votes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--k", type=cli.positive, help="neighbours; default: the run's eval.k")
+    parser.add_argument("--temperature", type=cli.above_zero, help="default: the run's")
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     cli.add_checkpoint(parser)
     cli.add_sets(parser)
     cli.add_features(parser)
-    parser.add_argument("--k", type=cli.positive, help="neighbours; default: the run's eval.k")
-    parser.add_argument("--temperature", type=cli.above_zero, help="default: the run's")
+    add_votes(parser)
     parser.add_argument("--pixels", action="store_true", help="also raw pixels and mean colour")
     parser.add_argument("--linear", action="store_true", help="also logistic regression")
 
