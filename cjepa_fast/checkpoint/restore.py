@@ -46,7 +46,7 @@ def differences(saved: dict, facts: dict) -> tuple[list[str], list[str]]:
 
     Those that change nothing but rounding, and those that make it another training.
     """
-    old, new = _flat(saved), _flat(facts)
+    old, new = flat(saved), flat(facts)
     changed = {key: value for key, value in new.items() if value != old.get(key)}
     lines: tuple[list[str], list[str]] = [], []
     for key, value in changed.items():
@@ -55,9 +55,21 @@ def differences(saved: dict, facts: dict) -> tuple[list[str], list[str]]:
     return lines
 
 
-def _flat(tree: dict, prefix: str = "") -> dict:
+def deciding(config: dict) -> dict:
+    """Of a configuration as JSON, by dotted key what decides the training beside its seed."""
+    also = ("config.data.path", "config.run.init_from")  # a resumed run may change them: a new one
+    keys = {f"config.{key}": value for key, value in flat(config).items() if key != "run.seed"}
+    return {
+        key.removeprefix("config."): value
+        for key, value in keys.items()
+        if key in also or not key.startswith(HARMLESS)
+    }
+
+
+def flat(tree: dict, prefix: str = "") -> dict:
+    """The leaves of nested dicts by dotted key."""
     leaves = {}
     for key, value in tree.items():
         inner = isinstance(value, dict) and value
-        leaves |= _flat(value, f"{prefix}{key}.") if inner else {prefix + key: value}
+        leaves |= flat(value, f"{prefix}{key}.") if inner else {prefix + key: value}
     return leaves

@@ -2,10 +2,13 @@
 
 A column is a measure; where the same task was run in several ways, each way has a column of its
 own, named by the settings that differ. `--data SET` first computes what is missing.
+Below it stand the runs grouped by configuration, and whether the groups differ by more than their
+seeds do (seeds.py).
 """
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -13,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from cjepa_fast.checkpoint.encoders import load_encoder
-from cjepa_fast.eval import cli
+from cjepa_fast.eval import cli, seeds
 from cjepa_fast.eval.features import digest
 from cjepa_fast.eval.figures.curves import short_names
 from cjepa_fast.eval.figures.sheets import FIGURE, save
@@ -25,6 +28,15 @@ LOWER = {"alignment", "uniformity", "dead", "by_position", "j_decay", "f_decay"}
 UNJUDGED = {"std_mean", "std_min", "by_image", "by_both", "commonest", "held_out"}
 WAYS = ("question", "labels", "layers")  # what tells the rows of one encoder apart
 BEST = "*"
+DIFFERENCE = {
+    "measure": "measure",
+    "mean": "difference",
+    "error": "standard error",
+    "interval": "95 % interval",
+    "p": "p",
+    "seeds": "seeds",
+    "how": "compared by",
+}
 Measure = tuple[str, str, str]  # task, key of its rows, the settings that tell it apart
 Scores = dict[Measure, float]  # of one checkpoint
 
@@ -68,8 +80,8 @@ def _tasks(records: list[list[dict]]) -> list[str]:
 
 
 def _differing(settings: list[dict]) -> list[str]:
-    """The settings that are not the same everywhere."""
-    keys = dict.fromkeys(key for s in settings for key in s)
+    """The settings that are not the same everywhere; another seed is the same evaluation."""
+    keys = dict.fromkeys(key for s in settings for key in s if key != "seed")
     return [key for key in keys if len({json.dumps(s.get(key)) for s in settings}) > 1]
 
 
@@ -169,13 +181,21 @@ def run(args: argparse.Namespace) -> None:
     names = short_names(args.checkpoints)
     print()
     _print(names, values, headings)
+    groups = seeds.groups_of(args.checkpoints, names)
+    differences = _by_seeds(groups, values, headings)
+    _tell_test_error(values, records)
     if args.json:
         rows = [
             {"checkpoint": name, "values": {headings[m]: value for m, value in found.items()}}
             for name, found in zip(names, values, strict=True)
         ]
+        grouped = [
+            {"name": g.name, "runs": {str(s): [names[i] for i in r] for s, r in g.runs.items()}}
+            for g in groups
+        ]
+        made = {"task": "compare", "rows": rows, "groups": grouped, "differences": differences}
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        write_text(args.json, json.dumps({"task": "compare", "rows": rows}, indent=2) + "\n")
+        write_text(args.json, json.dumps(made, indent=2) + "\n")
     if args.out:
         print(draw(names, values, headings, args.out))
 
@@ -193,3 +213,70 @@ def _print(names: list[str], values: list[Scores], headings: dict[Measure, str])
     cli.print_table(rows, {h: h for h in headings.values()}, label="checkpoint")
     if any(top is not None for top in tops.values()):
         print(f"{BEST} best of its column")
+
+
+def _by_seeds(
+    groups: list[seeds.Group], values: list[Scores], headings: dict[Measure, str]
+) -> list[cli.Row]:
+    """Print the groups and how they differ; returns the differences."""
+    by_seed = {}
+    for m in headings:
+        found = [of_one.get(m) for of_one in values]
+        by_seed[m] = [seeds.values_of(group, found) for group in groups]
+    most = max(len(group.runs) for group in groups)
+    if most > 1:
+        _tell_groups(groups, by_seed, headings)
+    rows = []
+    for i, group in enumerate(groups[1:], 1):
+        for m, found in by_seed.items():
+            if gap := seeds.difference(found[0], found[i]):
+                rows.append({"configuration": group.name, "measure": headings[m], **gap._asdict()})
+    if rows:
+        print(f"\ndifference from {groups[0].name}:")
+        cli.print_table([_shown(row) for row in rows], DIFFERENCE, label="configuration")
+        print("p is of each comparison alone; of twenty without any effect one has p < 0.05")
+    elif len(groups) > 1:
+        print("one seed of a configuration: of what another seed would give nothing can be said")
+    return rows
+
+
+def _tell_groups(groups: list[seeds.Group], by_seed: dict, headings: dict[Measure, str]) -> None:
+    rows = [
+        {"configuration": group.name, "seeds": len(group.runs)}
+        | {headings[m]: _spread(found[i]) for m, found in by_seed.items() if found[i]}
+        for i, group in enumerate(groups)
+    ]
+    print("\nmean and standard deviation over the seeds:")
+    words = {"seeds": "seeds", **{h: h for h in headings.values()}}
+    cli.print_table(rows, words, label="configuration")
+
+
+def _spread(found: seeds.By) -> str:
+    mean = cli.cell(statistics.fmean(found.values()))
+    return f"{mean} +- {cli.cell(statistics.stdev(found.values()))}" if len(found) > 1 else mean
+
+
+def _shown(row: cli.Row) -> cli.Row:
+    interval = f"{row['low']:+.2f} to {row['high']:+.2f}"
+    seen = {"mean": f"{row['mean']:+.2f}", "error": f"{row['error']:.2f}", "interval": interval}
+    return row | seen | {"p": "-" if row["p"] is None else f"{row['p']:.2g}"}
+
+
+def _tell_test_error(values: list[Scores], records: list[list[dict]]) -> None:
+    """The largest standard error that the number of test images leaves of a percentage of them."""
+    images = {
+        (record["task"], row["test_images"])
+        for of_one in records for record in of_one for row in _trained(record)
+        if "test_images" in row
+    }  # fmt: skip
+    errors = [
+        (seeds.test_error(value, count), count)
+        for found in values for (task, key, _), value in found.items()
+        for of, count in images if of == task and key in seeds.PERCENT_RIGHT
+    ]  # fmt: skip
+    if errors:
+        error, count = max(errors)
+        print(
+            f"the test images alone: {count:,} leave a percentage a standard error of up to "
+            f"{error:.1f}, which more seeds do not lower"
+        )

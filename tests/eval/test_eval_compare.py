@@ -6,9 +6,10 @@ import pytest
 import tiny
 import torch
 
+from cjepa_fast import config as configuration
 from cjepa_fast.checkpoint.encoders import load_encoder, save_encoder
 from cjepa_fast.config import Config
-from cjepa_fast.eval import compare
+from cjepa_fast.eval import compare, seeds
 from cjepa_fast.eval.__main__ import main
 from cjepa_fast.eval.features import digest
 
@@ -143,3 +144,73 @@ def test_a_task_that_fails_ends_it(tmp_path, capfd):
     run = write(tmp_path / "run")
     assert main(["compare", str(run), "--data", str(tmp_path / "absent")]) == 2
     assert f"knn of {run} failed" in capfd.readouterr().err
+
+
+def run_of(folder, seed: int, top1: float, **changes):
+    """A finished run with a seed of its own, and one evaluation."""
+    kept = record(top1=top1, seed=seed)
+    kept["rows"][1]["test_images"] = 400
+    run = write(folder, kept)
+    made = configuration.of(Config(), {"run.seed": seed, "run.dir": str(folder), **changes})
+    (run / "config.json").write_text(made.to_json())
+    return run
+
+
+def two_groups(folder, first, second) -> list[str]:
+    """Runs with and without VICReg: {seed: kNN} of either."""
+    runs = [run_of(folder / f"a{s}", s, x) for s, x in first.items()]
+    beta = {"loss.vicreg.beta": 0.0}
+    return [
+        *map(str, runs),
+        *(str(run_of(folder / f"b{s}", s, x, **beta)) for s, x in second.items()),
+    ]
+
+
+def test_seeds_of_one_configuration_are_one_group_and_compared_pair_by_pair(tmp_path, capsys):
+    """By hand: the differences are 1, 2 and 3, so t = 2 / (1 / sqrt 3) with two degrees of
+    freedom; the seeds themselves lie far further apart."""
+    runs = two_groups(tmp_path, {0: 10.0, 1: 50.0, 2: 90.0}, {2: 93.0, 0: 11.0, 1: 52.0})
+    out = tmp_path / "c.json"
+    assert main(["compare", *runs, "--json", str(out)]) == 0
+    made = json.loads(out.read_text())
+    names = [group["name"] for group in made["groups"]]
+    assert names == ["loss.vicreg.beta=0.001", "loss.vicreg.beta=0.0"]
+    (gap,) = [d for d in made["differences"] if d["measure"] == "knn: kNN %"]
+    assert gap["mean"] == pytest.approx(2.0) and gap["error"] == pytest.approx(1 / 3**0.5)
+    t = 2 * 3**0.5
+    assert gap["p"] == pytest.approx(1 - t / (t * t + 2) ** 0.5)  # Student's with 2 degrees
+    assert gap["high"] - gap["mean"] == pytest.approx(4.30265 / 3**0.5, rel=1e-4)
+    assert gap["seeds"] == 3 and gap["how"] == seeds.PAIRED
+    said = capsys.readouterr().out
+    assert "50.00 +- 40.00" in said and "+2.00" in said and "400 leave" in said
+
+
+def test_other_seeds_are_compared_unpaired(tmp_path):
+    gap = seeds.difference({0: 1.0, 1: 3.0}, {5: 10.0, 6: 12.0, 7: 14.0})
+    assert gap.how == seeds.APART and gap.mean == pytest.approx(10.0)
+    assert gap.error == pytest.approx((2 / 2 + 4 / 3) ** 0.5)
+    assert gap.low < 10.0 < gap.high and 0 < gap.p < 0.05
+
+
+def test_one_seed_says_nothing_of_seeds(tmp_path, capsys):
+    runs = two_groups(tmp_path, {0: 50.0}, {0: 60.0})
+    out = tmp_path / "c.json"
+    assert main(["compare", *runs, "--json", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "of what another seed would give nothing can be said" in said
+    assert "400 leave a percentage a standard error of up to 2.5" in said  # sqrt(0.25 / 400)
+    assert json.loads(out.read_text())["differences"] == []
+    assert seeds.difference({0: 1.0, 1: 2.0}, {0: 1.0}) is None
+
+
+def test_differences_that_do_not_vary_have_no_p():
+    gap = seeds.difference({0: 1.0, 1: 2.0}, {0: 1.5, 1: 2.5})
+    assert gap.p is None and gap.mean == gap.low == gap.high == 0.5
+
+
+def test_what_changes_no_number_of_a_training_makes_no_group(tmp_path):
+    a = run_of(tmp_path / "a", 0, 1.0)
+    b = run_of(tmp_path / "b", 1, 1.0, **{"data.threads": 7, "telemetry.every_steps": 3})
+    c = run_of(tmp_path / "c", 1, 1.0, **{"data.path": "elsewhere"})
+    groups = seeds.groups_of([a, b, c], ["a", "b", "c"])
+    assert [group.runs for group in groups] == [{0: [0], 1: [1]}, {1: [2]}]
