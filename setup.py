@@ -57,6 +57,7 @@ setup(
         "hub": ["huggingface_hub"],
         "parquet": ["pyarrow>=21"],
         "wandb": ["wandb"],
+        "mlflow": ["mlflow"],
         "export": ["transformers", "onnx", "onnxscript", "onnxruntime"],
         "dev": [
             "ruff",

@@ -321,6 +321,9 @@ class TelemetrySection(Section):
     every_steps: Count = Field(20, description="steps between rows of the log")
     tensorboard: bool = Field(True, description="write TensorBoard's event files")
     wandb: str | None = Field(None, description="project of Weights & Biases; needs .[wandb]")
+    mlflow: str | None = later(
+        None, was=None, description="experiment of MLflow; needs .[mlflow] and MLFLOW_TRACKING_URI"
+    )
     rankme_floor: NonNegative = Field(
         2.0, description="warn where RankMe of the target's features is lower"
     )

@@ -235,7 +235,7 @@ def _by_seeds(
         print(f"\ndifference from {groups[0].name}:")
         cli.print_table([_shown(row) for row in rows], DIFFERENCE, label="configuration")
         print("p is of each comparison alone; of twenty without any effect one has p < 0.05")
-    elif len(groups) > 1:
+    elif len(groups) > 1 or most == 1:
         print("one seed of a configuration: of what another seed would give nothing can be said")
     return rows
 

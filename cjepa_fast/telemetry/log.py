@@ -23,7 +23,14 @@ from cjepa_fast.runtime.printable import printable, printable_lines
 from cjepa_fast.telemetry.nvml import GpuCounters
 from cjepa_fast.telemetry.pace import duration
 from cjepa_fast.telemetry.rows import drop_rows_after
-from cjepa_fast.telemetry.sinks import AsyncSink, Sink, TensorBoardSink, WandbSink, is_number
+from cjepa_fast.telemetry.sinks import (
+    AsyncSink,
+    MLflowSink,
+    Sink,
+    TensorBoardSink,
+    WandbSink,
+    is_number,
+)
 
 REFRESH_S = 0.5  # on a terminal the line is redrawn no oftener than this
 PLAIN_S = 60.0  # and elsewhere written no oftener, but for the first and the last
@@ -36,8 +43,8 @@ class Telemetry:
     folder: RUN, made if missing; log.jsonl and tensorboard/ go there. None: silent.
     total_steps: steps of the whole run; steps_per_epoch, images_per_step: global figures.
     interval: steps between rows. start_step: steps done before (resume): rows beyond it are
-    dropped from log.jsonl, so that a resumed log has each step once. wandb: a project there. quiet:
-    messages alone, without the progress line.
+    dropped from log.jsonl, so that a resumed log has each step once. wandb, mlflow: a project and
+    an experiment there. quiet: messages alone, without the progress line.
     Raises ValueError for an interval below one.
     """
 
@@ -52,6 +59,7 @@ class Telemetry:
         start_step: int = 0,
         tensorboard: bool = True,
         wandb: str | None = None,
+        mlflow: str | None = None,
         stream: TextIO | None = None,
         quiet: bool = False,
     ):
@@ -75,8 +83,9 @@ class Telemetry:
         self._sinks: list[Sink | AsyncSink] = []
         if tensorboard:
             self._sinks.append(TensorBoardSink(self.message, folder / "tensorboard", start_step))
-        if wandb:
-            self._sinks.append(AsyncSink(WandbSink, self.message, folder, wandb))
+        for service, of in ((WandbSink, wandb), (MLflowSink, mlflow)):
+            if of:
+                self._sinks.append(AsyncSink(service, self.message, folder, of))
         self._gpu = GpuCounters()
         self._shown: dict = {}
         self._knn: float | None = None  # of the last evaluation

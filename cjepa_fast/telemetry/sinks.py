@@ -1,10 +1,11 @@
-"""The rows of a run elsewhere: TensorBoard, Weights & Biases."""
+"""The rows of a run elsewhere: TensorBoard, Weights & Biases, MLflow."""
 
 import contextlib
 import hashlib
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,7 +18,7 @@ ANSWER_S = 60.0  # that a service has for the last rows when the run ends
 class Sink:
     """A copy of the rows elsewhere. What goes wrong in it is said once and never stops the run."""
 
-    name = ""
+    name = extra = ""  # extra: of setup.py, which brings what it needs
 
     def __init__(self, say: Callable[[str], None], *where):
         self._say, self._writer = say, None
@@ -41,8 +42,10 @@ class Sink:
             yield
         except Exception as error:  # an import, a disk or a service that fails
             self._writer = None
+            missing = isinstance(error, ImportError) and self.extra
+            more = f" (pip install '.[{self.extra}]')" if missing else ""
             self._say(
-                f"{self.name} is off for the rest of the run: {type(error).__name__}: {error}"
+                f"{self.name} is off for the rest of the run: {type(error).__name__}: {error}{more}"
             )
 
 
@@ -117,14 +120,14 @@ class TensorBoardSink(Sink):
 class WandbSink(Sink):
     """A run of a project on Weights & Biases, the same one after a resume."""
 
-    name = "Weights & Biases"
+    name, extra = "Weights & Biases", "wandb"
 
     def _open(self, folder: Path, project: str):
         import wandb
 
         # beyond this even the interpreter's end would wait (wandb's pull request 11737)
         os.environ.setdefault("WANDB_FINISH_TIMEOUT", str(ANSWER_S))
-        own = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+        own = name_of(folder)
         return wandb.init(project=project, name=folder.name, dir=folder, id=own, resume="allow")
 
     def _put(self, scalars: dict, step: int) -> None:
@@ -132,6 +135,43 @@ class WandbSink(Sink):
 
     def _end(self) -> None:
         self._writer.finish()
+
+
+class MLflowSink(Sink):
+    """A run of an experiment of MLflow, at MLFLOW_TRACKING_URI; the same one after a resume, found
+    by its tag."""
+
+    name, extra = "MLflow", "mlflow"
+    TAG = "cjepa_fast.run"
+
+    def _open(self, folder: Path, experiment: str):
+        from mlflow import MlflowClient
+        from mlflow.entities import Metric
+
+        client, own, self._metric = MlflowClient(), name_of(folder), Metric
+        known = client.get_experiment_by_name(experiment)
+        experiment_id = known.experiment_id if known else client.create_experiment(experiment)
+        wanted = f"tags.`{self.TAG}` = '{own}'"
+        if found := client.search_runs([experiment_id], filter_string=wanted, max_results=1):
+            self._run_id = found[0].info.run_id
+            client.update_run(self._run_id, status="RUNNING")
+        else:
+            run = client.create_run(experiment_id, tags={self.TAG: own}, run_name=folder.name)
+            self._run_id = run.info.run_id
+        return client
+
+    def _put(self, scalars: dict, step: int) -> None:
+        now_ms = int(time.time() * 1000)
+        metrics = [self._metric(name, value, now_ms, step) for name, value in scalars.items()]
+        self._writer.log_batch(self._run_id, metrics=metrics)
+
+    def _end(self) -> None:
+        self._writer.set_terminated(self._run_id)
+
+
+def name_of(folder: Path) -> str:
+    """What a service knows a run by: the same for the same folder on this machine."""
+    return hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
 
 
 def is_number(row: dict, name: str) -> bool:

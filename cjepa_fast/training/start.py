@@ -222,6 +222,7 @@ def open_telemetry(
             start_step=state["step"] if state else 0,
             tensorboard=config.telemetry.tensorboard,
             wandb=config.telemetry.wandb,
+            mlflow=config.telemetry.mlflow,
             quiet=session.options.quiet,
         )
         ending.callback(telemetry.close)

@@ -1,8 +1,10 @@
 """The log, the progress line, TensorBoard, GPU counters and the collapse measures."""
 
+import collections
 import io
 import json
 import math
+import re
 import subprocess
 import sys
 import threading
@@ -364,14 +366,94 @@ def test_weights_and_biases_gets_the_numbers_of_each_row(tmp_path, started, monk
     assert logged[0][1]["loss"] == 2.0 and logged[0][1]["lr"] == 0.5 and "std" not in logged[0][1]
 
 
-def test_without_its_package_weights_and_biases_is_off(tmp_path, started, monkeypatch):
+class MLflowServer:
+    """A stand-in for the package with its server: experiments by name, runs by id."""
+
+    def __init__(self, monkeypatch, broken: str = ""):
+        self.experiments, self.runs, self.broken = {}, {}, broken
+        package, entities = types.ModuleType("mlflow"), types.ModuleType("mlflow.entities")
+        package.MlflowClient = lambda: self
+        entities.Metric = collections.namedtuple("Metric", "key value timestamp step")
+        monkeypatch.setitem(sys.modules, "mlflow", package)
+        monkeypatch.setitem(sys.modules, "mlflow.entities", entities)
+
+    def __getattribute__(self, name):
+        if name == object.__getattribute__(self, "broken"):
+            raise ConnectionError("no route to host")
+        return object.__getattribute__(self, name)
+
+    def get_experiment_by_name(self, name):
+        known = self.experiments.get(name)
+        return known and types.SimpleNamespace(experiment_id=known)
+
+    def create_experiment(self, name):
+        self.experiments[name] = f"of {name}"
+        return self.experiments[name]
+
+    def create_run(self, experiment_id, tags, run_name):
+        run_id = str(len(self.runs))
+        run = {"in": experiment_id, "tags": tags, "name": run_name, "metrics": []}
+        self.runs[run_id] = run | {"status": "RUNNING"}
+        return types.SimpleNamespace(info=types.SimpleNamespace(run_id=run_id))
+
+    def search_runs(self, experiment_ids, filter_string, max_results):
+        key, value = re.fullmatch(r"tags\.`(.+)` = '(.+)'", filter_string).groups()
+        return [
+            types.SimpleNamespace(info=types.SimpleNamespace(run_id=run_id))
+            for run_id, run in self.runs.items()
+            if run["in"] in experiment_ids and run["tags"].get(key) == value
+        ][:max_results]
+
+    def update_run(self, run_id, status):
+        self.runs[run_id]["status"] = status
+
+    def log_batch(self, run_id, metrics):
+        assert self.runs[run_id]["status"] == "RUNNING"
+        self.runs[run_id]["metrics"] += [(m.step, m.key, m.value) for m in metrics]
+
+    def set_terminated(self, run_id):
+        self.runs[run_id]["status"] = "FINISHED"
+
+
+def test_mlflow_gets_the_numbers_of_each_row_in_one_run_after_a_resume(
+    tmp_path, started, monkeypatch
+):
+    server = MLflowServer(monkeypatch)
+    for folder, start in (("a", 0), ("b", 0), ("a", 2)):
+        out = started(tmp_path / folder, mlflow="mine", interval=1, start_step=start)
+        out.step(start + 1, {"loss": torch.tensor(2.0), "std": torch.tensor(math.nan)})
+        out.log_row({"lr": 0.5})
+        out.close()
+    assert [run["name"] for run in server.runs.values()] == ["a", "b"]
+    assert {run["status"] for run in server.runs.values()} == {"FINISHED"}
+    metrics = server.runs["0"]["metrics"]
+    assert [m for m in metrics if m[1] == "loss"] == [(1, "loss", 2.0), (3, "loss", 2.0)]
+    assert (3, "lr", 0.5) in metrics and not any(key in ("std", "step") for _, key, _ in metrics)
+
+
+@pytest.mark.parametrize("where", ["search_runs", "log_batch", "set_terminated"])
+def test_a_dead_mlflow_is_said_once_and_the_run_goes_on(tmp_path, started, monkeypatch, where):
+    MLflowServer(monkeypatch, broken=where)
     stream = io.StringIO()
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    out = started(tmp_path, wandb="mine", stream=stream)
+    out = started(tmp_path, mlflow="mine", stream=stream, interval=1)
+    for step in range(1, 11):
+        out.step(step, {"loss": torch.tensor(1.0)})
+        out.log_row()
+    out.close()
+    assert len(read_log(tmp_path)) == 10
+    assert stream.getvalue().count("MLflow is off") == 1 and "no route" in stream.getvalue()
+
+
+@pytest.mark.parametrize(("extra", "name"), [("wandb", "Weights & Biases"), ("mlflow", "MLflow")])
+def test_without_its_package_a_service_is_off(tmp_path, started, monkeypatch, extra, name):
+    stream = io.StringIO()
+    monkeypatch.setitem(sys.modules, extra, None)
+    out = started(tmp_path, stream=stream, **{extra: "mine"})
     out.step(1, {"loss": torch.tensor(1.0)})
     out.log_row()
     out.close()
-    assert "Weights & Biases is off" in stream.getvalue() and len(read_log(tmp_path)) == 1
+    assert f"{name} is off" in stream.getvalue() and len(read_log(tmp_path)) == 1
+    assert f"pip install '.[{extra}]'" in stream.getvalue()
 
 
 @pytest.mark.parametrize("where", ["init", "log", "finish"])
