@@ -29,6 +29,7 @@ from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime import distributed
 from cjepa_fast.runtime.distributed import from_all, rank, world_size
 from cjepa_fast.runtime.image_size import height_width
+from cjepa_fast.telemetry.progress import shown_bar
 
 # Of (features (n, D), labels (n,)) to fit on and (features (m, D), labels (m,)) to score: percent.
 Probe = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], float | Mapping]
@@ -115,11 +116,13 @@ class OnlineEvaluation:
         """(n, D) fp32 and the positions (n,), on the CPU, of all ranks' shares."""
         share = keep_n[rank() :: world_size()]
         found = []
-        for images_B3HW, index_B in self._batches(images, share, len(keep_n)):
-            if self.stopped():
-                raise _Stopped
-            tokens_BND = encoder(images_B3HW)
-            found.append((tokens_BND[: len(index_B)].float().mean(1).cpu(), index_B))
+        with shown_bar(len(share), "evaluation") as bar:
+            for images_B3HW, index_B in self._batches(images, share, len(keep_n)):
+                if self.stopped():
+                    raise _Stopped
+                tokens_BND = encoder(images_B3HW)
+                found.append((tokens_BND[: len(index_B)].float().mean(1).cpu(), index_B))
+                bar.update(len(index_B))
         pairs = itertools.chain(*from_all(found))
         features, indices = zip(*pairs, strict=True)
         return torch.cat(features), torch.cat(indices)

@@ -327,7 +327,7 @@ class ProgressLine:
 
     def message(self, text: str) -> None:
         text = printable_lines(text)
-        if self._live and self._drawn:
+        if self._live:  # over what progress.py may have drawn there
             self._stream.write(f"\r\x1b[K{text}\n{self._drawn}")
         else:
             self._stream.write(text + "\n")

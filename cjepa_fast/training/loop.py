@@ -23,6 +23,7 @@ from cjepa_fast.runtime.provenance import machine
 from cjepa_fast.runtime.signals import StopRequest
 from cjepa_fast.telemetry import Telemetry, read_log
 from cjepa_fast.telemetry.pace import Pace
+from cjepa_fast.telemetry.progress import shown_clock
 from cjepa_fast.training.anomalies import BadSteps, Outcomes, Spikes, StepOutcome
 from cjepa_fast.training.callbacks import Callbacks
 from cjepa_fast.training.learning import EARLY, ended, getting_worse
@@ -101,6 +102,7 @@ class Loop:
             say=telemetry.message,
             saved=self.callbacks.on_save,
         )
+        self.first = contextlib.ExitStack()  # left once the first step is made
         self.stop = session.stop or StopRequest()
         self.saved_s = time.monotonic()
         self.told_of_collapse = False
@@ -139,6 +141,8 @@ class Loop:
             self.telemetry.row(self.done, found)
         if finished:
             return self._end()
+        compiling = ", and its compilation" * (self.config.run.compile != "none")
+        self.first.enter_context(shown_clock(f"first step{compiling}"))
         status = None
         try:
             while status is None:
@@ -148,6 +152,8 @@ class Loop:
         except Exception:
             self.saver.leave()
             raise
+        finally:
+            self.first.close()
         return status
 
     def _stretch(self, steps: Iterator[tuple[list[Batch], float]]) -> int | None:
@@ -158,6 +164,7 @@ class Loop:
             self.watch.mark("in the step")
             terms, applied = trainer.step(batches, self.done, self._after_micro_batch)
             self.done += 1
+            self.first.close()
             asked = self.callbacks.on_step(self.done, terms) or self.stop.asked
             stopping, writing, minutes_up, evaluating = distributed.any_of(
                 asked, self.saver.busy, self._minutes_are_up(), self._evaluation_is_due()
@@ -403,7 +410,8 @@ class Loop:
         self.watch.mark("writing the last checkpoint and the encoders")
         if not distributed.any_of(self.saver.pending or self._is_saved())[0]:
             self._save()  # a finished run's checkpoint, in another folder
-        saved = self.saver.finish()
+        with shown_clock("the last checkpoint"):
+            saved = self.saver.finish()
         counts = distributed.from_all(dict(self.loader.skipped.warnings.count))
         if line := decoder_warnings.told(sum(map(Counter, counts), Counter())):
             self.telemetry.message(line)

@@ -24,6 +24,7 @@ from cjepa_fast.runtime.signals import StopRequest
 from cjepa_fast.runtime.watchdog import Watchdog
 from cjepa_fast.telemetry import Telemetry
 from cjepa_fast.telemetry.log import Lines
+from cjepa_fast.telemetry.progress import shown_clock
 from cjepa_fast.training import cpu_micro_batch
 from cjepa_fast.training.build import build_loader, build_masks, with_precision
 from cjepa_fast.training.trainer import Trainer
@@ -128,19 +129,21 @@ def _built(session: Session, device: torch.device) -> tuple[Trainer, Loader, dic
     config = session.config = cpu_micro_batch.fitted(config, device, saved)
     left_out = None if options.dry_run else run / left_out_images.FILE
     loader = build_loader(config, device, build_masks(config), left_out)
-    trainer = Trainer(
-        config,
-        device,
-        loader.steps_per_epoch,
-        images=loader.images.fingerprint,
-        decoder=loader.decoder,
-        restoring=bool(state),
-        linear=state.get("linear"),
-    )
+    with shown_clock("building the networks"):
+        trainer = Trainer(
+            config,
+            device,
+            loader.steps_per_epoch,
+            images=loader.images.fingerprint,
+            decoder=loader.decoder,
+            restoring=bool(state),
+            linear=state.get("linear"),
+        )
     if not state:
         return trainer, loader, None
     check_changes(state, trainer.facts(), options.accept_changes)
-    checkpoint.restore(checkpointed, trainer.engine)
+    with shown_clock(f"reading {checkpointed.name}"):
+        checkpoint.restore(checkpointed, trainer.engine)
     return trainer, loader, state
 
 
@@ -168,9 +171,10 @@ def first_whole(found: list[Path], resume: str | None) -> Path | None:
     """
     damaged = []
     for path in found:
-        shares = distributed.from_all(
-            checkpoint.damage(path, distributed.rank(), distributed.world_size())
-        )
+        with shown_clock(f"checking {path.name}"):
+            shares = distributed.from_all(
+                checkpoint.damage(path, distributed.rank(), distributed.world_size())
+            )
         damaged += dict.fromkeys(line for share in shares for line in share)
         if not any(shares):
             if damaged and distributed.rank() == 0:

@@ -17,8 +17,12 @@ class Terminal(io.StringIO):
 
 def bar(terminal: Terminal, shown: bool) -> None:
     with progress.shown_bar(14, "features") as bar:
-        for _ in range(14):
+        for _ in range(7):
             bar.update()
+        if shown:
+            tiny.wait_for(lambda: " 7/14 " in terminal.getvalue(), "the bar")
+        else:
+            time.sleep(0.1)  # in which it would come
 
 
 def clock(terminal: Terminal, shown: bool) -> None:
@@ -45,3 +49,31 @@ def test_what_takes_long_is_shown_by_the_first_process_and_wiped_off(
     said = terminal.getvalue()
     assert ("features: " in said) == shown
     assert not said or not said.rpartition("\r")[2].strip()
+
+
+@pytest.mark.parametrize(
+    ("shown", "wanted"),
+    [
+        (lambda: progress.shown_bar(14, "features"), "features: 7/14 images in 00:0"),
+        (lambda: progress.shown_bar(None, "looking", "file"), "looking: 7 files in 00:0"),
+        (lambda: progress.shown_clock("features"), "features: 00:0"),
+    ],
+)
+def test_in_files_and_pipes_it_is_plain_lines(shown, wanted, monkeypatch):
+    pipe = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", pipe)
+    monkeypatch.setattr(progress, "PLAIN_S", 0.02)
+    with shown() as bar:
+        bar.update(7)
+        tiny.wait_for(lambda: pipe.getvalue().count("\n") > 1, "two lines")
+    lines = pipe.getvalue().splitlines()
+    assert all(line.startswith(wanted) for line in lines[1:])
+    assert not {"\r", "\x1b"} & set(pipe.getvalue()) and all(lines)
+
+
+def test_what_is_short_is_silent_in_files_and_pipes(monkeypatch):
+    pipe = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", pipe)
+    with progress.shown_bar(2, "features") as bar:
+        bar.update(2)
+    assert pipe.getvalue() == ""

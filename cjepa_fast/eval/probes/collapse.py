@@ -22,6 +22,7 @@ from cjepa_fast.eval.probes import spread
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime import distributed
 from cjepa_fast.telemetry import representation_stats
+from cjepa_fast.telemetry.progress import shown_clock
 
 HEADINGS = {
     "images": "images",
@@ -69,21 +70,22 @@ def measure(
         **own,
     )  # fmt: skip
     views_nqD = _views(encoder, images, keep, views, seed, **reading)
-    stats, stds = representation_stats(clean_nD), spread.deviations(clean_nD)
-    shares = {name: 100 * share for name, share in spread.token_shares(tokens_nND).items()}
-    return {
-        "images": len(clean_nD),
-        "rankme": stats["rankme"].item(),
-        "lidar": spread.lidar(views_nqD),
-        "std_mean": stds.mean().item(),
-        "std_min": stds.min().item(),
-        "dead": 100 * spread.dead_share(clean_nD),
-        "uniformity": spread.uniformity(clean_nD),
-        "alignment": spread.alignment(views_nqD),
-        **shares,
-        "singular_values": torch.linalg.svdvals(clean_nD).tolist(),
-        "stds": stds.tolist(),
-    }
+    with shown_clock("signs of collapse"):
+        stats, stds = representation_stats(clean_nD), spread.deviations(clean_nD)
+        shares = {name: 100 * share for name, share in spread.token_shares(tokens_nND).items()}
+        return {
+            "images": len(clean_nD),
+            "rankme": stats["rankme"].item(),
+            "lidar": spread.lidar(views_nqD),
+            "std_mean": stds.mean().item(),
+            "std_min": stds.min().item(),
+            "dead": 100 * spread.dead_share(clean_nD),
+            "uniformity": spread.uniformity(clean_nD),
+            "alignment": spread.alignment(views_nqD),
+            **shares,
+            "singular_values": torch.linalg.svdvals(clean_nD).tolist(),
+            "stds": stds.tolist(),
+        }
 
 
 @torch.inference_mode()

@@ -79,7 +79,8 @@ def ridge(train_nD: torch.Tensor, label_n: torch.Tensor, test_mD: torch.Tensor) 
     from sklearn.preprocessing import StandardScaler
 
     probe = make_pipeline(StandardScaler(), RidgeClassifier(alpha=len(train_nD) / 100))
-    probe.fit(train_nD.double().numpy(), label_n.numpy())
+    with shown_clock("ridge regression"):
+        probe.fit(train_nD.double().numpy(), label_n.numpy())
     return torch.from_numpy(probe.predict(test_mD.double().numpy()))
 
 
