@@ -6,7 +6,6 @@ report.html holds all of it. `--compare` (`make demo-compare`) trains it once mo
 which is the same without VICReg, and draws the curves of both.
 """
 
-import argparse
 import contextlib
 import itertools
 import json
@@ -21,6 +20,7 @@ from pathlib import Path
 from cjepa_fast.data.sets import scenes, shapes
 from cjepa_fast.eval.__main__ import main as evaluate
 from cjepa_fast.runtime import children
+from cjepa_fast.runtime.command_line import Parser
 from cjepa_fast.runtime.hardware import cores
 from cjepa_fast.telemetry import read_log
 from cjepa_fast.tools import ablate, report
@@ -31,7 +31,7 @@ COMPARED = Path("runs/demo-compare")
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m cjepa_fast.demo", description=__doc__)
+    parser = Parser(prog="python -m cjepa_fast.demo", description=__doc__)
     parser.add_argument("--out", default="runs/demo", metavar="RUN", help="folder of the run")
     parser.add_argument("--config", default="demo.json", metavar="FILE")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")

@@ -19,6 +19,7 @@ from cjepa_fast.config import Config
 from cjepa_fast.config.describe import HelpConfig
 from cjepa_fast.eval.online import build_online, build_snapshots
 from cjepa_fast.runtime import distributed
+from cjepa_fast.runtime.command_line import Parser
 from cjepa_fast.runtime.launchers import resume_command
 from cjepa_fast.training import failures, start
 from cjepa_fast.training.build import build_masks, compute_dtype
@@ -71,7 +72,7 @@ def train(session: Session, callbacks: Sequence[Callback] = ()) -> int:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="cjepa-train", description=__doc__.split("\n")[0])
+    parser = Parser(prog="cjepa-train", description=__doc__.split("\n")[0])
     parser.add_argument("--config", required=True, metavar="FILE", help="here or in configs/")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
     parser.add_argument("--resume", metavar="auto|PATH", help="resume from a checkpoint")

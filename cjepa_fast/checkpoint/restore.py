@@ -48,11 +48,25 @@ def differences(saved: dict, facts: dict) -> tuple[list[str], list[str]]:
     """
     old, new = flat(saved), flat(facts)
     changed = {key: value for key, value in new.items() if value != old.get(key)}
+    if "images" in changed:  # a hash of the set; its path may be the same and its number too
+        changed.pop("config.data.path", None)
+    changed.pop("image_count", None)
     lines: tuple[list[str], list[str]] = [], []
     for key, value in changed.items():
         told = f"{key.removeprefix('config.')}: {value}, saved with {old.get(key)}"
+        if key == "images":
+            told = f"data.path: {_images_of(new)}, saved with {_images_of(old)}"
+            if new.get("image_count") == old.get("image_count"):
+                told += "; their names or files differ"
         lines[not key.startswith(HARMLESS)].append(told)
     return lines
+
+
+def _images_of(facts: dict) -> str:
+    """In words, of flat facts; earlier versions' have no count."""
+    path, count = facts.get("config.data.path"), facts.get("image_count")
+    of = "" if count is None else f"{count:,} "
+    return f"{of}images in {path if isinstance(path, str) else ' and '.join(path or ['?'])}"
 
 
 def deciding(config: dict) -> dict:

@@ -11,7 +11,6 @@ fail are left out and named. A shard is read back and compared before it gets it
 was interrupted resumes with the first shard that is missing.
 """
 
-import argparse
 import hashlib
 import io
 import json
@@ -31,6 +30,7 @@ from cjepa_fast.data.headers import PNG_MAGIC
 from cjepa_fast.data.locations import parquet_files
 from cjepa_fast.data.sources import ImageSet, Limits, open_images
 from cjepa_fast.runtime import files
+from cjepa_fast.runtime.command_line import Parser
 from cjepa_fast.runtime.printable import printable, printable_lines
 from cjepa_fast.telemetry.progress import shown_bar
 
@@ -265,7 +265,7 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="cjepa-pack",
         description="Pack a folder of images, or Parquet files with their bytes, into shards.",
     )

@@ -12,6 +12,7 @@ from cjepa_fast import config
 from cjepa_fast.data.batches import ImagesGone
 from cjepa_fast.eval import cli
 from cjepa_fast.runtime import distributed, hardware
+from cjepa_fast.runtime.command_line import Parser
 from cjepa_fast.runtime.printable import printable_lines
 
 TASKS = {  # by name: the module below cjepa_fast.eval, imported when it is asked for; help
@@ -49,10 +50,9 @@ OF_THE_RUN = ("seed", "crop", "k", "temperature")  # where the command says noth
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="cjepa-eval",
         description=__doc__.strip(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher's
     commands = parser.add_subparsers(dest="task", required=True, metavar="TASK")

@@ -25,6 +25,7 @@ from cjepa_fast.eval.probes import collapse, knn, linear
 from cjepa_fast.eval.probes.probe_sweep import ProbePlan
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime import distributed
+from cjepa_fast.runtime.command_line import Parser
 from cjepa_fast.runtime.image_size import with_short_side
 
 HEADINGS = {
@@ -148,7 +149,7 @@ def draw(encoders, rows, splits, args: argparse.Namespace, cache: Path, out: Pat
         tasks |= {"masks": (masks, run, []), "curves": (curves, run, [])}
     for name, (task, of, words) in tasks.items():
         with _drawing(name):
-            parser = argparse.ArgumentParser()
+            parser = Parser()
             task.add_options(parser)
             task.run(parser.parse_args([str(of), *words, "--out", str(out / f"{name}.png")]))
 

@@ -45,7 +45,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="by its ending: "
                         + ", ".join(WRITERS))  # fmt: skip
     parser.add_argument("--pool", choices=POOLS, default="mean", help="the patches' mean, none, or "
-                        "the means of the last 4 blocks side by side; default: mean")  # fmt: skip
+                        "the means of the last 4 blocks side by side")  # fmt: skip
     parser.add_argument("--which", choices=("target", "context"), default="target", help="encoder")
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
     cli.add_reading(parser)

@@ -25,6 +25,7 @@ from cjepa_fast.export.card import card
 from cjepa_fast.export.formats import FORMATS, Format, Source, is_installed
 from cjepa_fast.export.origin import origin_of
 from cjepa_fast.runtime import caches
+from cjepa_fast.runtime.command_line import Parser
 from cjepa_fast.runtime.image_size import height_width
 from cjepa_fast.runtime.printable import printable_lines
 from cjepa_fast.telemetry.progress import shown_clock
@@ -51,10 +52,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="cjepa-export",
         description=__doc__.strip(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     parser.add_argument("--to", choices=FORMATS, required=True)

@@ -37,6 +37,7 @@ from cjepa_fast.config import ConfigError
 from cjepa_fast.eval.cli import positive, print_table
 from cjepa_fast.eval.figures.sheets import FIGURE, save
 from cjepa_fast.runtime import caches, children, json_text
+from cjepa_fast.runtime.command_line import Parser
 from cjepa_fast.runtime.printable import in_markdown, printable_lines
 from cjepa_fast.telemetry import read_log
 
@@ -340,10 +341,9 @@ def _curve(axes, trials: list[Trial], key: str, label: str, colour: str) -> None
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m cjepa_fast.tools.ablate",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("ablation", metavar="FILE", help="here or in configs/ablations/")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: runs/ablations/NAME")

@@ -26,6 +26,7 @@ from cjepa_fast import config as configuration
 from cjepa_fast.config import Config, ConfigError
 from cjepa_fast.model import attention, attention_trial, cpu_linear
 from cjepa_fast.runtime import children, hardware, memory, rates
+from cjepa_fast.runtime.command_line import Parser
 from cjepa_fast.runtime.printable import printable_lines
 from cjepa_fast.runtime.provenance import own_commit
 from cjepa_fast.runtime.version import VERSION
@@ -382,7 +383,7 @@ def examine(config: Config, fast: bool) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="cjepa-doctor", description=__doc__.split("\n")[0])
+    parser = Parser(prog="cjepa-doctor", description=__doc__.split("\n")[0])
     parser.add_argument("--config", metavar="FILE", help="what it would use; default: vit_s")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
     parser.add_argument("--fast", action="store_true", help="nothing compiled, nothing measured")

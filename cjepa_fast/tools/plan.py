@@ -29,6 +29,7 @@ from cjepa_fast.model import block, waves
 from cjepa_fast.model.block import Attention
 from cjepa_fast.model.flops import recomputed_gflop, step_gflop
 from cjepa_fast.model.jepa import JEPA
+from cjepa_fast.runtime.command_line import Parser
 from cjepa_fast.runtime.memory import SavedActivations
 from cjepa_fast.runtime.printable import printable_lines
 from cjepa_fast.training import build
@@ -341,7 +342,7 @@ def told_waves(config: Config, gpu: GPU) -> list[str]:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="cjepa-plan", description=__doc__.split("\n")[0])
+    parser = Parser(prog="cjepa-plan", description=__doc__.split("\n")[0])
     parser.add_argument("--config", required=True, metavar="FILE", help="here or in configs/")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
     parser.add_argument("--gpu", choices=GPUS, required=True)

@@ -5,7 +5,6 @@ mailed and read anywhere. The run may still be training, and need have no checkp
 are made where the images are: the run's own, or --images SET.
 """
 
-import argparse
 import statistics
 import sys
 import time
@@ -24,6 +23,7 @@ from cjepa_fast.eval.figures.sheets import as_arrays, load_images, sheet, spread
 from cjepa_fast.eval.figures.side_by_side import Encoders
 from cjepa_fast.model.vit import count_parameters
 from cjepa_fast.runtime import caches, files
+from cjepa_fast.runtime.command_line import Parser
 from cjepa_fast.runtime.image_size import shown as shown_size
 from cjepa_fast.runtime.printable import printable_lines
 from cjepa_fast.telemetry import read_log
@@ -45,10 +45,9 @@ EVENTS_SHOWN = 200
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="cjepa-report",
         description=__doc__.strip(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="its folder")
     parser.add_argument("--out", type=Path, metavar="FILE.html", help="default: RUN/report.html")

@@ -11,6 +11,7 @@ from cjepa_fast.model import waves
 from cjepa_fast.runtime import distributed, hardware
 from cjepa_fast.runtime.memory import peak_resident_gib
 from cjepa_fast.telemetry.pace import duration
+from cjepa_fast.telemetry.progress import shown_bar
 from cjepa_fast.training.build import counted_sizes, gflop_of
 from cjepa_fast.training.loop import steps_of
 from cjepa_fast.training.trainer import Trainer
@@ -26,12 +27,14 @@ def dry_run(trainer: Trainer, loader: Loader, told: list[str]) -> int:
     """STEPS, then what a run of this configuration is made of. Returns the exit status: 1 where a
     step's loss or gradient is not finite."""
     finite = True
-    for index, (batches, _) in zip(range(STEPS), steps_of(loader, 0), strict=False):
-        began = time.perf_counter()
-        terms, applied = trainer.step(batches, index)
-        loss = float(terms["loss"])  # waits for the device
-        finite &= bool(applied) and math.isfinite(loss)
-        step_s = time.perf_counter() - began
+    with shown_bar(STEPS, "dry run", "step") as bar:
+        for index, (batches, _) in zip(range(STEPS), steps_of(loader, 0), strict=False):
+            began = time.perf_counter()
+            terms, applied = trainer.step(batches, index)
+            loss = float(terms["loss"])  # waits for the device
+            finite &= bool(applied) and math.isfinite(loss)
+            step_s = time.perf_counter() - began
+            bar.update()
     (broken,) = distributed.any_of(not finite)
     if distributed.rank() != 0:
         return int(broken)

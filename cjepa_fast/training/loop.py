@@ -374,7 +374,6 @@ class Loop:
     def _facts(self) -> dict:
         return self.trainer.facts() | {
             "epoch": self.done / self.trainer.steps_per_epoch,
-            "image_count": len(self.loader.images),
             "machine": machine(self.trainer.device),
             "progress": {
                 "skipped_steps": self.bad.count,

@@ -135,6 +135,7 @@ def _built(session: Session, device: torch.device) -> tuple[Trainer, Loader, dic
             device,
             loader.steps_per_epoch,
             images=loader.images.fingerprint,
+            image_count=len(loader.images),
             decoder=loader.decoder,
             restoring=bool(state),
             linear=state.get("linear"),

@@ -45,16 +45,18 @@ class Trainer:
         steps_per_epoch: int,
         *,
         images: str = "",
+        image_count: int | None = None,
         decoder: str = "",
         restoring: bool = False,
         linear: dict | None = None,
     ):
-        """config: its run.precision resolved (build.with_precision); images: the image set's
-        fingerprint; decoder: who decodes them; restoring: a checkpoint will give the weights;
-        linear: its linear.LinearBackends."""
+        """config: its run.precision resolved (build.with_precision); images, image_count:
+        the image set's fingerprint and number; decoder: who decodes them; restoring: a checkpoint
+        will give the weights; linear: its linear.LinearBackends."""
         self.config, self.device, self.restoring = config, device, restoring
         check_target_precision(config, device)
         self.steps_per_epoch, self.images, self.decoder = steps_per_epoch, images, decoder
+        self.image_count = image_count
         self.total_steps = config.run.epochs * steps_per_epoch
         self.micro_batch, self.accumulation = config.data.micro_batches(distributed.world_size())
         if self.micro_batch * distributed.world_size() < 2 and config.loss.regularised_by.beta > 0:
@@ -230,6 +232,8 @@ class Trainer:
         """What a run that resumes from here must share, or it becomes another training."""
         facts = {"config": self.config.model_dump(mode="json"), "images": self.images}
         facts["decoder"] = self.decoder
+        if self.image_count is not None:
+            facts["image_count"] = self.image_count
         if self.linear:
             facts["linear"] = self.linear
         if self.config.loss.regularised_by.beta > 0:

@@ -231,10 +231,25 @@ def test_changes_that_matter_are_told_from_those_that_do_not():
     now = json.loads(json.dumps(saved))
     assert checkpoint.differences(saved, now) == ([], [])
     now["config"]["run"] = {"dir": "b", "epochs": 3}
-    now["images"] = "y"
     harmless, others = checkpoint.differences(saved, now)
     assert harmless == ["run.dir: b, saved with a"]
-    assert others == ["run.epochs: 3, saved with 2", "images: y, saved with x"]
+    assert others == ["run.epochs: 3, saved with 2"]
+
+
+def test_other_images_are_told_by_their_path_and_number_not_by_a_hash():
+    def facts(images, count, path):
+        return {"images": images, "image_count": count, "config": {"data": {"path": path}}}
+
+    saved = facts("x", 40, "a")
+    told = checkpoint.differences(saved, facts("y", 1041, ["a", "b"]))
+    assert told == ([], ["data.path: 1,041 images in a and b, saved with 40 images in a"])
+    (line,) = checkpoint.differences(saved, facts("y", 40, "a"))[1]
+    assert line.endswith("saved with 40 images in a; their names or files differ")
+    assert checkpoint.differences(saved, facts("x", 40, "b")) == (
+        ["data.path: b, saved with a"], []
+    )  # fmt: skip
+    (line,) = checkpoint.differences({"images": "x"}, facts("y", 40, "a"))[1]
+    assert line == "data.path: 40 images in a, saved with images in ?"
 
 
 def test_a_checkpoint_that_knows_nothing_of_fused_blocks_goes_on():

@@ -143,6 +143,17 @@ def test_a_finished_run_that_goes_on_says_what_changed_and_keeps_its_encoder(tmp
     assert (tmp_path / "run" / "encoder.safetensors").read_bytes() != first
 
 
+@pytest.mark.slow
+def test_more_images_than_when_it_was_saved_are_told_by_number(tmp_path):
+    config = tiny.write_config(tmp_path)
+    assert tiny.train("--config", config).returncode == 0
+    tiny.write_images(tmp_path / "images", count=48)
+    refused = tiny.train("--config", config, "--resume", "auto")
+    images = tmp_path / "images"
+    assert refused.returncode == 2
+    assert f"data.path: 48 images in {images}, saved with 40 images in {images}" in refused.stderr
+
+
 def test_a_folder_that_cannot_be_made_is_said_before_anything_is_built(tmp_path):
     (tmp_path / "file").write_text("")
     config = tiny.write_config(tmp_path, run={"epochs": 2, "dir": str(tmp_path / "file")})

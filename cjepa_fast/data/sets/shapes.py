@@ -27,6 +27,7 @@ from PIL import Image, ImageDraw
 
 from cjepa_fast.data.sets.scenes import KINDS, SIZE, render
 from cjepa_fast.runtime import caches, children
+from cjepa_fast.runtime.command_line import Parser
 from cjepa_fast.runtime.files import read_json
 
 VERSION = "shapes-v2"
@@ -159,7 +160,7 @@ def contact_sheet(path: Path | str, split: str = "val", rows: int = 8, columns: 
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Make the shapes set and say what it holds.")
+    parser = Parser(description="Make the shapes set and say what it holds.")
     parser.add_argument("--sheet", metavar="FILE", help="also draw a contact sheet")
     parser.add_argument("--render", nargs=5, metavar="X", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)

@@ -37,7 +37,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             f"--{name}", default=f"{name}2017", metavar="SPLIT",
             help="annotations/instances_SPLIT.json, images in SPLIT/; or the path of a .json file, "
-            "which names its images from FOLDER (default: %(default)s)",
+            "which names its images from FOLDER",
         )  # fmt: skip
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER",
@@ -60,9 +60,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     known = {field.name: field.default for field in dataclasses.fields(Recipe)}
     known |= dict.fromkeys(("layer_decay", "drop_path"))
     for name, (kind, text) in types.items():
-        said = text if known[name] is None else f"{text} (default: %(default)s)".strip()
         option = f"--{name.replace('_', '-')}"
-        options.add_argument(option, type=kind, default=known[name], help=said)
+        options.add_argument(option, type=kind, default=known[name], help=text)
     parser.add_argument("--bf16", action="store_true", help="the encoder and the pyramid in bf16")
     parser.add_argument("--threads", type=int, default=4, help="reading processes")
 

@@ -187,7 +187,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     cli.add_checkpoint(parser)
     add = parser.add_argument
     add("--data", required=True, metavar="FOLDER", help="images/SPLIT with annotations|masks/SPLIT")
-    add("--head", choices=tuple(RECIPES), default="linear", help="default: linear")
+    add("--head", choices=tuple(RECIPES), default="linear", help="what is trained")
     add("--layers", type=int, choices=(1, 4), default=1, help="last blocks the linear head reads")
     add("--frozen", action="store_true", help="UPerNet on a frozen encoder")
     add("--ignore-index", type=label, nargs="+", metavar="N", help=f"numbers that {IGNORED}")

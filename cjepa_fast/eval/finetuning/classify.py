@@ -209,7 +209,7 @@ def changed(base: AnyRecipe, changes: list[tuple[str, object]] | None) -> AnyRec
 def add_tuning(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bf16", action="store_true", help="the encoder in bf16")
     parser.add_argument("--micro-batch-size", type=cli.positive, default=64, metavar="N",
-                        help="images at once on a rank; default 64")  # fmt: skip
+                        help="images at once on a rank")  # fmt: skip
     parser.add_argument("--set", type=change, nargs="+", metavar="NAME=VALUE",
                         help="of the recipe: epochs=3 lr=1e-3 rand_augment=null")  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: RUN/TASK")

@@ -180,14 +180,14 @@ def values(text: str) -> tuple[str, tuple[float, ...]]:
 
 
 def add_sweep(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--optimizer", choices=GRIDS, default="lars", help="default: the paper's")
+    parser.add_argument("--optimizer", choices=GRIDS, default="lars", help="lars: the paper's")
     parser.add_argument("--epochs", type=cli.positive, default=50)
     parser.add_argument("--probe-batch-size", dest="batch", type=cli.positive, metavar="N",
                         help="default: 16384, or 1/78 of a small set")  # fmt: skip
     parser.add_argument("--sweep", type=values, nargs="+", metavar="NAME=LIST",
                         help="such as lr=0.01,0.05 wd=0; of lbfgs C=0.1,1")  # fmt: skip
     parser.add_argument("--layers", type=layer_list, default=[1, 4], metavar="LIST",
-                        help="numbers of last layers, or blocks as 3+6+9; default 1,4")  # fmt: skip
+                        help="numbers of last layers, or blocks as 3+6+9")  # fmt: skip
     parser.add_argument("--choose", choices=("held-out", "test"), default="held-out",
                         help="the images that decide which probe is best")  # fmt: skip
 

@@ -78,7 +78,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     cli.add_sets(parser)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--share", type=shares, default=[0.01, 0.1], metavar="LIST",
-                       help="of the labels; default 0.01,0.1")  # fmt: skip
+                       help="of the labels")  # fmt: skip
     which.add_argument("--list", type=Path, metavar="FILE", help="names of images instead")
     parser.add_argument("--probe", action="store_true", help="linear probes, which are cheap")
     classify.add_tuning(parser)
