@@ -12,6 +12,7 @@ from cjepa_fast.config.load import (
     read,
     validate,
 )
+from cjepa_fast.config.resolve import told_epochs, told_rate, with_epochs
 from cjepa_fast.config.schema import (
     MODEL_NAMES,
     Config,
@@ -24,5 +25,5 @@ from cjepa_fast.config.schema import (
 __all__ = [
     "MODEL_NAMES", "Config", "ConfigError", "DataSection", "Section", "as_begun", "completed",
     "configs_folder", "expanded", "find", "image_paths", "load", "micro_batches", "of", "read",
-    "validate",
+    "told_epochs", "told_rate", "validate", "with_epochs",
 ]  # fmt: skip

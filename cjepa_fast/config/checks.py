@@ -75,7 +75,7 @@ def impossible(config: Config) -> Iterator[str]:
             'model.attention = "sdpa_cudnn": has no kernel for mask.context = "packed"; take '
             '"auto", "sdpa_flash" or "flash_attn", or another mask.context'
         )
-    if optim.warmup_epochs > config.run.epochs:
+    if config.run.epochs != "auto" and optim.warmup_epochs > config.run.epochs:
         yield (
             f"optim.warmup_epochs = {optim.warmup_epochs:g}: longer than the run; "
             f"at most run.epochs = {config.run.epochs}"

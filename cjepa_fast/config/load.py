@@ -17,18 +17,23 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from cjepa_fast.config.checks import impossible
+from cjepa_fast.config.resolve import refuse_both, with_rate, without_rival
 from cjepa_fast.config.schema import Config, ConfigError, DataSection, Section
 from cjepa_fast.runtime import json_text
 from cjepa_fast.runtime.printable import printable
 
-# pydantic's names of what data.path and data.image_size may be
-FORMS = ("str", "tuple[str, ...]", "side", "height, width")
+# pydantic's names of what data.path, data.image_size and run.epochs may be
+FORMS = ("str", "tuple[str, ...]", "side", "height, width", "epochs-number", "word")
 MOST_SHOWN = 160  # characters of a value in a message
 
 
 def load(name: str, overrides: Sequence[str] = ()) -> Config:
     """The configuration of a file, with `key.path=value` overrides. Raises ConfigError."""
-    values = _resolved(find(name))
+    given: dict = {}
+    for override in overrides:
+        _override(given, override)
+    refuse_both(given)
+    values = without_rival(_resolved(find(name)), given)
     for override in overrides:
         _override(values, override)
     return validate(values, Path(name).stem)
@@ -39,15 +44,19 @@ def of(source: str | Path | dict | Config, overrides: Mapping[str, Any]) -> Conf
     it; a value may be a dict of keys below. Raises ConfigError."""
     if isinstance(source, Config):
         values, name = source.model_dump(mode="json", exclude_unset=True), "run"
+        if source.optim.lr_per_256 is not None:
+            del values["optim"]["lr"]  # it followed from the batch, which may be another now
     elif isinstance(source, dict):
         values, name = source, "run"
     else:
         values, name = _resolved(find(str(source))), Path(source).stem
+    given: dict = {}
     for path, value in overrides.items():
         for key in reversed(path.split(".")):
             value = {key: value}
-        values = _merged(values, value)
-    return validate(values, name)
+        given = _merged(given, value)
+    refuse_both(given)
+    return validate(_merged(without_rival(values, given), given), name)
 
 
 def validate(values: dict, name: str = "run") -> Config:
@@ -63,7 +72,7 @@ def validate(values: dict, name: str = "run") -> Config:
     if problems:
         raise ConfigError("\n".join(problems))
     run = config.run.model_copy(update={"dir": config.run.dir.replace("{config}", name)})
-    return config.model_copy(update={"run": run})
+    return with_rate(config.model_copy(update={"run": run}))
 
 
 def read(run: Path) -> Config:
@@ -98,6 +107,8 @@ def as_begun(config: Config, saved: dict) -> Config:
     values = _as_begun(config, saved)
     if config.run.precision == "auto":
         values["run"]["precision"] = saved["run"]["precision"]
+    if config.run.epochs == "auto":
+        values["run"]["epochs"] = saved["run"]["epochs"]
     return Config.model_validate_json(json.dumps(values))
 
 
@@ -140,7 +151,7 @@ def _resolved(path: Path, seen: tuple[Path, ...] = ()) -> dict:
         return values
     beside = path.parent / str(parent)
     base = beside if beside.is_file() else find(str(parent))
-    return _merged(_resolved(base, (*seen, path.resolve())), values)
+    return _merged(without_rival(_resolved(base, (*seen, path.resolve())), values), values)
 
 
 def _read(path: Path) -> dict:

@@ -23,6 +23,10 @@ ImageSides = Annotated[  # of a square, or height and width; told apart, so that
     Discriminator(lambda size: "height, width" if isinstance(size, (list, tuple)) else "side"),
     AfterValidator(simplest),
 ]
+Epochs = Annotated[  # told apart as above
+    Annotated[Count, Tag("epochs-number")] | Annotated[Literal["auto"], Tag("word")],
+    Discriminator(lambda epochs: "word" if isinstance(epochs, str) else "epochs-number"),
+]
 Width = Annotated[int, Field(ge=1, le=2**16)]  # of tokens or layers
 Few = Annotated[int, Field(ge=1, le=1024)]  # blocks, heads, threads, batches ahead
 Level = Annotated[float, Field(ge=-1e6, le=1e6)]  # of an image's values
@@ -69,7 +73,9 @@ class RunSection(Section):
     seed: Seed = Field(
         0, description="decides every draw: weights, order of the images, crops, masks"
     )
-    epochs: Count = Field(300, description="passes over the images")
+    epochs: Epochs = Field(
+        300, description="passes over the images; auto: by their number, for small sets"
+    )
     precision: Literal["auto", "bf16", "fp32"] = later(
         "auto", was="bf16", description="auto: bf16 where the hardware multiplies it, else fp32"
     )
@@ -292,6 +298,9 @@ class OptimSection(Section):
         "auto", description="auto: adamw_ema (weights and EMA in one pass) on one rank, else fused"
     )
     lr: Positive = Field(1e-3, description="learning rate after warm-up, for the whole batch")
+    lr_per_256: Positive | None = later(
+        None, was=None, description="in place of lr: lr is this times data.batch_size / 256"
+    )
     start_lr: NonNegative = Field(
         1e-4, description="learning rate at the first step of the warm-up"
     )

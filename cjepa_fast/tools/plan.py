@@ -304,7 +304,9 @@ def memory_table(plans: dict[int, Plan], own: int, gpu: GPU, micro_batch: int) -
 def cost(args: argparse.Namespace, config: Config, gpu: GPU, gflop: float, again: float) -> list:
     """Speed, time and energy, each with its range; the source of all of them in the first line."""
     found = speed(config, args.config, gpu, args.count)
-    images = (args.epochs or config.run.epochs) * args.images
+    steps_per_epoch = max(args.images // config.data.batch_size, 1)
+    epochs = args.epochs or configuration.with_epochs(config, steps_per_epoch).run.epochs
+    images = epochs * args.images
     peak = args.count * gpu.tflops * 1e3 / (gflop + again)
     hours = [images / (share * peak) / 3600 for share in (found.mfu, found.high, found.low)]
     joules = found.joules_per_image

@@ -104,7 +104,16 @@ def begin(
         trainer, loader, state = _built(session, device)
         ending.callback(loader.close)
         told = trainer.started_from + cpu_micro_batch.told(asked, session.config)
+        told += _told_resolved(asked, session.config, loader.steps_per_epoch)
         return trainer, loader, state, told
+
+
+def _told_resolved(asked: Config, config: Config, steps_per_epoch: int) -> Iterator[str]:
+    """What followed from the batch and the number of images."""
+    if line := configuration.told_rate(config):
+        yield line
+    if asked.run.epochs == "auto":
+        yield configuration.told_epochs(config.run.epochs, steps_per_epoch)
 
 
 def _built(session: Session, device: torch.device) -> tuple[Trainer, Loader, dict | None]:
@@ -129,6 +138,7 @@ def _built(session: Session, device: torch.device) -> tuple[Trainer, Loader, dic
     config = session.config = cpu_micro_batch.fitted(config, device, saved)
     left_out = None if options.dry_run else run / left_out_images.FILE
     loader = build_loader(config, device, build_masks(config), left_out)
+    config = session.config = configuration.with_epochs(config, loader.steps_per_epoch)
     with shown_clock("building the networks"):
         trainer = Trainer(
             config,

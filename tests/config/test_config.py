@@ -6,6 +6,7 @@ import math
 import re
 
 import pytest
+import tiny
 import torch
 from pydantic import ValidationError
 
@@ -520,3 +521,83 @@ def test_own_sizes_replace_the_named_models():
     assert networks.predictor.predictor_blocks[0].attn.heads == 6
     assert (encoder.mean, encoder.std) == (config.data.mean, config.data.std)
     assert math.prod(encoder.blocks[0].mlp.fc1.weight.shape) == 192 * 576
+
+
+def test_a_rate_for_256_images_follows_the_batch():
+    over = ["optim.lr_per_256=0.001", "optim.start_lr=1e-5"]
+    for batch, rate in ((256, 0.001), (64, 0.00025), (1024, 0.004)):
+        made = load("vit_b", [*over, f"data.batch_size={batch}"])
+        assert made.optim.lr == rate
+        kept = json.loads(made.to_json())
+        assert (kept["optim"]["lr"], kept["optim"]["lr_per_256"]) == (rate, 0.001)
+        assert configuration.validate(kept) == made  # as config.json is read again
+        assert configuration.of(made, {"data.batch_size": 2 * batch}).optim.lr == 2 * rate
+    assert load("vit_b").optim.lr_per_256 is None
+    assert "0.000125 for a batch of 2048" in configuration.told_rate(
+        load("vit_b", ["optim.lr_per_256=0.000125"])
+    )
+    assert configuration.told_rate(load("vit_b")) is None
+
+
+def test_of_two_files_the_later_rate_counts(write):
+    write("a.json", {"extends": "vit_b.json", "optim": {"lr_per_256": 0.001}})
+    write("b.json", {"extends": "a.json", "data": {"batch_size": 512}})
+    write("c.json", {"extends": "b.json", "optim": {"lr": 0.5}})
+    assert load("b.json").optim.lr == 0.002
+    assert load("c.json").optim.lr == 0.5 and load("c.json").optim.lr_per_256 is None
+    assert load("b.json", ["optim.lr=0.25"]).optim.lr == 0.25
+    assert load("c.json", ["optim.lr_per_256=0.002"]).optim.lr == 0.004
+    assert configuration.of("c.json", {"optim.lr_per_256": 0.002}).optim.lr == 0.004
+
+
+def test_two_rates_at_one_place_are_refused(write):
+    write("a.json", {"optim": {"lr": 0.5, "lr_per_256": 0.001}})
+    for make in (
+        lambda: load("a.json"),
+        lambda: load("vit_b", ["optim.lr=0.5", "optim.lr_per_256=0.001"]),
+        lambda: configuration.of("vit_b", {"optim.lr": 0.5, "optim": {"lr_per_256": 0.001}}),
+    ):
+        with pytest.raises(ConfigError, match=r"optim.lr = 0.5.*give one of the two keys"):
+            make()
+    with pytest.raises(ConfigError, match=r"optim.start_lr = 0.0001: above the learning rate of"):
+        load("vit_b", ["optim.lr_per_256=1e-5"])
+
+
+@pytest.mark.parametrize(
+    ("steps_per_epoch", "epochs"), [(100, 100), (99, 102), (1, 800), (13, 770), (5000, 20)]
+)
+def test_auto_epochs_make_ten_thousand_steps_within_bounds(steps_per_epoch, epochs):
+    made = load("vit_b", ["run.epochs=auto"])
+    assert made.run.epochs == "auto"
+    assert configuration.with_epochs(made, steps_per_epoch).run.epochs == epochs
+    given = load("vit_b")
+    assert configuration.with_epochs(given, steps_per_epoch) is given
+
+
+def test_a_warm_up_longer_than_the_automatic_epochs_is_refused():
+    with pytest.raises(ConfigError, match=r"warmup_epochs = 40: longer than the 20 epochs"):
+        configuration.with_epochs(load("vit_h", ["run.epochs=auto"]), 5000)
+    for wrong in ('"many"', "0", "1.5"):
+        with pytest.raises(ConfigError, match=r"^run.epochs = "):
+            load("vit_b", [f"run.epochs={wrong}"])
+
+
+def test_a_resumed_run_keeps_the_epochs_that_auto_became():
+    saved = load("vit_b", ["run.epochs=77"]).model_dump(mode="json")
+    asked = load("vit_b", ["run.epochs=auto"])
+    assert configuration.as_begun(asked, saved).run.epochs == 77
+
+
+def test_the_table_of_rates_is_that_of_the_files():
+    """docs/choosing_a_config.md, which once contradicted the files by a factor of 8."""
+    text = (tiny.ROOT / "docs" / "choosing_a_config.md").read_text()
+    rows = re.findall(r"\| `(\w+\.json)`[^|]*\| ([\d.]+) \| (\d+) \| ([\d.]+) \| ([\d,]+) \|", text)
+    assert {name for name, *_ in rows} == {*SMALL, "vit_b.json"}
+    images = {"vit_b.json": 1_281_167, "imagenette128_vit_s.json": 9_469,
+              "cifar10_vit_t.json": 50_000, "demo.json": 8_192}  # fmt: skip
+    for name, lr, batch, per_256, steps in rows:
+        made = load(name)
+        assert (made.optim.lr, made.data.batch_size) == (float(lr), int(batch))
+        assert float(per_256) == pytest.approx(made.optim.lr * 256 / made.data.batch_size)
+        taken = made.run.epochs * (images[name] // made.data.batch_size)
+        assert int(steps.replace(",", "")) == pytest.approx(taken, rel=0.01)
