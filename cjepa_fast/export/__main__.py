@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from cjepa_fast.checkpoint.encoders import load_encoder
+from cjepa_fast.export import hub
 from cjepa_fast.export.card import card
 from cjepa_fast.export.formats import FORMATS, Format, Source, is_installed
 from cjepa_fast.export.origin import origin_of
@@ -39,16 +40,24 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     caches.root()
     try:
+        if args.push:
+            hub.check(args.push)
         error = export(args.checkpoint, args.to, args.out, args.which)
+        _tell(args, error)
+        if args.push:
+            print(f"pushed: {hub.push(args.out, args.push, CARD, args.public)}")
     except (ValueError, OSError) as problem:  # the user's input: said, without a traceback
         print(f"error: {printable_lines(problem)}", file=sys.stderr)
         return 2
+    return 0
+
+
+def _tell(args: argparse.Namespace, error: float | None) -> None:
     opener = FORMATS[args.to].opened_by
     if error is None:
         print(f"{args.out}: not compared with the encoder, since {opener} is not installed")
     else:
         print(f"{args.out}: opened by {opener}, its features differ by {error:.1g} at most")
-    return 0
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -60,7 +69,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--to", choices=FORMATS, required=True)
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="a new one")
     parser.add_argument("--which", choices=("target", "context"), default="target", help="encoder")
-    return parser.parse_args(argv)
+    parser.add_argument("--push", metavar="USER/NAME", help="also to Hugging Face's hub, private")
+    parser.add_argument("--public", action="store_true", help="a model that --push makes is public")
+    args = parser.parse_args(argv)
+    if args.public and not args.push:
+        parser.error("--public is for --push USER/NAME")
+    return args
 
 
 def export(checkpoint: Path, to: str, out: Path, which: str = "target") -> float | None:

@@ -43,6 +43,7 @@ ELSEWHERE = {
     r"python -m cjepa_fast.tools.ablate beta": "it wants four GPUs; the other is run",
     r".*data.channels=1": "tests/training/test_channels_run.py: the images here are RGB",
     r"cjepa-train .*run.init_from=FILE": "tests/training/test_initial.py",
+    r"cjepa-export .*--push": "tests/export/test_hub.py: it needs an account",
     r"pip install": "by hand: it changes the environment",
     r"bench/gpu_gate.sh": "by hand, at toy size: minutes on a CPU",
 }
