@@ -33,7 +33,7 @@ from cjepa_fast.training.start import Options, Session
 def pretrain(
     config: str | Path | dict | Config,
     data: str | Path | None = None,
-    epochs: int | None = None,
+    epochs: int | str | None = None,
     overrides: Mapping[str, Any] | None = None,
     *,
     resume: str | None = None,
@@ -43,8 +43,9 @@ def pretrain(
     """Train, in this process or in those that torchrun or deepspeed started.
 
     config: a file, here or shipped ("vit_s"), or its values; data and epochs: short for data.path
-    and run.epochs; overrides: values laid over the file's, {"optim.lr": 3e-4}; resume: "auto", or
-    the path of a checkpoint; callbacks: see Callback. Writes and prints what `cjepa-train` does.
+    and run.epochs (a number, or "auto"); overrides: values laid over the file's, {"optim.lr":
+    3e-4}; resume: "auto", or the path of a checkpoint; callbacks: see Callback. Writes and prints
+    what `cjepa-train` does.
     Raises ConfigError for what is wrong with the configuration, and passes on what a step raises.
     """
     over = dict(overrides or {})

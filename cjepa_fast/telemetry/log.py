@@ -122,6 +122,12 @@ class Telemetry:
             self._shown = {"step": step, "loss": _number(_scalar(scalars.get("loss", math.nan)))}
             self._line.show(self._text(self._shown))
 
+    def within(self, text: str) -> None:
+        """How far the step under way is, for whoever waits for it."""
+        if not self.silent and self._shown:
+            row = {**self._shown, "step": self._step, "within": text}
+            self._line.refresh(lambda: self._text(row), plain=True)
+
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
         """Time inside (a checkpoint, an evaluation) does not count as training."""
@@ -187,6 +193,7 @@ class Telemetry:
             f"step {row['step']}/{self.total_steps}",
             f"epoch {row['step'] / self.steps_per_epoch:.2f}",
         ]
+        parts[1:1] = filter(None, [row.get("within")])
         shown = (("loss", "loss {:.4f}"), ("rankme", "RankMe {:.1f}"), ("knn", "kNN {:.1f} %"),
                  ("images_per_s", "{:.0f} images/s"))  # fmt: skip
         parts += [text.format(row[name]) for name, text in shown if is_number(row, name)]
@@ -320,9 +327,10 @@ class ProgressLine:
             self._stream.write(f"\r{self._drawn}\x1b[K")
         self._stream.flush()
 
-    def refresh(self, text: Callable[[], str]) -> None:
-        """Redraw with text() if this is a terminal and the last drawing is old enough."""
-        if self._live and time.perf_counter() - self._drawn_s >= REFRESH_S:
+    def refresh(self, text: Callable[[], str], plain: bool = False) -> None:
+        """Show text() if what was shown last is old enough. plain: not on a terminal alone."""
+        old_s = REFRESH_S if self._live else PLAIN_S
+        if (self._live or plain) and time.perf_counter() - self._drawn_s >= old_s:
             self.show(text())
 
     def message(self, text: str) -> None:

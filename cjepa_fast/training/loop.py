@@ -102,6 +102,7 @@ class Loop:
             say=telemetry.message,
             saved=self.callbacks.on_save,
         )
+        self.micro_batches = 0  # of the step under way
         self.first = contextlib.ExitStack()  # left once the first step is made
         self.stop = session.stop or StopRequest()
         self.saved_s = time.monotonic()
@@ -162,6 +163,7 @@ class Loop:
         self.watch.mark("waiting for data", self.done + 1)
         for batches, wait_s in steps:
             self.watch.mark("in the step")
+            self.micro_batches = 0
             terms, applied = trainer.step(batches, self.done, self._after_micro_batch)
             self.done += 1
             self.first.close()
@@ -200,6 +202,9 @@ class Loop:
     def _after_micro_batch(self) -> None:
         """A step may be longer than run.timeout_s where its micro-batches are not."""
         self.watch.mark("in the step")
+        self.micro_batches += 1
+        if self.loader.accumulation > 1:
+            self.telemetry.within(f"micro-batch {self.micro_batches}/{self.loader.accumulation}")
         if line := self.pace.tick():
             self.telemetry.message(line)
 

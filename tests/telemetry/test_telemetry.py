@@ -260,6 +260,19 @@ def test_a_terminal_line_redraws_itself_between_rows(tmp_path, started, clock, m
     assert "\r\x1b[Kskipped corrupt.jpg\nstep 15" in text
 
 
+def test_a_long_step_shows_its_micro_batches(tmp_path, started, clock):
+    """On a terminal twice a second, elsewhere once a minute."""
+    for stream, each_s, wanted in ((Terminal(), 1.0, 5), (io.StringIO(), 20.0, 2)):
+        out = started(tmp_path, stream=stream)
+        out.within("micro-batch 1/5")  # before the first step nothing is known yet
+        out.step(1, {"loss": torch.tensor(0.25)})
+        for i in range(1, 6 if each_s == 1.0 else 8):
+            clock.now_s += each_s
+            out.within(f"micro-batch {i}/5")
+        assert stream.getvalue().count("micro-batch ") == wanted
+        assert "step 1/40  micro-batch " in stream.getvalue()
+
+
 def test_the_time_left_follows_the_recent_rate(tmp_path, started, clock):
     stream = io.StringIO()
     out = started(tmp_path, stream=stream, total_steps=1000)
