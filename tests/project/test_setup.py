@@ -178,8 +178,8 @@ def test_the_wheel_works_away_from_its_source(tmp_path):
 
 
 def a_first_day(site: Path, folder: Path) -> None:
-    """Three steps of a training, its features in a file, an export and a plan, as users of the
-    wheel have them."""
+    """Three steps of a training, its features in a file and evaluated, an export and a plan, as
+    users of the wheel have them."""
     config = tiny.write_config(folder, run={"epochs": 1}, data={"batch_size": 12})
     run_from(
         site,
@@ -192,6 +192,7 @@ from cjepa_fast.tools.plan import main as plan
 run = cj.pretrain({str(config)!r})
 assert run.status == 0 and run.log()[-1]["step"] == 3
 assert evaluate(["embed", str(run.folder), "images", "--out", "features.npz"]) == 0
+assert evaluate(["all", str(run.folder), "--data", "images", "--count", "20"]) == 0
 assert export([str(run.folder), "--to", "safetensors", "--out", "exported"]) == 0
 assert plan(["--config", "vit_h", "--gpu", "h200"]) == 0
 """,
