@@ -9,6 +9,10 @@ from pathlib import Path
 
 from hardware import ROOT
 
+from cjepa_fast.eval.figures import bands
+from cjepa_fast.eval.figures.curves import PANELS
+from cjepa_fast.eval.figures.style import STYLE, save
+
 RESULTS = ROOT / "bench" / "results" / "claim"
 MEASURES = {
     "knn": "kNN",
@@ -84,23 +88,29 @@ def table(group: list[dict]) -> str:
 
 def draw(group: list[dict], path: Path) -> None:
     """kNN and RankMe against images for each row, seeds averaged."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for axes, key in zip(figure.subplots(1, 2), ("knn", "rankme"), strict=True):
-        for name, own in by_row(group).items():
-            readings = [line["readings"] for line in own.values()]
-            if readings[0][0]["images"]:
-                images = [reading["images"] / 1000 for reading in readings[0]]
-                means = [statistics.fmean(r[i][key] for r in readings) for i in range(len(images))]
-                width = 2.2 if name == BASE else 1.2
-                axes.plot(images, means, marker="o", ms=3, lw=width, label=name)
-        axes.set_xlabel("images, thousands")
-        axes.set_ylabel("kNN, %" if key == "knn" else "RankMe")
-        axes.grid(alpha=0.25)
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", fontsize=7)
-    figure.savefig(path, dpi=150)
+    rows = by_row(group)
+    curves = {
+        name: [line["readings"] for line in own.values()]
+        for name, own in rows.items()
+        if next(iter(own.values()))["readings"][0]["images"]
+    }
+    with rc_context(STYLE):
+        figure = Figure(figsize=(8, 3.8), layout="constrained")
+        panels = figure.subplots(1, 2)
+        for axes, key in zip(panels, ("knn", "rankme"), strict=True):
+            for i, (name, runs) in enumerate(curves.items()):
+                points = [
+                    ([r["images"] / 1000 for r in run], [r[key] for r in run]) for run in runs
+                ]
+                bands.draw(axes, i, len(curves), name, points)
+            axes.set_xlabel("images (thousands)")
+            axes.set_ylabel(PANELS[key].label)
+            axes.grid()
+        bands.legend(figure, panels)
+    save(figure, path)
 
 
 def main() -> int:

@@ -14,12 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import files
-import matplotlib
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 
+from cjepa_fast.eval.figures import style
 from cjepa_fast.tools.plan import MEASURED, measured_rows
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -27,6 +26,7 @@ README, TABLE = ROOT / "README.md", ROOT / "RESULTS.md"
 BEGIN, END = "<!-- bench/report.py writes from here -->\n", "<!-- to here -->\n"
 UNTRAINED, TRAINED, PIXELS = "untrained", "trained", "raw pixels"
 PHASES = ("target", "context", "predictor", "loss", "backward", "optimiser", "average", "rest")
+ERRORS = {"error_kw": {"capsize": 2.5, "elinewidth": 1}}
 # Of a folder of bench/gpu_gate.sh: what is appended to a list here, what replaces a file.
 APPENDED, REPLACED = "throughput*.json", ("ops.json", "attention.json", "saving.json")
 SIZES = (
@@ -200,21 +200,40 @@ def draw(rows: list[dict], path: Path) -> bool:
     if not rows:
         return False
     names = [f"{row['config']}\n{row['data']}, batch {row['batch']}" for row in rows]
-    figure, (speed, parts) = plt.subplots(1, 2, figsize=(11, 1.6 + 0.55 * len(rows)), sharey=True)
-    speed.barh(names, [row["images_per_s"] for row in rows], color="#33658a")
-    speed.set_xlabel("images/s")
-    left = [0.0] * len(rows)
-    for name in PHASES:
-        share = [100 * r["phases_ms"][name] / sum(r["phases_ms"].values()) for r in rows]
-        parts.barh(names, share, left=left, label=name)
-        left = [a + b for a, b in zip(left, share, strict=True)]
-    parts.set_xlabel("% of a step")
-    parts.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=4, frameon=False)
-    speed.invert_yaxis()
-    figure.suptitle(rows[0]["hardware"]["device"])
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    plt.close(figure)
+    with rc_context(style.STYLE):
+        size = (9, 1.7 + 0.5 * len(rows))
+        figure = Figure(figsize=size, layout="constrained")
+        speed, parts = figure.subplots(1, 2, sharey=True)
+        rates = [row["images_per_s"] for row in rows]
+        bars = speed.barh(names, rates, color=style.BLUE, xerr=_errors(rows, rates), **ERRORS)
+        speed.bar_label(bars, [f"{rate:,.0f}" for rate in rates], padding=3)
+        speed.set_xlabel("throughput (images/s)")
+        speed.margins(x=0.2)
+        left = [0.0] * len(rows)
+        for i, name in enumerate(PHASES):
+            share = [100 * r["phases_ms"][name] / sum(r["phases_ms"].values()) for r in rows]
+            hatch = "////" if i >= len(style.COLOURS) else None
+            colour = style.COLOURS[i % len(style.COLOURS)]
+            parts.barh(names, share, left=left, label=name, color=colour, hatch=hatch)
+            left = [a + b for a, b in zip(left, share, strict=True)]
+        parts.set_xlabel("time of a step (%)")
+        figure.legend(*parts.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+        speed.invert_yaxis()
+        figure.suptitle(rows[0]["hardware"]["device"])
+    style.save(figure, path)
     return True
+
+
+def _errors(rows: list[dict], values: list[float]) -> list[list[float]] | None:
+    """How far below and above each value its slow and its fast steps lie (10th and 90th percentile
+    of their times); None where a row has no such times."""
+    if not all(row.get("step_ms_p10") and row.get("step_ms_p90") for row in rows):
+        return None
+    pairs = list(zip(rows, values, strict=True))
+    return [
+        [max(0.0, value * (1 - row["step_ms"] / row["step_ms_p90"])) for row, value in pairs],
+        [max(0.0, value * (row["step_ms"] / row["step_ms_p10"] - 1)) for row, value in pairs],
+    ]
 
 
 def draw_beside_reference(rows: list[dict], path: Path) -> bool:
@@ -225,27 +244,29 @@ def draw_beside_reference(rows: list[dict], path: Path) -> bool:
     plain = {row["config"]: row for row in turns if row["step"] == "reference, fp32"}
     if not plain:
         return False
-    shown = {"reference, fp32": "#bbbbbb", "reference, bf16 autocast": "#7ba7c7", "ours": "#33658a"}
-    figure, axes = plt.subplots(figsize=(7, 2.6))
-    for bar, (step, colour) in enumerate(shown.items()):
-        speed = {row["config"]: row["images_per_s"] for row in turns if row["step"] == step}
-        times = [speed[name] / plain[name]["images_per_s"] for name in plain]
-        offsets = [i + 0.27 * (bar - 1) for i in range(len(plain))]
-        bars = axes.bar(
-            offsets, times, 0.25, label=f"I-JEPA {step}" if bar < 2 else step, color=colour
-        )
-        axes.bar_label(bars, [f"{t:.1f}" for t in times], fontsize=8)
-    axes.set_xticks(range(len(plain)), list(plain))
-    axes.set_ylabel("times as fast")
-    first = next(iter(plain.values()))
-    axes.set_title(
-        f"images/s of a step beside the plain one; {first['hardware']['device']}", fontsize=9
-    )
-    axes.legend(fontsize=8, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.12))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(y=0.15)
-    figure.savefig(path, dpi=130, bbox_inches="tight")
-    plt.close(figure)
+    shown = {
+        "reference, fp32": "0.75", "reference, bf16 autocast": style.SKY, "ours": style.BLUE,
+    }  # fmt: skip
+    with rc_context(style.STYLE):
+        figure = Figure(figsize=(7, 3.0), layout="constrained")
+        axes = figure.subplots()
+        for bar, (step, colour) in enumerate(shown.items()):
+            rows = [row for row in turns if row["step"] == step and row["config"] in plain]
+            times = [row["images_per_s"] / plain[row["config"]]["images_per_s"] for row in rows]
+            at = [list(plain).index(row["config"]) + 0.28 * (bar - 1) for row in rows]
+            name = f"I-JEPA {step}" if bar < 2 else step
+            axes.bar(at, times, 0.25, label=name, color=colour, yerr=_errors(rows, times), **ERRORS)
+            for x, time in zip(at, times, strict=True):
+                # in the bar, under its error bar
+                axes.text(x, 0.05, f"{time:.1f}", ha="center", size=8, color=("k", "k", "w")[bar])
+        axes.set_xticks(range(len(plain)), list(plain))
+        axes.set_ylabel("throughput (plain fp32 step = 1)")
+        device = next(iter(plain.values()))["hardware"]["device"]
+        axes.set_title(f"A training step beside the plain one: {device}")
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        said = "error bars: 10th to 90th percentile of the steps"
+        figure.supxlabel(said, size=7.5, color=style.QUIET)
+    style.save(figure, path)
     return True
 
 

@@ -12,14 +12,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from cjepa_fast.checkpoint.encoders import load_encoder
-from cjepa_fast.eval import cli, seeds
+from cjepa_fast.eval import cli, seeds, uncertainty
 from cjepa_fast.eval.features import digest
-from cjepa_fast.eval.figures.curves import short_names
-from cjepa_fast.eval.figures.sheets import FIGURE, save
+from cjepa_fast.eval.figures.curves import columns_for, short_names
+from cjepa_fast.eval.figures.sheets import wrapped
+from cjepa_fast.eval.figures.style import BLUE, QUIET, SKY, STYLE, save
 from cjepa_fast.runtime import children
 from cjepa_fast.runtime.files import write_text
 
@@ -37,6 +38,7 @@ DIFFERENCE = {
     "seeds": "seeds",
     "how": "compared by",
 }
+PALE = f"{SKY}90"  # the bars beside the best
 Measure = tuple[str, str, str]  # task, key of its rows, the settings that tell it apart
 Scores = dict[Measure, float]  # of one checkpoint
 
@@ -56,23 +58,44 @@ def measures(records: list[list[dict]]) -> tuple[list[Scores], dict[Measure, str
     Of two records of the same task and settings the later one counts. Counts of images are left
     out, and the rows of what is no trained encoder.
     """
+    values: list[Scores] = [{} for _ in records]
+    headings: dict[Measure, str] = {}
+    for i, measure, heading, row in _each(records):
+        values[i][measure] = row[measure[1]]
+        headings[measure] = heading
+    return values, headings
+
+
+def intervals(records: list[list[dict]]) -> list[dict[Measure, tuple[float, float]]]:
+    """Of each checkpoint, by measure, where 95 % of other test images would put it: of shares of
+    test images alone."""
+    found: list[dict] = [{} for _ in records]
+    for i, measure, _, row in _each(records):
+        if ends := uncertainty.of_row(row, measure[1]):
+            found[i][measure] = ends
+    return found
+
+
+def _each(records: list[list[dict]]) -> Iterator[tuple[int, Measure, str, dict]]:
+    """(the checkpoint's index, a measure, its heading, the row that has it), later records last."""
     tasks = [
         [r for of_one in records for r in of_one if r["task"] == task] for task in _tasks(records)
     ]
     differing = {group[0]["task"]: _differing([r["settings"] for r in group]) for group in tasks}
-    values: list[Scores] = [{} for _ in records]
-    headings: dict[Measure, str] = {}
     for task in differing:
-        for found, of_one in zip(values, records, strict=True):
+        for i, of_one in enumerate(records):
             for record in (r for r in of_one if r["task"] == task):
                 ways = [f"{k} {record['settings'].get(k)}" for k in differing[task]]
                 for row in _trained(record):
                     way = ", ".join([*(str(row[k]) for k in WAYS if k in row), *ways])
                     for key, word in record["headings"].items():
                         if isinstance(row.get(key), float):
-                            found[task, key, way] = row[key]
-                            headings[task, key, way] = f"{task}: {word}" + f" ({way})" * bool(way)
-    return values, headings
+                            yield (
+                                i,
+                                (task, key, way),
+                                f"{task}: {word}" + f" ({way})" * bool(way),
+                                row,
+                            )
 
 
 def _tasks(records: list[list[dict]]) -> list[str]:
@@ -97,31 +120,57 @@ def best(measure: Measure, values: list[Scores]) -> float | None:
     return min(there) if measure[1] in LOWER else max(there)
 
 
-def draw(names: list[str], values: list[Scores], headings: dict[Measure, str], out: Path) -> Path:
-    """A panel a measure, a bar a checkpoint, the best in a stronger colour."""
+def draw(
+    names: list[str],
+    values: list[Scores],
+    headings: dict[Measure, str],
+    out: Path,
+    ends: list[dict[Measure, tuple[float, float]]] | None = None,
+) -> Path:
+    """A panel a measure, a bar a checkpoint with its value, the best in a stronger colour. ends: as
+    `intervals` gives them, drawn as error bars."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    columns = min(3, len(headings))
+    ends = ends or [{} for _ in names]
+    columns = columns_for(len(headings))
     lines = -(-len(headings) // columns)
-    with rc_context(FIGURE):
-        size = (4.2 * columns, (0.32 * len(names) + 0.5) * lines)
+    with rc_context(STYLE):
+        size = (3.0 * columns, (0.3 * len(names) + 0.55) * lines + 0.4)
         figure = Figure(figsize=size, layout="constrained")
         axes_rc = figure.subplots(lines, columns, squeeze=False)
         for axes in axes_rc.flat[len(headings) :]:
             axes.set_axis_off()
         for axes, (measure, heading) in zip(axes_rc.flat, headings.items(), strict=False):
-            top = best(measure, values)
-            bars = [found.get(measure) for found in values]
-            colours = ["#e6550d" if bar is not None and bar == top else "#9ecae1" for bar in bars]
-            drawn = axes.barh(names, [bar or 0.0 for bar in bars], color=colours)
-            axes.bar_label(drawn, [cli.cell(bar) for bar in bars], padding=2)
-            axes.margins(x=0.18)
-            axes.invert_yaxis()
-            axes.set_title(heading)
-            axes.set_xticks([])  # the bars say their values
-            axes.spines[["top", "right", "bottom"]].set_visible(False)
+            _bars(axes, names, measure, values, ends)
+            axes.set_title(wrapped(heading, 2.6))
+        said = ["dark: best"] if len(names) > 1 else []
+        said += ["error bars: 95 % interval over test images"] if any(ends) else []
+        figure.supxlabel("; ".join(said), size=8, color=QUIET)
     return save(figure, out)
+
+
+def _bars(axes, names: list[str], measure: Measure, values: list[Scores], ends: list[dict]) -> None:
+    top = best(measure, values)
+    for i, (found, own) in enumerate(zip(values, ends, strict=True)):
+        value = found.get(measure)
+        low, high = own.get(measure, (value, value))
+        errors = None if measure not in own else [[value - low], [high - value]]
+        axes.barh(
+            i, value or 0.0, xerr=errors, color=BLUE if value == top else PALE,
+            error_kw={"capsize": 2.5, "elinewidth": 1},
+        )  # fmt: skip
+        said = {"va": "center", "textcoords": "offset points", "size": 8}
+        if value is not None and value < 0:
+            said |= {"xytext": (-4, 0), "ha": "right"}
+        axes.annotate(cli.cell(value), (high or 0.0, i), **({"xytext": (4, 0)} | said))
+    axes.set_yticks(range(len(names)), names)
+    axes.axvline(0, color="black", linewidth=0.7)
+    axes.margins(x=0.22)
+    axes.invert_yaxis()
+    axes.set_xticks([])  # the bars say their values
+    axes.tick_params(left=False)
+    axes.spines[["left", "bottom"]].set_visible(False)
 
 
 def _compute(checkpoint: str, missing: list[str], args: argparse.Namespace) -> list[dict]:
@@ -197,7 +246,7 @@ def run(args: argparse.Namespace) -> None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         write_text(args.json, json.dumps(made, indent=2) + "\n")
     if args.out:
-        print(draw(names, values, headings, args.out))
+        print(draw(names, values, headings, args.out, intervals(records)))
 
 
 def _print(names: list[str], values: list[Scores], headings: dict[Measure, str]) -> None:

@@ -35,7 +35,9 @@ from cjepa_fast import checkpoint
 from cjepa_fast import config as configuration
 from cjepa_fast.config import ConfigError
 from cjepa_fast.eval.cli import positive, print_table
-from cjepa_fast.eval.figures.sheets import FIGURE, save
+from cjepa_fast.eval.figures import bands
+from cjepa_fast.eval.figures.curves import PANELS, at_start
+from cjepa_fast.eval.figures.style import STYLE, save
 from cjepa_fast.runtime import caches, children, json_text
 from cjepa_fast.runtime.command_line import Parser
 from cjepa_fast.runtime.printable import in_markdown, printable_lines
@@ -308,33 +310,29 @@ def draw(ablation: Ablation, trials: list[Trial], out: Path) -> Path:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context(FIGURE):
-        figure = Figure(figsize=(4.0 * len(MEASURES), 3.6), layout="constrained")
-        panels = figure.subplots(1, len(MEASURES))
-        for axes, (key, title) in zip(panels, MEASURES.items(), strict=True):
-            for i, row in enumerate(ablation.rows):
-                _curve(axes, [t for t in trials if t.row == row and t.finished], key, row, f"C{i}")
-            axes.set_title(title)
+    done = {row: [t for t in trials if t.row == row and t.finished] for row in ablation.rows}
+    scores = {row: [scores_of(t) for t in of] for row, of in done.items() if of}
+    every = [rows for group in scores.values() for rows in group]
+    shown = [key for key in MEASURES if any(_points(rows, key)[0] for rows in every)]
+    with rc_context(STYLE):
+        tall = 3.4 + 0.2 * -(-len(scores) // 4)
+        figure = Figure(figsize=(3.6 * len(shown), tall), layout="constrained")
+        panels = figure.subplots(1, len(shown), squeeze=False)[0]
+        for axes, key in zip(panels, shown, strict=True):
+            for i, (row, group) in enumerate(scores.items()):
+                bands.draw(axes, i, len(scores), row, [_points(rows, key) for rows in group])
+            bands.untrained(axes, [rows[0][key] for rows in every if at_start(rows, key)])
+            axes.set_ylabel(PANELS[key].label)
             axes.set_xlabel("epoch")
-            axes.grid(alpha=0.25)
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=min(5, len(labels) or 1))
+            axes.grid()
+        bands.legend(figure, panels)
         return save(figure, out)
 
 
-def _curve(axes, trials: list[Trial], key: str, label: str, colour: str) -> None:
-    by_epoch: dict[float, list[float]] = {}
-    for trial in trials:
-        for row in scores_of(trial):
-            if row.get(key) is not None:
-                by_epoch.setdefault(row["epoch"], []).append(row[key])
-    common = {e: v for e, v in sorted(by_epoch.items()) if len(v) == len(trials)}
-    if common:
-        epochs, values = list(common), list(common.values())
-        axes.fill_between(epochs, [min(v) for v in values], [max(v) for v in values],
-                          color=colour, alpha=0.15, linewidth=0)  # fmt: skip
-        means = [statistics.fmean(v) for v in values]
-        axes.plot(epochs, means, color=colour, label=label, marker="o", ms=3)
+def _points(rows: list[dict], key: str) -> bands.Points:
+    """(epochs, values)"""
+    logged = [row for row in rows if row.get(key) is not None]
+    return [row["epoch"] for row in logged], [row[key] for row in logged]
 
 
 # ---------------------------------------------------------------------------------- command line

@@ -9,7 +9,7 @@ import torch
 from cjepa_fast import config as configuration
 from cjepa_fast.checkpoint.encoders import load_encoder, save_encoder
 from cjepa_fast.config import Config
-from cjepa_fast.eval import compare, seeds
+from cjepa_fast.eval import compare, seeds, uncertainty
 from cjepa_fast.eval.__main__ import main
 from cjepa_fast.eval.features import digest
 
@@ -214,3 +214,29 @@ def test_what_changes_no_number_of_a_training_makes_no_group(tmp_path):
     c = run_of(tmp_path / "c", 1, 1.0, **{"data.path": "elsewhere"})
     groups = seeds.groups_of([a, b, c], ["a", "b", "c"])
     assert [group.runs for group in groups] == [{0: [0], 1: [1]}, {1: [2]}]
+
+
+def test_the_bars_have_the_intervals_of_their_test_images(tmp_path, monkeypatch):
+    counted = record(top1=50.0)
+    counted["rows"][1] |= {"test_images": 400, "rankme": 7.0}
+    counted["headings"]["rankme"] = "RankMe"
+    (ends,) = compare.intervals([[counted]])
+    assert list(ends) == [("knn", "top1", ""), ("knn", "top1_centred", "")]  # RankMe is no share
+    assert ends["knn", "top1", ""] == pytest.approx((45.12, 54.88), abs=0.01)  # Wilson, by hand
+    drawn = []
+    monkeypatch.setattr(compare, "save", lambda figure, out: drawn.append(figure))
+    compare.draw(["run"], *compare.measures([[counted]]), tmp_path / "a.png", [ends])
+    shares = [axes for axes in drawn[0].axes if axes.get_title() == "knn: kNN %"]
+    (line,) = [x for x in shares[0].collections]  # the error bar
+    assert line.get_segments()[0][:, 0] == pytest.approx([45.12, 54.88], abs=0.01)
+    (said,) = [text.get_text() for text in shares[0].texts]
+    assert said == "50.00"
+
+
+def test_an_interval_stays_within_0_and_100():
+    for percent in (0.0, 100.0):
+        low, high = uncertainty.interval(percent, 10)
+        assert 0 <= low < high <= 100
+    with pytest.raises(ValueError, match="0 test images"):
+        uncertainty.interval(50.0, 0)
+    assert uncertainty.told(76.0, 2048) == "76.0 ± 1.8 %"

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from cjepa_fast.data.masks import MaskSampler
-from cjepa_fast.eval.figures import attention, curves, sheets
+from cjepa_fast.eval.figures import attention, bands, curves, sheets, style
 from cjepa_fast.eval.figures import mask_columns as masked
 from cjepa_fast.model.vit import Encoder
 
@@ -61,10 +61,33 @@ def test_arrays_undo_the_normalisation(seed):
 
 def test_a_sheet_is_drawn_and_saved(tmp_path):
     picture = np.random.default_rng(0).random((8, 8, 3))
-    out = sheets.save(sheets.sheet([("a", [picture])], "title"), tmp_path / "deep" / "a.png")
+    drawn = sheets.sheet([sheets.Column("a", [picture])], "title")
+    out = style.save(drawn, tmp_path / "deep" / "a.png")
     with Image.open(out) as image:
         assert min(image.size) > 200
+        assert image.info["dpi"] == pytest.approx((200, 200), abs=0.1)
         assert np.asarray(image.convert("L")).std() > 10  # not an empty sheet
+
+
+@pytest.mark.parametrize(
+    ("name", "begin"), [("a.pdf", b"%PDF"), ("a.svg", b"<?xml"), ("a.PNG", b"\x89PNG")]
+)
+def test_the_kind_of_file_is_as_its_ending(tmp_path, name, begin):
+    picture = np.zeros((8, 8, 3))
+    out = style.save(sheets.sheet([sheets.Column("a", [picture])], "title"), tmp_path / name)
+    assert out.read_bytes()[: len(begin)] == begin
+
+
+def test_many_lines_differ_in_more_than_colour():
+    looks = [style.line(i) for i in range(28)]
+    for name in (("color", "linestyle"), ("color", "marker"), ("color", "linestyle", "marker")):
+        assert len({tuple(str(look[key]) for key in name) for look in looks}) == 28
+    for one, two in zip(looks, looks[1:], strict=False):
+        assert all(one[key] != two[key] for key in ("color", "linestyle", "marker"))
+
+
+def test_a_long_title_has_lines_that_fit():
+    assert max(map(len, sheets.wrapped("word " * 40, 5.0).splitlines())) <= 5 * sheets.LETTERS
 
 
 @pytest.mark.parametrize("kind", ["random", "packed"])
@@ -73,11 +96,41 @@ def test_the_masks_picture_shows_the_context_and_hides_the_rest(seed, kind):
     masks = MaskSampler(grid=(4, 4), context=kind, min_keep=2)(0, 0, torch.arange(1))
     _, context, both, *blocks = masked._views(picture, masks, 0, (4, 4))
     seen = masked.covered(masks.context_of(0), (4, 4), (32, 32))
-    assert np.array_equal((context == picture).all(-1), seen)
-    assert np.array_equal(both[seen], picture[seen])  # no target lies over the context
+    assert np.array_equal(context[..., 3] == 1, seen)  # what is hidden is transparent: hatched
+    assert np.array_equal(context[seen][:, :3], picture[seen])
+    assert np.array_equal(both[seen][:, :3], picture[seen])  # no target lies over the context
+    covered = seen.copy()
     for block, idx_P in zip(blocks, masks.target_idx_BMP[0], strict=True):
         target = masked.covered(idx_P, (4, 4), (32, 32))
-        assert np.array_equal((block == picture).all(-1), target)
+        covered |= target
+        assert np.array_equal(block[..., 3] == 1, target)
+    assert np.array_equal(both[..., 3] == 1, covered)
+
+
+def test_a_block_has_one_colour_in_its_column_and_in_the_overlay(seed):
+    masks = MaskSampler(grid=(4, 4), min_keep=2)(0, 0, torch.arange(2))
+    black_B3HW = torch.zeros(2, 3, 32, 32)
+    _, _, overlay, *alone = masked.columns(black_B3HW, (0.0,) * 3, (1.0,) * 3, masks, (4, 4))
+    assert len({column.colour for column in alone}) == len(alone) == 4
+    from matplotlib.colors import to_rgb
+
+    for m, column in enumerate(alone):
+        left, top, width, height, colour, text = overlay.outlines[1][m]
+        assert (colour, text) == (column.colour, str(m + 1))
+        shown = np.zeros((32, 32), bool)
+        shown[top : top + height, left : left + width] = True
+        assert np.array_equal(column.images[1][..., 3] == 1, shown)
+    last = overlay.images[1][alone[-1].images[1][..., 3] == 1]  # no later block lies over it
+    tint = masked.TINT * np.array(to_rgb(alone[-1].colour))
+    assert (last[:, :3] >= tint - 1e-6).all() and np.abs(last[:, :3] - tint).min(0).max() < 1e-6
+
+
+def test_hidden_patches_are_hatched():
+    picture = np.zeros((8, 8, 4))
+    whole, hidden = sheets.sheet(
+        [sheets.Column("a", [picture[..., :3]]), sheets.Column("b", [picture])], ""
+    ).axes
+    assert whole.patch.get_hatch() is None and hidden.patch.get_hatch()
 
 
 def write_log(run, count: int = 30):
@@ -100,6 +153,66 @@ def test_curves_of_two_runs(tmp_path):
     out = curves.draw(runs, tmp_path / "curves.png")
     with Image.open(out) as image:
         assert np.asarray(image.convert("L")).std() > 5
+
+
+def write_seeds(folder, name: str, knn: list[float]):
+    """Runs of one configuration: RUN/name/seed_0, ..., each with kNN 10 untrained and then knn."""
+    for seed, value in enumerate(knn):
+        run = folder / name / f"seed_{seed}"
+        run.mkdir(parents=True)
+        config = {"run": {"seed": seed, "dir": str(run)}, "loss": {"name": name}}
+        (run / "config.json").write_text(json.dumps(config))
+        rows = [{"step": 0, "knn": 10.0}, {"step": 5, "knn": value, "loss": value}]
+        (run / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        yield run
+
+
+def test_seeds_are_one_line_within_a_band(tmp_path):
+    runs = [
+        *write_seeds(tmp_path, "one", [20.0, 24.0, 40.0]),
+        *write_seeds(tmp_path, "two", [30.0]),
+    ]
+    logs = curves.grouped(runs)
+    assert list(map(len, logs.values())) == [3, 1] and list(logs)[0] == "one (3 seeds)"
+
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    curves._panel(axes, "knn", logs)
+    mean, alone, untrained = axes.lines
+    assert list(mean.get_ydata()) == [10, 28] and list(alone.get_ydata()) == [10, 30]
+    assert set(untrained.get_ydata()) == {10}
+    (band,) = axes.collections
+    ys = band.get_paths()[0].vertices[:, 1]
+    assert (ys.min(), ys.max()) == (10, 40)
+    assert axes.get_ylabel() == "kNN (% right)"
+    assert mean.get_linewidth() > alone.get_linewidth()  # a line that lies on it does not hide it
+    assert mean.get_linestyle() != alone.get_linestyle()
+
+
+def test_a_quantity_that_a_run_lacks_is_said(tmp_path):
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    logs = curves.grouped([*write_seeds(tmp_path, "one", [20.0]), write_log(tmp_path / "two")])
+    curves._panel(axes, "knn", logs)
+    assert "not logged: two" in [text.get_text() for text in axes.texts]
+
+
+@pytest.mark.parametrize("panels", range(1, 40))
+def test_no_panel_is_alone_in_the_last_row(panels):
+    columns = curves.columns_for(panels)
+    assert panels <= 5 or panels % columns != 1
+    assert columns <= 5
+
+
+def test_noise_does_not_look_like_a_trend():
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    axes.plot([0, 1], [22.86, 22.94])
+    bands.at_least(axes, 5.0)
+    assert np.ptp(axes.get_ylim()) == pytest.approx(5)
 
 
 def test_runs_are_told_apart_by_the_shortest_names():

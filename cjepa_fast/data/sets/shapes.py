@@ -55,6 +55,7 @@ def ensure(split: str = "train", log=print) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         wrong = _damage(folder, split)
         if wrong is None:
+            _name_classes(folder)  # an earlier version did not
             return folder
         began = time.perf_counter()
         log(f"rendering the shapes set, {split}: {COUNTS[split]:,} images ({wrong})")
@@ -80,6 +81,12 @@ def _damage(folder: Path, split: str) -> str | None:
     return None
 
 
+def _name_classes(folder: Path) -> None:
+    names = folder / "classes.txt"
+    if not names.exists():
+        names.write_text("".join(f"{kind}\n" for kind in KINDS))
+
+
 def _digest_of_first(split: str) -> str:
     return hashlib.sha256(render(split, 0)[0]).hexdigest()
 
@@ -93,6 +100,7 @@ def _make(split: str, folder: Path) -> None:
         digests = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in shards}
         manifest = {"kinds": KINDS, "first": _digest_of_first(split), "sha256": digests}
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        _name_classes(partial)
         for path in partial.iterdir():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())

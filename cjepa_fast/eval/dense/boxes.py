@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from cjepa_fast.data.sets.coco import Coco
-from cjepa_fast.eval.figures.sheets import FIGURE, save
+from cjepa_fast.eval.figures.style import STYLE, save
 
 SHOWN_SCORE, SHOWN_COUNT = 0.5, 20  # detections drawn: from this score on, the best at most
 
@@ -19,7 +19,7 @@ def draw(coco: Coco, results: list[dict], out: Path | str, count: int, title: st
     from matplotlib.figure import Figure
 
     indices = np.unique(np.linspace(0, len(coco) - 1, min(count, len(coco))).round().astype(int))
-    with rc_context(FIGURE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(9, 3.4 * len(indices) + 0.5), layout="constrained")
         axes_r2 = figure.subplots(len(indices), 2, squeeze=False)
         for (left, right), i in zip(axes_r2, indices, strict=True):

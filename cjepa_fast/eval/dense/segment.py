@@ -30,7 +30,7 @@ from cjepa_fast.eval.dense.confusion import confusion, scores
 from cjepa_fast.eval.dense.resize import fitted, normalised, resized
 from cjepa_fast.eval.dense.segment_training import Recipe, train
 from cjepa_fast.eval.dense.segmenter import Segmenter, logits_sliding, logits_whole
-from cjepa_fast.eval.figures.sheets import FIGURE, save
+from cjepa_fast.eval.figures.style import STYLE, save
 from cjepa_fast.runtime.distributed import from_all, rank, world_size
 from cjepa_fast.telemetry.progress import shown_bar
 
@@ -148,7 +148,7 @@ def draw(
     images = sorted(next(iter(found.values())))
     names = ["image", "truth", *(f"found: {name}" for name in found)]
     seen = np.zeros(len(classes), dtype=bool)
-    with rc_context(FIGURE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(2.5 * len(names), 1.9 * len(images) + 1.2), layout="constrained")
         axes_rc = figure.subplots(len(images), len(names), squeeze=False)
         for axes_c, (i, image, truth_HW) in zip(

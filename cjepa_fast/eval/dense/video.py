@@ -18,7 +18,7 @@ from cjepa_fast.eval import cli
 from cjepa_fast.eval.dense import jf_score
 from cjepa_fast.eval.dense.propagate import frame_labels, patch_labels, propagate
 from cjepa_fast.eval.dense.resize import fitted, normalised, resized
-from cjepa_fast.eval.figures.sheets import FIGURE, save
+from cjepa_fast.eval.figures.style import STYLE, save
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime.distributed import from_all, rank, world_size
 from cjepa_fast.telemetry.progress import shown_bar
@@ -152,7 +152,7 @@ def draw(clips: list[Clip], found: dict[str, dict], out: Path | str) -> Path:
 
     decode = WholeImages(3, 1)
     rows = [(clip, name) for clip in clips for name in found]
-    with rc_context(FIGURE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(8.4, 1.75 * len(rows) + 0.5), layout="constrained")
         axes_rc = figure.subplots(len(rows), 3, squeeze=False)
         for (clip, name), axes_c in zip(rows, axes_rc, strict=True):

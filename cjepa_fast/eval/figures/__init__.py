@@ -5,6 +5,7 @@ from cjepa_fast.runtime.lazy import exports
 __all__, __getattr__, __dir__ = exports(
     __name__,
     {
-        "sheets": "as_array as_arrays load_images save sheet",
+        "sheets": "as_array as_arrays load_images sheet",
+        "style": "save",
     },
 )

@@ -1,31 +1,63 @@
-"""The curves of one or several runs, from their log.jsonl."""
+"""The curves of one or several runs, from their log.jsonl.
+
+Runs that differ in nothing but their seed are one line, their mean, within a band.
+"""
 
 import argparse
+import json
+import os
 from pathlib import Path
+from typing import NamedTuple
 
 from cjepa_fast.eval import cli
-from cjepa_fast.eval.figures.sheets import FIGURE, save
+from cjepa_fast.eval.figures import bands
+from cjepa_fast.eval.figures.style import QUIET, STYLE, save
 from cjepa_fast.telemetry import read_log
 
-# name in the log: (title, logarithmic)
+
+class Panel(NamedTuple):
+    """Of a quantity: what it is, its unit ("" for none), whether its axis is logarithmic, and the
+    least that its axis spans."""
+
+    name: str
+    unit: str = ""
+    logarithmic: bool = False
+    least_span: float = 0.0
+
+    @property
+    def axis(self) -> str:
+        """For an axis or a table: the unit in brackets."""
+        return f"{self.name} ({self.unit})" if self.unit else self.name
+
+    @property
+    def label(self) -> str:
+        """For the axis of a small panel: in two lines where it is long."""
+        return self.axis if len(self.axis) <= LONGEST else self.axis.replace(" (", "\n(")
+
+
+# by the name in the log
 PANELS = {
-    "loss": ("loss", False),
-    "jepa": ("prediction loss", False),
-    "sim": ("invariance", True),
-    "std": ("variance", False),
-    "cov": ("covariance", True),
-    "sigreg": ("SIGReg's statistic", True),
-    "knn": ("kNN, %", False),
-    "linear": ("linear probe, %", False),
-    "feature_std": ("std of the features, per dimension", False),
-    "rankme": ("RankMe of the features", False),
-    "by_position": ("share of the tokens' variance that position explains", False),
-    "grad_norm": ("gradient norm", True),
-    "lr": ("learning rate", False),
-    "images_per_s": ("images/s", False),
-    "data_wait": ("share of the step spent waiting for data", False),
+    "loss": Panel("loss"),
+    "jepa": Panel("prediction loss"),
+    "sim": Panel("invariance term", "", True),
+    "std": Panel("variance term"),
+    "cov": Panel("covariance term", "", True),
+    "sigreg": Panel("SIGReg's statistic", "", True),
+    "knn": Panel("kNN", "% right", least_span=5.0),
+    "knn_centred": Panel("kNN, mean-subtracted", "% right", least_span=5.0),
+    "linear": Panel("linear probe", "% right", least_span=5.0),
+    "feature_std": Panel("std of a feature"),
+    "rankme": Panel("RankMe", "directions"),
+    "by_position": Panel("explained by position", "share of variance"),
+    "grad_norm": Panel("gradient norm", "", True),
+    "lr": Panel("learning rate"),
+    "images_per_s": Panel("speed", "images/s"),
+    "data_wait": Panel("waiting for data", "share of time"),
 }
-COLUMNS = 4
+WIDEST = 5  # panels in a row
+LONGEST = 26  # letters along a panel's axis
+UNCOUNTED = ("seed", "dir")  # of run: what seeds of one configuration may differ in
+Logs = dict[str, list[list[dict]]]  # by a line's name, the rows of each of its runs
 
 
 def series(rows: list[dict], name: str) -> tuple[list[float], list[float]]:
@@ -42,38 +74,93 @@ def draw(runs: list[Path | str], out: Path | str) -> Path:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    logs = {name: _rows(run) for name, run in zip(short_names(runs), runs, strict=True)}
-    shown = [n for n in PANELS if any(series(rows, n)[0] for rows in logs.values())]
-    columns = min(COLUMNS, len(shown))
+    logs = grouped(runs)
+    every = [rows for group in logs.values() for rows in group]
+    shown = [n for n in PANELS if any(series(rows, n)[0] for rows in every)]
+    columns = columns_for(len(shown))
     lines = -(-len(shown) // columns)
-    with rc_context(FIGURE):
-        figure = Figure(figsize=(3.1 * columns, 2.3 * lines + 0.6), layout="constrained")
+    with rc_context(STYLE):
+        figure = Figure(figsize=(2.9 * columns, 2.2 * lines + 0.7), layout="constrained")
         axes_rc = figure.subplots(lines, columns, squeeze=False, sharex=True)
         for axes, name in zip(axes_rc.flat, shown, strict=False):
             _panel(axes, name, logs)
+            axes.tick_params(labelbottom=True)
         for axes in axes_rc.flat[len(shown) :]:
             axes.set_axis_off()
         for axes in axes_rc.flat[max(0, len(shown) - columns) : len(shown)]:
-            axes.set_xlabel("step")
-            axes.tick_params(labelbottom=True)
-        handles, labels = axes_rc.flat[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)))
+            axes.set_xlabel("optimiser step")
+        bands.legend(figure, axes_rc.flat[: len(shown)])
         return save(figure, out)
 
 
-def _panel(axes, name: str, logs: dict[str, list[dict]]) -> None:
-    title, logarithmic = PANELS[name]
-    everything = []
-    for i, (run, rows) in enumerate(logs.items()):
-        steps, values = series(rows, name)
-        marker = "o" if len(steps) < 10 else None
-        axes.plot(steps, values, color=f"C{i}", label=run, linewidth=1.2, marker=marker, ms=3)
-        everything += values
-    if logarithmic and everything and min(everything) > 0:
+def columns_for(panels: int) -> int:
+    """Panels in a row, such that the last row is full or nearly so and never a panel alone."""
+    if panels <= WIDEST:
+        return panels
+
+    def blanks(columns: int) -> tuple[bool, int, int]:
+        last = panels % columns or columns
+        return last == 1, columns - last, -columns
+
+    return min(range(3, WIDEST + 1), key=blanks)
+
+
+def grouped(runs: list[Path | str]) -> Logs:
+    """The rows of the runs, those of one configuration's seeds under one name."""
+    names = short_names(runs)
+    groups: dict[object, list[int]] = {}
+    for i, run in enumerate(runs):
+        groups.setdefault(_settings(run) or i, []).append(i)
+    found: Logs = {}
+    for members in groups.values():
+        own = [names[i] for i in members]
+        name = own[0] if len(own) == 1 else f"{_shared(own)} ({len(own)} seeds)"
+        found[name if name not in found else own[0]] = [_rows(runs[i]) for i in members]
+    return found
+
+
+def _settings(run: Path | str) -> str | None:
+    """A run's configuration but for its seed; None where there is none."""
+    file = (Path(run) if Path(run).is_dir() else Path(run).parent) / "config.json"
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        own = {key: value for key, value in values["run"].items() if key not in UNCOUNTED}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return None
+    return json.dumps(values | {"run": own}, sort_keys=True)
+
+
+def _shared(names: list[str]) -> str:
+    """What the names begin with, without a torn word or the word seed."""
+    begin = os.path.commonprefix(names).rstrip("0123456789")
+    begin = begin.rstrip("_-/ .").removesuffix("seed").rstrip("_-/ .")
+    return begin or names[0]
+
+
+def _panel(axes, name: str, logs: Logs) -> None:
+    panel, everything, missing, untrained = PANELS[name], [], [], []
+    for i, (run, logged) in enumerate(logs.items()):
+        points = [series(rows, name) for rows in logged]
+        points = [pair for pair in points if pair[0]]
+        bands.draw(axes, i, len(logs), run, points)
+        everything += [value for _, values in points for value in values]
+        missing += [run] if not points else []
+        untrained += [rows[0][name] for rows in logged if at_start(rows, name)]
+    bands.untrained(axes, untrained)
+    if panel.logarithmic and min(everything) > 0:
         axes.set_yscale("log")
-    axes.set_title(title)
-    axes.grid(alpha=0.25)
-    axes.margins(x=0.02)
+    else:
+        bands.at_least(axes, panel.least_span)
+    axes.set_ylabel(panel.label)
+    axes.grid()
+    if missing:
+        note = {"size": 7, "color": QUIET, "ha": "right"}
+        axes.text(0.98, 0.03, f"not logged: {', '.join(missing)}", transform=axes.transAxes, **note)
+
+
+def at_start(rows: list[dict], name: str) -> bool:
+    """Whether the first row is of the untrained encoder and has the quantity."""
+    return bool(rows) and rows[0]["step"] == 0 and rows[0].get(name) is not None
 
 
 def _rows(run: Path | str) -> list[dict]:
@@ -111,6 +198,6 @@ def run(args: argparse.Namespace) -> None:
         last = {key: values[-1] for key, (_, values) in ends.items() if values}
         step = max(steps[-1] for steps, _ in ends.values() if steps)
         rows.append({"run": name, "step": step, **last})
-    headings = {"step": "step", **{key: title for key, (title, _) in PANELS.items()}}
+    headings = {"step": "step", **{key: panel.axis for key, panel in PANELS.items()}}
     cli.tell(args, rows, headings, "run")
     print(drawn)

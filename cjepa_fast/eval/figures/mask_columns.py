@@ -14,11 +14,13 @@ from cjepa_fast import config as configuration
 from cjepa_fast.checkpoint.pretrained import Transform
 from cjepa_fast.config import Config
 from cjepa_fast.data.masks import Masks
-from cjepa_fast.eval.figures.sheets import Column, as_arrays, sheet
+from cjepa_fast.eval.figures import style
+from cjepa_fast.eval.figures.sheets import Column, Outline, as_arrays, sheet
 from cjepa_fast.runtime.image_size import height_width
 from cjepa_fast.training.build import build_masks
 
-BLOCK_COLOURS = ("#e6550d", "#3182bd", "#31a354", "#c51b8a", "#756bb1", "#fdae6b")
+BLOCK_COLOURS = (style.ORANGE, style.BLUE, style.GREEN, style.PURPLE, style.VERMILION, style.SKY)
+TINT = 0.55  # of a block's colour over its image
 
 
 def covered(idx_K: torch.Tensor, grid: tuple[int, int], shape: tuple[int, int]) -> np.ndarray:
@@ -32,12 +34,39 @@ def covered(idx_K: torch.Tensor, grid: tuple[int, int], shape: tuple[int, int]) 
 def columns(
     images_B3HW: torch.Tensor, mean, std, masks: Masks, grid: tuple[int, int]
 ) -> list[Column]:
-    """The image, what the context encoder sees, the blocks, each block alone; a row an image."""
+    """The image, what the context encoder sees, the blocks, each block alone; a row an image.
+
+    What is hidden is transparent, which a sheet hatches. A block has its colour and number in the
+    overlay, and in the heading and the frames of its own column.
+    """
     images = as_arrays(images_B3HW, mean, std)
     M = masks.target_idx_BMP.shape[1]
-    names = ["image", "context", "context and targets", *(f"target {m + 1}" for m in range(M))]
-    views = [_views(image, masks, b, grid) for b, image in enumerate(images)]
-    return list(zip(names, zip(*views, strict=True), strict=True))
+    views = zip(*(_views(image, masks, b, grid) for b, image in enumerate(images)), strict=True)
+    image, context, both, *alone = (list(shown) for shown in views)
+    size = images[0].shape[:2]
+    outlines = [_outlines(idx_MP, grid, size) for idx_MP in masks.target_idx_BMP.cpu()]
+    return [
+        Column("image", image),
+        Column("context", context),
+        Column("context and targets", both, outlines=outlines),
+        *(Column(f"target {m + 1}", alone[m], _colour(m)) for m in range(M)),
+    ]
+
+
+def _outlines(idx_MP: torch.Tensor, grid: tuple[int, int], size: tuple[int, int]) -> list[Outline]:
+    """Around each block, numbered."""
+    tall, wide = size[0] // grid[0], size[1] // grid[1]
+    found = []
+    for m, idx_P in enumerate(idx_MP):
+        rows, cols = idx_P // grid[1], idx_P % grid[1]
+        (top, bottom), (left, right) = (map(int, (x.min(), x.max() + 1)) for x in (rows, cols))
+        box = (left * wide, top * tall, (right - left) * wide, (bottom - top) * tall)
+        found.append((*box, _colour(m), str(m + 1)))
+    return found
+
+
+def _colour(m: int) -> str:
+    return BLOCK_COLOURS[m % len(BLOCK_COLOURS)]
 
 
 def masks(
@@ -57,7 +86,9 @@ def masks(
     blank = [torch.zeros(data.channels, *height_width(data.image_size))] * count
     images_B3HW = torch.stack([transform(image) for image in images] or blank)
     drawn = sampler(epoch=0, step=0, index_B=torch.arange(len(images_B3HW)))
-    title = f"Masks: {config if isinstance(config, str | Path) else 'context and targets'}"
+    title = (
+        f"Masks: {Path(config).stem if isinstance(config, str | Path) else 'context and targets'}"
+    )
     return figure(images_B3HW, data.mean, data.std, drawn, sampler.grid, title)
 
 
@@ -66,18 +97,20 @@ def figure(images_B3HW: torch.Tensor, mean, std, masks: Masks, grid: tuple[int, 
 
 
 def _views(image_HW3: np.ndarray, masks: Masks, b: int, grid) -> list[np.ndarray]:
-    shape = image_HW3.shape[:2]
-    hidden = np.full_like(image_HW3, 0.92)
-    context = covered(masks.context_of(b).cpu(), grid, shape)[..., None]
-    blocks = [covered(idx_P.cpu(), grid, shape)[..., None] for idx_P in masks.target_idx_BMP[b]]
-    both = np.where(context, image_HW3, hidden)
-    for block, colour in zip(blocks, _colours(len(blocks)), strict=True):
-        both = np.where(block, 0.45 * both + 0.55 * colour, both)
-    alone = [np.where(block, image_HW3, hidden) for block in blocks]
-    return [image_HW3, np.where(context, image_HW3, hidden), both, *alone]
-
-
-def _colours(count: int) -> list[np.ndarray]:
+    """The image (H, W, 3), then with transparent pixels (H, W, 4) what `columns` lists."""
     from matplotlib.colors import to_rgb
 
-    return [np.array(to_rgb(BLOCK_COLOURS[m % len(BLOCK_COLOURS)])) for m in range(count)]
+    shape = image_HW3.shape[:2]
+    context = covered(masks.context_of(b).cpu(), grid, shape)
+    blocks = [covered(idx_P.cpu(), grid, shape) for idx_P in masks.target_idx_BMP[b]]
+    tinted = image_HW3
+    for m, block in enumerate(blocks):
+        over = (1 - TINT) * tinted + TINT * np.array(to_rgb(_colour(m)), tinted.dtype)
+        tinted = np.where(block[..., None], over, tinted)
+    both = _only(tinted, np.logical_or.reduce([context, *blocks]))
+    return [image_HW3, _only(image_HW3, context), both, *(_only(image_HW3, x) for x in blocks)]
+
+
+def _only(image_HW3: np.ndarray, seen_HW: np.ndarray) -> np.ndarray:
+    """(H, W, 4)"""
+    return np.concatenate([image_HW3, seen_HW[..., None].astype(image_HW3.dtype)], axis=2)

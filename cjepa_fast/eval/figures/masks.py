@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from pathlib import Path
 
 import torch
 
@@ -12,7 +13,8 @@ from cjepa_fast.data.sources import open_images
 from cjepa_fast.eval import cli
 from cjepa_fast.eval.figures.curves import short_names
 from cjepa_fast.eval.figures.mask_columns import columns
-from cjepa_fast.eval.figures.sheets import Column, load_images, save, sheet
+from cjepa_fast.eval.figures.sheets import Column, load_images, sheet
+from cjepa_fast.eval.figures.style import save
 from cjepa_fast.training import build
 
 HEADINGS = {
@@ -39,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     names = short_names(args.checkpoints) if args.checkpoints else []
     named = dict(zip(names, map(_of_run, args.checkpoints), strict=True))
     if args.config:
-        named[args.config] = config.load(args.config)
+        named[Path(args.config).stem] = config.load(args.config)
     if not named:
         raise ValueError("whose masks? Name a run's folder, or a configuration with --config")
     shown: list[Column] = []
@@ -47,14 +49,15 @@ def run(args: argparse.Namespace) -> None:
     for name, settings in named.items():
         made, masks = _drawn(settings, args)
         if len(named) > 1:
-            made = [(f"{name}\n{heading}", column) for heading, column in made[:ALONE]]
+            made = [column._replace(heading=f"{name}\n{column.heading}") for column in made[:ALONE]]
         shown += made
         _, M, P = masks.target_idx_BMP.shape
         patches = math.prod(build.build_masks(settings).grid)
         facts = settings.mask.sampler, settings.mask.context, masks.context_k, M, P, patches
         rows.append({"run": name, **dict(zip(HEADINGS, facts, strict=True))})
     cli.tell(args, rows, HEADINGS, "run")
-    print(save(sheet(shown, f"Masks: {', '.join(named)}", side=1.7), args.out))
+    title = f"Context and targets: {', '.join(named)} (hatched: not seen)"
+    print(save(sheet(shown, title, side=1.7), args.out))
 
 
 def _of_run(path: str) -> Config:

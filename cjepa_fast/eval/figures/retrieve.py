@@ -13,16 +13,24 @@ from cjepa_fast.checkpoint.encoders import load_encoder, load_encoders
 from cjepa_fast.data.sources import ImageSet, open_images
 from cjepa_fast.eval import cli
 from cjepa_fast.eval.features import extract
+from cjepa_fast.eval.figures import style
 from cjepa_fast.eval.figures.curves import short_names
-from cjepa_fast.eval.figures.sheets import FIGURE, as_arrays, load_images, save, spread_over
+from cjepa_fast.eval.figures.sheets import as_arrays, frame, load_images, spread_over
+from cjepa_fast.eval.figures.style import STYLE, save
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime.distributed import rank
 from cjepa_fast.runtime.image_size import ImageSize, with_short_side
 
 Neighbours = tuple[torch.Tensor, torch.Tensor]  # similarities and rows, as `nearest` gives them
-HEADINGS = {"similarity": "similarity", "agreement": "of the query's class %"}
+HEADINGS = {
+    "similarity": "similarity",
+    "any_two": "of any two images",
+    "agreement": "of the query's class %",
+    "chance": "chance %",
+}
 PIXELS = 128  # the short side of each image
-RIGHT, WRONG, QUERY = "#31a354", "#d62728", "0.4"  # colours of the frames
+LONGEST = 14  # letters of a class's name
+RIGHT, WRONG, QUERY = (style.BLUE, "-"), (style.ORANGE, (0, (2, 1))), ("0.4", "-")  # frames
 
 
 def nearest(features_nD: torch.Tensor, query_q: torch.Tensor, k: int) -> Neighbours:
@@ -62,31 +70,44 @@ def figure(
     loaded = load_images(images, len(keep), image_size=image_size, crop=crop, keep=keep, **look)
     shown = as_arrays(loaded, **look)
     q, c = wanted.shape
-    with rc_context(FIGURE | {"axes.titlesize": 7}):
-        figure = Figure(figsize=(1.25 * c, 1.45 * q + 0.6), layout="constrained")
+    with rc_context(STYLE | {"axes.titlesize": 7}):
+        figure = Figure(figsize=(1.25 * c, 1.45 * q + 0.9), layout="constrained")
         for row, axes_c in enumerate(figure.subplots(q, c, squeeze=False)):
             for column, axes in enumerate(axes_c):
                 axes.imshow(shown[inside[row, column]])
                 said = f"{similarity_qk[row, column - 1]:.3f}" if column else "query"
-                colour, width = QUERY, 1.0
+                (colour, dashes), width = QUERY, 1.0
                 if images.labels is not None:
                     label, of_query = images.labels[wanted[row, [column, 0]]].tolist()
-                    said += f"  {images.classes[label] if images.classes else f'class {label}'}"
+                    said += f"  {_short(images.classes, label)}"
                     if column:
-                        colour, width = (RIGHT if label == of_query else WRONG), 2.5
+                        (colour, dashes), width = RIGHT if label == of_query else WRONG, 2.5
                 if row == 0 and headings:
                     said = f"{headings.get(column, '')}\n{said}"
                 axes.set_title(said, loc="left" if column in headings else "center")
-                _frame(axes, colour, width)
-        figure.suptitle(title)
+                frame(axes, colour, width, dashes)
+        figure.suptitle(title, size=9)
     return figure
 
 
-def _frame(axes, colour: str, width: float) -> None:
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set(color=colour, linewidth=width)
+def _short(classes: list[str] | None, label: int) -> str:
+    """A class's name, short enough to stand over its image."""
+    if not classes:
+        return f"class {label}"
+    name = classes[label]
+    return name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
+
+
+def any_two(features_nD: torch.Tensor) -> float:
+    """The mean cosine similarity of two different images."""
+    n, sum_D = len(features_nD), F.normalize(features_nD.double(), dim=1).sum(0)
+    return ((sum_D.square().sum() - n) / (n * (n - 1))).item()
+
+
+def chance(labels_n: torch.Tensor, query_q: torch.Tensor) -> float:
+    """Percent of all other images that have their query's class: what random neighbours reach."""
+    same_qn = labels_n[query_q][:, None] == labels_n
+    return 100 * ((same_qn.sum(1) - 1) / (len(labels_n) - 1)).double().mean().item()
 
 
 def agreement(labels: torch.Tensor, index_n, query_q, near_qk) -> float:
@@ -106,18 +127,28 @@ def sheet_of(
         query_q = spread_over(index_n, queries)
         found[name] = nearest(features_nD, query_q, k)
         indices.append(index_n)
-        rows.append({"encoder": name, "similarity": found[name][0].mean().item()})
+        near = found[name][0].mean().item()
+        rows.append({"encoder": name, "similarity": near, "any_two": any_two(features_nD)})
         if images.labels is not None:
             rows[-1]["agreement"] = agreement(images.labels, index_n, query_q, found[name][1])
+            rows[-1]["chance"] = chance(images.labels[index_n], query_q)
     if not all(torch.equal(index_n, indices[0]) for index_n in indices):
         raise ValueError(f"{images.root}: some images could be read only now and then: try again")
-    title = f"Nearest neighbours by cosine similarity: {', '.join(encoders)}"
+    title = "\n".join(["Nearest neighbours by cosine similarity", *map(told, rows)])
     if images.labels is not None:
-        shares = ", ".join(f"{row['agreement']:.0f} %" for row in rows)
-        title += f"\n{shares} of those shown are of the query's class (green)"
+        title += "\nframe: solid blue the query's class, dashed orange another"
     first = next(iter(encoders.values()))
     seen = with_short_side(first.image_size, PIXELS), first.channels
     return figure(images, indices[0], query_q, found, title, crop, *seen), rows
+
+
+def told(row: cli.Row) -> str:
+    """A row of HEADINGS in words."""
+    text = f"{row['encoder']}: similarity {row['similarity']:.2f}, of any two images "
+    text += f"{row['any_two']:.2f}"
+    if "agreement" in row:
+        text += f"; {row['agreement']:.0f} % have the query's class, chance {row['chance']:.1f} %"
+    return text
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -1,7 +1,8 @@
-"""What the drawings share: images in, figures out."""
+"""What the figures of images share: images in, a sheet of them out."""
 
+import textwrap
 from collections.abc import Sequence
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -9,10 +10,23 @@ import torch
 from cjepa_fast.data.evaluation import eval_batches
 from cjepa_fast.data.sources import ImageSet
 from cjepa_fast.eval.features import Subset
+from cjepa_fast.eval.figures.style import STYLE
 from cjepa_fast.runtime.image_size import ImageSize
 
-FIGURE = {"font.size": 9, "axes.titlesize": 9, "figure.titlesize": 11, "figure.dpi": 130}
-Column = tuple[str, Sequence[np.ndarray]]  # its heading, and an RGB image in [0, 1] for each row
+LETTERS = 10.5  # of a title in an inch
+# left, top, width, height in pixels; colour, text
+Outline = tuple[float, float, float, float, str, str]
+
+
+class Column(NamedTuple):
+    """Images below each other: its heading, and in [0, 1] an RGB image a row, (H, W, 3), or
+    (H, W, 4), where what is transparent is hatched. colour: of heading and frames, None for no
+    frame; outlines: of each image."""
+
+    heading: str
+    images: Sequence[np.ndarray]
+    colour: str | None = None
+    outlines: Sequence[Sequence[Outline]] = ()
 
 
 def spread_over(images: ImageSet, count: int) -> torch.Tensor:
@@ -56,31 +70,47 @@ def sheet(columns: Sequence[Column], title: str, side: float = 1.8):
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    rows = len(columns[0][1])
-    height, width = columns[0][1][0].shape[:2]
+    rows = len(columns[0].images)
+    height, width = columns[0].images[0].shape[:2]
     tall = side * height / width
-    with rc_context(FIGURE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(side * len(columns), tall * rows + 0.8), layout="constrained")
         axes_rc = figure.subplots(rows, len(columns), squeeze=False)
-        for axes_r, (heading, shown) in zip(axes_rc.T, columns, strict=True):
-            axes_r[0].set_title(heading)
-            for axes, image_HW3 in zip(axes_r, shown, strict=True):
-                axes.imshow(image_HW3)
-        for axes in axes_rc.flat:
-            axes.set_axis_off()
-        figure.suptitle(title)
+        for axes_r, column in zip(axes_rc.T, columns, strict=True):
+            axes_r[0].set_title(column.heading, color=column.colour or "black")
+            for row, (axes, image) in enumerate(zip(axes_r, column.images, strict=True)):
+                axes.imshow(image)
+                frame(axes, column.colour, 1.5)
+                if image.shape[-1] == 4:
+                    axes.patch.set(hatch="/////", edgecolor=STYLE["hatch.color"], linewidth=0)
+                for outline in column.outlines[row] if column.outlines else ():
+                    _outline(axes, *outline)
+        figure.suptitle(wrapped(title, figure.get_figwidth()))
     return figure
 
 
-def save(figure, out: Path | str) -> Path:
-    """Write a figure; its folder is made. Raises ValueError for an ending that cannot be drawn."""
-    out = Path(out)
-    endings = figure.canvas.get_supported_filetypes()
-    if out.suffix.lstrip(".") not in endings:
-        raise ValueError(f"{out}: cannot draw to {out.suffix!r}; use one of {', '.join(endings)}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out)
-    return out
+def wrapped(title: str, width: float) -> str:
+    """A title over a figure `width` inches wide, in lines that it holds."""
+    return textwrap.fill(title, max(20, int(LETTERS * width)))
+
+
+def frame(axes, colour: str | None, width: float, dashes="-") -> None:
+    """An image's axes without ticks, with a frame where a colour is given."""
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set(
+            visible=colour is not None, color=colour or "none", linewidth=width, linestyle=dashes
+        )
+
+
+def _outline(axes, left, top, width, height, colour: str, text: str) -> None:
+    from matplotlib.patches import Rectangle
+
+    box = Rectangle((left - 0.5, top - 0.5), width, height, fill=False, ec=colour, lw=1.5)
+    axes.add_patch(box)
+    label = {"fc": colour, "ec": "none", "pad": 0.8}
+    axes.text(left, top, text, color="white", size=6.5, va="top", bbox=label, clip_on=True)
 
 
 def as_array(figure) -> np.ndarray:

@@ -5,6 +5,7 @@ Of a checkpoint that holds one encoder, as an export does, that one is shown.
 
 import argparse
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
@@ -18,7 +19,8 @@ from cjepa_fast.runtime.image_size import with_short_side
 from cjepa_fast.telemetry.progress import shown_clock
 
 Encoders = dict[str, Encoder]  # by "target" and "context"
-Drawn = Callable[[Encoders, torch.Tensor], list[Column]]  # of the encoders and the images
+Shown = TypeVar("Shown")  # what is to be drawn of an encoder, before colours are chosen
+Found = Callable[[Encoders, torch.Tensor], dict[str, Shown]]  # of the encoders and the images
 Measured = Callable[[Encoder, torch.Tensor], cli.Row]  # of an encoder and the images
 
 
@@ -28,16 +30,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     cli.add_crop(parser)
 
 
-def columns(
-    args: argparse.Namespace, drawn: Drawn, measured: Measured, size: int | None = None
-) -> tuple[list[Column], str, list[cli.Row]]:
-    """The images, then what `drawn` makes of each checkpoint; the checkpoints' names; and what
-    `measured` finds of each encoder.
+def gather(
+    args: argparse.Namespace, found: Found, measured: Measured, size: int | None = None
+) -> tuple[Column, dict[str, Shown], str, list[cli.Row]]:
+    """The images; what `found` gives of each checkpoint, by heading; the checkpoints' names; and
+    what `measured` finds of each encoder. Colours come after it, so that one scale serves all.
 
     size: of the images' short side in pixels, rounded to whole patches; None: what each encoder was
     trained at.
     """
-    images, shown, rows = open_images(args.images), [], []
+    images, column, shown, rows = open_images(args.images), None, {}, []
     names = short_names(args.checkpoints)
     for name, checkpoint in zip(names, args.checkpoints, strict=True):
         encoders = {k: x.to(cli.device()) for k, x in load_encoders(checkpoint).items()}
@@ -48,15 +50,13 @@ def columns(
         images_B3HW = load_images(
             images, args.count, image_size=pixels, mean=first.mean, std=first.std, crop=args.crop
         )
-        if not shown:
-            shown.append(("image", as_arrays(images_B3HW, first.mean, first.std)))
+        column = column or Column("image", as_arrays(images_B3HW, first.mean, first.std))
         over = f"{name}\n" if len(names) > 1 else ""
         images_B3HW = images_B3HW.to(cli.device())
         with shown_clock(f"figures of {name}"):
-            made = drawn(encoders, images_B3HW)
+            shown |= {over + key: x for key, x in found(encoders, images_B3HW).items()}
             rows += [
                 {"encoder": f"{name}, {which}", **measured(encoder, images_B3HW)}
                 for which, encoder in encoders.items()
             ]
-        shown += [(over + heading, images) for heading, images in made]
-    return shown, ", ".join(names), rows
+    return column, shown, ", ".join(names), rows

@@ -5,7 +5,7 @@ import torch
 
 from cjepa_fast.data.masks import Masks
 from cjepa_fast.eval.figures import attention, mask_columns, pca
-from cjepa_fast.eval.figures.sheets import as_array, as_arrays, sheet
+from cjepa_fast.eval.figures.sheets import Column, as_array, as_arrays
 from cjepa_fast.model.vit import Encoder
 
 
@@ -24,12 +24,11 @@ def figures(
     these images. Both encoders run over them twice.
     """
     both = {"target": target, "context": context}
-    image = ("image", as_arrays(images_B3HW, mean, std))
+    image = Column("image", as_arrays(images_B3HW, mean, std))
+    maps = attention.maps(both, images_B3HW, mean, std)
     drawn = {
         "masks": mask_columns.figure(images_B3HW, mean, std, masks, target.grid, "Masks"),
-        "attention": attention.figure(
-            [image, *attention.columns(both, images_B3HW, mean, std)], "Attention"
-        ),
-        "pca": sheet([image, *pca.columns(both, images_B3HW)], "Patch features"),
+        "attention": attention.figure(image, maps, "Attention"),
+        "pca": pca.figure(image, pca.scores(both, images_B3HW), "Patch features"),
     }
     return {name: as_array(figure) for name, figure in drawn.items()}

@@ -17,7 +17,9 @@ from cjepa_fast.data import crops, rng
 from cjepa_fast.data.sources import ImageSet, open_images
 from cjepa_fast.eval import cli
 from cjepa_fast.eval.features import extract, image_vectors
-from cjepa_fast.eval.figures.sheets import FIGURE, save, spread_over
+from cjepa_fast.eval.figures import style
+from cjepa_fast.eval.figures.sheets import spread_over
+from cjepa_fast.eval.figures.style import STYLE, save
 from cjepa_fast.eval.probes import spread
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime import distributed
@@ -118,23 +120,24 @@ def draw(rows: list[cli.Row], out: Path | str, title: str) -> Path:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context(FIGURE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(11, 3.4), layout="constrained")
         singular, stds, tokens = figure.subplots(1, 3)
         for i, row in enumerate(rows):
-            style = {"color": f"C{i}", "linestyle": ("-", "--", ":")[i % 3]}  # lines may coincide
+            look = {k: v for k, v in style.line(i).items() if k != "marker"}
+            look["linewidth"] = 1.2 + 0.8 * (len(rows) - 1 - i)  # lines may lie on each other
             label = f"{row['encoder']} (RankMe {row['rankme']:.1f}, LiDAR {row['lidar']:.1f})"
             values = np.array(row["singular_values"])
-            singular.plot(range(1, len(values) + 1), values / values.sum(), label=label, **style)
-            stds.plot(range(1, len(row["stds"]) + 1), row["stds"], **style)
-        singular.set_title("singular values of the features, as a share of their sum")
-        stds.set_title("standard deviation of each dimension")
+            singular.plot(range(1, len(values) + 1), values / values.sum(), label=label, **look)
+            stds.plot(range(1, len(row["stds"]) + 1), row["stds"], **look)
+        singular.set_ylabel("singular value of the features (share of sum)")
+        stds.set_ylabel("standard deviation of a dimension")
         singular.set_yscale("log")
         singular.set_ylim(bottom=1e-6)
         stds.set_ylim(bottom=0)
         for axes in (singular, stds):
             axes.set_xlabel("rank")
-            axes.grid(alpha=0.25)
+            axes.grid()
         _divided(tokens, rows)
         figure.suptitle(title)
         figure.legend(*singular.get_legend_handles_labels(), loc="outside lower center", ncols=3)
@@ -144,7 +147,7 @@ def draw(rows: list[cli.Row], out: Path | str, title: str) -> Path:
 def _divided(axes, rows: list[cli.Row]) -> None:
     names = [row["encoder"] for row in rows]
     left = np.zeros(len(rows))
-    parts = {"by_position": "0.75", "by_image": "#3182bd", "by_both": "#e6550d"}
+    parts = {"by_position": "0.75", "by_image": style.SKY, "by_both": style.ORANGE}
     for key, colour in parts.items():
         widths = np.array([row[key] for row in rows])
         bars = axes.barh(names, widths, left=left, color=colour, label=key.replace("_", " "))
@@ -152,8 +155,8 @@ def _divided(axes, rows: list[cli.Row]) -> None:
         left += widths
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
-    axes.set_title("variance of the patch tokens, %")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, frameon=False)
+    axes.set_xlabel("variance of the patch tokens (%)")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -184,7 +187,7 @@ def run(args: argparse.Namespace) -> None:
         found = measure(encoder, images, device=cli.device(), cache=cli.cache_of(args), **options)
         rows.append({"encoder": name, **found})
     if args.out and distributed.rank() == 0:
-        of = f"{Path(args.checkpoint).resolve().name} on {args.data}"
+        of = f"{Path(args.checkpoint).resolve().name} on {Path(args.data).name}"
         print(draw(rows, args.out, f"Room that the features take: {of}"))
     settings = ("data", "count", "views", "crop", "bf16", "seed")
     cli.report(args, rows, HEADINGS, settings, figure=args.out)

@@ -1,0 +1,42 @@
+"""How far a share of test images may be off: Wilson's score interval (Wilson 1927, JASA 22).
+
+It says what other test images would give. What another training would give is a matter of seeds.
+"""
+
+import math
+
+RIGHT = {
+    "top1",
+    "top1_centred",
+    "top5",
+    "linear",
+    "average_top1",
+    "average_top5",
+}  # % of test images
+Z = 1.96  # standard errors: 95 % of a normal distribution
+
+
+def interval(percent: float, images: int) -> tuple[float, float]:
+    """(low, high) in percent, at 95 %, of a share of `images` images. Raises ValueError without
+    images."""
+    if images < 1:
+        raise ValueError(f"{images} test images: a share needs one at least")
+    share = min(1.0, max(0.0, percent / 100))
+    scale = 1 + Z**2 / images
+    middle = (share + Z**2 / (2 * images)) / scale
+    half = Z / scale * math.sqrt(share * (1 - share) / images + (Z / (2 * images)) ** 2)
+    return max(0.0, 100 * (middle - half)), min(100.0, 100 * (middle + half))
+
+
+def of_row(row: dict, key: str) -> tuple[float, float] | None:
+    """The interval of an evaluation's row; None where the value is no share of its test images."""
+    images, value = row.get("test_images"), row.get(key)
+    if key not in RIGHT or not isinstance(value, float) or not images:
+        return None
+    return interval(value, images)
+
+
+def told(percent: float, images: int) -> str:
+    """ "76.0 ± 1.9 %": half the interval behind the value."""
+    low, high = interval(percent, images)
+    return f"{percent:.1f} ± {(high - low) / 2:.1f} %"
