@@ -262,10 +262,11 @@ def draw_beside_reference(rows: list[dict], path: Path) -> bool:
         axes.set_xticks(range(len(plain)), list(plain))
         axes.set_ylabel("throughput (plain fp32 step = 1)")
         device = next(iter(plain.values()))["hardware"]["device"]
-        axes.set_title(f"A training step beside the plain one: {device}")
+        axes.set_title(
+            f"A training step beside the plain one: {device}\n"
+            "error bars: 10th to 90th percentile of the steps"
+        )
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-        said = "error bars: 10th to 90th percentile of the steps"
-        figure.supxlabel(said, size=7.5, color=style.QUIET)
     style.save(figure, path)
     return True
 

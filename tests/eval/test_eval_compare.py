@@ -227,7 +227,7 @@ def test_the_bars_have_the_intervals_of_their_test_images(tmp_path, monkeypatch)
     monkeypatch.setattr(compare, "save", lambda figure, out: drawn.append(figure))
     compare.draw(["run"], *compare.measures([[counted]]), tmp_path / "a.png", [ends])
     shares = [axes for axes in drawn[0].axes if axes.get_title() == "knn: kNN %"]
-    (line,) = [x for x in shares[0].collections]  # the error bar
+    (line,) = shares[0].collections  # the error bar
     assert line.get_segments()[0][:, 0] == pytest.approx([45.12, 54.88], abs=0.01)
     (said,) = [text.get_text() for text in shares[0].texts]
     assert said == "50.00"

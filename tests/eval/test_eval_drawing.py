@@ -1,5 +1,6 @@
 """What the drawings show: attention received, masked pixels, series of a log."""
 
+import itertools
 import json
 
 import numpy as np
@@ -82,7 +83,7 @@ def test_many_lines_differ_in_more_than_colour():
     looks = [style.line(i) for i in range(28)]
     for name in (("color", "linestyle"), ("color", "marker"), ("color", "linestyle", "marker")):
         assert len({tuple(str(look[key]) for key in name) for look in looks}) == 28
-    for one, two in zip(looks, looks[1:], strict=False):
+    for one, two in itertools.pairwise(looks):
         assert all(one[key] != two[key] for key in ("color", "linestyle", "marker"))
 
 
@@ -173,7 +174,7 @@ def test_seeds_are_one_line_within_a_band(tmp_path):
         *write_seeds(tmp_path, "two", [30.0]),
     ]
     logs = curves.grouped(runs)
-    assert list(map(len, logs.values())) == [3, 1] and list(logs)[0] == "one (3 seeds)"
+    assert list(map(len, logs.values())) == [3, 1] and next(iter(logs)) == "one (3 seeds)"
 
     from matplotlib.figure import Figure
 

@@ -4,8 +4,8 @@ Runs that differ in nothing but their seed are one line, their mean, within a ba
 """
 
 import argparse
+import itertools
 import json
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -132,7 +132,8 @@ def _settings(run: Path | str) -> str | None:
 
 def _shared(names: list[str]) -> str:
     """What the names begin with, without a torn word or the word seed."""
-    begin = os.path.commonprefix(names).rstrip("0123456789")
+    alike = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
+    begin = "".join(letter for letter, *_ in alike).rstrip("0123456789")
     begin = begin.rstrip("_-/ .").removesuffix("seed").rstrip("_-/ .")
     return begin or names[0]
 

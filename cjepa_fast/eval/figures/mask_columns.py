@@ -86,10 +86,8 @@ def masks(
     blank = [torch.zeros(data.channels, *height_width(data.image_size))] * count
     images_B3HW = torch.stack([transform(image) for image in images] or blank)
     drawn = sampler(epoch=0, step=0, index_B=torch.arange(len(images_B3HW)))
-    title = (
-        f"Masks: {Path(config).stem if isinstance(config, str | Path) else 'context and targets'}"
-    )
-    return figure(images_B3HW, data.mean, data.std, drawn, sampler.grid, title)
+    name = Path(config).stem if isinstance(config, str | Path) else "context and targets"
+    return figure(images_B3HW, data.mean, data.std, drawn, sampler.grid, f"Masks: {name}")
 
 
 def figure(images_B3HW: torch.Tensor, mean, std, masks: Masks, grid: tuple[int, int], title: str):
