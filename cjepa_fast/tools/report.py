@@ -1,47 +1,51 @@
-"""One HTML page about a run: `cjepa-report RUN`, or `python -m cjepa_fast.tools.report RUN`.
+"""One HTML page about a run, or several side by side: `cjepa-report RUN [RUN ...]`.
 
-Curves, throughput, events, evaluations, figures and configuration, all in one file that can be
-mailed and read anywhere. The run may still be training, and need have no checkpoint yet. Figures
-are made where the images are: the run's own, or --images SET.
+What happened in words, curves, throughput, events, evaluations, figures and configuration, all in
+one file that can be mailed and read anywhere. A run may still be training, and need have no
+checkpoint yet. Figures are made where the images are: the first run's own, or --images SET.
 """
 
 import statistics
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 from cjepa_fast import checkpoint, config
-from cjepa_fast.checkpoint.encoders import load_encoders
-from cjepa_fast.data.sources import ImageSet, open_images
-from cjepa_fast.eval import cli
-from cjepa_fast.eval.figures import attention, mask_columns, pca, retrieve
-from cjepa_fast.eval.figures.curves import PANELS, series
-from cjepa_fast.eval.figures.sheets import as_arrays, load_images, sheet, spread_over
-from cjepa_fast.eval.figures.side_by_side import Encoders
-from cjepa_fast.model.vit import count_parameters
+from cjepa_fast.eval import cli, compare, uncertainty
+from cjepa_fast.eval.figures.curves import PANELS, Panel, at_start, series, short_names
 from cjepa_fast.runtime import caches, files
 from cjepa_fast.runtime.command_line import Parser
 from cjepa_fast.runtime.image_size import shown as shown_size
 from cjepa_fast.runtime.printable import printable_lines
-from cjepa_fast.telemetry import read_log
 from cjepa_fast.telemetry.progress import shown_clock
-from cjepa_fast.tools import html_page
+from cjepa_fast.tools import html_charts, html_page, report_events, report_figures
+from cjepa_fast.tools.report_run import RunRecord, hours, story
 from cjepa_fast.training import build
 
 SPEED = {  # the throughput's curves; all others of the log are of the training
     "images_per_s": PANELS["images_per_s"],
     "data_wait": PANELS["data_wait"],
-    "gpu_util": ("GPU utilisation, share", False),
-    "gpu_power_w": ("GPU power, W", False),
-    "gpu_mem_gib": ("GPU memory in use, GiB", False),
+    "gpu_util": Panel("GPU utilisation", "share"),
+    "gpu_power_w": Panel("GPU power", "W"),
+    "gpu_mem_gib": Panel("GPU memory in use", "GiB"),
 }
+NAMES = PANELS | SPEED | {
+    "context_k": Panel("context patches", "an image"),
+    "targets_p": Panel("patches of a target block"),
+    "weight_decay": Panel("weight decay"),
+    "momentum": Panel("momentum of the target's EMA"),
+    "skipped_steps": Panel("skipped steps"),
+    "skipped_images": Panel("skipped images"),
+}  # fmt: skip
 NOT_DRAWN = ("step", "epoch", "time_s")
-SHOWN = 6  # images of a figure
-SEARCHED = 500  # images that neighbours are looked for among
-EVENTS_SHOWN = 200
+SETTINGS = {  # of an evaluation, in words
+    "data": "images", "labels": "labels from", "test": "tested on",
+    "test_labels": "test labels from", "max_train": "training images at most",
+    "k": "neighbours", "temperature": "temperature",
+    "crop": "centre crop", "bf16": "in bf16", "seed": "seed", "count": "images taken",
+    "views": "views of an image",
+}  # fmt: skip
+SCORES = ("knn", "knn_centred", "linear")  # shares of test images
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,14 +53,18 @@ def main(argv: list[str] | None = None) -> int:
         prog="cjepa-report",
         description=__doc__.strip(),
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="its folder")
-    parser.add_argument("--out", type=Path, metavar="FILE.html", help="default: RUN/report.html")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="its folder")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE.html",
+        help="default: report.html in the run's folder, side_by_side.html in the first of several",
+    )  # fmt: skip
     parser.add_argument("--images", metavar="SET", help="for the figures; default: the run's own")
     args = parser.parse_args(argv)
     caches.root()
+    name = "report.html" if len(args.runs) == 1 else "side_by_side.html"
     try:
         with shown_clock("report"):
-            written = write(args.run, args.out or args.run / "report.html", args.images)
+            written = write(args.runs, args.out or args.runs[0] / name, args.images)
         print(written)
     except (ValueError, OSError) as error:  # the user's input: said, without a traceback
         print(f"error: {printable_lines(error)}", file=sys.stderr)
@@ -64,56 +72,82 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def write(run: Path, out: Path, images: str | None = None) -> Path:
-    """Raises FileNotFoundError where `run` is no run's folder, ValueError for what is corrupt."""
-    if not (run / "config.json").is_file():
-        raise FileNotFoundError(f"{run}: no config.json there, so it is no run's folder")
-    settings = config.read(run)
-    rows = read_log(run) if (run / "log.jsonl").is_file() else []
-    records = cli.records(run)
+def write(folders: Path | list[Path], out: Path, images: str | None = None) -> Path:
+    """Raises FileNotFoundError where one is no run's folder, ValueError for what is corrupt."""
+    folders = [folders] if isinstance(folders, Path) else folders
+    names = short_names(folders)
+    runs = [RunRecord.read(*pair) for pair in zip(names, folders, strict=True)]
+    logged = _logged(runs)
     sections = [
-        ("Summary", _summary(run, settings, rows, records)),
-        ("Curves", _curves(rows, [name for name in _logged(rows) if name not in SPEED])),
-        ("Throughput and hardware", _throughput(run, rows)),
-        ("Events", _events(run, settings, rows)),
-        ("Evaluation", _evaluations(records)),
-        *_figures(run, settings, images),
-        ("Configuration", html_page.configuration(settings.to_json())),
+        ("What happened", _stories(runs) + _summary(runs)),
+        ("Curves", _best_and_last(runs) + _charts(runs, [n for n in logged if n not in SPEED])),
+        ("Throughput and hardware", _throughput(runs)),
+        ("Events", "".join(_over(run, runs) + _events(run) for run in runs)),
+        ("Evaluation", _evaluations(runs)),
+        *report_figures.sections(runs, images),
+        ("Configuration", _configurations(runs)),
     ]
-    under = f"cjepa_fast run in {run.resolve()}; page made {time.strftime('%Y-%m-%d %H:%M')}"
+    where = ", ".join(str(run.folder.resolve()) for run in runs)
+    under = f"cjepa_fast {'run' if len(runs) == 1 else 'runs'} in {where}; page made "
+    under += time.strftime("%Y-%m-%d %H:%M")
     out.parent.mkdir(parents=True, exist_ok=True)
-    files.write_text(out, html_page.document(run.resolve().name, sections, under))
+    title = " beside ".join(names)
+    files.write_text(out, html_page.document(title, sections, under))
     return out
 
 
-# ------------------------------------------------------------------------------- numbers of a run
+def _over(run: RunRecord, runs: list[RunRecord]) -> str:
+    return html_page.heading(run.name) if len(runs) > 1 else ""
 
 
-def _summary(run: Path, settings: config.Config, rows: list[dict], records: list[dict]) -> str:
+# -------------------------------------------------------------------------------------- summary
+
+
+def _stories(runs: list[RunRecord]) -> str:
+    told = [html_page.story(*story(run), run.name if len(runs) > 1 else "") for run in runs]
+    return f'<div class="stories">{"".join(told)}</div>'
+
+
+def _summary(runs: list[RunRecord]) -> str:
+    if len(runs) == 1:
+        return "<br>" + html_page.facts(_facts(runs[0]).items())
+    return _beside({run.name: _facts(run) for run in runs})
+
+
+def _beside(columns: dict[str, dict[str, str]]) -> str:
+    """A table with a column for each run."""
+    rows = dict.fromkeys(key for found in columns.values() for key in found)
+    cells = [[row, *(found.get(row, "-") for found in columns.values())] for row in rows]
+    return html_page.table(["", *columns], cells, kind="words even")
+
+
+def _facts(run: RunRecord) -> dict[str, str]:
+    settings = run.settings
     model, data = settings.model, settings.data
     sizes = build.model_sizes(settings)
-    last = rows[-1] if rows else {"step": 0}
+    last = run.rows[-1] if run.rows else {"step": 0}
     shape = f"{sizes['width']} wide, {sizes['depth']} blocks, {sizes['heads']} heads"
     paths = " and ".join(config.image_paths(data))
-    pairs = [
-        ("Model", f"{model.name}, patch {model.patch_size}: {shape}"),
-        ("Images", f"{paths}, {shown_size(data.image_size)} pixels, batch {data.batch_size:,}"),
-        ("Method", _method(settings)),
-        ("Steps", f"{last['step']:,}"),
-        ("Epochs", f"{last.get('epoch', 0):.2f} of {settings.run.epochs}"),
-        ("Time", _hours(last.get("time_s", 0))),
-        ("State", _state(run, settings, rows)),
-    ]
-    pairs += [
-        (f"Best {heading}", f"{value:.1f} at {where}")
-        for heading, value, where in _best(rows, records)
-    ]
-    pairs += [
-        (name, f"{last[key]:.3g}")
-        for key, name in (("rankme", "RankMe at the end"), ("loss", "Loss at the end"))
-        if last.get(key) is not None
-    ]
-    return html_page.facts(pairs)
+    found = {
+        "Model": f"{model.name}, patch {model.patch_size}: {shape}",
+        "Images": f"{paths}, {shown_size(data.image_size)} pixels, batch {data.batch_size:,}",
+        "Method": _method(settings),
+        "Steps": f"{last['step']:,}",
+        "Epochs": f"{last.get('epoch', 0):.2f} of {settings.run.epochs}",
+        "Time": hours(last.get("time_s", 0)),
+        "State": _state(run),
+    }
+    if run.after:
+        found["kNN after training"] = run.after.told(run.after.last)
+    if run.online:
+        found["kNN while training"] = (
+            f"best {run.online.best:.1f} % (step {run.online.best_step:,}), last "
+            f"{run.online.last:.1f} %"
+        )
+    for key, name in (("rankme", "RankMe at the end"), ("loss", "Loss at the end")):
+        if (value := run.last(key)) is not None:
+            found[name] = f"{value:.3g}"
+    return found
 
 
 def _method(settings: config.Config) -> str:
@@ -125,119 +159,147 @@ def _method(settings: config.Config) -> str:
     return f"C-JEPA, VICReg beta {beta:g}"
 
 
-def _state(run: Path, settings: config.Config, rows: list[dict]) -> str:
-    if (run / "encoder.safetensors").is_file():
+def _state(run: RunRecord) -> str:
+    if run.finished:
         return "finished"
-    if not rows:
+    if not run.rows:
         return "no row in its log yet"
-    when = time.strftime("%Y-%m-%d %H:%M", time.localtime((run / "log.jsonl").stat().st_mtime))
+    moment = (run.folder / "log.jsonl").stat().st_mtime
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(moment))
     return f"training or stopped; last row of {when}"
 
 
-def _best(rows: list[dict], records: list[dict]) -> Iterator[tuple[str, float, str]]:
-    """Of kNN: (what, percent, where), while training and after."""
-    steps, values = series(rows, "knn")
-    if values:
-        best = max(values)
-        yield "kNN %, while training", best, f"step {steps[values.index(best)]:,}"
-    after = [
-        (row["top1"], f"{record['settings'].get('data')} ({record['which']} encoder)")
-        for record in records
-        for row in record["rows"]
-        if record["task"] == "knn" and row.get("encoder") == "trained" and "top1" in row
-    ]
-    if after:
-        value, data = max(after)
-        yield "kNN %, after", value, str(data)
+# --------------------------------------------------------------------------------------- curves
 
 
-def _logged(rows: list[dict]) -> list[str]:
+def _logged(runs: list[RunRecord]) -> list[str]:
     """Names that rows have numbers for, those with a title first; of the others none that never
     changes."""
+    rows = [row for run in runs for row in run.rows]
     found = {name for row in rows for name, x in row.items() if isinstance(x, (int, float))}
-    known = [name for name in (*PANELS, *SPEED) if name in found]
+    known = [name for name in NAMES if name in found]
     others = sorted(found - {*known, *NOT_DRAWN})
-    return known + [name for name in others if len(set(series(rows, name)[1])) > 1]
+    return [
+        name for name in known + others if name in PANELS or len(set(series(rows, name)[1])) > 1
+    ]
 
 
-def _curves(rows: list[dict], names: list[str]) -> str:
+def _charts(runs: list[RunRecord], names: list[str]) -> str:
     if not names:
         return html_page.note("The log has no rows yet.")
-    titles = PANELS | SPEED
-    drawn = []
-    for name in names:
-        title, logarithmic = titles.get(name, (name.replace("_", " "), False))
-        drawn.append(html_page.curve(title, *series(rows, name), logarithmic=logarithmic))
-    return f'<div class="curves">{"".join(drawn)}</div>'
+    drawn = [_chart(runs, name) for name in names]
+    key = html_charts.key(run.name for run in runs) if len(runs) > 1 else ""
+    return f'{key}<div class="curves">{"".join(drawn)}</div>'
 
 
-def _throughput(run: Path, rows: list[dict]) -> str:
-    pairs: list[tuple[str, object]] = []
-    if rates := series(rows, "images_per_s")[1]:
-        pairs.append(("Images/s, median", f"{statistics.median(rates):,.0f}"))
-        pairs.append(("Images/s, best interval", f"{max(rates):,.0f}"))
-    if waits := series(rows, "data_wait")[1]:
-        pairs.append(("Waiting for data", f"{100 * statistics.mean(waits):.1f} % of the time"))
-    if watts := series(rows, "gpu_power_w")[1]:
-        kwh = statistics.mean(watts) * rows[-1]["time_s"] / 3.6e6
-        pairs.append(("Energy of the first GPU", f"{kwh:.2f} kWh"))
-    newest = checkpoint.latest(run)
+def _chart(runs: list[RunRecord], name: str) -> str:
+    panel = NAMES.get(name, Panel(name.replace("_", " ")))
+    lines, starts = {}, []
+    for i, run in enumerate(runs):
+        steps, values = series(run.rows, name)
+        if not steps:
+            continue
+        ends = {}
+        if name in SCORES and run.tested_on:
+            pairs = [uncertainty.interval(value, run.tested_on) for value in values]
+            ends = dict(zip(("low", "high"), map(list, zip(*pairs, strict=True)), strict=True))
+        lines[i] = html_charts.Line(run.name, steps, values, **ends)
+        starts += [run.rows[0][name]] if at_start(run.rows, name) else []
+    level = statistics.fmean(starts) if starts else None
+    return html_charts.chart(panel.axis, lines, panel.logarithmic, level)
+
+
+def _best_and_last(runs: list[RunRecord]) -> str:
+    """kNN while training: untrained, at its best, at the end."""
+    rows = []
+    for run in runs:
+        if not (found := run.online):
+            continue
+        name = f"{run.name}: " if len(runs) > 1 else ""
+        at = {"best": (found.best_step, found.best), "last": (run.rows[-1]["step"], found.last)}
+        if found.untrained is not None:
+            at = {"untrained": (0, found.untrained)} | at
+        for which, (step, value) in at.items():
+            gain = "" if found.untrained is None else f"{value - found.untrained:+.1f}"
+            rows.append([name + which, f"{step:,}", found.told(value), gain])
+    if not rows:
+        return ""
+    caption = "kNN while training, with the 95 % interval over the test images:"
+    return html_page.table(["", "step", "kNN", "minus untrained"], rows, caption)
+
+
+# ----------------------------------------------------------------------------------- throughput
+
+
+def _throughput(runs: list[RunRecord]) -> str:
+    found = {run.name: _speeds(run) for run in runs}
+    shown = _beside(found) if len(runs) > 1 else html_page.facts(found[runs[0].name].items())
+    drawn = [name for name in SPEED if any(series(run.rows, name)[0] for run in runs)]
+    return shown + "<br>" + (_charts(runs, drawn) if drawn else "")
+
+
+def _speeds(run: RunRecord) -> dict[str, str]:
+    found = {}
+    if rates := series(run.rows, "images_per_s")[1]:
+        found["Images/s, median"] = f"{statistics.median(rates):,.0f}"
+        found["Images/s, best interval"] = f"{max(rates):,.0f}"
+    if waits := series(run.rows, "data_wait")[1]:
+        found["Waiting for data"] = f"{100 * statistics.mean(waits):.1f} % of the time"
+    watts = series(run.rows, "gpu_power_w")[1]
+    if watts:
+        kwh = statistics.mean(watts) * run.rows[-1]["time_s"] / 3.6e6
+        found["Energy of the first GPU"] = f"{kwh:.2f} kWh"
+    newest = checkpoint.latest(run.folder)
     state = checkpoint.state_of(newest) if newest else {}
     if "machine" in state:
-        pairs.append(("Ranks and hardware", state["machine"]))
-    pairs.append(("GPU counters", "logged" if watts else "none: a CPU, or no NVML"))
-    pairs += [(f"Version of {name}", of) for name, of in state.get("versions", {}).items()]
-    drawn = [name for name in SPEED if series(rows, name)[0]]
-    return html_page.facts(pairs) + "<br>" + (_curves(rows, drawn) if drawn else "")
+        found["Ranks and hardware"] = str(state["machine"])
+    found["GPU counters"] = "logged" if watts else "none: a CPU, or no NVML"
+    return found | {f"Version of {name}": str(of) for name, of in state.get("versions", {}).items()}
 
 
-def _events(run: Path, settings: config.Config, rows: list[dict]) -> str:
-    """What the log shows to have gone wrong, and every other .jsonl of the run's folder."""
-    own = settings.telemetry
-    lines = []
-    for name, floor in (("rankme", own.rankme_floor), ("feature_std", own.feature_std_floor)):
-        low = [step for step, value in zip(*series(rows, name), strict=True) if value < floor]
-        if low:
-            lines.append([f"{low[0]:,}", f"{name} below its floor of {floor:g} in {len(low)} rows"])
-    for name, what in (("skipped_steps", "steps"), ("skipped_images", "unreadable images")):
-        if (counts := series(rows, name)[1]) and counts[-1]:
-            lines.append([f"{rows[-1]['step']:,}", f"{counts[-1]:,} {what} skipped by now"])
-    for path in sorted(run.glob("*.jsonl")):
-        if path.name == "log.jsonl":
-            continue
-        for row in read_log(path)[-EVENTS_SHOWN:]:
-            said = ", ".join(f"{k}: {_short(v)}" for k, v in row.items() if k != "step")
-            lines.append([f"{row.get('step', 0):,}", f"{path.stem}: {said}"])
-    if branches := sorted((run / "checkpoints").glob("abandoned_*")):
-        names = ", ".join(path.name for path in branches)
-        lines.append(["", f"went back and on from earlier than {names}"])
-    return (
-        html_page.table(["step", "what"], lines, words=True) if lines else html_page.note("None.")
-    )
+def _events(run: RunRecord) -> str:
+    found = report_events.events(run)
+    if not found:
+        return html_page.note("None.")
+    return html_page.table(report_events.HEAD, found, kind="words")
 
 
-def _short(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, list) and len(value) > 4:
-        return f"{', '.join(map(str, value[:4]))} and {len(value) - 4} more"
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+# ----------------------------------------------------------------------------------- evaluations
 
 
-def _evaluations(records: list[dict]) -> str:
-    if not records:
+def _evaluations(runs: list[RunRecord]) -> str:
+    if not any(run.records for run in runs):
         return html_page.note(
             "None yet: `cjepa-eval knn RUN --data SET` and the like add to this page."
         )
-    return "".join(map(_evaluation, records))
+    beside = _compared(runs) if len(runs) > 1 else ""
+    return beside + "".join(
+        _over(run, runs) + "".join(map(_evaluation, run.records)) for run in runs if run.records
+    )
+
+
+def _compared(runs: list[RunRecord]) -> str:
+    """What both were evaluated on in one way: a row a measure."""
+    target = [[r for r in run.records if r["which"] == "target"] for run in runs]
+    values, headings = compare.measures(target)
+    ends = compare.intervals(target)
+    rows = [
+        [heading, *(_spread(v[measure], e.get(measure)) for v, e in zip(values, ends, strict=True))]
+        for measure, heading in headings.items()
+        if all(measure in found for found in values)
+    ]
+    caption = "Target encoders, what all were evaluated on:"
+    return html_page.table(["", *(run.name for run in runs)], rows, caption) if rows else ""
 
 
 def _evaluation(record: dict) -> str:
     rows = record["rows"]
     shown = {k: v for k, v in record["headings"].items() if any(k in row for row in rows)}
-    cells = [[str(row["encoder"]), *(cli.cell(row.get(k)) for k in shown)] for row in rows]
+    cells = [[str(row["encoder"]), *(_cell(row, k) for k in shown)] for row in rows]
     settings = ", ".join(
-        f"{k} {v}" for k, v in record["settings"].items() if v not in (None, False)
+        f"{SETTINGS.get(k, k.replace('_', ' '))} {cli.cell(v) if isinstance(v, int) else v}"
+        for k, v in record["settings"].items()
+        if v not in (None, False)
     )
     of = "" if record["inside"] in (None, ".") else f" of {record['inside']}"
     which = f"{record['which']} encoder{of}"
@@ -245,69 +307,37 @@ def _evaluation(record: dict) -> str:
     return html_page.table(["encoder", *shown.values()], cells, caption)
 
 
-def _hours(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{seconds / 60:.1f} min"
+def _cell(row: dict, key: str) -> str:
+    return _spread(row.get(key), uncertainty.of_row(row, key))
 
 
-# --------------------------------------------------------------------------------------- figures
+def _spread(value: object, ends: tuple[float, float] | None) -> str:
+    """A value, with half its interval where it has one."""
+    return cli.cell(value) + (f" ± {(ends[1] - ends[0]) / 2:.1f}" if ends else "")
 
 
-def _figures(run: Path, settings: config.Config, named: str | None) -> list[tuple[str, str]]:
-    """Masks, attention, features and neighbours, or why they are not there."""
-    paths = [config.expanded(named)] if named else config.image_paths(settings.data)
-    try:
-        images = open_images(paths, log=lambda text: None)
-    except (ValueError, OSError) as error:
-        why = f"Not drawn, since the images are not here ({error}); --images SET names others."
-        return [("Figures", html_page.note(why, "warn"))]
-    sections = [("Masks", _masks(settings, images))]
-    try:
-        both = {which: x.to(cli.device()) for which, x in load_encoders(run).items()}
-    except (ValueError, OSError) as error:
-        return [*sections, ("Features", html_page.note(f"Not drawn: {error}", "warn"))]
-    return sections + _of_features(settings, images, both)
+# --------------------------------------------------------------------------------- configuration
 
 
-def _masks(settings: config.Config, images: ImageSet) -> str:
-    data, sampler = settings.data, build.build_masks(settings)
-    images_B3HW = load_images(
-        images, SHOWN, image_size=data.image_size, mean=data.mean, std=data.std
-    )
-    masks = sampler(epoch=0, step=0, index_B=torch.arange(len(images_B3HW)))
-    figure = mask_columns.figure(images_B3HW, data.mean, data.std, masks, sampler.grid, "")
-    return html_page.figure_image(figure, "images with their context and target blocks")
+def _configurations(runs: list[RunRecord]) -> str:
+    if len(runs) == 1:
+        return html_page.configuration(runs[0].settings.to_json())
+    flat = {run.name: dict(_keys(run.settings.model_dump(mode="json"))) for run in runs}
+    keys = dict.fromkeys(key for found in flat.values() for key in found)
+    rows = [[key, *(str(found.get(key, "-")) for found in flat.values())] for key in keys]
+    differing = [row for row in rows if len(set(row[1:])) > 1 and row[0] != "run.dir"]
+    if not differing:
+        return html_page.note("The runs have the same configuration.")
+    return html_page.table(["what differs", *flat], differing, kind="words even")
 
 
-@torch.inference_mode()
-def _of_features(
-    settings: config.Config, images: ImageSet, both: Encoders
-) -> list[tuple[str, str]]:
-    target = both["target"]
-    look = target.mean, target.std
-    crop = settings.eval.crop
-    images_B3HW = load_images(
-        images, SHOWN, image_size=target.image_size, mean=look[0], std=look[1], crop=crop
-    ).to(cli.device())
-    shown = ("image", as_arrays(images_B3HW, *look))
-    maps = attention.columns(both, images_B3HW, *look, attention.SINGLE_HEADS)
-    colours = pca.columns(both, images_B3HW)
-    near, _ = retrieve.sheet_of(
-        {"target encoder": target}, images, queries=SHOWN, k=7, crop=crop,
-        keep=spread_over(images, SEARCHED), device=cli.device(),
-        bf16=cli.device().type == "cuda", title="neighbours",
-    )  # fmt: skip
-    about = html_page.note(
-        f"{count_parameters(target):,} parameters an encoder. Attention: what each patch receives "
-        "in the last block. PCA: the patches' first three principal components as colours."
-    )
-    drawn = {
-        "Attention": attention.figure([shown, *maps], ""),
-        "PCA of the patch features": sheet([shown, *colours], ""),
-        "Neighbours": near,
-    }
-    sections = [(name, html_page.figure_image(figure, name)) for name, figure in drawn.items()]
-    name, first = sections[0]
-    return [(name, about + first), *sections[1:]]
+def _keys(values: dict, prefix: str = ""):
+    """(key with dots, value) of nested sections."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _keys(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 if __name__ == "__main__":
