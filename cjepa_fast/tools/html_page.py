@@ -81,9 +81,14 @@ def document(title: str, sections: Sequence[tuple[str, str]], under: str = "") -
 
 def story(kind: str, headline: str, sentences: Iterable[str], name: str = "") -> str:
     """What happened, in words. kind: "good", "bad" or ""; name: whose, where there are several."""
-    lines = "".join(f"<p>{escape(text)}</p>" for text in sentences)
+    lines = "".join(f"<p>{_unbroken(escape(text))}</p>" for text in sentences)
     over = f'<span class="quiet">{escape(name)}</span>' if name else ""
     return f'<div class="story {kind}">{over}<strong>{escape(headline)}</strong>{lines}</div>'
+
+
+def _unbroken(text: str) -> str:
+    """A number, its interval and its unit stay on one line."""
+    return text.replace(" ± ", "&nbsp;±&nbsp;").replace(" %", "&nbsp;%")
 
 
 def facts(pairs: Iterable[tuple[str, object]]) -> str:

@@ -75,7 +75,7 @@ def _of_features(
         bf16=cli.device().type == "cuda", title="neighbours",
     )  # fmt: skip
     sizes = ", ".join(f"{count_parameters(encoder):,}" for encoder in targets.values())
-    drawn["Neighbours"] = (near, f"Of the target encoders ({sizes} parameters).")
+    drawn["Neighbours"] = (near, f"By the features of the target encoder ({sizes} parameters).")
     return [
         (name, html_page.note(about) + html_page.figure_image(figure, name))
         for name, (figure, about) in drawn.items()

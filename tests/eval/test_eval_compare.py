@@ -217,20 +217,20 @@ def test_what_changes_no_number_of_a_training_makes_no_group(tmp_path):
 
 
 def test_the_bars_have_the_intervals_of_their_test_images(tmp_path, monkeypatch):
-    counted = record(top1=50.0)
+    counted = record(top1=20.0)
     counted["rows"][1] |= {"test_images": 400, "rankme": 7.0}
     counted["headings"]["rankme"] = "RankMe"
     (ends,) = compare.intervals([[counted]])
     assert list(ends) == [("knn", "top1", ""), ("knn", "top1_centred", "")]  # RankMe is no share
-    assert ends["knn", "top1", ""] == pytest.approx((45.12, 54.88), abs=0.01)  # Wilson, by hand
+    assert ends["knn", "top1", ""] == pytest.approx((16.37, 24.20), abs=0.01)  # Wilson, by hand
     drawn = []
     monkeypatch.setattr(compare, "save", lambda figure, out: drawn.append(figure))
     compare.draw(["run"], *compare.measures([[counted]]), tmp_path / "a.png", [ends])
     shares = [axes for axes in drawn[0].axes if axes.get_title() == "knn: kNN %"]
     (line,) = shares[0].collections  # the error bar
-    assert line.get_segments()[0][:, 0] == pytest.approx([45.12, 54.88], abs=0.01)
+    assert line.get_segments()[0][:, 0] == pytest.approx([16.37, 24.20], abs=0.01)
     (said,) = [text.get_text() for text in shares[0].texts]
-    assert said == "50.00"
+    assert said == "20.00"
 
 
 def test_an_interval_stays_within_0_and_100():

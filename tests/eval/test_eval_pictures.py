@@ -163,6 +163,7 @@ def test_the_contact_sheet_frames_right_and_wrong(encoder, tmp_path):
     assert colours == [to_rgba(retrieve.RIGHT[0]), to_rgba(retrieve.WRONG[0])]
     dashes = [axes.spines["top"].get_linestyle() for axes in (right, wrong)]
     assert dashes[0] == "-" and dashes[1] != "-"  # not by colour alone
+    assert wrong.spines["top"].get_capstyle() == "butt"  # others fill the gaps
 
 
 def test_chance_and_any_two_by_hand():

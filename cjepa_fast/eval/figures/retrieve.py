@@ -30,7 +30,7 @@ HEADINGS = {
 }
 PIXELS = 128  # the short side of each image
 LONGEST = 14  # letters of a class's name
-RIGHT, WRONG, QUERY = (style.BLUE, "-"), (style.ORANGE, (0, (2, 1))), ("0.4", "-")  # frames
+RIGHT, WRONG, QUERY = (style.BLUE, "-"), (style.ORANGE, (0, (2, 1.2))), ("0.4", "-")  # frames
 
 
 def nearest(features_nD: torch.Tensor, query_q: torch.Tensor, k: int) -> Neighbours:

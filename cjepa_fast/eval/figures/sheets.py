@@ -99,9 +99,8 @@ def frame(axes, colour: str | None, width: float, dashes="-") -> None:
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():
-        spine.set(
-            visible=colour is not None, color=colour or "none", linewidth=width, linestyle=dashes
-        )
+        spine.set(visible=colour is not None, color=colour or "none", linewidth=width)
+        spine.set(linestyle=dashes, capstyle="butt")  # a spine's own caps would fill the gaps
 
 
 def _outline(axes, left, top, width, height, colour: str, text: str) -> None:
