@@ -216,6 +216,16 @@ def test_noise_does_not_look_like_a_trend():
     assert np.ptp(axes.get_ylim()) == pytest.approx(5)
 
 
+@pytest.mark.parametrize(("last", "scale"), [(3.0, "linear"), (30.0, "log"), (0.0, "linear")])
+def test_an_axis_is_logarithmic_over_a_decade(last, scale):
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    rows = [{"step": 1, "cov": 1.0}, {"step": 2, "cov": last}]
+    curves._panel(axes, "cov", {"run": [rows]})
+    assert axes.get_yscale() == scale
+
+
 def test_runs_are_told_apart_by_the_shortest_names():
     assert curves.short_names(["/a/b/run", "/a/c/run"]) == ["b/run", "c/run"]
     assert curves.short_names(["/a/one", "/a/two"]) == ["one", "two"]

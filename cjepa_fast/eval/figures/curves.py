@@ -16,8 +16,8 @@ from cjepa_fast.telemetry import read_log
 
 
 class Panel(NamedTuple):
-    """Of a quantity: what it is, its unit ("" for none), whether its axis is logarithmic, and the
-    least that its axis spans."""
+    """Of a quantity: what it is, its unit ("" for none), whether its axis is logarithmic where it
+    spans a decade, and the least that its axis spans."""
 
     name: str
     unit: str = ""
@@ -148,7 +148,7 @@ def _panel(axes, name: str, logs: Logs) -> None:
         missing += [run] if not points else []
         untrained += [rows[0][name] for rows in logged if at_start(rows, name)]
     bands.untrained(axes, untrained)
-    if panel.logarithmic and min(everything) > 0:
+    if panel.logarithmic and 0 < 10 * min(everything) < max(everything):
         axes.set_yscale("log")
     else:
         bands.at_least(axes, panel.least_span)
