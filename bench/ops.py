@@ -198,7 +198,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--rows", type=int, default=ROWS if cuda else 2048, help="of vicreg tokens")
     parser.add_argument("--widths", type=int, nargs="*", default=WIDTHS if cuda else WIDTHS[:1])
-    parser.add_argument("--only", default="", metavar="TEXT", help="ops whose name has this text")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="TEXT", help="ops whose name has one of these"
+    )
     parser.add_argument("--seconds", type=float, default=0.5, help="of each pass, about")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
@@ -206,6 +208,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--once", action="store_true", help="call ours once, and nothing else")
     parser.add_argument("--predict", action="store_true", help="the data sheets' rooflines alone")
     parser.add_argument("--tune", action="store_true", help="time configurations; needs a GPU")
+    parser.add_argument(
+        "--prepare", type=share, metavar="I/N", help="with --tune: compile share I (from 0) of N"
+    )
     args = parser.parse_args(argv)
     for name in ("batch", "rows"):
         if (value := getattr(args, name)) is not None and value < 2:
@@ -213,6 +218,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if any(width < 1 for width in args.widths):
         parser.error(f"--widths {args.widths}: must be at least 1")
     return args
+
+
+def share(text: str) -> tuple[int, int]:
+    """ "2/16": the third of sixteen shares."""
+    mine, every = map(int, text.split("/"))
+    if not 0 <= mine < every:
+        raise ValueError
+    return mine, every
 
 
 def written(text: str, path: Path | None) -> None:
@@ -225,10 +238,11 @@ def main(argv: list[str]) -> int:
     args = parse(argv)
     device = hardware.here()
     if args.tune:
-        return tune.main(device, args.seconds, args.only)
-    found = [c for c in cases(args.model, args.batch, args.rows, args.widths) if args.only in c.op]
+        return tune.main(device, args.seconds, args.only, args.prepare, args.json)
+    every = cases(args.model, args.batch, args.rows, args.widths)
+    found = [c for c in every if not args.only or any(text in c.op for text in args.only)]
     if not found:
-        print(f"error: --only {args.only}: no op has that in its name", file=sys.stderr)
+        print(f"error: --only {' '.join(args.only)}: no op has that in its name", file=sys.stderr)
         return 2
     if args.predict:
         text = predict(found)

@@ -5,12 +5,15 @@ the kernels' files, all compiled ahead of time and tested; here they take turns 
 models in configs/.
 """
 
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+import files
+import hardware
 import torch
 from stopwatch import Stopwatch
 
@@ -177,15 +180,32 @@ def ema_knobs(device: torch.device, shapes: Sequence[tuple[int, ...]]) -> Iterat
     )  # fmt: skip
 
 
-def knobs(device: torch.device) -> Iterator[Knob]:
-    """All, at the sizes of a training."""
-    yield from vicreg_knobs(device, [(25_088, 1280), (25_088, 384), (1024, 4096), (128, 1280)])
+def widths_of(make: Callable[..., Iterator[Knob]], *args) -> Iterator[Knob]:
     for width in WIDTHS:
-        yield from gather_knobs(device, IMAGES, width)
-        yield from stream_knobs(device, 16_384, width)
-    yield from gelu_knobs(device, 16_384, 5120)
-    yield from attention_knobs(device, ATTENTIONS)
-    yield from ema_knobs(device, [(1280, 5120), (1280,), (1280, 1280)] * 32)
+        yield from make(*args, width)
+
+
+# By family, all kernels at the sizes of a training.
+FAMILIES: dict[str, Callable[[torch.device], Iterator[Knob]]] = {
+    "vicreg": lambda device: vicreg_knobs(
+        device, [(25_088, 1280), (25_088, 384), (1024, 4096), (128, 1280)]
+    ),
+    "gather": lambda device: widths_of(gather_knobs, device, IMAGES),
+    "add_norm": lambda device: widths_of(stream_knobs, device, 16_384),
+    "gelu": lambda device: gelu_knobs(device, 16_384, 5120),
+    "attention": lambda device: attention_knobs(device, ATTENTIONS),
+    "ema": lambda device: ema_knobs(device, [(1280, 5120), (1280,), (1280, 1280)] * 32),
+}
+
+
+def knobs(device: torch.device, only: Sequence[str] = ()) -> Iterator[Knob]:
+    """Of each text the family of that name, or all kernels whose key has it; without any, all."""
+    for text in only or [""]:
+        if text in FAMILIES:
+            yield from FAMILIES[text](device)
+            continue
+        every = itertools.chain.from_iterable(make(device) for make in FAMILIES.values())
+        yield from (knob for knob in every if text in knob.key)
 
 
 def fastest(knob: Knob, watch: Stopwatch, seconds: float) -> tuple[int, list[float]]:
@@ -198,17 +218,29 @@ def fastest(knob: Knob, watch: Stopwatch, seconds: float) -> tuple[int, list[flo
     return (best if times[best] < MARGIN * times[0] else 0), times
 
 
-def tune(found: Iterator[Knob], watch: Stopwatch, seconds: float) -> dict[str, int | tuple]:
-    """By key, the numbers of the fastest candidate, where that is not the first."""
-    table = {}
+def tune(
+    found: Iterator[Knob], watch: Stopwatch, seconds: float
+) -> Iterator[tuple[Knob, int, list]]:
+    """Of each kernel with a choice, the index of the fastest candidate and all medians, in us."""
     for knob in found:
         if len(knob.candidates) < 2:
             continue
         best, times = fastest(knob, watch, seconds)
         print(f"{knob.key:32s} {best}  " + "  ".join(f"{us:.1f} us" for us in times), flush=True)
-        if best:
-            table[knob.key] = numbers_of(knob.candidates[best])
-    return table
+        yield knob, best, times
+
+
+def prepare(found: Iterator[Knob], share: tuple[int, int]) -> int:
+    """Call every `share[1]`-th candidate from number `share[0]` on, and so compile it; how many.
+
+    Processes that take a share each compile on all cores what one would compile on one: Triton
+    keeps it on the disk.
+    """
+    mine, every = share
+    calls = [(knob.call, c) for knob in found for c in knob.candidates]
+    for call, candidate in calls[mine::every]:
+        call(candidate)
+    return len(calls[mine::every])
 
 
 def numbers_of(candidate: int | tuple) -> int | tuple:
@@ -228,15 +260,40 @@ def source(table: dict[str, dict[str, int | tuple]]) -> str:
     return HEADER + "\n".join([*lines, "}"]) + "\n"
 
 
-def main(device: torch.device, seconds: float, only: str = "") -> int:
-    earlier = tuned.TUNED.get(launch.architecture(device), {})
+def written(found: dict[str, int | tuple], architecture: str) -> None:
+    """kernels/tuned.py with these keys of one architecture; what it says of others stays."""
+    TABLE.write_text(source(tuned.TUNED | {architecture: found}), encoding="utf-8")
+
+
+def main(
+    device: torch.device,
+    seconds: float,
+    only: Sequence[str] = (),
+    share: tuple[int, int] | None = None,
+    json_file: Path | None = None,
+) -> int:
+    """The table is written after each kernel. share: compile this share instead (`prepare`).
+    json_file: also the times of all candidates, which report.py --collect takes over."""
     if device.type != "cuda":
         print("error: --tune times kernels: it needs a CUDA device", file=sys.stderr)
         return 2
-    chosen = (knob for knob in knobs(device) if only in knob.key)
-    found = tune(chosen, Stopwatch(device), seconds)
-    if only:  # what it says of the other kernels stays
-        found = {k: v for k, v in earlier.items() if only not in k} | found
-    TABLE.write_text(source(tuned.TUNED | {launch.architecture(device): found}), encoding="utf-8")
+    if share:
+        print(f"prepared: {prepare(knobs(device, only), share)} candidates")
+        return 0
+    architecture = launch.architecture(device)
+    table, rows = dict(tuned.TUNED.get(architecture, {})), []
+    for knob, best, times in tune(knobs(device, only), Stopwatch(device), seconds):
+        table.pop(knob.key, None)
+        if best:
+            table[knob.key] = numbers_of(knob.candidates[best])
+        written(table, architecture)
+        rows.append({"key": knob.key, "best": best, "us": times} | named(knob))
+        if json_file:
+            about = {"architecture": architecture, "table": table, "rows": rows}
+            files.write(hardware.provenance(device) | about, json_file)
     print(f"written: {TABLE}")
     return 0
+
+
+def named(knob: Knob) -> dict:
+    return {"candidates": [numbers_of(candidate) for candidate in knob.candidates]}

@@ -161,8 +161,55 @@ def test_every_knob_turns_and_names_a_choice_the_kernels_make(monkeypatch):
 )
 def test_the_fastest_is_written_down_unless_it_may_be_noise(times, gain):
     knob = tune.Knob("a kernel", (Tile(1, 64), Tile(2, 64, 8)), lambda candidate: None)
-    table = tune.tune(iter([knob]), Fake(times), 0.0)
-    assert table == ({"a kernel": (2, 64, 8)} if gain else {})
+    ((found, best, us),) = tune.tune(iter([knob]), Fake(times), 0.0)
+    assert (found, best, us) == (knob, int(gain), [*times])
+
+
+class FakeGPU:
+    type = "cuda"
+
+
+def test_the_table_is_written_after_each_kernel(tmp_path, monkeypatch):
+    """A lease that ends in the middle of the tuning keeps what was found; other keys stay."""
+    tiles = Tile(1, 64), Tile(2, 64, 8)
+    python, found = tmp_path / "tuned.py", tmp_path / "tuned.json"
+
+    def knobs(device, only):
+        yield tune.Knob("first", tiles, lambda candidate: None)
+        assert '"first": (2, 64, 8)' in python.read_text()
+        assert json.loads(found.read_text())["table"]["first"] == [2, 64, 8]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tune, "knobs", knobs)
+    monkeypatch.setattr(tune, "TABLE", python)
+    monkeypatch.setattr(tune, "Stopwatch", lambda device: Fake((9.0, 5.0)))
+    monkeypatch.setattr(tune.launch, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(tune.hardware, "provenance", lambda device: {"commit": "c"})
+    with pytest.raises(KeyboardInterrupt):
+        tune.main(FakeGPU(), 0.0, json_file=found)
+    assert '"attention 128x64": (64, 32, 4, 2)' in python.read_text()
+    (row,) = json.loads(found.read_text())["rows"]
+    assert row["candidates"] == [[1, 64, 4], [2, 64, 8]] and row["us"] == [9.0, 5.0]
+
+
+def test_shares_prepare_every_candidate_once():
+    called = []
+    knobs = [tune.Knob(key, (1, 2, 3), lambda c, key=key: called.append((key, c))) for key in "ab"]
+    assert sum(tune.prepare(iter(knobs), (mine, 4)) for mine in range(4)) == 6
+    assert sorted(called) == [(key, c) for key in "ab" for c in (1, 2, 3)]
+    assert ops.share("3/4") == (3, 4)
+    with pytest.raises(ValueError):
+        ops.share("4/4")
+
+
+def test_a_family_is_made_alone(monkeypatch):
+    """Making another's knobs would compile its kernels."""
+    kept = [tune.Knob("add_norm 192", (1, 2), None)]
+    families = {"add_norm": lambda device: iter(kept), "vicreg": lambda device: 1 / 0}
+    monkeypatch.setattr(tune, "FAMILIES", families)
+    assert [*tune.knobs(CPU, ["add_norm"])] == kept
+    monkeypatch.setattr(tune, "FAMILIES", {"add_norm": families["add_norm"]})
+    assert [*tune.knobs(CPU)] == [*tune.knobs(CPU, ["norm 19"])] == kept
 
 
 def test_the_table_is_source_that_says_the_same():
