@@ -3,13 +3,18 @@
     python bench/report.py            # writes them all
     python bench/report.py --check    # exits with 1 where one of the texts says something else
     python bench/report.py --collect bench/results/gate-DATE    # first takes over what a GPU gave
+    python bench/report.py --collect results.tar.gz             # the same, as it came back
 
 So no figure is typed by hand. What was not measured is said to be so.
 """
 
 import argparse
 import json
+import re
+import shutil
 import sys
+import tarfile
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,8 +32,13 @@ BEGIN, END = "<!-- bench/report.py writes from here -->\n", "<!-- to here -->\n"
 UNTRAINED, TRAINED, PIXELS = "untrained", "trained", "raw pixels"
 PHASES = ("target", "context", "predictor", "loss", "backward", "optimiser", "average", "rest")
 ERRORS = {"error_kw": {"capsize": 2.5, "elinewidth": 1}}
-# Of a folder of bench/gpu_gate.sh: what is appended to a list here, what replaces a file.
+# Of a folder of bench/gpu_gate.sh: what is appended to a list here, what replaces a file here, and
+# what goes into the folder of its GPU.
 APPENDED, REPLACED = "throughput*.json", ("ops.json", "attention.json", "saving.json")
+OF_A_GPU = ("ceilings.json", "matmuls.json", "fp8.json", "tuned.json", "knn.json")
+TEXTS = ("profile_*.txt", "summary.txt")
+PACKED = "results.tar.gz"  # the same files in one
+FP8 = "model.target_precision=fp8"
 SIZES = (
     "model.",
     "predictor.",
@@ -65,15 +75,31 @@ def on_gpu(row: dict) -> bool:
     return row["hardware"]["kind"] == "cuda"
 
 
+def changes(row: dict) -> list[str]:
+    """What its step is of, beside the configuration: overrides, and what no key sets."""
+    return [*(row.get("overrides") or ()), *(row.get("also") or ())]
+
+
+def does_less(row: dict) -> bool:
+    """Whether its step is another than a run's of that configuration in bf16."""
+    return bool(row.get("also")) or FP8 in changes(row)
+
+
 def throughput_lines(rows: list[dict]) -> Iterator[Line]:
-    """images/s only from a GPU; of a CPU the ratios to the reference's step, those of a command on
-    one line."""
-    rows = latest(rows, "config", "step", "batch", "data", "overrides")
+    """images/s only from a GPU, the fastest of a configuration first; of a CPU the ratios to the
+    reference's step, those of a command on one line."""
+    rows = latest(rows, "config", "step", "batch", "data", "overrides", "also")
     names = list(dict.fromkeys(row["config"] for row in rows))
     turns: dict[tuple[str, str, str], list[dict]] = {}
-    for row in sorted(rows, key=lambda row: (not on_gpu(row), names.index(row["config"]))):
+
+    def order(row: dict) -> tuple:
+        turn = "step" in row
+        speed = 0 if turn else -row["images_per_s"]
+        return not on_gpu(row), names.index(row["config"]), turn, does_less(row), speed
+
+    for row in sorted(rows, key=order):
         device, where = row["hardware"]["device"], f"`{row['command']}`"
-        size = ", ".join((f"batch {row['batch']}", *(row.get("overrides") or ())))
+        size = ", ".join((f"batch {row['batch']}", *changes(row)))
         if "step" in row:
             if row["step"] != "ours":
                 what = f"{size}: our step beside the plain {row['step']}"
@@ -196,7 +222,8 @@ def with_table(readme: str, text: str) -> str:
 def draw(rows: list[dict], path: Path) -> bool:
     """Bars of images/s, and of where a step's time goes, a bar a configuration. False, and nothing
     is written, where no row has phases."""
-    rows = [row for row in latest(rows, "config", "batch", "data") if row.get("phases_ms")]
+    rows = [row for row in rows if row.get("phases_ms") and not does_less(row)]
+    rows = latest(rows, "config", "batch", "data")
     if not rows:
         return False
     names = [f"{row['config']}\n{row['data']}, batch {row['batch']}" for row in rows]
@@ -276,11 +303,23 @@ def at_full_size(row: dict) -> bool:
     return on_gpu(row) and not any(text.startswith(SIZES) for text in row.get("overrides", ()))
 
 
-def collect(folder: Path, results: Path) -> list[str]:
+def collect(given: Path, results: Path, tuned: Path | None = None) -> list[str]:
     """Take over what the gate measured on a GPU, each row once; says what was taken.
 
-    Raises ValueError where the folder holds nothing of a GPU at full size.
+    given: the gate's folder, or its results.tar.gz. tuned: the table of the kernels' configurations
+    (kernels/tuned.py) to write what the gate's tuner found into. Raises ValueError where nothing is
+    of a GPU at full size.
     """
+    packed = given if given.is_file() else given / PACKED
+    if not packed.exists():
+        return taken(given, results, tuned)
+    with tempfile.TemporaryDirectory() as folder:
+        with tarfile.open(packed) as tar:
+            tar.extractall(folder, filter="data")
+        return taken(Path(folder), results, tuned)
+
+
+def taken(folder: Path, results: Path, tuned: Path | None) -> list[str]:
     said = []
     kept = loaded(results, "throughput.json") or []
     for path in sorted(folder.glob(APPENDED)):
@@ -291,24 +330,66 @@ def collect(folder: Path, results: Path) -> list[str]:
             said.append(f"{path.name}: {len(new)} of {len(rows)} rows appended")
     if said:
         files.write(kept, results / "throughput.json")
-    for name in REPLACED:
+    whose: set[str] = set()
+    for name in (*REPLACED, *OF_A_GPU):
         found = loaded(folder, name)
-        if found and at_full_size(found) and found.get("batch") is None:  # None: each model's own
-            files.write(found, results / name)
-            said.append(f"{name}: {len(found['rows'])} rows, in place of those before")
+        # a batch of None: each model's own
+        if not (found and at_full_size(found) and found.get("batch") is None):
+            continue
+        own = short_name(found["hardware"]["device"])
+        path = results / name if name in REPLACED else results / own / name
+        whose.add(own)
+        files.write(found, path)
+        said.append(f"{name}: to {path.relative_to(results)}")
+        if name == "tuned.json" and tuned:
+            said.append(take_configurations(found, tuned))
+    if len(whose) == 1:
+        said += [*take_texts(folder, results / whose.pop())]
     if not said:
         raise ValueError(f"{folder}: holds no new figures of a GPU at a configuration's own sizes")
     return said
 
 
+def short_name(device: str) -> str:
+    """ "h200" of "NVIDIA H200", "h100_80gb_hbm3" of "NVIDIA H100 80GB HBM3"."""
+    name = device.lower().removeprefix("nvidia ")
+    return re.sub(r"[^a-z0-9]+", "_", name).strip("_") or "gpu"
+
+
+def take_texts(folder: Path, own: Path) -> Iterator[str]:
+    for pattern in TEXTS:
+        for path in sorted(folder.glob(pattern)):
+            own.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, own / f"gate_{path.name}")
+            yield f"{path.name}: to {own.name}/gate_{path.name}"
+
+
+def take_configurations(found: dict, table: Path) -> str:
+    """The tuner's choices of one architecture into kernels/tuned.py, as numbers alone. Raises
+    ValueError for what is no such table."""
+    from tune import TUNED, source  # imports Triton
+
+    architecture, chosen = found.get("architecture", ""), found.get("table")
+    if not re.fullmatch(r"sm_\d+", architecture) or not isinstance(chosen, dict):
+        raise ValueError(f"tuned.json: no table of an architecture ({architecture!r})")
+    new = {}
+    for key, numbers in chosen.items():
+        each = numbers if isinstance(numbers, list) else [numbers]
+        if not re.fullmatch(r"[\w ]+", key) or not all(type(n) in (int, type(None)) for n in each):
+            raise ValueError(f"tuned.json: {key!r}: {numbers!r} is no configuration of a kernel")
+        new[key] = tuple(numbers) if isinstance(numbers, list) else numbers
+    table.write_text(source(TUNED | {architecture: new}), encoding="utf-8")
+    return f"{table.name}: {len(new)} keys of {architecture}; now make kernels-check"
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true", help="compare, write nothing")
-    parser.add_argument("--collect", type=Path, metavar="FOLDER", help="a gate's, with its figures")
+    parser.add_argument("--collect", type=Path, metavar="OUT", help="of a gate, or its tar")
     args = parser.parse_args(argv)
     if args.collect:
         try:
-            print("\n".join(collect(args.collect, RESULTS)))
+            print("\n".join(collect(args.collect, RESULTS, ROOT / "kernels" / "tuned.py")))
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2

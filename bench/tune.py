@@ -25,6 +25,7 @@ from cjepa_fast.kernels.common.tiles import copy_tiles, row_tiles
 from cjepa_fast.kernels.ema import adamw, plain_update
 from cjepa_fast.kernels.ema.lists import CHUNKS, on_device
 from cjepa_fast.kernels.gather import predictor, targets, tokens
+from cjepa_fast.kernels.tuned import TUNED
 from cjepa_fast.kernels.vicreg import backward as vicreg_backward
 from cjepa_fast.kernels.vicreg import forward as vicreg_forward
 from cjepa_fast.kernels.vicreg.columns import launch_columns
@@ -262,7 +263,7 @@ def source(table: dict[str, dict[str, int | tuple]]) -> str:
 
 def written(found: dict[str, int | tuple], architecture: str) -> None:
     """kernels/tuned.py with these keys of one architecture; what it says of others stays."""
-    TABLE.write_text(source(tuned.TUNED | {architecture: found}), encoding="utf-8")
+    TABLE.write_text(source(TUNED | {architecture: found}), encoding="utf-8")
 
 
 def main(
@@ -281,7 +282,7 @@ def main(
         print(f"prepared: {prepare(knobs(device, only), share)} candidates")
         return 0
     architecture = launch.architecture(device)
-    table, rows = dict(tuned.TUNED.get(architecture, {})), []
+    table, rows = dict(TUNED.get(architecture, {})), []
     for knob, best, times in tune(knobs(device, only), Stopwatch(device), seconds):
         table.pop(knob.key, None)
         if best:

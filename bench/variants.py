@@ -56,7 +56,7 @@ VARIANTS = {
 
 @contextlib.contextmanager
 def set_up(variant: Variant) -> Iterator[list[str]]:
-    """What no key sets, within the block; what to write beside the row's overrides."""
+    """What no key sets, within the block; as words for the row."""
     said = []
     with contextlib.ExitStack() as stack:
         if variant.context_k:
@@ -99,7 +99,7 @@ def measured(name: str, which: str, args: argparse.Namespace) -> list[dict]:
     finally:
         measure.forget(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         torch.compiler.reset()
-    return [row | {"variant": which, "overrides": row["overrides"] + said} for row in rows]
+    return [row | {"variant": which, "also": said} for row in rows]
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

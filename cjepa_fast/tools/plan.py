@@ -222,13 +222,13 @@ def _step(config: Config) -> tuple:
 
 def measured_rows(rows: list[dict]) -> list[dict]:
     """Of bench/results/throughput.json's rows what measured.json holds: those of a GPU whose rate
-    is known."""
+    is known, and whose step a configuration gives (`also`: what no key sets)."""
     kept = ("config", "overrides", "precision", "batch", "processes", "joules_per_image", "commit")
     return [
         {**{key: row.get(key) for key in kept}, "device": row["hardware"]["device"],
          "mfu_pct": row["mfu_sheet_pct"]}
         for row in rows
-        if row.get("config") and row.get("mfu_sheet_pct")
+        if row.get("config") and row.get("mfu_sheet_pct") and not row.get("also")
     ]  # fmt: skip
 
 

@@ -1,11 +1,7 @@
 """The bench: what its figures are made of, and that the GPU gate tells a failure."""
 
 import json
-import os
-import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import tiny
@@ -332,16 +328,6 @@ def test_two_ranks_are_measured_together_and_against_one(tmp_path):
     assert "scaling %" in done.stdout and done.stdout.count("images/s each") == 1
 
 
-STAND_IN = """#!/bin/sh
-# Stands in for Python: notes how it was called; fails where the test asks for it.
-echo "$@" >> "$CALLS"
-case "$*" in
-  *"not torch.cuda"*) exit "$NO_GPU" ;;
-  *$FAILING*) exit 3 ;;
-esac
-"""
-
-
 def test_a_trace_s_kernels_are_summed_and_their_overlap_counts_once(tmp_path):
     def kernel(name: str, ts: float, dur: float, cat: str = "kernel") -> dict:
         return {"name": name, "ts": ts, "dur": dur, "cat": cat}
@@ -365,64 +351,3 @@ def test_a_trace_s_kernels_are_summed_and_their_overlap_counts_once(tmp_path):
     ]
     trace.write_text(json.dumps({"traceEvents": events[-2:]}))
     assert timeline.summary(trace, 2) == ""
-
-
-BY_THROUGHPUT = ["models", "profile", "recorded", "reference", "compiled", "others", "target"]
-BY_THROUGHPUT += ["decode", "from-jpeg"]
-
-
-@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
-@pytest.mark.parametrize("no_gpu", ["0", "1"])
-@pytest.mark.parametrize("failing", ["no part", "throughput.py", "--resume"])
-def test_the_gate_runs_every_part_and_fails_with_any(tmp_path, failing, no_gpu):
-    python, calls, out = tmp_path / "python", tmp_path / "calls", tmp_path / "out"
-    python.write_text(STAND_IN)
-    python.chmod(0o755)
-    env = os.environ | {"PYTHON": str(python), "CALLS": str(calls), "FAILING": failing}
-    images = str(tmp_path)
-    gate = ["bash", str(BENCH / "gpu_gate.sh"), str(out), images]
-    env["NO_GPU"] = no_gpu
-    done = subprocess.run(gate, env=env, capture_output=True, text=True, timeout=tiny.HANG_S)
-    summary = (out / "summary.txt").read_text()
-    failed = [line.split()[0] for line in summary.splitlines() if "FAILED" in line]
-    expected = {"no part": [], "throughput.py": BY_THROUGHPUT, "--resume": ["resume"]}
-    assert failed == expected[failing]
-    assert (done.returncode != 0) == bool(failed)
-    called = calls.read_text()
-    for needed in (
-        "-m gpu",
-        "attention.py",
-        "--against reference",
-        "--set mask.context=fixed",
-        "ops.py",
-        "bench/fp8.py",
-        "--set model.target_precision=fp8 --set run.target_stream=true",
-        "--data decode-only",
-        "--data both",
-        "--profile",
-        "train.py",
-        "--resume auto",
-        "eval knn",
-        "not gpu",
-    ):
-        assert needed in called
-    assert f"data.path={images}" in called
-    timed = " ".join(line for line in called.splitlines() if "--data synthetic" in line).split()
-    for config in (tiny.ROOT / "configs").glob("*.json"):
-        assert no_gpu == "1" or config.stem in timed
-    assert ("model.width=48" in timed) == (no_gpu == "1")  # toy size
-
-
-@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
-def test_the_gate_starts_no_part_without_time(tmp_path):
-    python, calls, out = tmp_path / "python", tmp_path / "calls", tmp_path / "out"
-    python.write_text(STAND_IN)
-    python.chmod(0o755)
-    env = os.environ | {"PYTHON": str(python), "CALLS": str(calls), "FAILING": "nothing"}
-    gate = ["bash", str(BENCH / "gpu_gate.sh"), str(out)]
-    done = subprocess.run(
-        gate, env=env | {"BUDGET_S": "0", "NO_GPU": "1"}, capture_output=True, timeout=tiny.HANG_S
-    )
-    assert done.returncode == 1
-    assert "train.py" not in calls.read_text()
-    assert "no time was left" in Path(out / "summary.txt").read_text()

@@ -1,0 +1,104 @@
+#!/usr/bin/env bash
+# The second call on a GPU, after gpu_gate.sh and of less than ten minutes too:
+#
+#     PYTHON=python3 bench/gpu_more.sh [OUT] [IMAGES]
+#
+# Decoding alone and a step from JPEG files (with DALI where its wheel came along); every test that
+# needs a GPU; the kernels under compute-sanitizer; ViT-S on IMAGES (a labelled folder or shards, some
+# 40 MB; else the synthetic shapes), interrupted and resumed, with kNN as it trains and at the end;
+# every model as it ships; each kernel beside its reference; attention at every length; what a
+# checkpoint costs the step; FP8's error; the fast tests. gate.sh says how results are kept, and what
+# the environment may ask for. Exits non-zero if any part failed.
+#
+# Without a GPU the same parts run at toy size. Tests that start several ranks are left to
+# `make test`: two ranks cannot share one GPU's NCCL.
+cd "$(dirname "$0")/.."
+BUDGET_S="${BUDGET_S:-560}"
+source bench/gate.sh
+
+# A test file a core, since most of their time is spent compiling or importing. Status 5: a file had
+# no test of the kind.
+each_file='xargs -P "$(nproc)" -I{} bash -c "\"$0\" -m pytest -q -m \"$1\" {} || [[ \$? == 5 ]]"'
+gpu_tests="\"$PYTHON\" -m pytest -q -m gpu -n 8 --dist load \
+  \$(grep -rlE 'mark.gpu|kernel_device' tests --include='test_*.py')"
+
+# Train for SECONDS, then ask with SIGTERM: the run finishes its step, saves and exits with 0.
+train_for() { # PART SECONDS ARGUMENTS...
+  local name=$1 seconds=$2
+  shift 2
+  part "$name" $((seconds + 40)) timeout --preserve-status --kill-after=35 "$seconds" \
+    "$PYTHON" cjepa_fast/train.py --config "$train_config" --set "run.dir=$WORK/run" \
+    --set telemetry.every_steps=5 "${train_sets[@]}" "$@"
+}
+
+models=()
+for file in configs/*.json; do models+=("$(basename "$file" .json)"); done
+
+if [[ -n $IMAGES ]]; then
+  train_config=imagenette128_vit_s
+  train_sets=(--set "data.path=$IMAGES" --set "eval.online.data=$IMAGES")
+  train_sets+=(--set eval.online.every_epochs=2 --set eval.online.share=0.3)
+  knn_data=(--data "$IMAGES")
+else
+  train_config=demo
+  train_sets=()
+  knn_data=(--data shapes --test shapes:val)
+fi
+
+if [[ $gpu ]]; then
+  bench_size=(--steps 10 --warmup 9)
+  attention_size=()
+  ops_size=(--seconds 0.2 --model H --widths 768 1280)
+  fp8_size=(--seconds 2)
+  saving_size=(--config vit_h --batch-size 128)
+  fast_tests="find tests -name 'test_*.py' -not -path 'tests/faults/*'"
+  jpeg_config=vit_s
+  train_s=60 resume_s=30 knn_train=10000
+else
+  bench_size=(--steps 2 --warmup 1 "${toy[@]}")
+  attention_size=(--config demo vit_t "${toy[@]}")
+  models=(vit_t vit_h)
+  ops_size=(--seconds 0 --no-compile --batch-size 2 --rows 300 --widths 96)
+  fp8_size=(--seconds 0)
+  saving_size=(--config demo --batch-size 2 --saves 1)
+  fast_tests="echo tests/config/test_config.py tests/project/test_imports.py | xargs -n 1"
+  jpeg_config=demo
+  train_sets+=(--set data.batch_size=16 --set data.micro_batch_size=16 --set model.depth=1)
+  train_s=45 resume_s=30 knn_train=500
+fi
+if [[ -z $IMAGES ]]; then
+  part shapes 120 "$PYTHON" -c 'from cjepa_fast.data.sets import shapes
+for split in ("train", "val"): shapes.ensure(split)'
+fi
+
+part doctor 60 "$PYTHON" -m cjepa_fast.tools.doctor
+part decode 40 "$PYTHON" bench/throughput.py --config "$jpeg_config" --data decode-only \
+  --data-path "${IMAGES:-shapes}" "${bench_size[@]}" --json "$FOUND/throughput_decode.json"
+part from-jpeg 60 "$PYTHON" bench/throughput.py --config "$jpeg_config" --data both \
+  --data-path "${IMAGES:-shapes}" "${bench_size[@]}" --json "$FOUND/throughput_jpeg.json"
+part tests-gpu 120 bash -c "$gpu_tests"
+if command -v compute-sanitizer >/dev/null; then
+  for tool in memcheck racecheck; do
+    part $tool 45 compute-sanitizer --tool $tool --error-exitcode 9 \
+      "$PYTHON" bench/ops.py --once --model T --batch-size 2 --rows 300 --widths 96
+  done
+fi
+train_for train "$train_s"
+train_for resume "$resume_s" --resume auto
+part knn 60 "$PYTHON" -m cjepa_fast.eval knn "$WORK/run" "${knn_data[@]}" --untrained \
+  --max-train "$knn_train" --json "$FOUND/knn.json"
+part curves 30 "$PYTHON" -m cjepa_fast.eval curves "$WORK/run" --out "$FOUND/curves.png"
+part models 150 "$PYTHON" bench/throughput.py --config "${models[@]}" --data synthetic \
+  "${bench_size[@]}" --json "$FOUND/throughput_shipped.json" --plot "$FOUND/models.png"
+part target 60 "$PYTHON" bench/throughput.py --config "${models[@]:0:2}" --data synthetic \
+  "${bench_size[@]}" --set model.target_precision=fp8 --set run.target_stream=true \
+  --json "$FOUND/throughput_target.json"
+part ops 90 "$PYTHON" bench/ops.py "${ops_size[@]}" --json "$FOUND/ops.json" \
+  --markdown "$FOUND/ops.md"
+part attention 60 "$PYTHON" bench/attention.py "${attention_size[@]}" --json "$FOUND/attention.json"
+part fp8 60 "$PYTHON" bench/fp8.py "${fp8_size[@]}" --json "$FOUND/fp8.json"
+part saving 60 "$PYTHON" bench/saving.py "${saving_size[@]}" --folder "$WORK" \
+  --json "$FOUND/saving.json"
+part tests-fast 120 bash -c "$fast_tests | $each_file" "$PYTHON" \
+  "not gpu and not slow and not multiprocess"
+summarise

@@ -1,0 +1,191 @@
+"""bench/gpu_gate.sh and gpu_more.sh: no part is forgotten, no failure hidden, and nothing is lost
+on the way back. A stand-in takes Python's place; its figures are invented and stay in the test."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+
+import pytest
+import tiny
+
+sys.path.insert(0, str(tiny.ROOT / "bench"))  # no package: its scripts import each other by name
+
+import report
+
+BENCH = tiny.ROOT / "bench"
+pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+MOST_FILES, MOST_BYTES = 8, 16 * 2**20  # that a lent machine hands back
+BY_SCRIPT = {
+    "gpu_gate.sh": {
+        "doctor": "tools.doctor", "ceilings": "ceilings.py", "tests": "-m gpu",
+        "models": "--variant fused graph compiled", "profile": "--profile",
+        "prepare": "--prepare 15/16", "tune": "--tune --only attention add_norm gelu",
+        "tuned": "throughput_tuned", "matmuls": "matmuls.py",
+        "others": "--variant fp8 k78 batch256", "reference-b": "--against reference",
+        "reference-h": "--batch-size 32",
+    },
+    "gpu_more.sh": {
+        "doctor": "tools.doctor", "decode": "--data decode-only", "from-jpeg": "--data both",
+        "tests-gpu": "-m gpu", "train": "train.py", "resume": "--resume auto", "knn": "eval knn",
+        "curves": "eval curves", "models": "throughput_shipped", "target": "run.target_stream",
+        "ops": "ops.py", "attention": "attention.py", "fp8": "bench/fp8.py",
+        "saving": "saving.py", "tests-fast": "not gpu",
+    },
+}  # fmt: skip
+
+
+@pytest.fixture
+def gate(tmp_path, monkeypatch):
+    """Starts one of the scripts, from a copy of the folder, since it writes kernels/tuned.py."""
+    python = tmp_path / "python"
+    stand_in = tiny.ROOT / "tests" / "bench" / "gate_stand_in.py"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I "{stand_in}" "$@"\n')
+    python.chmod(0o755)
+    copy = tmp_path / "copy"
+    for folder in ("configs", "kernels"):
+        shutil.copytree(tiny.ROOT / folder, copy / folder)
+    (copy / "tests").mkdir()
+    (copy / "tests" / "test_it.py").write_text("kernel_device")
+    (copy / "bench").mkdir()
+    for path in BENCH.glob("*.sh"):
+        shutil.copy(path, copy / "bench")
+    monkeypatch.delenv("CJEPA_REAL_IMAGES", raising=False)
+
+    def start(script: str, **settings) -> subprocess.Popen:
+        names = {"PYTHON": str(python), "CALLS": str(tmp_path / "calls"), "FAILING": "nothing"}
+        env = os.environ | names | {"NO_GPU": "0"} | settings
+        command = ["bash", str(copy / "bench" / script), str(tmp_path / "out"), str(tmp_path)]
+        return subprocess.Popen(
+            command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+
+    return start
+
+
+@pytest.mark.parametrize("no_gpu", ["0", "1"])
+@pytest.mark.parametrize("script", BY_SCRIPT)
+def test_every_part_runs(tmp_path, gate, script, no_gpu):
+    assert gate(script, NO_GPU=no_gpu).wait(tiny.HANG_S) == 0
+    summary, calls = (tmp_path / "out" / "summary.txt").read_text(), (tmp_path / "calls")
+    parts = {line.split()[0] for line in summary.splitlines() if " passed " in line}
+    own = {"memcheck", "racecheck"} if shutil.which("compute-sanitizer") else set()
+    only_gpu = {"prepare", "tune"} if no_gpu == "1" else set()
+    assert parts - own == BY_SCRIPT[script].keys() - only_gpu
+    called = calls.read_text()
+    for part in parts - own if no_gpu == "0" else ():
+        assert BY_SCRIPT[script][part] in called, part
+    assert ("model.width=48" in called) == (no_gpu == "1")  # toy size
+    for config in (tiny.ROOT / "configs").glob("*.json") if script == "gpu_more.sh" else ():
+        assert no_gpu == "1" or config.stem in called.split()
+
+
+@pytest.mark.parametrize(
+    ("script", "failing", "parts"),
+    [
+        ("gpu_gate.sh", "variants.py", ["models", "profile", "tuned", "others"]),
+        ("gpu_more.sh", "--resume", ["resume"]),
+    ],
+)
+def test_a_failing_part_is_told_and_the_others_run(tmp_path, gate, script, failing, parts):
+    assert gate(script, FAILING=failing).wait(tiny.HANG_S) == 1
+    summary = (tmp_path / "out" / "summary.txt").read_text()
+    assert [line.split()[0] for line in summary.splitlines() if "FAILED" in line] == parts
+    assert f"parts failed: {len(parts)}" in summary
+
+
+@pytest.mark.parametrize("script", BY_SCRIPT)
+def test_no_part_is_started_without_time(tmp_path, gate, script):
+    assert gate(script, BUDGET_S="0").wait(tiny.HANG_S) == 1
+    calls = (tmp_path / "calls").read_text()
+    assert "bench/" not in calls and "train.py" not in calls
+    assert "no time was left" in (tmp_path / "out" / "summary.txt").read_text()
+
+
+def test_only_the_parts_asked_for_run(tmp_path, gate):
+    assert gate("gpu_gate.sh", PARTS="matmuls doctor").wait(tiny.HANG_S) == 0
+    lines = (tmp_path / "out" / "summary.txt").read_text().splitlines()
+    assert [line.split()[0] for line in lines if " passed " in line] == ["doctor", "matmuls"]
+
+
+def test_all_comes_back_in_few_small_files_and_is_taken_over(tmp_path, gate, monkeypatch):
+    """Into the table, the README's rows, the plots and the kernels' configurations."""
+    assert gate("gpu_gate.sh").wait(tiny.HANG_S) == 0
+    out, results, table = tmp_path / "out", tmp_path / "results", tmp_path / "tuned.py"
+    came = {path.name: path.stat().st_size for path in out.iterdir()}
+    assert came.keys() == {"summary.txt", "results.tar.gz"}
+    assert len(came) <= MOST_FILES and max(came.values()) < MOST_BYTES
+    with tarfile.open(out / "results.tar.gz") as tar:
+        names = {name.removeprefix("./") for name in tar.getnames()}
+    assert {"gate.log", "tuned.py", "tuned.json", "profile_fused_vit_h_synthetic.txt"} <= names
+    assert not [name for name in names if "trace" in name]
+
+    results.mkdir()
+    said = report.collect(out, results, table)
+    assert "throughput_models.json: 9 of 9 rows appended" in said
+    assert '"gelu": (4096, 8)' in table.read_text() and '"x 5": 3' in table.read_text()
+    text = (results / "h200" / "gate_profile_fused_vit_h_synthetic.txt").read_text()
+    assert text.startswith("a step: 180000 us")
+    assert (results / "h200" / "matmuls.json").exists()
+    found = report.lines(results)
+    best = "vit_h, batch 128, mask.context=fixed, run.cuda_graph=true, synthetic"
+    shown = report.headline(found)
+    assert f"| {best} | NVIDIA H200 | 735 images/s, MFU 52.5 % |" in shown  # neither FP8 nor K=78
+    assert "vit_h, batch 128, mask.context=fixed, K=78, synthetic" in report.table(found)
+    assert "2.50, 2.50 times as fast" not in shown  # of two commands
+    rows = json.loads((results / "throughput.json").read_text())
+    plain = [row for row in rows if row.get("mfu_sheet_pct") and not row["also"]]
+    assert len(report.measured_rows(rows)) == len(plain)  # whose configurations cjepa-plan loads
+    assert report.draw(rows, results / "a.png") and (results / "a.png").stat().st_size > 5000
+    assert report.draw_beside_reference(rows, results / "b.png")
+
+
+def test_a_machine_that_stops_loses_one_part(tmp_path, gate):
+    running = gate("gpu_gate.sh", HANGING="matmuls.py")
+    calls, until = tmp_path / "calls", time.monotonic() + tiny.HANG_S
+    while not (calls.exists() and "matmuls.py" in calls.read_text()):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    os.killpg(running.pid, 9)
+    running.wait()
+    (tmp_path / "results").mkdir()
+    said = report.collect(tmp_path / "out" / "results.tar.gz", tmp_path / "results")
+    assert any(line.startswith("throughput_tuned.json") for line in said)
+    assert "tuned" in (tmp_path / "out" / "summary.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"architecture": "sm_90", "table": {'a": 0}\nimport os': 1}},
+        {"architecture": "sm_90", "table": {"gelu": "__import__('os')"}},
+        {"architecture": "sm_90", "table": {"gelu": [True]}},
+        {"architecture": '"', "table": {}},
+        {"architecture": "sm_90"},
+    ],
+)
+def test_configurations_are_numbers_and_nothing_else(tmp_path, wrong):
+    """They become the source of kernels/tuned.py."""
+    table = tmp_path / "tuned.py"
+    with pytest.raises(ValueError, match=r"tuned\.json"):
+        report.take_configurations(wrong, table)
+    assert not table.exists()
+
+
+def test_wheels_in_pieces_are_joined(tmp_path, gate):
+    """A machine is sent so much at a time."""
+    pieces = tmp_path / "pieces"
+    pieces.mkdir()
+    for number, text in enumerate(("ab", "cd", "e")):
+        (pieces / f"dali-1-py3-none-any.whl.0{number}").write_text(text)
+    copy = tmp_path / "joined"
+    python = tmp_path / "pip"
+    python.write_text(f'#!/bin/sh\nfor last; do :; done\n[ -f "$last" ] && cp "$last" {copy}\n')
+    python.chmod(0o755)
+    done = gate("gpu_gate.sh", PARTS="wheels", WHEELS=str(pieces), PYTHON=str(python))
+    done.wait(tiny.HANG_S)
+    assert copy.read_text() == "abcde"
