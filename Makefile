@@ -27,8 +27,13 @@ demo-compare: $(STAMP) ## the demo beside I-JEPA, the same without VICReg: curve
 test: $(STAMP) ## every test that this machine can run
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not faults" $(WORKERS)
 
-kernels-check: $(STAMP) ## compile every configuration of every kernel for sm_80, 90 and 100
-	@PYTHONPATH=tests:. $(RUN) tests/kernels/aot_worker.py --processes $$(nproc) --markdown bench/results/aot.md
+kernels-check: $(STAMP) ## compile every kernel for sm_80, 90 and 100, fail where one got worse (ACCEPT=1: take it)
+	@PYTHONPATH=tests:. $(RUN) tests/kernels/aot_worker.py --processes $$(nproc) $(if $(ACCEPT),--accept) \
+	  --markdown bench/results/aot.md
+ifdef BESIDE  # the Python of an environment with another Triton, as 3.6.0
+	@PYTHONPATH=tests:. $(BESIDE) tests/kernels/aot_worker.py --processes $$(nproc) --arch 90 --shipped $(if $(ACCEPT),--accept) \
+	  --machine bench/results/aot_beside.md
+endif
 
 faults: $(STAMP) ## kill runs at 20 moments, on 1 and 2 processes, and compare them with whole ones
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest tests/faults

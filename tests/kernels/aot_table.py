@@ -34,7 +34,8 @@ def is_current(table: Path = TABLE) -> bool:
 
 def cells(table: Path = TABLE) -> dict[tuple[str, int], str]:
     """What it says of a kernel on an architecture, by name and number."""
-    rows = [x.strip("| ").split(" | ") for x in table.read_text().splitlines() if x[:1] == "|"]
+    first = table.read_text().partition("\n## ")[0]  # the machine code's table follows
+    rows = [x.strip("| ").split(" | ") for x in first.splitlines() if x[:1] == "|"]
     archs = [int(head.removeprefix("sm_")) for head in rows[0][2:]]
     return {
         (name, arch): cell

@@ -1,15 +1,19 @@
 """Compile every kernel in every configuration without a GPU, and report what came out.
 
     aot_worker.py [--module gather ema.adamw ...] [--arch 80 90 100] [--only TEXT] [--shipped]
-                  [--sample N] [--processes N] [--json F] [--markdown F]
+                  [--sample N] [--processes N] [--json F] [--markdown F] [--machine F]
 
 A process of its own, since one that interprets kernels cannot compile them. Exits with 1 where a
 kernel spills, needs more shared memory or registers than the device has, or lacks an instruction
 that it must have; the report names it. With --sample, N drawn at random are compiled, and must be
-as the committed table has them.
+as the committed table has them. Of what configs/ launch on sm_90 the machine code is read too
+(machine_code.py); where it has taken a step back from the committed table, that is wrong as well,
+unless --accept is given. --machine writes that part alone: of another version of Triton, by the
+Python of its environment.
 """
 
 import argparse
+import functools
 import json
 import multiprocessing
 import os
@@ -24,6 +28,7 @@ from pathlib import Path
 os.environ["TRITON_INTERPRET"] = "0"
 
 import aot_table
+import machine_code
 import shipped
 import triton
 from kernel_checks import modules_to_compile
@@ -34,6 +39,7 @@ BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Bytes of shared memory that a program may have (CUDA C++ Programming Guide, compute capabilities).
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 REGISTER_FILE = 65536  # 4-byte registers of a multiprocessor, on all of these
+READ = 90  # the architecture whose machine code is read
 
 
 def compiled(one, arch: int):
@@ -73,7 +79,23 @@ def report(one, arch: int) -> dict:
     wrong += [f"{row['spills']} bytes of spills"] * (not kept)
     wrong += [f"{row['shared']} bytes of shared memory"] * (row["shared"] > SHARED[arch])
     wrong += ["too many registers"] * (row["registers"] * 32 * one.num_warps > REGISTER_FILE)
+    if arch == READ and one.name in _read_names():
+        fitting = machine_code.programs(row["registers"], row["shared"], one.num_warps, arch)
+        row["code"] = machine_code.read(machine_code.disassembled(made.asm["cubin"], BIN), fitting)
     return row | {"wrong": wrong}
+
+
+@functools.cache
+def _read_names() -> set[str]:
+    """The kernels whose machine code is read: what the trainings in configs/ launch."""
+    return shipped.shipped(READ)[0]
+
+
+def hold_against(rows: list[dict], before: dict[str, machine_code.Code]) -> None:
+    """Adds to what is wrong with a row where its machine code has taken a step back."""
+    for row in rows:
+        if "code" in row and row["name"] in before:
+            row["wrong"] += machine_code.worse(before[row["name"]], row["code"])
 
 
 def compare(rows: list[dict]) -> None:
@@ -134,7 +156,21 @@ def markdown(rows: list[dict]) -> str:
         cells = [_cell(found[arch]) if arch in found else "" for arch in archs]
         warps = next(iter(found.values()))["warps"]
         lines.append(f"| {name} | {warps} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *machine_markdown(rows)]) + "\n"
+
+
+def machine_markdown(rows: list[dict]) -> list[str]:
+    model = " ".join(machine_code.__doc__.split("\n\n")[1].split())
+    return [
+        f"## Machine code of what configs/ launch, sm_{READ}",
+        "",
+        "Programs a multiprocessor; matrix instructions of a warpgroup and of a warp; loads and"
+        " stores of a thread's own memory (spills); barriers in loops; and the issue bound.",
+        "",
+        model,
+        "",
+        *machine_code.markdown([row for row in rows if "code" in row]),
+    ]
 
 
 def _cell(row: dict) -> str:
@@ -152,6 +188,8 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--machine", type=Path, help="write the machine code's table alone there")
+    parser.add_argument("--accept", action="store_true", help="a step back of the machine code")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     chosen = kernels(args.module, args.only)
@@ -167,12 +205,19 @@ def main() -> int:
     rows = reports(jobs, args.processes)
     if args.sample:
         compare(rows)
+    table = args.machine or aot_table.TABLE
+    if not args.accept and table.exists():
+        hold_against(rows, machine_code.committed(table.read_text(encoding="utf-8")))
     wrong = [row for row in rows if row["wrong"]]
     if args.json:
         args.json.write_text(json.dumps(rows), encoding="utf-8")
     if args.markdown and not wrong:  # a table that is current says that nothing is
         args.markdown.parent.mkdir(parents=True, exist_ok=True)
         args.markdown.write_text(markdown(rows), encoding="utf-8")
+    if args.machine and not wrong:
+        lines = ["# Machine code by another Triton", "", aot_table.ingredients(), ""]
+        text = "\n".join([*lines, *machine_markdown(rows)])
+        args.machine.write_text(text + "\n", encoding="utf-8")
     for row in wrong:
         print(f"{row['name']} on sm_{row['arch']}: {'; '.join(row['wrong'])}")
     print(f"{len(rows)} compiled, {len(wrong)} wrong")

@@ -1,0 +1,166 @@
+"""Triton's cache of the step's kernels for sm_90, made without a GPU.
+
+    python bench/warm_cache.py --out .whl/triton_cache.tar.xz        # here
+    python bench/warm_cache.py --unpack .whl/triton_cache.tar.xz     # there, into TRITON_CACHE_DIR
+
+A kernel takes some seconds to compile, a step has some forty, and a lease of a GPU is short. Triton
+finds a kernel by a hash of its source, of Triton itself, of the assembler's version, and of the
+launch: so the file serves the build of Triton that made it, best in an environment like the one it
+is for. Steps of the models, and the tuner's candidates with --tune, run with a stand-in for the
+driver (stand_in.py), at their own shapes. `--unpack` then has Triton look for one kernel, and exits
+with 1 where it was not found: the others will be compiled there.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "0"
+if "--out" in sys.argv:
+    os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="triton-")
+
+import stand_in
+import torch
+import tune
+from hardware import versions
+
+from cjepa_fast import config as configuration
+from cjepa_fast.kernels.common import launch
+from cjepa_fast.training import build
+from cjepa_fast.training import trainer as trainer_module
+
+ABOUT = "about.json"
+MOST_BYTES = 20 * 2**20
+SHALLOW = ["model.depth=1", "predictor.depth=1"]  # the blocks of a network launch the same kernels
+NARROW = ["model.width=64", "model.heads=4", "predictor.width=64", "predictor.heads=4"]
+
+
+def step_of(name: str, overrides: list[str]) -> None:
+    """One step of a configuration, forward, backward and update, under stand_in.compiling."""
+    from measure import EPOCH_STEPS, synthetic_batches
+
+    fixed = ["mask.context=fixed", "model.attention=triton", "run.precision=bf16"]
+    config = configuration.load(name, [*fixed, *overrides])
+    batch = config.data.micro_batch_size
+    config = configuration.load(name, [*fixed, *overrides, f"data.batch_size={batch}"])
+    cpu = torch.device("cpu")
+    trainer = trainer_module.Trainer(config, cpu, EPOCH_STEPS)
+    trainer.step(next(synthetic_batches(config, cpu, build.build_masks(config))), 0)
+
+
+def of_lists(launched: stand_in.Launch) -> bool:
+    """Whether it is one of kernels/ema/, to which the number of a network's tensors matters."""
+    return launched.kernel.fn.__module__.startswith("cjepa_fast.kernels.ema.")
+
+
+def fill(names: list[str], tuned: list[str]) -> None:
+    with stand_in.no_matmuls():
+        for name in names:
+            began = time.perf_counter()
+            with stand_in.compiling(lambda launched: not of_lists(launched)):
+                step_of(name, SHALLOW)
+            with stand_in.compiling(of_lists):
+                step_of(name, [*NARROW, "data.micro_batch_size=2"])
+            print(f"{name}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+        for family in tuned:
+            with stand_in.compiling():
+                count = tune.prepare(tune.knobs(torch.device("cpu"), [family]), (0, 1))
+            print(f"{family}: {count} candidates", file=sys.stderr, flush=True)
+        with stand_in.compiling():
+            probe()
+
+
+def probe() -> None:
+    """The smallest kernel of all, that launch.runs_on tries too."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    launch._count_kernel[(1,)](torch.zeros(16, device=device), N=16)
+
+
+def cache_dir() -> Path:
+    return Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
+
+
+def packed(out: Path) -> str:
+    """Write the cache into `out`. Raises ValueError where it is larger than MOST_BYTES."""
+    folder = cache_dir()
+    kernels = [path for path in folder.iterdir() if path.is_dir()]
+    about = {"versions": versions(), "architecture": stand_in.ARCHITECTURE, "kernels": len(kernels)}
+    (folder / ABOUT).write_text(json.dumps(about, indent=1), encoding="utf-8")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(out, "w:xz") as tar:
+        tar.add(folder, arcname=".")
+    size = out.stat().st_size
+    if size > MOST_BYTES:
+        raise ValueError(f"{out}: {size / 2**20:.1f} MiB, over {MOST_BYTES / 2**20:.0f}")
+    return f"{out}: {len(kernels)} kernels, {size / 2**20:.1f} MiB"
+
+
+def unpack(file: Path) -> dict:
+    """Into Triton's cache; its lists of a kernel's files name them by their whole paths."""
+    folder = cache_dir()
+    folder.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(file) as tar:
+        tar.extractall(folder, filter="data")
+    for path in folder.glob("*/__grp__*"):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        found["child_paths"] = {name: str(path.parent / name) for name in found["child_paths"]}
+        path.write_text(json.dumps(found), encoding="utf-8")
+    return json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+
+
+def written() -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in cache_dir().rglob("*") if path.is_file()}
+
+
+def is_found() -> bool:
+    """Whether Triton finds the probe's kernel in its cache, and writes none."""
+    before = written()
+    if torch.cuda.is_available():
+        probe()
+    else:
+        with stand_in.compiling():
+            probe()
+    return before == written()
+
+
+def check(file: Path) -> int:
+    about = unpack(file)
+    if is_found():
+        print(f"a hit: Triton finds the {about['kernels']} kernels of {file}")
+        return 0
+    made, here = about["versions"], versions()
+    differ = [f"{n}: {made.get(n)} there, {here[n]} here" for n in here if made.get(n) != here[n]]
+    print(f"a miss: Triton looks for other kernels than those of {file}; {'; '.join(differ)}")
+    return 1
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    way = parser.add_mutually_exclusive_group(required=True)
+    way.add_argument("--out", type=Path, metavar="FILE", help="make it: a .tar.xz")
+    way.add_argument("--unpack", type=Path, metavar="FILE", help="and say whether it serves")
+    parser.add_argument("--config", nargs="*", default=["vit_h", "vit_b", "vit_l"], metavar="NAME")
+    parser.add_argument(
+        "--tune", nargs="*", default=[], choices=tune.FAMILIES, help="also the candidates of these"
+    )
+    args = parser.parse_args(argv)
+    if args.unpack:
+        if not args.unpack.is_file():
+            parser.error(f"--unpack {args.unpack}: no such file")
+        return check(args.unpack)
+    try:
+        fill(args.config, args.tune)
+        print(packed(args.out))
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
