@@ -1,4 +1,4 @@
-# What gpu_gate.sh and gpu_more.sh share; they source it, with BUDGET_S set.
+# What gpu_gate.sh and gpu_more.sh share; they source it.
 #
 # Each part is a process of its own, since an error of the device spoils all that follows in the
 # same one; one that fails or runs out of time leaves the others be. After each, OUT holds the whole
@@ -10,7 +10,7 @@
 #   IMAGES    second argument, default CJEPA_REAL_IMAGES
 #   PYTHON    default python3
 #   PARTS     those to run, default all: PARTS="doctor tune"
-#   BUDGET_S  seconds for all parts
+#   BUDGET_S  seconds for all parts, default 560; without a GPU two hours, and six times as long a part
 #   WHEELS    a folder, default .whl: packages the machine lacks, installed before the first part. A
 #             wheel may come in pieces (NAME.whl.00, NAME.whl.01 ...), which are joined. A
 #             triton_cache.tar.xz of bench/warm_cache.py lies there too.
@@ -22,6 +22,9 @@ PYTHON="$(command -v "$asked")" || { echo "PYTHON=$asked: no such command" >&2; 
 OUT="${1:-bench/results/gate-$(date -u +%Y%m%d-%H%M%S)}"
 IMAGES="${2:-${CJEPA_REAL_IMAGES:-}}"
 WHEELS="${WHEELS:-.whl}"
+given_s="${BUDGET_S:-}"
+BUDGET_S="${given_s:-560}"
+slack=1
 PARTS=" ${PARTS:-all} "
 export PYTHONUNBUFFERED=1
 
@@ -49,7 +52,7 @@ pack() { # What was found so far, into OUT; whole at any time.
 
 # part NAME LIMIT_S COMMAND...: run it for LIMIT_S, or what is left of the budget, at most.
 part() {
-  local name=$1 limit=$2 began=$SECONDS status left
+  local name=$1 limit=$(($2 * slack)) began=$SECONDS status left
   shift 2
   [[ $PARTS == " all " || $PARTS == *" $name "* ]] || return 0
   left=$((BUDGET_S - SECONDS))
@@ -129,5 +132,7 @@ if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; th
   say "on a GPU"
 else
   gpu=
+  slack=6
+  [[ $given_s ]] || BUDGET_S=7200
   say "no GPU: toy sizes"
 fi

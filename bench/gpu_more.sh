@@ -13,7 +13,6 @@
 # Without a GPU the same parts run at toy size. Tests that start several ranks are left to
 # `make test`: two ranks cannot share one GPU's NCCL.
 cd "$(dirname "$0")/.."
-BUDGET_S="${BUDGET_S:-560}"
 source bench/gate.sh
 
 # A test file a core, since most of their time is spent compiling or importing. Status 5: a file had

@@ -14,6 +14,7 @@ with 1 where it was not found: the others will be compiled there.
 import argparse
 import json
 import os
+import shutil
 import sys
 import tarfile
 import tempfile
@@ -159,6 +160,8 @@ def main(argv: list[str]) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    finally:
+        shutil.rmtree(cache_dir())
     return 0
 
 
