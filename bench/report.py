@@ -38,13 +38,14 @@ APPENDED, REPLACED = "throughput*.json", ("ops.json", "attention.json", "saving.
 OF_A_GPU = ("ceilings.json", "matmuls.json", "fp8.json", "tuned.json", "knn.json")
 TEXTS = ("profile_*.txt", "summary.txt")
 PACKED = "results.tar.gz"  # the same files in one
-FP8 = "model.target_precision=fp8"
+# Overrides after which a step does less than a run of that configuration.
+LESS = ("model.target_precision=fp8", "mask.keep=")
+# Those after which a model is another.
 SIZES = (
-    "model.",
-    "predictor.",
-    "data.image_size",
-    "data.channels",
-)  # overrides after which a model is another
+    *(f"model.{key}=" for key in ("name", "width", "depth", "heads", "patch_size", "mlp_ratio")),
+    *(f"predictor.{key}=" for key in ("width", "depth", "heads")),
+    "data.image_size=", "data.channels=",
+)  # fmt: skip
 Line = tuple[str, str, str, str]  # what, hardware, figure, where it is from
 # The README's rows: the first line of the table that holds these words.
 SHOWN = (
@@ -81,8 +82,7 @@ def changes(row: dict) -> list[str]:
 
 
 def does_less(row: dict) -> bool:
-    """Whether its step is another than a run's of that configuration in bf16."""
-    return bool(row.get("also")) or FP8 in changes(row)
+    return bool(row.get("also")) or any(text.startswith(LESS) for text in changes(row))
 
 
 def throughput_lines(rows: list[dict]) -> Iterator[Line]:

@@ -9,10 +9,8 @@ fails, says so, and the next is measured; the exit status is then 1.
 """
 
 import argparse
-import contextlib
 import itertools
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -23,7 +21,6 @@ import torch
 from files import write
 from tables import COLUMNS, columns_of, phase_table, table
 
-from cjepa_fast.data.masks import MaskSampler
 from cjepa_fast.model import fp8
 from cjepa_fast.runtime import distributed
 from cjepa_fast.runtime.oom import is_out_of_memory
@@ -36,11 +33,10 @@ SMALL_BATCH = {("vit_h", "compiled"): 64}  # on a GPU with less
 
 class Variant(NamedTuple):
     """Overrides of the configuration; images a micro-batch, if not its own; and what no key sets:
-    context patches an image, and FP8 matmuls that sum in fewer bits."""
+    FP8 matmuls that sum in fewer bits."""
 
     overrides: tuple[str, ...]
     batch: int | None = None
-    context_k: int | None = None
     fast_sums: bool = False
 
 
@@ -49,24 +45,9 @@ VARIANTS = {
     "graph": Variant(GRAPH),
     "compiled": Variant((*GRAPH, "run.compile=blocks")),
     "fp8": Variant((*FIXED, "model.target_precision=fp8"), fast_sums=True),
-    "k78": Variant(FIXED, context_k=78),
+    "k78": Variant((*FIXED, "mask.keep=78")),
     "batch256": Variant(FIXED, batch=256),
 }
-
-
-@contextlib.contextmanager
-def set_up(variant: Variant) -> Iterator[list[str]]:
-    """What no key sets, within the block; as words for the row."""
-    said = []
-    with contextlib.ExitStack() as stack:
-        if variant.context_k:
-            # in place of a cached property: an instance finds the class's value
-            stack.enter_context(mock.patch.object(MaskSampler, "fixed_context", variant.context_k))
-            said.append(f"K={variant.context_k}")
-        if variant.fast_sums:
-            stack.enter_context(mock.patch.object(fp8, "FAST_SUMS", True))
-            said.append("fast sums")
-        yield said
 
 
 def batch_of(name: str, variant: str, memory_gib: float | None) -> int | None:
@@ -90,7 +71,7 @@ def measured(name: str, which: str, args: argparse.Namespace) -> list[dict]:
         profile=args.profile and args.profile / which,
     )  # fmt: skip
     try:
-        with set_up(variant) as said:
+        with mock.patch.object(fp8, "FAST_SUMS", variant.fast_sums):
             rows = throughput.measure_one(name, asked)
     except Exception as error:  # told in the row: the other variants are measured
         why = "out of memory" if is_out_of_memory(error) else f"{type(error).__name__}: {error}"
@@ -99,7 +80,8 @@ def measured(name: str, which: str, args: argparse.Namespace) -> list[dict]:
     finally:
         measure.forget(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         torch.compiler.reset()
-    return [row | {"variant": which, "also": said} for row in rows]
+    also = ["fast sums"] * variant.fast_sums
+    return [row | {"variant": which, "also": also} for row in rows]
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -13,10 +13,10 @@ GPU = {
 }  # fmt: skip
 SPEED = {"vit_h": 700.0, "vit_b": 4800.0, "vit_l": 2000.0}
 GAIN = {"fused": 1.0, "graph": 1.05, "compiled": 0.8, "fp8": 1.2, "k78": 1.3, "batch256": 1.01}
-SAID = {"fp8": ["fast sums"], "k78": ["K=78"]}
+SAID = {"fp8": ["fast sums"]}
 SETS = {
     "graph": ["run.cuda_graph=true"], "fp8": ["model.target_precision=fp8"],
-    "compiled": ["run.compile=blocks", "run.cuda_graph=true"],
+    "k78": ["mask.keep=78"], "compiled": ["run.compile=blocks", "run.cuda_graph=true"],
 }  # fmt: skip
 PARTS = ("target", "context", "predictor", "loss", "backward", "optimiser", "average", "rest")
 

@@ -134,8 +134,11 @@ def test_all_comes_back_in_few_small_files_and_is_taken_over(tmp_path, gate, mon
     found = report.lines(results)
     best = "vit_h, batch 128, mask.context=fixed, run.cuda_graph=true, synthetic"
     shown = report.headline(found)
-    assert f"| {best} | NVIDIA H200 | 735 images/s, MFU 52.5 % |" in shown  # neither FP8 nor K=78
-    assert "vit_h, batch 128, mask.context=fixed, K=78, synthetic" in report.table(found)
+    assert (
+        f"| {best} | NVIDIA H200 | 735 images/s, MFU 52.5 % |" in shown
+    )  # neither FP8 nor mask.keep
+    assert "vit_h, batch 128, mask.context=fixed, mask.keep=78, synthetic" in report.table(found)
+    assert "model.target_precision=fp8, fast sums, synthetic" in report.table(found)
     assert "2.50, 2.50 times as fast" not in shown  # of two commands
     rows = json.loads((results / "throughput.json").read_text())
     plain = [row for row in rows if row.get("mfu_sheet_pct") and not row["also"]]
