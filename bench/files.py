@@ -15,3 +15,9 @@ def save(rows: list[dict], path: Path) -> None:
     """Append to a list."""
     kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     write(kept + rows, path)
+
+
+def loaded(results: Path, name: str):
+    """What a file of a folder holds, None where there is none."""
+    path = results / name
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None

@@ -14,6 +14,7 @@ import tiny
 
 sys.path.insert(0, str(tiny.ROOT / "bench"))  # no package: its scripts import each other by name
 
+import collect
 import report
 
 BENCH = tiny.ROOT / "bench"
@@ -175,7 +176,7 @@ def test_configurations_are_numbers_and_nothing_else(tmp_path, wrong):
     """They become the source of kernels/tuned.py."""
     table = tmp_path / "tuned.py"
     with pytest.raises(ValueError, match=r"tuned\.json"):
-        report.take_configurations(wrong, table)
+        collect.take_configurations(wrong, table)
     assert not table.exists()
 
 
