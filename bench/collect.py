@@ -16,8 +16,8 @@ from files import loaded
 # Of a folder of bench/gpu_gate.sh: what is appended to a list here, what replaces a file here, and
 # what goes into the folder of its GPU.
 APPENDED, REPLACED = "throughput*.json", ("ops.json", "attention.json", "saving.json")
-OF_A_GPU = ("ceilings.json", "matmuls.json", "fp8.json", "tuned.json", "knn.json")
-TEXTS = ("profile_*.txt", "summary.txt")
+OF_A_GPU = ("ceilings.json", "matmuls.json", "fp8.json", "tuned.json")
+AS_THEY_ARE = ("profile_*.txt", "summary.txt", "knn.json", "train_log.jsonl", "curves.png")
 PACKED = "results.tar.gz"  # the same files in one
 # Overrides after which a model is another.
 SIZES = (
@@ -78,7 +78,7 @@ def taken(folder: Path, results: Path, tuned: Path | None) -> list[str]:
         if name == "tuned.json" and tuned:
             said.append(take_configurations(found, tuned))
     if len(whose) == 1:
-        said += [*take_texts(folder, results / whose.pop())]
+        said += [*take_as_they_are(folder, results / whose.pop())]
     if not said:
         raise ValueError(f"{folder}: holds no new figures of a GPU at a configuration's own sizes")
     return said
@@ -90,8 +90,8 @@ def short_name(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", name).strip("_") or "gpu"
 
 
-def take_texts(folder: Path, own: Path) -> Iterator[str]:
-    for pattern in TEXTS:
+def take_as_they_are(folder: Path, own: Path) -> Iterator[str]:
+    for pattern in AS_THEY_ARE:
         for path in sorted(folder.glob(pattern)):
             own.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, own / f"gate_{path.name}")

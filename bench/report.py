@@ -5,8 +5,8 @@
     python bench/report.py --collect bench/results/gate-DATE    # first takes over what a GPU gave
     python bench/report.py --collect results.tar.gz             # the same, as it came back
 
-So no figure is typed by hand, and what was not measured is said to be so. collect.py takes over what a
-GPU gave.
+So no figure is typed by hand, and what was not measured is said to be so. collect.py takes over
+what a GPU gave.
 """
 
 import argparse
