@@ -8,6 +8,9 @@ FAST := not slow and not multiprocess and not gpu and not faults
 # another's; tests/conftest.py says how many workers there are.
 WORKERS := --dist worksteal -n auto
 
+# ACCEPT=1: a step back of the kernels' machine code is taken over.
+AOT = tests/kernels/aot_worker.py --processes $$(nproc) $(if $(ACCEPT),--accept)
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install demo demo-compare test kernels-check faults docs-check lint check format bench clean
@@ -27,12 +30,10 @@ demo-compare: $(STAMP) ## the demo beside I-JEPA, the same without VICReg: curve
 test: $(STAMP) ## every test that this machine can run
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not faults" $(WORKERS)
 
-kernels-check: $(STAMP) ## compile every kernel for sm_80, 90 and 100, fail where one got worse (ACCEPT=1: take it)
-	@PYTHONPATH=tests:. $(RUN) tests/kernels/aot_worker.py --processes $$(nproc) $(if $(ACCEPT),--accept) \
-	  --markdown bench/results/aot.md
-ifdef BESIDE  # the Python of an environment with another Triton, as 3.6.0
-	@PYTHONPATH=tests:. $(BESIDE) tests/kernels/aot_worker.py --processes $$(nproc) --arch 90 --shipped $(if $(ACCEPT),--accept) \
-	  --machine bench/results/aot_beside.md
+kernels-check: $(STAMP) ## compile every kernel for sm_80, 90 and 100; fails where one got worse
+	@PYTHONPATH=tests:. $(RUN) $(AOT) --markdown bench/results/aot.md
+ifdef BESIDE  # the Python of an environment with another Triton, such as 3.6.0
+	@PYTHONPATH=tests:. $(BESIDE) $(AOT) --arch 90 --shipped --machine bench/results/aot_beside.md
 endif
 
 faults: $(STAMP) ## kill runs at 20 moments, on 1 and 2 processes, and compare them with whole ones

@@ -74,7 +74,7 @@ part() {
 }
 
 texts_of() { # FOLDER: its traces' summaries, into the results; the traces themselves are too large
-  local text
+  local text name
   for text in "$1"/*/*.txt "$1"/*.txt; do
     [[ -f $text ]] || continue
     name=${text#"$1"/}
@@ -107,6 +107,18 @@ summarise() {
   exit $((failures > 0))
 }
 
+toy=(--batch-size 2 --set model.width=48 --set model.depth=1 --set model.heads=3
+  --set predictor.width=24 --set predictor.depth=1 --set predictor.heads=3)
+if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  gpu=1
+  say "on a GPU"
+else
+  gpu=
+  slack=6
+  [[ $given_s ]] || BUDGET_S=7200
+  say "no GPU: toy sizes"
+fi
+
 if compgen -G "$WHEELS/*.whl*" >/dev/null; then
   export PYTHONPATH="$WORK/site${PYTHONPATH:+:$PYTHONPATH}"
   export -f wheels
@@ -123,16 +135,4 @@ fi
 export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$WORK/triton}"
 if [[ -f $WHEELS/triton_cache.tar.xz ]]; then
   part cache 30 "$PYTHON" bench/warm_cache.py --unpack "$WHEELS/triton_cache.tar.xz"
-fi
-
-toy=(--batch-size 2 --set model.width=48 --set model.depth=1 --set model.heads=3
-  --set predictor.width=24 --set predictor.depth=1 --set predictor.heads=3)
-if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-  gpu=1
-  say "on a GPU"
-else
-  gpu=
-  slack=6
-  [[ $given_s ]] || BUDGET_S=7200
-  say "no GPU: toy sizes"
 fi
