@@ -3,7 +3,7 @@
     quantise_rows    values[r] = e4m3(x[r] * 448 / m[r]), scales[r] = m[r] / 448, m[r] = max |x[r]|
     quantise_norm    the same of layer_norm(x[r]) * weight + bias
                      or, given y, of s = x + y, which it also returns
-    quantise_gelu    the same of gelu(x[r]) = x[r] (1 + erf(x[r] / sqrt 2)) / 2
+    quantise_gelu    the same of gelu(x[r]) = x[r] (1 + erf(x[r] / sqrt 2)) / 2, or of tanh's
 
 448 is e4m3's largest value, and a row below 1e-12 counts as one of 1e-12, so that zeros are safe.
 values * scales is off by 1/16 of a value at most, 2.4 % of it in the mean square. All is computed
@@ -31,7 +31,7 @@ from cjepa_fast.kernels.common.launch import (
 from cjepa_fast.kernels.common.maybe_triton import tl, triton
 from cjepa_fast.kernels.common.operators import operator
 from cjepa_fast.kernels.common.tiles import ROW_TILES, WIDE_LOADS, WIDEST, Tile, row_tiles
-from cjepa_fast.kernels.gelu import gelu_of
+from cjepa_fast.kernels.gelu import APPROXIMATE, gelu_of, tanh_gelu_of
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = tl.constexpr(448.0)
@@ -77,8 +77,8 @@ def quantise_add_norm_reference(
     return s_RC, quantise_norm_reference(s_RC, weight_C, bias_C, eps)
 
 
-def quantise_gelu_reference(x_RC: torch.Tensor) -> Rows:
-    return quantise_rows_reference(F.gelu(x_RC.float()))
+def quantise_gelu_reference(x_RC: torch.Tensor, kind: str = "exact") -> Rows:
+    return quantise_rows_reference(F.gelu(x_RC.float(), approximate=APPROXIMATE[kind]))
 
 
 # --- the kernel
@@ -115,8 +115,8 @@ def _quantise_kernel(
     rows, C, eps,
     FIRST: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """ROWS whole rows of x, dense; FIRST: what is done to them before, "norm", "gelu" or None. With
-    ADD, y is added before that, and the sum written to s."""
+    """ROWS whole rows of x, dense; FIRST: what is done to them before, "norm", "gelu", "tanh gelu"
+    or None. With ADD, y is added before that, and the sum written to s."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, WIDTH)
     keep = (row < rows)[:, None] & (col < C)[None, :]
@@ -131,6 +131,8 @@ def _quantise_kernel(
         value = _normed(value, weight, bias, col, C, eps)
     if FIRST == "gelu":
         value = gelu_of(value)
+    if FIRST == "tanh gelu":
+        value = tanh_gelu_of(value)
     value, scale = quantised(value)
     tl.store(values + at, value, mask=keep)
     tl.store(scales + row, scale, mask=row < rows)
@@ -178,8 +180,8 @@ def quantise_norm_op(
 
 
 @operator("quantise_gelu")
-def quantise_gelu_op(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return launch_quantise(x, "gelu")
+def quantise_gelu_op(x: torch.Tensor, tanh: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    return launch_quantise(x, "tanh gelu" if tanh else "gelu")
 
 
 @torch.library.register_fake(quantise_rows_op)
@@ -228,9 +230,11 @@ def quantise_add_norm(
 
 
 @torch.no_grad()
-def quantise_gelu(x_RC: torch.Tensor) -> Rows:
-    """gelu(x), the exact one, in FP8 by row. Takes no gradient."""
-    return Rows(*quantise_gelu_op(x_RC)) if _takes(x_RC) else quantise_gelu_reference(x_RC)
+def quantise_gelu(x_RC: torch.Tensor, kind: str = "exact") -> Rows:
+    """gelu(x) in FP8 by row; kind: of gelu.APPROXIMATE. Takes no gradient."""
+    if not _takes(x_RC):
+        return quantise_gelu_reference(x_RC, kind)
+    return Rows(*quantise_gelu_op(x_RC, kind == "tanh"))
 
 
 # --- ahead of time
@@ -239,9 +243,10 @@ TO_E4M3 = r"cvt\.rn\.satfinite\.e4m3x2\.f32"
 
 
 def ahead_of_time() -> list[Compiled]:
-    """The kernel in every tile for each dtype; before it nothing, norm, sum and norm, GELU."""
+    """The kernel in every tile for each dtype; before it nothing, norm, sum and norm, GELUs."""
     pointers = {"values": "*fp8e4nv", "scales": "*fp32", "rows": "i32", "C": "i32", "eps": "fp32"}
-    before = (None, False), ("norm", False), ("norm", True), ("gelu", False)
+    before = (None, False), ("norm", False), ("norm", True)
+    before += ("gelu", False), ("tanh gelu", False)
     found = []
     for dtype, (first, add) in itertools.product((TRITON_NAMES[d] for d in KERNEL_DTYPES), before):
         inputs = dict.fromkeys(("x", "y", "s", "weight", "bias"), f"*{dtype}")

@@ -111,7 +111,7 @@ def _quantised(width: int) -> Iterator[str]:
     """A block's four inputs of matmuls, and the target's weights."""
     narrow, wide = (_tile(row_tiles(size)[0]) for size in (width, 4 * width))
     yield from (f"quantise {first} {narrow}" for first in ("rows", "norm", "add norm"))
-    yield f"quantise gelu {wide}"
+    yield from (f"quantise {first} {wide}" for first in ("gelu", "tanh gelu"))
     yield from (f"ema_update_rows fp32 {size}" for size in (width, 4 * width) if size in ROWS)
 
 
@@ -126,9 +126,11 @@ def _norm(choose: Chooser, width: int) -> Iterator[str]:
 
 
 def _gelu(choose: Chooser) -> Iterator[str]:
-    yield "gelu bf16 {} {}".format(*choose("gelu", gelu.BLOCKS))
+    """Of either kind, model.gelu."""
     tile = choose("gelu backward", gelu.TILES)
-    yield f"gelu backward {_tile(tile)} {tile.stages}"
+    for kind in ("", "tanh "):
+        yield f"gelu {kind}bf16 " + "{} {}".format(*choose("gelu", gelu.BLOCKS))
+        yield f"gelu backward {kind}{_tile(tile)} {tile.stages}"
 
 
 def _ema(choose: Chooser) -> Iterator[str]:

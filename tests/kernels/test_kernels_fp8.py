@@ -11,6 +11,7 @@ from kernel_checks import check_operator, compiles_whole, same_bits
 
 from cjepa_fast.kernels import fp8
 from cjepa_fast.kernels.common.tiles import ROW_TILES
+from cjepa_fast.kernels.gelu import APPROXIMATE
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # One value, a power of two, one less, prime, several rows of a tile and a rest, wider than a tile.
@@ -84,12 +85,23 @@ def test_sum_and_norm_then_rows(seed, kernel_device, shape, dtype, branch):
     assert torch.equal(plain[0], s)
 
 
+@pytest.mark.parametrize("kind", APPROXIMATE)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_gelu_then_rows(seed, kernel_device, shape, dtype):
+def test_gelu_then_rows(seed, kernel_device, shape, dtype, kind):
     x = 2 * torch.randn(shape).to(kernel_device, dtype)
     for quantise in (fp8.quantise_gelu, fp8.quantise_gelu_reference):
-        within_rounding(quantise(x), F.gelu(x.double()), of=x)
+        exact = F.gelu(x.double(), approximate=APPROXIMATE[kind])
+        within_rounding(quantise(x, kind), exact, of=x)
+
+
+def test_each_kind_of_gelu_is_its_own(kernel_device):
+    """Where they differ most, beyond what e4m3 rounds off."""
+    x = torch.full((1, 16), -2.7, device=kernel_device)
+    found = {kind: -448 * fp8.quantise_gelu(x, kind).scales.item() for kind in APPROXIMATE}
+    for kind, name in APPROXIMATE.items():
+        assert abs(found[kind] - F.gelu(x[0, 0].double(), approximate=name).item()) < 1e-6
+    assert abs(found["exact"] - found["tanh"]) > 4e-4
 
 
 @pytest.mark.parametrize("tile", [tiles[0] for tiles in ROW_TILES.values() if tiles[0].rows > 1])
@@ -165,7 +177,8 @@ def test_the_operators_pass_opcheck(seed, kernel_device):
     ops = torch.ops.cjepa_fast
     check_operator(ops.quantise_rows.default, (x,))
     check_operator(ops.quantise_norm.default, (x, weight, bias, EPS))
-    check_operator(ops.quantise_gelu.default, (x,))
+    for tanh in (False, True):
+        check_operator(ops.quantise_gelu.default, (x, tanh))
 
 
 def test_compiles_without_a_graph_break(seed, kernel_device):
