@@ -183,7 +183,8 @@ def launch_gelu_backward(
     parts = torch.empty(programs, C, device=u.device, dtype=torch.float32)
     _gelu_backward_kernel[(columns, programs)](
         u, dg, du, parts, rows, C, each,
-        TANH=kind == "tanh", STAGES=tile.stages, ROWS=tile.rows, WIDTH=tile.width, num_warps=tile.warps,
+        TANH=kind == "tanh", STAGES=tile.stages, ROWS=tile.rows, WIDTH=tile.width,
+        num_warps=tile.warps,
     )  # fmt: skip
     return du, sum_parts(parts, u.dtype)
 

@@ -163,3 +163,12 @@ def uneven_encoder(**sizes):
         for parameter in encoder.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
     return encoder.eval()
+
+
+def with_gelu(encoder, gelu: str):
+    """The same weights, by that kind of GELU."""
+    from cjepa_fast.model.vit import Encoder
+
+    other = Encoder(**{**encoder.architecture, "gelu": gelu})
+    other.load_state_dict(encoder.state_dict())
+    return other.eval()

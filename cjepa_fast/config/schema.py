@@ -204,6 +204,11 @@ class ModelSection(Section):
     positions: Literal["sincos", "learned"] = later(
         "sincos", was="sincos", description="fixed, or trained from there or from run.init_from's"
     )
+    gelu: Literal["exact", "tanh"] = later(
+        "exact",
+        was="exact",
+        description="\"tanh\": torch's approximation, which a GPU's matmuls compute on their way",
+    )
     attention: Literal[
         "auto", "plain", "sdpa", "sdpa_flash", "sdpa_cudnn", "flash_attn", "triton"
     ] = Field("auto", description="auto: the fastest by trial on a GPU, plain on a CPU")

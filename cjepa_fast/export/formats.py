@@ -108,6 +108,7 @@ def timm_config(source: Source) -> dict:
             "class_token": False,
             "global_pool": "avg",
             "fc_norm": False,  # the last norm comes before the mean over the patches
+            **({"act_layer": "gelu_tanh"} if encoder.gelu == "tanh" else {}),
         },
         "pretrained_cfg": {
             "input_size": [encoder.channels, *height_width(encoder.image_size)],

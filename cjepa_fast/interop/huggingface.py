@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from cjepa_fast.interop.names import gelu_named
 from cjepa_fast.interop.weights import MEAN, STD, depth_of, fill, mismatches
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime import json_text
@@ -31,7 +32,8 @@ BLOCK = {
 }
 QKV = [f"attention.attention.{part}" for part in ("query", "key", "value")]
 # What our encoder is and their configuration might have otherwise.
-FIXED = {"hidden_act": "gelu", "layer_norm_eps": 1e-6, "qkv_bias": True}
+FIXED = {"layer_norm_eps": 1e-6, "qkv_bias": True}
+ACTIVATIONS = {"exact": "gelu", "tanh": "gelu_pytorch_tanh"}  # as is written
 
 
 def is_folder(path: Path) -> bool:
@@ -134,6 +136,7 @@ def _config(encoder: Encoder) -> dict:
         "attention_probs_dropout_prob": 0.0,
         "weights_init": encoder.init,  # ours: transformers keeps what it does not know
         **({"learned_positions": True} if encoder.learned_positions else {}),
+        "hidden_act": ACTIVATIONS[encoder.gelu],
         **FIXED,
     }
 
@@ -174,6 +177,7 @@ def _described(path: Path) -> Encoder:
     for key, value in FIXED.items():
         if config.get(key) != value:
             raise ValueError(f"{path}: {key} is {config.get(key)!r}; only {value!r} can be loaded")
+    gelu = gelu_named(config.get("hidden_act"), f"{path}: hidden_act")
     try:
         with torch.device("meta"):
             return Encoder(
@@ -186,6 +190,7 @@ def _described(path: Path) -> Encoder:
                 init=config.get("weights_init", "ijepa"),
                 channels=config["num_channels"],
                 learned_positions=config.get("learned_positions", False),
+                gelu=gelu,
             )
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ValueError(f"{path} does not describe an encoder: {error!r}") from error

@@ -1,4 +1,4 @@
-"""What other projects call a ViT's weights, and what of them our encoder has no place for.
+"""What other projects call a ViT's weights and its GELU, and what of them has no place in ours.
 
 timm's names are those of DINO, DINOv2, MAE and I-JEPA too, and ours: `blocks.3.attn.qkv.weight`.
 transformers has others by model and version: `encoder.layer.3.attention.attention.query.weight`.
@@ -85,3 +85,15 @@ def kinds(names: Iterable[str], patterns: dict[str, str]) -> dict[str, list[str]
                 found.setdefault(kind, []).append(name)
                 break
     return found
+
+
+# The activations of transformers and timm that our encoder has, and what it calls them.
+GELUS = {"gelu": "exact", "gelu_pytorch_tanh": "tanh", "gelu_new": "tanh", "gelu_tanh": "tanh"}
+
+
+def gelu_named(activation: object, said: str) -> str:
+    """model.gelu of an activation that `said` names. Raises ValueError for any other."""
+    if not isinstance(activation, str) or activation not in GELUS:
+        known = ", ".join(map(repr, GELUS))
+        raise ValueError(f"{said} is {activation!r}; our encoder has {known} alone")
+    return GELUS[activation]

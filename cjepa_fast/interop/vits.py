@@ -4,7 +4,8 @@ What such a file holds is told by its names alone (names.py), wherever in the fi
 our encoder lacks is folded into its weights where that is exact: the scale of a branch (LayerScale)
 into the branch's last Linear, absent biases as zeros, q, k and v side by side. Tokens beside the
 patches are left out, each with a line. What would change the features otherwise is refused by name.
-Not in such a file, and taken for granted: norms before the branches, their epsilon of 1e-6, GELU.
+Not in such a file, and taken for granted: norms before the branches, their epsilon of 1e-6; and
+exact GELU, unless a config.json beside it, transformers' or timm's, says tanh's.
 """
 
 import re
@@ -13,7 +14,14 @@ from pathlib import Path
 
 import torch
 
-from cjepa_fast.interop.names import DROPPED, REFUSED, kinds, prefixes, translated
+from cjepa_fast.interop.names import (
+    DROPPED,
+    REFUSED,
+    gelu_named,
+    kinds,
+    prefixes,
+    translated,
+)
 from cjepa_fast.interop.weights import MEAN, STD, fill, listed, mismatches, read_torch
 from cjepa_fast.model.vit import Encoder, sincos_positions
 from cjepa_fast.runtime import json_text
@@ -43,45 +51,58 @@ def read_vit(path: Path, heads: int) -> tuple[Encoder, list[str]]:
     state = {ours: everything[theirs].float() for theirs, ours in names.items()}
     if len(state) < len(names):
         raise ValueError(f"{path} has two names for one weight among {listed(sorted(names))}")
+    description = path.with_name("config.json")
+    known = _known(description)
+    gelu = _gelu(known, description)
     try:
-        encoder, told = _encoder_of(state, heads)
+        encoder, told = _encoder_of(state, heads, gelu)
     except (ValueError, RuntimeError, TypeError, IndexError, ArithmeticError) as error:  # by shapes
         raise ValueError(f"{path} cannot be an encoder of ours: {error}") from error
     width, depth, side = encoder.width, encoder.depth, encoder.patch_size
     first = f"weights of {path}: {depth} blocks of width {width}, patches of {side} pixels"
     beside = [_left_out_beside(everything, prefix)] if prefix else []
     told = [f"{first}; taken as {heads} heads", *beside, *told]
-    return encoder, told + _described_beside(path.with_name("config.json"), heads)
+    return encoder, told + _described_beside(known, description, heads)
 
 
-def _described_beside(path: Path, heads: int) -> list[str]:
-    """What transformers' config.json tells and no weight does. Raises ValueError for other heads or
-    another activation than those taken."""
+def _known(path: Path) -> dict:
+    """What config.json says, {} where it is not there or is something else."""
     try:
         known = json_text.parse(path.read_text())
     except (OSError, ValueError):
-        return []
-    known = known if isinstance(known, dict) else {}
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _gelu(known: dict, path: Path) -> str:
+    """The kind that transformers or timm computes. Raises ValueError for another activation."""
+    arguments = known.get("model_args")
+    if isinstance(arguments, dict) and "act_layer" in arguments:
+        return gelu_named(arguments["act_layer"], f"{path}: act_layer")
+    return gelu_named(known.get("hidden_act", "gelu"), f"{path}: hidden_act")
+
+
+def _described_beside(known: dict, path: Path, heads: int) -> list[str]:
+    """What else transformers' config.json tells and no weight does. Raises ValueError for other
+    heads than those taken."""
     if (theirs := known.get("num_attention_heads", heads)) != heads:
         raise ValueError(
             f"{path}: num_attention_heads is {theirs!r}, and model.heads is {heads}: set "
             "model.heads to it"
         )
-    if (activation := known.get("hidden_act", "gelu")) != "gelu":
-        raise ValueError(f"{path}: hidden_act is {activation!r}; our encoder has 'gelu' alone")
     eps = known.get("layer_norm_eps", EPS)
     if eps == EPS:
         return []
     return [f"{path}: layer_norm_eps is {printable(eps)}, ours {EPS:g}: features differ a little"]
 
 
-def _encoder_of(state: Named, heads: int) -> tuple[Encoder, list[str]]:
+def _encoder_of(state: Named, heads: int, gelu: str) -> tuple[Encoder, list[str]]:
     """Of weights under names that are ours where that is possible."""
     told = _norm_of_the_mean(state)
     _refuse(state)
     table_ND, line = _positions(state)
     told += [line, *_drop(state), *_fold(state)]
-    return _built(state, table_ND, heads), told
+    return _built(state, table_ND, heads, gelu), told
 
 
 def _read(path: Path) -> Mapping:
@@ -251,7 +272,7 @@ def _zero_biases(state: Named, blocks: list[str]) -> set[str]:
     return told
 
 
-def _built(state: Named, table_ND: torch.Tensor, heads: int) -> Encoder:
+def _built(state: Named, table_ND: torch.Tensor, heads: int, gelu: str) -> Encoder:
     """The encoder of weights under our names. Raises ValueError where they are not all there."""
     width, _, patch_size, _ = state["patch_embed.proj.weight"].shape
     hidden = len(state.get("blocks.0.mlp.fc1.weight", table_ND))
@@ -260,7 +281,7 @@ def _built(state: Named, table_ND: torch.Tensor, heads: int) -> Encoder:
     with torch.device("meta"):
         encoder = Encoder(
             side * patch_size, patch_size, width, len(_blocks(state)), heads, hidden / width,
-            learned_positions=learned,
+            learned_positions=learned, gelu=gelu,
         )  # fmt: skip
     state["pos_embed"] = table_ND[None]
     if problems := mismatches("encoder", encoder.state_dict(), state):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cjepa_fast.kernels.fp8 import E4M3, quantise_gelu
+from cjepa_fast.kernels.gelu import APPROXIMATE
 from cjepa_fast.kernels.norm import takes
 from cjepa_fast.model.attention import attend, attend_by_block, attend_packed, flash_attention
 from cjepa_fast.model.cpu_linear import Linear, linear, linear_gelu
@@ -104,17 +105,20 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, width: int, hidden: int):
+    """gelu: a kind of kernels/gelu.py, "exact" or "tanh"."""
+
+    def __init__(self, width: int, hidden: int, gelu: str = "exact"):
         super().__init__()
+        self.gelu = gelu
         self.fc1 = Linear(width, hidden)
         self.fc2 = Linear(hidden, width)
 
     def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
-        return self.fc2(linear_gelu(x_BSD, self.fc1.weight, self.fc1.bias))
+        return self.fc2(linear_gelu(x_BSD, self.fc1.weight, self.fc1.bias, self.gelu))
 
     def output(self, hidden_BSX: torch.Tensor) -> torch.Tensor:
         """What follows fc1."""
-        return self.fc2(F.gelu(hidden_BSX))
+        return self.fc2(F.gelu(hidden_BSX, approximate=APPROXIMATE[self.gelu]))
 
 
 class Block(nn.Module):
@@ -131,12 +135,13 @@ class Block(nn.Module):
         mlp_ratio: float,
         backend: str = "auto",
         checkpointing: str = "none",
+        gelu: str = "exact",
     ):
         super().__init__()
         self.norm1 = Norm(width, eps=1e-6)
         self.attn = Attention(width, heads, backend)
         self.norm2 = Norm(width, eps=1e-6)
-        self.mlp = MLP(width, round(width * mlp_ratio))
+        self.mlp = MLP(width, round(width * mlp_ratio), gelu)
         self.policy = RecomputePolicy(checkpointing)
 
     def forward(
@@ -213,7 +218,7 @@ class Block(nn.Module):
         x, rows = add_norm_fp8(x_BSD, y_BSD, self.norm1)
         a = attend_heads(self.attn, self.attn.qkv.side_by_side(rows), False)
         x, rows = add_norm_fp8(x, self.attn.proj(a), self.norm2)
-        return x, self.mlp.fc2(quantise_gelu(self.mlp.fc1(rows)))
+        return x, self.mlp.fc2(quantise_gelu(self.mlp.fc1(rows), self.mlp.gelu))
 
 
 def supports(blocks: Sequence[nn.Module], x: torch.Tensor) -> bool:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from cjepa_fast.kernels.gelu import APPROXIMATE
 from cjepa_fast.runtime import hardware
 
 _fused = hardware.onednn_linear()
@@ -69,12 +70,16 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     return _Linear.apply(x, weight, bias)
 
 
-def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """F.gelu(F.linear(...)), exact GELU. Fused only where no gradient is asked: the backward needs
-    what lies between."""
-    if not torch.is_grad_enabled() and _plain(x, weight, bias) and _by_onednn(x, "gelu"):
-        return _fused(x, weight, bias, "gelu", [], "none")
-    return F.gelu(linear(x, weight, bias))
+def linear_gelu(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, kind: str = "exact"
+) -> torch.Tensor:
+    """F.gelu(F.linear(...)), of a kind of APPROXIMATE. Fused only where no gradient is asked: the
+    backward needs what lies between."""
+    form = APPROXIMATE[kind]
+    fused = not torch.is_grad_enabled() and _plain(x, weight, bias) and _by_onednn(x, "gelu")
+    if fused and hardware.onednn_linear_works(x.dtype, form):
+        return _fused(x, weight, bias, "gelu", [], form)
+    return F.gelu(linear(x, weight, bias), approximate=form)
 
 
 def _by_onednn(x: torch.Tensor, kind: str) -> bool:

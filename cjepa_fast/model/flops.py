@@ -93,6 +93,7 @@ def step_gflop(
     init: str = "ijepa",
     channels: int = 3,
     learned_positions: bool = False,
+    gelu: str = "exact",
 ) -> dict[str, float]:
     """GFLOP of one image in one training step: target, context, predictor and their total.
 
@@ -100,10 +101,10 @@ def step_gflop(
     context_k over images ("packed"; padding is no work): attention's quadratic part is then that of
     the mean length, too low by the share var(K) / K^2 of it, 2 % or so.
     The backward is twice the forward, but for the context's patch embedding, whose input needs no
-    gradient. `heads`, `init` and `learned_positions` change nothing; they are taken so that
-    Encoder.architecture can be passed whole.
+    gradient. `heads`, `init`, `learned_positions` and `gelu` change nothing; they are taken so
+    that Encoder.architecture can be passed whole.
     """
-    del heads, init, learned_positions
+    del heads, init, learned_positions, gelu
     patches_n = math.prod(patch_grid(image_size, patch_size))
     target = depth * block_flop(patches_n, width, mlp_ratio)
     target += patch_embedding_flop(patches_n, patch_size, width, channels)

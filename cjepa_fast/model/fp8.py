@@ -109,10 +109,10 @@ class FP8Norm(nn.Module):
 class FP8MLP(nn.Module):
     def __init__(self, mlp: nn.Module):
         super().__init__()
-        self.fc1, self.fc2 = FP8Linear(mlp.fc1), FP8Linear(mlp.fc2)
+        self.fc1, self.fc2, self.gelu = FP8Linear(mlp.fc1), FP8Linear(mlp.fc2), mlp.gelu
 
     def forward(self, x: Rows) -> torch.Tensor:
-        return self.fc2(quantise_gelu(self.fc1(x)))
+        return self.fc2(quantise_gelu(self.fc1(x), self.gelu))
 
 
 def linears_to_fp8(encoder: nn.Module) -> dict[str, FP8Linear]:

@@ -26,7 +26,7 @@ class Predictor(nn.Module):
     which a mask token sees the context and the mask tokens of its own block, and the context itself
     alone. With one block the outputs are those of "per_target"; with more it is other maths, since
     there the context sees the mask tokens from the second block on. Never the default without
-    evidence that it learns as well. residual, checkpointing and init: see vit.Encoder.
+    evidence that it learns as well. residual, checkpointing, init and gelu: see vit.Encoder.
     """
 
     def __init__(
@@ -42,6 +42,7 @@ class Predictor(nn.Module):
         checkpointing: str = "none",
         mode: str = "per_target",
         init: str = "ijepa",
+        gelu: str = "exact",
     ):
         super().__init__()
         self.residual, self.mode, self.fused = residual, mode, False
@@ -49,7 +50,7 @@ class Predictor(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.predictor_pos_embed = frozen_positions(*grid, width)
         self.predictor_blocks = nn.ModuleList(
-            Block(width, heads, mlp_ratio, attention, checkpointing) for _ in range(depth)
+            Block(width, heads, mlp_ratio, attention, checkpointing, gelu) for _ in range(depth)
         )
         self.predictor_norm = Norm(width, eps=1e-6)
         self.predictor_proj = Linear(width, encoder_width)

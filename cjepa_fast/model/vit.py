@@ -2,7 +2,7 @@
 
 Parameter names and maths are I-JEPA's (Assran et al. 2023, arXiv 2301.08243), so that its
 checkpoints load: no class token, fixed 2-D sin-cos positions, pre-norm blocks, exact GELU.
-Positions can also be learned, as those of most other ViTs are.
+Positions can also be learned, as those of most other ViTs are, and GELU be tanh's.
 Shapes: B images, N patches, K context patches, D width, H heads, S tokens of a sequence. Packed
 sequences (packed.py) are one row of S = T tokens, B = 1, of which only attention sees the cuts.
 """
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cjepa_fast.kernels.gather import add_positions, gather_tokens
+from cjepa_fast.kernels.gelu import APPROXIMATE
 from cjepa_fast.model.attention import (
     attention_map,
 )
@@ -129,9 +130,10 @@ class Encoder(nn.Module):
     (height // patch_size, width // patch_size).
     residual: "fp32" keeps the residual stream in fp32 where the weights are bf16; the
     matmuls and the output stay bf16. checkpointing: see recompute.py; init: see init_weights.
-    learned_positions: they start as the sin-cos, and are trained. Where `fused` is set, the blocks
-    run by our kernels on what those take.
-    Raises ValueError when the image is no multiple of the patch or the width none of the heads.
+    learned_positions: they start as the sin-cos, and are trained. gelu: "exact", or "tanh", torch's
+    approximation of it. Where `fused` is set, the blocks run by our kernels on what those take.
+    Raises ValueError for another init or gelu, and when the image is no multiple of the patch or
+    the width none of the heads.
     """
 
     def __init__(
@@ -148,6 +150,7 @@ class Encoder(nn.Module):
         init: str = "ijepa",
         channels: int = 3,
         learned_positions: bool = False,
+        gelu: str = "exact",
     ):
         super().__init__()
         self.image_size = simplest(image_size)
@@ -157,15 +160,17 @@ class Encoder(nn.Module):
             )
         if init not in INITS:
             raise ValueError(f"init {init!r}: must be one of {', '.join(INITS)}")
+        if gelu not in APPROXIMATE:
+            raise ValueError(f"gelu {gelu!r}: must be one of {', '.join(APPROXIMATE)}")
         self.patch_size, self.width = patch_size, width
         self.depth, self.heads, self.mlp_ratio = depth, heads, mlp_ratio
         self.residual, self.fused, self.init = residual, False, init
         self.grid = patch_grid(self.image_size, patch_size)
-        self.channels, self.learned_positions = channels, learned_positions
+        self.channels, self.learned_positions, self.gelu = channels, learned_positions, gelu
         self.patch_embed = PatchEmbed(patch_size, width, channels)
         self.pos_embed = frozen_positions(*self.grid, width).requires_grad_(learned_positions)
         self.blocks = nn.ModuleList(
-            Block(width, heads, mlp_ratio, attention, checkpointing) for _ in range(depth)
+            Block(width, heads, mlp_ratio, attention, checkpointing, gelu) for _ in range(depth)
         )
         self.norm = Norm(width, eps=1e-6)
         self.apply(functools.partial(init_weights, init=init))
@@ -173,10 +178,11 @@ class Encoder(nn.Module):
     @property
     def architecture(self) -> dict:
         """The constructor's arguments that decide what it computes and starts from, as in
-        encoder.json; of three channels and of fixed positions nothing is said there."""
+        encoder.json; of three channels, fixed positions and exact GELU nothing is said there."""
         names = ["image_size", "patch_size", "width", "depth", "heads", "mlp_ratio", "init"]
         names += ["channels"] if self.channels != 3 else []
         names += ["learned_positions"] if self.learned_positions else []
+        names += ["gelu"] if self.gelu != "exact" else []
         return {name: getattr(self, name) for name in names}
 
     def positions(self, rows: int, cols: int) -> torch.Tensor:

@@ -104,8 +104,9 @@ def cpu_multiplies_bf16() -> bool:
 
 
 @functools.cache
-def onednn_linear_works(dtype: torch.dtype) -> bool:
+def onednn_linear_works(dtype: torch.dtype, approximate: str = "none") -> bool:
     """Whether oneDNN's fused Linear, with and without a GELU, takes this dtype here, and is right.
+    approximate: as F.gelu has it.
 
     It is an operator of torch's own compiler, without promises: some builds lack it, and some
     processors have no primitive for bf16.
@@ -120,10 +121,10 @@ def onednn_linear_works(dtype: torch.dtype) -> bool:
         wanted = F.linear(x, weight, bias)
         args = [t.to(dtype) for t in (x, weight, bias)]
         try:
-            found = [call(*args, "none", [], ""), call(*args, "gelu", [], "none")]
+            found = [call(*args, "none", [], ""), call(*args, "gelu", [], approximate)]
         except RuntimeError:  # oneDNN has no primitive
             return False
-        pairs = zip(found, (wanted, F.gelu(wanted)), strict=True)
+        pairs = zip(found, (wanted, F.gelu(wanted, approximate=approximate)), strict=True)
         return all(torch.allclose(f.float(), w, rtol=1e-2, atol=1e-2) for f, w in pairs)
 
 

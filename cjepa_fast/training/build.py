@@ -32,7 +32,7 @@ from cjepa_fast.training.optim import parameter_groups
 def build_networks(config: Config, ranks: Ranks | None = None) -> JEPA:
     """Context encoder, predictor, projector and loss, freshly initialised in fp32."""
     model, part = model_sizes(config), config.predictor
-    options = config.model.model_dump(include={"attention", "residual", "checkpointing"})
+    options = config.model.model_dump(include={"attention", "residual", "checkpointing", "gelu"})
     check_heads("model", model["width"], model["heads"])
     check_heads("predictor", part.width, part.heads or model["heads"])
     options["init"] = initialisation(config.model.init, model["width"])

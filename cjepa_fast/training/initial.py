@@ -41,6 +41,7 @@ def initialise(networks: JEPA, target: Encoder, config: Config) -> list[str]:
         ema = context
     told += _fill(networks.encoder, context, config)
     _fill(target, ema, config)
+    told += _another_gelu(config, context.gelu)
     return [*told, "the predictor starts fresh: only files of I-JEPA's are taken with theirs"]
 
 
@@ -67,6 +68,18 @@ def _fill(encoder: Encoder, start: Encoder, config: Config) -> list[str]:
     _check_positions(encoder, state["pos_embed"], config)
     encoder.load_state_dict(state)
     return told
+
+
+def _another_gelu(config: Config, theirs: str) -> list[str]:
+    """A warning where model.gelu is another than that of the weights. It is no error: the two are
+    at most 5e-4 apart, and training goes on from there."""
+    own, start = config.model.gelu, config.run.init_from
+    if own == theirs:
+        return []
+    return [
+        f'WARNING: model.gelu = "{own}": run.init_from = {start} was trained with "{theirs}", so '
+        f"its features change a little; model.gelu={theirs} leaves them as they were"
+    ]
 
 
 def _check_sizes(encoder: Encoder, start: Encoder, config: Config) -> None:
@@ -111,7 +124,8 @@ def _from_ijepa(path: Path, networks: JEPA, target: Encoder, config: Config) -> 
     networks.encoder.load_state_dict(encoder.state_dict())
     networks.predictor.load_state_dict(predictor.state_dict())
     target.load_state_dict(ema.state_dict())
-    return [f"weights of {path}, an I-JEPA checkpoint: encoder, predictor and target encoder"]
+    told = f"weights of {path}, an I-JEPA checkpoint: encoder, predictor and target encoder"
+    return [told, *_another_gelu(config, encoder.gelu)]
 
 
 def _check_named_sizes(config: Config) -> None:

@@ -12,6 +12,7 @@ from cjepa_fast import load_encoder
 from cjepa_fast.checkpoint.encoders import save_encoder
 from cjepa_fast.export import __main__ as exporting
 from cjepa_fast.export.formats import FORMATS, Format, Source, is_installed, timm_config
+from cjepa_fast.interop.vits import read_vit
 from cjepa_fast.model.vit import MODELS, Encoder
 from cjepa_fast.runtime.files import read_tensors
 
@@ -134,6 +135,37 @@ def test_any_number_of_channels_leaves_in_every_form(bands, tmp_path, monkeypatc
     if form == "hf" and ours.channels == 1:
         pixels = names["images"]["pixel_values"]
         assert pixels.shape == (1, 1, 16, 16) and pixels.abs().max() < 0.02  # (128 / 255 - 0.5) / 4
+
+
+@pytest.fixture(scope="module")
+def by_tanh(tmp_path_factory):
+    """A run whose model.gelu is "tanh", no two of its parameters alike."""
+    torch.manual_seed(0)
+    return tiny.write_run(tmp_path_factory.mktemp("tanh"), tiny.uneven_encoder(gelu="tanh"))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_tanh_s_gelu_leaves_in_every_form(by_tanh, tmp_path, seed, form):
+    """Nearer to its own features than those of exact GELU are."""
+    for package in FORMATS[form].needs:
+        pytest.importorskip(package)
+    ours, folder, images = load_encoder(by_tanh), tmp_path / form, torch.randn(2, 3, 24, 24)
+    exact = tiny.with_gelu(ours, "exact")
+    exporting.export(by_tanh, form, folder)
+    if form in ("hf", "safetensors"):
+        assert load_encoder(folder).architecture == ours.architecture
+    if form == "timm":
+        config = json.loads((folder / "config.json").read_text())
+        assert config["model_args"]["act_layer"] == "gelu_tanh"
+        tokens = read_vit(folder / "model.safetensors", 3)[0]
+    else:
+        pytest.importorskip(FORMATS[form].opened_by)
+        tokens = FORMATS[form].open(folder)
+    with torch.no_grad():
+        wanted = ours(images)
+        scale = wanted.abs().max()
+        assert (tokens(images) - wanted).abs().max() < 1e-6 * scale
+        assert (exact(images) - wanted).abs().max() > 1e-5 * scale
 
 
 def test_timm_is_told_of_both_sides():

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 import vision_ops
 from safetensors.torch import save_file
 
 from cjepa_fast.export import __main__ as exporting
 from cjepa_fast.interop.resample import resample_patches, resample_positions
 from cjepa_fast.interop.vits import read_vit
+from cjepa_fast.kernels.gelu import APPROXIMATE
 from cjepa_fast.runtime.files import read_tensors
 
 SIZES = {"img_size": 24, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3}
@@ -122,12 +124,16 @@ def test_resampling_is_timm_s(timm, seed):
         assert (resample_patches(kernel, side) - theirs).abs().max() < 1e-4
 
 
-def test_an_export_computes_in_timm_what_it_does_here(timm, seed, tmp_path):
-    encoder = tiny.uneven_encoder(width=44, heads=4, mlp_ratio=48 / 11)
+@pytest.mark.parametrize("gelu", ["exact", "tanh"])
+def test_an_export_computes_in_timm_what_it_does_here(timm, seed, tmp_path, gelu):
+    encoder = tiny.uneven_encoder(width=44, heads=4, mlp_ratio=48 / 11, gelu=gelu)
     run = tiny.write_run(tmp_path, encoder)
     assert exporting.export(run, "timm", tmp_path / "out") < 1e-5
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     images = torch.randn(2, 3, 24, 24)
     assert (tokens(model, images) - tokens(encoder, images)).abs().max() < 1e-5
+    assert model.blocks[0].mlp.act(torch.tensor(-2.0)) == F.gelu(
+        torch.tensor(-2.0), approximate=APPROXIMATE[gelu]
+    )
     weights = read_tensors(tmp_path / "out" / "model.safetensors")
     assert weights.keys() == model.state_dict().keys()

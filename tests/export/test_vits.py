@@ -200,6 +200,7 @@ def test_what_transformers_writes_is_read(tmp_path, seed):
     [
         ({"num_attention_heads": 6}, "num_attention_heads is 6, and model.heads is 3"),
         ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
+        ({"model_args": {"act_layer": "silu"}}, "act_layer is 'silu'"),
     ],
 )
 def test_what_transformers_says_beside_a_file_is_heard(tmp_path, weights, config, said):
@@ -213,6 +214,25 @@ def test_what_transformers_says_beside_a_file_is_heard(tmp_path, weights, config
     for other in ("[]", "{", '{"run": {}}'):  # of something else
         (tmp_path / "config.json").write_text(other)
         assert len(read(tmp_path, weights)[1]) == len(told) - 1
+
+
+@pytest.mark.parametrize(
+    ("config", "gelu"),
+    [
+        ({"hidden_act": "gelu"}, "exact"),
+        ({"hidden_act": "gelu_new"}, "tanh"),
+        ({"hidden_act": "gelu_pytorch_tanh"}, "tanh"),
+        ({"model_args": {"act_layer": "gelu_tanh"}}, "tanh"),
+        ({"model_args": {"img_size": 24}}, "exact"),
+    ],
+)
+def test_the_gelu_is_the_one_that_is_said_beside_a_file(tmp_path, encoder, weights, config, gelu):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    read_back, _ = read(tmp_path, weights)
+    images = torch.randn(2, 3, 24, 24)
+    wanted = tiny.with_gelu(encoder, gelu)
+    with torch.no_grad():
+        assert read_back.gelu == gelu and torch.equal(read_back(images), wanted(images))
 
 
 def test_absent_biases_are_zeros(tmp_path, encoder, weights):

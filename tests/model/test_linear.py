@@ -5,12 +5,18 @@ import torch
 import torch.nn.functional as F
 from kernel_checks import FLOOR, within_budget
 
+from cjepa_fast.kernels.gelu import APPROXIMATE
 from cjepa_fast.model import cpu_linear as linears
 from cjepa_fast.model.cpu_linear import LinearBackends, LinearUse
 from cjepa_fast.runtime import hardware
 
 SHAPES = [((3, 7, 16), 24), ((5, 8), 1), ((1, 33), 40), ((0, 8), 4)]
-PLAIN = {"linear": F.linear, "linear_gelu": lambda *args: F.gelu(F.linear(*args))}
+PLAIN = {
+    "linear": F.linear,
+    "linear_gelu": lambda x, weight, bias, kind="exact": F.gelu(
+        F.linear(x, weight, bias), approximate=APPROXIMATE[kind]
+    ),
+}
 ONEDNN = LinearBackends("onednn", "onednn", "onednn")
 
 
@@ -64,15 +70,28 @@ def floor_of(dtype: torch.dtype, amount: float, exact: torch.Tensor) -> float:
     return FLOOR[dtype] * max(1.0, amount / scale) if scale else FLOOR[dtype]
 
 
+@pytest.mark.parametrize("kind", APPROXIMATE)
 @pytest.mark.parametrize(("shape", "out"), SHAPES[:2])
-def test_gelu_in_the_matmul_where_no_gradient_is_asked(seed, way, shape, out):
+def test_gelu_in_the_matmul_where_no_gradient_is_asked(seed, way, shape, out, kind):
     tensors = inputs(shape, out, way)
     with torch.no_grad():
-        ours = linears.linear_gelu(*tensors)
-        eager = PLAIN["linear_gelu"](*tensors)
-        exact = PLAIN["linear_gelu"](*(x.double() for x in tensors))
+        ours = linears.linear_gelu(*tensors, kind)
+        eager = PLAIN["linear_gelu"](*tensors, kind)
+        exact = PLAIN["linear_gelu"](*(x.double() for x in tensors), kind)
     amount = summed(tensors, exact)[0]
     within_budget(ours, eager, exact, way, floor=floor_of(way, amount, exact))
+
+
+@pytest.mark.parametrize("kind", APPROXIMATE)
+def test_each_kind_of_gelu_is_its_own_with_and_without_gradients(way, kind):
+    """Where they differ by 4.7e-4, a hundredth of their value there."""
+    x = torch.tensor([[-2.25, 0.0]], dtype=way)
+    eye, bias = torch.eye(2, dtype=way), torch.zeros(2, dtype=way)
+    wanted = F.gelu(x[0, 0].double(), approximate=APPROXIMATE[kind]).item()
+    for asked in (False, True):
+        with torch.set_grad_enabled(asked):
+            found = linears.linear_gelu(x, eye, bias, kind)[0, 0].item()
+        assert abs(found / wanted - 1) < (1e-5 if way == torch.float32 else 0.005)
 
 
 @pytest.mark.parametrize("way", ["fp32: torch"], indirect=True)
@@ -81,6 +100,8 @@ def test_without_a_trial_fp32_is_torchs_own(seed, way):
     tensors = inputs((3, 8), 5, torch.float32)
     assert torch.equal(linears.linear(*tensors), F.linear(*tensors))
     assert torch.equal(linears.linear_gelu(*tensors), F.gelu(F.linear(*tensors)))
+    tanh = F.gelu(F.linear(*tensors), approximate="tanh")
+    assert torch.equal(linears.linear_gelu(*tensors, "tanh"), tanh)
 
 
 def test_a_part_that_is_not_trained_gets_no_gradient(seed, way):

@@ -96,6 +96,22 @@ def test_learned_positions_do_not_become_sin_cos_in_silence(tmp_path, weights):
     assert not context.pos_embed.requires_grad
 
 
+def test_another_gelu_than_the_weights_were_trained_with_is_a_warning(tmp_path, encoder, weights):
+    torch.save(weights, tmp_path / "x.pth")
+    context, target, told = networks_of(tmp_path / "x.pth", gelu="tanh")
+    (line,) = [line for line in told if "model.gelu" in line]
+    assert line.startswith('WARNING: model.gelu = "tanh"') and 'with "exact"' in line
+    assert context.gelu == target.gelu == "tanh"
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_act": "gelu_new"}))
+    assert not any(
+        "model.gelu" in line for line in networks_of(tmp_path / "x.pth", gelu="tanh")[-1]
+    )
+    line = next(line for line in networks_of(tmp_path / "x.pth")[-1] if "model.gelu" in line)
+    assert "model.gelu=tanh leaves them as they were" in line
+    run = tiny.write_run(tmp_path, tiny.with_gelu(encoder, "tanh"))
+    assert any("model.gelu=tanh leaves" in line for line in networks_of(run)[-1])
+
+
 @pytest.mark.parametrize(
     ("sizes", "said"),
     [
