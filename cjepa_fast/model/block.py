@@ -15,13 +15,12 @@ from cjepa_fast.kernels.gelu import APPROXIMATE
 from cjepa_fast.kernels.norm import takes
 from cjepa_fast.model.attention import attend, attend_by_block, attend_packed, flash_attention
 from cjepa_fast.model.cpu_linear import Linear, linear, linear_gelu
+from cjepa_fast.model.fused_mlp import fused_mlp
 from cjepa_fast.model.fused_ops import (
     NONE,
     AddNorm,
     AddNormLast,
     AddNormLinear,
-    Gelu,
-    GeluLinear,
     Matmul,
     Pending,
     add_norm_fp8,
@@ -195,20 +194,7 @@ class Block(nn.Module):
             a = attend_last(attn, q, kv, trained)
         y = Matmul.apply(a, attn.proj.weight, attn.proj.bias)
 
-        again = self.policy.recomputes("block") or self.policy.recomputes("mlp")
-
-        def half(s, y):
-            s, u = AddNormLinear.apply(
-                s, y, attn.proj.bias, two.weight, two.bias, two.eps, mlp.fc1.weight, mlp.fc1.bias,
-                "hidden" not in self.policy,
-            )  # fmt: skip
-            if again:
-                hidden = Gelu.apply(u, mlp.fc1.bias)
-                return s, F.linear(hidden, mlp.fc2.weight, mlp.fc2.bias.detach())
-            keep = "output" not in self.policy
-            return s, GeluLinear.apply(u, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, keep, trained)
-
-        s, y = self.policy.run("mlp", half, s, y)
+        s, y = self.policy.run("mlp", fused_mlp, s, y, attn.proj.bias, two, mlp, self.policy)
         return s, (y, mlp.fc2.bias)
 
     def fp8(

@@ -7,7 +7,7 @@ norm.py, gelu.py and attention/ between cuBLAS's matmuls:
     a      = attention(qkv)                   Attention
     y      = Linear(a)                        Matmul
     s, u   = s + y, Linear(norm2(s + y))      AddNormLinear
-    y      = Linear(gelu(u))                  GeluLinear
+    y      = Linear(gelu(u))                  GeluLinear, of fused_mlp.py
 
 A block hands on the residual stream and its last branch y unadded, since the next block's first
 kernel adds them as it reads them. Nothing is compiled, so a batch may have any lengths, and a block
@@ -32,7 +32,6 @@ from cjepa_fast.kernels.attention import takes as takes_attention
 from cjepa_fast.kernels.attention.backward import launch_attention_backward
 from cjepa_fast.kernels.attention.forward import launch_attention
 from cjepa_fast.kernels.fp8 import Rows, quantise_add_norm, quantise_norm
-from cjepa_fast.kernels.gelu import launch_gelu, launch_gelu_backward
 from cjepa_fast.kernels.norm import launch_add_norm, launch_add_norm_backward
 from cjepa_fast.model.attention import attend
 
@@ -85,11 +84,17 @@ class AddNormLinear(Function):
 
     @staticmethod
     def forward(ctx, x, y, y_bias, gain, shift, eps, weight, bias, keep):
+        s, h = AddNormLinear.saved(ctx, x, y, gain, shift, eps, weight, keep)
+        return s, linear(h, weight, bias)
+
+    @staticmethod
+    def saved(ctx, x, y, gain, shift, eps, weight, keep) -> tuple[torch.Tensor, torch.Tensor]:
+        """x + y and its norm, and in ctx what the backward asks for."""
         s, h, stats = launch_add_norm(x, y, gain, shift, eps)
         ctx.y_dtype, ctx.eps = None if y is None else y.dtype, eps
         ctx.save_for_backward(s, h if keep else None, stats, gain, shift, weight)
         ctx.set_materialize_grads(False)
-        return s.view_as(s), linear(h, weight, bias)
+        return s.view_as(s), h
 
     @staticmethod
     @once_differentiable
@@ -201,39 +206,6 @@ class Matmul(Function):
     @once_differentiable
     def backward(ctx, dout):
         return *linear_gradients(dout, *ctx.saved_tensors), None
-
-
-class GeluLinear(Function):
-    """The Linear of gelu(u). keep: the GELU's output, else recomputed."""
-
-    @staticmethod
-    def forward(ctx, u, u_bias, weight, bias, keep, trained):
-        hidden = launch_gelu(u, None if trained else u)
-        ctx.save_for_backward(u, hidden if keep else None, weight)
-        return linear(hidden, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout):
-        u, hidden, weight = ctx.saved_tensors
-        hidden = launch_gelu(u) if hidden is None else hidden
-        dhidden, dweight = linear_gradients(dout, hidden, weight)
-        return *launch_gelu_backward(dhidden, u), dweight, None, None, None
-
-
-class Gelu(Function):
-    """gelu(u), for a Linear that checkpoint need not run again: torch's own, which keeps what its
-    backward asks for before it computes."""
-
-    @staticmethod
-    def forward(ctx, u, u_bias):
-        ctx.save_for_backward(u)
-        return launch_gelu(u)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dhidden):
-        return launch_gelu_backward(dhidden.contiguous(), *ctx.saved_tensors)
 
 
 def add_norm_fp8(
