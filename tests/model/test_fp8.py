@@ -88,11 +88,12 @@ def test_a_layer_is_a_linear_to_8_bits_of_both_operands(seed):
     assert torch.equal(layer.weight.float(), quantise_rows(again).values.float())
 
 
-def test_a_block_is_the_bf16_one_with_its_four_matmuls_in_fp8(seed):
+@pytest.mark.parametrize("gelu", ["exact", "tanh"])
+def test_a_block_is_the_bf16_one_with_its_four_matmuls_in_fp8(seed, gelu):
     """Each matmul of the block taken by hand, from the layers' names."""
-    encoder = Encoder(24, 4, 48, 1, 3).bfloat16()
+    encoder = Encoder(24, 4, 48, 1, 3, gelu=gelu, init="xavier").bfloat16()
     ours, block = in_8_bits(encoder).blocks[0], encoder.blocks[0]
-    x = torch.randn(2, 36, 48).bfloat16()
+    x = 3 * torch.randn(2, 36, 48).bfloat16()
 
     def linear(rows, layer):
         return fp8.matmul(rows, quantise_rows(layer.weight), layer.bias)
@@ -105,8 +106,10 @@ def test_a_block_is_the_bf16_one_with_its_four_matmuls_in_fp8(seed):
     heads = attend(q, k, v, "plain")
     y = x + linear(quantise_rows(heads.transpose(1, 2).flatten(2)), block.attn.proj)
     normed = quantise_norm(y, block.norm2.weight, block.norm2.bias, 1e-6)
-    hidden = quantise_gelu(linear(normed, block.mlp.fc1))
+    hidden = quantise_gelu(linear(normed, block.mlp.fc1), gelu)
     assert torch.equal(ours(x), y + linear(hidden, block.mlp.fc2))
+    other = quantise_gelu(linear(normed, block.mlp.fc1), {"exact": "tanh", "tanh": "exact"}[gelu])
+    assert not torch.equal(ours(x), y + linear(other, block.mlp.fc2))
 
 
 def test_what_is_in_8_bits_and_what_is_not():

@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
+from cublaslt_stand_in import StandIn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cjepa_fast.config import validate
 from cjepa_fast.kernels.common import launch
-from cjepa_fast.model import predictor, vit
+from cjepa_fast.model import cublaslt, fused_mlp, predictor, vit
 from cjepa_fast.model.fp8 import linears_to_fp8
 from cjepa_fast.model.predictor import Predictor
 from cjepa_fast.model.recompute import RecomputePolicy
@@ -97,6 +99,104 @@ def test_what_is_computed_again_has_the_same_bits(seed, kernel_device, policy):
     again = outcome(made, *batch, torch.bfloat16, True)
     for name, value in kept.items():
         assert torch.equal(again[name], value), name
+
+
+# --------------------------------------------------------------------------------- GELU by tanh
+
+
+def by_stand_in(monkeypatch, **options) -> StandIn | None:
+    """cuBLASLt's calls by a stand-in, on a CPU; on a GPU by cuBLASLt, where it is right."""
+    if torch.cuda.is_available():
+        if why := cublaslt.problem(torch.device("cuda", 0), torch.bfloat16):
+            pytest.skip(why)
+        return None
+    library = StandIn(**options)
+    made = cublaslt.Matmuls(cublaslt.bind(library))
+    monkeypatch.setattr(cublaslt, "matmuls", lambda device: made)
+    monkeypatch.setattr(cublaslt, "takes", lambda x, weight: True)
+    return library
+
+
+@pytest.mark.parametrize(
+    ("policy", "by_matmul", "calls"),
+    [
+        ("none", False, {}),
+        ("none", True, {cublaslt.GELU_AUX_BIAS: 4, cublaslt.DGELU_BGRAD: 4}),
+        ("norm_gelu", True, {cublaslt.DGELU_BGRAD: 4}),
+        ("selective", True, {}),
+        ("full", True, {}),
+    ],
+)
+def test_tanh_s_is_as_near_to_the_truth_as_the_modules(
+    seed, kernel_device, monkeypatch, policy, by_matmul, calls
+):
+    """The output and every gradient; and what cuBLASLt is asked for, of four blocks."""
+    library = by_stand_in(monkeypatch) if by_matmul else None
+    if kernel_device == "cuda" and not by_matmul:
+        monkeypatch.setattr(cublaslt, "takes", lambda x, weight: False)
+    made, batch = networks(kernel_device, gelu="tanh", checkpointing=policy), inputs(kernel_device)
+    exact = outcome(made, *batch, torch.float64, False)
+    plain = outcome(made, *batch, torch.bfloat16, False)
+    got = outcome(made, *batch, torch.bfloat16, True)
+    for name, wanted in exact.items():
+        allowed = 2 * distance(plain[name], wanted) + 2.0**-9
+        assert distance(got[name], wanted) <= allowed, name
+    assert library is None or library.calls == calls
+
+
+def test_where_cublaslt_has_no_algorithm_the_kernels_serve(seed, kernel_device, monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("by the stand-in alone")
+    made, batch = networks(kernel_device, gelu="tanh"), inputs(kernel_device)
+    apart = outcome(made, *batch, torch.bfloat16, True)
+    library = by_stand_in(monkeypatch, algorithms=0)
+    for name, value in outcome(made, *batch, torch.bfloat16, True).items():
+        assert torch.equal(value, apart[name]), name
+    assert library.created["description"] and not library.calls
+
+
+def test_exact_gelu_asks_no_matmul_for_it(seed, kernel_device, monkeypatch):
+    def never(*_):
+        raise AssertionError("asked")
+
+    for module, name in ((cublaslt, "takes"), (fused_mlp, "gelu_by_torch")):
+        monkeypatch.setattr(module, name, never)
+    made, (images, *batch) = networks(kernel_device), inputs(kernel_device)
+    outcome(made, images, *batch, torch.bfloat16, True)
+    encoder = made["encoder"].bfloat16()
+    encoder.fused = True
+    with torch.no_grad():
+        encoder(images.bfloat16())
+
+
+def test_without_gradients_tanh_s_is_in_torch_s_own_matmul(seed, kernel_device, monkeypatch):
+    """By a stand-in that computes tanh's, as that call does on CUDA alone."""
+    asked, real = [], torch._addmm_activation
+
+    def addmm(bias, x, weight_t, *, use_gelu):
+        asked.append((bias, x, weight_t))
+        assert use_gelu
+        if x.is_cuda:
+            return real(bias, x, weight_t, use_gelu=True)
+        return F.gelu(torch.addmm(bias, x, weight_t).float(), approximate="tanh").to(x.dtype)
+
+    monkeypatch.setattr(torch, "_addmm_activation", addmm)
+    monkeypatch.setattr(fused_mlp, "gelu_by_torch", lambda x, weight: True)
+    monkeypatch.setattr(fused_mlp, "launch_gelu", None)  # no pass of its own
+    encoder = networks(kernel_device, gelu="tanh")["encoder"].requires_grad_(False)
+    images = torch.randn(B, 3, 24, 24, device=kernel_device)
+    with torch.no_grad():
+        exact = copy.deepcopy(encoder).double()(images.double())
+        encoder.bfloat16()
+        plain = encoder(images.bfloat16())
+        encoder.fused = True
+        got = encoder(images.bfloat16())
+    assert distance(got, exact) <= 2 * distance(plain, exact) + 2.0**-9
+    assert len(asked) == len(encoder.blocks)
+    for (bias, x, weight_t), block in zip(asked, encoder.blocks, strict=True):
+        fc1 = block.mlp.fc1
+        assert bias is fc1.bias and x.shape == (B * 36, 48)
+        assert weight_t.data_ptr() == fc1.weight.data_ptr() and weight_t.shape == (48, 192)
 
 
 class Counting(TorchDispatchMode):
