@@ -57,6 +57,13 @@ def fused_mlp(
     return s, GeluLinear.apply(u, hidden, fc1.bias, *second, keep, trained, by_matmul)
 
 
+def told(device: torch.device, dtype: torch.dtype) -> str:
+    """Where fused blocks compute tanh's GELU on this GPU, in words."""
+    if why := cublaslt.problem(device, dtype):
+        return f"GELU: in training a pass of its own, not inside cuBLASLt's matmuls ({why})"
+    return "GELU: inside the matmuls, by cuBLASLt"
+
+
 def gelu_by_torch(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether torch._addmm_activation computes tanh's GELU here: on a CPU it is exact GELU."""
     return x.is_cuda and cublaslt.torch_is_right(x.device, weight.dtype)

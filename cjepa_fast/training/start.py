@@ -17,6 +17,7 @@ from cjepa_fast.checkpoint import encoders
 from cjepa_fast.config import Config, ConfigError
 from cjepa_fast.data import left_out as left_out_images
 from cjepa_fast.data.loader import Loader
+from cjepa_fast.model import fused_mlp
 from cjepa_fast.model.cpu_linear import LinearBackends
 from cjepa_fast.runtime import distributed, files, hardware, run_lock, watchdog
 from cjepa_fast.runtime.provenance import machine
@@ -26,7 +27,12 @@ from cjepa_fast.telemetry import Telemetry
 from cjepa_fast.telemetry.log import Lines
 from cjepa_fast.telemetry.progress import shown_clock
 from cjepa_fast.training import cpu_micro_batch
-from cjepa_fast.training.build import build_loader, build_masks, with_precision
+from cjepa_fast.training.build import (
+    build_loader,
+    build_masks,
+    compute_dtype,
+    with_precision,
+)
 from cjepa_fast.training.trainer import Trainer
 
 
@@ -280,6 +286,10 @@ def _choices(trainer: Trainer) -> Iterator[str]:
     if device.type == "cuda" and trainer.attention:
         chosen = ", ".join(f"{part} {name}" for part, name in trainer.attention.items())
         yield f"attention: {chosen} (the fastest of those here)"
+    dtype = compute_dtype(config)
+    fused = trainer.context_encoder.fused and device.type == "cuda" and dtype.itemsize == 2
+    if config.model.gelu == "tanh" and fused:
+        yield fused_mlp.told(device, dtype)
     if device.type == "cpu" and config.model.target_precision == "fp8":
         yield "model.target_precision fp8: right on a CPU, but slower than bf16"
     if onednn := [kind for kind, library in trainer.linear.items() if library == "onednn"]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from cublaslt_stand_in import StandIn
 from kernel_checks import within_budget
 
-from cjepa_fast.model import cublaslt
+from cjepa_fast.model import cublaslt, fused_mlp
 
 CPU = torch.device("cpu")
 DTYPES = [torch.bfloat16, torch.float16]
@@ -117,9 +117,7 @@ def test_the_trial_finds_what_is_right_and_what_is_not(library, monkeypatch, dty
 
 def test_torch_s_own_on_a_cpu_is_not_tanh_s_and_is_not_asked(monkeypatch):
     """The trial allows 1 %, which the two kinds are not apart: so the device decides."""
-    from cjepa_fast.model.fused_mlp import gelu_by_torch
-
-    assert not gelu_by_torch(torch.zeros(1), torch.zeros(1))
+    assert not fused_mlp.gelu_by_torch(torch.zeros(1), torch.zeros(1))
     assert cublaslt.torch_is_right.__wrapped__(CPU, torch.float32)
     monkeypatch.setattr(torch, "_addmm_activation", lambda b, x, w, use_gelu: x @ w + b)
     assert not cublaslt.torch_is_right.__wrapped__(CPU, torch.float32)
@@ -133,6 +131,12 @@ def test_why_it_is_not_taken_is_told(monkeypatch):
     assert problem(CPU, torch.float32) == "not of torch.float32"
     monkeypatch.setattr(cublaslt, "matmuls", lambda device: ctypes.CDLL(os.devnull))
     assert problem(CPU, torch.bfloat16).startswith("OSError: ")
+    monkeypatch.setattr(cublaslt, "problem", problem)
+    assert "not inside cuBLASLt's matmuls (OSError: " in fused_mlp.told(CPU, torch.bfloat16)
+    monkeypatch.setattr(cublaslt, "is_right", lambda *_: False)
+    assert problem(CPU, torch.bfloat16) == "cuBLASLt computes another GELU, or wrongly"
+    monkeypatch.setattr(cublaslt, "is_right", lambda *_: True)
+    assert fused_mlp.told(CPU, torch.bfloat16) == "GELU: inside the matmuls, by cuBLASLt"
     x, weight = torch.zeros(2, 8), torch.zeros(8, 8)
     assert not cublaslt.takes(x, weight)  # on a CPU
 
@@ -200,6 +204,10 @@ def test_the_real_library_has_our_attributes_in_our_sizes(real):
         for other in {4, 8} - {size}:
             raw = ctypes.c_uint64(wanted[0])
             assert put(of, attribute.number, ctypes.byref(raw), other), attribute
+
+
+def test_the_structures_are_as_large_as_the_header_s():
+    assert ctypes.sizeof(cublaslt.Algorithm) == 64 and ctypes.sizeof(cublaslt.Heuristic) == 96
 
 
 def test_the_real_library_has_our_layout_of_a_matrix(real):
