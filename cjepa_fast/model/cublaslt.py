@@ -46,6 +46,7 @@ COMPUTE_32F, TRANSPOSED = 68, 1
 TYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}
 GELU_AUX_BIAS = 32 | 128 | 4
 DGELU_BGRAD = 64 | 128 | 16
+REFUSED = 7, 15  # statuses: an invalid value, not supported; nothing has been launched
 
 
 class Attribute(NamedTuple):
@@ -104,7 +105,7 @@ def library_path() -> Path | None:
     lines = maps.read_text(errors="replace").splitlines() if maps.is_file() else []
     loaded = [line.split(maxsplit=5)[-1] for line in lines if name in line]
     spec = importlib.util.find_spec("nvidia")
-    folders = map(Path, spec.submodule_search_locations) if spec else []
+    folders = map(Path, (spec and spec.submodule_search_locations) or ())
     beside = (path for folder in folders for path in sorted(folder.glob(f"*/lib/{name}*")))
     return next((path for path in (*map(Path, loaded), *beside) if path.is_file()), None)
 
@@ -139,9 +140,9 @@ class Matmuls:
         aux_RF: torch.Tensor,
         op_a: int = 0,
     ) -> bool:
-        """Fills out and what the epilogue writes of bias and aux; False where it has no algorithm
-        for that. Dense row-major tensors of one dtype; a: (F, K) where op_a is TRANSPOSED, else
-        (K, F). Raises RuntimeError for a call that fails."""
+        """Fills out and what the epilogue writes of bias and aux; False where the library has no
+        algorithm for that. Dense row-major tensors of one dtype; a: (F, K) where op_a is
+        TRANSPOSED, else (K, F). Raises RuntimeError for a call that fails."""
         tensors = a, b_RK, out_RF, bias_F, aux_RF
         aligned = tuple(map(alignment, tensors))
         key = epilogue, op_a, a.shape, b_RK.shape, a.dtype, aligned
@@ -151,15 +152,21 @@ class Matmuls:
             if (plan := self.plans[key]) is None:
                 return False
             self._point(plan.description, bias_F, aux_RF)
-            self._launch(plan, a, b_RK, out_RF)
+            status = self._launch(plan, a, b_RK, out_RF)
+            if status in REFUSED:
+                self.plans[key] = None
+                return False
+        if status:
+            raise RuntimeError(f"cublasLtMatmul: cuBLAS status {status}")
         return True
 
-    def _launch(self, plan: Plan, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+    def _launch(self, plan: Plan, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> int:
+        """The status."""
         workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=a.device)
         one, zero = c_float(1), c_float(0)
         of_a, of_b, of_d = plan.layouts
-        self._call(
-            "cublasLtMatmul", self.handle, plan.description,
+        return self.library.cublasLtMatmul(
+            self.handle, plan.description,
             ctypes.byref(one), a.data_ptr(), of_a, b.data_ptr(), of_b,
             ctypes.byref(zero), out.data_ptr(), of_d, out.data_ptr(), of_d,
             ctypes.byref(plan.algorithm), workspace.data_ptr(), plan.workspace_bytes,

@@ -97,6 +97,11 @@ def test_a_call_that_fails_is_named(library, monkeypatch):
     monkeypatch.setattr(library, "_cublasLtMatmul", lambda *_: 14)
     with pytest.raises(RuntimeError, match="cublasLtMatmul: cuBLAS status 14"):
         cublaslt.linear_gelu(*operands(torch.bfloat16)[:3])
+    monkeypatch.setattr(library, "_cublasLtMatmul", lambda *_: 15)  # not supported
+    assert cublaslt.linear_gelu(*operands(torch.bfloat16)[:3]) is None
+    monkeypatch.setattr(library, "_cublasLtMatmulPreferenceSetAttribute", lambda *_: 7)
+    with pytest.raises(RuntimeError, match="PreferenceSetAttribute: cuBLAS status 7"):
+        cublaslt.linear_gelu(*operands(torch.bfloat16, (9, 16))[:3])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
