@@ -10,6 +10,7 @@ from torch import nn
 
 from cjepa_fast.model import vit
 from cjepa_fast.model.attention import attend, attention_map
+from cjepa_fast.model.predictor import Predictor
 from cjepa_fast.model.vit import MODELS, Encoder, patchify, sincos_positions
 
 SMALL = {"image_size": 12, "patch_size": 3, "width": 16, "depth": 2, "heads": 2}
@@ -408,3 +409,27 @@ def test_the_automatic_initialisation_follows_the_width():
     assert vit.initialisation("ijepa", 96) == "ijepa"
     with pytest.raises(ValueError, match="init 'orthogonal': must be one of ijepa, xavier"):
         vit.Encoder(48, 8, 96, 1, 2, init="orthogonal")
+
+
+@pytest.mark.parametrize("policy", ["none", "norm_gelu", "selective", "full"])
+@pytest.mark.parametrize(("gelu", "approximate"), [("exact", "none"), ("tanh", "tanh")])
+def test_a_block_computes_the_gelu_that_is_asked_for(seed, gelu, approximate, policy):
+    """With gradients and without, in float64, where the two are far apart; both networks of it."""
+    encoder = Encoder(12, 3, 16, 1, 2, gelu=gelu, checkpointing=policy, init="xavier").double()
+    predictor = Predictor(16, encoder.grid, 16, 1, 2, gelu=gelu, checkpointing=policy).double()
+    for block in (*encoder.blocks, *predictor.predictor_blocks):
+        x = 3 * torch.randn(2, 16, 16).double()
+        middle = x + block.attn(*block.attn.heads_of(block.norm1(x)))
+        hidden = F.gelu(block.mlp.fc1(block.norm2(middle)), approximate=approximate)
+        wanted = middle + block.mlp.fc2(hidden)
+        for asked in (True, False):
+            with torch.set_grad_enabled(asked):
+                torch.testing.assert_close(block(x), wanted, rtol=0, atol=1e-12)
+
+
+def test_exact_gelu_is_not_written_down_and_another_word_is_refused():
+    assert "gelu" not in Encoder(8, 4, 32, 1, 2).architecture  # as ever, and so are digests
+    tanh = Encoder(8, 4, 32, 1, 2, gelu="tanh")
+    assert Encoder(**tanh.architecture).gelu == tanh.architecture["gelu"] == "tanh"
+    with pytest.raises(ValueError, match="gelu 'erf': must be one of exact, tanh"):
+        Encoder(8, 4, 32, 1, 2, gelu="erf")
