@@ -12,6 +12,7 @@ from html import escape
 from cjepa_fast.tools import html_charts
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+WARNED = ' class="warn"'  # a table's row that has a warning
 STYLE = """
 :root { color-scheme: light dark; --ground: #fff; --ink: #1c1f23; --quiet: #667; --rule: #d8dbe0;
   --card: #f6f7f9; --accent: #1668b8; --warn: #b3540a; --good: #00704f; }
@@ -116,9 +117,6 @@ def table(
         f'{over}<div class="wide {kind}"><table>'
         f"<thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>"
     )
-
-
-WARNED = ' class="warn"'
 
 
 def note(text: str, kind: str = "quiet") -> str:

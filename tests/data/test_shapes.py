@@ -101,6 +101,15 @@ def test_ensure_makes_shards_that_read_as_a_labelled_set(small):
         assert json.loads(images.sidecar(i, "json")) == facts
 
 
+def test_classes_have_names_in_a_set_of_an_earlier_version_too(small):
+    folder = shapes.ensure("val", log=lambda text: None)
+    (folder / "classes.txt").unlink()  # it wrote none
+    shapes.ensure("val", log=lambda text: None)
+    images = open_images(folder, cache=small / "named")
+    assert tuple(images.classes) == scenes.KINDS
+    assert images.labels.tolist() == [scenes.render("val", i)[1] for i in range(8)]
+
+
 def test_ensure_renders_once_and_again_when_damaged(small, monkeypatch):
     said = []
     folder = shapes.ensure("val", log=said.append)
