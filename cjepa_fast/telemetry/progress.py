@@ -5,6 +5,7 @@ at the end, in files and pipes a plain line a minute.
 """
 
 import contextlib
+import shutil
 import sys
 import threading
 from collections.abc import Iterator
@@ -38,7 +39,10 @@ def shown_clock(title: str) -> contextlib.AbstractContextManager[tqdm]:
 def _shown(plain: str, **options) -> Iterator[tqdm]:
     """plain: the format where there is no terminal."""
     live, done = sys.stderr.isatty(), threading.Event()
-    if not live:
+    if live:  # some terminals say that they have no columns, and tqdm would show nothing
+        size = shutil.get_terminal_size()
+        options |= {"ncols": size.columns - 1, "nrows": size.lines}
+    else:
         options |= {"bar_format": plain, "file": _PlainLines(sys.stderr)}
     wait_s, every_s = (QUIET_S, TICK_S) if live else (PLAIN_S, PLAIN_S)
     with tqdm(

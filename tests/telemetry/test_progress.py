@@ -1,6 +1,8 @@
 """What is shown at a terminal of what takes long."""
 
 import io
+import os
+import pty
 import sys
 import time
 
@@ -77,3 +79,15 @@ def test_what_is_short_is_silent_in_files_and_pipes(monkeypatch):
     with progress.shown_bar(2, "features") as bar:
         bar.update(2)
     assert pipe.getvalue() == ""
+
+
+def test_a_terminal_that_says_it_has_no_columns_shows_it_too(monkeypatch):
+    """As terminals without a window do: a size of 0 x 0."""
+    ours, theirs = pty.openpty()
+    with os.fdopen(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        monkeypatch.setattr(progress, "QUIET_S", 0.0)
+        monkeypatch.delenv("COLUMNS", raising=False)
+        with progress.shown_clock("features"):
+            assert b"features" in os.read(ours, 1000)
+    os.close(ours)

@@ -74,14 +74,14 @@ def percent(named_m: torch.Tensor, label_m: torch.Tensor) -> float:
 def ridge(train_nD: torch.Tensor, label_n: torch.Tensor, test_mD: torch.Tensor) -> torch.Tensor:
     """The classes (m,) that ridge regression on standardised features gives: a linear probe in one
     solution, where logistic regression takes a thousand steps. Penalty: a hundredth of n."""
-    from sklearn.linear_model import RidgeClassifier
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
+    with shown_clock("ridge regression"):  # its import takes seconds too
+        from sklearn.linear_model import RidgeClassifier
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
 
-    probe = make_pipeline(StandardScaler(), RidgeClassifier(alpha=len(train_nD) / 100))
-    with shown_clock("ridge regression"):
+        probe = make_pipeline(StandardScaler(), RidgeClassifier(alpha=len(train_nD) / 100))
         probe.fit(train_nD.double().numpy(), label_n.numpy())
-    return torch.from_numpy(probe.predict(test_mD.double().numpy()))
+        return torch.from_numpy(probe.predict(test_mD.double().numpy()))
 
 
 def sweep(
