@@ -319,9 +319,9 @@ def _tell_test_error(values: list[Scores], records: list[list[dict]]) -> None:
         if "test_images" in row
     }  # fmt: skip
     errors = [
-        (seeds.test_error(value, count), count)
+        (uncertainty.standard_error(value, count), count)
         for found in values for (task, key, _), value in found.items()
-        for of, count in images if of == task and key in seeds.PERCENT_RIGHT
+        for of, count in images if of == task and key in uncertainty.RIGHT
     ]  # fmt: skip
     if errors:
         error, count = max(errors)

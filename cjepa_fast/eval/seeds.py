@@ -3,7 +3,7 @@
 Runs whose configurations differ in nothing but the seed are one group. Each group is compared with
 the first: by Student's t test of the differences seed by seed where both have the same seeds, else
 by Welch's t test (scipy.stats). Every seed was scored on the same test images; how far these stand
-for others is another error, that of the test set.
+for others is another error (uncertainty.py).
 """
 
 import json
@@ -19,7 +19,6 @@ from cjepa_fast.eval import cli
 
 CONFIDENCE = 0.95
 MOST_NAMED = 3  # keys in a group's name
-PERCENT_RIGHT = {"top1", "top1_centred", "linear", "ridge", "logistic", "lars", "top5"}
 PAIRED, APART = "the same seeds", "other seeds"
 By = dict[int | None, float]  # a value by seed; None: of an encoder that belongs to no run
 
@@ -102,9 +101,3 @@ def difference(first: By, second: By) -> Difference | None:
     test = stats.ttest_rel(*pairs) if how == PAIRED else stats.ttest_ind(*pairs, equal_var=False)
     interval = test.confidence_interval(CONFIDENCE)
     return Difference(mean, error, interval.low, interval.high, test.pvalue, seeds, how)
-
-
-def test_error(percent: float, images: int) -> float:
-    """The standard error of a percentage of `images` test images, in points."""
-    share = percent / 100
-    return 100 * math.sqrt(share * (1 - share) / images)

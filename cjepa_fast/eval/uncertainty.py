@@ -1,18 +1,14 @@
-"""How far a share of test images may be off: Wilson's score interval (Wilson 1927, JASA 22).
+"""How far a share of test images may be off: its standard error, and Wilson's score interval
+(Wilson 1927, JASA 22).
 
 It says what other test images would give. What another training would give is a matter of seeds.
 """
 
 import math
 
-RIGHT = {
-    "top1",
-    "top1_centred",
-    "top5",
-    "linear",
-    "average_top1",
-    "average_top5",
-}  # % of test images
+# The keys of rows that are percentages of the test images.
+RIGHT = {"top1", "top1_centred", "top5", "linear", "ridge", "logistic", "lars"}
+RIGHT |= {"average_top1", "average_top5"}
 Z = 1.96  # standard errors: 95 % of a normal distribution
 
 
@@ -26,6 +22,12 @@ def interval(percent: float, images: int) -> tuple[float, float]:
     middle = (share + Z**2 / (2 * images)) / scale
     half = Z / scale * math.sqrt(share * (1 - share) / images + (Z / (2 * images)) ** 2)
     return max(0.0, 100 * (middle - half)), min(100.0, 100 * (middle + half))
+
+
+def standard_error(percent: float, images: int) -> float:
+    """Of a percentage of `images` test images, in points."""
+    share = percent / 100
+    return 100 * math.sqrt(share * (1 - share) / images)
 
 
 def of_row(row: dict, key: str) -> tuple[float, float] | None:
