@@ -198,6 +198,11 @@ def test_the_target_of_an_ijepa_checkpoint_is_the_ema_s_start(tmp_path, monkeypa
         )
         with pytest.raises(ConfigError, match=f"{key} = 3.*leave it out.*run.init_from"):
             initial.initialise(networks, target, other)
+    by_tanh = {**sizes, "model": {**sizes["model"], "gelu": "tanh"}}
+    warned = configuration.validate({**by_tanh, "run": {"init_from": str(file)}})
+    anew = build.build_networks(warned)
+    *_, line = initial.initialise(anew, copy.deepcopy(anew.encoder), warned)
+    assert line.startswith('WARNING: model.gelu = "tanh"') and anew.encoder.gelu == "tanh"
     ema = TargetEMA(target, whole(trained(networks.encoder)), torch.float32)
     ema.update(0.5)
     for name, p in trained(networks.encoder).items():
