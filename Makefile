@@ -3,7 +3,7 @@
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-FAST := not slow and not multiprocess and not gpu and not faults
+FAST := not slow and not long and not multiprocess and not gpu and not faults
 # A worker takes tests that follow each other, which share their fixtures, and in the end some of
 # another's; tests/conftest.py says how many workers there are.
 WORKERS := --dist worksteal -n auto
@@ -13,7 +13,7 @@ AOT = tests/kernels/aot_worker.py --processes $$(nproc) $(if $(ACCEPT),--accept)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo demo-compare test kernels-check faults docs-check lint check format bench clean
+.PHONY: help install demo demo-compare test test-long kernels-check faults docs-check lint check format bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | \
@@ -27,8 +27,11 @@ demo: $(STAMP) ## train a small ViT on a synthetic dataset in minutes, and draw 
 demo-compare: $(STAMP) ## the demo beside I-JEPA, the same without VICReg: curves and a sentence
 	@$(RUN) -m cjepa_fast.demo --compare
 
-test: $(STAMP) ## every test that this machine can run
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not faults" $(WORKERS)
+test: $(STAMP) ## the tests that this machine can run, but for the long ones
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not faults and not long" $(WORKERS)
+
+test-long: $(STAMP) ## the long ones: more ranks, launchers, kills, an installed wheel
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m "long and not faults" $(WORKERS)
 
 kernels-check: $(STAMP) ## compile every kernel for sm_80, 90 and 100; fails where one got worse
 	@PYTHONPATH=tests:. $(RUN) $(AOT) --markdown bench/results/aot.md

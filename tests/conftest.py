@@ -5,6 +5,7 @@ import os
 import random
 from pathlib import Path
 
+import fast_interpreter
 import numpy as np
 import pytest
 import torch
@@ -75,7 +76,10 @@ def kernel_device(request) -> str:
     if request.param == "cpu" and not launch.INTERPRETING:
         pytest.skip("Triton compiles here: the same test runs on the GPU")
     torch.use_deterministic_algorithms(True, warn_only=True)  # poisons fresh memory
-    with launch.interpreted() if request.param == "cpu" else contextlib.nullcontext():
+    with contextlib.ExitStack() as interpreting:
+        if request.param == "cpu":
+            interpreting.enter_context(launch.interpreted())
+            interpreting.enter_context(fast_interpreter.patched_once())
         yield request.param
     torch.use_deterministic_algorithms(False)
 

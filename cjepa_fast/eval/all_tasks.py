@@ -20,7 +20,8 @@ import torch
 from cjepa_fast.eval import cli
 from cjepa_fast.eval.features import extract
 from cjepa_fast.eval.figures import attention, curves, masks, pca, retrieve
-from cjepa_fast.eval.figures.sheets import save, spread_over
+from cjepa_fast.eval.figures.sheets import spread_over
+from cjepa_fast.eval.figures.style import save
 from cjepa_fast.eval.probes import collapse, knn, linear
 from cjepa_fast.eval.probes.probe_sweep import ProbePlan
 from cjepa_fast.model.vit import Encoder

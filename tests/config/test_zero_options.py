@@ -23,9 +23,14 @@ def alone(tmp_path_factory):
     ("stage", "options", "ranks"),
     [
         (1, {"offload_optimizer": CPU}, 2),
-        (3, {"offload_optimizer": CPU, "offload_param": CPU}, 2),
-        (2, {"reduce_bucket_size": 500, "allgather_bucket_size": 500}, 2),
-        (3, {"zero_hpz_partition_size": 2}, 4),
+        *(
+            pytest.param(*other, marks=pytest.mark.long)
+            for other in (
+                (3, {"offload_optimizer": CPU, "offload_param": CPU}, 2),
+                (2, {"reduce_bucket_size": 500, "allgather_bucket_size": 500}, 2),
+                (3, {"zero_hpz_partition_size": 2}, 4),
+            )
+        ),
     ],
 )
 def test_an_option_changes_nothing_and_resumes(alone, tmp_path, stage, options, ranks):

@@ -64,6 +64,7 @@ for name in {sorted(SOURCES)!r}:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_training_and_evaluation_are_those_with_dali_but_for_rounding(python, tmp_path):
     train, losses = tiny.ROOT / "cjepa_fast" / "train.py", []

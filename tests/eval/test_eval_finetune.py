@@ -364,6 +364,7 @@ def test_few_labels_by_probe(data, saved, tmp_path):
     assert rows[0]["train_images"] * 2 == pytest.approx(rows[2]["train_images"], abs=2)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_two_ranks_stopped_and_resumed_end_where_one_does(data, tmp_path):

@@ -242,6 +242,7 @@ def test_a_forged_training_is_refused(training, marker, capsys):
         (kept / "good").rename(checkpoint)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_two_ranks_refuse_together(training, marker):
@@ -267,6 +268,7 @@ def knn(images: Path, checkpoint: Path, out: Path, *options: str) -> int:
     return main([*map(str, words), *options])
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_files_of_a_run(tmp_path, monkeypatch, marker, capsys):
     """What decides is refused, or named and the checkpoint before it is used; no more is read."""
@@ -309,6 +311,7 @@ def test_features_and_indexes_kept_on_disk_are_made_anew(tmp_path, monkeypatch, 
         assert rows() == first
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_two_ranks_resume_from_the_checkpoint_before(tmp_path, marker):

@@ -211,6 +211,7 @@ distributed.leave(train.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.long
 @pytest.mark.multiprocess
 def test_two_ranks_under_zero_3_evaluate_alike(tmp_path):
     """Their shares are uneven, 17 and 18 of 35 images: each runs the same collectives."""

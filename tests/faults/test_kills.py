@@ -39,6 +39,7 @@ def test_asked_to_stop_in_a_save(tmp_path, images, whole):
     assert_same(struck, whole(1))
 
 
+@pytest.mark.long
 @pytest.mark.multiprocess
 def test_one_of_two_ranks_killed(tmp_path, images, whole):
     moments = [Moment("disk", after=6, nth=1, rank=1, act=harness.kill_one)]

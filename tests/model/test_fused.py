@@ -18,6 +18,7 @@ from cjepa_fast.model.vit import Encoder
 from cjepa_fast.training import build
 
 POLICIES = ["none", "norm_gelu", "selective", "full"]
+LONG = [pytest.param(policy, marks=pytest.mark.long) for policy in POLICIES]
 B, M, P, K = 2, 2, 7, 20
 
 
@@ -60,8 +61,8 @@ def distance(x: torch.Tensor, exact: torch.Tensor) -> float:
     return ((x.double() - exact).norm() / exact.norm()).item()
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("residual", ["bf16", "fp32"])
+@pytest.mark.parametrize("residual", ["bf16", pytest.param("fp32", marks=pytest.mark.long)])
+@pytest.mark.parametrize("policy", ["none", *LONG[1:3], "full"])
 def test_as_near_to_the_truth_as_the_modules(seed, kernel_device, residual, policy):
     """In bf16: twice their error at most, in norm, of each gradient, and a bf16's own rounding."""
     made = networks(kernel_device, residual=residual, checkpointing=policy)
@@ -75,7 +76,7 @@ def test_as_near_to_the_truth_as_the_modules(seed, kernel_device, residual, poli
         assert distance(got[name], wanted) <= allowed, name
 
 
-@pytest.mark.parametrize("channels", [1, 5])
+@pytest.mark.parametrize("channels", [pytest.param(1, marks=pytest.mark.long), 5])
 def test_any_number_of_channels(seed, kernel_device, channels):
     """A patch is then 16 or 80 values, which the gather of the context's patches copies."""
     made = networks(kernel_device, channels=channels)
@@ -88,7 +89,7 @@ def test_any_number_of_channels(seed, kernel_device, channels):
         assert distance(got[name], exact[name]) <= allowed, name
 
 
-@pytest.mark.parametrize("policy", POLICIES[1:])
+@pytest.mark.parametrize("policy", [*LONG[1:3], "full"])
 def test_what_is_computed_again_has_the_same_bits(seed, kernel_device, policy):
     """And so has a second call: nothing in it is left to the order in which programs end."""
     made, batch = networks(kernel_device), inputs(kernel_device)

@@ -17,6 +17,7 @@ def test_a_run_that_is_there_is_never_overwritten(tmp_path):
     assert demo.free_folder(run) == tmp_path / "demo-2"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_demo_trains_compares_and_draws(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -156,6 +156,7 @@ def shipped_configs() -> list[str]:
     return sorted(path.name for path in (ROOT / "configs").glob("*.json"))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_wheel_works_away_from_its_source(tmp_path):
     """Kernels and configs arrive under cjepa_fast, and nothing else at the top level."""

@@ -49,6 +49,7 @@ def load_in_a_fresh_process(folder: Path) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.long
 def test_stand_ins_only_where_the_compiled_operators_do_not_work(build):
     name, folder = build
     expected = "compiled 0" if name == "compiled" else "stand-ins 1"
@@ -68,6 +69,7 @@ def test_collecting_the_tests_imports_no_torchvision():
     assert done.stdout.strip() == "False"
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not vision_ops.installed(), reason="torchvision is an extra (detect)")
 def test_the_choice_here_is_what_the_probe_found():
     code = (

@@ -93,6 +93,7 @@ def wait_for(condition, process: subprocess.Popen) -> None:
     tiny.wait_for(holds)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("tasks", "nodes", "steps"),  # enough that the signal comes long before the end
@@ -240,6 +241,7 @@ def torchrun(*options: str, config: Path) -> list[str]:
     return [*command, str(TRAIN), "--config", str(config)]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_torchrun_starts_again_where_a_rank_died(tmp_path):
@@ -257,6 +259,7 @@ def test_torchrun_starts_again_where_a_rank_died(tmp_path):
     assert list(tiny.losses(tmp_path / "run")) == list(range(1, 61))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_nodes_that_have_other_images_are_refused(tmp_path):
@@ -308,6 +311,7 @@ def test_torchrun_on_two_nodes_trains_as_on_one(one_node, tmp_path):
     assert_trained_as(one_node, tmp_path / "run")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_hostfile_of_two_nodes_trains_as_one(one_node, tmp_path):
@@ -352,6 +356,7 @@ def network():
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_nodes_with_addresses_of_their_own_train_as_one(one_node, tmp_path, network):

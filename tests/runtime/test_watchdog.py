@@ -221,8 +221,16 @@ def assert_named(stderr: str, rank: int, pid: int, folder) -> None:
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("launcher", "rank"),
+    [
+        ("torchrun", 0),
+        *(
+            pytest.param(*other, marks=pytest.mark.long)
+            for other in (("torchrun", 1), ("deepspeed", 0), ("deepspeed", 1))
+        ),
+    ],
+)
 def test_a_rank_that_is_killed_ends_the_run_with_its_name(tmp_path, launcher, rank):
     # The timeout is not waited for: the broken connection is noticed.
     status, stderr, pids = interrupt(launcher, signal.SIGKILL, rank, tmp_path, timeout_s=3600)
@@ -230,6 +238,7 @@ def test_a_rank_that_is_killed_ends_the_run_with_its_name(tmp_path, launcher, ra
     assert_named(stderr, rank, pids[rank], tmp_path)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize(("launcher", "rank"), [("torchrun", 1), ("deepspeed", 0)])
@@ -281,6 +290,7 @@ def test_a_loader_that_hangs_ends_a_run_of_one_process(tmp_path):
     assert_stack_of_the_loader(tmp_path, 0)
 
 
+@pytest.mark.long
 @pytest.mark.multiprocess
 def test_a_loader_that_hangs_on_one_of_two_is_told_from_who_waits(tmp_path):
     script = tmp_path / "hang.py"

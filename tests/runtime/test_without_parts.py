@@ -56,6 +56,7 @@ def test_one_process_trains_to_the_weights_that_it_has_with_all_packages(
     assert without.read_bytes() == whole.read_bytes()
 
 
+@pytest.mark.long
 def test_several_ranks_say_that_they_need_deepspeed(blocked, tmp_path):
     done = python(
         *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
@@ -67,6 +68,7 @@ def test_several_ranks_say_that_they_need_deepspeed(blocked, tmp_path):
     assert "one process" in said[0] and not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_settings_that_only_deepspeed_has_say_so_too(blocked, tmp_path):
     config = tiny.write_config(tmp_path, optim={"implementation": "fused"})
     done = python(TRAIN, "--config", config)

@@ -63,6 +63,7 @@ def test_a_seed_that_only_one_row_has_is_not_compared(file, tmp_path):
     assert (whole["seeds"], whole["knn_gain"], whole["knn_gain_std"]) == (1, 3.0, None)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_it_trains_what_is_missing_and_goes_on_after_a_failure(file, tmp_path, capsys):
     file.write_text(json.dumps({**json.loads(file.read_text()), "seeds": [7]}))

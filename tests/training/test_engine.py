@@ -74,7 +74,10 @@ EACH_PAIR = [f"{stage}:{precision}" for stage in STAGES for precision in AGREE]
 @pytest.mark.multiprocess
 @pytest.mark.parametrize(
     ("runs", "ranks", "steps"),
-    [(EACH_PAIR, 2, MANY), pytest.param(EACH_STAGE, 4, STEPS, marks=pytest.mark.slow)],
+    [
+        pytest.param(EACH_PAIR, 2, MANY, marks=pytest.mark.long),
+        pytest.param(EACH_STAGE, 4, STEPS, marks=pytest.mark.slow),
+    ],
     ids=["2-20", "4-6"],
 )
 def test_every_stage_on_many_ranks_follows_one(single, tmp_path, runs, ranks, steps):
@@ -132,7 +135,7 @@ SKIPPING = ["0:fp32", "0:bf16", "1:bf16", "2:fp32", "3:bf16", "3offload:fp32"]
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
 @pytest.mark.parametrize("fault", ["nan", "spike"])
 def test_a_bad_step_is_skipped_on_all(tmp_path, fault, ranks):
     """An image of NaNs on one rank; a gradient above its limit."""
@@ -197,6 +200,7 @@ os.execvp(os.environ["REAL_CXX"], [os.environ["REAL_CXX"], *args])
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_deepspeeds_own_adamw_follows_torchs(single, tmp_path, monkeypatch, pytestconfig):
     """It is compiled first, into a folder that only this test uses: a lock found there was left by

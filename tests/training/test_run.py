@@ -296,6 +296,7 @@ def test_a_full_disk_stops_no_training(tmp_path, capfd):
         assert list(tiny.losses(disk / "run")) == list(range(1, 7))
 
 
+@pytest.mark.long
 @pytest.mark.multiprocess
 def test_a_run_resumes_on_another_number_of_ranks_and_another_stage(tmp_path):
     """The same images in the same order, to fp32 rounding the same losses; what would change the

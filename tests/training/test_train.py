@@ -175,7 +175,9 @@ def interrupted(config, number, *args) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)]
+)
 def test_a_signal_saves_and_tells_how_to_go_on(tmp_path, number):
     config = tiny.write_config(tmp_path, run={"epochs": 10000}, checkpoint={"every_steps": 0})
     result = interrupted(config, number)
