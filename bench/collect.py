@@ -5,7 +5,6 @@ Only a GPU's rows at a configuration's own sizes are taken, each once.
 
 import re
 import shutil
-import tarfile
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,8 +47,7 @@ def collect(given: Path, results: Path, tuned: Path | None = None) -> list[str]:
     if not packed.exists():
         return taken(given, results, tuned)
     with tempfile.TemporaryDirectory() as folder:
-        with tarfile.open(packed) as tar:
-            tar.extractall(folder, filter="data")
+        files.unpack(packed, Path(folder))
         return taken(Path(folder), results, tuned)
 
 

@@ -25,6 +25,7 @@ os.environ["TRITON_INTERPRET"] = "0"
 if "--out" in sys.argv:
     os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="triton-")
 
+import files
 import stand_in
 import torch
 import tune
@@ -105,8 +106,7 @@ def unpack(file: Path) -> dict:
     """Into Triton's cache; its lists of a kernel's files name them by their whole paths."""
     folder = cache_dir()
     folder.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(file) as tar:
-        tar.extractall(folder, filter="data")
+    files.unpack(file, folder)
     for path in folder.glob("*/__grp__*"):
         found = json.loads(path.read_text(encoding="utf-8"))
         found["child_paths"] = {name: str(path.parent / name) for name in found["child_paths"]}

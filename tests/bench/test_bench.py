@@ -285,6 +285,7 @@ def test_decoding_alone_and_a_trace(tmp_path):
     assert "aten::" in done.stdout and "perfetto" in done.stdout
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_throughput_measures_several_configs_past_a_failing_one(tmp_path):
     good = tiny.write_config(tmp_path)
@@ -311,6 +312,7 @@ def test_throughput_measures_several_configs_past_a_failing_one(tmp_path):
     assert plot.stat().st_size > 5000
 
 
+@pytest.mark.long
 @pytest.mark.multiprocess
 def test_two_ranks_are_measured_together_and_against_one(tmp_path):
     good, out = tiny.write_config(tmp_path), tmp_path / "rows.json"

@@ -15,11 +15,12 @@ import tiny
 sys.path.insert(0, str(tiny.ROOT / "bench"))  # no package: its scripts import each other by name
 
 import collect
+import files
 import report
 
 BENCH = tiny.ROOT / "bench"
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
-MOST_FILES, MOST_BYTES = 8, 16 * 2**20  # that a lent machine hands back
+MOST_FILES, MOST_BYTES = 8, 16 * 2**20  # of results
 BY_SCRIPT = {
     "gpu_gate.sh": {
         "doctor": "tools.doctor", "ceilings": "ceilings.py", "tests": "-m gpu",
@@ -193,3 +194,14 @@ def test_wheels_in_pieces_are_joined(tmp_path, gate):
     done = gate("gpu_gate.sh", PARTS="wheels", WHEELS=str(pieces), PYTHON=str(python))
     done.wait(tiny.HANG_S)
     assert copy.read_text() == "abcde"
+
+
+@pytest.mark.parametrize("name", ["../x.json", "/tmp/x.json", "a/b/x.json"])
+def test_an_archive_chooses_no_place(tmp_path, name):
+    (tmp_path / "x.json").write_text("{}")
+    with tarfile.open(tmp_path / "results.tar.gz", "w:gz") as tar:
+        member = tar.gettarinfo(tmp_path / "x.json")
+        member.name = name
+        tar.addfile(member)
+    with pytest.raises(ValueError, match=r"x\.json does not belong"):
+        files.unpack(tmp_path / "results.tar.gz", tmp_path / "into")

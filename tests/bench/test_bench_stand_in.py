@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tarfile
 
+import pytest
 import tiny
 import torch
 
@@ -42,6 +43,7 @@ def run(script: str, *args, **env) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
+@pytest.mark.long
 def test_a_cache_made_here_is_found_elsewhere(tmp_path):
     """The probe's kernel alone. Triton's lists of files are by whole paths, which are others there;
     without what was packed, the check says that nothing is found."""

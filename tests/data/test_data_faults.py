@@ -164,6 +164,7 @@ distributed.leave(train.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_slow_disk_shows_in_the_log(tmp_path):
     """Reading a step's 16 images takes 4 threads 2 s, computing it some hundredths."""

@@ -13,6 +13,8 @@ from cjepa_fast.eval.__main__ import main
 from cjepa_fast.eval.probes import collapse, knn, linear
 from cjepa_fast.eval.probes.probe_sweep import ProbePlan
 
+pytestmark = pytest.mark.long
+
 FIGURES = {"attention", "pca", "retrieve", "masks", "curves", "collapse"}
 
 

@@ -117,7 +117,9 @@ def test_a_gaussian_has_the_statistic_of_its_noise_and_others_more(seed):
     z = torch.randn(4000, 16)
     _, phi, weight = statistic.quadrature(17, 3.0, z)
     expected = (weight * (1 - phi.square())).sum().item()
-    assert sigreg_statistic(z, directions).item() == pytest.approx(expected, rel=0.35)
+    # one draw scatters by 21 % of it, with a long tail; the mean of 40 by 3.3 %
+    drawn = [sigreg_statistic(torch.randn(200, 16), directions).item() for _ in range(40)]
+    assert sum(drawn) / 40 == pytest.approx(expected, rel=0.2)
     for other in (0.5 * z, z + 0.5, 2 * z.abs() - 1.6, torch.zeros_like(z)):
         assert sigreg_statistic(other, directions) > 5 * expected
 

@@ -89,7 +89,7 @@ def test_any_number_of_channels(seed, kernel_device, channels):
         assert distance(got[name], exact[name]) <= allowed, name
 
 
-@pytest.mark.parametrize("policy", [*LONG[1:3], "full"])
+@pytest.mark.parametrize("policy", ["norm_gelu", *LONG[2:]])
 def test_what_is_computed_again_has_the_same_bits(seed, kernel_device, policy):
     """And so has a second call: nothing in it is left to the order in which programs end."""
     made, batch = networks(kernel_device), inputs(kernel_device)

@@ -144,6 +144,7 @@ def test_the_advice_is_of_the_micro_batch_that_was_cut(tmp_path):
     assert "  --set data.micro_batch_size=2\n" in result.stderr
 
 
+@pytest.mark.long
 @pytest.mark.multiprocess
 def test_out_of_memory_on_one_of_two_ends_both(tmp_path):
     script = tmp_path / "short.py"

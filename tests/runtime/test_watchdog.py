@@ -351,6 +351,7 @@ def test_a_clock_that_jumps_changes_nothing(tmp_path):
     assert "no sign of life" not in results["jumps"].stderr
 
 
+@pytest.mark.long
 @pytest.mark.multiprocess
 def test_an_error_on_one_of_two_is_told_by_the_other(tmp_path):
     script = tmp_path / "fails.py"

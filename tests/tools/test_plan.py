@@ -251,14 +251,13 @@ def test_the_shipped_table_is_of_rows_that_are_found_again():
         assert plan.speed(config, row["config"], plan.GPUS["h200"], 1).measured
 
 
-def test_the_waves_of_fixed_lengths_are_told(capsys):
-    asked = ["--config", "vit_h", "--gpu", "h200"]
-    assert plan.main([*asked, "--set", "mask.context=fixed"]) == 0
-    assert "K = 91" in capsys.readouterr().out
-    assert plan.main([*asked, "--set", "mask.context=fixed", "--set", "mask.keep=85"]) == 0
-    assert "K = 85" in capsys.readouterr().out
-    assert plan.main(asked) == 0
-    assert "waves" not in capsys.readouterr().out
+def test_the_waves_of_fixed_lengths_are_told():
+    def told(*overrides: str) -> list[str]:
+        return plan.told_waves(load("vit_h", overrides), plan.GPUS["h200"])
+
+    fixed = "mask.context=fixed"
+    assert "K = 91" in told(fixed)[0] and "K = 85" in told(fixed, "mask.keep=85")[0]
+    assert told() == []
 
 
 def test_the_verdict_says_what_to_change():

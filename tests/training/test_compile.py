@@ -53,8 +53,8 @@ def losses(
     [
         ("fixed", "whole", 2, ()),
         pytest.param("packed", "whole", 2, (), marks=pytest.mark.slow),
-        ("random", "blocks", 8, ()),
-        ("fixed", "blocks", 3, ("selective", "one_pass")),
+        pytest.param("random", "blocks", 8, (), marks=pytest.mark.long),
+        pytest.param("fixed", "blocks", 3, ("selective", "one_pass"), marks=pytest.mark.long),
     ],
 )
 def test_compiled_steps_are_the_same(context, how, most, options):

@@ -76,7 +76,7 @@ EACH_PAIR = [f"{stage}:{precision}" for stage in STAGES for precision in AGREE]
     ("runs", "ranks", "steps"),
     [
         pytest.param(EACH_PAIR, 2, MANY, marks=pytest.mark.long),
-        pytest.param(EACH_STAGE, 4, STEPS, marks=pytest.mark.slow),
+        pytest.param(EACH_STAGE, 4, STEPS, marks=pytest.mark.long),
     ],
     ids=["2-20", "4-6"],
 )
@@ -107,7 +107,7 @@ def test_wrong_statistics_or_gradients_would_be_seen(single, tmp_path, bug):
     ("stage", "then", "ranks"),
     [
         *(("2", "local", 1), ("1", "3", 2), ("3", "2", 2), ("local", "1", 2)),
-        pytest.param("1", "3", 4, marks=pytest.mark.slow),
+        pytest.param("1", "3", 4, marks=pytest.mark.long),
     ],
 )
 def test_a_checkpoint_resumes_under_another_stage_and_world_size(
@@ -122,6 +122,7 @@ def test_a_checkpoint_resumes_under_another_stage_and_world_size(
     assert_agree({**whole, "steps": whole["steps"][half:]}, resumed, "fp32")
 
 
+@pytest.mark.long
 @pytest.mark.multiprocess
 def test_a_training_that_goes_back_repeats_its_steps(tmp_path):
     """From a checkpoint restored in its midst: whatever a stage keeps besides is put back too."""
@@ -148,6 +149,7 @@ def test_a_bad_step_is_skipped_on_all(tmp_path, fault, ranks):
         assert result["adam"] == STEPS - 1 and result["average_exact"]
 
 
+@pytest.mark.long
 @pytest.mark.multiprocess
 def test_no_update_while_a_weight_is_not_finite_on_one_rank(tmp_path):
     """In the working copy: ZeRO-3 writes it anew from its share, below nothing does."""
