@@ -77,7 +77,7 @@ dry() {
 }
 
 tests() {
-  "$PYTHON" -m pytest -q -n auto --dist loadfile -m "not faults and not multiprocess and not gpu" \
+  "$PYTHON" -m pytest -q -n auto --dist loadfile -m "not faults and not long and not multiprocess and not gpu" \
     "${TESTS[@]}"
 }
 
