@@ -66,7 +66,12 @@ def train(session: Session, callbacks: Sequence[Callback] = ()) -> int:
             online = build_online(config, trainer.device, dtype, loader.steps_per_epoch)
             snapshots = build_snapshots(config, loader.images, build_masks(config))
         if session.options.dry_run:
-            return dry_run(trainer, loader, told)
+            status = dry_run(trainer, loader, told)
+            if (out := session.options.masks) and distributed.rank() == 0:
+                from cjepa_fast.eval.figures import masks  # matplotlib, for this alone
+
+                print(f"masks        {masks.draw(config, loader.images, out)}")
+            return status
         telemetry = start.open_telemetry(session, trainer, loader, state, told, ending)
         parts = trainer, loader, telemetry, state, online, snapshots, Callbacks(callbacks)
         return Loop(session, *parts).go()
@@ -81,9 +86,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--print-config", action="store_true", help="print the resolved one, exit")
     parser.add_argument("--help-config", action=HelpConfig, help="explain a key or section, exit")
     parser.add_argument("--dry-run", action="store_true", help="build all, run 3 steps, exit")
+    parser.add_argument("--masks", type=Path, metavar="FILE", help="with --dry-run: draw the first")
     parser.add_argument("--quiet", action="store_true", help="messages alone, no progress line")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.masks and not args.dry_run:
+        parser.error("--masks FILE is drawn by --dry-run")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -92,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     given = ("--config", args.config, *(f"--set={override}" for override in args.overrides))
     options = Options(
         resume=args.resume, accept_changes=args.accept_changes, dry_run=args.dry_run,
-        quiet=args.quiet, command_line=given, resume_with=resume_command(),
+        masks=args.masks, quiet=args.quiet, command_line=given, resume_with=resume_command(),
     )  # fmt: skip
     with failures.told(options) as told:
         with start.input_errors():

@@ -37,7 +37,7 @@ TERMS = {
     "feature_std": "std of the features, per dimension",
     "rankme": "RankMe of the features",
     "knn": "kNN while training, %",
-    "linear": "linear probe while training, %",
+    "linear": "ridge probe while training, %",
 }
 # What begins and ends most snippets. {C}, {H}, {W}: the images' shape.
 BANDS = "hf of bands"  # more of them than image processors read

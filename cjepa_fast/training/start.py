@@ -43,6 +43,7 @@ class Options:
     resume: str | None = None  # "auto", or the path of a checkpoint or of another run
     accept_changes: bool = False  # resume although the configuration makes it another training
     dry_run: bool = False
+    masks: Path | None = None  # a picture of the first ones, of a dry run
     quiet: bool = False  # messages alone, no progress line
     command_line: tuple[str, ...] = ()  # --config and --set, as they were given
     resume_with: str = ""  # the command, or the call, that resumes this training

@@ -145,7 +145,7 @@ def test_linear_and_a_limit_of_images(run, data, tmp_path):
         assert row["train_images"] == 21
         assert 0 <= row["top1"] <= 100 and "top5" not in row  # of three classes
         assert len(row["probes"]) == 6 and row["settings"].keys() == {"lr", "wd"}
-    assert record["headings"]["top1"] == "linear %"
+    assert record["headings"]["top1"] == "LARS %"
     main(["linear", str(run), "--data", str(data), "--choose", "test", *options])
     assert json.loads(out.read_text())["headings"]["top1"] == "best on test %"
 

@@ -67,6 +67,15 @@ def test_dry_run_prints_what_a_run_is_made_of_and_leaves_nothing(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_dry_run_draws_the_first_masks(tmp_path):
+    config, out = tiny.write_config(tmp_path), tmp_path / "masks.png"
+    result = tiny.train("--config", config, "--dry-run", "--masks", out)
+    assert result.returncode == 0 and f"masks        {out}" in result.stdout, result.stderr
+    assert out.read_bytes().startswith(b"\x89PNG") and not (tmp_path / "run").exists()
+    result = tiny.train("--config", config, "--masks", out)
+    assert result.returncode == 2 and "--dry-run" in result.stderr
+
+
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
     """A run of 2 epochs, 4 steps of 2 micro-batches, never interrupted: folder and config."""

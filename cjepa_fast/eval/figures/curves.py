@@ -45,7 +45,7 @@ PANELS = {
     "sigreg": Panel("SIGReg's statistic", "", True),
     "knn": Panel("kNN", "% right", least_span=5.0),
     "knn_centred": Panel("kNN, mean-subtracted", "% right", least_span=5.0),
-    "linear": Panel("linear probe", "% right", least_span=5.0),
+    "linear": Panel("ridge probe", "% right", least_span=5.0),
     "feature_std": Panel("std of a feature"),
     "rankme": Panel("RankMe", "directions"),
     "by_position": Panel("explained by position", "share of variance"),

@@ -9,7 +9,7 @@ import torch
 from cjepa_fast import config
 from cjepa_fast.config import Config
 from cjepa_fast.data.masks import Masks
-from cjepa_fast.data.sources import open_images
+from cjepa_fast.data.sources import ImageSet, open_images
 from cjepa_fast.eval import cli
 from cjepa_fast.eval.figures.curves import short_names
 from cjepa_fast.eval.figures.mask_columns import columns
@@ -47,7 +47,8 @@ def run(args: argparse.Namespace) -> None:
     shown: list[Column] = []
     rows = []
     for name, settings in named.items():
-        made, masks = _drawn(settings, args)
+        images = open_images(args.images or config.image_paths(settings.data))
+        made, masks = _drawn(settings, images, args.count)
         if len(named) > 1:
             made = [column._replace(heading=f"{name}\n{column.heading}") for column in made[:ALONE]]
         shown += made
@@ -56,8 +57,17 @@ def run(args: argparse.Namespace) -> None:
         facts = settings.mask.sampler, settings.mask.context, masks.context_k, M, P, patches
         rows.append({"run": name, **dict(zip(HEADINGS, facts, strict=True))})
     cli.tell(args, rows, HEADINGS, "run")
-    title = f"Context and targets: {', '.join(named)} (hatched: not seen)"
-    print(save(sheet(shown, title, side=1.7), args.out))
+    print(save(_sheet(shown, ", ".join(named)), args.out))
+
+
+def draw(settings: Config, images: ImageSet, out: Path, count: int = 4) -> Path:
+    """The first masks of a training, on the first images of its set."""
+    shown, _ = _drawn(settings, images, count)
+    return save(_sheet(shown, Path(settings.run.dir).name), out)
+
+
+def _sheet(shown: list[Column], names: str):
+    return sheet(shown, f"Context and targets: {names} (hatched: not seen)", side=1.7)
 
 
 def _of_run(path: str) -> Config:
@@ -67,11 +77,10 @@ def _of_run(path: str) -> Config:
     return config.read(folder)
 
 
-def _drawn(settings: Config, args: argparse.Namespace) -> tuple[list[Column], Masks]:
+def _drawn(settings: Config, images: ImageSet, count: int) -> tuple[list[Column], Masks]:
     data, sampler = settings.data, build.build_masks(settings)
     images_B3HW = load_images(
-        open_images(args.images or config.image_paths(data)), args.count,
-        image_size=data.image_size, mean=data.mean, std=data.std,
-    )  # fmt: skip
+        images, count, image_size=data.image_size, mean=data.mean, std=data.std
+    )
     masks = sampler(epoch=0, step=0, index_B=torch.arange(len(images_B3HW)))
     return columns(images_B3HW, data.mean, data.std, masks, sampler.grid), masks

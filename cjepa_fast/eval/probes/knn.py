@@ -22,7 +22,7 @@ HEADINGS = {
     "test_images": "test",
     "top1": "kNN %",
     "top1_centred": "mean-subtracted",
-    "linear": "linear %",
+    "linear": "logistic %",
 }
 TRAIN, TEST = 65536, 2048  # images of either split that are compared at a time
 PIXELS = (

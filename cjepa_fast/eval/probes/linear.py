@@ -24,7 +24,7 @@ HEADINGS = {
     "test_images": "test",
     "chosen": "chosen",
     "held_out": "held out %",
-    "top1": "linear %",
+    "top1": "LARS %",
     "top5": "top 5 %",
 }
 BEST_ON_TEST = {"top1": "best on test %", "top5": "its top 5 %"}
@@ -147,8 +147,9 @@ def rows_of(
 
 
 def headings(args: argparse.Namespace) -> dict[str, str]:
-    """What was chosen by the test images is named so."""
-    return HEADINGS | (BEST_ON_TEST if args.choose == "test" else {})
+    """The probe is named by its optimiser; what was chosen by the test images is named so."""
+    name = {"lars": "LARS", "lbfgs": "logistic"}.get(args.optimizer, args.optimizer)
+    return HEADINGS | {"top1": f"{name} %"} | (BEST_ON_TEST if args.choose == "test" else {})
 
 
 def readings(encoder: Encoder, asked: list[int | list[int]]) -> list[Reading]:
