@@ -49,6 +49,7 @@ setup(
         "matplotlib",
         "pillow",
         "scikit-learn",
+        "threadpoolctl",
         "scipy",
     ],
     extras_require={

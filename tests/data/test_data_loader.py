@@ -12,7 +12,7 @@ import tiny
 import torch
 
 from cjepa_fast.config import DataSection
-from cjepa_fast.data.loader import Loader, Share
+from cjepa_fast.data.loader import Loader, Share, _Iteration
 from cjepa_fast.data.masks import MaskSampler
 from cjepa_fast.data.sources import open_images
 
@@ -343,3 +343,19 @@ def test_the_interpreter_exits_with_a_loader_running(tmp_path, ending, decoder):
 def test_impossible_sizes(images, options, says):
     with pytest.raises(ValueError, match=says):
         loader(images, **options)
+
+
+def test_the_loader_s_thread_has_no_pool_of_its_own():
+    """Beside the step's it would make both sleep on few cores. The step keeps its threads."""
+
+    def threads():
+        yield torch.get_num_threads()
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        iteration = _Iteration(threads, 1, torch.device("cpu"))
+        assert next(iteration) == 1 and torch.get_num_threads() == 2
+        iteration.close()
+    finally:
+        torch.set_num_threads(before)

@@ -24,7 +24,7 @@ THIRD_PARTY = {
     "torch", "numpy", "nvidia", "deepspeed", "pydantic", "safetensors", "tensorboard", "tqdm",
     "matplotlib", "PIL", "sklearn", "scipy", "pynvml", "triton", "flash_attn", "apex", "wandb",
     "transformers", "timm", "onnxruntime", "pycocotools", "torchvision", "huggingface_hub",
-    "pyarrow", "mlflow",
+    "pyarrow", "mlflow", "threadpoolctl",
 }  # fmt: skip
 # Slow to import, or not to be had everywhere: inside the function that uses them, never at the top
 # of a module.
