@@ -6,10 +6,10 @@ Of bf16 x (rows, C), weight (O, C) and bias (O,), at the shapes of the models' s
     addmm             x W^T + b
     addmm, gelu       the same, then kernels/gelu.py in place
     addmm activation  torch._addmm_activation: GELU in the matmul's epilogue, by its tanh form
-    gelu_aux          cuBLASLt's epilogue that also writes what GELU's backward reads, by nvmath
-    dgelu             a matmul times GELU's derivative there, in the epilogue, likewise
-The last two are measured where nvmath is installed; they were written without it. The variants take
-turns with the caches cold; a figure is the median. Errors are against float64, of some rows.
+    gelu_aux          the same, and what GELU's backward reads: model/cublaslt.py, linear_gelu
+    dgelu             a matmul times GELU's derivative, and its sum: there, gelu_backward
+The last two are measured where cuBLASLt's trial is right. The variants take turns with the caches
+cold; a figure is the median. Errors are against float64, of some rows.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from stopwatch import Stopwatch
 
 from cjepa_fast.kernels.common.launch import runs_on
 from cjepa_fast.kernels.gelu import launch_gelu
+from cjepa_fast.model import cublaslt
 
 CHECKED = 256  # rows whose error is told
 
@@ -58,17 +59,18 @@ SHAPES = [
 
 
 def epilogues(x, weight, bias) -> dict[str, Callable]:
-    """cuBLASLt's GELU with what its backward reads, and that backward, where nvmath binds them."""
-    try:
-        from nvmath.linalg.advanced import Matmul, MatmulEpilog
-    except ImportError:
+    """cuBLASLt's GELU with what its backward reads, and that backward, as model/cublaslt.py calls
+    them, where it serves these shapes."""
+    if not cublaslt.takes(x, weight) or cublaslt.linear_gelu(x, weight, bias) is None:
         return {}
-    forward = Matmul(x, weight.t())
-    forward.plan(epilog=MatmulEpilog.GELU_AUX_BIAS, epilog_inputs={"bias": bias[:, None]})
-    backward = Matmul(x, weight.t())  # of the same sizes
-    aux = forward.execute()[1]["gelu_aux"]
-    backward.plan(epilog=MatmulEpilog.DGELU, epilog_inputs={"gelu_aux": aux})
-    return {"gelu_aux": lambda: forward.execute()[0], "dgelu": backward.execute}
+    u, _ = cublaslt.linear_gelu(x, weight, bias)
+    second = weight.t().contiguous()  # of the same sizes
+    if cublaslt.gelu_backward(x, second, u) is None:
+        return {}
+    return {
+        "gelu_aux": lambda: cublaslt.linear_gelu(x, weight, bias)[1],
+        "dgelu": lambda: cublaslt.gelu_backward(x, second, u)[0],
+    }
 
 
 def variants(shape: Shape, device: torch.device) -> dict[str, Callable]:
