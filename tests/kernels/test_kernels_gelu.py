@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from kernel_checks import same_bits, within_budget
+from kernel_checks import FLOOR, same_bits, within_budget
 
 from cjepa_fast.kernels import gelu
 from cjepa_fast.kernels.gelu import launch_gelu, launch_gelu_backward
@@ -19,6 +19,9 @@ SHAPES = {
     "wide": (3, 1100),
     "no row": (0, 8),
 }
+# The gate and its slope are off by so much of the largest |u|, or of 1: nothing beside a value of
+# 1, but more than fp16's rounding where all there is of u is one number in a tail.
+GATE_ERROR, SLOPE_ERROR = 2e-7, 1e-6
 
 
 def tensors(shape: tuple[int, int], device: str, dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -33,12 +36,27 @@ def definition(u: torch.Tensor, dg: torch.Tensor, kind: str, dtype=None) -> dict
     return {"out": out.detach(), "du": du, "sums": du.sum(0)}
 
 
+def floor(name: str, u: torch.Tensor, dg: torch.Tensor, wanted: torch.Tensor) -> float | None:
+    """Share of the largest value: fp16's or bf16's rounding and the gate's or its slope's error."""
+    if not len(u):
+        return None
+    error = GATE_ERROR if name == "out" else SLOPE_ERROR * dg.abs().amax().item()
+    size = u.abs().amax().clamp(min=1).item()
+    return FLOOR[u.dtype] + error * size / wanted.abs().amax().item()
+
+
 def check(u: torch.Tensor, dg: torch.Tensor, kind: str, block=None, tile=None) -> None:
     du, sums = launch_gelu_backward(dg, u, tile, kind)
     got = {"out": launch_gelu(u, None, block, kind), "du": du, "sums": sums}
     eager, exact = definition(u, dg, kind), definition(u, dg, kind, torch.float64)
     for name, wanted in exact.items():
-        within_budget(got[name], eager[name], wanted, u.dtype, name)
+        within_budget(got[name], eager[name], wanted, u.dtype, name, floor(name, u, dg, wanted))
+
+
+def test_one_value_in_a_tail_is_within_the_error_budget(kernel_device):
+    """Of fp16, where the gate's own error is more than the rounding: seed 1148492590 met it."""
+    torch.manual_seed(1148492590)
+    check(*tensors((1, 1), kernel_device, torch.float16), "exact")
 
 
 @pytest.fixture(params=gelu.APPROXIMATE)
@@ -71,7 +89,7 @@ def test_it_is_the_exact_gelu_and_not_tanhs(seed, kernel_device):
     u = torch.cat([torch.linspace(-12, 12, 4801), torch.tensor([0.0, -0.0, 1e-30, 40.0])])
     out = launch_gelu(u.to(kernel_device)).cpu().double()
     exact = torch.tensor([x * 0.5 * math.erfc(-x / math.sqrt(2)) for x in u.tolist()])
-    assert ((out - exact.double()).abs() <= 2e-7 * u.abs().clamp(min=1)).all()
+    assert ((out - exact.double()).abs() <= GATE_ERROR * u.abs().clamp(min=1)).all()
     assert (torch.nn.functional.gelu(u, approximate="tanh") - exact).abs().max() > 1e-4
 
 
@@ -83,8 +101,8 @@ def test_tanh_s_is_within_fp32_of_its_definition(seed, kernel_device):
     out = launch_gelu(on_device, kind="tanh").cpu().double()
     du, _ = launch_gelu_backward(dg.to(kernel_device)[None], on_device[None], kind="tanh")
     size = u.abs().clamp(min=1).double()
-    assert ((out - wanted["out"]).abs() <= 2e-7 * size).all()
-    assert ((du[0].cpu().double() - wanted["du"]).abs() <= 1e-6 * size).all()
+    assert ((out - wanted["out"]).abs() <= GATE_ERROR * size).all()
+    assert ((du[0].cpu().double() - wanted["du"]).abs() <= SLOPE_ERROR * size).all()
     apart = (out - definition(u, dg, "exact", torch.float64)["out"]).abs().max()
     assert 1e-4 < apart < 5e-4
 
