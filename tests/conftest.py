@@ -1,7 +1,6 @@
 """What every test gets: a fresh seed, few threads, and no GPU test without a GPU."""
 
 import contextlib
-import itertools
 import os
 import random
 from pathlib import Path
@@ -33,43 +32,17 @@ torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cp
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """Of `-n auto`: one more than cores, since many tests wait for processes that they started.
-
-    Four at most beside that one; a single one where there is a GPU, which they would share.
-    """
-    return 1 if torch.cuda.is_available() else min(os.cpu_count() or 1, 4) + 1
+    """Of `-n auto`: a core each, four at most; one where there is a GPU, which they would share."""
+    return 1 if torch.cuda.is_available() else min(os.cpu_count() or 1, 4)
 
 
-@pytest.hookimpl(trylast=True)  # when those that -m leaves out are gone
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not HAS_CUDA:
-        skip = pytest.mark.skip(reason="needs a CUDA device, and torch sees none")
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(skip)
-    if hasattr(config, "workerinput"):
-        items[:] = parts(items, config.workerinput["workercount"])
-
-
-def parts(items: list[pytest.Item], workers: int) -> list[pytest.Item]:
-    """The items so that each worker's part, which xdist cuts by number, begins with long modules.
-
-    What a worker without work then takes from another's end is short, and no long test comes last.
-    """
-    modules = [list(module) for _, module in itertools.groupby(items, key=lambda item: item.path)]
-    long = [module for module in modules if any(map(is_long, module))]
-    short = [item for module in modules if module not in long for item in module]
-    ordered: list[pytest.Item] = []
-    for worker in range(workers):
-        part = list(itertools.chain.from_iterable(long[worker::workers]))
-        missing = (len(items) - len(ordered)) // (workers - worker) - len(part)
-        ordered += part + short[: max(0, missing)]
-        short = short[max(0, missing) :]
-    return ordered
-
-
-def is_long(item: pytest.Item) -> bool:
-    return any(item.get_closest_marker(name) for name in ("slow", "multiprocess"))
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if HAS_CUDA:
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device, and torch sees none")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
 
 
 @pytest.fixture
@@ -103,10 +76,8 @@ def kernel_device(request) -> str:
     if request.param == "cpu" and not launch.INTERPRETING:
         pytest.skip("Triton compiles here: the same test runs on the GPU")
     torch.use_deterministic_algorithms(True, warn_only=True)  # poisons fresh memory
-    with contextlib.ExitStack() as interpreting:
-        if request.param == "cpu":
-            interpreting.enter_context(launch.interpreted())
-            interpreting.enter_context(fast_interpreter.patched_once())
+    on_cpu = request.param == "cpu"
+    with fast_interpreter.interpreted() if on_cpu else contextlib.nullcontext():
         yield request.param
     torch.use_deterministic_algorithms(False)
 

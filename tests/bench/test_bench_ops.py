@@ -3,6 +3,7 @@
 import json
 import sys
 
+import fast_interpreter
 import pytest
 import tiny
 import torch
@@ -144,7 +145,7 @@ def test_every_knob_turns_and_names_a_choice_the_kernels_make(monkeypatch):
 
     for module in (forward, backward, plain_update, adamw, launch):
         monkeypatch.setattr(module, "chosen", chosen)
-    with launch.interpreted():
+    with fast_interpreter.interpreted():
         knobs = [
             *tune.vicreg_knobs(CPU, [(5, 4), (4, 5)]),
             *tune.gather_knobs(CPU, 1, 64),

@@ -5,6 +5,7 @@ import functools
 import itertools
 from typing import NamedTuple
 
+import fast_interpreter
 import forks
 import pytest
 import tiny
@@ -75,7 +76,7 @@ def found_by(rank: int, rows: tuple[int, ...], case: Case, counted: Counted) -> 
     """The terms that a rank finds, the gradient at its rows, and the bytes it moved."""
     z = case.batch().split(rows, dim=-2)[rank].requires_grad_()
     counted.bytes = 0
-    with launch.interpreted() if case.kernels else contextlib.nullcontext():
+    with fast_interpreter.interpreted() if case.kernels else contextlib.nullcontext():
         std, cov, per_dim = vicreg_terms(z, ranks=AllRanks())
         a, b = slopes_of(rank)
         (a * std + b * cov).backward()

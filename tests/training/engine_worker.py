@@ -18,12 +18,12 @@ import math
 import sys
 from pathlib import Path
 
+import fast_interpreter
 import tiny
 import torch
 
 from cjepa_fast import checkpoint
 from cjepa_fast.checkpoint.owned import Fragment
-from cjepa_fast.kernels.common import launch
 from cjepa_fast.model.jepa import JEPA
 from cjepa_fast.model.loss import CJEPALoss
 from cjepa_fast.model.predictor import Predictor
@@ -181,6 +181,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with launch.interpreted() if "kernels" in sys.argv else contextlib.nullcontext():
+    with fast_interpreter.interpreted() if "kernels" in sys.argv else contextlib.nullcontext():
         main()
     distributed.leave(0)
