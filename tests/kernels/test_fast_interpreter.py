@@ -14,8 +14,9 @@ pytestmark = pytest.mark.skipif(not launch.INTERPRETING, reason="Triton compiles
 @triton.jit
 def _mixed_kernel(x_ptr, out_ptr, scale, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
-    x = tl.load(x_ptr + row * COLUMNS + column, mask=(row > 0) & (column < COLUMNS - 1), other=0.5)
-    x = (x * scale + tl.sum(x.to(tl.float32), 1)[:, None]).to(tl.bfloat16) * column
+    inside = (row > 0) & (column < COLUMNS - 1)
+    x = tl.load(x_ptr + row * COLUMNS + column, mask=inside, other=0).to(tl.float32)
+    x = (x * scale + tl.sum(x, 1)[:, None]).to(tl.bfloat16) * column
     out = tl.where(x.to(tl.float32) > 1, x.to(tl.float32), tl.dot(x, tl.trans(x)))
     tl.store(out_ptr + row * COLUMNS + column, out)
 

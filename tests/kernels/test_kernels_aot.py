@@ -26,6 +26,7 @@ def worker(*args: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
+@pytest.mark.long
 def test_one_configuration_of_each_gather_on_hopper():
     done = worker("--module", "gather", "--arch", "90", "--only", "bf16 16x256")
     assert done.returncode == 0, done.stdout + done.stderr
