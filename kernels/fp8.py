@@ -26,6 +26,7 @@ from cjepa_fast.kernels.common.launch import (
     TRITON_NAMES,
     Compiled,
     narrow,
+    on_its_device,
     use_kernel,
 )
 from cjepa_fast.kernels.common.maybe_triton import tl, triton
@@ -141,6 +142,7 @@ def _quantise_kernel(
 # --- the launcher
 
 
+@on_its_device
 def launch_quantise(
     x: torch.Tensor,
     first: str | None = None,
@@ -198,6 +200,12 @@ def _takes(x: torch.Tensor, *others: torch.Tensor) -> bool:
     return use_kernel(x, *others) and x.shape[-1] <= WIDEST
 
 
+def _check(x_RC: torch.Tensor, weight_C: torch.Tensor, bias_C: torch.Tensor) -> None:
+    if not weight_C.shape == bias_C.shape == x_RC.shape[-1:]:
+        shapes = f"{[*weight_C.shape]} and {[*bias_C.shape]}"
+        raise ValueError(f"weight and bias of shapes {shapes} for rows of {x_RC.shape[-1]} values")
+
+
 @torch.no_grad()
 def quantise_rows(x_RC: torch.Tensor) -> Rows:
     """x in FP8 by row; it may have any leading dimensions. Takes no gradient."""
@@ -208,7 +216,11 @@ def quantise_rows(x_RC: torch.Tensor) -> Rows:
 def quantise_norm(
     x_RC: torch.Tensor, weight_C: torch.Tensor, bias_C: torch.Tensor, eps: float
 ) -> Rows:
-    """layer_norm(x) * weight + bias, in FP8 by row. Takes no gradient."""
+    """layer_norm(x) * weight + bias, in FP8 by row. Takes no gradient.
+
+    Raises ValueError where weight or bias is not (C,).
+    """
+    _check(x_RC, weight_C, bias_C)
     args = x_RC, weight_C, bias_C, eps
     return Rows(*quantise_norm_op(*args)) if _takes(*args[:3]) else quantise_norm_reference(*args)
 
@@ -221,7 +233,13 @@ def quantise_add_norm(
     bias_C: torch.Tensor,
     eps: float,
 ) -> tuple[torch.Tensor, Rows]:
-    """x + y in x's dtype, and its quantise_norm. Takes no gradient."""
+    """x + y in x's dtype, and its quantise_norm. Takes no gradient.
+
+    Raises ValueError where weight or bias is not (C,), or y has another shape than x.
+    """
+    _check(x_RC, weight_C, bias_C)
+    if y_RC.shape != x_RC.shape:
+        raise ValueError(f"y of shape {[*y_RC.shape]} to add to x of {[*x_RC.shape]}")
     if not _takes(x_RC, y_RC, weight_C):
         return quantise_add_norm_reference(x_RC, y_RC, weight_C, bias_C, eps)
     s_RC = torch.empty(x_RC.shape, device=x_RC.device, dtype=x_RC.dtype)

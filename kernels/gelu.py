@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from cjepa_fast.kernels.common.launch import TRITON_NAMES, Compiled, chosen, narrow
+from cjepa_fast.kernels.common.launch import TRITON_NAMES, Compiled, chosen, narrow, on_its_device
 from cjepa_fast.kernels.common.maybe_triton import tl, triton
 from cjepa_fast.kernels.common.sums import share_of, sum_parts
 from cjepa_fast.kernels.common.tiles import WIDE_COPIES, WIDE_LOADS
@@ -154,6 +154,7 @@ PROGRAMS = 1056
 TILES = (Tile(16, 128, 4, 1), Tile(8, 256, 4, 1), Tile(16, 128, 4, 3), Tile(8, 256, 4, 3))
 
 
+@on_its_device
 def launch_gelu(
     u: torch.Tensor,
     out: torch.Tensor | None = None,
@@ -169,6 +170,7 @@ def launch_gelu(
     return out
 
 
+@on_its_device
 def launch_gelu_backward(
     dg: torch.Tensor, u: torch.Tensor, tile: Tile | None = None, kind: str = "exact"
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -23,7 +23,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from cjepa_fast.kernels.common.launch import TRITON_NAMES, Compiled, chosen, narrow, use_kernel
+from cjepa_fast.kernels.common.launch import (
+    TRITON_NAMES,
+    Compiled,
+    chosen,
+    narrow,
+    on_its_device,
+    use_kernel,
+)
 from cjepa_fast.kernels.common.maybe_triton import tl, triton
 from cjepa_fast.kernels.common.sums import share_of, sum_parts
 from cjepa_fast.kernels.common.tiles import WIDE_COPIES, WIDE_LOADS
@@ -163,6 +170,7 @@ def forward_tiles(width: int) -> tuple[Rows, ...]:
     return tuple(tile for tile in tiles(width) if tile.stages == 1)
 
 
+@on_its_device
 def launch_add_norm(
     x: torch.Tensor,
     y: torch.Tensor | None,
@@ -187,6 +195,7 @@ def launch_add_norm(
     return s, h, stats
 
 
+@on_its_device
 def launch_add_norm_backward(
     dh: torch.Tensor,
     ds: torch.Tensor | None,

@@ -21,7 +21,7 @@ from cjepa_fast.kernels.attention.two_pass_backward import (
     _attention_keys_kernel,
     _attention_queries_kernel,
 )
-from cjepa_fast.kernels.common.launch import chosen, roomy
+from cjepa_fast.kernels.common.launch import chosen, on_its_device, roomy
 from cjepa_fast.kernels.common.maybe_triton import triton
 from cjepa_fast.kernels.common.operators import operator
 from cjepa_fast.kernels.common.sums import sum_parts
@@ -39,6 +39,7 @@ def backward_candidates(
     return f"attention backward {length}x{d}", one_pass(S, d, room) + two
 
 
+@on_its_device
 def launch_attention_backward(
     dout: torch.Tensor,
     q: torch.Tensor,
@@ -57,7 +58,7 @@ def launch_attention_backward(
     """
     (B, S, width), T = q.shape, k.shape[1]
     d = width // heads
-    if dout.numel() == 0:
+    if dout.numel() == 0 or T == 0:
         for grad in grads:
             grad.zero_()
         return q.new_zeros(3 * width) if sums else None

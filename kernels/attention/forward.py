@@ -23,7 +23,16 @@ from cjepa_fast.kernels.attention.heads import (
     store_parts,
     strides,
 )
-from cjepa_fast.kernels.common.launch import TRITON_NAMES, Compiled, chosen, dot, narrow, use_kernel
+from cjepa_fast.kernels.common.launch import (
+    TRITON_NAMES,
+    Compiled,
+    chosen,
+    dot,
+    last_dim_dense,
+    narrow,
+    on_its_device,
+    use_kernel,
+)
 from cjepa_fast.kernels.common.maybe_triton import tl, triton
 from cjepa_fast.kernels.common.operators import operator
 
@@ -108,6 +117,7 @@ def forward_candidates(S: int, d: int) -> tuple[str, tuple[Tile, ...]]:
     return f"attention {triton.next_power_of_2(S)}x{d}", TILES
 
 
+@on_its_device
 def launch_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, tile: Tile | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -115,13 +125,14 @@ def launch_attention(
 
     Their last dimension must be dense, and the strides of k and v the same.
     """
+    assert q.stride(-1) == k.stride(-1) == 1, (q.stride(), k.stride())
     assert k.stride() == v.stride(), (k.stride(), v.stride())
     (B, S, width), T = q.shape, k.shape[1]
     d = width // heads
     out = torch.empty(B, S, width, device=q.device, dtype=q.dtype)
     lse = torch.empty(B, heads, S, device=q.device, dtype=torch.float32)
-    if out.numel() == 0:
-        return out, lse
+    if out.numel() == 0 or T == 0:
+        return out.zero_(), lse.fill_(float("inf"))
     tile = tile or chosen(*forward_candidates(S, d), q.device)
     D0, D1 = split(d)
     blocks = triton.cdiv(S, tile.rows)
@@ -171,8 +182,8 @@ def takes(q_BHSd: torch.Tensor) -> bool:
 
 
 def _side_by_side(x_BHSd: torch.Tensor) -> torch.Tensor:
-    """(B, S, H d): as it lies, where it is a part of what a projection wrote."""
-    return x_BHSd.transpose(1, 2).flatten(2)
+    """(B, S, H d), its last dimension dense: as it lies, where a projection wrote it."""
+    return last_dim_dense(x_BHSd.transpose(1, 2).flatten(2))
 
 
 def short_attention(
@@ -187,10 +198,13 @@ def short_attention(
         return short_attention_reference(q_BHSd, k_BHTd, v_BHTd)
     if not takes(q_BHSd):
         raise RuntimeError(f"no kernel for queries of shape {tuple(q_BHSd.shape)}")
+    (B, H, _, d), T = q_BHSd.shape, k_BHTd.shape[2]
+    if not k_BHTd.shape == v_BHTd.shape == (B, H, T, d):
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q_BHSd, k_BHTd, v_BHTd))
+        raise RuntimeError(f"no kernel for queries, keys and values of shapes {shapes}")
     q, k, v = (_side_by_side(x) for x in (q_BHSd, k_BHTd, v_BHTd))
     if k.stride() != v.stride():
         k, v = k.contiguous(), v.contiguous()
-    H = q_BHSd.shape[1]
     return attention_op(q, k, v, H)[0].unflatten(-1, (H, -1)).transpose(1, 2)
 
 

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -82,6 +82,29 @@ def interpreted() -> Iterator[None]:
         yield
     finally:
         _on_cpu = before
+
+
+def on_its_device(launcher: Callable) -> Callable:
+    """Within a call the current GPU is that of the first tensor (or of the first in a list).
+
+    Triton launches on the current GPU and its stream, wherever the tensors are: on another that is
+    an access to memory that it does not have.
+    """
+
+    @functools.wraps(launcher)
+    def on_device(first, *args, **kwargs):
+        head = first
+        while not isinstance(head, torch.Tensor):
+            head = head[0]
+        with torch.cuda.device_of(head):
+            return launcher(first, *args, **kwargs)
+
+    return on_device
+
+
+def last_dim_dense(x: torch.Tensor) -> torch.Tensor:
+    """x with its last dimension dense: the other strides are the kernels' arguments."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 _asked = 0  # bytes that `to_device` was asked for

@@ -17,6 +17,7 @@ from cjepa_fast.kernels.common.launch import (
     TRITON_NAMES,
     Compiled,
     narrow,
+    on_its_device,
     use_kernel,
 )
 from cjepa_fast.kernels.common.maybe_triton import tl, triton
@@ -39,12 +40,13 @@ def _sum_parts_kernel(
     col = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     total = tl.zeros((ROWS, WIDTH), tl.float32)
     for start in range(0, P, ROWS):
-        row = start + tl.arange(0, ROWS)
+        row = (start + tl.arange(0, ROWS)).to(tl.int64)  # of parts with 2^31 values and more
         keep = (row < P)[:, None] & (col < C)[None, :]
         total += tl.load(parts + row[:, None] * C + col[None, :], mask=keep, other=0.0)
     tl.store(out + col, narrow(tl.sum(total, 0), out.dtype.element_ty), mask=col < C)
 
 
+@on_its_device
 def sum_parts(parts_PC: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """(C,) in `dtype` from fp32 parts (P, C)."""
     if not use_kernel(parts_PC):

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 
 import torch
 
-from cjepa_fast.kernels.common.launch import Compiled, chosen, narrow
+from cjepa_fast.kernels.common.launch import Compiled, chosen, narrow, on_its_device
 from cjepa_fast.kernels.common.maybe_triton import tl, triton
 from cjepa_fast.kernels.common.operators import operator
 from cjepa_fast.kernels.ema.lists import (
@@ -184,6 +184,7 @@ def adamw_numbers(
     return on_device(values, device)
 
 
+@on_its_device
 def launch_adamw_ema(
     arrays: Sequence[Tensors],
     copies: Tensors,

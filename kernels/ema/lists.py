@@ -38,6 +38,7 @@ def kernel_takes(masters: Sequence[Tensors], others: Sequence[Tensors]) -> bool:
     return (
         all(of_one_kind(array) for array in arrays)
         and all(array[0].dtype == torch.float32 for array in masters)
+        and len({array[0].device for array in arrays}) == 1
         and use_kernel(*(array[0] for array in arrays))
     )
 

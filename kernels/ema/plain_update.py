@@ -11,7 +11,7 @@ import itertools
 
 import torch
 
-from cjepa_fast.kernels.common.launch import Compiled, chosen, narrow
+from cjepa_fast.kernels.common.launch import Compiled, chosen, narrow, on_its_device
 from cjepa_fast.kernels.common.maybe_triton import tl, triton
 from cjepa_fast.kernels.common.operators import operator
 from cjepa_fast.kernels.ema.lists import (
@@ -91,6 +91,7 @@ def _ema_kernel(
 # --- the launcher
 
 
+@on_its_device
 def launch_ema(
     target: Tensors,
     online: Tensors,

@@ -9,7 +9,7 @@ Bytes a parameter that must move (fp32 w): 13 (lerp 12, a cast 6, then quantised
 
 import torch
 
-from cjepa_fast.kernels.common.launch import TRITON_NAMES, Compiled, narrow
+from cjepa_fast.kernels.common.launch import TRITON_NAMES, Compiled, narrow, on_its_device
 from cjepa_fast.kernels.common.maybe_triton import tl, triton
 from cjepa_fast.kernels.common.operators import operator
 from cjepa_fast.kernels.common.tiles import WIDEST, row_tiles
@@ -77,6 +77,7 @@ def _ema_rows_kernel(
 # --- the launcher
 
 
+@on_its_device
 def launch_ema_rows(
     target: Tensors, online: Tensors, values: Tensors, scales: Tensors, weight: torch.Tensor
 ) -> None:

@@ -37,6 +37,13 @@ def is_constant(pos: torch.Tensor) -> bool:
     return not (pos.requires_grad and torch.is_grad_enabled())
 
 
+def check_width(x: torch.Tensor, **others: torch.Tensor) -> None:
+    """Raise ValueError unless the others have x's last dimension; a kernel reads so far."""
+    for name, other in others.items():
+        if other.shape[-1] != x.shape[-1]:
+            raise ValueError(f"{name} of width {other.shape[-1]} for tokens of {x.shape[-1]}")
+
+
 # --- in a kernel
 
 
@@ -51,11 +58,6 @@ def load_index(idx, offsets, live, N, DEBUG: tl.constexpr):
 
 
 # --- for a launcher
-
-
-def last_dim_dense(x: torch.Tensor) -> torch.Tensor:
-    """x with its last dimension dense: the other strides are the kernels' arguments."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def dense_indices(idx: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

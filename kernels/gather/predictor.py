@@ -14,7 +14,13 @@ Bytes that must move, with e bytes a value: (K + M (K + P)) B W e forward, the s
 import torch
 
 from cjepa_fast.kernels.common import launch
-from cjepa_fast.kernels.common.launch import Compiled, narrow, use_kernel
+from cjepa_fast.kernels.common.launch import (
+    Compiled,
+    last_dim_dense,
+    narrow,
+    on_its_device,
+    use_kernel,
+)
 from cjepa_fast.kernels.common.maybe_triton import tl, triton
 from cjepa_fast.kernels.common.operators import operator
 from cjepa_fast.kernels.common.tiles import (
@@ -29,9 +35,9 @@ from cjepa_fast.kernels.gather.index import (
     asserting,
     check_indices,
     check_one_each,
+    check_width,
     dense_indices,
     is_constant,
-    last_dim_dense,
     load_index,
     pointers,
 )
@@ -126,6 +132,7 @@ def _predictor_input_backward_kernel(
 # --- launchers
 
 
+@on_its_device
 def launch_predictor_input(
     context: torch.Tensor,
     pos: torch.Tensor,
@@ -153,6 +160,7 @@ def launch_predictor_input(
     return out
 
 
+@on_its_device
 def launch_predictor_input_backward(
     grad: torch.Tensor,
     B: int,
@@ -238,10 +246,11 @@ def predictor_input(
     """One sequence for each target block: [context + position, mask token + position].
 
     Returns (B*M, K+P, W), image-major: sequence b*M + m holds block m of image b. Raises
-    ValueError for other than one context index a token, IndexError (on the CPU) for an index
-    outside 0..N-1.
+    ValueError for other than one context index a token, or for another width, IndexError (on the
+    CPU) for an index outside 0..N-1.
     """
     check_one_each(context_BKW, context_idx_BK)
+    check_width(context_BKW, positions=pos_NW, mask_token=mask_token_W)
     for idx in (context_idx_BK, target_idx_BMP):
         check_indices(idx, len(pos_NW))
     args = context_BKW, pos_NW, mask_token_W, context_idx_BK, target_idx_BMP

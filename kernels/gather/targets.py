@@ -17,7 +17,13 @@ import torch
 import torch.nn.functional as F
 
 from cjepa_fast.kernels.common import launch
-from cjepa_fast.kernels.common.launch import Compiled, narrow, use_kernel
+from cjepa_fast.kernels.common.launch import (
+    Compiled,
+    last_dim_dense,
+    narrow,
+    on_its_device,
+    use_kernel,
+)
 from cjepa_fast.kernels.common.maybe_triton import tl, triton
 from cjepa_fast.kernels.common.operators import operator
 from cjepa_fast.kernels.common.ranks import wide
@@ -34,7 +40,6 @@ from cjepa_fast.kernels.gather.index import (
     asserting,
     check_indices,
     dense_indices,
-    last_dim_dense,
     load_index,
     pointers,
 )
@@ -167,6 +172,7 @@ def _prediction_slope_kernel(
 # --- launchers
 
 
+@on_its_device
 def launch_target_gather(x: Rows, idx: torch.Tensor, eps: float, tile: Tile | None = None) -> Rows:
     """(B, S, D) fp32."""
     x, idx = last_dim_dense(x), dense_indices(idx, x)
@@ -182,6 +188,7 @@ def launch_target_gather(x: Rows, idx: torch.Tensor, eps: float, tile: Tile | No
     return out
 
 
+@on_its_device
 def launch_prediction_loss(
     pred: Rows, tokens: Rows, idx: torch.Tensor, kind: str, eps: float, tile: Tile | None = None
 ) -> torch.Tensor:
@@ -200,6 +207,7 @@ def launch_prediction_loss(
     return partial.sum() / (B * S * D)  # 0 / 0 is NaN, as the mean of nothing
 
 
+@on_its_device
 def launch_prediction_slope(
     upstream: torch.Tensor,
     pred: Rows,

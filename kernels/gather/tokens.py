@@ -15,7 +15,13 @@ Bytes that must move, with e bytes a value (indices and positions are small and 
 import torch
 
 from cjepa_fast.kernels.common import launch
-from cjepa_fast.kernels.common.launch import Compiled, narrow, use_kernel
+from cjepa_fast.kernels.common.launch import (
+    Compiled,
+    last_dim_dense,
+    narrow,
+    on_its_device,
+    use_kernel,
+)
 from cjepa_fast.kernels.common.maybe_triton import tl, triton
 from cjepa_fast.kernels.common.operators import operator
 from cjepa_fast.kernels.common.tiles import (
@@ -31,9 +37,9 @@ from cjepa_fast.kernels.gather.index import (
     asserting,
     check_indices,
     check_one_each,
+    check_width,
     dense_indices,
     is_constant,
-    last_dim_dense,
     load_index,
     pointers,
 )
@@ -138,6 +144,7 @@ def _gather_backward_kernel(
 # --- launchers
 
 
+@on_its_device
 def launch_gather(
     x: Rows,
     pos: torch.Tensor | None,
@@ -164,6 +171,7 @@ def launch_gather(
     return out
 
 
+@on_its_device
 def launch_gather_backward(
     grad: Rows, idx: torch.Tensor, N: int, dtype: torch.dtype, tile: Tile | None = None
 ) -> Rows:
@@ -264,12 +272,13 @@ def embed_gather(
     """patches[b, idx[b, k]] + pos[idx[b, k]]: (B, K, D), of the dtype that the sum promotes to.
 
     For tokens that are embedded already. Where they are not, gathering the raw patches, embedding
-    those alone and `add_positions` is cheaper. Raises ValueError unless there are N positions,
-    IndexError (on the CPU) for an index outside 0..N-1.
+    those alone and `add_positions` is cheaper. Raises ValueError unless there are N positions of
+    width D, IndexError (on the CPU) for an index outside 0..N-1.
     """
     N = patches_BND.shape[1]
     if len(pos_ND) != N:
         raise ValueError(f"{len(pos_ND)} positions for {N} patches")
+    check_width(patches_BND, positions=pos_ND)
     check_indices(idx_BK, N)
     if not (use_kernel(patches_BND, pos_ND) and is_constant(pos_ND)):
         return embed_gather_reference(patches_BND, pos_ND, idx_BK)
@@ -279,10 +288,11 @@ def embed_gather(
 def add_positions(x_BKD: torch.Tensor, pos_ND: torch.Tensor, idx_BK: torch.Tensor) -> torch.Tensor:
     """x[b, k] + pos[idx[b, k]]: (B, K, D), of the dtype that the sum promotes to.
 
-    Raises ValueError for other than one index a token, IndexError (on the CPU) for an index outside
-    0..N-1.
+    Raises ValueError for other than one index a token or positions of another width, IndexError
+    (on the CPU) for an index outside 0..N-1.
     """
     check_one_each(x_BKD, idx_BK)
+    check_width(x_BKD, positions=pos_ND)
     check_indices(idx_BK, len(pos_ND))
     if not (use_kernel(x_BKD, pos_ND) and is_constant(pos_ND)):
         return add_positions_reference(x_BKD, pos_ND, idx_BK)

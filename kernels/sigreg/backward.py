@@ -11,7 +11,13 @@ Bytes that must move, for b bytes an element: 2 T D b (z and dz), 8 T K (g), the
 
 import torch
 
-from cjepa_fast.kernels.common.launch import KERNEL_DTYPES, TRITON_NAMES, Compiled, narrow
+from cjepa_fast.kernels.common.launch import (
+    KERNEL_DTYPES,
+    TRITON_NAMES,
+    Compiled,
+    narrow,
+    on_its_device,
+)
 from cjepa_fast.kernels.common.maybe_triton import tl, triton
 from cjepa_fast.kernels.sigreg.tiles import TILE, WARPS, compiled, cos_sin, load_rows, projected
 
@@ -64,7 +70,7 @@ def _rows_kernel(
 ):  # fmt: skip
     """A tile of dz = g directions^T. Programs: (tiles of T, tiles of D)."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    d = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
     acc = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
@@ -80,6 +86,7 @@ def _rows_kernel(
 # --- the launcher
 
 
+@on_its_device
 def launch_grad(
     z: torch.Tensor, directions: torch.Tensor, rows: torch.Tensor, slopes: torch.Tensor, step: float
 ) -> torch.Tensor:

@@ -8,7 +8,7 @@ twice where there are several stretches of rows.
 
 import torch
 
-from cjepa_fast.kernels.common.launch import KERNEL_DTYPES, TRITON_NAMES, Compiled
+from cjepa_fast.kernels.common.launch import KERNEL_DTYPES, TRITON_NAMES, Compiled, on_its_device
 from cjepa_fast.kernels.common.maybe_triton import tl, triton
 from cjepa_fast.kernels.common.sums import sum_parts
 from cjepa_fast.kernels.sigreg.tiles import TILE, WARPS, compiled, cos_sin, load_rows, projected
@@ -44,6 +44,7 @@ def _sums_kernel(
 # --- the launcher
 
 
+@on_its_device
 def launch_sums(
     z: torch.Tensor, directions: torch.Tensor, rows: torch.Tensor, Q: int, step: float
 ) -> torch.Tensor:

@@ -57,7 +57,7 @@ def projected(
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     there = (row >= 0) & (row < T)
     for start in range(0, D, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
+        d = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
         keep = there[:, None] & (d < D)[None, :]
         x = tl.load(z + row[:, None] * D + d[None, :], mask=keep, other=0.0).to(tl.float32)
         keep = (d < D)[:, None] & (k < K)[None, :]

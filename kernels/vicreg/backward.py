@@ -21,6 +21,7 @@ from cjepa_fast.kernels.common.launch import (
     chosen,
     dot,
     narrow,
+    on_its_device,
 )
 from cjepa_fast.kernels.common.maybe_triton import tl, triton
 from cjepa_fast.kernels.common.operators import operator
@@ -110,6 +111,7 @@ def _grad_kernel(
 # --- the launcher
 
 
+@on_its_device
 def launch_grad(
     z: torch.Tensor, saved: Saved, g_std: torch.Tensor, g_cov: torch.Tensor,
     gamma: float, eps: float, count: int, config: Config | None = None,
@@ -139,7 +141,7 @@ def terms_grad(
     gamma: float, eps: float, count: int,
 ) -> torch.Tensor:  # fmt: skip
     """The gradient of g_std * std_loss + g_cov * cov_loss at z; count: the statistics' rows."""
-    with torch.autocast(z.device.type, enabled=False), torch.cuda.device_of(z):
+    with torch.autocast(z.device.type, enabled=False):
         grad = launch_grad if runs_kernels(z) else plain_grad
         return grad(z, saved, g_std, g_cov, gamma, eps, count)
 

@@ -10,7 +10,7 @@ Bytes that must move, for b bytes an element: M n D b.
 
 import torch
 
-from cjepa_fast.kernels.common.launch import KERNEL_DTYPES, TRITON_NAMES, Compiled
+from cjepa_fast.kernels.common.launch import KERNEL_DTYPES, TRITON_NAMES, Compiled, on_its_device
 from cjepa_fast.kernels.common.maybe_triton import tl, triton
 from cjepa_fast.kernels.vicreg.tiles import (
     compiled,
@@ -101,6 +101,7 @@ def _combine_kernel(
 # --- the launcher
 
 
+@on_its_device
 def launch_columns(z: torch.Tensor, splits: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """The mean's two parts (2, M, D) and the variances (M, D) of z (M, n, D); NaN for n = 1."""
     M, n, D = z.shape

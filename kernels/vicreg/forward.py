@@ -22,6 +22,7 @@ from cjepa_fast.kernels.common.launch import (
     chosen,
     dot,
     narrow,
+    on_its_device,
     use_kernel,
 )
 from cjepa_fast.kernels.common.maybe_triton import tl, triton
@@ -184,6 +185,7 @@ def _finish_kernel(
 # --- launchers
 
 
+@on_its_device
 def launch_moments(
     z: torch.Tensor, mean: torch.Tensor, gram: bool, config: Config | None = None,
     splits: int | None = None,
@@ -208,6 +210,7 @@ def launch_moments(
     return partial
 
 
+@on_its_device
 def launch_reduce(
     partial: torch.Tensor, size: int, scale: float, keep_diagonal: bool, matrix: torch.Tensor
 ) -> torch.Tensor:
@@ -226,6 +229,7 @@ def launch_reduce(
     return squares
 
 
+@on_its_device
 def launch_finish(
     squares: torch.Tensor, variance: torch.Tensor, gamma: float, eps: float, gram: bool
 ) -> Terms:
@@ -270,7 +274,7 @@ def runs_kernels(z: torch.Tensor) -> bool:
 def terms_forward(
     z: torch.Tensor, gamma: float, eps: float, need_grad: bool
 ) -> tuple[Terms, Saved]:
-    with torch.autocast(z.device.type, enabled=False), torch.cuda.device_of(z):
+    with torch.autocast(z.device.type, enabled=False):
         return (fused_forward if runs_kernels(z) else plain_forward)(z, gamma, eps, need_grad)
 
 

@@ -6,7 +6,6 @@ the summed index k the other.
 """
 
 import itertools
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -29,8 +28,7 @@ class Saved(NamedTuple):
     matrix: torch.Tensor
 
 
-@dataclass(frozen=True)
-class Config:
+class Config(NamedTuple):
     """Tiles: `block` of the matrix (and of dz), `block_k` of the summed index."""
 
     block: int

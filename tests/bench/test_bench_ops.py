@@ -1,5 +1,6 @@
 """bench/ops.py: the work it counts, the rows it makes of times, and the tuner."""
 
+import ast
 import json
 import sys
 
@@ -154,6 +155,11 @@ def test_every_knob_turns_and_names_a_choice_the_kernels_make(monkeypatch):
         for knob in knobs:
             knob.call(knob.candidates[-1])  # as the tuner does, with a configuration
             knob.call(None)  # as a launcher does, which asks
+            for candidate in knob.candidates:  # as tuned.py and --json write it
+                numbers = tune.numbers_of(candidate)
+                table = {knob.key: ast.literal_eval(repr(numbers))}
+                assert json.dumps(numbers)
+                assert launch.named_in(table, knob.key, knob.candidates) is candidate
     assert {knob.key for knob in knobs} == asked
 
 

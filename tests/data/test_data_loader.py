@@ -307,7 +307,9 @@ def test_an_error_of_dali_that_no_image_explains_is_raised(images, monkeypatch):
         next(loader(images).iterate(0))
 
 
-@pytest.mark.parametrize("ending", ["", "raise SystemExit(3)", "1 / 0"])
+@pytest.mark.parametrize(
+    "ending", ["", pytest.param("raise SystemExit(3)", marks=pytest.mark.long), "1 / 0"]
+)
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_the_interpreter_exits_with_a_loader_running(tmp_path, ending, decoder):
     root = made.good_folder(tmp_path / "set", 16)

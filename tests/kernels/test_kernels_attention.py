@@ -233,6 +233,26 @@ def test_what_the_kernels_do_not_take_is_refused_or_goes_by_the_definition(seed,
     with pytest.raises(RuntimeError, match=r"no kernel.*4, 136"):
         call(4, 136)
     assert call(4, 8, torch.float32).dtype == torch.float32
+    q, k = torch.randn(2, 2, 2, 4, 8).to(kernel_device, torch.bfloat16)
+    with pytest.raises(RuntimeError, match=r"of shapes \(2, 2, 4, 8\), \(2, 2, 4, 8\), \(2, 2, 3,"):
+        short_attention(q, k, k[:, :, :3])
+    with pytest.raises(RuntimeError, match=r"of shapes .*\(1, 2, 4, 8\), \(1,"):
+        short_attention(q, k[:1], k[:1])
+
+
+def test_values_that_do_not_lie_side_by_side(seed, kernel_device):
+    """Every second value of a wider tensor: read as it lies, it would be another's."""
+    wide = torch.randn(3, 2, 19, 2, 48).to(kernel_device, torch.bfloat16)
+    q, k, v = wide[..., ::2].transpose(2, 3)
+    assert torch.equal(short_attention(q, k, v), short_attention(*(x.clone() for x in (q, k, v))))
+
+
+def test_without_keys_there_is_nothing_to_attend_to(kernel_device):
+    q, k = (torch.ones(1, 2, n, 8).to(kernel_device, torch.bfloat16) for n in (3, 0))
+    q.requires_grad_(), k.requires_grad_()
+    out = short_attention(q, k, k)
+    out.sum().backward()
+    assert not out.any() and not q.grad.any() and k.grad.shape == k.shape
 
 
 def test_on_a_cpu_it_is_the_definition(seed):

@@ -182,6 +182,14 @@ def test_lists_that_do_not_match():
         ema.ema_update([a], [], 0.9)
 
 
+def test_lists_on_two_devices_are_not_for_a_kernel(kernel_device):
+    """Their addresses would lie in one table: the definition refuses them in words."""
+    here, elsewhere = torch.zeros(3, device=kernel_device), torch.zeros(3, device="meta")
+    assert ema_lists.kernel_takes([[here], [here]], [[here], []])
+    assert not ema_lists.kernel_takes([[here], [elsewhere]], [])
+    assert not ema_lists.kernel_takes([[here], [here]], [[elsewhere]])
+
+
 # --- ema_update_rows
 
 # Rows of two widths, one value, a width of no power of two, and no rows.

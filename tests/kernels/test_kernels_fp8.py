@@ -190,6 +190,15 @@ def test_compiles_without_a_graph_break(seed, kernel_device):
     compiles_whole(function, torch.randn(3, 48, device=kernel_device))
 
 
+def test_other_shapes_are_refused(kernel_device):
+    x, y = (torch.ones(3, n, device=kernel_device) for n in (8, 1))
+    weight = torch.ones(8, device=kernel_device)
+    with pytest.raises(ValueError, match=r"shapes \[8\] and \[7\] for rows of 8 values"):
+        fp8.quantise_norm(x, weight, weight[:7], 1e-6)
+    with pytest.raises(ValueError, match=r"y of shape \[3, 1\] to add to x of \[3, 8\]"):
+        fp8.quantise_add_norm(x, y, weight, weight, 1e-6)
+
+
 def test_same_bits_twice(seed, kernel_device):
     x, (weight, bias) = normal(kernel_device, 9, 48), affine(kernel_device, 48)
     same_bits(lambda: fp8.quantise_norm(x, weight, bias, EPS))

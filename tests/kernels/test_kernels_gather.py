@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from cjepa_fast.kernels.gather import gather_tokens, predictor_input, target_gather
+from cjepa_fast.kernels.gather import (
+    add_positions,
+    embed_gather,
+    gather_tokens,
+    predictor_input,
+    target_gather,
+)
 
 B, N, K, M, P, D, W = 3, 7, 4, 2, 3, 5, 6
 DTYPES = [torch.int32, torch.int64]
@@ -155,3 +161,17 @@ def test_shapes_alone_are_enough_on_the_meta_device():
     assert target_gather(tokens, targets).shape == (B, M, P, D)
     parts = [torch.empty(s, device="meta") for s in ((B, K, W), (N, W), (W,))]
     assert predictor_input(*parts, contexts, targets).shape == (B * M, K + P, W)
+
+
+def test_positions_and_mask_tokens_of_another_width_are_refused(seed):
+    """A kernel reads the tokens' width of each, whatever is there."""
+    context, pos, mask_token = sequences(seed)
+    idx, targets = indices(B, K), indices(B, M, P)
+    with pytest.raises(ValueError, match="positions of width 5 for tokens of 6"):
+        predictor_input(context, pos[:, :5], mask_token, idx, targets)
+    with pytest.raises(ValueError, match="mask_token of width 1 for tokens of 6"):
+        predictor_input(context, pos, mask_token[:1], idx, targets)
+    with pytest.raises(ValueError, match="positions of width 5"):
+        add_positions(context, pos[:, :5], idx)
+    with pytest.raises(ValueError, match="positions of width 5"):
+        embed_gather(torch.randn(B, N, W), pos[:, :5], idx)

@@ -1,12 +1,16 @@
 """What the kernels share: tables on their way to the device, in a CUDA graph and outside."""
 
 import contextlib
+import importlib
+import pkgutil
+import re
 import warnings
 
 import pytest
 import torch
 
-from cjepa_fast.kernels.common import launch
+from cjepa_fast import kernels
+from cjepa_fast.kernels.common import launch, sums
 
 CPU = torch.device("cpu")
 
@@ -54,6 +58,41 @@ def test_a_recording_has_room_for_its_tables_alone(pretended):
         launch.to_device(torch.arange(5), CPU)
         with pytest.raises(RuntimeError, match="no room"):
             launch.to_device(torch.arange(5), CPU)
+
+
+def test_every_launcher_makes_its_tensors_gpu_the_current_one(monkeypatch):
+    """Triton launches on the current GPU, whatever GPU its tensors are on."""
+    launchers = [
+        function
+        for name in pkgutil.walk_packages(kernels.__path__, "cjepa_fast.kernels.")
+        for key, function in vars(importlib.import_module(name.name)).items()
+        if re.match("launch_|sum_parts$", key)
+    ]
+    assert len({id(launcher) for launcher in launchers}) > 20
+    assert all(hasattr(launcher, "__wrapped__") for launcher in launchers)
+
+    entered = []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        entered.append(tensor)
+        yield
+        entered.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    x = torch.ones(2)
+    within = launch.on_its_device(lambda first, more: (entered[-1] is x, more))
+    assert all(within(first, more=3) == (True, 3) for first in (x, [x, x], [[x], []], (x, x)))
+    assert not entered
+
+
+def test_parts_may_have_more_values_than_int32_counts(kernel_device):
+    """Row 32 lies 2^31 values on; it is read by nobody, and yet has an address."""
+    if kernel_device != "cpu":
+        pytest.skip("the interpreter tells of an overflow")
+    parts, out = torch.ones(1, 64), torch.empty(64)
+    sums._sum_parts_kernel[1,](parts, out, 1, 2**26, **sums.TILE)
+    assert (out == 1).all()
 
 
 class OnGPU:
