@@ -16,20 +16,21 @@ cd "$(dirname "$0")/.."
 source bench/gate.sh
 
 steps=(--steps 10)
-kept=(tests/model/test_fused.py tests/training/test_graph.py tests/kernels/test_kernels_norm.py
-  tests/kernels/test_kernels_gelu.py tests/kernels/test_kernels_attention.py)
+kept=(tests/model/test_fused.py tests/model/test_cublaslt.py tests/training/test_graph.py
+  tests/kernels/test_kernels_norm.py tests/kernels/test_kernels_gelu.py
+  tests/kernels/test_kernels_attention.py)
 if [[ $gpu ]]; then
   models=(vit_h vit_b vit_l)
   variants=(fused graph compiled)
-  recorded=(fused graph)
-  others=(fp8 k78 batch256)
+  tuned=(fused graph)
+  others=(tanh fp8 k78 batch256)
   ceiling_s=8 matmul_s=1
   rows=()
   against=(--steps 4 --warmup 9 --set mask.context=fixed)
   small=(--batch-size 32)
 else
   models=(vit_h vit_b)
-  variants=(fused) recorded=(fused) others=(k78)
+  variants=(fused) tuned=(fused) others=(tanh k78)
   steps=(--steps 2 --warmup 1 "${toy[@]}")
   ceiling_s=0 matmul_s=0
   rows=(--rows 16)
@@ -39,9 +40,11 @@ fi
 
 part doctor 30 "$PYTHON" -m cjepa_fast.tools.doctor --fast
 part ceilings 30 "$PYTHON" bench/ceilings.py --seconds "$ceiling_s" --json "$FOUND/ceilings.json"
-part tests 60 "$PYTHON" -m pytest -q -m gpu -n 8 --dist load "${kept[@]}"
-part models 110 "$PYTHON" bench/variants.py --config "${models[@]}" --variant "${variants[@]}" \
-  "${steps[@]}" --json "$FOUND/throughput_models.json"
+part tests 60 "$PYTHON" -m pytest -v --tb=short -m gpu -n 8 --dist load "${kept[@]}"
+for variant in "${variants[@]}"; do  # apart: a recording that fails spoils its process
+  part "$variant" 45 "$PYTHON" bench/variants.py --config "${models[@]}" --variant "$variant" \
+    "${steps[@]}" --json "$FOUND/throughput_$variant.json"
+done
 part profile 40 "$PYTHON" bench/variants.py --config "${models[@]:0:2}" --variant fused \
   "${steps[@]}" --profile "$WORK/traces" --json "$WORK/profiled.json"
 texts_of "$WORK/traces"
@@ -53,7 +56,7 @@ if [[ $gpu ]]; then
     --json "$FOUND/tuned.json"
   cp kernels/tuned.py "$FOUND/tuned.py"
 fi
-part tuned 45 "$PYTHON" bench/variants.py --config "${models[@]}" --variant "${recorded[@]}" \
+part tuned 45 "$PYTHON" bench/variants.py --config "${models[@]}" --variant "${tuned[@]}" \
   "${steps[@]}" --json "$FOUND/throughput_tuned.json"
 part matmuls 40 "$PYTHON" bench/matmuls.py --seconds "$matmul_s" "${rows[@]}" \
   --json "$FOUND/matmuls.json"

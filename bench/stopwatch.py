@@ -10,6 +10,7 @@ from hardware import synchronize
 from cjepa_fast.runtime.memory import peak_bytes
 
 FLUSH_BYTES = 2**30  # more than any cache; written in 0.2 ms, in which the host gets ahead
+FLUSHES = 4  # a call of hundreds of launches takes the host longer than one
 
 
 class Stopwatch:
@@ -27,7 +28,8 @@ class Stopwatch:
             call()
             took = 1e6 * (time.perf_counter() - began)
             return lambda: took
-        self.flushed.zero_()
+        for _ in range(FLUSHES):
+            self.flushed.zero_()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         call()

@@ -5,7 +5,9 @@ the kernels' files, all compiled ahead of time and tested; here they take turns 
 models in configs/.
 """
 
+import functools
 import itertools
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -210,11 +212,18 @@ def knobs(device: torch.device, only: Sequence[str] = ()) -> Iterator[Knob]:
 
 
 def fastest(knob: Knob, watch: Stopwatch, seconds: float) -> tuple[int, list[float]]:
-    """The index of the fastest candidate, and the medians in microseconds."""
-    calls = {i: (lambda c=c: knob.call(c)) for i, c in enumerate(knob.candidates)}
-    for call in calls.values():  # compile, and warm up
-        call()
-    times = [median(t) for t in watch.turns(calls, seconds).values()]
+    """The index of the fastest candidate, and the medians in microseconds: infinite where one
+    fails."""
+    calls = {}
+    for i, candidate in enumerate(knob.candidates):
+        try:
+            knob.call(candidate)  # compile, and warm up
+            calls[i] = functools.partial(knob.call, candidate)
+        except Exception as error:  # one that asks for more than this GPU has is not the fastest
+            print(f"{knob.key}: {candidate} fails: {type(error).__name__}: {error}"[:300])
+    times = [math.inf] * len(knob.candidates)
+    for i, found in watch.turns(calls, seconds).items():
+        times[i] = median(found)
     best = min(range(len(times)), key=times.__getitem__)
     return (best if times[best] < MARGIN * times[0] else 0), times
 
@@ -263,7 +272,9 @@ def source(table: dict[str, dict[str, int | tuple]]) -> str:
 
 def written(found: dict[str, int | tuple], architecture: str) -> None:
     """kernels/tuned.py with these keys of one architecture; what it says of others stays."""
-    TABLE.write_text(source(TUNED | {architecture: found}), encoding="utf-8")
+    beside = TABLE.with_suffix(".partial")  # every kernel imports it: it is whole at any time
+    beside.write_text(source(TUNED | {architecture: found}), encoding="utf-8")
+    beside.replace(TABLE)
 
 
 def main(

@@ -9,8 +9,10 @@ fails, says so, and the next is measured; the exit status is then 1.
 """
 
 import argparse
+import contextlib
 import itertools
 import sys
+import traceback
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -38,6 +40,7 @@ class Variant(NamedTuple):
     overrides: tuple[str, ...]
     batch: int | None = None
     fast_sums: bool = False
+    only: str = ""  # of the configurations, where it makes sense for one
 
 
 VARIANTS = {
@@ -45,7 +48,8 @@ VARIANTS = {
     "graph": Variant(GRAPH),
     "compiled": Variant((*GRAPH, "run.compile=blocks")),
     "fp8": Variant((*FIXED, "model.target_precision=fp8"), fast_sums=True),
-    "k78": Variant((*FIXED, "mask.keep=78")),
+    "tanh": Variant((*FIXED, "model.gelu=tanh")),
+    "k78": Variant((*FIXED, "mask.keep=78"), only="vit_h"),
     "batch256": Variant(FIXED, batch=256),
 }
 
@@ -74,11 +78,13 @@ def measured(name: str, which: str, args: argparse.Namespace) -> list[dict]:
         with mock.patch.object(fp8, "FAST_SUMS", variant.fast_sums):
             rows = throughput.measure_one(name, asked)
     except Exception as error:  # told in the row: the other variants are measured
+        traceback.print_exc()  # of a recording that failed the cause is in what came before
         why = "out of memory" if is_out_of_memory(error) else f"{type(error).__name__}: {error}"
         failed = {"failed": f"{which}: {why}"[:300], "batch": batch}
         return [{"config": Path(name).stem, "variant": which, **failed}]
     finally:
-        measure.forget(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        with contextlib.suppress(RuntimeError):  # of an allocator that takes a recording for open
+            measure.forget(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         torch.compiler.reset()
     also = ["fast sums"] * variant.fast_sums
     return [row | {"variant": which, "also": also} for row in rows]
@@ -108,10 +114,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     args, rows = parse(argv), []
     for which, name in itertools.product(args.variant, args.config):
+        if VARIANTS[which].only not in ("", Path(name).stem):
+            continue
         rows += measured(name, which, args)
         print(f"{name}, {told(rows[-1])}", file=sys.stderr, flush=True)
         if args.json:
             write(rows, args.json)
+        if "failed" in rows[-1] and "run.cuda_graph=true" in VARIANTS[which].overrides:
+            print("ends here: after a recording that failed torch's memory is not to be trusted")
+            break
     print(
         table(rows, {"config": COLUMNS["config"], "variant": ("variant", "{}")} | columns_of(rows))
     )

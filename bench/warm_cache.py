@@ -115,7 +115,8 @@ def unpack(file: Path) -> dict:
 
 
 def written() -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns for path in cache_dir().rglob("*") if path.is_file()}
+    """The machine code that is there: on a GPU Triton's driver writes modules of its own beside."""
+    return {path: path.stat().st_mtime_ns for path in cache_dir().rglob("*.cubin")}
 
 
 def is_found() -> bool:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from cjepa_fast.kernels.common.maybe_triton import OutOfResources
+from cjepa_fast.kernels.common.maybe_triton import TritonError
 from cjepa_fast.model.attention import (
     BACKENDS,
     PACKED_BACKENDS,
@@ -103,7 +103,7 @@ def _failure(call: Callable[[str], None], name: str) -> str:
     try:
         call(name)
         return ""
-    except (RuntimeError, ValueError, OutOfResources) as error:
+    except (RuntimeError, ValueError, TritonError) as error:
         return str(error).strip().split("\n")[0] or type(error).__name__
 
 

@@ -273,6 +273,11 @@ def takes(x: torch.Tensor, weight_FD: torch.Tensor) -> bool:
     return x.is_cuda and sizes and not problem(x.device, weight_FD.dtype)
 
 
+# Rows, width and hidden width of the MLPs that are tried: as small as may be, and of a size for
+# which the library takes the kernels of a training.
+TRIED = (24, 32, 48), (512, 264, 1032)
+
+
 @functools.cache
 def problem(device: torch.device, dtype: torch.dtype) -> str:
     """Why GELU in training is not computed in the matmuls here, in words, "" where it is: tried."""
@@ -281,7 +286,7 @@ def problem(device: torch.device, dtype: torch.dtype) -> str:
     if dtype not in (torch.bfloat16, torch.float16):
         return f"not of {dtype}"
     try:
-        return "" if is_right(device, dtype) else "cuBLASLt computes another GELU, or wrongly"
+        return next((why for size in TRIED if (why := fault(device, dtype, size))), "")
     except (OSError, AttributeError, RuntimeError) as error:
         return f"{type(error).__name__}: {str(error)[:200]}"
 
@@ -290,36 +295,43 @@ def problem(device: torch.device, dtype: torch.dtype) -> str:
 def torch_is_right(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether torch's own matmul with a GELU, torch._addmm_activation, computes tanh's here."""
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        x, weight, bias, *_ = _sample(device, dtype)
+        x, weight, bias, *_ = _sample(device, dtype, TRIED[0])
         found = torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
         u = F.linear(x.float(), weight.float(), bias.float())
         return _near(found, F.gelu(u, approximate="tanh"))
 
 
 @torch.no_grad()
-def is_right(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether both calls, of a small MLP, come out as torch computes them apart."""
+def fault(device: torch.device, dtype: torch.dtype, size: tuple[int, int, int]) -> str:
+    """What is wrong with the two calls, of an MLP from D to H and back, for R rows: in words, ""
+    where they come out as torch computes them apart. size: (R, D, H)."""
     with torch.autocast(device.type, enabled=False):
-        x, weight, bias, dout, second = _sample(device, dtype)
+        x, weight, bias, dout, second = _sample(device, dtype, size)
         u = F.linear(x.float(), weight.float(), bias.float())
         du = torch.ops.aten.gelu_backward(
             dout.float() @ second.float(), u.to(dtype).float(), approximate="tanh"
         )
         found = linear_gelu(x, weight, bias), gelu_backward(dout, second, u.to(dtype))
+        if None in found:
+            return f"cuBLASLt has no algorithm for {size}"
         wanted = (u, F.gelu(u, approximate="tanh")), (du, du.sum(0))
-        return None not in found and all(
+        right = all(
             _near(*pair)
             for ours, theirs in zip(found, wanted, strict=True)
             for pair in zip(ours, theirs, strict=True)
         )
+        return "" if right else "cuBLASLt computes another GELU, or wrongly"
 
 
-def _sample(device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
-    """x (R, D), W1 (F, D), b (F,), dout (R, D) and W2 (D, F), of few bits, so that u, from -3 to 3
+def _sample(
+    device: torch.device, dtype: torch.dtype, size: tuple[int, int, int]
+) -> list[torch.Tensor]:
+    """x (R, D), W1 (H, D), b (H,), dout (R, D) and W2 (D, H), of few bits, so that u, from -3 to 3
     or so, is the same however it is summed."""
-    shapes = (24, 32), (48, 32), (48,), (24, 32), (32, 48)
+    R, D, H = size
+    shapes = (R, D), (H, D), (H,), (R, D), (D, H)
     made = []
-    for shape, period, scale in zip(shapes, (7, 5, 3, 11, 13), (4, 8, 2, 4, 8), strict=True):
+    for shape, period, scale in zip(shapes, (7, 5, 3, 11, 13), (1, 8, 2, 4, 8), strict=True):
         numbers = torch.arange(math.prod(shape)) * 5 % period - period // 2
         made.append((numbers.view(shape) / scale).to(device, dtype))
     return made

@@ -97,7 +97,7 @@ class CJEPALoss:
         outputs = predicted_BMPD, context_BKD, target_tokens_BND
         with torch.set_grad_enabled(torch.is_grad_enabled() and beta > 0):
             if beta == 0 and self.ranks is None and len(predicted_BMPD) < 2:
-                added = jepa.new_tensor(torch.nan)  # one image has no statistics
+                added = jepa.new_full((), torch.nan)  # one image has no statistics
                 terms = dict.fromkeys(["sigreg"] if self.sigreg else ["sim", "std", "cov"], added)
             elif self.sigreg:
                 added = self.sigreg(*outputs, project, context, directions_DK)
@@ -190,7 +190,7 @@ def position_terms(
         variance_ND = squares_ND / free_N.clamp(min=1)[:, None]
         hinge_N = (gamma - (variance_ND + eps).sqrt()).relu().mean(1)
         # Deviations sum to zero, so their covariance is vicreg_terms' but for its count of rows.
-        rows = sum_over_ranks(x.new_tensor(float(len(x))), ranks)
+        rows = sum_over_ranks(x.new_full((), float(len(x))), ranks)
         _, cov, _ = vicreg_terms(deviation_TD, gamma, eps, ranks)
         return (hinge_N * free_N).sum() / free, cov * ((rows - 1) / free).square()
 

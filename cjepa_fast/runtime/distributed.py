@@ -22,6 +22,7 @@ from cjepa_fast.runtime import caches, children, hardware
 T = TypeVar("T")
 PIECE_ROWS = 4096  # of a large tensor, passed on at a time
 
+GROWN_BYTES = 64 * 2**20  # more than what has_gpu() may have left to be used again
 _group_options: dict[str, timedelta] = {}  # of every process group, by start()
 
 
@@ -38,8 +39,8 @@ def start(seed: int, timeout_s: float = 0) -> torch.device:
     if not cuda and torch.cuda.is_available() and local_rank == 0:
         print(f"WARNING: on the CPU, since {hardware.gpu_problem()}", file=sys.stderr)
     if cuda:
-        grow_memory_in_place()
         torch.cuda.set_device(device)
+        grow_memory_in_place(device)
     else:
         keep_freed_memory()
     if timeout_s:
@@ -50,16 +51,24 @@ def start(seed: int, timeout_s: float = 0) -> torch.device:
     return device
 
 
-def grow_memory_in_place() -> None:
+def grow_memory_in_place(device: torch.device) -> None:
     """Have torch's allocator grow its segments, unless the user has told it how to work.
 
     Lengths that change from step to step would else leave it with pieces that fit none of the next
-    ones: it then frees and asks for memory anew, which holds a step up.
+    ones: it then frees and asks for memory anew, which holds a step up. Some virtual machines
+    refuse the calls that it takes: there it is tried in vain, and segments stay as they were.
     """
     told = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys()
     tell = getattr(torch._C, "_accelerator_setAllocatorSettings", None)  # torch 2.10 and newer
-    if tell and not told:
-        tell("expandable_segments:True")
+    if not tell or told:
+        return
+    tell("expandable_segments:True")
+    try:
+        torch.zeros(GROWN_BYTES, dtype=torch.uint8, device=device)
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        tell("expandable_segments:False")
+        print(f"memory is not grown in place: {str(error).splitlines()[0]}", file=sys.stderr)
 
 
 def keep_freed_memory() -> None:

@@ -17,7 +17,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -357,7 +357,7 @@ def rate_lines(device: torch.device, seconds: float) -> Iterator[tuple[str, str]
     yield "copy", f"{rates.measured_gb_per_s(device, seconds):,.0f} GB/s, read and written"
 
 
-def page(rows: Iterator[tuple[str, str]]) -> None:
+def page(rows: Iterable[tuple[str, str]]) -> None:
     for name, text in rows:
         print(f"  {name:15s} {text}", flush=True)
 
@@ -368,9 +368,11 @@ def examine(config: Config, fast: bool) -> int:
     page(machine_lines())
     print("parts, each tried", flush=True)
     names = [name for name in PARTS if not (fast and name == "torch.compile")]
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        found = dict(zip(names, pool.map(trial_apart, names), strict=True))
-    page((name, f"{state:8s} {text}") for name, (state, text) in found.items())
+    found = {}
+    with concurrent.futures.ThreadPoolExecutor(min(8, max(2, hardware.cores() // 2))) as pool:
+        for name, trial in zip(names, pool.map(trial_apart, names), strict=True):
+            found[name] = trial
+            page([(name, "{:8s} {}".format(*trial))])
     print("a training here would use")
     page(choice_lines(config, found))
     if not fast:

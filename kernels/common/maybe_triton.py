@@ -10,12 +10,12 @@ from types import SimpleNamespace
 try:
     import triton
     import triton.language as tl
-    from triton.runtime.errors import OutOfResources
+    from triton.errors import TritonError
 except ImportError as error:
     WHY_NOT = str(error)
 
-    class OutOfResources(Exception):
-        """A kernel that the GPU has no room for."""
+    class TritonError(Exception):
+        """A kernel that cannot be compiled, or that the GPU has no room for."""
 
     class _Constexpr:
         def __init__(self, value):
@@ -54,4 +54,4 @@ except ImportError as error:
         knobs=SimpleNamespace(runtime=SimpleNamespace(interpret=False)),
     )
 
-__all__ = ["OutOfResources", "tl", "triton"]
+__all__ = ["TritonError", "tl", "triton"]

@@ -47,7 +47,7 @@ def sum_over_ranks(x: torch.Tensor, ranks: Ranks | None) -> torch.Tensor:
 
 def centred(z: torch.Tensor, ranks: Ranks | None) -> tuple[torch.Tensor, torch.Tensor]:
     """z (..., n, D) minus its mean over all n rows of all ranks, and that count of rows (0-d)."""
-    count = torch.tensor(float(z.shape[-2]), device=z.device, dtype=z.dtype)
+    count = z.new_full((), float(z.shape[-2]))  # no copy from the host: it may be recorded
     if ranks is not None:
         count = ranks.sum(count)
     mean = sum_over_ranks(z.sum(-2, keepdim=True), ranks) / count

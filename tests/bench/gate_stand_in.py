@@ -12,11 +12,15 @@ GPU = {
     "commit": "c", "time": "2026-01-01T00:00:00+00:00",
 }  # fmt: skip
 SPEED = {"vit_h": 700.0, "vit_b": 4800.0, "vit_l": 2000.0}
-GAIN = {"fused": 1.0, "graph": 1.05, "compiled": 0.8, "fp8": 1.2, "k78": 1.3, "batch256": 1.01}
+GAIN = {
+    "fused": 1.0, "graph": 1.05, "compiled": 0.8, "tanh": 1.1, "fp8": 1.2, "k78": 1.3,
+    "batch256": 1.01,
+}  # fmt: skip
 SAID = {"fp8": ["fast sums"]}
 SETS = {
     "graph": ["run.cuda_graph=true"], "fp8": ["model.target_precision=fp8"],
-    "k78": ["mask.keep=78"], "compiled": ["run.compile=blocks", "run.cuda_graph=true"],
+    "compiled": ["run.compile=blocks", "run.cuda_graph=true"], "tanh": ["model.gelu=tanh"],
+    "k78": ["mask.keep=78"],
 }  # fmt: skip
 PARTS = ("target", "context", "predictor", "loss", "backward", "optimiser", "average", "rest")
 

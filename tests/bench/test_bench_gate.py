@@ -24,10 +24,11 @@ MOST_FILES, MOST_BYTES = 8, 16 * 2**20  # of results
 BY_SCRIPT = {
     "gpu_gate.sh": {
         "doctor": "tools.doctor", "ceilings": "ceilings.py", "tests": "-m gpu",
-        "models": "--variant fused graph compiled", "profile": "--profile",
+        "fused": "--variant fused", "graph": "--variant graph", "compiled": "--variant compiled",
+        "profile": "--profile",
         "prepare": "--prepare 15/16", "tune": "--tune --only attention add_norm gelu",
         "tuned": "throughput_tuned", "matmuls": "matmuls.py",
-        "others": "--variant fp8 k78 batch256", "reference-b": "--against reference",
+        "others": "--variant tanh fp8 k78 batch256", "reference-b": "--against reference",
         "reference-h": "--batch-size 32",
     },
     "gpu_more.sh": {
@@ -76,7 +77,7 @@ def test_every_part_runs(tmp_path, gate, script, no_gpu):
     summary, calls = (tmp_path / "out" / "summary.txt").read_text(), (tmp_path / "calls")
     parts = {line.split()[0] for line in summary.splitlines() if " passed " in line}
     own = {"memcheck", "racecheck"} if shutil.which("compute-sanitizer") else set()
-    only_gpu = {"prepare", "tune"} if no_gpu == "1" else set()
+    only_gpu = {"prepare", "tune", "graph", "compiled"} if no_gpu == "1" else set()
     assert parts - own == BY_SCRIPT[script].keys() - only_gpu
     called = calls.read_text()
     for part in parts - own if no_gpu == "0" else ():
@@ -89,7 +90,11 @@ def test_every_part_runs(tmp_path, gate, script, no_gpu):
 @pytest.mark.parametrize(
     ("script", "failing", "parts"),
     [
-        ("gpu_gate.sh", "variants.py", ["models", "profile", "tuned", "others"]),
+        (
+            "gpu_gate.sh",
+            "variants.py",
+            ["fused", "graph", "compiled", "profile", "tuned", "others"],
+        ),
         ("gpu_more.sh", "--resume", ["resume"]),
     ],
 )
@@ -128,7 +133,7 @@ def test_all_comes_back_in_few_small_files_and_is_taken_over(tmp_path, gate, mon
 
     results.mkdir()
     said = report.collect(out, results, table)
-    assert "throughput_models.json: 9 of 9 rows appended" in said
+    assert "throughput_graph.json: 3 of 3 rows appended" in said
     assert '"gelu": (4096, 8)' in table.read_text() and '"x 5": 3' in table.read_text()
     text = (results / "h200" / "gate_profile_fused_vit_h_synthetic.txt").read_text()
     assert text.startswith("a step: 180000 us")

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import sys
 
 import fast_interpreter
@@ -170,6 +171,18 @@ def test_the_fastest_is_written_down_unless_it_may_be_noise(times, gain):
     knob = tune.Knob("a kernel", (Tile(1, 64), Tile(2, 64, 8)), lambda candidate: None)
     ((found, best, us),) = tune.tune(iter([knob]), Fake(times), 0.0)
     assert (found, best, us) == (knob, int(gain), [*times])
+
+
+def test_a_candidate_that_fails_is_not_the_fastest():
+    """One asks for more shared memory than this GPU has: the others are timed all the same."""
+
+    def call(candidate):
+        if candidate == 2:
+            raise RuntimeError("out of resource")
+
+    knob = tune.Knob("a kernel", (1, 2, 3), call)
+    best, times = tune.fastest(knob, Fake((9.0, 5.0)), 0.0)
+    assert (best, times) == (2, [9.0, math.inf, 5.0])
 
 
 class FakeGPU:

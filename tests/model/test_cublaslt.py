@@ -90,7 +90,10 @@ def test_what_it_has_no_algorithm_for_is_left_to_others(seed, monkeypatch):
     library = stand_in(monkeypatch, algorithms=0)
     x, weight, bias, dout, second, u = operands(torch.bfloat16)
     assert cublaslt.linear_gelu(x, weight, bias) is cublaslt.gelu_backward(dout, second, u) is None
-    assert not library.calls and not cublaslt.is_right(CPU, torch.bfloat16)
+    assert not library.calls
+    monkeypatch.setattr(cublaslt, "library_path", lambda: Path(os.devnull))
+    found = cublaslt.problem.__wrapped__(CPU, torch.bfloat16)
+    assert found == "cuBLASLt has no algorithm for (24, 32, 48)"
 
 
 def test_a_call_that_fails_is_named(library, monkeypatch):
@@ -106,7 +109,7 @@ def test_a_call_that_fails_is_named(library, monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_trial_finds_what_is_right_and_what_is_not(library, monkeypatch, dtype):
-    assert cublaslt.is_right(CPU, dtype)
+    assert not any(cublaslt.fault(CPU, dtype, size) for size in cublaslt.TRIED)
     right = library._epilogue
     wrongs = {
         "no GELU": lambda said: said | {7: FORWARD & ~32},
@@ -117,7 +120,8 @@ def test_the_trial_finds_what_is_right_and_what_is_not(library, monkeypatch, dty
     for name, change in wrongs.items():
         wrong = lambda said, *rest, change=change: right(change(said), *rest)  # noqa: E731
         monkeypatch.setattr(library, "_epilogue", wrong)
-        assert not cublaslt.is_right(CPU, dtype), name
+        for size in cublaslt.TRIED:
+            assert cublaslt.fault(CPU, dtype, size).endswith("wrongly"), name
 
 
 def test_torch_s_own_on_a_cpu_is_not_tanh_s_and_is_not_asked(monkeypatch):
@@ -138,9 +142,9 @@ def test_why_it_is_not_taken_is_told(monkeypatch):
     assert problem(CPU, torch.bfloat16).startswith("OSError: ")
     monkeypatch.setattr(cublaslt, "problem", problem)
     assert "not inside cuBLASLt's matmuls (OSError: " in fused_mlp.told(CPU, torch.bfloat16)
-    monkeypatch.setattr(cublaslt, "is_right", lambda *_: False)
-    assert problem(CPU, torch.bfloat16) == "cuBLASLt computes another GELU, or wrongly"
-    monkeypatch.setattr(cublaslt, "is_right", lambda *_: True)
+    monkeypatch.setattr(cublaslt, "fault", lambda *given: "of 512 rows" * (given[2][0] == 512))
+    assert problem(CPU, torch.bfloat16) == "of 512 rows"
+    monkeypatch.setattr(cublaslt, "fault", lambda *_: "")
     assert fused_mlp.told(CPU, torch.bfloat16) == "GELU: inside the matmuls, by cuBLASLt"
     x, weight = torch.zeros(2, 8), torch.zeros(8, 8)
     assert not cublaslt.takes(x, weight)  # on a CPU
@@ -234,7 +238,7 @@ def test_the_real_library_has_our_layout_of_a_matrix(real):
 # --------------------------------------------------------------------------------------- on a GPU
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_on_a_gpu_it_is_right_and_can_be_recorded(seed, dtype):
     device = torch.device("cuda", torch.cuda.current_device())

@@ -150,3 +150,27 @@ def test_a_training_on_unequal_machines_is_in_the_lowest_precision(tmp_path):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["run"]["precision"] == "fp32"
     state = checkpoint.state_of(checkpoint.latest(tmp_path / "run"))
     assert state["config"]["run"]["precision"] == "fp32"
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_memory_is_grown_in_place_where_the_machine_can(monkeypatch, capsys, refused):
+    """Some virtual machines advertise it and refuse the first allocation."""
+    told = []
+
+    def zeros(count, **_):
+        assert count >= 64 * 2**20
+        if refused:
+            raise RuntimeError("CUDA driver error: unknown error\nC++ CapturedTraceback")
+
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", told.append, raising=False)
+    monkeypatch.setattr(torch, "zeros", zeros)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    distributed.grow_memory_in_place(GPU)
+    assert told == ["expandable_segments:True", "expandable_segments:False"][: 1 + refused]
+    said = capsys.readouterr().err
+    assert said == ("memory is not grown in place: CUDA driver error: unknown error\n" * refused)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "backend:native")  # the user's own word
+    distributed.grow_memory_in_place(GPU)
+    assert len(told) == 1 + refused

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import gc
 from collections.abc import Callable, Iterator
 
 import torch
@@ -54,6 +55,7 @@ class Graphed:
 
     def _record(self) -> None:
         """The loader's threads continue: what they ask of the device spoils no recording."""
+        gc.collect()  # an earlier trainer's memory is not given back in the middle of it
         self.graph = torch.cuda.CUDAGraph()
         with (
             recorded(self.device),

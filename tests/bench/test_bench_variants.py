@@ -1,0 +1,57 @@
+"""bench/variants.py: which rows it measures, and what a row that fails costs the others."""
+
+import json
+import sys
+
+import pytest
+import tiny
+
+sys.path.insert(0, str(tiny.ROOT / "bench"))
+
+import throughput
+import variants
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """The (configuration, overrides) that were measured; those of `failing` raise."""
+    calls, failing = [], []
+
+    def measure_one(name, args):
+        calls.append((name, *args.overrides[1:]))
+        if calls[-1] in failing:
+            raise RuntimeError("operation failed due to a previous error during capture")
+        row = {"config": name, "batch": 8, "images_per_s": 10.0, "step_ms": 800.0, "phases_ms": {}}
+        return [row | {"overrides": [*args.overrides]}]
+
+    monkeypatch.setattr(throughput, "measure_one", measure_one)
+    return calls, failing
+
+
+def run(tmp_path, *names: str) -> tuple[int, list[dict]]:
+    out = tmp_path / "rows.json"
+    status = variants.main(["--config", "vit_h", "vit_l", "--variant", *names, "--json", str(out)])
+    return status, json.loads(out.read_text())
+
+
+def test_a_variant_of_one_configuration_is_measured_of_that_alone(tmp_path, measured):
+    status, rows = run(tmp_path, "k78", "tanh")
+    assert status == 0 and [row["variant"] for row in rows] == ["k78", "tanh", "tanh"]
+    tanh = "model.gelu=tanh"
+    assert measured[0] == [("vit_h", "mask.keep=78"), ("vit_h", tanh), ("vit_l", tanh)]
+
+
+def test_a_row_that_fails_leaves_the_others(tmp_path, measured, capsys):
+    measured[1].append(("vit_h",))
+    status, rows = run(tmp_path, "fused", "graph")
+    assert status == 1 and len(rows) == 4
+    assert rows[0]["failed"].startswith("fused: RuntimeError: operation failed")
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_nothing_is_measured_after_a_recording_that_failed(tmp_path, measured, capsys):
+    """torch's allocator takes it for open; a row's memory and speed would be others."""
+    measured[1].append(("vit_h", "run.cuda_graph=true"))
+    status, rows = run(tmp_path, "fused", "graph")
+    assert status == 1 and [row["variant"] for row in rows] == ["fused", "fused", "graph"]
+    assert "not to be trusted" in capsys.readouterr().out
