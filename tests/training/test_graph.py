@@ -108,6 +108,11 @@ class NoReading(TorchDispatchMode):
 
 
 SIGREG = {"regulariser": "sigreg", "sigreg": {"views": "positions", "directions": 16}}
+LOSSES = {
+    "vicreg": {},
+    "projected, at positions": {"vicreg": {"projector": [16, 16], "positions_weight": 1.0}},
+    "sigreg": SIGREG,
+}
 
 
 @pytest.mark.parametrize("loss", [{}, SIGREG], ids=["vicreg", "sigreg"])
@@ -148,7 +153,7 @@ def test_without_a_gpu_it_is_refused():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("loss", [{}, SIGREG], ids=["vicreg", "sigreg"])
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 @pytest.mark.parametrize("context", ["fixed", "packed"])
 @pytest.mark.parametrize("graph", [False, True])
 def test_no_host_sync_in_a_step(graph, context, loss):
