@@ -110,10 +110,11 @@ def cifar_lines(found: dict) -> Iterator[Line]:
     both = (figure(rows, n, TRAINED, beta=b) for n, b in (("C-JEPA", 0.001), ("I-JEPA", 0.0)))
     what = "kNN and linear probe, %, one seed"
     yield f"CIFAR-10, {found['epochs']} epochs: {what}", device, "; ".join([*both, fresh]), where
-    if longer := found.get("longer"):
-        ours = figure(longer["rows"], "C-JEPA", TRAINED)
-        fresh = figure(longer["rows"], "untrained", UNTRAINED)
-        yield f"CIFAR-10, {longer['epochs']} epochs: {what}", device, f"{ours}; {fresh}", where
+    for key, name in (("longer", "CIFAR-10"), ("recipe", "CIFAR-10, cifar10_vit_t.json")):
+        if more := found.get(key):
+            names = (("C-JEPA", TRAINED), ("untrained", UNTRAINED))
+            figures = (figure(more["rows"], name, encoder) for name, encoder in names)
+            yield f"{name}, {more['epochs']} epochs: {what}", device, "; ".join(figures), where
 
 
 def ablation_lines(found: dict) -> Iterator[Line]:
