@@ -25,7 +25,7 @@ from cjepa_fast.kernels.vicreg import tiles as vicreg_tiles
 from cjepa_fast.training.build import build_masks, model_sizes
 
 CPU = torch.device("cpu")
-FOR_A_CPU = {"demo.json"}
+FOR_A_CPU = {"demo.json", "cifar10_vit_t.json"}
 
 
 class Chooser:
