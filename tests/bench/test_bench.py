@@ -269,6 +269,7 @@ def test_wrong_settings_are_told_without_a_traceback(capsys):
         throughput.parse(["--steps", "0"])
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_decoding_alone_and_a_trace(tmp_path):
     good, out = tiny.write_config(tmp_path), tmp_path / "rows.json"

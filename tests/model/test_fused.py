@@ -124,8 +124,8 @@ def by_stand_in(monkeypatch, **options) -> StandIn | None:
         ("none", False, {}),
         ("none", True, {cublaslt.GELU_AUX_BIAS: 4, cublaslt.DGELU_BGRAD: 4}),
         ("norm_gelu", True, {cublaslt.DGELU_BGRAD: 4}),
-        ("selective", True, {}),
-        ("full", True, {}),
+        pytest.param("selective", True, {}, marks=pytest.mark.long),
+        pytest.param("full", True, {}, marks=pytest.mark.long),
     ],
 )
 def test_tanh_s_is_as_near_to_the_truth_as_the_modules(

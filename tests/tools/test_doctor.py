@@ -47,7 +47,15 @@ def test_bad_input_is_a_word(capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["oneDNN", "gloo", "Pillow", "git", "flash-attn"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "oneDNN",
+        "gloo",
+        "flash-attn",
+        *(pytest.param(n, marks=pytest.mark.long) for n in ("Pillow", "git")),
+    ],
+)
 def test_real_parts_answer_from_a_process_of_their_own(name):
     assert doctor.trial_apart(name).state in (WORKS, ABSENT)
 
