@@ -299,7 +299,8 @@ def main(
         if best:
             table[knob.key] = numbers_of(knob.candidates[best])
         written(table, architecture)
-        rows.append({"key": knob.key, "best": best, "us": times} | named(knob))
+        us = [time if math.isfinite(time) else None for time in times]  # JSON has no infinity
+        rows.append({"key": knob.key, "best": best, "us": us} | named(knob))
         if json_file:
             about = {"architecture": architecture, "table": table, "rows": rows}
             files.write(hardware.provenance(device) | about, json_file)

@@ -49,9 +49,11 @@ def test_a_row_that_fails_leaves_the_others(tmp_path, measured, capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_nothing_is_measured_after_a_recording_that_failed(tmp_path, measured, capsys):
-    """torch's allocator takes it for open; a row's memory and speed would be others."""
+def test_nothing_is_measured_after_a_recording_left_open(tmp_path, measured, monkeypatch, capsys):
+    """torch's allocator takes it for open; one that only found no memory leaves the others."""
     measured[1].append(("vit_h", "run.cuda_graph=true"))
+    assert len(run(tmp_path, "graph")[1]) == 2
+    monkeypatch.setattr(variants, "recording_is_open", lambda: len(measured[0]) > 4)
     status, rows = run(tmp_path, "fused", "graph")
     assert status == 1 and [row["variant"] for row in rows] == ["fused", "fused", "graph"]
     assert "not to be trusted" in capsys.readouterr().out
