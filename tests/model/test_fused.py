@@ -61,35 +61,45 @@ def distance(x: torch.Tensor, exact: torch.Tensor) -> float:
     return ((x.double() - exact).norm() / exact.norm()).item()
 
 
+def check_as_near(made, images, *batch, names: tuple[str, ...] = ()) -> None:
+    """In bf16 the operators are twice as far from the truth as the modules at most, and a rounding.
+
+    In norm, of the output and each gradient (`names`: of these), of the operators over two inputs,
+    of the modules over eight. One alone is a poor measure: images 1.0002 times as bright round
+    otherwise, and the distance of one and the same gradient then lies anywhere from 0.008 to 0.018,
+    the modules' as much as the operators'.
+    """
+    squares = {True: [], False: []}
+    for k in range(8):
+        brighter = (images * (1 + k * 2.0**-12), *batch)
+        exact = outcome(made, *brighter, torch.float64, False)
+        for fuse in (True, False) if k < 2 else (False,):
+            got = outcome(made, *brighter, torch.bfloat16, fuse)
+            assert all(value.dtype == torch.bfloat16 for value in got.values())
+            squares[fuse].append({name: distance(got[name], exact[name]) ** 2 for name in exact})
+    for name in names or exact:
+        operators, modules = (
+            (sum(draw[name] for draw in draws) / len(draws)) ** 0.5 for draws in squares.values()
+        )
+        assert operators <= 2 * modules + 2.0**-9, name
+
+
 @pytest.mark.parametrize("residual", ["bf16", pytest.param("fp32", marks=pytest.mark.long)])
-@pytest.mark.parametrize("policy", ["none", *LONG[1:3], "full"])
+@pytest.mark.parametrize("policy", ["none", *LONG[1:]])
 def test_as_near_to_the_truth_as_the_modules(seed, kernel_device, residual, policy):
-    """In bf16: twice their error at most, in norm, of each gradient, and a bf16's own rounding."""
     made = networks(kernel_device, residual=residual, checkpointing=policy)
-    batch = inputs(kernel_device)
-    exact = outcome(made, *batch, torch.float64, False)
-    plain = outcome(made, *batch, torch.bfloat16, False)
-    got = outcome(made, *batch, torch.bfloat16, True)
-    for name, wanted in exact.items():
-        assert got[name].dtype == plain[name].dtype == torch.bfloat16, name
-        allowed = 2 * distance(plain[name], wanted) + 2.0**-9
-        assert distance(got[name], wanted) <= allowed, name
+    check_as_near(made, *inputs(kernel_device))
 
 
 @pytest.mark.parametrize("channels", [pytest.param(1, marks=pytest.mark.long), 5])
 def test_any_number_of_channels(seed, kernel_device, channels):
     """A patch is then 16 or 80 values, which the gather of the context's patches copies."""
     made = networks(kernel_device, channels=channels)
-    batch = inputs(kernel_device, channels)
-    exact = outcome(made, *batch, torch.float64, False)
-    plain = outcome(made, *batch, torch.bfloat16, False)
-    got = outcome(made, *batch, torch.bfloat16, True)
-    for name in ("out", "images", "encoder.patch_embed.proj.weight"):
-        allowed = 2 * distance(plain[name], exact[name]) + 2.0**-9
-        assert distance(got[name], exact[name]) <= allowed, name
+    names = ("out", "images", "encoder.patch_embed.proj.weight")
+    check_as_near(made, *inputs(kernel_device, channels), names=names)
 
 
-@pytest.mark.parametrize("policy", ["norm_gelu", *LONG[2:]])
+@pytest.mark.parametrize("policy", ["norm_gelu", LONG[2], "full"])
 def test_what_is_computed_again_has_the_same_bits(seed, kernel_device, policy):
     """And so has a second call: nothing in it is left to the order in which programs end."""
     made, batch = networks(kernel_device), inputs(kernel_device)
@@ -135,14 +145,10 @@ def test_tanh_s_is_as_near_to_the_truth_as_the_modules(
     library = by_stand_in(monkeypatch) if by_matmul else None
     if kernel_device == "cuda" and not by_matmul:
         monkeypatch.setattr(cublaslt, "takes", lambda x, weight: False)
-    made, batch = networks(kernel_device, gelu="tanh", checkpointing=policy), inputs(kernel_device)
-    exact = outcome(made, *batch, torch.float64, False)
-    plain = outcome(made, *batch, torch.bfloat16, False)
-    got = outcome(made, *batch, torch.bfloat16, True)
-    for name, wanted in exact.items():
-        allowed = 2 * distance(plain[name], wanted) + 2.0**-9
-        assert distance(got[name], wanted) <= allowed, name
-    assert library is None or library.calls == calls
+    made = networks(kernel_device, gelu="tanh", checkpointing=policy)
+    check_as_near(made, *inputs(kernel_device))
+    twice = {epilogue: 2 * count for epilogue, count in calls.items()}  # of two inputs
+    assert library is None or library.calls == twice
 
 
 def test_where_cublaslt_has_no_algorithm_the_kernels_serve(seed, kernel_device, monkeypatch):
@@ -226,13 +232,7 @@ def test_how_many_matmuls_run_again_in_the_backward(seed, kernel_device, policy,
 
 @pytest.mark.parametrize("backend", ["plain", "sdpa"])
 def test_with_another_kernel_for_attention(seed, kernel_device, backend):
-    made, batch = networks(kernel_device, attention=backend), inputs(kernel_device)
-    exact = outcome(made, *batch, torch.float64, False)
-    plain = outcome(made, *batch, torch.bfloat16, False)
-    got = outcome(made, *batch, torch.bfloat16, True)
-    for name, wanted in exact.items():
-        allowed = 2 * distance(plain[name], wanted) + 2.0**-9
-        assert distance(got[name], wanted) <= allowed, name
+    check_as_near(networks(kernel_device, attention=backend), *inputs(kernel_device))
 
 
 def test_without_gradients_nothing_is_kept_and_all_is_equal(seed, kernel_device):
