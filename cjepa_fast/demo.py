@@ -57,7 +57,8 @@ def story(run: Path, seconds: float) -> list[str]:
     """What happened, in five lines."""
     log = [row for row in read_log(run) if row.get("images_per_s")]
     speed = statistics.median(row["images_per_s"] for row in log)
-    first, last = log[0]["rankme"], log[-1]["rankme"]
+    spread = [row["rankme"] for row in log if row["rankme"] is not None]
+    first, last = spread[0], spread[-1]
     found = {row["encoder"]: row for row in json.loads((run / "knn.json").read_text())["rows"]}
     pixels, untrained, trained = (found[name] for name in ("raw pixels", "untrained", "trained"))
     chance = 100 / len(scenes.KINDS)
@@ -83,11 +84,16 @@ def beside_ijepa(out: Path, overrides: list[str]) -> int:
     if not status:
         untrained, ijepa, cjepa = json.loads((out / "table.json").read_text())
         print(
-            f"\nFrom {untrained['knn']:.0f} % of kNN, I-JEPA came to {ijepa['knn']:.0f} % (RankMe "
-            f"{ijepa['rankme']:.0f}) and C-JEPA to {cjepa['knn']:.0f} % (RankMe "
-            f"{cjepa['rankme']:.0f}). They differ in VICReg alone."
+            f"\nFrom {untrained['knn']:.0f} % of kNN, I-JEPA came to {_end(ijepa)} and C-JEPA to "
+            f"{_end(cjepa)}. They differ in VICReg alone."
         )
     return status
+
+
+def _end(row: dict) -> str:
+    """RankMe is missing of a run that was resumed just before its end."""
+    rankme = f" (RankMe {row['rankme']:.0f})" if "rankme" in row else ""
+    return f"{row['knn']:.0f} %{rankme}"
 
 
 def free_folder(run: Path) -> Path:

@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import os
+import secrets
 import shutil
 import sys
 import time
@@ -30,6 +31,7 @@ from cjepa_fast.telemetry.sinks import (
     TensorBoardSink,
     WandbSink,
     is_number,
+    name_of,
 )
 
 REFRESH_S = 0.5  # on a terminal the line is redrawn no oftener than this
@@ -83,14 +85,22 @@ class Telemetry:
         self._sinks: list[Sink | AsyncSink] = []
         if tensorboard:
             self._sinks.append(TensorBoardSink(self.message, folder / "tensorboard", start_step))
-        for service, of in ((WandbSink, wandb), (MLflowSink, mlflow)):
-            if of:
-                self._sinks.append(AsyncSink(service, self.message, folder, of))
+        services = [(kind, of) for kind, of in ((WandbSink, wandb), (MLflowSink, mlflow)) if of]
+        own = self._service_id(fresh=start_step == 0) if services else ""
+        for kind, of in services:
+            self._sinks.append(AsyncSink(kind, self.message, folder, own, of))
         self._gpu = GpuCounters()
         self._shown: dict = {}
         self._knn: float | None = None  # of the last evaluation
         self._step_s: float | None = None
         self._new_interval(start_step)
+
+    def _service_id(self, fresh: bool) -> str:
+        try:
+            return name_of(self._folder, fresh)
+        except OSError as error:
+            self.message(f"WARNING: {error}: the services take what comes for another training")
+            return secrets.token_hex(8)
 
     def _new_interval(self, step: int) -> None:
         self._means = DeviceMeans()
@@ -229,8 +239,17 @@ class Telemetry:
         self._events[file].write(row)
 
     def back_to(self, step: int) -> None:
-        """The run has gone back to an earlier step: rows beyond it are dropped from the log."""
+        """The run has gone back to an earlier step: rows beyond it are dropped from the log.
+
+        TensorBoard hides them. The services keep them: W&B takes no row of an earlier step, MLflow
+        holds both.
+        """
         if not self.silent:
+            for sink in self._sinks:
+                if isinstance(sink, TensorBoardSink):
+                    sink.back_to(step)
+                else:
+                    self.message(f"WARNING: {sink.name} keeps its rows beyond step {step}")
             try:
                 drop_rows_after(self._folder / "log.jsonl", step, self._warn)
             except OSError as error:

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 import queue
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -53,7 +54,7 @@ class AsyncSink:
     """A sink in a thread of its own: a service that hangs there holds nobody up."""
 
     def __init__(self, sink: type[Sink], say: Callable[[str], None], *where):
-        self._name, self._say, self._on = sink.name, say, True
+        self.name, self._say, self._on = sink.name, say, True
         self._rows: queue.Queue[dict | None] = queue.Queue(ROWS_WAITING)  # None: the end
         self._thread = threading.Thread(
             target=self._serve, args=(sink, *where), name=sink.name, daemon=True
@@ -80,7 +81,7 @@ class AsyncSink:
                 self._give_up()
 
     def _give_up(self) -> None:
-        self._end_with(f"{self._name} is off for the rest of the run: it does not answer")
+        self._end_with(f"{self.name} is off for the rest of the run: it does not answer")
 
     def _end_with(self, text: str) -> None:
         if self._on:  # said once, however it ends
@@ -107,6 +108,15 @@ class TensorBoardSink(Sink):
             self._writer.add_scalar(name, value, step)
         self._writer.flush()  # its writer thread hands any error of the disk on to here
 
+    def back_to(self, step: int) -> None:
+        """Events beyond that step are hidden, as after a resume."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        if self._writer is not None:
+            with self._guarded():
+                self._writer.close()
+                self._writer = SummaryWriter(str(self._folder), purge_step=step + 1)
+
     def figures(self, figures: dict[str, np.ndarray], step: int) -> None:
         if self._writer is not None:
             with self._guarded():
@@ -122,12 +132,11 @@ class WandbSink(Sink):
 
     name, extra = "Weights & Biases", "wandb"
 
-    def _open(self, folder: Path, project: str):
+    def _open(self, folder: Path, own: str, project: str):
         import wandb
 
         # beyond this even the interpreter's end would wait (wandb's pull request 11737)
         os.environ.setdefault("WANDB_FINISH_TIMEOUT", str(ANSWER_S))
-        own = name_of(folder)
         return wandb.init(project=project, name=folder.name, dir=folder, id=own, resume="allow")
 
     def _put(self, scalars: dict, step: int) -> None:
@@ -144,11 +153,11 @@ class MLflowSink(Sink):
     name, extra = "MLflow", "mlflow"
     TAG = "cjepa_fast.run"
 
-    def _open(self, folder: Path, experiment: str):
+    def _open(self, folder: Path, own: str, experiment: str):
         from mlflow import MlflowClient
         from mlflow.entities import Metric
 
-        client, own, self._metric = MlflowClient(), name_of(folder), Metric
+        client, self._metric = MlflowClient(), Metric
         known = client.get_experiment_by_name(experiment)
         experiment_id = known.experiment_id if known else client.create_experiment(experiment)
         wanted = f"tags.`{self.TAG}` = '{own}'"
@@ -169,9 +178,18 @@ class MLflowSink(Sink):
         self._writer.set_terminated(self._run_id)
 
 
-def name_of(folder: Path) -> str:
-    """What a service knows a run by: the same for the same folder on this machine."""
-    return hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+def name_of(folder: Path, fresh: bool) -> str:
+    """What services know a training by: drawn at its start (fresh), kept in its folder.
+
+    A run that has no such file began before there was one, and is known by its folder's path.
+    Raises OSError where the file cannot be written or read.
+    """
+    file = folder / "service_id"
+    if fresh:
+        file.write_text(secrets.token_hex(8))
+    elif not file.exists():
+        return hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    return file.read_text()
 
 
 def is_number(row: dict, name: str) -> bool:

@@ -219,7 +219,9 @@ def tell(trial: Trial, status: int, seconds: float) -> None:
     if trial.finished:
         last = scores_of(trial)[-1]
         found = ", ".join(
-            f"{word} {last[key]:.2f}" for key, word in MEASURES.items() if key in last
+            f"{word} {last[key]:.2f}"
+            for key, word in MEASURES.items()
+            if last.get(key) is not None  # RankMe of too few images after a resume
         )
         print(f"{trial.row}, seed {trial.seed}: {found} ({seconds / 60:.1f} min)", flush=True)
     elif status:
@@ -250,7 +252,8 @@ def table(ablation: Ablation, trials: list[Trial]) -> list[dict]:
         line = _line(name, [row for (row_name, _), row in last.items() if row_name == name])
         shared = [s for s in ablation.seeds if {(name, s), (base, s)} <= last.keys()]
         if name != base and shared:
-            for key in [key for key in MEASURES if key in line]:
+            of_base = _line(base, [last[base, s] for s in shared])
+            for key in [key for key in MEASURES if key in line and key in of_base]:
                 gaps = [last[name, s][key] - last[base, s][key] for s in shared]
                 line[f"{key}_gain"], line[f"{key}_gain_std"] = _mean_std(gaps)
         lines.append(line)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from collections import deque
 from collections.abc import Callable
 
@@ -216,15 +217,22 @@ class Trainer:
         }
 
     def details(self, index: int, skipped_steps: int, skipped_images: int) -> dict:
-        """What is logged of a single step, at the end of a telemetry interval."""
+        """What is logged of a single step, at the end of a telemetry interval.
+
+        RankMe grows with the images it is taken of: it is NaN soon after a resume, of too few.
+        """
         lr, weight_decay, momentum = self.schedules(index)
+        stats = representation_stats(torch.cat(list(self.features)))
+        whole = min(self.features.maxlen, (index + 1) * self.accumulation)
+        if len(self.features) < whole:
+            stats["rankme"] = math.nan
         return {
             "lr": lr,
             "weight_decay": weight_decay,
             "momentum": momentum,
             "skipped_steps": skipped_steps,
             "skipped_images": skipped_images,
-            **representation_stats(torch.cat(list(self.features))),
+            **stats,
             "by_position": position_share(self.tokens_bND),
         }
 

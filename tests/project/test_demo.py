@@ -55,7 +55,10 @@ def test_the_comparison_with_ijepa_ends_with_a_sentence(tmp_path, monkeypatch, c
     monkeypatch.setattr(demo, "COMPARED", tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert demo.main(["--compare"]) == 0
+    del rows[1]["rankme"]  # as where it was resumed just before its end
+    assert demo.main(["--compare"]) == 0
     said = capsys.readouterr().out
+    assert "I-JEPA came to 10 % and C-JEPA to 20 % (RankMe 7)" in said
     assert "From 0 % of kNN, I-JEPA came to 10 % (RankMe 6) and C-JEPA to 20 % (RankMe 7)" in said
 
 

@@ -368,14 +368,15 @@ def test_weights_and_biases_gets_the_numbers_of_each_row(tmp_path, started, monk
     fake = types.ModuleType("wandb")
     fake.init = lambda **options: opened.update(options) or Run
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    for start in (0, 2):
+    ids = []
+    for start in (0, 2, 0):  # a resume, and another training in the same folder
         out = started(tmp_path, wandb="mine", interval=1, start_step=start)
         out.step(start + 1, {"loss": torch.tensor(2.0), "std": torch.tensor(math.nan)})
         out.log_row({"lr": 0.5})
         out.close()
-        opened.setdefault("first_id", opened["id"])
-    assert opened["project"] == "mine" and opened["id"] == opened["first_id"]
-    assert [entry[0] for entry in logged[::2]] == [1, 3] and logged[1] == "finished"
+        ids.append(opened["id"])
+    assert opened["project"] == "mine" and ids[0] == ids[1] != ids[2]
+    assert [entry[0] for entry in logged[::2]] == [1, 3, 1] and logged[1] == "finished"
     assert logged[0][1]["loss"] == 2.0 and logged[0][1]["lr"] == 0.5 and "std" not in logged[0][1]
 
 
@@ -442,6 +443,39 @@ def test_mlflow_gets_the_numbers_of_each_row_in_one_run_after_a_resume(
     metrics = server.runs["0"]["metrics"]
     assert [m for m in metrics if m[1] == "loss"] == [(1, "loss", 2.0), (3, "loss", 2.0)]
     assert (3, "lr", 0.5) in metrics and not any(key in ("std", "step") for _, key, _ in metrics)
+
+
+def test_a_run_from_before_its_id_was_kept_is_known_by_its_folder(tmp_path):
+    own = sinks.name_of(tmp_path, fresh=False)
+    assert own == sinks.name_of(tmp_path, fresh=False) != sinks.name_of(tmp_path / "b", fresh=False)
+    assert len(own) == 16 and not list(tmp_path.iterdir())
+
+
+def test_an_id_that_cannot_be_kept_is_said(tmp_path, started, monkeypatch):
+    MLflowServer(monkeypatch)
+    (tmp_path / "service_id").mkdir()
+    stream = io.StringIO()
+    started(tmp_path, mlflow="mine", stream=stream).close()
+    assert "service_id" in stream.getvalue() and "for another training" in stream.getvalue()
+
+
+def test_what_a_rewind_leaves_elsewhere_is_hidden_or_said(tmp_path, started, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    MLflowServer(monkeypatch)
+    stream = io.StringIO()
+    out = started(tmp_path, tensorboard=True, mlflow="mine", interval=1, stream=stream)
+    for loss, steps in ((1.0, range(1, 6)), (2.0, range(3, 5))):
+        for step in steps:
+            out.step(step, {"loss": torch.tensor(loss)})
+            out.log_row()
+        if loss == 1:
+            out.back_to(2)
+    out.close()
+    shown = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
+    assert [(event.step, event.value) for event in shown] == [(1, 1), (2, 1), (3, 2), (4, 2)]
+    assert [row["loss"] for row in read_log(tmp_path)] == [1, 1, 2, 2]
+    assert "MLflow keeps its rows beyond step 2" in stream.getvalue()
 
 
 @pytest.mark.parametrize("where", ["search_runs", "log_batch", "set_terminated"])

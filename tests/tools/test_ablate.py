@@ -63,6 +63,21 @@ def test_a_seed_that_only_one_row_has_is_not_compared(file, tmp_path):
     assert (whole["seeds"], whole["knn_gain"], whole["knn_gain_std"]) == (1, 3.0, None)
 
 
+def test_a_measure_that_a_resumed_end_lacks_is_left_out(file, tmp_path, capsys):
+    """RankMe soon after a resume: of the first row, which others are compared with, too."""
+    ablation = ablate.read(str(file))
+    trials = ablate.trials_of(ablation, tmp_path / "out")
+    for trial in trials:
+        finish(trial, 10.0, 20.0)
+        if trial.row == "none":
+            log = trial.folder / "log.jsonl"
+            log.write_text(log.read_text().replace('"rankme": 20.0', '"rankme": null'))
+        ablate.tell(trial, 0, 60.0)
+    _, none, whole = ablate.table(ablation, trials)
+    assert "rankme" not in none and whole["rankme"] == 20 and "rankme_gain" not in whole
+    assert whole["knn_gain"] == 0 and "RankMe 20.00" in capsys.readouterr().out
+
+
 @pytest.mark.long
 @pytest.mark.slow
 def test_it_trains_what_is_missing_and_goes_on_after_a_failure(file, tmp_path, capsys):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import cjepa_fast
 from cjepa_fast import checkpoint
+from cjepa_fast.telemetry.rows import read_log
 
 TRAIN = tiny.ROOT / "cjepa_fast" / "train.py"
 
@@ -122,6 +123,8 @@ def test_resume_is_exact(whole_run, tmp_path, at):
     whole, resumed = tiny.losses(folder / "run"), tiny.losses(tmp_path)
     assert list(resumed) == list(range(at + 1, 5))
     assert all(resumed[step] == whole[step] for step in resumed)
+    rows = read_log(folder / "run") + read_log(tmp_path)
+    assert [row["rankme"] is None for row in rows] == [False] * 4 + [True] * len(resumed)
     last = "checkpoints/step_00000004"
     assert same_weights(folder / "run" / last, tmp_path / last)
 
