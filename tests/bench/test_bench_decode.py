@@ -41,6 +41,7 @@ def test_the_ratio_is_of_the_medians():
     assert row["pillow_over_ours"] == {"images_per_s": 0.5, "cpu_ms_per_image": 1.5}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_it_measures_a_folder(tmp_path):
     config, out = tiny.write_config(tmp_path), tmp_path / "decode.json"

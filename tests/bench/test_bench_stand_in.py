@@ -64,6 +64,7 @@ def test_a_cache_made_here_is_found_elsewhere(tmp_path):
     assert missed.returncode == 1 and "a miss" in missed.stdout
 
 
+@pytest.mark.long
 def test_a_missing_cache_is_told(tmp_path):
     done = run("warm_cache.py", "--unpack", tmp_path / "no.tar.xz")
     assert done.returncode == 2 and "no.tar.xz: no such file" in done.stderr

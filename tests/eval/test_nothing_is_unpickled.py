@@ -160,6 +160,7 @@ def detect(tmp_path: Path) -> Training:
 
 
 TRAININGS = {"finetune": finetune, "attentive": attentive, "segment": segment, "detect": detect}
+SHORTER = [pytest.param(t, marks=pytest.mark.long if t != "finetune" else ()) for t in TRAININGS]
 OTHER = (b"[" * 200_000, b"")  # instead of a file: JSON too deep, and nothing
 
 
@@ -178,7 +179,7 @@ def refused(words: list[str], path: Path, capsys) -> str:
     return said
 
 
-@pytest.mark.parametrize("training", TRAININGS, indirect=True)
+@pytest.mark.parametrize("training", SHORTER, indirect=True)
 def test_whatever_lies_where_a_training_was_is_refused_by_name(training, marker, capsys):
     words, resume, kept = training
     assert main(words) == 0, capsys.readouterr().err

@@ -144,7 +144,9 @@ def by_tanh(tmp_path_factory):
     return tiny.write_run(tmp_path_factory.mktemp("tanh"), tiny.uneven_encoder(gelu="tanh"))
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize(
+    "form", ["hf", *(pytest.param(f, marks=pytest.mark.long) for f in FORMATS if f != "hf")]
+)
 def test_tanh_s_gelu_leaves_in_every_form(by_tanh, tmp_path, seed, form):
     """Nearer to its own features than those of exact GELU are."""
     for package in FORMATS[form].needs:

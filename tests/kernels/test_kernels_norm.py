@@ -79,7 +79,9 @@ def test_without_a_branch_and_without_a_gradient_from_elsewhere(seed, kernel_dev
         assert kernel(made, add, later)["s"] is made["x"]
 
 
-@pytest.mark.parametrize("width", [192, 384, 768, 1280])
+@pytest.mark.parametrize(
+    "width", [192, 1280, *(pytest.param(width, marks=pytest.mark.long) for width in (384, 768))]
+)
 def test_every_tile(seed, kernel_device, width):
     """More rows than a program takes at a time, and (but where it takes one) not a multiple."""
     assert len(norm.tiles(width)) >= 2

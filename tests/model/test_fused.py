@@ -99,7 +99,7 @@ def test_any_number_of_channels(seed, kernel_device, channels):
     check_as_near(made, *inputs(kernel_device, channels), names=names)
 
 
-@pytest.mark.parametrize("policy", ["norm_gelu", LONG[2], "full"])
+@pytest.mark.parametrize("policy", ["norm_gelu", *LONG[2:]])
 def test_what_is_computed_again_has_the_same_bits(seed, kernel_device, policy):
     """And so has a second call: nothing in it is left to the order in which programs end."""
     made, batch = networks(kernel_device), inputs(kernel_device)
@@ -133,7 +133,7 @@ def by_stand_in(monkeypatch, **options) -> StandIn | None:
     [
         ("none", False, {}),
         ("none", True, {cublaslt.GELU_AUX_BIAS: 4, cublaslt.DGELU_BGRAD: 4}),
-        ("norm_gelu", True, {cublaslt.DGELU_BGRAD: 4}),
+        pytest.param("norm_gelu", True, {cublaslt.DGELU_BGRAD: 4}, marks=pytest.mark.long),
         pytest.param("selective", True, {}, marks=pytest.mark.long),
         pytest.param("full", True, {}, marks=pytest.mark.long),
     ],
@@ -230,7 +230,7 @@ def test_how_many_matmuls_run_again_in_the_backward(seed, kernel_device, policy,
     assert matmuls.count == again * len(encoder.blocks)
 
 
-@pytest.mark.parametrize("backend", ["plain", "sdpa"])
+@pytest.mark.parametrize("backend", [pytest.param("plain", marks=pytest.mark.long), "sdpa"])
 def test_with_another_kernel_for_attention(seed, kernel_device, backend):
     check_as_near(networks(kernel_device, attention=backend), *inputs(kernel_device))
 

@@ -202,6 +202,7 @@ assert plan(["--config", "vit_h", "--gpu", "h200"]) == 0
     assert (folder / "exported" / "encoder.safetensors").is_file()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_an_editable_install_finds_what_lies_outside_the_package(tmp_path):
     source, site = copy_of_the_tree(tmp_path / "src"), tmp_path / "site"

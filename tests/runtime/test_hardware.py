@@ -115,7 +115,9 @@ def test_what_is_slow_here_is_warned_of(flags, capsys):
     assert not capsys.readouterr().err
 
 
-@pytest.mark.parametrize("limit", ["SSE41", "AVX2", "AVX512_CORE"])
+@pytest.mark.parametrize(
+    "limit", ["SSE41", *(pytest.param(t, marks=pytest.mark.long) for t in ("AVX2", "AVX512_CORE"))]
+)
 def test_a_processor_held_to_less_is_probed_as_such(limit):
     """In a process of its own, since oneDNN reads the variable once."""
     code = (

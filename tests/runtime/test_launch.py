@@ -296,6 +296,7 @@ def assert_trained_as(one: Path, other: Path) -> None:
     assert same_weights(checkpoint.latest(one), checkpoint.latest(other))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_torchrun_on_two_nodes_trains_as_on_one(one_node, tmp_path):

@@ -220,17 +220,10 @@ def assert_named(stderr: str, rank: int, pid: int, folder) -> None:
     assert not (folder / "run" / f"stacks_rank_{rank}.txt").exists()
 
 
+@pytest.mark.long
 @pytest.mark.multiprocess
-@pytest.mark.parametrize(
-    ("launcher", "rank"),
-    [
-        ("torchrun", 0),
-        *(
-            pytest.param(*other, marks=pytest.mark.long)
-            for other in (("torchrun", 1), ("deepspeed", 0), ("deepspeed", 1))
-        ),
-    ],
-)
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_a_rank_that_is_killed_ends_the_run_with_its_name(tmp_path, launcher, rank):
     # The timeout is not waited for: the broken connection is noticed.
     status, stderr, pids = interrupt(launcher, signal.SIGKILL, rank, tmp_path, timeout_s=3600)

@@ -96,7 +96,9 @@ def test_with_triton_the_kernels_are_tritons_own():
     assert maybe_triton.triton is triton and maybe_triton.tl is triton.language
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 63, 64, 65, 1000])
+@pytest.mark.parametrize(
+    "n", [1, 65, *(pytest.param(n, marks=pytest.mark.long) for n in (2, 3, 63, 64, 1000))]
+)
 def test_the_stand_ins_numbers_are_tritons(blocked, n):
     code = (
         "from cjepa_fast.kernels.common.maybe_triton import triton\n"

@@ -51,9 +51,7 @@ def test_bad_input_is_a_word(capsys):
     "name",
     [
         "oneDNN",
-        "gloo",
-        "flash-attn",
-        *(pytest.param(n, marks=pytest.mark.long) for n in ("Pillow", "git")),
+        *(pytest.param(n, marks=pytest.mark.long) for n in ("gloo", "flash-attn", "Pillow", "git")),
     ],
 )
 def test_real_parts_answer_from_a_process_of_their_own(name):

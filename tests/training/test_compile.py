@@ -52,7 +52,7 @@ def losses(
     ("context", "how", "most", "options"),
     [
         ("fixed", "whole", 2, ()),
-        pytest.param("packed", "whole", 2, (), marks=pytest.mark.slow),
+        pytest.param("packed", "whole", 2, (), marks=pytest.mark.long),
         pytest.param("random", "blocks", 8, (), marks=pytest.mark.long),
         pytest.param("fixed", "blocks", 3, ("selective", "one_pass"), marks=pytest.mark.long),
     ],
@@ -87,7 +87,9 @@ def matmuls(policy: str, backend: str, last: int | None) -> tuple[list[int], lis
     return found, [out, *torch.autograd.grad(out.square().sum(), [x, *block.parameters()])]
 
 
-@pytest.mark.parametrize(("backend", "last"), [("plain", None), ("sdpa", 2)])
+@pytest.mark.parametrize(
+    ("backend", "last"), [("plain", None), pytest.param("sdpa", 2, marks=pytest.mark.long)]
+)
 def test_a_compiled_block_runs_only_the_matmuls_of_its_policy_again(backend, last):
     """qkv, proj, fc1 and fc2, and apart the queries of a last block; two for each backward."""
     linears = 4 + (last is not None)

@@ -51,6 +51,7 @@ def test_its_encoder_says_so_and_it_resumes_to_the_same_bits(trained, tmp_path, 
     assert "GELU:" not in capsys.readouterr().out  # of fused blocks, on a GPU
 
 
+@pytest.mark.long
 def test_what_continues_from_it_keeps_it(trained, tmp_path):
     config, run = trained
     asked = argparse.Namespace(checkpoint=str(run), which="target", untrained=True, seed=0)

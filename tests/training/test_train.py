@@ -228,7 +228,7 @@ sys.exit(train.main(sys.argv[3:]))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.long)])
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_bad_step_changes_nothing(tmp_path, precision, what):
     script = tmp_path / "poison.py"
