@@ -45,6 +45,7 @@ CHANNELS = {"1": 1, "L": 1, "LA": 2, "La": 2, "PA": 4, "RGBA": 4, "RGBa": 4, "RG
 HEAD_BYTES = 1 << 16  # holds the whole header of nearly every photograph
 TAIL_BYTES = 1 << 12
 JUNK_BYTES = 1 << 9  # at most so many before a JPEG are passed over
+MOST_SIDE = 2**31 - 1  # what index.ENTRY holds; a header that says more is corrupt
 MAX_PIXELS = 89_478_485  # from there on Pillow warns of decompression bombs
 OTHER_FORMATS = ("GIF", "BMP", "DIB", "WEBP", "PPM", "TIFF", "JPEG2000", "AVIF")  # of Pillow's
 DEEP_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")  # one channel of more than 8 bits
@@ -220,7 +221,7 @@ def _without_exif(data: bytes, header: JpegHeader) -> bytes:
 
 
 def _checked(height: int, width: int) -> tuple[int, int]:
-    if height < 1 or width < 1:
+    if not (1 <= height <= MOST_SIDE and 1 <= width <= MOST_SIDE):
         raise Unusable(f"declares {width} x {height} pixels")
     return height, width
 

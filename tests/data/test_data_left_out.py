@@ -148,6 +148,23 @@ def test_large_images_are_left_out_by_a_limit_with_a_name(tmp_path, opened):
         formats.decode_rgb((root / "c0" / "large.png").read_bytes(), 119_999)
 
 
+def test_a_side_that_no_image_has_is_named(tmp_path, opened):
+    """It would not fit in the index's 32 bits."""
+    root = made.good_folder(tmp_path / "set", 2)
+    made.write(root / "c0" / "wide.ppm", b"P6\n3000000000 1\n255\n" + bytes(99))
+    bmp = bytearray(made.encoded(made.picture(0), "BMP"))
+    bmp[21] ^= 0x80  # the highest bit of the width
+    made.write(root / "c0" / "wide.bmp", bytes(bmp))
+    png = made.png_with(b"tEXt", b"k\0v")
+    header = (2**32 - 1).to_bytes(4, "big") + png[20:29]
+    png = png[:8] + made.chunk(b"IHDR", header) + png[33:]
+    made.write(root / "c0" / "wide.png", png)
+    found = reasons(opened(root))
+    assert found["wide.ppm"] == "declares 3000000000 x 1 pixels"
+    assert found["wide.bmp"].startswith(f"declares {2**31 + 80} x 60")
+    assert found["wide.png"].startswith(f"declares {2**32 - 1} x 60") and len(found) == 3
+
+
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_twelve_bits_in_sixteen_are_warned_of_and_can_be_told(tmp_path, opened, kind):
     levels_HW = (np.arange(64 * 64, dtype=np.uint16)).reshape(64, 64)  # 0 to 4095
