@@ -36,10 +36,10 @@ class ImagesGone(RuntimeError):
 class Skipped:
     """Images that turned out bad while reading or decoding: `count` holes, each name once.
 
-    most: more different ones raise ImagesGone. record: takes each name and reason; of those told by
-    log, beyond NAMED, there is only the first of a shard, so that no shard goes bad unsaid.
-    warnings: of images that the decoder reads all the same. ends: those that end early, of images
-    that are shown by `look`. rescued: those that the decoder cannot
+    most: more different ones raise ImagesGone; the caller may raise it on the way. record: takes
+    each name and reason; of those told by log, beyond NAMED, there is only the first of a shard, so
+    that no shard goes bad unsaid. warnings: of images that the decoder reads all the same. ends:
+    those that end early, of images that are shown by `look`. rescued: those that the decoder cannot
     read and Pillow can: they count as good, and from then on Pillow reads them at once.
     """
 
@@ -50,7 +50,7 @@ class Skipped:
         look: DecodeSettings | None = None,
         most: float = math.inf,
     ):
-        self._images, self.log, self._most = images, log, most
+        self._images, self.log, self.most = images, log, most
         self.record: Callable[[dict], None] = lambda row: None
         self.warnings = DecoderWarnings(lambda line: self.log(line), lambda line: None)
         self.ends = EarlyEnds(images, look)
@@ -72,11 +72,12 @@ class Skipped:
             self._all_named = False
             self.log("more bad images are skipped without being named here")
         self._shards.add(shard)
-        if len(self.reasons) > max(1, self._most):
+        if len(self.reasons) > (most := max(1, self.most)):
             raise ImagesGone(
                 f"{printable(name)} cannot be used ({printable(reason)}), nor can "
-                f"{len(self.reasons) - 1} other images of {self._images.root}: more than "
-                f"data.max_skipped allows, which is {self._most:.3g} images"
+                f"{len(self.reasons) - 1:,} other images of {self._images.root}: more than "
+                f"data.max_skipped allows, which is {int(most):,} of those that this rank has "
+                "met: see to their disk, or raise it"
             )
 
     def note_rescued(self, i: int) -> None:

@@ -127,8 +127,9 @@ class Loader:
             rand_augment and (*rand_augment, seed + share.rank), images.limits.max_pixels,
             images.has_arrays, images.limits.bit_depth,
         )  # fmt: skip
-        most = data.max_skipped * len(images) / share.world_size
+        most = data.max_skipped * len(images) / share.world_size  # of the first epoch: see _begin
         self.skipped = Skipped(images, log, self._look, most)
+        self._epochs_begun: set[int] = set()
         # Two epochs: batches read ahead may belong to the next one while a hole is filled in this.
         self.order = functools.lru_cache(2)(functools.partial(_order, seed, len(images)))
         self._running: weakref.WeakSet[_Iteration] = weakref.WeakSet()
@@ -150,6 +151,7 @@ class Loader:
     def _works(self, start_step: int) -> Iterator[BatchRequest]:
         for overall in itertools.count(start_step):
             epoch, step = divmod(overall, self.steps_per_epoch)
+            self._begin(epoch)
             for micro in range(self.accumulation):
                 # All ranks' shares lie side by side, so that the images which share VICReg's
                 # statistics are the same on any number of ranks.
@@ -159,6 +161,13 @@ class Loader:
                 index_B = self.order(epoch)[epoch_index_B].numpy()
                 part = _MicroBatch(epoch, step, micro, epoch_index_B)
                 yield BatchRequest(index_B, functools.partial(self._show, part), part)
+
+    def _begin(self, epoch: int) -> None:
+        """Allow a rank's share of data.max_skipped for each epoch that this process has begun: in
+        each it meets another part of the set, in time all of it."""
+        self._epochs_begun.add(epoch)
+        met = min(1.0, len(self._epochs_begun) / self.share.world_size)
+        self.skipped.most = self._data.max_skipped * len(self.images) * met
 
     def _show(self, part: _MicroBatch, index_B: np.ndarray) -> DecodeRequest:
         def uniforms(stream: int, count: int) -> np.ndarray:

@@ -12,6 +12,7 @@ import tiny
 import torch
 
 from cjepa_fast.config import DataSection
+from cjepa_fast.data.batches import ImagesGone, Skipped
 from cjepa_fast.data.loader import Loader, Share, _Iteration
 from cjepa_fast.data.masks import MaskSampler
 from cjepa_fast.data.sources import open_images
@@ -361,3 +362,38 @@ def test_the_loader_s_thread_has_no_pool_of_its_own():
         iteration.close()
     finally:
         torch.set_num_threads(before)
+
+
+# ----------------------------------------------------------------------------- data.max_skipped
+
+
+def epochs_of_rank_0(images, bad: range, epochs: int, max_skipped: float) -> Skipped:
+    """What the loader of one of four ranks counts, after the bad images of its batches."""
+    source = loader(images, 20, 5, rank=0, world_size=4, max_skipped=max_skipped)
+    works = source._works(0)
+    for _ in range(epochs * source.steps_per_epoch):
+        for i in next(works).index_B.tolist():
+            if i in bad:
+                source.skipped.note(i, "bad")
+    return source.skipped
+
+
+def test_max_skipped_is_a_share_of_the_set_over_many_ranks_and_epochs(tmp_path):
+    """In each epoch a rank meets another quarter of the set, in time nearly all of its 8 bad
+    images. The limit is 16 of 80, of which 4 are the first epoch's share."""
+    for i in range(80):
+        made.write(tmp_path / "set" / f"{i:02d}.jpg", made.encoded(made.picture(1, 16, 16)))
+    images = open_images(tmp_path / "set", cache=tmp_path / "cache")
+    assert len(epochs_of_rank_0(images, range(0, 80, 10), 12, max_skipped=0.2).reasons) > 6
+    with pytest.raises(ImagesGone, match=r"which is 4 of those that this rank has met: .* raise"):
+        epochs_of_rank_0(images, range(0, 80, 2), 1, max_skipped=0.2)
+    with pytest.raises(ImagesGone, match=r"nor can \d+ other images of .*: more than"):
+        epochs_of_rank_0(images, range(0, 80, 4), 12, max_skipped=0.2)
+
+
+def test_the_limit_is_written_in_whole_numbers(tmp_path):
+    images = open_images(made.good_folder(tmp_path / "set", 2), cache=tmp_path / "cache")
+    skipped = Skipped(images, [].append, most=1999.7)
+    skipped.reasons = dict.fromkeys(range(2, 2001), "bad")
+    with pytest.raises(ImagesGone, match=r"nor can 1,999 other images .* is 1,999 of those"):
+        skipped.note(0, "bad")
