@@ -144,20 +144,28 @@ class DaliDecoder:
     def restart(self) -> None:
         self._pipe = None  # first, so that two are never alive at once
         self._pipe = build(self._look, self._batch_size, self._look.threads, DEPTH)
-        self._fed = 0
+        self._fed = self._repeats = 0
 
     def submit(self, feed: DecodeRequest) -> None:
         with _failures():
-            _feed(self._pipe, self._look, feed)
-            self._last = feed
-            self._fed += 1
-            if self._fed >= DEPTH:  # the first call starts DEPTH runs, and each run needs its input
-                self._pipe.schedule_run()
+            while self._repeats:  # come out before the next batch, and nobody asked for them
+                self._pipe.share_outputs()
+                self._pipe.release_outputs()
+                self._repeats -= 1
+            self._put_in(feed)
+
+    def _put_in(self, feed: DecodeRequest) -> None:
+        _feed(self._pipe, self._look, feed)
+        self._last = feed
+        self._fed += 1
+        if self._fed >= DEPTH:  # the first call starts DEPTH runs, and each run needs its input
+            self._pipe.schedule_run()
 
     def collect(self) -> torch.Tensor:
-        while self._fed < DEPTH:  # fewer batches than the pipeline is deep: repeats fill it
-            self.submit(self._last)
         with _failures():
+            while self._fed < DEPTH:  # fewer batches than the pipeline is deep: repeats fill it
+                self._put_in(self._last)
+                self._repeats += 1
             (images,) = self._pipe.share_outputs()
             try:
                 return self._copied(images.as_tensor())

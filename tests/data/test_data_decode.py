@@ -212,6 +212,28 @@ def test_evaluation_of_bad_images_alone_is_empty(tmp_path, kind_of_decoder):
         next(eval_batches(images, batch_size=2, resize=1.2, **options))
 
 
+@pytest.mark.parametrize("cut_short", [False, True])
+def test_a_batch_that_goes_as_a_whole_shifts_none_of_those_after_it(
+    tmp_path, kind_of_decoder, cut_short
+):
+    """The first of two batches is dropped while both are inside the decoder, and more follow."""
+    levels = [20, 60, 100, 140, 180, 220]
+    bad = made.encoded(made.picture(1, 200, 200)), made.damaged_tables(1)
+    for i, level in enumerate(levels):
+        picture = made.encoded(np.full((60, 80, 3), level, np.uint8), "PNG")
+        made.write(tmp_path / "set" / f"{2 * i}.png", picture)
+    made.write(tmp_path / "set" / "1.jpg", bad[0][:-4000] + b"\xff\xd9" if cut_short else bad[1])
+    images = open_images(tmp_path / "set", cache=tmp_path / "cache")
+    options = EVALUATION | {"batch_size": 1, "decoder": kind_of_decoder}
+    shown = {
+        images.name(int(index_B)): in_levels(image_1CHW).mean()
+        for image_1CHW, index_B in eval_batches(images, log=lambda line: None, **options)
+    }
+    want = {f"{2 * i}.png": level for i, level in enumerate(levels)}
+    assert shown.keys() == want.keys()
+    assert all(abs(shown[name] - level) < 2 for name, level in want.items()), shown
+
+
 # ------------------------------------------------------------------------------------- the choice
 
 
