@@ -7,6 +7,7 @@ until the classes of the whole set are known. In a shard it is KEY.cls, or "labe
 import itertools
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -100,9 +101,12 @@ def _is_odd(label: object) -> bool:
     return isinstance(label, Odd)
 
 
-def of_folders(table: index.Table) -> Classes:
-    """Label by first-level sub-folder; what lies beside these has no label."""
+def of_folders(table: index.Table, without: Iterable[int] = ()) -> Classes:
+    """Label by first-level sub-folder; what lies beside these has no label. without: rows that make
+    no class of their folder."""
     tops = [top if slash else None for top, slash, _ in (n.partition(b"/") for n in table.names())]
+    for row in without:
+        tops[row] = None
     classes = sorted(set(tops) - {None})
     number = {top: i for i, top in enumerate(classes)}
     table.entries_N["label"] = [number.get(top, index.UNLABELLED) for top in tops]

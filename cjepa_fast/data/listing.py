@@ -16,23 +16,23 @@ from cjepa_fast.telemetry.progress import shown_bar
 
 Found = tuple[bytes, int, int, str]  # path, size, mtime_ns, why it cannot be used or ""
 CAMERA_RAW = "a camera's raw file, which neither DALI nor Pillow reads"
+LOST = "a link or a folder that cannot be followed"  # so begins the reason of such
 
 # ------------------------------------------------------------------------------------- folders
 
 
 def images_below(folder: bytes, under: bytes = b"", parents: tuple = ()) -> Iterator[Found]:
-    """Of each file below `folder` that looks like an image by its name.
+    """Of each file below `folder` that looks like an image by its name, and of each link that leads
+    nowhere (LOST), whatever its name: images may have been there.
 
     Links are followed, save to a folder one is in; names that start with a dot are not looked at.
     Raises OSError for an error of the machine.
     """
-    status = os.stat(folder)
+    status = faults.patiently(lambda: os.stat(folder), folder)
     if (status.st_dev, status.st_ino) in parents:
         return
     parents = (*parents, (status.st_dev, status.st_ino))
-    with os.scandir(folder) as entries:
-        kept = sorted((e for e in entries if not e.name.startswith(b".")), key=lambda e: e.name)
-    for entry in kept:
+    for entry in faults.patiently(lambda: _entries(folder), folder):
         path = under + entry.name
         named_image = kinds.extension(entry.name)
         if _is_folder(entry):
@@ -42,15 +42,26 @@ def images_below(folder: bytes, under: bytes = b"", parents: tuple = ()) -> Iter
             yield from below
         elif named_image:
             yield status_of(path, entry.stat)
+        elif why := _lost(entry):
+            yield path, 0, 0, why
+
+
+def _entries(folder: bytes) -> list[os.DirEntry]:
+    with os.scandir(folder) as entries:
+        return sorted((e for e in entries if not e.name.startswith(b".")), key=lambda e: e.name)
+
+
+def is_lost(found: Found) -> bool:
+    return found[3].startswith(LOST)
 
 
 def status_of(path: bytes, stat_it: Callable[[], os.stat_result]) -> Found:
     """Raises OSError for an error of the machine."""
     try:
-        status = stat_it()
+        status = faults.patiently(stat_it, path)
+    except faults.MachineFailed:
+        raise
     except OSError as error:
-        if faults.of_the_machine(error):
-            raise
         return path, 0, 0, f"{index.UNREAD} ({error.strerror})"
     if not stat.S_ISREG(status.st_mode):
         return path, 0, 0, "a pipe or a device, not a file"
@@ -58,10 +69,25 @@ def status_of(path: bytes, stat_it: Callable[[], os.stat_result]) -> Found:
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
+    """Raises OSError for an error of the machine."""
     try:
-        return entry.is_dir()
-    except OSError:  # a link to itself: its stat() below fails too, and so names it
+        return faults.patiently(entry.is_dir, entry.path)
+    except faults.MachineFailed:
+        raise
+    except OSError:  # a link to itself, or one into a folder without rights: see _lost
         return False
+
+
+def _lost(entry: os.DirEntry) -> str:
+    """Why an entry whose name is no image's can be neither file nor folder; "" if it is one."""
+    try:
+        look = lambda: entry.stat() if entry.is_symlink() else entry.is_dir()  # noqa: E731
+        faults.patiently(look, entry.path)
+    except faults.MachineFailed:
+        raise
+    except OSError as error:
+        return f"{LOST} ({error.strerror})"
+    return ""
 
 
 def _below(entry: os.DirEntry, path: bytes, parents: tuple) -> Iterator[Found]:
@@ -77,7 +103,24 @@ def index_folder(root: Path, cache, pool: ThreadPoolExecutor, log) -> tuple[inde
         found = sorted(_counted(images_below(os.fsencode(root)), bar))
     found = kinds.without_arrays(found, lambda one: one[0])
     table = _index_files(root, root, found, cache, pool, log)
-    return table, labels.of_folders(table)
+    lost = [i for i, one in enumerate(found) if is_lost(one)]
+    classes = labels.of_folders(table, without=lost)
+    if classes:
+        _warn_of_classes(found, root, log)
+    return table, classes
+
+
+def _warn_of_classes(found: list[Found], root: Path, log) -> None:
+    """Where what may be a class cannot be looked at: the numbers of the others depend on it."""
+    gone = [one for one in found if b"/" not in one[0] and one[3] and not kinds.extension(one[0])]
+    if gone:
+        name, *_, why = gone[0]
+        more = f", nor can {len(gone) - 1} more beside it" * (len(gone) > 1)
+        log(
+            f"WARNING: {printable(name)} in {printable(root)} cannot be looked at ({why}){more}: "
+            "if that is a folder of a class, its images are missing, and the numbers of the "
+            "classes after it are lower by one; mend or remove it"
+        )
 
 
 def index_list(path: Path, cache, pool: ThreadPoolExecutor, log) -> tuple[index.Table, list]:
@@ -108,7 +151,8 @@ def _index_files(root: Path, key: Path, found: list[Found], cache, pool, log) ->
     reasons = {i: why for i, (*_, why) in enumerate(found) if why}
     entries_N["kind"][list(reasons)] = formats.UNUSABLE
     raw = {i: CAMERA_RAW for i, n in enumerate(names) if kinds.extension(n) in kinds.RAW}
-    entries_N["kind"][list(raw)] = formats.FOREIGN
+    lost = [i for i, one in enumerate(found) if is_lost(one)]  # it is not known to be an image
+    entries_N["kind"][[*raw, *lost]] = formats.FOREIGN
     reasons = raw | reasons
 
     file = index.cache_file(key, cache)

@@ -102,6 +102,7 @@ def _shards_in(root: Path, log: Callable[[str], None]) -> list[Path]:
     if not tars and not packed:
         return []
     below = listing.images_below(os.fsencode(root))
+    below = (one for one in below if not listing.is_lost(one))
     images = (one for one in below if kinds.extension(one[0]) not in kinds.ARRAYS)
     first = next(images, None)
     if first is None:

@@ -53,7 +53,7 @@ def is_all_of(path: Path) -> bool:
     """Whether a path names Parquet files, and no images beside them: then it must be packed."""
     if not parquet_files(path):
         return False
-    return path.is_file() or next(listing.images_below(os.fsencode(path)), None) is None
+    return path.is_file() or all(map(listing.is_lost, listing.images_below(os.fsencode(path))))
 
 
 def by_split(files: list[Path], log: Callable[[str], None]) -> dict[str, list[Path]]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cjepa_fast.data import faults, formats, index, lists, locations
+from cjepa_fast.data import faults, formats, index, listing, lists, locations
 from cjepa_fast.data.batches import ImagesGone, Skipped, read_one
 from cjepa_fast.data.sources import Limits, open_images
 from cjepa_fast.runtime import watched
@@ -309,6 +309,58 @@ def test_a_cover_beside_class_folders_has_no_label_and_takes_none(tmp_path, open
     (root / "empty.jpg").unlink()
     assert reasons(images) == {"cover.jpg": "no label: it lies beside the class folders"}
     assert images.fingerprint != opened(root).fingerprint  # the positions are others
+
+
+def test_a_class_folder_that_is_a_broken_link_is_named_and_warned_of(tmp_path, opened):
+    root = made.good_folder(tmp_path / "set", 6, classes=3)
+    (root / "empty").mkdir()
+    whole = opened(root)
+    (root / "c1").rename(tmp_path / "c1")
+    gone = opened(root)
+    assert not opened.said and gone.classes == ["c0", "c2"]
+    (root / "c1").symlink_to(tmp_path / "elsewhere")
+    (root / "c9").symlink_to(root / "c9")
+    (root / "empty" / "notes").symlink_to(tmp_path / "elsewhere")
+    images = opened(root, labelled=True)
+    assert images.classes == ["c0", "c2"] and len(images) == 4  # and no class "empty"
+    assert images.fingerprint == gone.fingerprint != whole.fingerprint
+    why = "a link or a folder that cannot be followed"
+    assert reasons(images).keys() == {"c1", "c9", "notes"}
+    assert reasons(images)["c1"] == f"{why} (No such file or directory)"
+    said = [line for line in opened.said if line.startswith("WARNING")]
+    assert len(said) == 1 and f"c1 in {root} cannot be looked at ({why}" in said[0]
+    assert "nor can 1 more" in said[0] and "lower by one" in said[0]
+    (root / "c1").unlink()
+    (root / "c1").symlink_to(tmp_path / "c1")
+    assert opened(root).fingerprint == whole.fingerprint
+
+
+def test_a_broken_link_takes_no_shard_away(tmp_path, opened):
+    root = made.good_shards(tmp_path / "set", 6)
+    (root / "more").mkdir()
+    (root / "more" / "notes").symlink_to(tmp_path / "elsewhere")
+    assert len(opened(root)) == 6
+
+
+@pytest.mark.parametrize("stays", [False, True])
+def test_an_error_of_the_machine_takes_no_folder_away(monkeypatch, stays):
+    class Entry:
+        name, path, tries = b"c1", b"set/c1", 0
+
+        def is_dir(self):
+            self.tries += 1
+            if stays or self.tries < 3:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return True
+
+        is_symlink = is_dir
+
+    monkeypatch.setattr(faults, "PAUSES_S", (0.0, 0.0))
+    if not stays:
+        assert listing._is_folder(Entry())
+    for look in (listing._is_folder, listing._lost) if stays else ():
+        with pytest.raises(faults.MachineFailed, match=r"set/c1 cannot be read \(Input/output"):
+            look(Entry())
 
 
 def test_a_folder_of_splits_trains_on_train(tmp_path, opened):
