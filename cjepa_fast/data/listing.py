@@ -16,14 +16,19 @@ from cjepa_fast.telemetry.progress import shown_bar
 
 Found = tuple[bytes, int, int, str]  # path, size, mtime_ns, why it cannot be used or ""
 CAMERA_RAW = "a camera's raw file, which neither DALI nor Pillow reads"
+TAR = ".tar"
+PACKED = (".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst")
 LOST = "a link or a folder that cannot be followed"  # so begins the reason of such
 
 # ------------------------------------------------------------------------------------- folders
 
 
-def images_below(folder: bytes, under: bytes = b"", parents: tuple = ()) -> Iterator[Found]:
+def images_below(
+    folder: bytes, tars: list[bytes] | None = None, under: bytes = b"", parents: tuple = ()
+) -> Iterator[Found]:
     """Of each file below `folder` that looks like an image by its name, and of each link that leads
-    nowhere (LOST), whatever its name: images may have been there.
+    nowhere (LOST), whatever its name: images may have been there. tars: takes the paths of the
+    tars, plain or packed.
 
     Links are followed, save to a folder one is in; names that start with a dot are not looked at.
     Raises OSError for an error of the machine.
@@ -36,7 +41,7 @@ def images_below(folder: bytes, under: bytes = b"", parents: tuple = ()) -> Iter
         path = under + entry.name
         named_image = kinds.extension(entry.name)
         if _is_folder(entry):
-            below = list(_below(entry, path, parents))
+            below = list(_below(entry, tars, path, parents))
             if named_image and not below:
                 yield path, 0, 0, "a folder, not a file"
             yield from below
@@ -44,11 +49,24 @@ def images_below(folder: bytes, under: bytes = b"", parents: tuple = ()) -> Iter
             yield status_of(path, entry.stat)
         elif why := _lost(entry):
             yield path, 0, 0, why
+        elif tars is not None and is_tar(entry.name):
+            tars.append(path)
 
 
 def _entries(folder: bytes) -> list[os.DirEntry]:
     with os.scandir(folder) as entries:
         return sorted((e for e in entries if not e.name.startswith(b".")), key=lambda e: e.name)
+
+
+def is_tar(name: bytes) -> bool:
+    """Plain or packed, by its name."""
+    return os.fsdecode(name).endswith((TAR, *PACKED))
+
+
+def some(names: list[bytes]) -> str:
+    """In words: the first of them, and how many more there are."""
+    more = f" and {len(names) - 1} more such" if len(names) > 1 else ""
+    return f"{printable(names[0])}{more}"
 
 
 def is_lost(found: Found) -> bool:
@@ -90,9 +108,11 @@ def _lost(entry: os.DirEntry) -> str:
     return ""
 
 
-def _below(entry: os.DirEntry, path: bytes, parents: tuple) -> Iterator[Found]:
+def _below(
+    entry: os.DirEntry, tars: list[bytes] | None, path: bytes, parents: tuple
+) -> Iterator[Found]:
     try:
-        yield from images_below(entry.path, path + b"/", parents)
+        yield from images_below(entry.path, tars, path + b"/", parents)
     except PermissionError as error:
         yield path, 0, 0, f"{index.UNREAD}: a folder ({error.strerror})"
 
@@ -100,7 +120,13 @@ def _below(entry: os.DirEntry, path: bytes, parents: tuple) -> Iterator[Found]:
 def index_folder(root: Path, cache, pool: ThreadPoolExecutor, log) -> tuple[index.Table, list]:
     """(table, classes) of a folder tree; entries whose size and time are as cached are kept."""
     with shown_bar(None, f"looking for images in {printable(root)} (Ctrl-C stops)", "file") as bar:
-        found = sorted(_counted(images_below(os.fsencode(root)), bar))
+        tars: list[bytes] = []
+        found = sorted(_counted(images_below(os.fsencode(root), tars), bar))
+    if found and (deeper := [name for name in tars if b"/" in name]):
+        log(
+            f"{printable(root)} holds images, and in sub-folders {some(deeper)}, which is not "
+            "read: name their folder to read them"
+        )
     found = kinds.without_arrays(found, lambda one: one[0])
     table = _index_files(root, root, found, cache, pool, log)
     lost = [i for i, one in enumerate(found) if is_lost(one)]

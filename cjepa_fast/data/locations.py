@@ -3,17 +3,17 @@
 import itertools
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from cjepa_fast.data import kinds, listing, lists
+from cjepa_fast.data.listing import PACKED, some
 from cjepa_fast.runtime.printable import printable
 
 TRAINING = "train"
 OTHER_SPLITS = ("val", "valid", "validation", "test")
 PARQUET = ".parquet"
-PACKED = (".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst")
 
 
 class Location(NamedTuple):
@@ -97,32 +97,53 @@ def _shards_in(root: Path, log: Callable[[str], None]) -> list[Path]:
     """The tars of a folder. Beside images, those that are larger together are the set, and the
     others are said to be left out: an unpacked archive, or a preview beside shards."""
     files = sorted(p for p in root.iterdir() if p.is_file() and not p.name.startswith("."))
-    tars = [p for p in files if p.suffix == ".tar"]
-    packed = [p for p in files if p.name.endswith(PACKED)]
+    tars = [p for p in files if p.suffix == listing.TAR]
+    packed = [os.fsencode(p.name) for p in files if p.name.endswith(PACKED)]
     if not tars and not packed:
         return []
-    below = listing.images_below(os.fsencode(root))
-    below = (one for one in below if not listing.is_lost(one))
-    images = (one for one in below if kinds.extension(one[0]) not in kinds.ARRAYS)
+    others: list[bytes] = []
+    images = _images_below(root, others)
     first = next(images, None)
-    if first is None:
-        return tars or [_plain_tar(packed[0])]
+    if first is None and not tars:
+        return [_plain_tar(root / os.fsdecode(packed[0]))]
     if not tars:
-        log(f"{root} holds images, and {_some(packed)}, which is not read")
+        log(f"{root} holds images, and {some(packed)}, which is not read")
         return []
-    every = [first, *images]
+    here = [os.fsencode(p.name) for p in tars]
+    every = [first, *images] if first else []
     in_folders = any(b"/" in name for name, *_ in every)
     if in_folders or sum(size for _, size, *_ in every) > sum(p.stat().st_size for p in tars):
-        log(f"{root} holds images, and {_some(tars)}, which is not read: name it to read it")
+        unread = some(here + packed)
+        log(f"{root} holds images, and {unread}, which is not read: name it to read it")
         return []
-    names = [Path(os.fsdecode(name)) for name, *_ in every]
-    log(f"{root} holds shards, and {_some(names)} beside them, which is not read")
+    if every:
+        names = [name for name, *_ in every]
+        log(f"{root} holds shards, and {some(names)} beside them, which is not read")
+    if others := sorted(set(others) - set(here)):
+        log(
+            f"WARNING: {root} holds {len(tars):,} shards, and {some(others)}, which is not read: "
+            "unpack what is packed, mend what is a broken link, name what lies in a sub-folder"
+        )
     return tars
 
 
-def _some(paths: list[Path]) -> str:
-    more = f" and {len(paths) - 1} more such" if len(paths) > 1 else ""
-    return f"{printable(paths[0].name)}{more}"
+def _images_below(root: Path, others: list[bytes]) -> Iterator[listing.Found]:
+    """Of pictures alone. others: takes the tars, links to tars that lead nowhere with them."""
+    for one in listing.images_below(os.fsencode(root), others):
+        if listing.is_lost(one):
+            others += [one[0]] if listing.is_tar(one[0]) else []
+        elif kinds.extension(one[0]) not in kinds.ARRAYS:
+            yield one
+
+
+def tars_below(root: Path) -> list[bytes]:
+    """The tars in the folders below one, [] for what is no folder."""
+    if not root.is_dir():
+        return []
+    tars: list[bytes] = []
+    for _ in listing.images_below(os.fsencode(root), tars):
+        pass
+    return sorted(tars)
 
 
 def _plain_tar(path: Path) -> Path:

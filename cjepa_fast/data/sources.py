@@ -341,7 +341,8 @@ def open_images(
         rows = next((one for one in paths if locations.parquet_files(Path(one))), None)
         if rows is not None:
             raise NothingUsable(locations.to_be_packed(rows))
-        raise NothingUsable(_nothing_usable(" and ".join(map(str, paths)), images))
+        tars = [tar for one in found if not one.shards for tar in locations.tars_below(one.root)]
+        raise NothingUsable(_nothing_usable(" and ".join(map(str, paths)), images, tars))
     unread = sum(len(part.table.unread) for part in parts)
     if unread > max(1, limits.max_skipped * images.found):
         raise OSError(
@@ -407,11 +408,13 @@ def _prefixes(roots: list[Path]) -> list[str]:
     return [f"{n}/" if names.count(n) == 1 else f"{n}.{i}/" for i, n in enumerate(names)]
 
 
-def _nothing_usable(path: str, images: ImageSet) -> str:
+def _nothing_usable(path: str, images: ImageSet, tars: list[bytes]) -> str:
+    """tars: in sub-folders, where nobody looks for shards."""
     first = next(iter(images.skipped), None)
     why = f"; the first of them, {first[0]}: {first[1]}" if first else ""
     return (
         f"no usable image in {path} ({images.found} files with the endings "
         f"{', '.join((*kinds.READ, *kinds.ARRAYS))} found{why}). "
-        "Name a folder of images, of .tar shards with such members, or a list of images."
-    )
+        + (f"It holds {listing.some(tars)}: name the folder that these lie in." if tars else
+           "Name a folder of images, of .tar shards with such members, or a list of images.")
+    )  # fmt: skip

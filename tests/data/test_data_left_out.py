@@ -295,6 +295,34 @@ def test_photographs_beside_a_small_tar_are_the_set(tmp_path, opened):
     assert len(opened(root)) == 20 and "x.tar, which is not read" in opened.said[-1]
 
 
+def test_shards_that_are_not_read_are_named(tmp_path, opened):
+    root = made.good_shards(tmp_path / "set", 6)
+    made.write(root / "y-0.tar.gz", b"\x1f\x8b")
+    made.write(root / "y-1.tar.gz", b"\x1f\x8b")
+    assert len(opened(root)) == 6
+    said = [line for line in opened.said if line.startswith("WARNING")]
+    assert len(said) == 1 and "y-0.tar.gz and 1 more such, which is not read" in said[0]
+    (root / "gone.tar").symlink_to(tmp_path / "nowhere")
+    (root / "more").mkdir()
+    made.write_shard(root / "more" / "z.tar", {"0.jpg": jpeg()})
+    opened.said.clear()
+    assert len(opened(root)) == 6
+    assert "gone.tar and 3 more such, which is not read" in opened.said[-1]
+    made.write(root / "preview.jpg", jpeg())  # still the shards
+    assert len(opened(root)) == 6 and "gone.tar and 3 more such" in opened.said[-1]
+
+
+def test_shards_in_sub_folders_alone_are_named_in_the_error(tmp_path, opened):
+    for k, folder in enumerate("ab"):
+        (tmp_path / "set" / folder).mkdir(parents=True)
+        made.write_shard(tmp_path / "set" / folder / f"x-{k}.tar", {"0.jpg": jpeg()})
+    with pytest.raises(ValueError, match=r"no usable image in .* It holds a/x-0.tar and 1 more"):
+        opened(tmp_path / "set")
+    made.write(tmp_path / "set" / "c" / "0.jpg", jpeg())
+    assert len(opened(tmp_path / "set")) == 1
+    assert any("a/x-0.tar and 1 more such, which is not read" in line for line in opened.said)
+
+
 # ----------------------------------------------------------------------------------------- folders
 
 
