@@ -1,16 +1,17 @@
 """What a set holds and is not used: a count by reason on the terminal, and every name in a file."""
 
-import contextlib
 import json
 import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from cjepa_fast.runtime import json_text
 from cjepa_fast.runtime.files import write_text
 from cjepa_fast.runtime.printable import printable
 
 FILE = "unusable.jsonl"  # in a run's folder
+WHILE_TRAINING = {"while": "training"}  # in the rows of what failed then
 NAMED = 20  # files, each on a line of its own; of more the terminal has the counts alone
 REASONS = 8  # counted apart
 
@@ -18,24 +19,45 @@ REASONS = 8  # counted apart
 def tell(
     left_out: list[tuple[str, str]], found: int, report: Path, log: Callable[[str], None]
 ) -> None:
-    """Write all (name, reason) to `report`, and log the counts and a few names.
-
-    Where nothing is left out there is no such file. One that cannot be written costs a line.
-    """
+    """Write all (name, reason) to `report` as `write` does, and log the counts and a few names."""
+    where = write(left_out, report) or f"all are named in {report}"
     if not left_out:
-        with contextlib.suppress(OSError):
-            report.unlink()
         return
-    rows = (json.dumps({"name": name, "why": why}) + "\n" for name, why in left_out)
-    try:
-        report.parent.mkdir(parents=True, exist_ok=True)
-        write_text(report, "".join(rows))
-        where = f"all are named in {report}"
-    except OSError as error:
-        where = f"they could not be written down: {error}"
     log(f"{len(left_out)} of {found} images are left out ({counted(left_out)}); {where}")
     for name, why in left_out if len(left_out) <= NAMED else ():
         log(f"unusable image left out: {printable(name)}: {printable(why)}")
+
+
+def write(left_out: list[tuple[str, str]], report: Path) -> str:
+    """All (name, reason) to `report`. What failed while training stays there. Returns why they
+    cannot be written, or "". Where there is nothing to write there is no such file."""
+    rows = [{"name": name, "why": why} for name, why in left_out]
+    names = {name for name, _ in left_out}
+    try:
+        rows += [row for row in _of_training(report) if str(row.get("name")) not in names]
+        if not rows:
+            report.unlink(missing_ok=True)
+            return ""
+        report.parent.mkdir(parents=True, exist_ok=True)
+        write_text(report, "".join(json.dumps(row) + "\n" for row in rows))
+    except OSError as error:
+        return f"they could not be written down: {error}"
+    return ""
+
+
+def _of_training(report: Path) -> list[dict]:
+    """The rows of a report that were added WHILE_TRAINING, each name once."""
+    if not report.exists():
+        return []
+    found = {}
+    for line in report.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json_text.parse(line)
+        except ValueError:
+            continue  # a line that a crash tore
+        if isinstance(row, dict) and WHILE_TRAINING.items() <= row.items():
+            found.setdefault(str(row.get("name")), row)
+    return list(found.values())
 
 
 def counted(left_out: list[tuple[str, str]]) -> str:

@@ -143,7 +143,8 @@ def _built(session: Session, device: torch.device) -> tuple[Trainer, Loader, dic
     config = with_precision(config, device)
     saved = configuration.validate(state["config"]) if state else None
     config = session.config = cpu_micro_batch.fitted(config, device, saved)
-    left_out = None if options.dry_run else run / left_out_images.FILE
+    # A resume may still be refused: until then the run's own file stays as it is.
+    left_out = None if options.dry_run or state else run / left_out_images.FILE
     loader = build_loader(config, device, build_masks(config), left_out)
     config = session.config = configuration.with_epochs(config, loader.steps_per_epoch)
     with shown_clock("building the networks"):
@@ -233,7 +234,7 @@ def open_telemetry(
     config, run, rank = session.config, session.folder, distributed.rank()
     session.stop = StopRequest()  # from here on a signal ends the run after a step, saved
     with input_errors():
-        distributed.from_rank_0(lambda: run_lock.take(run))
+        not_written = distributed.from_rank_0(lambda: _taken(run, loader, resumed=bool(state)))
         begun = (run / "log.jsonl").exists()
         telemetry = Telemetry(
             run if rank == 0 else None,
@@ -248,13 +249,16 @@ def open_telemetry(
             quiet=session.options.quiet,
         )
         ending.callback(telemetry.close)
-        loader.skipped.record = Lines(print, run / left_out_images.FILE).write
+        lines = Lines(print, run / left_out_images.FILE)
+        loader.skipped.record = lambda row: lines.write(row | left_out_images.WHILE_TRAINING)
         _note_warnings(loader, telemetry, run)
         if rank == 0:
             loader.skipped.log = telemetry.message
             if skipped := loader.images.skipped:
                 told_before = left_out_images.counted(skipped)
                 telemetry.note(f"{len(skipped)} images are left out ({told_before})")
+            if not_written:
+                telemetry.message(f"of the images that are left out: {not_written}")
         if rank == 0:
             files.write_text(run / "config.json", config.to_json())
             if session.options.resume and begun and not state:
@@ -262,6 +266,15 @@ def open_telemetry(
             for line in (*_choices(trainer), *_left_behind(run, trainer, state), *told):
                 telemetry.message(line)
     return telemetry
+
+
+def _taken(run: Path, loader: Loader, resumed: bool) -> str:
+    """Take the folder, before any rank writes there. Returns why the images that are left out are
+    not named there, or ""."""
+    run_lock.take(run)
+    if not resumed:
+        return ""  # they were, when the images were opened
+    return left_out_images.write(loader.images.skipped, run / left_out_images.FILE)
 
 
 def _note_warnings(loader: Loader, telemetry: Telemetry, run: Path) -> None:

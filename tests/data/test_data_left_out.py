@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cjepa_fast.data import faults, formats, index, listing, lists, locations
+from cjepa_fast.data import faults, formats, index, left_out, listing, lists, locations
 from cjepa_fast.data.batches import ImagesGone, Skipped, read_one
 from cjepa_fast.data.sources import Limits, open_images
 from cjepa_fast.runtime import watched
@@ -567,3 +567,26 @@ def test_a_file_that_never_comes_is_named(monkeypatch):
         now[0] += 60
         assert watched.longest() == "a\\nb.jpg has been read for 60 s"
     assert watched.longest() == ""
+
+
+# ------------------------------------------------------------------------------------- the report
+
+
+def test_a_report_keeps_what_failed_while_training(tmp_path):
+    report = tmp_path / "unusable.jsonl"
+    late = {"name": "late.jpg", "why": "cannot be decoded"} | left_out.WHILE_TRAINING
+    assert left_out.write([("a.jpg", "empty file")], report) == ""
+    torn = "\n".join([json.dumps(late), json.dumps(late), '{"name": "to'])
+    report.write_text(report.read_text() + torn)
+
+    def after(*now):
+        assert left_out.write(list(now), report) == ""
+        return [json.loads(line) for line in report.read_text().splitlines()]
+
+    b = {"name": "b.jpg", "why": "zeros"}
+    assert after() == [late]  # a.jpg is whole by now
+    assert after(("b.jpg", "zeros")) == [b, late]
+    assert after(("late.jpg", "truncated")) == [{"name": "late.jpg", "why": "truncated"}]
+    assert left_out.write([], report) == "" and not report.exists()
+    made.write(report, b"a file")
+    assert "could not be written down" in left_out.write([("a.jpg", "zeros")], report / "below")

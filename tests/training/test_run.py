@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 
+import corrupt_images as made
 import pytest
 import test_saver
 import tiny
@@ -17,6 +18,7 @@ import torch
 
 from cjepa_fast import checkpoint, train
 from cjepa_fast.config import validate
+from cjepa_fast.data import left_out
 from cjepa_fast.model.jepa import JEPA
 from cjepa_fast.runtime import files, run_lock
 from cjepa_fast.training import build, learning, trainer
@@ -78,6 +80,31 @@ def test_where_all_is_damaged_nothing_begins_anew(finished, capfd):
     )
     assert run(config, "--resume", folder / "checkpoints" / "step_00000003") == 2
     assert (folder / "log.jsonl").read_text() == log
+
+
+@pytest.mark.long
+def test_what_failed_while_training_stays_named_after_a_resume_and_a_refused_one(tmp_path, capfd):
+    config = tiny.write_config(tmp_path, data={"max_skipped": 0.2}, run={"epochs": 1})
+    made.write(tmp_path / "images" / "class_0" / "empty.jpg", b"")
+    made.write(tmp_path / "images" / "class_0" / "late.jpg", made.damaged_tables(1))
+    other = tiny.write_images(tmp_path / "other")
+    made.write(other / "class_1" / "other.jpg", b"")
+    report = tmp_path / "run" / left_out.FILE
+
+    def named():
+        rows = [json.loads(line) for line in report.read_text().splitlines()]
+        return {row["name"].partition("/")[2]: row["why"] for row in rows}
+
+    assert run(config) == 0
+    assert set(named()) == {"late.jpg", "empty.jpg"}
+    before = report.read_bytes()
+    assert run(config, "--resume", "auto", "--set", f"data.path={other}") == 2
+    assert "another training" in capfd.readouterr().err and report.read_bytes() == before
+    assert run(config, "--resume", "auto") == 0
+    assert named() == {"late.jpg": "cannot be decoded", "empty.jpg": "empty file"}
+    accepted = "--resume", "auto", "--set", f"data.path={other}", "--accept-changes"
+    assert run(config, *accepted) == 0
+    assert named() == {"late.jpg": "cannot be decoded", "other.jpg": "empty file"}
 
 
 def test_a_run_that_has_saved_nothing_yet_begins_anew_and_says_so(finished, capfd):
