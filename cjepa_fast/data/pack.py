@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from cjepa_fast.data import arrays, formats, listing, parquet, rng
+from cjepa_fast.data import arrays, faults, formats, listing, parquet, rng
 from cjepa_fast.data.early_ends import gap
 from cjepa_fast.data.headers import PNG_MAGIC
 from cjepa_fast.data.locations import parquet_files
@@ -217,6 +217,8 @@ def _prepare(images: ImageSet, i: int, how: Packing) -> tuple[int, bytes, str]:
             arrays.pixels(data)  # that it can be read
             return i, data, ""
         picture = formats.decode_rgb(data, images.limits.max_pixels, images.limits.bit_depth)
+    except faults.MachineFailed:
+        raise
     except OSError as error:
         return i, b"", str(error)
     if (cut := gap(data)) and cut.there_pct < 100 * images.limits.min_jpeg:

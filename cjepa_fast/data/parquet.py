@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cjepa_fast.data import index, labels, listing
+from cjepa_fast.data import faults, index, labels, listing
 from cjepa_fast.data.locations import parquet_files
 from cjepa_fast.data.sources import LIMITS, Limits
 from cjepa_fast.runtime import json_text
@@ -31,6 +31,7 @@ PART = re.compile(r"(.+?)-(\d{5})-of-(\d{5})(-[0-9a-f]+)?$")
 LABELS = ("label", "labels", "target", *labels.JSON_KEYS)  # of a column, where nothing says more
 IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes")
 ROWS = 32  # read at once
+OPEN_FILES = 2  # where one ends, threads read from two
 BATCHES = 4  # of so many rows that are kept: threads ask in nearly their order
 
 
@@ -174,6 +175,8 @@ class ParquetImages:
         limits: Limits = LIMITS,
     ):
         self.limits, self._files = limits, [_File(f, image, label) for f in files]
+        self._open: deque[_File] = deque()  # the one that was read last is the last
+        self._lock = threading.Lock()
         first = self._files[0]
         for other in self._files[1:]:
             if other.columns != first.columns:
@@ -224,42 +227,65 @@ class ParquetImages:
         return f"{file.path.name}/{row}{file.said[row]}"
 
     def read_original(self, i: int) -> bytes:
-        """Raises OSError if there are no bytes, or the file is damaged there."""
+        """Raises OSError if there are no bytes, or the file is damaged there; MachineFailed for
+        what is not the file's fault. Thread-safe, fast where it goes onwards."""
         file, row = self._at(i)
-        return file.read(row)
+        with self._lock:
+            if file in self._open:
+                self._open.remove(file)
+            elif len(self._open) == OPEN_FILES:
+                self._open.popleft().close()
+            self._open.append(file)
+            first, batch = file.holding(row)
+        return file.bytes_of(row, batch, row - first)
 
 
 class _File:
-    """A file that is open. labels: of each row an int, a str or None; said: of each row what it
-    says of its name, after a colon, or "". read() is thread-safe, fast where it goes onwards."""
+    """A file, open from its first read on until it is closed. labels: of each row an int, a str or
+    None; said: of each row what it says of its name, after a colon, or ""."""
 
     def __init__(self, path: Path, image: str | None, label: str | None):
         self._arrow = _pyarrow()
         self.path = path
+        self.close()
         try:
-            self._parquet = self._arrow.parquet.ParquetFile(path, page_checksum_verification=True)
-            self.columns = columns_of(path, self._parquet.schema_arrow, image, label)
-            self.said, self.labels = self._names_and_labels()
+            faults.patiently(lambda: self._learn(image, label), path)
+        except faults.MachineFailed:
+            raise
         except (self._arrow.ArrowException, OSError, KeyError) as error:
             raise ValueError(f"{path} is no Parquet file, or a damaged one: {error}") from error
-        self._lock = threading.Lock()
-        groups = map(self._parquet.metadata.row_group, range(self._parquet.num_row_groups))
-        self._groups = [0, *accumulate(group.num_rows for group in groups)]  # where each begins
+
+    def _learn(self, image: str | None, label: str | None) -> None:
+        self._stamp = index.stamp(self.path.stat())
+        with self._opened() as parquet:
+            self.columns = columns_of(self.path, parquet.schema_arrow, image, label)
+            self._rows = parquet.metadata.num_rows
+            groups = map(parquet.metadata.row_group, range(parquet.num_row_groups))
+            self._groups = [0, *accumulate(g.num_rows for g in groups)]  # where each begins
+            self.said, self.labels = self._names_and_labels(parquet)
+
+    def _opened(self):
+        return self._arrow.parquet.ParquetFile(self.path, page_checksum_verification=True)
+
+    def close(self) -> None:
+        if getattr(self, "_parquet", None) is not None:
+            self._parquet.close()
+        self._parquet = self._following = None
+        self._group, self._next = 0, 0
         self._kept: deque[tuple[int, object]] = deque(maxlen=BATCHES)  # of (first row, rows)
-        self._group, self._next, self._following = 0, 0, None
 
     def __len__(self) -> int:
-        return self._parquet.metadata.num_rows
+        return self._rows
 
-    def _names_and_labels(self) -> tuple[list[str], list]:
+    def _names_and_labels(self, parquet) -> tuple[list[str], list]:
         columns, label = self.columns, self.columns.label
-        schema = self._parquet.schema_arrow
+        schema = parquet.schema_arrow
         struct = schema.field(columns.image).type
         paths = columns.in_struct and struct.get_field_index("path") >= 0
         wanted = [f"{columns.image}.path"] * paths + [label] * bool(label)
         if not wanted:
             return [""] * len(self), [None] * len(self)
-        table = self._parquet.read(columns=wanted)
+        table = parquet.read(columns=wanted)
         rows = table.column(columns.image).to_pylist() if paths else [None] * len(self)
         names = [(row or {}).get("path") for row in rows]
         said = [f": {name}" if name else "" for name in names]
@@ -272,32 +298,42 @@ class _File:
                 )
         return said, given
 
-    def read(self, row: int) -> bytes:
-        with self._lock:
-            first, batch = self._holding(row)
-        value = batch.column(0)[row - first].as_py()
+    def bytes_of(self, row: int, batch, at: int) -> bytes:
+        """Of a row, which is row `at` of a batch. Raises OSError where there are none."""
+        value = batch.column(0)[at].as_py()
         data = (value or {}).get("bytes") if self.columns.in_struct else value
         if data is None:
             told = f", only a path{self.said[row]}" if self.said[row] else ""
             raise OSError(f"the row has no bytes{told}")
         return data
 
-    def _holding(self, row: int) -> tuple[int, object]:
-        """(first row, the rows) of the batch with a row. Raises OSError where it is damaged."""
+    def holding(self, row: int) -> tuple[int, object]:
+        """(first row, the rows) of the batch with a row. Raises OSError where it is damaged, and
+        MachineFailed."""
         for first, batch in self._kept:
             if first <= row < first + len(batch):
                 return first, batch
-        group = bisect_right(self._groups, row) - 1
-        if self._following is None or group != self._group or row < self._next:
-            name = self.columns.image + ".bytes" * self.columns.in_struct
-            self._following = self._parquet.iter_batches(ROWS, row_groups=[group], columns=[name])
-            self._group, self._next = group, self._groups[group]
+        return faults.patiently(lambda: self._read_up_to(row), self.path)
+
+    def _read_up_to(self, row: int) -> tuple[int, object]:
+        if self._parquet is None and index.stamp(self.path.stat()) != self._stamp:
+            raise OSError("the file has changed since its labels were read")
         try:
+            self._parquet = self._parquet or self._opened()
+            group = bisect_right(self._groups, row) - 1
+            if self._following is None or group != self._group or row < self._next:
+                name = self.columns.image + ".bytes" * self.columns.in_struct
+                batches = self._parquet.iter_batches(ROWS, row_groups=[group], columns=[name])
+                self._following = batches
+                self._group, self._next = group, self._groups[group]
             while self._next <= row:
                 batch = next(self._following)
                 self._kept.append((self._next, batch))
                 self._next += len(batch)
         except (self._arrow.ArrowException, OSError, StopIteration) as error:
             self._following = None  # of this row group; the next one may be whole
+            if isinstance(error, OSError) and faults.of_the_machine(error):
+                self.close()  # so that the next try opens it anew
+                raise
             raise OSError(f"the file is damaged there: {error}") from error
         return self._kept[-1]

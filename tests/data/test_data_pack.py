@@ -1,5 +1,6 @@
 """Packing: nothing lost, nothing changed, resumed, verified."""
 
+import errno
 import hashlib
 import io
 import json
@@ -9,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cjepa_fast.data import listing, pack
-from cjepa_fast.data.sources import open_images
+from cjepa_fast.data import faults, listing, pack
+from cjepa_fast.data.sources import ImageSet, open_images
 
 
 @pytest.fixture
@@ -45,6 +46,22 @@ def test_bytes_labels_and_classes_survive(tmp_path, packed):
     assert len(set(first)) > 1  # shuffled: a folder's order would begin with one class
     record = json.loads((tmp_path / "out" / "shard-000000.json").read_text())
     assert all(name.startswith("c") for name in record["names"].values())
+
+
+def test_an_error_of_the_machine_ends_the_packing_and_leaves_out_nothing(
+    tmp_path, packed, monkeypatch
+):
+    made.good_folder(tmp_path / "set", 10)
+
+    def lost(self, i):
+        raise faults.MachineFailed(errno.EIO, "the disk is lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageSet, "read_original", lost)
+        with pytest.raises(faults.MachineFailed, match="the disk is lost"):
+            packed()
+    assert packed()[0] == []
+    assert len(open_images(tmp_path / "out", cache=tmp_path / "cache")) == 10
 
 
 def test_broken_images_are_left_out_and_named(tmp_path, packed):

@@ -1,12 +1,14 @@
 """Parquet files with images, as Hugging Face's datasets are: packed whole, or refused by name."""
 
+import errno
 import json
+import os
 import sys
 
 import corrupt_images as made
 import pytest
 
-from cjepa_fast.data import pack, parquet
+from cjepa_fast.data import faults, pack, parquet
 from cjepa_fast.data.sources import open_images
 from cjepa_fast.eval.cli import labelled_splits
 
@@ -190,6 +192,62 @@ def test_rows_are_read_in_any_order(tmp_path):
     for i in (199, 0, 150, 89, 90, 91, 3, 199):
         assert images.read_original(i) == rows[i][0]["bytes"]
         assert images.name(i) == f"x.parquet/{i}: {i}.jpg"
+
+
+def test_two_files_are_open_at_most(tmp_path):
+    files = [write(tmp_path / f"{k}.parquet", [(image(k), 0)]) for k in range(8)]
+    before = len(os.listdir("/proc/self/fd"))
+    images = parquet.ParquetImages(files)
+    assert len(os.listdir("/proc/self/fd")) <= before
+    for i in (0, 1, 2, 1, 7, 6, 5, 4, 3):
+        assert images.read_original(i) == image(i)["bytes"]
+        assert len(os.listdir("/proc/self/fd")) <= before + 2
+    write(files[0], [(image(1), 0), (image(2), 0)])
+    with pytest.raises(OSError, match="changed since its labels were read"):
+        images.read_original(0)
+
+
+class Failing:
+    """pyarrow's ParquetFile, of which so many opens and reads fail as on a lost disk."""
+
+    def __init__(self, monkeypatch, code: int):
+        pq = pytest.importorskip("pyarrow.parquet")
+        self.opens = self.reads = 0
+        self.error = OSError(code, os.strerror(code))
+        outer, real = self, pq.ParquetFile
+
+        class File(real):
+            def __init__(self, *args, **options):
+                if outer.opens > 0:
+                    outer.opens -= 1
+                    raise outer.error
+                super().__init__(*args, **options)
+
+            def iter_batches(self, *args, **options):
+                if outer.reads > 0:
+                    outer.reads -= 1
+                    raise outer.error
+                return super().iter_batches(*args, **options)
+
+        monkeypatch.setattr(pq, "ParquetFile", File)
+        monkeypatch.setattr(faults, "PAUSES_S", (0.0, 0.0))
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.EIO, errno.ESTALE])
+def test_an_error_of_the_machine_is_no_damage(tmp_path, monkeypatch, capsys, code):
+    file = write(tmp_path / "hf" / "x.parquet", [(image(k), 0) for k in range(3)])
+    failing = Failing(monkeypatch, code)
+    failing.opens = 2
+    images = parquet.ParquetImages([file])
+    failing.opens, failing.reads = 1, 1
+    assert [images.read_original(i) for i in range(3)] == [image(i)["bytes"] for i in range(3)]
+    failing.opens = 99
+    with pytest.raises(faults.MachineFailed, match=r"x.parquet cannot be read .*after a few"):
+        parquet.ParquetImages([file])
+    failing.opens, failing.reads = 0, 99
+    assert packed(tmp_path) == 2  # and no image is left out for it
+    captured = capsys.readouterr()
+    assert "x.parquet cannot be read" in captured.err and "left out" not in captured.out
 
 
 def test_where_images_are_asked_for_the_way_is_named(tmp_path, monkeypatch, capsys):
