@@ -17,7 +17,8 @@ OF_THE_MACHINE = {
     for name in (
         "EMFILE", "ENFILE", "ENOMEM", "ENOBUFS", "EIO", "ESTALE", "EAGAIN", "EINTR", "ETIMEDOUT",
         "EREMOTEIO", "ENODEV", "ENXIO", "ENOTCONN", "ECONNRESET", "EHOSTDOWN", "EHOSTUNREACH",
-        "ENETDOWN", "ENETUNREACH",
+        "ENETDOWN", "ENETUNREACH", "ENETRESET", "ECONNABORTED", "ECONNREFUSED",
+        "ESHUTDOWN",  # of a Lustre client that was evicted
     )
     if hasattr(errno, name)
 }  # fmt: skip

@@ -124,7 +124,7 @@ class ImageSet:
         ]
         self.found = sum(len(part.table) for part in parts)
         self.fingerprint = _fingerprint(parts, out)
-        self._open: dict[int, int] = {}
+        self._open: dict[int, _Handle] = {}  # by the shard's number, the one read last is the last
         self._members: dict[int, dict[str, tuple[int, int]]] = {}
         self._lock = threading.Lock()
 
@@ -194,19 +194,28 @@ class ImageSet:
             os.close(fd)
 
     def _read_shard(self, number: int, count: int, offset: int) -> bytes:
-        part = self._parts[number]
-        with self._lock:
-            fd = self._open.get(number)
-            keep = fd is not None or len(self._open) < _most_open()
-            if fd is None:
-                fd = index.open_regular(part.shard)
-                if keep:
-                    self._open[number] = fd
+        part, handle = self._parts[number], self._opened(number)
         try:
-            return index.read_unchanged(fd, part.table.stamp, count, offset)
-        finally:
-            if not keep:
-                os.close(fd)
+            return index.read_unchanged(handle.fd, part.table.stamp, count, offset)
+        except OSError as error:
+            if faults.of_the_machine(error):  # a stale handle stays so: the next try opens anew
+                with self._lock:
+                    self._open.pop(number, None)
+            raise
+
+    def _opened(self, number: int) -> "_Handle":
+        """Of a shard: a kept one, or a new one, for which the one unused for longest goes."""
+        with self._lock:
+            if (handle := self._open.pop(number, None)) is not None:
+                self._open[number] = handle
+                return handle
+        handle = _Handle(self._parts[number].shard)  # however slow, it holds up no other shard
+        with self._lock:
+            self._open[number] = handle
+            too_many = max(0, len(self._open) - _most_open())
+            gone = [self._open.pop(other) for other in list(self._open)[:too_many]]
+        del gone  # closed here, outside the lock, unless someone is reading
+        return handle
 
     def sidecar(self, i: int, ext: str) -> bytes | None:
         """The sample's sibling with extension `ext` ("json", ".json"), None where there is none."""
@@ -223,9 +232,16 @@ class ImageSet:
         where = next(filter(None, siblings), None)
         return None if where is None else self._read_shard(number, where[1], where[0])
 
-    def __del__(self):
-        for fd in getattr(self, "_open", {}).values():
-            os.close(fd)
+
+class _Handle:
+    """A shard that is open: closed when nobody holds it any more."""
+
+    def __init__(self, shard: Path):
+        self.fd = index.open_regular(shard)
+
+    def __del__(self, close=os.close):
+        if hasattr(self, "fd"):
+            close(self.fd)
 
 
 def _most_open() -> int:

@@ -5,13 +5,15 @@ import json
 import os
 import resource
 import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import corrupt_images as made
 import numpy as np
 import pytest
 from PIL import Image
 
-from cjepa_fast.data import faults, formats, index, left_out, listing, lists, locations
+from cjepa_fast.data import faults, formats, index, left_out, listing, lists, locations, sources
 from cjepa_fast.data.batches import ImagesGone, Skipped, read_one
 from cjepa_fast.data.sources import Limits, open_images
 from cjepa_fast.runtime import watched
@@ -545,6 +547,60 @@ def test_more_shards_than_handles(tmp_path, opened):
         assert len({images.read(i) for i in range(150)}) == 1
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.fixture
+def three_shards(tmp_path, opened):
+    (tmp_path / "set").mkdir()
+    for k in range(3):
+        made.write_shard(tmp_path / "set" / f"x-{k}.tar", {"a.jpg": jpeg(k)})
+    return opened(tmp_path / "set")
+
+
+def test_the_shard_unused_for_longest_is_closed(three_shards, monkeypatch):
+    monkeypatch.setattr(sources, "OPEN_SHARDS", 2)
+    for number, kept in ((0, [0]), (1, [0, 1]), (0, [1, 0]), (2, [0, 2]), (1, [2, 1])):
+        assert three_shards.read(number) == jpeg(number)
+        assert list(three_shards._open) == kept
+    handles = [weakref.ref(handle) for handle in three_shards._open.values()]
+    three_shards.__dict__.clear()
+    assert [handle() for handle in handles] == [None, None]
+
+
+def test_a_slow_shard_holds_up_no_other(three_shards, monkeypatch):
+    real, opening, go_on = index.open_regular, threading.Event(), threading.Event()
+
+    def slowly(path, *args):
+        if path.name == "x-0.tar":
+            opening.set()
+            assert go_on.wait(60)
+        return real(path, *args)
+
+    monkeypatch.setattr(index, "open_regular", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        slow = pool.submit(three_shards.read, 0)
+        assert opening.wait(60)
+        try:
+            assert pool.submit(three_shards.read, 1).result(timeout=20) == jpeg(1)
+        finally:
+            go_on.set()
+        assert slow.result(timeout=60) == jpeg(0)
+
+
+@pytest.mark.parametrize("code", ["ESTALE", "ESHUTDOWN", "ECONNABORTED", "ECONNREFUSED"])
+def test_a_shard_whose_handle_went_stale_is_opened_anew(three_shards, monkeypatch, code):
+    assert three_shards.read(0) == jpeg(0)
+    opened_anew, real = [], os.pread
+
+    def pread(fd, *args):
+        if not opened_anew:
+            raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
+        return real(fd, *args)
+
+    monkeypatch.setattr(faults, "PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr(os, "pread", pread)
+    monkeypatch.setattr(os, "open", lambda *a, real=os.open: (real(*a), opened_anew.append(1))[0])
+    assert three_shards.read(0) == jpeg(0)
 
 
 def test_past_its_limit_what_is_skipped_ends_the_run(tmp_path, opened):
