@@ -401,17 +401,26 @@ def _brightest(images: ImageSet, i: int) -> int:
 
 
 def _indexed(location: locations.Location, prefix: str, cache, workers: int, log) -> list[Part]:
-    root, shards = location
+    root = location.root
     with index.lock(index.cache_file(root, cache)), ThreadPoolExecutor(workers) as pool:
-        if shards:
-            tables, classes = listing.index_shards(shards, cache, pool, log)
-            pairs = zip(tables, shards, strict=True)
-            return [Part(table, root, shard, classes, prefix) for table, shard in pairs]
-        if location.is_list:
-            table, classes = listing.index_list(root, cache, pool, log)
-            return [Part(table, root.parent, None, classes, prefix)]
-        table, classes = listing.index_folder(root, cache, pool, log)
-        return [Part(table, root, None, classes, prefix)]
+        try:
+            return _parts(location, prefix, cache, pool, log)
+        except BaseException:  # Ctrl-C, a lost disk: what waits in the pool is not begun
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _parts(location: locations.Location, prefix: str, cache, pool, log) -> list[Part]:
+    root, shards = location
+    if shards:
+        tables, classes = listing.index_shards(shards, cache, pool, log)
+        pairs = zip(tables, shards, strict=True)
+        return [Part(table, root, shard, classes, prefix) for table, shard in pairs]
+    if location.is_list:
+        table, classes = listing.index_list(root, cache, pool, log)
+        return [Part(table, root.parent, None, classes, prefix)]
+    table, classes = listing.index_folder(root, cache, pool, log)
+    return [Part(table, root, None, classes, prefix)]
 
 
 def _prefixes(roots: list[Path]) -> list[str]:

@@ -603,6 +603,32 @@ def test_a_shard_whose_handle_went_stale_is_opened_anew(three_shards, monkeypatc
     assert three_shards.read(0) == jpeg(0)
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, faults.MachineFailed])
+def test_an_error_ends_the_indexing_at_once(tmp_path, opened, monkeypatch, error):
+    """Of 12 tasks on one thread the first fails; the second may have begun, and no other does."""
+    begun, ending = [], threading.Event()
+
+    class Pool(ThreadPoolExecutor):
+        def shutdown(self, wait=True, *, cancel_futures=False):
+            super().shutdown(wait=False, cancel_futures=cancel_futures)
+            ending.set()
+            super().shutdown(wait=wait)
+
+    def check(*_):
+        begun.append(1)
+        if len(begun) == 1:
+            raise error
+        assert ending.wait(60)
+        return {}
+
+    monkeypatch.setattr(sources, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(index, "CHUNK", 1)
+    monkeypatch.setattr(index, "check", check)
+    with pytest.raises(error):
+        opened(made.good_folder(tmp_path / "set", 12), workers=1)
+    assert len(begun) <= 2
+
+
 def test_past_its_limit_what_is_skipped_ends_the_run(tmp_path, opened):
     images = opened(made.good_folder(tmp_path / "set", 40))
     said, rows = [], []
