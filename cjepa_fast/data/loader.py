@@ -263,8 +263,11 @@ class _Failure:
         self.error = error
 
 
-def _produce(make, ready: queue.Queue, stop: threading.Event) -> None:
+def _produce(make, ready: queue.Queue, stop: threading.Event, device: torch.device) -> None:
     """The thread's body. It holds no reference to the _Iteration, so that one can be collected.
+
+    A new thread's current device is GPU 0, whatever the process's is: there torch would make a
+    context, of 0.5 GB or so, for each rank of the machine.
 
     It computes on one thread. OpenMP would else give it a pool of threads beside the step's, and
     where those together outnumber the cores, both sleep instead of spinning at every one of the
@@ -283,6 +286,8 @@ def _produce(make, ready: queue.Queue, stop: threading.Event) -> None:
         return False
 
     try:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         batches = make()
         try:
             for batch in batches:
@@ -311,7 +316,10 @@ class _Iteration:
         self._ready: queue.Queue = queue.Queue(max(1, prefetch))
         self._stop = threading.Event()
         self._thread = threading.Thread(
-            target=_produce, args=(make, self._ready, self._stop), name="loader", daemon=True
+            target=_produce,
+            args=(make, self._ready, self._stop, device),
+            name="loader",
+            daemon=True,
         )
         self._thread.start()
         self.close = weakref.finalize(self, _end, self._stop, self._ready, self._thread)

@@ -12,6 +12,7 @@ import tiny
 import torch
 
 from cjepa_fast.config import DataSection
+from cjepa_fast.data import loader as loader_module
 from cjepa_fast.data.batches import ImagesGone, Skipped
 from cjepa_fast.data.loader import Loader, Share, _Iteration
 from cjepa_fast.data.masks import MaskSampler
@@ -362,6 +363,26 @@ def test_the_loader_s_thread_has_no_pool_of_its_own():
         iteration.close()
     finally:
         torch.set_num_threads(before)
+
+
+def test_the_loader_s_thread_is_on_its_rank_s_gpu(monkeypatch):
+    """By a stand-in for torch.cuda: without it the thread's current device would be GPU 0."""
+    said = []
+
+    def note(what):
+        said.append((what, threading.current_thread().name))
+
+    def batches():
+        note("a batch")
+        yield "a batch"
+
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: note(str(device)))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(loader_module, "_claim", lambda batch, stream: None)
+    iteration = _Iteration(batches, 1, torch.device("cuda", 3))
+    assert next(iteration) == "a batch"
+    iteration.close()
+    assert said == [("cuda:3", "loader"), ("a batch", "loader")]
 
 
 # ----------------------------------------------------------------------------- data.max_skipped
