@@ -12,6 +12,7 @@ import json
 import os
 import stat
 import tempfile
+import time
 import zipfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,7 @@ from cjepa_fast.runtime.watched import watched
 
 VERSION = 4  # of the cached file; raise it when the check or the layout changes
 CHUNK = 256  # images a task
+KEEP_S, KEEP_SHARE = 60.0, 20  # between two savings: at least this, and so many times one's time
 UNLABELLED = -1
 UNREAD = "cannot be read"  # so begins the reason of a file that may be sound
 NEVER_NS = -1  # a time at which no file was changed
@@ -219,13 +221,33 @@ def _look(open_fd: Callable[[int], int], entry: np.void, i: int) -> formats.Look
 
 
 def check_all(
-    open_fd, entries_N: np.ndarray, todo: np.ndarray, pool: ThreadPoolExecutor, bar, name
+    open_fd,
+    entries_N: np.ndarray,
+    todo: np.ndarray,
+    pool: ThreadPoolExecutor,
+    bar,
+    name,
+    keep: Callable[[np.ndarray, dict[int, str]], None] = lambda rest, reasons: None,
 ) -> dict[int, str]:
-    """`check` in chunks on the pool. Threads do: header parsing is 16 us, the rest is reading."""
+    """`check` in chunks on the pool. Threads do: header parsing is 16 us, the rest is reading.
+
+    keep(the part of todo that is not checked yet, reasons so far): called now and then, and before
+    an error is raised, so that the next start goes on from there.
+    """
     chunks = [todo[a : a + CHUNK].tolist() for a in range(0, len(todo), CHUNK)]
-    reasons = {}
+    reasons, done, wait_s, kept_s = {}, 0, KEEP_S, time.monotonic()
     tasks = [pool.submit(check, open_fd, entries_N, chunk, name) for chunk in chunks]
-    for task, chunk in zip(tasks, chunks, strict=True):
-        reasons |= task.result()
-        bar.update(len(chunk))
+    try:
+        for task, chunk in zip(tasks, chunks, strict=True):
+            reasons |= task.result()
+            bar.update(len(chunk))
+            done += len(chunk)
+            if (now_s := time.monotonic()) - kept_s >= wait_s:
+                keep(todo[done:], reasons)
+                kept_s = time.monotonic()
+                wait_s = max(KEEP_S, KEEP_SHARE * (kept_s - now_s))
+    except BaseException:
+        if done:
+            keep(todo[done:], reasons)
+        raise
     return reasons

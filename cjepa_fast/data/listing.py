@@ -190,8 +190,15 @@ def _index_files(root: Path, key: Path, found: list[Found], cache, pool, log) ->
     todo = np.flatnonzero(fresh_N)
     folder = os.fsencode(root)
     open_fd = lambda i: index.open_regular(os.path.join(folder, names[i]))  # noqa: E731
+
+    def keep(rest_N: np.ndarray, found: dict[int, str]) -> None:
+        part_N = entries_N.copy()
+        part_N["mtime_ns"][rest_N] = index.NEVER_NS
+        table = index.Table.of(names, part_N, reasons | found)
+        _keep(file, table, lambda line: None)  # where it fails, the last saving says so
+
     with shown_bar(len(todo), "checking images") as bar:
-        reasons |= index.check_all(open_fd, entries_N, todo, pool, bar, names.__getitem__)
+        reasons |= index.check_all(open_fd, entries_N, todo, pool, bar, names.__getitem__, keep)
     table = index.Table.of(names, entries_N, reasons)
     if len(todo) or old is None or len(old) != len(table):
         _keep(file, table, log)

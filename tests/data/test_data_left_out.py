@@ -629,6 +629,37 @@ def test_an_error_ends_the_indexing_at_once(tmp_path, opened, monkeypatch, error
     assert len(begun) <= 2
 
 
+def test_an_indexing_that_was_stopped_goes_on_where_it_was(tmp_path, opened, monkeypatch):
+    """Of 12 images the eighth is the first that is not looked at; what was kept on the way, as for
+    a kill, grows image by image."""
+    root = made.good_folder(tmp_path / "set", 12)
+    made.write(root / "c0" / "0000.jpg", b"")
+    looked, kept, real = [], [], (formats.inspect, index.save)
+
+    def inspect(*args):
+        if len(looked) == 7:
+            raise KeyboardInterrupt
+        looked.append(1)
+        return real[0](*args)
+
+    def save(file, table):
+        kept.append(int((table.entries_N["mtime_ns"] != index.NEVER_NS).sum()))
+        return real[1](file, table)
+
+    monkeypatch.setattr(index, "CHUNK", 1)
+    monkeypatch.setattr(index, "KEEP_S", 0.0)
+    monkeypatch.setattr(index, "KEEP_SHARE", 0)
+    monkeypatch.setattr(formats, "inspect", inspect)
+    monkeypatch.setattr(index, "save", save)
+    with pytest.raises(KeyboardInterrupt):
+        opened(root, workers=1)
+    assert kept == [1, 2, 3, 4, 5, 6, 7, 7]
+    looked[:] = [0] * 8
+    images = opened(root, workers=1)
+    assert len(looked) == 8 + 12 - 7 and len(images) == 11
+    assert reasons(images) == {"0000.jpg": "empty file"}
+
+
 def test_past_its_limit_what_is_skipped_ends_the_run(tmp_path, opened):
     images = opened(made.good_folder(tmp_path / "set", 40))
     said, rows = [], []
