@@ -21,6 +21,7 @@ from cjepa_fast.eval.online import build_online, build_snapshots
 from cjepa_fast.runtime import distributed
 from cjepa_fast.runtime.command_line import Parser
 from cjepa_fast.runtime.launchers import resume_command
+from cjepa_fast.runtime.watchdog import INDEXING
 from cjepa_fast.training import failures, start
 from cjepa_fast.training.build import build_masks, compute_dtype
 from cjepa_fast.training.callbacks import Callback, Callbacks
@@ -63,6 +64,7 @@ def train(session: Session, callbacks: Sequence[Callback] = ()) -> int:
         trainer, loader, state, told = start.begin(session, ending)
         config, dtype = session.config, compute_dtype(session.config)
         with start.input_errors():
+            session.watchdog.mark(INDEXING)
             online = build_online(config, trainer.device, dtype, loader.steps_per_epoch)
             snapshots = build_snapshots(config, loader.images, build_masks(config))
         if session.options.dry_run:

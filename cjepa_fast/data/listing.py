@@ -12,6 +12,7 @@ import numpy as np
 
 from cjepa_fast.data import faults, formats, index, kinds, labels, lists
 from cjepa_fast.runtime.printable import printable
+from cjepa_fast.runtime.watched import progressed, watched
 from cjepa_fast.telemetry.progress import shown_bar
 
 Found = tuple[bytes, int, int, str]  # path, size, mtime_ns, why it cannot be used or ""
@@ -164,6 +165,7 @@ def _of_list(folder: Path, name: bytes) -> Found:
 def _counted(found: Iterator[Found], bar) -> Iterator[Found]:
     for one in found:
         bar.update()
+        progressed()
         yield one
 
 
@@ -329,7 +331,8 @@ def index_shards(shards: list[Path], cache, pool: ThreadPoolExecutor, log):
 
 def _list_shard(shard: Path) -> index.Table:
     """The images of a shard with their labels, still to be checked."""
-    found, refused = _walk(shard)
+    with watched(shard):
+        found, refused = _walk(shard)
     every = dict.fromkeys([*found, *refused])
     why = images_of(every)
     if not why:

@@ -23,6 +23,7 @@ T = TypeVar("T")
 PIECE_ROWS = 4096  # of a large tensor, passed on at a time
 
 GROWN_BYTES = 64 * 2**20  # more than what has_gpu() may have left to be used again
+LONG_WAIT = timedelta(days=7)
 _group_options: dict[str, timedelta] = {}  # of every process group, by start()
 
 
@@ -86,6 +87,7 @@ def keep_freed_memory() -> None:
 def leave_group() -> None:
     """Leave the process group, where one was joined."""
     _beside_the_gpus.cache_clear()
+    _for_long_waits.cache_clear()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -175,12 +177,12 @@ def mean_over_ranks(terms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return dict(zip(terms, values / world_size(), strict=True))
 
 
-def from_all(mine: T) -> list[T]:
+def from_all(mine: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """Every rank's object, in their order."""
     if world_size() == 1:
         return [mine]
     gathered: list = [None] * world_size()
-    dist.all_gather_object(gathered, mine, group=_beside_the_gpus())
+    dist.all_gather_object(gathered, mine, group=group or _beside_the_gpus())
     return gathered
 
 
@@ -237,6 +239,15 @@ def _beside_the_gpus() -> dist.ProcessGroup:
     return dist.new_group(backend="gloo", **_group_options)
 
 
+@functools.cache
+def _for_long_waits() -> dist.ProcessGroup | None:
+    """All ranks, where one may take hours, as to index a large set: that it gets on is for the
+    watchdog to see, where there is one (start()'s timeout_s); None where there is none."""
+    if world_size() == 1 or not _group_options:
+        return None
+    return dist.new_group(backend="gloo", timeout=LONG_WAIT)
+
+
 def from_rank_0(make: Callable[[], T]) -> T:
     """What make() returns on rank 0, on all; a ValueError or OSError of it is raised on all."""
     made: list = [None, None]
@@ -258,14 +269,14 @@ def first_on_each_node(make: Callable[[], T]) -> T:
     An error on any rank is raised on all, so that none waits for one that has gone.
     """
     first = os.environ.get("LOCAL_RANK", "0") == "0"
-    made, error = None, None
+    made, error, group = None, None, _for_long_waits()
     for turn in (True, False):
         if first is turn:
             try:
                 made = make()
             except (ValueError, OSError) as caught:
                 error = caught
-        for found in from_all(error):
+        for found in from_all(error, group):
             if found is not None:
                 raise found
     return made

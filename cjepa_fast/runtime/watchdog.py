@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from cjepa_fast.runtime.watched import longest
+from cjepa_fast.runtime.watched import longest, reads
 
 BEAT_S = 1.0  # between two heartbeats, and between two looks at them
 GONE_S = 60.0  # without a sign of life (or half the timeout): a rank is gone, not stuck
@@ -34,6 +34,7 @@ START, STARTING_STEPS = 3, 3  # times the timeout, until these have been done: k
 LAST_WORDS_S = 3.0  # for what may hang too: a disk, a store
 NAMED = 4  # ranks of a group; the others are counted
 
+INDEXING = "indexing the images"  # a phase in which each file that is read is a sign of progress
 RUNS, STUCK, CUT_OFF, FAILED, DONE = "runs", "is stuck", "lost a connection", "failed", "is done"
 
 
@@ -67,12 +68,15 @@ def find_gone(beats: Iterable[Heartbeat], still_s: dict[int, float], gone_s: flo
 
 
 def find_stuck(beats: Iterable[Heartbeat]) -> str:
-    """Who holds up the others once one of them is stuck, as text, or ""."""
+    """Who holds up the others once one of them is stuck, as text, or "". While one of those at the
+    last line still indexes its images the others wait for it, however long."""
     there = [beat for beat in beats if beat.state != DONE]
     if all(beat.state != STUCK for beat in there):
         return ""
     fewest = min(beat.marks for beat in there)
     behind = [beat for beat in there if beat.marks == fewest]
+    if any(beat.phase == INDEXING and beat.state == RUNS for beat in behind):
+        return ""
     if len(behind) < len(there):
         others = " and the others wait"
     else:
@@ -128,6 +132,7 @@ class Watchdog:
         self.clock_s = 0.0
         self._changed_s = dict.fromkeys(self.beats, 0.0)
         self._marks, self._marked_s, self._steps = (0, 0, "starting"), 0.0, 0
+        self._read = reads()
         self._ending: tuple[str, str] | None = None  # state and error once the main thread leaves
         self.verdict = ""
         self._closed = threading.Event()
@@ -172,6 +177,8 @@ class Watchdog:
         """Advance the clock, and decide: what is wrong, or "". A rank that was itself stopped
         has seen next to no time go by, and blames nobody."""
         self.clock_s += min(elapsed_s, 2 * BEAT_S)
+        if self._marks[2] == INDEXING and reads() != self._read:
+            self._read, self._marked_s = reads(), self.clock_s
         self.hear(self.beat())
         if self.beats[0].verdict:
             return self.beats[0].verdict  # rank 0 has decided

@@ -10,6 +10,7 @@ from cjepa_fast.runtime.printable import printable
 NAMED_S = 5.0  # a read that takes longer is named
 
 _reading: dict[int, tuple[float, object]] = {}  # by thread: since when, and what
+_count = [0]  # of what has been read; threads may lose some, and still change it
 
 
 @contextlib.contextmanager
@@ -21,6 +22,17 @@ def watched(name: object) -> Iterator[None]:
         yield
     finally:
         _reading.pop(thread, None)
+        progressed()
+
+
+def progressed() -> None:
+    """Something has been read."""
+    _count[0] += 1
+
+
+def reads() -> int:
+    """Changes with each read that ends: a sign that reading gets on."""
+    return _count[0]
 
 
 def longest() -> str:

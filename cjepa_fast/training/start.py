@@ -145,7 +145,9 @@ def _built(session: Session, device: torch.device) -> tuple[Trainer, Loader, dic
     config = session.config = cpu_micro_batch.fitted(config, device, saved)
     # A resume may still be refused: until then the run's own file stays as it is.
     left_out = None if options.dry_run or state else run / left_out_images.FILE
+    session.watchdog.mark(watchdog.INDEXING)
     loader = build_loader(config, device, build_masks(config), left_out)
+    session.watchdog.mark("building the networks")
     config = session.config = configuration.with_epochs(config, loader.steps_per_epoch)
     with shown_clock("building the networks"):
         trainer = Trainer(

@@ -4,19 +4,21 @@ import json
 import os
 import signal
 import time
+from datetime import timedelta
 
 import pytest
 import tiny
 from launched import TRAIN, Launched, started
 
 from cjepa_fast import checkpoint
-from cjepa_fast.runtime import watchdog
+from cjepa_fast.runtime import distributed, watchdog, watched
 from cjepa_fast.runtime.watchdog import (
     CUT_OFF,
     DONE,
     FAILED,
     GONE_S,
     HASTE_S,
+    INDEXING,
     START,
     Heartbeat,
     Watchdog,
@@ -161,6 +163,47 @@ def test_the_first_steps_may_take_longer():
     dog.mark("in the step", 1)
     ticks = [bool(dog.tick(1.0)) for _ in range(START * TIMEOUT_S + 2)]
     assert ticks.index(True) in range(START * TIMEOUT_S - 1, START * TIMEOUT_S + 2)
+
+
+def test_who_still_indexes_is_waited_for_and_who_no_longer_reads_is_stuck():
+    world = World(3, timeout_s=60)
+    world.mark(INDEXING, 0)
+    for _ in range(12):
+        watched.progressed()
+        for dog in world.dogs[:2]:  # in this one process: that they have read nothing
+            dog._read = watched.reads()
+        assert not world.go_on(60)
+    verdict = world.go_on(START * 60 + 3)[0]
+    assert "all at the same line" in verdict and INDEXING in verdict
+    world.mark("in the step", 1, but=(1,))
+    assert "rank 1 (host" in world.go_on(START * 60 + 3)[0].splitlines()[0]
+
+
+def test_the_ranks_of_a_node_wait_for_its_first_longer_than_for_a_collective(monkeypatch):
+    """Whether that gets on is for the watchdog to see; without one the time is torch's own."""
+    made = []
+    monkeypatch.setattr(distributed.dist, "new_group", lambda **how: made.append(how) or "a group")
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "from_all", lambda mine, group: made.append(group) or [mine])
+    for options, group in (({}, None), ({"timeout": timedelta(seconds=60)}, "a group")):
+        monkeypatch.setattr(distributed, "_group_options", options)
+        distributed._for_long_waits.cache_clear()
+        made.clear()
+        assert distributed.first_on_each_node(lambda: "the index") == "the index"
+        assert made[-2:] == [group, group]
+    distributed._for_long_waits.cache_clear()
+    assert made[0] == {"backend": "gloo", "timeout": distributed.LONG_WAIT}
+    assert distributed.LONG_WAIT.days >= 1
+
+
+def test_what_the_loader_reads_is_no_progress_of_a_step():
+    dog = Watchdog(60)
+    dog.mark("in the step", 1)
+    found = []
+    for _ in range(START * 60 + 2):
+        watched.progressed()
+        found.append(dog.tick(1.0))
+    assert "got stuck" in found[-1]
 
 
 def test_a_rank_that_was_stopped_blames_nobody_and_is_not_stuck():

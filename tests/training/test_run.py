@@ -21,7 +21,8 @@ from cjepa_fast.config import validate
 from cjepa_fast.data import left_out
 from cjepa_fast.model.jepa import JEPA
 from cjepa_fast.runtime import files, run_lock
-from cjepa_fast.training import build, learning, trainer
+from cjepa_fast.runtime.watchdog import INDEXING, Watchdog
+from cjepa_fast.training import build, learning, start, trainer
 from cjepa_fast.training.trainer import Trainer
 
 
@@ -105,6 +106,24 @@ def test_what_failed_while_training_stays_named_after_a_resume_and_a_refused_one
     accepted = "--resume", "auto", "--set", f"data.path={other}", "--accept-changes"
     assert run(config, *accepted) == 0
     assert named() == {"late.jpg": "cannot be decoded", "other.jpg": "empty file"}
+
+
+def test_the_watchdog_knows_when_images_are_indexed(tmp_path, monkeypatch):
+    """Those to train on, and those of eval.online, after which nothing more is built here."""
+    phases, mark = [], Watchdog.mark
+
+    def end(*_):
+        assert phases == [INDEXING, "building the networks", INDEXING]
+        raise ValueError("the end")
+
+    def build_loader(*given):
+        assert phases == [INDEXING]
+        return build.build_loader(*given)
+
+    monkeypatch.setattr(Watchdog, "mark", lambda *a: (phases.append(a[1]), mark(*a)))
+    monkeypatch.setattr(start, "build_loader", build_loader)
+    monkeypatch.setattr(train, "build_online", end)
+    assert run(tiny.write_config(tmp_path)) == 2 and len(phases) == 3
 
 
 def test_a_run_that_has_saved_nothing_yet_begins_anew_and_says_so(finished, capfd):
