@@ -8,17 +8,21 @@ import torch
 
 from cjepa_fast.checkpoint import Stored, damage, latest
 from cjepa_fast.checkpoint.pretrained import CROP, PretrainedEncoder
+from cjepa_fast.data.sources import LIMITS, Limits
 from cjepa_fast.interop import huggingface, ijepa
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime.files import read_json, read_tensors, sha256, write_tensors, write_text
 
 HUB = "hf:"
+KNOWN = f"{', '.join(Limits._fields)}, bit_depth from 9 to 16, the others from 0"
 FINAL = {"target": "encoder", "context": "context_encoder"}  # file names at the end of a run
 
 
 def write_encoder(path: Path, which: str, checkpoint: Path) -> None:
     """Write one encoder of a checkpoint, as save_encoder does."""
-    save_encoder(_read(checkpoint, which), path)
+    encoder = _read(checkpoint, which)
+    encoder.limits = limits_of(checkpoint) or LIMITS
+    save_encoder(encoder, path)
 
 
 def save_encoder(encoder: Encoder, path: Path) -> None:
@@ -27,6 +31,9 @@ def save_encoder(encoder: Encoder, path: Path) -> None:
     write_tensors({k: v.contiguous() for k, v in encoder.state_dict().items()}, partial)
     normalisation = {"mean": encoder.mean, "std": encoder.std}
     described = {**encoder.architecture, **normalisation, "sha256": sha256(partial)}
+    own = getattr(encoder, "limits", LIMITS)._asdict()
+    if changed := {name: value for name, value in own.items() if value != getattr(LIMITS, name)}:
+        described["limits"] = changed
     write_text(path.with_suffix(".json"), json.dumps(described, indent=2))
     partial.rename(path)
 
@@ -44,7 +51,7 @@ def load_encoder(path: str | os.PathLike, which: str = "target") -> PretrainedEn
     if which not in FINAL:
         raise ValueError(f'which={which!r}: must be "target" or "context"')
     path = _found(path)
-    return PretrainedEncoder(_read(path, which), _crop_of(path))
+    return PretrainedEncoder(_read(path, which), _crop_of(path), limits_of(path) or LIMITS)
 
 
 def _found(path: str | os.PathLike) -> Path:
@@ -57,9 +64,45 @@ def _found(path: str | os.PathLike) -> Path:
 
 def _crop_of(path: Path) -> float:
     """Of evaluation's centred square: as the run has it that the path belongs to, or as usual."""
-    run = next((folder for folder in (path, *path.resolve().parents[:2]) if is_run(folder)), None)
+    run = _run_of(path)
     saved = read_json(run / "config.json").get("eval", {}) if run else {}
     return saved.get("crop", CROP)
+
+
+def _run_of(path: Path) -> Path | None:
+    return next((folder for folder in (path, *path.resolve().parents[:2]) if is_run(folder)), None)
+
+
+def limits_of(path: str | os.PathLike) -> Limits | None:
+    """Those that the encoder's images were read by: of the run that the path belongs to, or of the
+    .json beside its weights. What is absent there is as usual; None where neither says any."""
+    if str(path).startswith(HUB):
+        return None
+    path = _found(path)
+    if run := _run_of(path):
+        saved = read_json(run / "config.json")["data"]
+        return LIMITS._replace(**{name: saved[name] for name in Limits._fields if name in saved})
+    description = path.with_suffix(".json")
+    if path.suffix != ".safetensors" or not description.is_file():
+        return None
+    return _limits_in(read_json(description), description)
+
+
+def _limits_in(described: dict, file: Path) -> Limits | None:
+    """Those of an encoder's description, which loses them. Raises ValueError, naming the file."""
+    changed = described.pop("limits", None)
+    if changed is None:
+        return None
+    try:
+        limits = Limits(**changed)
+        sound = limits.bit_depth in (None, *range(9, 17)) and all(
+            isinstance(x, (int, float)) and x >= 0 for x in limits._replace(bit_depth=0)
+        )
+    except TypeError:
+        sound = False
+    if not sound:
+        raise ValueError(f"{file}: its limits {changed} are none of the data section's: {KNOWN}")
+    return limits
 
 
 def _read(path: Path, which: str) -> Encoder:
@@ -115,6 +158,7 @@ def _build_encoder(
     try:
         described = read_json(description)
         checksum = described.pop("sha256", None)
+        _limits_in(described, description)
         normalisation = {name: tuple(described.pop(name)) for name in ("mean", "std")}
         encoder = Encoder(**described).eval()
     except (KeyError, TypeError, AttributeError) as error:

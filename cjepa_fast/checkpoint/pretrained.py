@@ -24,6 +24,7 @@ from PIL import Image, ImageOps
 from cjepa_fast.checkpoint.bands import bands_of, is_of_bands
 from cjepa_fast.data import crops, formats
 from cjepa_fast.data.pillow_decode import resized, resized_array, window_of
+from cjepa_fast.data.sources import LIMITS, Limits
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime.image_size import ImageSize, height_width
 
@@ -36,8 +37,11 @@ THREADS = 8  # at most, that read and resize images
 class Transform:
     """An image, as in the module's first lines, -> (C, H, W) fp32, normalised for the encoder."""
 
-    def __init__(self, image_size: ImageSize, mean: tuple, std: tuple, crop: float):
+    def __init__(
+        self, image_size: ImageSize, mean: tuple, std: tuple, crop: float, limits: Limits = LIMITS
+    ):
         self.image_size, self.mean, self.std, self.crop = image_size, mean, std, crop
+        self.limits = limits  # of which max_pixels and bit_depth hold here
 
     def __call__(self, image: Any) -> torch.Tensor:
         """Raises ValueError for what is no image of those kinds, or cannot be decoded."""
@@ -47,12 +51,12 @@ class Transform:
         return (torch.from_numpy(pixels_HWC).permute(2, 0, 1).float() - mean) * std.reciprocal()
 
     def _rgb(self, image: Any) -> np.ndarray:
-        picture = _rgb(image)
+        picture = _rgb(image, self.limits)
         window = self._window(picture.height, picture.width)
         return np.array(resized(window_of(picture, *window), height_width(self.image_size)))
 
     def _bands(self, image: Any) -> np.ndarray:
-        pixels_HWC = bands_of(image, len(self.mean))
+        pixels_HWC = bands_of(image, len(self.mean), self.limits)
         window = self._window(*pixels_HWC.shape[:2])
         return resized_array(pixels_HWC, window, height_width(self.image_size))
 
@@ -68,19 +72,20 @@ class PretrainedEncoder(Encoder):
     """An Encoder, in evaluation mode: `encoder(images)` takes normalised batches as ever.
 
     mean, std: the normalisation its images had; crop: the share of the largest centred
-    window that evaluation keeps; transform: what makes such an image of any other.
+    window that evaluation keeps; limits: as its training had them, of which max_pixels and
+    bit_depth hold for `embed` too; transform: what makes such an image of any other.
     """
 
-    def __init__(self, encoder: Encoder, crop: float):
+    def __init__(self, encoder: Encoder, crop: float, limits: Limits = LIMITS):
         with torch.device("meta"):
             super().__init__(**encoder.architecture)
         self.load_state_dict(encoder.state_dict(), assign=True)
-        self.mean, self.std, self.crop = encoder.mean, encoder.std, crop
+        self.mean, self.std, self.crop, self.limits = encoder.mean, encoder.std, crop, limits
         self.eval()
 
     @property
     def transform(self) -> Transform:
-        return Transform(self.image_size, self.mean, self.std, self.crop)
+        return Transform(self.image_size, self.mean, self.std, self.crop, self.limits)
 
     @torch.no_grad()
     def embed(self, images: Any, pool: str = "mean", batch_size: int = 64) -> torch.Tensor:
@@ -125,28 +130,28 @@ def _several(images: Any) -> Iterable:
     return images
 
 
-def _rgb(image: Any) -> Image.Image:
+def _rgb(image: Any, limits: Limits) -> Image.Image:
     """Upright, 8 bits. Raises ValueError."""
     if isinstance(image, (str, os.PathLike)):
-        return _read(Path(image))
+        return _read(Path(image), limits)
     if isinstance(image, Image.Image):
         if image.mode in formats.DEEP_MODES:
-            return _of_array(np.asarray(image))
+            return _of_array(np.asarray(image), limits.bit_depth)
         return ImageOps.exif_transpose(image).convert("RGB")
     if isinstance(image, torch.Tensor):
         return _of_tensor(image.detach().cpu())
     if isinstance(image, np.ndarray):
-        return _of_array(image)
+        return _of_array(image, limits.bit_depth)
     raise ValueError(
         f"an image must be a path, a PIL image, a numpy array or a tensor, not {type(image)}"
     )
 
 
-def _read(path: Path) -> Image.Image:
+def _read(path: Path, limits: Limits) -> Image.Image:
     if path.is_dir():
         raise ValueError(f"{path} is a folder: `cjepa-embed` takes those; or give its files")
     try:
-        return formats.decode_rgb(path.read_bytes())
+        return formats.decode_rgb(path.read_bytes(), limits.max_pixels, limits.bit_depth)
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
     except OSError as error:
@@ -163,21 +168,23 @@ def _of_tensor(image: torch.Tensor) -> Image.Image:
     return _of_array(image.permute(1, 2, 0).numpy())
 
 
-def _of_array(image: np.ndarray) -> Image.Image:
+def _of_array(image: np.ndarray, bits: int | None = None) -> Image.Image:
     if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3)):
         raise ValueError(
             f"an array of shape {image.shape}: an image is (H, W) or (H, W, 3), channels last; "
             "give (3, H, W) as a tensor"
         )
-    image = _eight_bits(image.reshape(*image.shape[:2], -1))
+    image = _eight_bits(image.reshape(*image.shape[:2], -1), bits)
     return Image.fromarray(image.repeat(3, 2) if image.shape[2] == 1 else image)
 
 
-def _eight_bits(image: np.ndarray) -> np.ndarray:
+def _eight_bits(image: np.ndarray, bits: int | None) -> np.ndarray:
+    """bits: in use of more than 8, where fewer than 16. Brighter values are white, as in files."""
     if image.dtype == np.uint8:
         return image
     if image.dtype in (np.uint16, np.int32):
-        return _rounded(image / 65535, f"{image.dtype} values")
+        shares = (image / (2**bits - 1)).clip(max=1) if bits else image / 65535
+        return _rounded(shares, f"{image.dtype} values")
     if np.issubdtype(image.dtype, np.floating):
         return _rounded(image, "floats")
     raise ValueError(f"an image of {image.dtype}: must be uint8, uint16, or floats from 0 to 1")

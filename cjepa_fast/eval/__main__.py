@@ -9,7 +9,9 @@ import importlib
 import sys
 
 from cjepa_fast import config
+from cjepa_fast.checkpoint.encoders import limits_of
 from cjepa_fast.data.batches import ImagesGone
+from cjepa_fast.data.sources import Limits
 from cjepa_fast.eval import cli
 from cjepa_fast.runtime import distributed, hardware
 from cjepa_fast.runtime.command_line import Parser
@@ -90,6 +92,7 @@ def _complete(args: argparse.Namespace) -> None:
     made_with = config.read(run) if run else config.Config()
     if getattr(args, "config", None):
         made_with = config.load(args.config)
+    args.limits = (checkpoint and limits_of(checkpoint)) or Limits.of(made_with.data)
     known = {"seed": made_with.run.seed, **made_with.eval.model_dump()}
     for name in OF_THE_RUN:
         if getattr(args, name, 0) is None:

@@ -152,7 +152,9 @@ def draw(encoders, rows, splits, args: argparse.Namespace, cache: Path, out: Pat
         with _drawing(name):
             parser = Parser()
             task.add_options(parser)
-            task.run(parser.parse_args([str(of), *words, "--out", str(out / f"{name}.png")]))
+            asked = parser.parse_args([str(of), *words, "--out", str(out / f"{name}.png")])
+            asked.limits = args.limits
+            task.run(asked)
 
 
 @contextlib.contextmanager

@@ -21,9 +21,9 @@ from pathlib import Path
 
 import torch
 
-from cjepa_fast.checkpoint.encoders import is_run, load_encoder
+from cjepa_fast.checkpoint.encoders import is_run, limits_of, load_encoder
 from cjepa_fast.data import locations, rng
-from cjepa_fast.data.sources import ImageSet, NothingUsable, open_images
+from cjepa_fast.data.sources import LIMITS, ImageSet, Limits, NothingUsable, open_images
 from cjepa_fast.eval.features import digest, extract, split_by_name
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime import caches, distributed, hardware
@@ -186,11 +186,24 @@ def fresh_like(encoder: Encoder, seed: int) -> Encoder:
     return fresh
 
 
-def labelled(path: str, label_list: str | None = None) -> ImageSet:
+def tell_other_limits(checkpoints: Sequence[str | Path], limits: Limits) -> None:
+    """Say which of several have not the limits that the images are read by, the first's."""
+    for checkpoint in checkpoints[1:]:
+        own = (limits_of(checkpoint) or LIMITS)._asdict()
+        other = [f"{k} {v}" for k, v in own.items() if v != getattr(limits, k)]
+        if other and distributed.rank() == 0:
+            print(
+                f"{checkpoint} was trained with data.{', data.'.join(other)}: here its images are "
+                f"read as those of {checkpoints[0]}",
+                file=sys.stderr,
+            )
+
+
+def labelled(path: str, label_list: str | None = None, limits: Limits = LIMITS) -> ImageSet:
     """The images that have a label; the others are left out aloud. Raises ValueError where those
     are more. label_list: a file of labels, instead of the images' own."""
     try:
-        images = open_images(path, labelled=True, label_list=label_list)
+        images = open_images(path, labelled=True, label_list=label_list, limits=limits)
     except NothingUsable as error:
         raise ValueError(f"{path} has no labels: {LABELLED} ({error})") from error
     without = images.unlabelled
@@ -213,15 +226,17 @@ def labelled_splits(
     max_test: int | None = None,
     labels: str | None = None,
     test_labels: str | None = None,
+    limits: Limits = LIMITS,
 ) -> tuple[Split, Split]:
-    """Training and test images, at most so many. labels, test_labels: files of them.
+    """Training and test images, at most so many. labels, test_labels: files of them. limits: what
+    counts as usable, and how it is read.
 
     Without `test`, 20 % of `data` by a hash of the names; the synthetic dataset has its own
     held-out split. Raises ValueError where labels are missing.
     """
     if test is None and (held_out := locations.split_beside(Path(data))):
         test = str(held_out)
-    train_set = labelled(data, labels)
+    train_set = labelled(data, labels, limits)
     if test is None and data == "shapes":
         test = "shapes:val"
     if test is None and test_labels:
@@ -230,7 +245,7 @@ def labelled_splits(
         train_keep, test_keep = split_by_name(train_set)
         test_set = train_set
     else:
-        test_set = labelled(test, test_labels)
+        test_set = labelled(test, test_labels, limits)
         train_keep, test_keep = torch.arange(len(train_set)), torch.arange(len(test_set))
         _match_classes({data: train_set, test: test_set})
     if not len(train_keep) or not len(test_keep):
@@ -244,7 +259,7 @@ def labelled_splits(
 def splits_of(args: argparse.Namespace) -> tuple[Split, Split]:
     """`labelled_splits` by the options of `add_sets`."""
     files = {"labels": args.labels, "test_labels": args.test_labels}
-    return labelled_splits(args.data, args.test, args.max_train, **files)
+    return labelled_splits(args.data, args.test, args.max_train, **files, limits=args.limits)
 
 
 def _match_classes(splits: dict[str, ImageSet]) -> None:

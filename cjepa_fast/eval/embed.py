@@ -56,11 +56,12 @@ def run(args: argparse.Namespace) -> None:
     """Raises ValueError for an ending without a writer, a file that is there, parts of others."""
     write = _writer(args.out, args.pool)
     encoder = load_encoder(args.checkpoint, args.which)
-    images = open_images(args.images)
+    images = open_images(args.images, limits=args.limits)
     facts = {
         "encoder": digest(encoder), "images": images.fingerprint, "pool": args.pool,
         "crop": args.crop, "bf16": args.bf16, "part": PART,
     }  # fmt: skip
+    facts |= {"bit_depth": args.limits.bit_depth} if args.limits.bit_depth else {}
     parts = args.out.with_name(f"{args.out.name}.parts")
     distributed.from_rank_0(lambda: _begin(parts, facts))
     files = [*_extracted(encoder, images, parts, args)]
@@ -93,7 +94,7 @@ def _begin(parts: Path, facts: dict) -> None:
     if not (parts / FACTS).is_file():
         write_text(parts / FACTS, json.dumps(facts, indent=2))
     before = read_json(parts / FACTS)
-    if differs := sorted(key for key in facts if before.get(key) != facts[key]):
+    if differs := sorted(k for k in facts.keys() | before if before.get(k) != facts.get(k)):
         raise ValueError(
             f"{parts} holds parts of other features (another {', '.join(differs)}): remove it, or "
             "name another --out"

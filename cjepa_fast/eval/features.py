@@ -1,6 +1,7 @@
 """What an encoder makes of each image of a set: a vector, or one for each patch.
 
-Kept on disk by what decides them: weights, images (their names and sizes in bytes), crop, layers.
+Kept on disk by what decides them: weights, images (their names and sizes in bytes, and their bit
+depth, where it is set), crop, layers.
 Of several ranks each takes its share of the images.
 Shapes: n images of a set, B images of a batch, N patches, D width.
 """
@@ -84,6 +85,7 @@ def extract(
         device_type,
     ]
     facts += ["flip"] if flip else []
+    facts += [{"bit_depth": images.limits.bit_depth}] if images.limits.bit_depth else []
     path = cache / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}.safetensors"
     if (found := _kept_for_all(path)) is None:
         features, index = make(everywhere=False)

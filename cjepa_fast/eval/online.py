@@ -19,7 +19,7 @@ from cjepa_fast import config as configuration
 from cjepa_fast.config import Config
 from cjepa_fast.data.evaluation import eval_batches
 from cjepa_fast.data.masks import Masks, MaskSampler
-from cjepa_fast.data.sources import ImageSet
+from cjepa_fast.data.sources import ImageSet, Limits
 from cjepa_fast.eval.cli import Split, labelled_splits
 from cjepa_fast.eval.features import Subset
 from cjepa_fast.eval.figures import snapshots
@@ -177,7 +177,9 @@ def build_online(
     paths = (own.data, own.test, own.labels, own.test_labels)
     train, test, *labels = (path and configuration.expanded(path) for path in paths)
     splits = distributed.first_on_each_node(
-        lambda: labelled_splits(train, test, own.max_train, own.max_test, *labels)
+        lambda: labelled_splits(
+            train, test, own.max_train, own.max_test, *labels, limits=Limits.of(data)
+        )
     )
     micro_batch, _ = data.micro_batches(distributed.world_size())
     return OnlineEvaluation(

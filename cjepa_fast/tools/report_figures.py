@@ -6,7 +6,7 @@ import torch
 
 from cjepa_fast import config
 from cjepa_fast.checkpoint.encoders import load_encoder
-from cjepa_fast.data.sources import ImageSet, open_images
+from cjepa_fast.data.sources import ImageSet, Limits, open_images
 from cjepa_fast.eval import cli
 from cjepa_fast.eval.figures import attention, mask_columns, pca, retrieve, side_by_side
 from cjepa_fast.eval.figures.sheets import load_images, spread_over
@@ -24,7 +24,8 @@ def sections(runs: list[RunRecord], named: str | None) -> list[tuple[str, str]]:
     run's."""
     paths = [config.expanded(named)] if named else config.image_paths(runs[0].settings.data)
     try:
-        images = open_images(paths, log=lambda text: None)
+        limits = Limits.of(runs[0].settings.data)
+        images = open_images(paths, limits=limits, log=lambda text: None)
     except (ValueError, OSError) as error:
         why = f"Not drawn, since the images are not here ({error}); --images SET names others."
         return [("Figures", html_page.note(why, "warn"))]
@@ -53,8 +54,9 @@ def _of_features(
 ) -> list[tuple[str, str]]:
     crop = runs[0].settings.eval.crop
     asked = argparse.Namespace(
-        images=paths, count=SHOWN, crop=crop, checkpoints=[run.folder for run in runs]
-    )
+        images=paths, count=SHOWN, crop=crop, checkpoints=[run.folder for run in runs],
+        limits=images.limits,
+    )  # fmt: skip
     heads = attention.SINGLE_HEADS if len(runs) == 1 else 0
 
     def maps(encoders, images_B3HW):

@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 from cjepa_fast import config
+from cjepa_fast.data.sources import Limits
 from cjepa_fast.eval import cli, uncertainty
 from cjepa_fast.eval.figures.curves import series
 from cjepa_fast.telemetry import read_log
@@ -79,7 +80,10 @@ class RunRecord:
         paths = (own.data, own.test, own.labels, own.test_labels)
         train, test, *labels = (path and config.expanded(path) for path in paths)
         try:
-            _, (_, keep) = cli.labelled_splits(train, test, own.max_train, own.max_test, *labels)
+            _, (_, keep) = cli.labelled_splits(
+                train, test, own.max_train, own.max_test, *labels,
+                limits=Limits.of(self.settings.data),
+            )  # fmt: skip
         except (ValueError, OSError):
             return None
         return len(keep)

@@ -14,6 +14,7 @@ from cjepa_fast import config as configuration
 from cjepa_fast.checkpoint.pretrained import Transform
 from cjepa_fast.config import Config
 from cjepa_fast.data.masks import Masks
+from cjepa_fast.data.sources import Limits
 from cjepa_fast.eval.figures import style
 from cjepa_fast.eval.figures.sheets import Column, Outline, as_arrays, sheet
 from cjepa_fast.runtime.image_size import height_width
@@ -82,7 +83,8 @@ def masks(
     """
     settings = configuration.of(config, overrides or {})
     data, sampler = settings.data, build_masks(settings)
-    transform = Transform(data.image_size, data.mean, data.std, settings.eval.crop)
+    limits = Limits.of(data)
+    transform = Transform(data.image_size, data.mean, data.std, settings.eval.crop, limits)
     blank = [torch.zeros(data.channels, *height_width(data.image_size))] * count
     images_B3HW = torch.stack([transform(image) for image in images] or blank)
     drawn = sampler(epoch=0, step=0, index_B=torch.arange(len(images_B3HW)))

@@ -9,7 +9,7 @@ import torch
 from cjepa_fast import config
 from cjepa_fast.config import Config
 from cjepa_fast.data.masks import Masks
-from cjepa_fast.data.sources import ImageSet, open_images
+from cjepa_fast.data.sources import ImageSet, Limits, open_images
 from cjepa_fast.eval import cli
 from cjepa_fast.eval.figures.curves import short_names
 from cjepa_fast.eval.figures.mask_columns import columns
@@ -47,7 +47,8 @@ def run(args: argparse.Namespace) -> None:
     shown: list[Column] = []
     rows = []
     for name, settings in named.items():
-        images = open_images(args.images or config.image_paths(settings.data))
+        paths = args.images or config.image_paths(settings.data)
+        images = open_images(paths, limits=Limits.of(settings.data))
         made, masks = _drawn(settings, images, args.count)
         if len(named) > 1:
             made = [column._replace(heading=f"{name}\n{column.heading}") for column in made[:ALONE]]

@@ -166,7 +166,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    images = open_images(args.data)
+    cli.tell_other_limits(args.checkpoints, args.limits)
+    images = open_images(args.data, limits=args.limits)
     encoders = {}
     for name, checkpoint in zip(short_names(args.checkpoints), args.checkpoints, strict=True):
         if args.which == "both":

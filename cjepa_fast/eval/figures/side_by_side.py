@@ -39,7 +39,9 @@ def gather(
     size: of the images' short side in pixels, rounded to whole patches; None: what each encoder was
     trained at.
     """
-    images, column, shown, rows = open_images(args.images), None, {}, []
+    cli.tell_other_limits(args.checkpoints, args.limits)
+    images = open_images(args.images, limits=args.limits)
+    column, shown, rows = None, {}, []
     names = short_names(args.checkpoints)
     for name, checkpoint in zip(names, args.checkpoints, strict=True):
         encoders = {k: x.to(cli.device()) for k, x in load_encoders(checkpoint).items()}

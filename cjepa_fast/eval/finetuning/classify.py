@@ -59,6 +59,7 @@ def tune(
     """
     facts = {"recipe": asdict(chosen), "encoder": digest(encoder), "images": train.fingerprint}
     facts |= {"classes": classes, "seed": args.seed, "processes": world_size()}
+    facts |= {"bit_depth": train.limits.bit_depth}
     torch.manual_seed(args.seed)
     model = Classifier(encoder, classes, args.bf16).to(cli.device())
     add_drop_path(encoder, chosen.drop_path)

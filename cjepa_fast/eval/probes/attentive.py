@@ -124,6 +124,7 @@ def train(
     """
     facts = {"recipe": asdict(chosen), "encoder": digest(encoder), "images": images.fingerprint}
     facts |= {"classes": classes, "seed": args.seed, "processes": world_size()}
+    facts |= {"bit_depth": images.limits.bit_depth}
     torch.manual_seed(args.seed)
     probe = AttentiveProbe(encoder, classes, args.bf16).to(cli.device())
     learner = Learner(probe, encoder, 1.0, chosen.weight_decay, clip=chosen.clip)

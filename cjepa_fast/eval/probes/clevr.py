@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from cjepa_fast.data.sources import ImageSet, open_images
+from cjepa_fast.data.sources import LIMITS, ImageSet, Limits, open_images
 from cjepa_fast.eval import cli
 from cjepa_fast.eval.features import extract, split_by_name
 from cjepa_fast.eval.probes import linear
@@ -86,22 +86,23 @@ def facts_beside(images: ImageSet) -> list[Fact]:
 
 
 def splits_of(
-    data: str, test: str | None, max_train: int | None
+    data: str, test: str | None, max_train: int | None, limits: Limits = LIMITS
 ) -> tuple[list[cli.Split], list[list[Fact]]]:
     """Training and test images with their facts, in the order of their positions."""
     root = Path(data)
     if (root / "images" / "train").is_dir():
         if test:
             raise ValueError(f"--test {test}: of a CLEVR folder its own val is taken; leave it out")
-        sets = [open_images(root / "images" / split) for split in ("train", "val")]
+        paths = [root / "images" / split for split in ("train", "val")]
+        sets = [open_images(path, limits=limits) for path in paths]
         facts = [facts_of_clevr(root, s, x) for s, x in zip(("train", "val"), sets, strict=True)]
         keeps = [torch.arange(len(images)) for images in sets]
     elif test or data == "shapes":
-        sets = [open_images(path) for path in (data, test or "shapes:val")]
+        sets = [open_images(path, limits=limits) for path in (data, test or "shapes:val")]
         facts = [facts_beside(images) for images in sets]
         keeps = [torch.arange(len(images)) for images in sets]
     else:
-        sets = [open_images(data)] * 2
+        sets = [open_images(data, limits=limits)] * 2
         facts = [facts_beside(sets[0])] * 2
         keeps = list(split_by_name(sets[0]))
         if not all(map(len, keeps)):
@@ -155,7 +156,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """A row for each encoder, question and number of layers."""
     linear.complete_sweep(args)
-    splits, facts = splits_of(args.data, args.test, args.max_train)
+    splits, facts = splits_of(args.data, args.test, args.max_train, args.limits)
     labels = labels_of(*facts)
     rows = []
     for name, encoder in cli.encoders_of(args).items():

@@ -176,7 +176,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """A row for each encoder: the other one of the run too, where it is there."""
-    images = open_images(args.data)
+    images = open_images(args.data, limits=args.limits)
     encoders = cli.encoders_of(args)
     others = load_encoders(args.checkpoint) if Path(args.checkpoint).is_dir() else {}
     encoders |= {which: other for which, other in others.items() if which != args.which}
