@@ -69,6 +69,25 @@ def test_labels_of_a_flat_folder_from_a_file(run, data, tmp_path, capsys):
     assert "name the images too, by --test" in capsys.readouterr().err
 
 
+TAKE_LABELS = ("all", "knn", "linear", "attentive", "semi", "finetune")
+
+
+@pytest.mark.parametrize("task", TAKE_LABELS)
+def test_every_command_that_takes_files_of_labels_reads_them(run, task, monkeypatch):
+    asked = []
+
+    def labelled(path, label_list=None, limits=None):
+        asked.append((path, label_list))
+        if len(asked) == 2:
+            raise ValueError("both are asked for")
+        return []
+
+    monkeypatch.setattr(cli, "labelled", labelled)
+    words = ["--data", "a", "--test", "b", "--labels", "a.txt", "--test-labels", "b.txt"]
+    assert main([task, str(run), *words]) == 2
+    assert asked == [("a", "a.txt"), ("b", "b.txt")]
+
+
 def test_knn_writes_what_the_parts_compute(run, data, tmp_path, capsys):
     out = tmp_path / "deep" / "knn.json"
     test = shutil.copytree(data, tmp_path / "copy")

@@ -61,7 +61,7 @@ def seen(monkeypatch):
 
 COMMANDS = {
     "all --data": [], "knn --data": [], "linear --data": [], "semi --data": [],
-    "finetune --data": [], "clevr --data": [], "collapse --data": [],
+    "attentive --data": [], "finetune --data": [], "clevr --data": [], "collapse --data": [],
     "embed": ["--out", "a.npz"], "retrieve --data": ["--out", "a.png"],
     "attention --images": ["--out", "a.png"], "pca --images": ["--out", "a.png"],
     "masks --images": ["--out", "a.png"],

@@ -176,7 +176,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """A row for each encoder."""
-    splits = cli.labelled_splits(args.data, args.test, args.max_train)
+    splits = cli.splits_of(args)
     chosen = classify.changed(ProbeRecipe(), args.set)
     args.recipe = asdict(chosen)
     rows = [
