@@ -126,6 +126,7 @@ def test_what_is_wrong_names_the_file(encoder, data, capsys, monkeypatch):
     fails("--slide 40", "gaps", "--slide", 40, "--crop-size", 24)
     fails("--resume", "--save", "--resume")
     fails("--batch-size 1", "2 or more", "--head", "upernet", "--batch-size", 1)
+    fails("--layers 4", "upernet reads a block of each", "--head", "upernet", "--layers", 4)
     fails("1 classes", "two or more", "--ignore-index", 0, 1)
     shutil.rmtree(data / "images" / "val")
     fails(data / "images", "no folder validation or val or test")

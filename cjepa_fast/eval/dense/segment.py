@@ -221,6 +221,11 @@ def complete(args: argparse.Namespace, patch_size: int) -> None:
     args.frozen = args.frozen or args.head == "linear"
     if args.frozen and args.drop_path:
         raise ValueError(f"--drop-path {args.drop_path}: a frozen encoder drops none; leave it out")
+    if args.head != "linear" and args.layers != 1:
+        raise ValueError(
+            f"--layers {args.layers}: {args.head} reads a block of each quarter of the encoder; "
+            "leave it out, or take --head linear"
+        )
     for name, value in RECIPES[args.head].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
