@@ -111,6 +111,24 @@ def test_views_are_crops_of_their_own_image(measured):
     assert 0 < within < (mixed - mixed.mean(1, keepdim=True)).square().mean()
 
 
+def test_an_image_without_all_its_crops_is_left_out(measured, monkeypatch, capsys):
+    """As of a JPEG that ends early, whose lower crops are dropped. Others' views stay theirs."""
+    encoder, images, reading, _ = measured
+    keep, read = torch.tensor([1, 4, 5, 9]), features.image_vectors
+
+    def some(*args, **options):
+        found, index = read(*args, **options)
+        there = torch.ones(len(index), dtype=torch.bool)
+        there[[4, 6, 7, 8]] = False  # one view of image 4, all of image 5
+        return found[there], index[there]
+
+    whole = collapse._views(encoder, images, keep, 3, 0, **reading)
+    assert "left out" not in capsys.readouterr().out
+    monkeypatch.setattr(collapse, "image_vectors", some)
+    assert torch.equal(collapse._views(encoder, images, keep, 3, 0, **reading), whole[[0, 3]])
+    assert "2 of 4 images left out of LiDAR and alignment" in capsys.readouterr().out
+
+
 def test_the_picture_and_its_numbers(measured, tmp_path):
     found = measured[-1]
     rows = [{"encoder": name, **json.loads(json.dumps(found))} for name in ("untrained", "trained")]

@@ -92,7 +92,8 @@ def measure(
 
 @torch.inference_mode()
 def _views(encoder, images, keep, views, seed, *, device, bf16=False, **reading) -> torch.Tensor:
-    """Features of random crops of each image: (n, q, D)."""
+    """Features of random crops of each image: (n, q, D), of those of keep (n,) all whose crops can
+    be used. How many are left out is said."""
     keep_nq = keep.repeat_interleave(views)
     uniforms = rng.uniforms(seed, rng.CROP, 0, torch.arange(len(keep_nq)), crops.CROP_UNIFORMS)
     windows_nq4 = crops.random_resized(
@@ -108,11 +109,16 @@ def _views(encoder, images, keep, views, seed, *, device, bf16=False, **reading)
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
             return encoder(images_B3HW).float().mean(1)
 
-    features, _ = image_vectors(
+    features, index = image_vectors(
         images, pooled, image_size=encoder.image_size, mean=encoder.mean, std=encoder.std,
         keep=keep_nq, crop=1.0, windows_n4=windows_nq4, device=device, title="views", **reading,
     )  # fmt: skip
-    return features.unflatten(0, (-1, views))
+    _, count_i = index.unique_consecutive(return_counts=True)
+    whole_i = count_i == views  # of a JPEG that ends early some crops may be left out
+    if (others := len(keep) - int(whole_i.sum())) and distributed.rank() == 0:
+        print(f"{others} of {len(keep)} images left out of LiDAR and alignment: not all of their "
+              f"{views} crops can be used")  # fmt: skip
+    return features[whole_i.repeat_interleave(count_i)].unflatten(0, (-1, views))
 
 
 def draw(rows: list[cli.Row], out: Path | str, title: str) -> Path:
