@@ -199,15 +199,18 @@ def tell_other_limits(checkpoints: Sequence[str | Path], limits: Limits) -> None
             )
 
 
-def labelled(path: str, label_list: str | None = None, limits: Limits = LIMITS) -> ImageSet:
+def labelled(
+    path: str, label_list: str | None = None, limits: Limits = LIMITS, part: bool = False
+) -> ImageSet:
     """The images that have a label; the others are left out aloud. Raises ValueError where those
-    are more. label_list: a file of labels, instead of the images' own."""
+    are more, unless a part of the images is meant. label_list: a file of labels, instead of the
+    images' own."""
     try:
         images = open_images(path, labelled=True, label_list=label_list, limits=limits)
     except NothingUsable as error:
         raise ValueError(f"{path} has no labels: {LABELLED} ({error})") from error
     without = images.unlabelled
-    if without > len(images):
+    if without > len(images) and not part:
         raise ValueError(
             f"{path}: {without} of {without + len(images)} images have no label: {LABELLED}"
         )
@@ -232,11 +235,19 @@ def labelled_splits(
     counts as usable, and how it is read.
 
     Without `test`, 20 % of `data` by a hash of the names; the synthetic dataset has its own
-    held-out split. Raises ValueError where labels are missing.
+    held-out split. `test` may be `data`, where files of labels divide its images. Raises
+    ValueError where labels are missing, or an image is in both.
     """
     if test is None and (held_out := locations.split_beside(Path(data))):
         test = str(held_out)
-    train_set = labelled(data, labels, limits)
+    same = test is not None and _same_file(data, test)
+    if same and _same_file(labels, test_labels):
+        which = f"with the labels of {labels}" if labels else "with its own labels"
+        raise ValueError(
+            f"{data} is the training set and the test set, both {which}: name another test set, "
+            "files of labels for each, or no test set, which keeps 20 % of the images for testing"
+        )
+    train_set = labelled(data, labels, limits=limits, part=same)
     if test is None and data == "shapes":
         test = "shapes:val"
     if test is None and test_labels:
@@ -245,9 +256,12 @@ def labelled_splits(
         train_keep, test_keep = split_by_name(train_set)
         test_set = train_set
     else:
-        test_set = labelled(test, test_labels, limits)
+        test_set = labelled(test, test_labels, limits=limits, part=same)
         train_keep, test_keep = torch.arange(len(train_set)), torch.arange(len(test_set))
-        _match_classes({data: train_set, test: test_set})
+        names = (labels or data, test_labels or test) if same else (data, test)
+        if same:
+            _refuse_shared(train_set, test_set, " and ".join(names))
+        _match_classes(list(zip(names, (train_set, test_set), strict=True)))
     if not len(train_keep) or not len(test_keep):
         raise ValueError(
             f"{data}: splitting its {len(train_set)} images leaves {len(train_keep)} for training "
@@ -262,20 +276,36 @@ def splits_of(args: argparse.Namespace) -> tuple[Split, Split]:
     return labelled_splits(args.data, args.test, args.max_train, **files, limits=args.limits)
 
 
-def _match_classes(splits: dict[str, ImageSet]) -> None:
-    """Number the second split's classes as the first does, by their names. Raises ValueError for a
-    class that one of them alone has, and for a number that the second alone has."""
-    train, test = splits.values()
-    both = " and ".join(splits)
+def _same_file(one: str | None, other: str | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
+def _refuse_shared(train: ImageSet, test: ImageSet, both: str) -> None:
+    names = {train.name(i) for i in range(len(train))}
+    if shared := [name for name in map(test.name, range(len(test))) if name in names]:
+        raise ValueError(
+            f"{both}: {len(shared)} images are in both, {printable(shared[0])} among them: an "
+            "image for testing must not be trained on"
+        )
+
+
+def _match_classes(splits: list[tuple[str, ImageSet]]) -> None:
+    """Number the second split's classes as the first does, by their names. splits: each with what
+    names it. Raises ValueError for a class that one of them alone has, and for a number that the
+    second alone has."""
+    (_, train), (_, test) = splits
+    both = " and ".join(name for name, _ in splits)
     if (train.classes is None) != (test.classes is None):
         raise ValueError(
             f"{both}: one has names of classes, the other numbers: name these in a classes.txt, a "
             "name a line from class 0 on, beside the shards or the list of labels"
         )
-    named = {name: set(s.classes or s.labels.unique().tolist()) for name, s in splits.items()}
-    ways = list(itertools.permutations(named)) if train.classes else [(*reversed(splits),)]
-    for one, other in ways:
-        if only := sorted(named[one] - named[other]):
+    named = [(name, set(s.classes or s.labels.unique().tolist())) for name, s in splits]
+    ways = list(itertools.permutations(named)) if train.classes else [(*reversed(named),)]
+    for (one, own), (_, others) in ways:
+        if only := sorted(own - others):
             said = f"{', '.join(map(repr, only[:3]))}{', ...' * (len(only) > 3)}"
             raise ValueError(f"{both} do not have the same classes: {said} only in {one}")
     if test.classes != train.classes:

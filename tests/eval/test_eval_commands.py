@@ -76,7 +76,7 @@ TAKE_LABELS = ("all", "knn", "linear", "attentive", "semi", "finetune")
 def test_every_command_that_takes_files_of_labels_reads_them(run, task, monkeypatch):
     asked = []
 
-    def labelled(path, label_list=None, limits=None):
+    def labelled(path, label_list=None, **reading):
         asked.append((path, label_list))
         if len(asked) == 2:
             raise ValueError("both are asked for")
@@ -140,6 +140,33 @@ def test_test_labels_follow_the_names_of_the_classes(tmp_path, monkeypatch):
     assert test.labels.tolist() == [2, 0, 1, 2, 0, 1]
     with pytest.raises(ValueError, match=rf"'cow' only in {three}|'dog' only in {one}"):
         labelled_splits(one, three)
+
+
+def test_two_lists_of_labels_split_one_folder(tmp_path, monkeypatch):
+    """Documented as a way to name splits; the same labels for both are refused."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "flat"
+    lines = []
+    for i in range(8):
+        made.write(folder / f"{i}.jpg", made.encoded(made.picture(i)))
+        lines.append(f"{i}.jpg {'owl' if i % 2 else 'cat'}\n")
+    files = [tmp_path / f"{name}.txt" for name in ("train", "test", "other")]
+    for file, text in zip(files, (lines[:5], lines[5:], ["7.jpg cow\n"]), strict=True):
+        file.write_text("".join(text))
+    one, two, other = map(str, files)
+    path = str(folder)
+    (train, keep), (test, test_keep) = labelled_splits(path, path, labels=one, test_labels=two)
+    assert (len(keep), len(test_keep)) == (5, 3) and train.classes == test.classes == ["cat", "owl"]
+    assert [test.name(i) for i in range(3)] == ["5.jpg", "6.jpg", "7.jpg"]
+    with pytest.raises(ValueError, match=rf"{one} and {other} .* 'cat', 'owl' only in {one}"):
+        labelled_splits(path, path, labels=one, test_labels=other)
+    files[2].write_text("".join(lines[4:]))
+    with pytest.raises(ValueError, match=rf"{one} and {other}: 1 images are in both, 4.jpg among"):
+        labelled_splits(path, path, labels=one, test_labels=other)
+    with pytest.raises(ValueError, match=r"both with the labels of .*train\.txt: name"):
+        labelled_splits(path, f"{path}/", labels=one, test_labels=one)
+    with pytest.raises(ValueError, match=rf"{path} is the training set and the test set, both"):
+        labelled_splits(path, path)
 
 
 def test_splits_are_no_classes_and_val_is_the_test_set(tmp_path):
