@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from cjepa_fast.data.sets.coco import Coco, ValImages
 from cjepa_fast.eval.__main__ import main
 from cjepa_fast.eval.dense import rcnn_training
-from cjepa_fast.eval.dense.detect import detections, open_split
+from cjepa_fast.eval.dense.detect import detections, facts_of, open_split
 from cjepa_fast.eval.dense.pyramid import Pyramid
 from cjepa_fast.eval.dense.rcnn_training import Recipe, fine_tune
 from cjepa_fast.eval.finetuning.layer_decay import add_drop_path, layer_decay_groups
@@ -221,6 +221,18 @@ def test_an_unreadable_picture_is_named_in_one_line(folder, tmp_path, threads):
     with pytest.raises(ValueError, match=r"^.*001\.png cannot be read as an image") as raised:
         list(rcnn_training.read(images, threads))
     assert "\n" not in str(raised.value)
+
+
+def test_the_annotations_are_among_what_decides_a_training(folder, tmp_path):
+    """Their content too: the file may be written anew."""
+    shutil.copytree(folder, tmp_path / "set")
+    encoder = Encoder(image_size=32, patch_size=16, width=24, depth=1, heads=3)
+    encoder.mean, encoder.std = (0.5,) * 3, (0.25,) * 3
+    train = open_split(tmp_path / "set", "train")
+    before = facts_of(encoder, train, RECIPE, False)
+    train.file.write_text(train.file.read_text() + "\n")
+    after = facts_of(encoder, train, RECIPE, False)
+    assert [name for name in before if before[name] != after[name]] == ["annotations_sha256"]
 
 
 # ------------------------------------------------------------------------------------ the command

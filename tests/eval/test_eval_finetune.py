@@ -20,7 +20,7 @@ from cjepa_fast.eval.features import Subset
 from cjepa_fast.eval.finetuning import classify, layer_decay, recipe
 from cjepa_fast.eval.finetuning.recipe import Classifier, Recipe
 from cjepa_fast.eval.finetuning.saved import SavedTraining
-from cjepa_fast.eval.probes import semi
+from cjepa_fast.eval.probes import attentive, semi
 from cjepa_fast.model.vit import Encoder
 
 PLAIN = Recipe(
@@ -231,6 +231,27 @@ def test_one_process_imports_no_deepspeed(data, tmp_path, monkeypatch):
 
 class Stopped(Exception):
     pass
+
+
+@pytest.mark.parametrize(
+    "module, start, chosen",
+    [(classify, classify.tune, PLAIN), (attentive, attentive.train, attentive.ProbeRecipe())],
+)
+def test_the_labels_decide_a_training(data, tmp_path, monkeypatch, module, start, chosen):
+    images, facts = open_images(data), []
+
+    def noted(folder, own, **options):
+        facts.append(own)
+        raise Stopped
+
+    monkeypatch.setattr(module, "SavedTraining", noted)
+    train = Subset(images, torch.arange(len(images)))
+    for labels in (images.labels, images.labels.clone(), 1 - images.labels):
+        torch.manual_seed(3)
+        with pytest.raises(Stopped):
+            start(small(), train, labels, 2, chosen, options(), tmp_path)
+    assert facts[0] == facts[1] != facts[2]
+    assert facts[0] | {"labels": facts[2]["labels"]} == facts[2]
 
 
 def test_what_goes_on_ends_as_what_never_stopped(data, tmp_path, monkeypatch):

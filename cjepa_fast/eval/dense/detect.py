@@ -22,6 +22,7 @@ from cjepa_fast.eval.finetuning.layer_decay import add_drop_path
 from cjepa_fast.eval.finetuning.saved import SavedTraining
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime.distributed import from_all, from_rank_0, rank, world_size
+from cjepa_fast.runtime.files import sha256
 from cjepa_fast.telemetry.progress import shown_bar, shown_clock
 
 # ViTDet's layer decay and drop path by the number of blocks, up to which they hold.
@@ -146,15 +147,21 @@ def recipe_of(args: argparse.Namespace, encoder: Encoder) -> Recipe:
     return Recipe(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Recipe)})
 
 
+def facts_of(encoder: Encoder, train: Coco, recipe: Recipe, masks: bool) -> dict:
+    """What must be the same for a training to be resumed."""
+    return dataclasses.asdict(recipe) | {
+        "encoder": digest(encoder), "annotations": str(train.file.resolve()), "masks": masks,
+        "annotations_sha256": sha256(train.file),
+    }  # fmt: skip
+
+
 def trained(
     encoder: Encoder, train: Coco, recipe: Recipe, folder: Path, masks: bool, threads: int
 ) -> nn.Module:
     """The encoder in a detector, fine-tuned as far as what `folder` holds has not been."""
     from cjepa_fast.eval.dense import rcnn
 
-    facts = dataclasses.asdict(recipe) | {
-        "encoder": digest(encoder), "annotations": str(train.file.resolve()), "masks": masks,
-    }  # fmt: skip
+    facts = facts_of(encoder, train, recipe, masks)
     torch.manual_seed(recipe.seed)  # of the heads
     pyramid = Pyramid(encoder, recipe.channels, recipe.bf16)
     model = rcnn.mask_rcnn(pyramid, len(train.names), recipe.image_size, masks)

@@ -21,7 +21,7 @@ from cjepa_fast.eval.features import Subset, digest, image_vectors
 from cjepa_fast.eval.finetuning import loop, recipe
 from cjepa_fast.eval.finetuning.layer_decay import add_drop_path
 from cjepa_fast.eval.finetuning.recipe import Classifier, Recipe
-from cjepa_fast.eval.finetuning.saved import Learner, SavedTraining
+from cjepa_fast.eval.finetuning.saved import Learner, SavedTraining, digest_of_labels
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime import json_text
 from cjepa_fast.runtime.distributed import rank, world_size
@@ -59,7 +59,7 @@ def tune(
     """
     facts = {"recipe": asdict(chosen), "encoder": digest(encoder), "images": train.fingerprint}
     facts |= {"classes": classes, "seed": args.seed, "processes": world_size()}
-    facts |= {"bit_depth": train.limits.bit_depth}
+    facts |= {"bit_depth": train.limits.bit_depth, "labels": digest_of_labels(label_n)}
     torch.manual_seed(args.seed)
     model = Classifier(encoder, classes, args.bf16).to(cli.device())
     add_drop_path(encoder, chosen.drop_path)

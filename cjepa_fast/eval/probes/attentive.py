@@ -23,7 +23,7 @@ from cjepa_fast.data.loader import Batch, Loader
 from cjepa_fast.eval import cli
 from cjepa_fast.eval.features import Subset, digest
 from cjepa_fast.eval.finetuning import classify, loop, recipe
-from cjepa_fast.eval.finetuning.saved import Learner, SavedTraining
+from cjepa_fast.eval.finetuning.saved import Learner, SavedTraining, digest_of_labels
 from cjepa_fast.model.block import MLP
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime.distributed import world_size
@@ -124,7 +124,7 @@ def train(
     """
     facts = {"recipe": asdict(chosen), "encoder": digest(encoder), "images": images.fingerprint}
     facts |= {"classes": classes, "seed": args.seed, "processes": world_size()}
-    facts |= {"bit_depth": images.limits.bit_depth}
+    facts |= {"bit_depth": images.limits.bit_depth, "labels": digest_of_labels(label_n)}
     torch.manual_seed(args.seed)
     probe = AttentiveProbe(encoder, classes, args.bf16).to(cli.device())
     learner = Learner(probe, encoder, 1.0, chosen.weight_decay, clip=chosen.clip)
