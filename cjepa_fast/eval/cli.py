@@ -313,6 +313,14 @@ def _match_classes(splits: list[tuple[str, ImageSet]]) -> None:
         test.labels, test.classes = number[test.labels], train.classes
 
 
+def class_numbers(splits: tuple[Split, Split]) -> torch.Tensor:
+    """The number that each of the C classes of both splits has in their labels, ascending: (C,)."""
+    numbers = torch.cat([images.labels[keep] for images, keep in splits])
+    if splits[0][0].classes:
+        return torch.arange(1 + int(numbers.max()))
+    return numbers.unique()  # without names they may be large and far apart
+
+
 def some(keep: torch.Tensor, most: int | None) -> torch.Tensor:
     """At most so many positions, drawn evenly, ascending."""
     if most is None or most >= len(keep):

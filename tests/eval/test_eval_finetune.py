@@ -62,6 +62,41 @@ def saved(tmp_path):
 # ---------------------------------------------------------------------------------------- the parts
 
 
+@pytest.mark.parametrize(
+    "module, train, row",
+    [(classify, "tune", classify.tuned_row), (attentive, "train", attentive.probed_row)],
+)
+def test_classes_without_names_may_have_large_numbers(
+    data, tmp_path, monkeypatch, module, train, row
+):
+    """The model has a class for each; what it answers is taken for the number again."""
+    images, answered = open_images(data), torch.nn.Linear(1, 2)
+    images.classes, images.labels = None, 7 + 10**15 * images.labels
+
+    class Answers(torch.nn.Module):
+        """Always the second class."""
+
+        head = answered
+
+        def forward(self, images_B3HW):
+            return torch.tensor([[0.0, 1.0]]).expand(len(images_B3HW), -1)
+
+    seen = []
+
+    def trained(encoder, subset, label_n, classes, *rest):
+        seen.append((label_n.tolist(), classes))
+        return (Answers(), Answers()) if train == "tune" else Answers()
+
+    monkeypatch.setattr(module, train, trained)
+    keep, test = torch.tensor([0, 1, 30]), torch.tensor([2, 3, 31, 45])
+    kinds = images.labels.unique()
+    args = options(crop=1.0, batch_size=4, task="x", checkpoint="x", out=tmp_path)
+    folder = [tmp_path] if train == "tune" else []
+    found = row("e", small(), ((images, keep), (images, test)), None, args, *folder)
+    assert seen == [([int(images.labels[i] == kinds[1]) for i in keep], 2)]
+    assert found["top1"] == 100 * (images.labels[test] == kinds[1]).double().mean()
+
+
 def test_drop_path_leaves_out_whole_images_and_keeps_the_mean(seed):
     x = torch.randn(4000, 2, 3)
     dropped = layer_decay.drop_path(x, 0.25)

@@ -39,6 +39,18 @@ def test_same_as_scikit_learn(seed, k, temperature, centre, monkeypatch):
     assert len(set(theirs)) > 1
 
 
+def test_large_numbers_of_classes_take_no_memory(seed, monkeypatch):
+    """They are as good as any: the same winners, also of a tie, which the lower number wins."""
+    monkeypatch.setattr(knn, "TEST", 10)
+    label, train, test = torch.randint(5, (60,)), torch.randn(60, 4), torch.randn(25, 4)
+    few = knn.predict(train, label, test, k=7)
+    many = knn.predict(train, 10**15 + 10**12 * label, test, k=7)
+    assert torch.equal(many, 10**15 + 10**12 * few) and len(few.unique()) > 1
+    train = torch.tensor([[1.0, 0.1], [1.0, -0.1]])
+    tied = knn.predict(train, torch.tensor([10**12, 7]), torch.tensor([[1.0, 0.0]]), k=2)
+    assert tied.tolist() == [7]
+
+
 def test_by_hand_the_votes_are_weighted():
     """One neighbour at similarity 1 outvotes two of another class at 0.8 only when sharp."""
     train = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.8, -0.6]])

@@ -187,6 +187,15 @@ def test_the_test_images_do_not_choose(seed):
     assert "held_out" not in best
 
 
+def test_large_numbers_of_classes_take_no_memory(seed):
+    x, label = blobs(100, spread=3.0)
+    y, label_y = blobs(30, spread=3.0)
+    plan = ProbePlan("adamw", epochs=1, batch=50, grid={"lr": (0.01,), "wd": (0.0,)})
+    few = linear.sweep((x, label, y, label_y), [8], plan)
+    many = linear.sweep((x, 10**15 + 10**12 * label, y, 10**15 + 10**12 * label_y), [8], plan)
+    assert few == many
+
+
 def test_no_copy_of_a_held_out_image_is_trained_on(monkeypatch):
     seen = []
     original = probe_sweep.fit

@@ -147,9 +147,11 @@ class Labelled:
 
 @torch.inference_mode()
 def percent(
-    model: Classifier, encoder: Encoder, split: cli.Split, args: argparse.Namespace
-) -> dict[str, float]:
-    """{"top1", "top5"} on a split; no top 5 where there are not more classes."""
+    model: Classifier, encoder: Encoder, split: cli.Split, args: argparse.Namespace,
+    numbers_C: torch.Tensor,
+) -> dict[str, float]:  # fmt: skip
+    """{"top1", "top5"} on a split; no top 5 where there are not more classes. numbers_C: of the
+    model's classes, in the split's labels."""
     images, keep = split
     model.eval()
 
@@ -162,7 +164,7 @@ def percent(
         crop=args.crop, batch_size=args.batch_size, device=cli.device(), threads=args.threads,
         title="test",
     )  # fmt: skip
-    right_mK = best_mK.long() == images.labels[index_m][:, None]
+    right_mK = numbers_C[best_mK.long()] == images.labels[index_m][:, None]
     found = {"top1": 100 * right_mK[:, 0].double().mean().item()}
     if model.head.out_features > 5:
         found["top5"] = 100 * right_mK.any(1).double().mean().item()
@@ -175,13 +177,13 @@ def tuned_row(
 ) -> cli.Row:  # fmt: skip
     """A row of HEADINGS: the encoder fine-tuned on the first split, tested on the second."""
     (images, keep), test = splits
-    classes = 1 + int(torch.cat([images.labels[keep], test[0].labels[test[1]]]).max())
-    model, ema = tune(
-        encoder, Subset(images, keep), images.labels[keep], classes, chosen, args, folder
-    )
+    numbers_C = cli.class_numbers(splits)
+    label_n = torch.searchsorted(numbers_C, images.labels[keep])
+    train = Subset(images, keep)
+    model, ema = tune(encoder, train, label_n, len(numbers_C), chosen, args, folder)
     row = {"encoder": name, "train_images": len(keep), "test_images": len(test[1])}
-    row |= percent(model, encoder, test, args)
-    of_ema = percent(ema, encoder, test, args)
+    row |= percent(model, encoder, test, args, numbers_C)
+    of_ema = percent(ema, encoder, test, args, numbers_C)
     return row | {f"average_{top}": value for top, value in of_ema.items()}
 
 

@@ -161,11 +161,12 @@ def probed_row(
 ) -> cli.Row:  # fmt: skip
     """A row of HEADINGS: a probe trained on the first split and tested on the second."""
     (images, keep), test = splits
-    classes = 1 + int(torch.cat([images.labels[keep], test[0].labels[test[1]]]).max())
-    folder = classify.folder_of(args) / name
-    probe = train(encoder, Subset(images, keep), images.labels[keep], classes, chosen, args, folder)
+    numbers_C = cli.class_numbers(splits)
+    label_n = torch.searchsorted(numbers_C, images.labels[keep])
+    folder, subset = classify.folder_of(args) / name, Subset(images, keep)
+    probe = train(encoder, subset, label_n, len(numbers_C), chosen, args, folder)
     row = {"encoder": name, "train_images": len(keep), "test_images": len(test[1])}
-    return row | classify.percent(probe, encoder, test, args)
+    return row | classify.percent(probe, encoder, test, args, numbers_C)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -66,8 +66,12 @@ def predict(
     similarity_mk, label_mk = nearest
     # relative to the nearest: the same winner, and no overflow at a low temperature
     weight_mk = ((similarity_mk - similarity_mk[:, :1]) / temperature).exp()
-    votes_mC = torch.zeros(len(test_mD), int(label_n.max()) + 1, device=device)
-    return votes_mC.scatter_add_(1, label_mk, weight_mk).argmax(1).cpu()
+    classes_C = label_n.unique().to(device)  # their numbers may be large and far apart
+    class_mk, winner = torch.searchsorted(classes_C, label_mk), []
+    for class_Bk, weight_Bk in zip(class_mk.split(TEST), weight_mk.split(TEST), strict=True):
+        votes_BC = torch.zeros(len(class_Bk), len(classes_C), device=device)
+        winner.append(votes_BC.scatter_add_(1, class_Bk, weight_Bk).argmax(1))
+    return classes_C[torch.cat(winner)].cpu()
 
 
 def _nearest(test_mD, train_tD, label_t, k: int, bar) -> tuple[torch.Tensor, torch.Tensor]:

@@ -96,7 +96,9 @@ def sweep(
     """
     train_nD, label_n, test_mD, test_label_m = vectors
     settings, device = plan.settings(), cli.device()
-    classes = 1 + int(torch.cat([label_n, test_label_m]).max())
+    # the classes' numbers may be large and far apart
+    classes_C, class_i = torch.cat([label_n, test_label_m]).unique(return_inverse=True)
+    classes, (label_n, test_label_m) = len(classes_C), class_i.split([len(label_n), len(test_mD)])
     if choose == "test":
         probes = fit(train_nD, label_n, classes, widths, plan, device)
         scores = probes.percent(test_mD, test_label_m)
