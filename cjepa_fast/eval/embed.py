@@ -9,6 +9,7 @@ Shapes: n images, N patches, D width.
 import argparse
 import csv
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from cjepa_fast.checkpoint.encoders import load_encoder
 from cjepa_fast.checkpoint.pretrained import LAYERS, POOLS
 from cjepa_fast.data.sources import ImageSet, open_images
 from cjepa_fast.eval import cli
-from cjepa_fast.eval.features import digest, extract
+from cjepa_fast.eval.features import NoneRead, digest, extract
 from cjepa_fast.runtime import distributed
 from cjepa_fast.runtime.files import read_json, read_tensors, write_tensors, write_text
 from cjepa_fast.runtime.memory import free_bytes
@@ -29,6 +30,7 @@ from cjepa_fast.runtime.printable import printable
 
 PART = 4096  # images
 FACTS = "facts.json"
+NAMES = ".json"  # beside a .safetensors
 
 
 class Part(NamedTuple):
@@ -53,7 +55,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Raises ValueError for an ending without a writer, a file that is there, parts of others."""
+    """Raises ValueError for an ending without a writer, a file that is there, parts of others, and
+    where no image could be read."""
     write = _writer(args.out, args.pool)
     encoder = load_encoder(args.checkpoint, args.which)
     images = open_images(args.images, limits=args.limits)
@@ -67,10 +70,15 @@ def run(args: argparse.Namespace) -> None:
     files = [*_extracted(encoder, images, parts, args)]
     if distributed.rank() != 0:
         return
+    count = sum(len(read_tensors(file)["index"]) for file in files)
+    if not count:
+        shutil.rmtree(parts)
+        raise NoneRead(f"{images.root}: none of the {len(images)} images could be read")
     partial = args.out.with_name(f".{args.out.stem}.partial{args.out.suffix}")
     write(partial, [*map(_Stored(images), files)], images)
+    if partial.with_suffix(NAMES).exists():
+        partial.with_suffix(NAMES).rename(args.out.with_suffix(NAMES))
     partial.rename(args.out)
-    count = sum(len(read_tensors(file)["index"]) for file in files)
     shutil.rmtree(parts)
     missing = len(images) - count + len(images.skipped)
     left_out = f"; {missing} images left out, which cannot be used" if missing else ""
@@ -82,6 +90,9 @@ def _writer(out: Path, pool: str) -> Callable:
         raise ValueError(f"--out {out}: its ending must be one of {', '.join(WRITERS)}")
     if out.exists():
         raise ValueError(f"--out {out} is there already: name another, or remove it")
+    if out.suffix == ".safetensors" and (names := out.with_suffix(NAMES)).exists():
+        raise ValueError(f"--out {out}: its names go into {names}, which is there already: name "
+                         "another, or remove it")  # fmt: skip
     if out.suffix == ".csv" and pool == "none":
         raise ValueError("--pool none has a row for each patch, which .csv has no place for: take "
                          ".npz, .parquet or .safetensors")  # fmt: skip
@@ -108,12 +119,17 @@ def _extracted(encoder, images: ImageSet, parts: Path, args) -> Iterator[Path]:
     for number in range(count):
         path = parts / f"part_{number:06d}.safetensors"
         if not distributed.from_rank_0(path.is_file):
-            features, index = extract(
-                encoder, images, keep=torch.arange(number * PART, len(images))[:PART],
-                crop=args.crop, layers=layers, pooled=args.pool != "none", device=cli.device(),
-                bf16=args.bf16, batch_size=args.batch_size, threads=args.threads,
-                title=f"features, part {number + 1} of {count}",
-            )  # fmt: skip
+            try:
+                features, index = extract(
+                    encoder, images, keep=torch.arange(number * PART, len(images))[:PART],
+                    crop=args.crop, layers=layers, pooled=args.pool != "none", device=cli.device(),
+                    bf16=args.bf16, batch_size=args.batch_size, threads=args.threads,
+                    title=f"features, part {number + 1} of {count}",
+                )  # fmt: skip
+            except NoneRead:  # the other parts may have some
+                D = encoder.width * len(layers or [0])
+                patches = [] if args.pool != "none" else [math.prod(encoder.grid)]
+                features, index = torch.empty(0, *patches, D), torch.empty(0, dtype=torch.int64)
             if distributed.rank() == 0:
                 partial = path.with_suffix(".partial")
                 write_tensors({"features": features, "index": index}, partial)
@@ -176,8 +192,7 @@ def write_safetensors(path: Path, parts: list, images: ImageSet) -> None:
     tensors = {"features": part.features, **_labels(part, images)}
     write_tensors({name: torch.from_numpy(x) for name, x in tensors.items()}, path)
     named = {"names": part.names, "classes": images.classes and [*map(str, images.classes)]}
-    name = path.name.removeprefix(".").replace(".partial.safetensors", ".json")
-    write_text(path.with_name(name), json.dumps(named) + "\n")
+    write_text(path.with_suffix(NAMES), json.dumps(named) + "\n")
 
 
 def write_csv(path: Path, parts: list, images: ImageSet) -> None:
@@ -213,8 +228,9 @@ def write_parquet(path: Path, parts: list, images: ImageSet) -> None:
         for size in reversed(part.features.shape[1:]):
             column = pa.FixedSizeListArray.from_arrays(column, size)
         labels = [_class(x, images) or None for x in part.labels_n]
-        table = pa.table({"name": part.names, "label": pa.array(labels, pa.string()),
-                          "features": column})  # fmt: skip
+        texts = {"name": part.names, "label": labels}  # typed, as a part may have no row
+        texts = {key: pa.array(words, pa.string()) for key, words in texts.items()}
+        table = pa.table({**texts, "features": column})
         writer = writer or pq.ParquetWriter(path, table.schema)
         writer.write_table(table)
     writer.close()

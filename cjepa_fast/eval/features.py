@@ -37,6 +37,10 @@ TOLD_BYTES = 2**30  # of a file of features, before it is told of
 CACHE_VERSION = 2  # counted up where an image would be read in another way: older ones are stale
 
 
+class NoneRead(ValueError):
+    """Of all images that were asked for, none could be read."""
+
+
 @torch.inference_mode()
 def extract(
     encoder: Encoder,
@@ -167,8 +171,8 @@ def image_vectors(
     """`function` (B, 3, H, W) -> (B, D) over a set: (n, D) and the positions (n,), on the CPU.
 
     windows_n4: what to show of each of `keep`, instead of the centre; an image may then be there
-    several times. everywhere: on all ranks, not on the first alone. Raises ValueError where no
-    image could be read.
+    several times. everywhere: on all ranks, not on the first alone. Raises NoneRead where no image
+    could be read.
     """
     keep = torch.arange(len(images)) if keep is None else keep
     share = torch.arange(len(keep))[rank() :: world_size()]
@@ -189,7 +193,7 @@ def image_vectors(
     mine = vectors if read.all() else vectors[read[: len(vectors)]]
     vectors, rows = rows_on_first(mine, share[read])
     if not len(rows):
-        raise ValueError(f"{images.root}: none of the {len(keep)} images could be read")
+        raise NoneRead(f"{images.root}: none of the {len(keep)} images could be read")
     return to_all(vectors) if everywhere else vectors, keep[rows]
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import sys
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from cjepa_fast.checkpoint.encoders import load_encoder
 from cjepa_fast.data.sources import open_images
 from cjepa_fast.eval import __main__ as evaluation
 from cjepa_fast.eval import embed
-from cjepa_fast.eval.features import extract
+from cjepa_fast.eval.features import NoneRead, extract
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime.files import read_tensors
 
@@ -121,6 +122,40 @@ def test_what_cannot_be_written_is_said_before_any_work(tmp_path, made, name, mo
     (tmp_path / "there.npz").touch()
     assert call(*made[:2], tmp_path / name, *more) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("pool", ["mean", "none", "last4"])
+def test_a_part_without_a_readable_image_is_empty(tmp_path, made, monkeypatch, capsys, pool):
+    """The others are written, in each kind of file; where all are empty that is an error."""
+    run, images, names, features = made
+    bad = [0, 4]
+
+    def failing(*args, keep, **options):
+        if int(keep[0]) in bad:
+            raise NoneRead("none")
+        return extract(*args, keep=keep, **options)
+
+    monkeypatch.setattr(embed, "extract", failing)
+    for ending in embed.WRITERS if pool == "mean" else [".npz"]:
+        if ending == ".parquet" and not find_spec("pyarrow"):
+            continue
+        out = tmp_path / f"a{ending}"
+        assert call(run, images, out, "--pool", pool) == 0
+        assert "features of 2 images; 8 images left out" in capsys.readouterr().out
+        found_names, found, *_ = read(out)
+        assert found_names == names[8:]
+        assert pool != "mean" or np.array_equal(found, features[8:])
+    bad.append(8)
+    assert call(run, images, tmp_path / "b.npz") == 2
+    assert "none of the 10 images could be read" in capsys.readouterr().err
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("b.")]
+
+
+def test_a_file_of_names_that_is_there_is_left_alone(tmp_path, made, capsys):
+    (tmp_path / "val.json").write_text("mine")
+    assert call(*made[:2], tmp_path / "val.safetensors") == 2
+    assert "val.json, which is there already" in capsys.readouterr().err
+    assert (tmp_path / "val.json").read_text() == "mine"
 
 
 def test_without_labels_there_are_none(tmp_path, made):
