@@ -24,6 +24,7 @@ from hardware import ROOT, here, provenance
 from cjepa_fast import config as configuration
 from cjepa_fast.checkpoint.encoders import load_encoder
 from cjepa_fast.config import Config
+from cjepa_fast.data import rng
 from cjepa_fast.eval import cli
 from cjepa_fast.eval.features import extract, image_vectors
 from cjepa_fast.eval.probes import knn, linear, spread
@@ -63,10 +64,12 @@ def scores(vectors: Vectors, k: int, temperature: float) -> dict[str, float]:
 
 
 def chosen_probe(vectors: Vectors) -> tuple[float, float]:
-    """Logistic regression, its inverse penalty chosen on a fifth of the images it is fitted on."""
+    """Logistic regression, its inverse penalty chosen on a fifth of the images it is fitted on,
+    drawn by their indices: in folders the last fifth would be classes that are not fitted."""
     features_nD, label_n, *_ = vectors
-    cut = round(len(label_n) * (1 - HELD_OUT))
-    inner = (features_nD[:cut], label_n[:cut], features_nD[cut:], label_n[cut:])
+    order, cut = rng.permutation(0, 0, len(label_n)), round(len(label_n) * (1 - HELD_OUT))
+    fit, held = order[:cut], order[cut:]
+    inner = (features_nD[fit], label_n[fit], features_nD[held], label_n[held])
     best = max(PENALTIES, key=lambda C: linear.top1(*inner, inverse_penalty=C))
     return linear.top1(*vectors, inverse_penalty=best), best
 

@@ -38,6 +38,25 @@ def test_a_penalty_is_chosen_without_the_scored_images():
     assert len(choices) == 1
 
 
+def test_a_penalty_is_chosen_on_the_classes_that_are_fitted(monkeypatch):
+    """Also of images that come a class after the other, as those of folders do."""
+    label_n, asked = torch.arange(100) // 10, []
+
+    def top1(train_nD, train_n, test_mD, test_m, inverse_penalty):
+        asked.append((train_n, test_m))
+        assert torch.equal(train_nD[:, 0], train_n) and torch.equal(test_mD[:, 0], test_m)
+        return -abs(inverse_penalty - 0.3)
+
+    monkeypatch.setattr(claim.linear, "top1", top1)
+    vectors = label_n[:, None].float(), label_n, label_n[:4, None].float(), label_n[:4]
+    assert claim.chosen_probe(vectors)[1] == 0.3
+    fitted, held = asked[0]
+    assert (len(fitted), len(held)) == (80, 20)
+    assert len(held.unique()) >= 8 and set(held.tolist()) <= set(fitted.tolist())
+    both = torch.cat([fitted, held]).sort().values
+    assert torch.equal(both, label_n) and torch.equal(asked[-1][0], label_n)
+
+
 def test_a_line_names_no_folder_of_this_machine_and_is_found_again():
     args = asked()
     line = claim.record(args, "I-JEPA", 2, [])
