@@ -66,7 +66,9 @@ def train(session: Session, callbacks: Sequence[Callback] = ()) -> int:
         with start.input_errors():
             session.watchdog.mark(INDEXING)
             online = build_online(config, trainer.device, dtype, loader.steps_per_epoch)
-            snapshots = build_snapshots(config, loader.images, build_masks(config))
+            snapshots = build_snapshots(
+                config, loader.images, build_masks(config), trainer.engine.stage, told.append
+            )
         if session.options.dry_run:
             status = dry_run(trainer, loader, told)
             if (out := session.options.masks) and distributed.rank() == 0:

@@ -201,14 +201,26 @@ def build_online(
     )
 
 
-def build_snapshots(config: Config, images: ImageSet, masks: MaskSampler) -> SnapshotImages | None:
-    """Of rank 0, a few of the training images, by eval.online.pictures.
+def build_snapshots(
+    config: Config,
+    images: ImageSet,
+    masks: MaskSampler,
+    stage: int = 0,
+    say: Callable[[str], None] = print,
+) -> SnapshotImages | None:
+    """Of rank 0, a few of the training images, by eval.online.pictures. stage: of ZeRO.
 
-    None where nothing would show them: drawing takes longer than evaluating.
+    None where nothing would show them, as drawing takes longer than evaluating: TensorBoard alone
+    does; and, with a line that says so, where no rank has all weights.
     """
-    data, count = config.data, config.eval.online.pictures
-    shown = config.telemetry.tensorboard or config.telemetry.wandb is not None
+    data, count, shown = config.data, config.eval.online.pictures, config.telemetry.tensorboard
     if config.eval.online.data is None or not (count and shown) or distributed.rank() != 0:
+        return None
+    if stage == 3 and world_size() > 1:
+        say(
+            "no figures on TensorBoard: under ZeRO stage 3 no rank has all weights; stage 2 draws "
+            "them, and so does `cjepa-eval attention` of a checkpoint"
+        )
         return None
     images_B3HW = load_images(
         images,

@@ -12,10 +12,12 @@ import tiny
 import torch
 
 from cjepa_fast import checkpoint, load_encoder, train
+from cjepa_fast import config as configuration
 from cjepa_fast.data.sources import open_images
 from cjepa_fast.eval import features, online
 from cjepa_fast.eval.probes import knn, linear
 from cjepa_fast.telemetry import read_log
+from cjepa_fast.training.build import build_masks
 
 handlers = test_run.handlers
 MARKS = {"knn", "knn_centred", "linear"}
@@ -57,6 +59,24 @@ def test_nothing_is_drawn_that_nobody_shows(tmp_path, monkeypatch):
     monkeypatch.setattr(online.SnapshotImages, "draw", lambda *_: pytest.fail("drawn"))
     config = write_config(tmp_path)
     assert train.main(["--config", str(config), "--set", "run.epochs=1"]) == 0
+
+
+def test_figures_need_tensorboard_and_all_weights_on_a_rank(tmp_path, monkeypatch):
+    images = open_images(tiny.write_images(tmp_path / "set", 4), cache=tmp_path / "cache")
+    said = []
+
+    def built(stage=0, **telemetry):
+        own = {"data": str(images.root), "pictures": 2}
+        file = tiny.write_config(tmp_path, eval={"online": own}, telemetry=telemetry)
+        config = configuration.load(str(file))
+        return online.build_snapshots(config, images, build_masks(config), stage, said.append)
+
+    assert built(tensorboard=True) and built(stage=3, tensorboard=True)
+    assert built(tensorboard=False, wandb="project") is None and not said  # W&B takes no figures
+    monkeypatch.setattr(online, "world_size", lambda: 2)
+    assert built(stage=2, tensorboard=True) and not said
+    assert built(stage=3, tensorboard=True) is None
+    assert len(said) == 1 and "under ZeRO stage 3 no rank has all weights" in said[0]
 
 
 OWN_PROBES = """
