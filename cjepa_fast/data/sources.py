@@ -140,6 +140,12 @@ class ImageSet:
         """Of a channel, where more than 8."""
         return self._entries_N["bits"]
 
+    @property
+    def times_ns(self) -> np.ndarray:
+        """When what is used was last changed: of each file (n,), then of each shard."""
+        shards = [part.table.stamp[1] for part in self._parts if part.shard]
+        return np.concatenate([self._entries_N["mtime_ns"], np.array(shards, np.int64)])
+
     def shard(self, i: int) -> Path | None:
         """The shard that image i lies in, None in a folder."""
         return self._parts[self._part_N[i]].shard

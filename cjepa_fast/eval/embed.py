@@ -22,7 +22,7 @@ from cjepa_fast.checkpoint.encoders import load_encoder
 from cjepa_fast.checkpoint.pretrained import LAYERS, POOLS
 from cjepa_fast.data.sources import ImageSet, open_images
 from cjepa_fast.eval import cli
-from cjepa_fast.eval.features import NoneRead, digest, extract
+from cjepa_fast.eval.features import NoneRead, digest, digest_of_times, extract
 from cjepa_fast.runtime import distributed
 from cjepa_fast.runtime.files import read_json, read_tensors, write_tensors, write_text
 from cjepa_fast.runtime.memory import free_bytes
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
     images = open_images(args.images, limits=args.limits)
     facts = {
         "encoder": digest(encoder), "images": images.fingerprint, "pool": args.pool,
-        "crop": args.crop, "bf16": args.bf16, "part": PART,
+        "crop": args.crop, "bf16": args.bf16, "part": PART, "times": digest_of_times(images),
     }  # fmt: skip
     facts |= {"bit_depth": args.limits.bit_depth} if args.limits.bit_depth else {}
     parts = args.out.with_name(f"{args.out.name}.parts")
@@ -104,7 +104,7 @@ def _begin(parts: Path, facts: dict) -> None:
     parts.mkdir(parents=True, exist_ok=True)
     if not (parts / FACTS).is_file():
         write_text(parts / FACTS, json.dumps(facts, indent=2))
-    before = read_json(parts / FACTS)
+    before = {"times": facts["times"], **read_json(parts / FACTS)}  # earlier versions left it out
     if differs := sorted(k for k in facts.keys() | before if before.get(k) != facts.get(k)):
         raise ValueError(
             f"{parts} holds parts of other features (another {', '.join(differs)}): remove it, or "

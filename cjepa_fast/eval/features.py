@@ -1,7 +1,7 @@
 """What an encoder makes of each image of a set: a vector, or one for each patch.
 
-Kept on disk by what decides them: weights, images (their names and sizes in bytes, and their bit
-depth, where it is set), crop, layers.
+Kept on disk by what decides them: weights, images (their names, sizes in bytes and times of
+change, and their bit depth, where it is set), crop, layers.
 Of several ranks each takes its share of the images.
 Shapes: n images of a set, B images of a batch, N patches, D width.
 """
@@ -90,8 +90,11 @@ def extract(
     ]
     facts += ["flip"] if flip else []
     facts += [{"bit_depth": images.limits.bit_depth}] if images.limits.bit_depth else []
-    path = cache / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}.safetensors"
+    path = _file(cache, [*facts, {"times": digest_of_times(images)}])
+    earlier = _file(cache, facts)  # of versions that left the times out
     if (found := _kept_for_all(path)) is None:
+        found = _kept_for_all(earlier, int(images.times_ns.max()))
+    if found is None:
         features, index = make(everywhere=False)
         whole = len(index) == len(images if keep is None else keep)
         if from_rank_0(lambda: whole and _keep(path, features, index)) and world_size() > 1:
@@ -126,10 +129,20 @@ def digest(encoder: Encoder) -> str:
     return digest.hexdigest()
 
 
-def _kept_for_all(path: Path) -> dict[str, torch.Tensor] | None:
-    """What is in a file of features; None where a rank finds none, or a damaged one."""
+def digest_of_times(images: ImageSet) -> str:
+    """A file of the same name and size may have been written anew."""
+    return hashlib.sha256(images.times_ns.tobytes()).hexdigest()
+
+
+def _file(cache: Path, facts: list) -> Path:
+    return cache / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}.safetensors"
+
+
+def _kept_for_all(path: Path, since_ns: int = 0) -> dict[str, torch.Tensor] | None:
+    """What is in a file of features; None where a rank finds none, or a damaged one, or one that
+    was not written after a time."""
     try:
-        found = read_tensors(path)
+        found = read_tensors(path) if path.stat().st_mtime_ns > since_ns else None
     except (ValueError, OSError):
         found = None
     return found if all(from_all(found is not None)) else None

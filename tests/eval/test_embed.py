@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import shutil
 import sys
 from importlib.util import find_spec
 
@@ -122,6 +124,29 @@ def test_what_cannot_be_written_is_said_before_any_work(tmp_path, made, name, mo
     (tmp_path / "there.npz").touch()
     assert call(*made[:2], tmp_path / name, *more) == 2
     assert said in capsys.readouterr().err
+
+
+def test_parts_of_images_that_are_written_anew_are_not_resumed(tmp_path, made, monkeypatch, capsys):
+    """Parts of an earlier version, which did not look at the times, are."""
+    images, asked = shutil.copytree(made[1], tmp_path / "images"), []
+
+    def failing(*args, keep, **options):
+        asked.append(int(keep[0]))
+        if keep[0]:
+            raise OSError("the disk went away")
+        return extract(*args, keep=keep, **options)
+
+    monkeypatch.setattr(embed, "extract", failing)
+    out = tmp_path / "a.npz"
+    assert call(made[0], images, out) == 2
+    os.utime(next(images.rglob("*.jpg")), ns=(10**18, 10**18))
+    assert call(made[0], images, out) == 2 and "another times)" in capsys.readouterr().err
+    facts = json.loads((tmp_path / "a.npz.parts" / "facts.json").read_text())
+    (tmp_path / "a.npz.parts" / "facts.json").write_text(json.dumps({**facts, "times": None}))
+    assert call(made[0], images, out) == 2 and asked == [0, 4]
+    del facts["times"]
+    (tmp_path / "a.npz.parts" / "facts.json").write_text(json.dumps(facts))
+    assert call(made[0], images, out) == 2 and asked == [0, 4, 4]
 
 
 @pytest.mark.parametrize("pool", ["mean", "none", "last4"])

@@ -1,7 +1,9 @@
 """Features of a set: the mean of the encoder's tokens, of the right pixels, at the right index."""
 
 import io
+import os
 
+import corrupt_images
 import numpy as np
 import pytest
 import tiny
@@ -111,6 +113,43 @@ def test_features_are_kept_by_what_decides_them(encoder, images, tmp_path, monke
     again = open_images(tmp_path / "images", cache=tmp_path / "index", log=lambda text: None)
     with pytest.raises(TypeError):
         features.extract(encoder, again, cache=cache)
+
+
+def test_a_file_written_anew_in_its_size_is_read_anew(encoder, images, tmp_path, monkeypatch):
+    """Features of earlier versions, which did not look at the times, serve if they are younger than
+    the images."""
+    cache, root = tmp_path / "features", tmp_path / "images"
+    made, _ = features.extract(encoder, images, cache=cache)
+    (file,) = cache.iterdir()
+    monkeypatch.setattr(features, "image_vectors", None)  # from here on nothing can be made
+    earlier, whole = [], features._file
+    with monkeypatch.context() as patch:
+        patch.setattr(features, "_file", lambda *key: earlier.append(whole(*key)) or earlier[-1])
+        features.extract(encoder, images, cache=cache)
+    assert earlier[0] == file != earlier[1]
+    newest_ns = int(images.times_ns.max())
+    file.rename(earlier[1])
+    os.utime(earlier[1], ns=(newest_ns + 1, newest_ns + 1))
+    assert torch.equal(features.extract(encoder, images, cache=cache)[0], made)
+    os.utime(root / images.name(3), ns=(newest_ns + 2, newest_ns + 2))
+    again = open_images(root, cache=tmp_path / "index", log=lambda text: None)
+    assert again.fingerprint == images.fingerprint  # a training resumes
+    with pytest.raises(TypeError):
+        features.extract(encoder, again, cache=cache)
+    earlier[1].rename(file)
+    with pytest.raises(TypeError):
+        features.extract(encoder, again, cache=cache)
+
+
+def test_a_shard_written_anew_in_its_size_is_known_by_its_time(tmp_path):
+    files = {f"{i}.jpg": corrupt_images.encoded(corrupt_images.picture(i)) for i in range(3)}
+    corrupt_images.write_shard(tmp_path / "x.tar", files)
+    found = []
+    for time_ns in (10**18, 10**18, 10**18 + 1):
+        os.utime(tmp_path / "x.tar", ns=(time_ns, time_ns))
+        images = open_images(tmp_path / "x.tar", cache=tmp_path / "index", log=lambda text: None)
+        found.append(features.digest_of_times(images))
+    assert found[0] == found[1] != found[2]
 
 
 def test_what_could_not_be_read_this_time_is_read_the_next(encoder, images, tmp_path, monkeypatch):
