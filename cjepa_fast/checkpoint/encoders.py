@@ -31,8 +31,7 @@ def save_encoder(encoder: Encoder, path: Path) -> None:
     write_tensors({k: v.contiguous() for k, v in encoder.state_dict().items()}, partial)
     normalisation = {"mean": encoder.mean, "std": encoder.std}
     described = {**encoder.architecture, **normalisation, "sha256": sha256(partial)}
-    own = getattr(encoder, "limits", LIMITS)._asdict()
-    if changed := {name: value for name, value in own.items() if value != getattr(LIMITS, name)}:
+    if changed := getattr(encoder, "limits", LIMITS).changed():
         described["limits"] = changed
     write_text(path.with_suffix(".json"), json.dumps(described, indent=2))
     partial.rename(path)
@@ -75,15 +74,15 @@ def _run_of(path: Path) -> Path | None:
 
 def limits_of(path: str | os.PathLike) -> Limits | None:
     """Those that the encoder's images were read by: of the run that the path belongs to, or of the
-    .json beside its weights. What is absent there is as usual; None where neither says any."""
-    if str(path).startswith(HUB):
-        return None
+    .json of its weights. What is absent there is as usual; None where neither says any."""
     path = _found(path)
     if run := _run_of(path):
         saved = read_json(run / "config.json")["data"]
         return LIMITS._replace(**{name: saved[name] for name in Limits._fields if name in saved})
     description = path.with_suffix(".json")
-    if path.suffix != ".safetensors" or not description.is_file():
+    if huggingface.is_folder(path):
+        description = path / huggingface.CONFIG
+    elif path.suffix != ".safetensors" or not description.is_file():
         return None
     return _limits_in(read_json(description), description)
 

@@ -55,6 +55,10 @@ class Limits(NamedTuple):
     def of(data: DataSection) -> "Limits":
         return Limits(*(getattr(data, name) for name in Limits._fields))
 
+    def changed(self) -> dict[str, float | None]:
+        """What differs from the defaults, by name."""
+        return {k: v for k, v in self._asdict().items() if v != Limits._field_defaults[k]}
+
 
 LIMITS = Limits()
 

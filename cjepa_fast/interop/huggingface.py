@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from cjepa_fast.data.sources import LIMITS
 from cjepa_fast.interop.names import gelu_named
 from cjepa_fast.interop.weights import MEAN, STD, depth_of, fill, mismatches
 from cjepa_fast.model.vit import Encoder
@@ -122,6 +123,7 @@ def _names(depth: int) -> dict[str, list[str]]:
 
 
 def _config(encoder: Encoder) -> dict:
+    limits = getattr(encoder, "limits", LIMITS).changed()  # ours too: images of fewer bits
     return {
         "architectures": ["IJepaModel"],
         "model_type": "ijepa",
@@ -136,6 +138,7 @@ def _config(encoder: Encoder) -> dict:
         "attention_probs_dropout_prob": 0.0,
         "weights_init": encoder.init,  # ours: transformers keeps what it does not know
         **({"learned_positions": True} if encoder.learned_positions else {}),
+        **({"limits": limits} if limits else {}),
         "hidden_act": ACTIVATIONS[encoder.gelu],
         **FIXED,
     }

@@ -16,6 +16,7 @@ from cjepa_fast.data.sources import LIMITS, open_images
 from cjepa_fast.eval import online
 from cjepa_fast.eval.__main__ import main
 from cjepa_fast.eval.features import extract
+from cjepa_fast.interop import huggingface
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime.files import read_tensors
 from cjepa_fast.tools import report_figures, report_run
@@ -126,13 +127,17 @@ def test_parts_of_another_bit_depth_are_not_resumed(made, tmp_path, capsys):
 
 
 def test_an_encoder_takes_its_limits_along(made, tmp_path):
-    """In the .json beside it; where that has none, they are as usual, and so is the file."""
+    """In the .json of its weights; where that has none, they are as usual, and so is the file."""
     run, _ = made
     encoder = cj.load_encoder(run)
     assert encoder.limits == LIMITS._replace(**OWN)
     save_encoder(encoder, tmp_path / "encoder.safetensors")
     alone = cj.load_encoder(tmp_path / "encoder.safetensors")
     assert alone.limits == encoder.limits and alone.transform.limits.bit_depth == 12
+    huggingface.write_encoder(encoder, tmp_path, 0.875)
+    assert cj.load_encoder(tmp_path).limits == encoder.limits
+    huggingface.write_encoder(fresh(), tmp_path, 0.875)
+    assert cj.load_encoder(tmp_path).limits == LIMITS
     save_encoder(fresh(), tmp_path / "plain.safetensors")
     assert "limits" not in json.loads((tmp_path / "plain.json").read_text())
     assert cj.load_encoder(tmp_path / "plain.safetensors").limits == LIMITS
