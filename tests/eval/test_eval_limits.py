@@ -2,7 +2,10 @@
 
 import json
 import shutil
+from dataclasses import fields
+from types import SimpleNamespace
 
+import dense_sets
 import numpy as np
 import pytest
 import tiny
@@ -15,6 +18,8 @@ from cjepa_fast.data import sources
 from cjepa_fast.data.sources import LIMITS, open_images
 from cjepa_fast.eval import online
 from cjepa_fast.eval.__main__ import main
+from cjepa_fast.eval.dense import segment_training
+from cjepa_fast.eval.dense.segmenter import Segmenter
 from cjepa_fast.eval.features import extract
 from cjepa_fast.interop import huggingface
 from cjepa_fast.model.vit import Encoder
@@ -75,6 +80,19 @@ def test_every_command_reads_by_the_run_s_limits(made, seen, command, tmp_path, 
     (run, images), (task, *option) = made, command.split()
     assert main([task, str(run), *option, str(images), *COMMANDS[command]]) == 2
     assert seen == [LIMITS._replace(**OWN)]
+
+
+def test_segment_reads_by_the_run_s_bit_depth(made, seen, tmp_path):
+    """And resumes by no other. The other limits are as usual."""
+    data = dense_sets.write_pairs(tmp_path / "data", {"train": 2, "val": 1})
+    assert main(["segment", str(made[0]), "--data", str(data)]) == 2
+    assert seen == [LIMITS._replace(bit_depth=12)]
+    images = SimpleNamespace(fingerprint="", limits=seen[0])
+    model = Segmenter(fresh(), "linear", 2, layers=1, frozen=True)
+    recipe = segment_training.Recipe(*[1] * len(fields(segment_training.Recipe)))
+    classes = SimpleNamespace(names=("a", "b"))
+    facts = segment_training._facts(model, SimpleNamespace(images=images), classes, recipe)
+    assert facts["bit_depth"] == 12
 
 
 def test_so_do_the_evaluation_while_training_and_the_report(made, seen):

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from cjepa_fast.data.sets.labelmaps import read_label_map
-from cjepa_fast.data.sources import ImageSet, open_images
+from cjepa_fast.data.sources import LIMITS, ImageSet, Limits, open_images
 
 IGNORE = 255  # a pixel that counts nowhere, in label maps and in what is made of them
 UNKNOWN = -1
@@ -86,13 +86,13 @@ class Pairs:
         return labels_HW.astype(np.uint8)
 
 
-def open_pairs(root: str | Path, split: tuple[str, ...]) -> Pairs:
+def open_pairs(root: str | Path, split: tuple[str, ...], limits: Limits = LIMITS) -> Pairs:
     """The first of the splits that is there. Raises OSError or ValueError, naming the folder."""
     images = Path(root) / "images"
     name = next((name for name in split if (images / name).is_dir()), None)
     if name is None:
         raise FileNotFoundError(f"{images} has no folder {' or '.join(split)}")
-    return Pairs(open_images(images / name), mask_folder(root) / name)
+    return Pairs(open_images(images / name, limits=limits), mask_folder(root) / name)
 
 
 def mask_folder(root: str | Path) -> Path:

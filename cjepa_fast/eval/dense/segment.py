@@ -24,6 +24,7 @@ from cjepa_fast.data.sets.pairs import (
     named_classes,
     open_pairs,
 )
+from cjepa_fast.data.sources import LIMITS
 from cjepa_fast.data.whole import WholeImages, ahead
 from cjepa_fast.eval import cli
 from cjepa_fast.eval.dense.confusion import confusion, scores
@@ -257,7 +258,8 @@ def run(args: argparse.Namespace) -> None:
     """A row for each encoder, each with a head of the same initial weights."""
     encoders = cli.rgb_encoders_of(args)
     complete(args, encoders["trained"].patch_size)
-    pairs, tests = open_pairs(args.data, TRAINING), open_pairs(args.data, VALIDATION)
+    limits = LIMITS._replace(bit_depth=args.limits.bit_depth)  # whole images have their own size
+    pairs, tests = (open_pairs(args.data, names, limits) for names in (TRAINING, VALIDATION))
     classes = find_classes(args.data, pairs, set(args.ignore_index))
     recipe = Recipe(**{field.name: getattr(args, field.name) for field in fields(Recipe)})
     for split in (pairs, tests):

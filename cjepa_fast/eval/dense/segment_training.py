@@ -157,5 +157,6 @@ def _facts(model: Segmenter, pairs: Pairs, classes: Classes, recipe: Recipe) -> 
         "frozen": model.frozen,
         "encoder": digest(model.encoder),
         "images": pairs.images.fingerprint,
+        "bit_depth": pairs.images.limits.bit_depth,
         "classes": list(classes.names),
     }
