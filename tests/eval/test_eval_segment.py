@@ -298,6 +298,9 @@ def test_a_training_that_was_stopped_ends_as_if_it_had_not(encoder, data, tmp_pa
     assert dense_sets.same(trained(save_to=kept, resume=True), whole)  # nothing is left to do
     with pytest.raises(ValueError, match=r"is of another training: lr was 0\.01, is 1\.0"):
         trained(dataclasses.replace(RECIPE, lr=1.0), save_to=kept, resume=True)
+    write_label_map(pairs.masks[0], np.zeros((40, 56), dtype=np.uint8))
+    with pytest.raises(ValueError, match="is of another training: label_maps_sha256 was"):
+        trained(save_to=kept, resume=True)
 
 
 @pytest.mark.multiprocess

@@ -6,7 +6,8 @@ not been, on any number of ranks; each takes its share of a batch.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -22,7 +23,8 @@ from cjepa_fast.eval.finetuning import loop
 from cjepa_fast.eval.finetuning.layer_decay import add_drop_path
 from cjepa_fast.eval.finetuning.saved import Learner, SavedTraining
 from cjepa_fast.model.vit import Encoder
-from cjepa_fast.runtime.distributed import rank, world_size
+from cjepa_fast.runtime.distributed import from_rank_0, rank, world_size
+from cjepa_fast.runtime.files import sha256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +77,8 @@ def train(
         model.head = nn.SyncBatchNorm.convert_sync_batchnorm(model.head)
     add_drop_path(model.encoder, recipe.drop_path)
     facts = _facts(model, pairs, classes, recipe)
+    if save_to:
+        facts["label_maps_sha256"] = from_rank_0(lambda: digest_of_files(pairs.masks))
     plan = loop.TrainingPlan(
         title,
         steps=recipe.steps,
@@ -146,6 +150,14 @@ def _batches(
 def _view(labels_HW: torch.Tensor, recipe: Recipe, epoch: int, at: int) -> View:
     uniforms = rng.uniforms(recipe.seed, rng.CROP, epoch, torch.tensor([at]), DRAWS)[0]
     return chosen_view(labels_HW, uniforms.tolist(), recipe.short_side, recipe.crop_size)
+
+
+def digest_of_files(paths: Iterable[Path]) -> str:
+    """Of what they hold, in their order."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(sha256(path).encode())
+    return digest.hexdigest()
 
 
 def _facts(model: Segmenter, pairs: Pairs, classes: Classes, recipe: Recipe) -> dict:

@@ -28,7 +28,8 @@ from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime.distributed import first_on_each_node, from_all
 
 ADAM = ("exp_avg", "exp_avg_sq", "step")  # its state of a weight
-LATER = ("labels", "annotations_sha256")  # facts that earlier versions left out: absent, they agree
+# Facts that earlier versions left out: absent, they agree.
+LATER = ("labels", "annotations_sha256", "label_maps_sha256")
 
 
 class FragmentsEMA(NamedTuple):
