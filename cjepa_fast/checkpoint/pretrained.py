@@ -139,7 +139,7 @@ def _rgb(image: Any, limits: Limits) -> Image.Image:
             return _of_array(np.asarray(image), limits.bit_depth)
         return ImageOps.exif_transpose(image).convert("RGB")
     if isinstance(image, torch.Tensor):
-        return _of_tensor(image.detach().cpu())
+        return _of_tensor(image.detach().cpu(), limits.bit_depth)
     if isinstance(image, np.ndarray):
         return _of_array(image, limits.bit_depth)
     raise ValueError(
@@ -158,17 +158,17 @@ def _read(path: Path, limits: Limits) -> Image.Image:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _of_tensor(image: torch.Tensor) -> Image.Image:
+def _of_tensor(image: torch.Tensor, bits: int | None) -> Image.Image:
     if image.ndim != 3 or image.shape[0] not in (1, 3):
         raise ValueError(
             f"a tensor of shape {tuple(image.shape)}: an image is (3, H, W) or (1, H, W), channels "
             "first; give (H, W, 3) as a numpy array"
         )
     image = image.float() if image.is_floating_point() else image
-    return _of_array(image.permute(1, 2, 0).numpy())
+    return _of_array(image.permute(1, 2, 0).numpy(), bits)
 
 
-def _of_array(image: np.ndarray, bits: int | None = None) -> Image.Image:
+def _of_array(image: np.ndarray, bits: int | None) -> Image.Image:
     if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3)):
         raise ValueError(
             f"an array of shape {image.shape}: an image is (H, W) or (H, W, 3), channels last; "

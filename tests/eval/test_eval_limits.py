@@ -122,7 +122,8 @@ def test_features_are_of_all_twelve_bits(made, tmp_path, monkeypatch):
     files = [folder / bright.name(i) for i in range(12)]
     arrays = [np.array(Image.open(file)) for file in files]
     assert arrays[0].dtype == np.uint16
-    for given in (files, arrays, [Image.open(file) for file in files]):
+    tensors = [torch.from_numpy(array)[None] for array in arrays]
+    for given in (files, arrays, tensors, [Image.open(file) for file in files]):
         torch.testing.assert_close(encoder.embed(given), found[1], rtol=0, atol=1e-4)
 
 
