@@ -61,7 +61,6 @@ def seen(monkeypatch):
         raise ValueError("seen")
 
     monkeypatch.setattr(sources.ImageSet, "__init__", opened)
-    monkeypatch.setattr(sources.ImageSet, "__del__", lambda self: None)
     return found
 
 
