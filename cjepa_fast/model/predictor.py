@@ -55,7 +55,7 @@ class Predictor(nn.Module):
         self.predictor_norm = Norm(width, eps=1e-6)
         self.predictor_proj = Linear(width, encoder_width)
         self.apply(functools.partial(init_weights, init=init))
-        nn.init.trunc_normal_(self.mask_token, std=0.02)
+        nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(
         self,

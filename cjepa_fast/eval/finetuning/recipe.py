@@ -88,7 +88,7 @@ class Classifier(nn.Module):
         self.encoder, self.bf16 = encoder, bf16
         self.norm = nn.LayerNorm(encoder.width, eps=1e-6)
         self.head = nn.Linear(encoder.width, classes)
-        nn.init.trunc_normal_(self.head.weight, std=2e-5)
+        nn.init.normal_(self.head.weight, std=2e-5)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, images_B3HW: torch.Tensor) -> torch.Tensor:

@@ -78,10 +78,10 @@ class AttentiveProbe(nn.Module):
         self.head = nn.Linear(D, classes)
 
     def _initialise(self) -> None:
-        """Truncated normal of std 0.02; what ends a branch divided by the root of 2."""
-        nn.init.trunc_normal_(self.query, std=0.02)
+        """Normal of std 0.02; what ends a branch divided by the root of 2."""
+        nn.init.normal_(self.query, std=0.02)
         for layer in (self.q, self.kv, self.proj, self.mlp.fc1, self.mlp.fc2):
-            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
         for layer in (self.proj, self.mlp.fc2):
             layer.weight.data.div_(math.sqrt(2))
