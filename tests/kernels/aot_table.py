@@ -20,8 +20,11 @@ def ingredients() -> str:
     for path in sorted(KERNELS.rglob("*.py")):
         code = path.read_bytes()
         found.update(f"{path.relative_to(KERNELS).as_posix()} {len(code)}\n".encode() + code)
-    versions = ", ".join(f"{name} {_version(name)}" for name in ("triton", "torch"))
-    return f"Of {versions} and kernels/*.py with the hash {found.hexdigest()[:16]}."
+    return f"{compilers()} and kernels/*.py with the hash {found.hexdigest()[:16]}."
+
+
+def compilers() -> str:
+    return "Of " + ", ".join(f"{name} {_version(name)}" for name in ("triton", "torch"))
 
 
 def _version(name: str) -> str:
@@ -30,6 +33,11 @@ def _version(name: str) -> str:
 
 def is_current(table: Path = TABLE) -> bool:
     return ingredients() in table.read_text(encoding="utf-8").splitlines()
+
+
+def is_of_these_compilers(table: Path = TABLE) -> bool:
+    """Else it is no measure of what they make."""
+    return any(x.startswith(f"{compilers()} ") for x in table.read_text("utf-8").splitlines())
 
 
 def cells(table: Path = TABLE) -> dict[tuple[str, int], str]:

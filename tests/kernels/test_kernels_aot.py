@@ -94,10 +94,11 @@ def test_a_table_is_stale_after_any_change_of_a_kernel_or_a_compiler(tmp_path, m
     (kernels / "a.py").write_text("x = 1\n")
     assert aot_table.is_current(table)
     (kernels / "b.py").write_text("")
-    assert not aot_table.is_current(table)
+    assert not aot_table.is_current(table) and aot_table.is_of_these_compilers(table)
     (kernels / "b.py").unlink()
     for name in ("triton", "torch"):
         with monkeypatch.context() as patch:
             versions = {"triton": "3.7.1", "torch": "2.13.0", name: "9.9"}
             patch.setattr(aot_table.metadata, "version", versions.get)
             assert f"{name} 9.9" in aot_table.ingredients() and not aot_table.is_current(table)
+            assert not aot_table.is_of_these_compilers(table)
