@@ -139,7 +139,8 @@ def save(file: Path, table: Table) -> None:
 
 @contextlib.contextmanager
 def lock(file: Path):
-    """One rank indexes a set; the other ranks of the node wait, then read its cache."""
+    """One process checks a set's images; the others that find them unchecked wait, then read its
+    cache."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         handle = open(file.with_suffix(".lock"), "w")  # noqa: SIM115 (closed below)

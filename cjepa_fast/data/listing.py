@@ -1,5 +1,6 @@
 """Listing what a folder tree or a shard holds, and indexing it with the help of the cache."""
 
+import contextlib
 import os
 import stat
 import tarfile
@@ -184,12 +185,16 @@ def _index_files(root: Path, key: Path, found: list[Found], cache, pool, log) ->
     reasons = raw | reasons
 
     file = index.cache_file(key, cache)
-    old = index.load(file)
     fresh_N = np.ones(len(found), bool)
     fresh_N[list(reasons)] = False
-    if old is not None:
-        reasons |= _reuse(old, names, entries_N, fresh_N)
-    todo = np.flatnonzero(fresh_N)
+
+    def remembered() -> index.Table | None:
+        old = index.load(file)
+        if old is not None:
+            reasons.update(_reuse(old, names, entries_N, fresh_N))
+        return old
+
+    old = remembered()
     folder = os.fsencode(root)
     open_fd = lambda i: index.open_regular(os.path.join(folder, names[i]))  # noqa: E731
 
@@ -199,11 +204,15 @@ def _index_files(root: Path, key: Path, found: list[Found], cache, pool, log) ->
         table = index.Table.of(names, part_N, reasons | found)
         _keep(file, table, lambda line: None)  # where it fails, the last saving says so
 
-    with shown_bar(len(todo), "checking images") as bar:
-        reasons |= index.check_all(open_fd, entries_N, todo, pool, bar, names.__getitem__, keep)
-    table = index.Table.of(names, entries_N, reasons)
-    if len(todo) or old is None or len(old) != len(table):
-        _keep(file, table, log)
+    with index.lock(file) if fresh_N.any() else contextlib.nullcontext():
+        if fresh_N.any():
+            old = remembered()  # another process may have checked them while this one waited
+        todo = np.flatnonzero(fresh_N)
+        with shown_bar(len(todo), "checking images") as bar:
+            checked = index.check_all(open_fd, entries_N, todo, pool, bar, names.__getitem__, keep)
+        table = index.Table.of(names, entries_N, reasons | checked)
+        if len(todo) or old is None or len(old) != len(table):
+            _keep(file, table, log)
     return table
 
 
@@ -310,8 +319,22 @@ def index_shards(shards: list[Path], cache, pool: ThreadPoolExecutor, log):
     """([Table a shard], classes from classes.txt beside the first, else those that words name)."""
     stamps = [index.stamp(s.stat()) for s in shards]
     files = [index.cache_file(s, cache) for s in shards]
-    tables = list(pool.map(index.load, files))
-    stale = [k for k, t in enumerate(tables) if t is None or t.stamp != stamps[k]]
+
+    def remembered() -> tuple[list[index.Table | None], list[int]]:
+        """What is known of them, and the numbers of those whose index is missing or stale."""
+        tables = list(pool.map(index.load, files))
+        return tables, [k for k, t in enumerate(tables) if t is None or t.stamp != stamps[k]]
+
+    tables, stale = remembered()
+    if stale:
+        with index.lock(files[0]):
+            tables, stale = remembered()  # another process may have listed them meanwhile
+            _list_and_check(shards, stamps, files, stale, tables, pool, log)
+    return tables, labels.of_shards(tables, labels.listed_beside(shards[0]))
+
+
+def _list_and_check(shards, stamps, files, stale, tables, pool: ThreadPoolExecutor, log) -> None:
+    """Of the shards of the numbers `stale`, into `tables` and their cached files."""
     with shown_bar(len(stale), "listing shards", "shard") as bar:
         listed = []
         for one in pool.map(lambda k: _list_shard(shards[k]), stale):
@@ -326,7 +349,6 @@ def index_shards(shards: list[Path], cache, pool: ThreadPoolExecutor, log):
             checked = index.check_all(open_fd, table.entries_N, todo, pool, bar, name)
             tables[k] = replace(table, reasons=table.reasons | checked, stamp=stamps[k])
             _keep(files[k], tables[k], log)
-    return tables, labels.of_shards(tables, labels.listed_beside(shards[0]))
 
 
 def _list_shard(shard: Path) -> index.Table:

@@ -411,8 +411,7 @@ def _brightest(images: ImageSet, i: int) -> int:
 
 
 def _indexed(location: locations.Location, prefix: str, cache, workers: int, log) -> list[Part]:
-    root = location.root
-    with index.lock(index.cache_file(root, cache)), ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(workers) as pool:
         try:
             return _parts(location, prefix, cache, pool, log)
         except BaseException:  # Ctrl-C, a lost disk: what waits in the pool is not begun

@@ -1,5 +1,6 @@
 """What a folder, a shard or a list holds is used, or left out by name and reason."""
 
+import contextlib
 import errno
 import json
 import os
@@ -627,6 +628,49 @@ def test_an_error_ends_the_indexing_at_once(tmp_path, opened, monkeypatch, error
     with pytest.raises(error):
         opened(made.good_folder(tmp_path / "set", 12), workers=1)
     assert len(begun) <= 2
+
+
+@pytest.mark.parametrize("write", [made.good_folder, made.good_shards])
+def test_what_is_known_is_read_though_another_process_indexes(tmp_path, opened, write):
+    """Else the ranks of a node wait for each other, however fresh the index is."""
+    path, cache = write(tmp_path / "set", 6), tmp_path / "cache"
+    for file in filter(os.path.isfile, path.rglob("*")):
+        os.utime(file, (1e9, 1e9))  # a change in this very moment would not be told
+    first = opened(path)
+    with contextlib.ExitStack() as held, ThreadPoolExecutor(1) as pool:
+        for file in {index.cache_file(path, cache), *cache.rglob("*.npz")}:
+            held.enter_context(index.lock(file))
+        again = pool.submit(opened, path)
+        try:
+            assert names(again.result(timeout=20)) == names(first)
+        finally:
+            held.close()
+
+
+@pytest.mark.parametrize("write", [made.good_folder, made.good_shards])
+def test_of_two_that_find_no_index_one_checks_and_the_other_reads_its(
+    tmp_path, opened, monkeypatch, write
+):
+    path, loaded, checked = write(tmp_path / "set", 6), threading.Barrier(2, timeout=60), []
+    real_load, real_check = index.load, index.check
+
+    def load(file):
+        if threading.current_thread().name not in seen:
+            seen.add(threading.current_thread().name)
+            loaded.wait()  # neither finds what the other has made
+        return real_load(file)
+
+    def check(open_fd, entries_N, chunk, name):
+        checked.extend(name(i) for i in chunk)
+        return real_check(open_fd, entries_N, chunk, name)
+
+    seen: set[str] = set()
+    monkeypatch.setattr(index, "load", load)
+    monkeypatch.setattr(index, "check", check)
+    with ThreadPoolExecutor(2) as pool:
+        one, other = (pool.submit(opened, path, workers=1) for _ in range(2))
+        assert names(one.result(timeout=60)) == names(other.result(timeout=60))
+    assert len(checked) == len(set(checked)) == 6
 
 
 def test_an_indexing_that_was_stopped_goes_on_where_it_was(tmp_path, opened, monkeypatch):

@@ -9,8 +9,8 @@ that it must have; the report names it. With --sample, N drawn at random are com
 as the committed table has them. Of what configs/ launch on sm_90 the machine code is read too
 (machine_code.py); where it has taken a step back from the committed table, that is wrong as well,
 unless --accept is given. Of other compilers than that table's, spills are told and are not wrong,
-since the tiles were not chosen by them. --machine writes that part alone: of another version of Triton, by the
-Python of its environment.
+since the tiles were not chosen by them. --machine writes that part alone: of another version of
+Triton, by the Python of its environment.
 """
 
 import argparse
