@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from cjepa_fast.checkpoint import Stored, damage, latest
+from cjepa_fast.checkpoint import Stored, damage, latest, state_of
 from cjepa_fast.checkpoint.pretrained import CROP, PretrainedEncoder
 from cjepa_fast.data.sources import LIMITS, Limits
 from cjepa_fast.interop import huggingface, ijepa
@@ -73,18 +73,30 @@ def _run_of(path: Path) -> Path | None:
 
 
 def limits_of(path: str | os.PathLike) -> Limits | None:
-    """Those that the encoder's images were read by: of the run that the path belongs to, or of the
-    .json of its weights. What is absent there is as usual; None where neither says any."""
+    """Those that the encoder's images were read by: of the run that the path belongs to, of the
+    checkpoint's, or of the description of its weights; None where that says none."""
     path = _found(path)
     if run := _run_of(path):
-        saved = read_json(run / "config.json")["data"]
-        return LIMITS._replace(**{name: saved[name] for name in Limits._fields if name in saved})
-    description = path.with_suffix(".json")
+        return _limits_of_run(read_json(run / "config.json"))
+    if (path / "state.json").is_file():
+        return _limits_of_run(state_of(path)["config"])
+    described = next(filter(Path.is_file, _descriptions(path)), None)
+    return described and _limits_in(read_json(described), described)
+
+
+def _descriptions(path: Path) -> list[Path]:
+    """Of an encoder that is not a run's, where it may be described."""
+    if path.suffix == ".safetensors":
+        return [path.with_suffix(".json")]
     if huggingface.is_folder(path):
-        description = path / huggingface.CONFIG
-    elif path.suffix != ".safetensors" or not description.is_file():
-        return None
-    return _limits_in(read_json(description), description)
+        return [path / huggingface.CONFIG]
+    return [path / f"{name}.json" for name in FINAL.values()]
+
+
+def _limits_of_run(saved: dict) -> Limits:
+    """What a run older than a limit lacks is as usual."""
+    data = saved["data"]
+    return LIMITS._replace(**{name: data[name] for name in Limits._fields if name in data})
 
 
 def _limits_in(described: dict, file: Path) -> Limits | None:

@@ -23,7 +23,7 @@ import numpy as np
 
 from cjepa_fast.data import faults, formats
 from cjepa_fast.runtime import caches, json_text
-from cjepa_fast.runtime.watched import watched
+from cjepa_fast.runtime.watched import progressed, watched
 
 VERSION = 4  # of the cached file; raise it when the check or the layout changes
 CHUNK = 256  # images a task
@@ -98,6 +98,7 @@ def cache_file(path: Path, cache: Path | None) -> Path:
 
 def load(file: Path) -> Table | None:
     """The cached table, or None where there is none that can be read."""
+    progressed()
     try:
         with open(file, "rb") as handle, np.load(handle) as kept:
             if int(kept["version"]) != VERSION or kept["entries"].dtype != ENTRY:

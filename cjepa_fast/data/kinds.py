@@ -39,9 +39,10 @@ def extension(name: str | bytes) -> str:
 
 
 def without_arrays(found: Sequence[T], name: Callable[[T], str | bytes]) -> list[T]:
-    """Those of `found` that are images: arrays are, where nothing else is."""
-    pictures = [one for one in found if extension(name(one)) not in ARRAYS]
-    return pictures or list(found)
+    """Those of `found` that are images: arrays are, where nothing else is. What has no image's
+    name, as a lost link, is no picture."""
+    others = [one for one in found if extension(name(one)) not in ARRAYS]
+    return others if any(extension(name(one)) for one in others) else list(found)
 
 
 def unread(head: bytes) -> str:

@@ -39,6 +39,7 @@ def images_below(
     if (status.st_dev, status.st_ino) in parents:
         return
     parents = (*parents, (status.st_dev, status.st_ino))
+    progressed()
     for entry in faults.patiently(lambda: _entries(folder), folder):
         path = under + entry.name
         named_image = kinds.extension(entry.name)
@@ -77,6 +78,7 @@ def is_lost(found: Found) -> bool:
 
 def status_of(path: bytes, stat_it: Callable[[], os.stat_result]) -> Found:
     """Raises OSError for an error of the machine."""
+    progressed()
     try:
         status = faults.patiently(stat_it, path)
     except faults.MachineFailed:
@@ -166,7 +168,6 @@ def _of_list(folder: Path, name: bytes) -> Found:
 def _counted(found: Iterator[Found], bar) -> Iterator[Found]:
     for one in found:
         bar.update()
-        progressed()
         yield one
 
 

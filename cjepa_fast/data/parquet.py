@@ -7,6 +7,7 @@ A row cannot be read without the rows around it, so no training reads from here:
 through the files once, in their order. pyarrow reads them; no extension type of theirs is made.
 """
 
+import contextlib
 import hashlib
 import os
 import re
@@ -315,9 +316,16 @@ class _File:
                 return first, batch
         return faults.patiently(lambda: self._read_up_to(row), self.path)
 
+    def _is_the_same(self) -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            return index.stamp(self.path.stat()) == self._stamp
+        return False
+
     def _read_up_to(self, row: int) -> tuple[int, object]:
-        if self._parquet is None and index.stamp(self.path.stat()) != self._stamp:
-            raise OSError("the file has changed since its labels were read")
+        if self._parquet is None and not self._is_the_same():
+            raise faults.MachineFailed(
+                f"{self.path} has changed or gone since its labels were read: pack again"
+            )
         try:
             self._parquet = self._parquet or self._opened()
             group = bisect_right(self._groups, row) - 1

@@ -34,6 +34,7 @@ LABELLED = (
     "it needs a folder for each class, a .cls or .json for each image, or a file of labels "
     "(--labels, --test-labels; a list)"
 )
+USUAL_LIMITS = ("detect", "video")  # tasks that read whole images by the usual ones
 SPLITS = {locations.TRAINING, *locations.OTHER_SPLITS}
 Row = dict[str, object]
 Split = tuple[ImageSet, torch.Tensor]  # a set and the indices used of it
@@ -314,11 +315,16 @@ def _match_classes(splits: list[tuple[str, ImageSet]]) -> None:
 
 
 def class_numbers(splits: tuple[Split, Split]) -> torch.Tensor:
-    """The number that each of the C classes of both splits has in their labels, ascending: (C,)."""
-    numbers = torch.cat([images.labels[keep] for images, keep in splits])
-    if splits[0][0].classes:
-        return torch.arange(1 + int(numbers.max()))
-    return numbers.unique()  # without names they may be large and far apart
+    """`numbers_of` both splits' labels."""
+    return numbers_of(torch.cat([images.labels[keep] for images, keep in splits]))
+
+
+def numbers_of(label_n: torch.Tensor) -> torch.Tensor:
+    """The number that each of the C classes has in the labels, ascending: (C,). All from 0 on; but
+    where most of those would stand empty, as of ids, those alone that are used."""
+    used = label_n.unique()
+    every = 1 + int(used[-1])
+    return torch.arange(every) if every <= 2 * len(used) else used
 
 
 def some(keep: torch.Tensor, most: int | None) -> torch.Tensor:
@@ -374,6 +380,8 @@ def report(
         return
     print_table(rows, headings)
     chosen = {name: getattr(args, name) for name in settings}
+    if (limits := args.limits.changed()) and args.task not in USUAL_LIMITS:
+        chosen["limits"] = limits
     record = {
         "task": args.task,
         "made": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds"),

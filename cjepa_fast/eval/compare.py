@@ -15,7 +15,8 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from cjepa_fast.checkpoint.encoders import load_encoder
+from cjepa_fast.checkpoint.encoders import limits_of, load_encoder
+from cjepa_fast.data.sources import LIMITS
 from cjepa_fast.eval import cli, seeds, uncertainty
 from cjepa_fast.eval.features import digest
 from cjepa_fast.eval.figures.curves import columns_for, short_names
@@ -103,8 +104,9 @@ def _tasks(records: list[list[dict]]) -> list[str]:
 
 
 def _differing(settings: list[dict]) -> list[str]:
-    """The settings that are not the same everywhere; another seed is the same evaluation."""
-    keys = dict.fromkeys(key for s in settings for key in s if key != "seed")
+    """The settings that are not the same everywhere; another seed is the same evaluation, and so
+    are other limits, which are the training's."""
+    keys = dict.fromkeys(key for s in settings for key in s if key not in ("seed", "limits"))
     return [key for key in keys if len({json.dumps(s.get(key)) for s in settings}) > 1]
 
 
@@ -215,7 +217,9 @@ def run(args: argparse.Namespace) -> None:
         found = found_in(checkpoint, args.which)
         if args.data:
             asked = _asked(args)
-            there = {r["task"] for r in found if all(
+            # earlier versions read by the usual ones, whatever the run's, and said none
+            limits = (limits_of(checkpoint) or LIMITS).changed() or None
+            there = {r["task"] for r in found if r["settings"].get("limits") == limits and all(
                 r["settings"].get(k, v) == v for k, v in asked.items()
             )}  # fmt: skip
             made = _compute(checkpoint, [t for t in COMPUTED if t not in there], args)

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
     }  # fmt: skip
     facts |= {"bit_depth": args.limits.bit_depth} if args.limits.bit_depth else {}
     parts = args.out.with_name(f"{args.out.name}.parts")
-    distributed.from_rank_0(lambda: _begin(parts, facts))
+    distributed.from_rank_0(lambda: _begin(parts, facts, int(images.times_ns.max())))
     files = [*_extracted(encoder, images, parts, args)]
     if distributed.rank() != 0:
         return
@@ -99,13 +99,23 @@ def _writer(out: Path, pool: str) -> Callable:
     return WRITERS[out.suffix]
 
 
-def _begin(parts: Path, facts: dict) -> None:
-    """Raises ValueError where there are parts of other features."""
+def _begin(parts: Path, facts: dict, newest_ns: int) -> None:
+    """newest_ns: when the images' files were changed last. Raises ValueError where there are parts
+    of other features."""
     parts.mkdir(parents=True, exist_ok=True)
     if not (parts / FACTS).is_file():
         write_text(parts / FACTS, json.dumps(facts, indent=2))
-    before = {"times": facts["times"], **read_json(parts / FACTS)}  # earlier versions left it out
-    if differs := sorted(k for k in facts.keys() | before if before.get(k) != facts.get(k)):
+    before = read_json(parts / FACTS)
+    if "times" not in before and (parts / FACTS).stat().st_mtime_ns > newest_ns:
+        before["times"] = facts["times"]  # earlier versions left it out
+    differs = sorted(k for k in facts.keys() | before if before.get(k) != facts.get(k))
+    if differs == ["times"]:
+        raise ValueError(
+            f"{parts} holds parts of images that have been written since, or of another copy of "
+            "them (a copy that keeps the files' times, as cp -p makes, goes on): remove it, or "
+            "name another --out"
+        )
+    if differs:
         raise ValueError(
             f"{parts} holds parts of other features (another {', '.join(differs)}): remove it, or "
             "name another --out"
@@ -161,14 +171,13 @@ def _text(name: str) -> str:
 
 def _whole(parts: list) -> Part:
     """All parts in one. Raises ValueError where they do not fit into memory."""
-    first = parts[0]()
-    needed, free = 2 * len(parts) * first.features.nbytes, free_bytes()
+    needed, free = 2 * len(parts) * max(part().features.nbytes for part in parts), free_bytes()
     if free is not None and needed > free:
         raise ValueError(
             f"the features take up to {needed / 2**30:.0f} GiB at once, of {free / 2**30:.0f} "
             "free: take .parquet or .csv, which are written a part at a time"
         )
-    found = [first, *(part() for part in parts[1:])]
+    found = [part() for part in parts]
     names = [name for part in found for name in part.names]
     arrays = (np.concatenate([part[i] for part in found]) for i in (1, 2))
     return Part(names, *arrays)

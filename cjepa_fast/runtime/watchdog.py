@@ -28,6 +28,7 @@ import torch.distributed as dist
 from cjepa_fast.runtime.watched import longest, reads
 
 BEAT_S = 1.0  # between two heartbeats, and between two looks at them
+HEARD_S = 5 * BEAT_S  # by then a rank's mark has come to all
 GONE_S = 60.0  # without a sign of life (or half the timeout): a rank is gone, not stuck
 HASTE_S = 10.0  # the same once one has failed or lost a connection: launchers then wait for 30 s
 START, STARTING_STEPS = 3, 3  # times the timeout, until these have been done: kernels are compiled
@@ -69,13 +70,15 @@ def find_gone(beats: Iterable[Heartbeat], still_s: dict[int, float], gone_s: flo
 
 def find_stuck(beats: Iterable[Heartbeat]) -> str:
     """Who holds up the others once one of them is stuck, as text, or "". While one of those at the
-    last line still indexes its images the others wait for it, however long."""
+    last line still indexes its images the others wait for it, however long; and when it is done
+    what they last said of themselves is older than that."""
     there = [beat for beat in beats if beat.state != DONE]
     if all(beat.state != STUCK for beat in there):
         return ""
     fewest = min(beat.marks for beat in there)
     behind = [beat for beat in there if beat.marks == fewest]
-    if any(beat.phase == INDEXING and beat.state == RUNS for beat in behind):
+    just_left = any(beat.for_s < HEARD_S for beat in there if beat.marks > fewest)
+    if any(beat.phase == INDEXING and (just_left or beat.state == RUNS) for beat in behind):
         return ""
     if len(behind) < len(there):
         others = " and the others wait"

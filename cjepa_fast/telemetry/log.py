@@ -78,6 +78,7 @@ class Telemetry:
         self._folder, self._step = folder, start_step
         self._said = Lines(self._line.message, folder / "events.jsonl")
         self._before_s, self._start_s = 0.0, time.perf_counter()
+        fresh = not (folder / "log.jsonl").exists()
         kept = drop_rows_after(folder / "log.jsonl", start_step, self._warn)
         self._before_s = kept[-1].get("time_s", 0.0) if kept else 0.0
         self._log = Lines(self.message, folder / "log.jsonl")
@@ -86,7 +87,7 @@ class Telemetry:
         if tensorboard:
             self._sinks.append(TensorBoardSink(self.message, folder / "tensorboard", start_step))
         services = [(kind, of) for kind, of in ((WandbSink, wandb), (MLflowSink, mlflow)) if of]
-        own = self._service_id(fresh=start_step == 0) if services else ""
+        own = self._service_id(fresh or start_step == 0)
         for kind, of in services:
             self._sinks.append(AsyncSink(kind, self.message, folder, own, of))
         self._gpu = GpuCounters()

@@ -179,7 +179,7 @@ class MLflowSink(Sink):
 
 
 def name_of(folder: Path, fresh: bool) -> str:
-    """What services know a training by: drawn at its start (fresh), kept in its folder.
+    """What services know a training by: drawn where its folder is new (fresh), and kept there.
 
     A run that has no such file began before there was one, and is known by its folder's path.
     Raises OSError where the file cannot be written or read.

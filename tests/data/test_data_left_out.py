@@ -373,6 +373,16 @@ def test_a_broken_link_takes_no_shard_away(tmp_path, opened):
     assert len(opened(root)) == 6
 
 
+def test_a_broken_link_takes_no_array_away(tmp_path, opened):
+    for k in range(4):
+        folder = tmp_path / "set" / f"c{k % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        np.save(folder / f"{k}.npy", np.zeros((8, 8, 3), np.uint8))
+    (tmp_path / "set" / "latest").symlink_to(tmp_path / "elsewhere")
+    images = opened(tmp_path / "set")
+    assert len(images) == 4 and reasons(images).keys() == {"latest"}
+
+
 @pytest.mark.parametrize("stays", [False, True])
 def test_an_error_of_the_machine_takes_no_folder_away(monkeypatch, stays):
     class Entry:

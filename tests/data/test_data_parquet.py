@@ -203,8 +203,10 @@ def test_two_files_are_open_at_most(tmp_path):
         assert images.read_original(i) == image(i)["bytes"]
         assert len(os.listdir("/proc/self/fd")) <= before + 2
     write(files[0], [(image(1), 0), (image(2), 0)])
-    with pytest.raises(OSError, match="changed since its labels were read"):
-        images.read_original(0)
+    for change in (lambda: None, files[0].unlink):
+        change()
+        with pytest.raises(faults.MachineFailed, match="has changed or gone since its"):
+            images.read_original(0)
 
 
 class Failing:

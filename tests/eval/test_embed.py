@@ -127,7 +127,7 @@ def test_what_cannot_be_written_is_said_before_any_work(tmp_path, made, name, mo
 
 
 def test_parts_of_images_that_are_written_anew_are_not_resumed(tmp_path, made, monkeypatch, capsys):
-    """Parts of an earlier version, which did not look at the times, are."""
+    """Parts of an earlier version, which did not look at the times, are if they are younger."""
     images, asked = shutil.copytree(made[1], tmp_path / "images"), []
 
     def failing(*args, keep, **options):
@@ -140,12 +140,14 @@ def test_parts_of_images_that_are_written_anew_are_not_resumed(tmp_path, made, m
     out = tmp_path / "a.npz"
     assert call(made[0], images, out) == 2
     os.utime(next(images.rglob("*.jpg")), ns=(10**18, 10**18))
-    assert call(made[0], images, out) == 2 and "another times)" in capsys.readouterr().err
+    assert call(made[0], images, out) == 2 and "another copy of" in capsys.readouterr().err
     facts = json.loads((tmp_path / "a.npz.parts" / "facts.json").read_text())
     (tmp_path / "a.npz.parts" / "facts.json").write_text(json.dumps({**facts, "times": None}))
     assert call(made[0], images, out) == 2 and asked == [0, 4]
     del facts["times"]
     (tmp_path / "a.npz.parts" / "facts.json").write_text(json.dumps(facts))
+    assert call(made[0], images, out) == 2 and asked == [0, 4, 4]
+    os.utime(next(images.rglob("*.jpg")), ns=(2 * 10**18, 2 * 10**18))  # younger than the parts
     assert call(made[0], images, out) == 2 and asked == [0, 4, 4]
 
 

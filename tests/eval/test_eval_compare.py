@@ -89,6 +89,20 @@ def test_another_test_set_is_another_evaluation(tmp_path, monkeypatch):
     assert asked == ["linear", "collapse"]
 
 
+def test_a_score_of_images_read_by_other_limits_is_made_anew(tmp_path, monkeypatch):
+    """As of 12 bits that an earlier version read as 16, and whose record says none."""
+    records = record(test="set"), record(task="linear", test="set", limits={"bit_depth": 12})
+    run = write(tmp_path / "run", *records, record(task="collapse"))
+    of_12 = Config(data={"bit_depth": 12})
+    (run / "config.json").write_text(of_12.to_json())
+    asked = []
+    monkeypatch.setattr(compare, "_compute", lambda of, missing, args: asked.extend(missing) or [])
+    assert main(["compare", str(run), "--data", "set", "--test", "set"]) == 0
+    assert asked == ["knn", "collapse"]
+    _, headings = compare.measures([[record()], [record(limits={"bit_depth": 12})]])
+    assert list(headings.values()) == ["knn: kNN %", "knn: mean-subtracted"]
+
+
 def test_the_best_is_high_or_low_by_what_is_measured():
     def of(key, *values):
         measure = ("task", key, "")

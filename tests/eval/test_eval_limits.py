@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import cjepa_fast as cj
-from cjepa_fast.checkpoint.encoders import save_encoder, write_encoder
+from cjepa_fast.checkpoint.encoders import limits_of, save_encoder, write_encoder
 from cjepa_fast.data import sources
 from cjepa_fast.data.sources import LIMITS, open_images
 from cjepa_fast.eval import online
@@ -144,7 +144,19 @@ def test_parts_of_another_bit_depth_are_not_resumed(made, tmp_path, capsys):
         shutil.rmtree(parts)
 
 
-def test_an_encoder_takes_its_limits_along(made, tmp_path):
+def test_a_checkpoint_alone_and_a_run_older_than_a_limit_say_theirs(tmp_path):
+    saved = {"data": {"bit_depth": 12, "max_pixels": 7}, "model": {}, "run": {}}
+    for folder, file, text in (
+        ("step", "state.json", {"config": saved}),
+        ("run", "config.json", saved),
+    ):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / file).write_text(json.dumps(text))
+        found = limits_of(tmp_path / folder)
+        assert (found.bit_depth, found.max_pixels, found.min_jpeg) == (12, 7, LIMITS.min_jpeg)
+
+
+def test_an_encoder_takes_its_limits_along(made, tmp_path, monkeypatch):
     """In the .json of its weights; where that has none, they are as usual, and so is the file."""
     run, _ = made
     encoder = cj.load_encoder(run)
@@ -152,8 +164,11 @@ def test_an_encoder_takes_its_limits_along(made, tmp_path):
     save_encoder(encoder, tmp_path / "encoder.safetensors")
     alone = cj.load_encoder(tmp_path / "encoder.safetensors")
     assert alone.limits == encoder.limits and alone.transform.limits.bit_depth == 12
+    assert cj.load_encoder(tmp_path).limits == encoder.limits
     huggingface.write_encoder(encoder, tmp_path, 0.875)
     assert cj.load_encoder(tmp_path).limits == encoder.limits
+    monkeypatch.chdir(tmp_path)
+    assert cj.load_encoder(".").limits == encoder.limits
     huggingface.write_encoder(fresh(), tmp_path, 0.875)
     assert cj.load_encoder(tmp_path).limits == LIMITS
     save_encoder(fresh(), tmp_path / "plain.safetensors")

@@ -215,9 +215,11 @@ def main() -> int:
     if args.sample:
         compare(rows)
     table = args.machine or aot_table.TABLE
-    if table.exists() and aot_table.is_of_these_compilers(table) and not args.accept:
+    writes = args.markdown or args.machine
+    known = table.exists() and (writes or aot_table.is_of_these_compilers(table))
+    if known and not args.accept:
         hold_against(rows, machine_code.committed(table.read_text(encoding="utf-8")))
-    judge_spills(rows, of_these=aot_table.is_of_these_compilers())
+    judge_spills(rows, of_these=bool(args.markdown) or (known and not args.machine))
     wrong = [row for row in rows if row["wrong"]]
     if args.json:
         args.json.write_text(json.dumps(rows), encoding="utf-8")

@@ -179,6 +179,19 @@ def test_who_still_indexes_is_waited_for_and_who_no_longer_reads_is_stuck():
     assert "rank 1 (host" in world.go_on(START * 60 + 3)[0].splitlines()[0]
 
 
+def test_when_a_long_indexing_ends_nobody_is_stuck():
+    """The others have read nothing all the while, and say so until their next heartbeat."""
+    world = World(3, timeout_s=60)
+    world.mark(INDEXING, 0)
+    for _ in range(12):
+        watched.progressed()
+        for dog in world.dogs[1:]:
+            dog._read = watched.reads()
+        assert not world.go_on(60)
+    world.mark("building the networks", 0)
+    assert not world.go_on(60)
+
+
 def test_the_ranks_of_a_node_wait_for_its_first_longer_than_for_a_collective(monkeypatch):
     """Whether that gets on is for the watchdog to see; without one the time is torch's own."""
     made = []

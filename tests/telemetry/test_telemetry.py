@@ -433,12 +433,14 @@ def test_mlflow_gets_the_numbers_of_each_row_in_one_run_after_a_resume(
     tmp_path, started, monkeypatch
 ):
     server = MLflowServer(monkeypatch)
-    for folder, start in (("a", 0), ("b", 0), ("a", 2)):
+    for folder, start in (("a", 0), ("b", 0), ("a", 2), ("c", 2)):  # c: resumed from another's
         out = started(tmp_path / folder, mlflow="mine", interval=1, start_step=start)
         out.step(start + 1, {"loss": torch.tensor(2.0), "std": torch.tensor(math.nan)})
         out.log_row({"lr": 0.5})
         out.close()
-    assert [run["name"] for run in server.runs.values()] == ["a", "b"]
+    assert [run["name"] for run in server.runs.values()] == ["a", "b", "c"]
+    drawn = {(tmp_path / folder / "service_id").read_text() for folder in "abc"}
+    assert drawn == {run["tags"][sinks.MLflowSink.TAG] for run in server.runs.values()}
     assert {run["status"] for run in server.runs.values()} == {"FINISHED"}
     metrics = server.runs["0"]["metrics"]
     assert [m for m in metrics if m[1] == "loss"] == [(1, "loss", 2.0), (3, "loss", 2.0)]

@@ -90,7 +90,7 @@ def loader_of(
     data = DataSection(
         image_size=encoder.image_size, channels=encoder.channels, mean=tuple(encoder.mean),
         std=tuple(encoder.std), threads=args.threads, crop_scale=tuple(chosen.crop_scale),
-        flip=True,
+        flip=True, max_skipped=train.limits.max_skipped,
     )  # fmt: skip
     return Loader(
         train, data, Share(batch, micro_batch, rank(), world_size()), seed=args.seed,

@@ -96,9 +96,9 @@ def sweep(
     """
     train_nD, label_n, test_mD, test_label_m = vectors
     settings, device = plan.settings(), cli.device()
-    # the classes' numbers may be large and far apart
-    classes_C, class_i = torch.cat([label_n, test_label_m]).unique(return_inverse=True)
-    classes, (label_n, test_label_m) = len(classes_C), class_i.split([len(label_n), len(test_mD)])
+    numbers_C = cli.numbers_of(torch.cat([label_n, test_label_m]))
+    classes = len(numbers_C)
+    label_n, test_label_m = (torch.searchsorted(numbers_C, x) for x in (label_n, test_label_m))
     if choose == "test":
         probes = fit(train_nD, label_n, classes, widths, plan, device)
         scores = probes.percent(test_mD, test_label_m)
