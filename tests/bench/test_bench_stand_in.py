@@ -88,6 +88,7 @@ print(round(large), small < large / 3)
 """
 
 
+@pytest.mark.long
 def test_what_the_host_bench_counts(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", HOST], cwd=tiny.ROOT, capture_output=True, text=True,

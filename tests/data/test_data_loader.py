@@ -310,7 +310,8 @@ def test_an_error_of_dali_that_no_image_explains_is_raised(images, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "ending", ["", pytest.param("raise SystemExit(3)", marks=pytest.mark.long), "1 / 0"]
+    "ending",
+    ["", *(pytest.param(e, marks=pytest.mark.long) for e in ("raise SystemExit(3)", "1 / 0"))],
 )
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_the_interpreter_exits_with_a_loader_running(tmp_path, ending, decoder):

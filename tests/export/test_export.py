@@ -16,6 +16,7 @@ from cjepa_fast.interop.vits import read_vit
 from cjepa_fast.model.vit import MODELS, Encoder
 from cjepa_fast.runtime.files import read_tensors
 
+LONG = [pytest.param(form, marks=pytest.mark.long) for form in FORMATS if form != "hf"]
 WIDE = {"width": 44, "heads": 4, "mlp_ratio": 48 / 11}  # a giant's MLP
 
 
@@ -116,7 +117,7 @@ def bands(request, tmp_path_factory):
     return tiny.write_run(tmp_path_factory.mktemp("bands"), encoder, data=data)
 
 
-@pytest.mark.parametrize("form", [form for form in FORMATS if form != "timm"])
+@pytest.mark.parametrize("form", ["hf", *(f for f in LONG if f.values[0] != "timm")])
 def test_any_number_of_channels_leaves_in_every_form(bands, tmp_path, monkeypatch, form):
     for package in (*FORMATS[form].needs, FORMATS[form].opened_by):
         pytest.importorskip(package)
@@ -144,9 +145,7 @@ def by_tanh(tmp_path_factory):
     return tiny.write_run(tmp_path_factory.mktemp("tanh"), tiny.uneven_encoder(gelu="tanh"))
 
 
-@pytest.mark.parametrize(
-    "form", ["hf", *(pytest.param(f, marks=pytest.mark.long) for f in FORMATS if f != "hf")]
-)
+@pytest.mark.parametrize("form", ["hf", *LONG])
 def test_tanh_s_gelu_leaves_in_every_form(by_tanh, tmp_path, seed, form):
     """Nearer to its own features than those of exact GELU are."""
     for package in FORMATS[form].needs:
