@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 import queue
+import re
 import secrets
 import threading
 import time
@@ -182,14 +183,17 @@ def name_of(folder: Path, fresh: bool) -> str:
     """What services know a training by: drawn where its folder is new (fresh), and kept there.
 
     A run that has no such file began before there was one, and is known by its folder's path.
-    Raises OSError where the file cannot be written or read.
+    Raises OSError where the file cannot be written or read, or holds something else.
     """
     file = folder / "service_id"
     if fresh:
         file.write_text(secrets.token_hex(8))
     elif not file.exists():
         return hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    return file.read_text()
+    own = file.read_bytes()
+    if not re.fullmatch(rb"[0-9a-f]{16}", own):
+        raise OSError(f"{file} holds no id of a training")
+    return own.decode()
 
 
 def is_number(row: dict, name: str) -> bool:

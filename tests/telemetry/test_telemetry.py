@@ -459,6 +459,11 @@ def test_an_id_that_cannot_be_kept_is_said(tmp_path, started, monkeypatch):
     stream = io.StringIO()
     started(tmp_path, mlflow="mine", stream=stream).close()
     assert "service_id" in stream.getvalue() and "for another training" in stream.getvalue()
+    (tmp_path / "service_id").rmdir()
+    (tmp_path / "service_id").write_bytes(b"\x80\x04")
+    (tmp_path / "log.jsonl").touch()
+    started(tmp_path, mlflow="mine", stream=stream, start_step=2).close()
+    assert "service_id holds no id of a training" in stream.getvalue()
 
 
 def test_what_a_rewind_leaves_elsewhere_is_hidden_or_said(tmp_path, started, monkeypatch):
