@@ -14,7 +14,6 @@ from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime.files import read_json, read_tensors, sha256, write_tensors, write_text
 
 HUB = "hf:"
-KNOWN = f"{', '.join(Limits._fields)}, bit_depth from 9 to 16, the others from 0"
 FINAL = {"target": "encoder", "context": "context_encoder"}  # file names at the end of a run
 
 
@@ -112,7 +111,10 @@ def _limits_in(described: dict, file: Path) -> Limits | None:
     except TypeError:
         sound = False
     if not sound:
-        raise ValueError(f"{file}: its limits {changed} are none of the data section's: {KNOWN}")
+        raise ValueError(
+            f"{file}: its limits {changed} are none of the data section's: "
+            f"{', '.join(Limits._fields)}, bit_depth from 9 to 16, the others from 0"
+        )
     return limits
 
 

@@ -31,7 +31,7 @@ from cjepa_fast.telemetry.sinks import (
     TensorBoardSink,
     WandbSink,
     is_number,
-    name_of,
+    service_id,
 )
 
 REFRESH_S = 0.5  # on a terminal the line is redrawn no oftener than this
@@ -98,7 +98,7 @@ class Telemetry:
 
     def _service_id(self, fresh: bool) -> str:
         try:
-            return name_of(self._folder, fresh)
+            return service_id(self._folder, fresh)
         except OSError as error:
             self.message(f"WARNING: {error}: the services take what comes for another training")
             return secrets.token_hex(8)

@@ -179,7 +179,7 @@ class MLflowSink(Sink):
         self._writer.set_terminated(self._run_id)
 
 
-def name_of(folder: Path, fresh: bool) -> str:
+def service_id(folder: Path, fresh: bool) -> str:
     """What services know a training by: drawn where its folder is new (fresh), and kept there.
 
     A run that has no such file began before there was one, and is known by its folder's path.

@@ -448,8 +448,12 @@ def test_mlflow_gets_the_numbers_of_each_row_in_one_run_after_a_resume(
 
 
 def test_a_run_from_before_its_id_was_kept_is_known_by_its_folder(tmp_path):
-    own = sinks.name_of(tmp_path, fresh=False)
-    assert own == sinks.name_of(tmp_path, fresh=False) != sinks.name_of(tmp_path / "b", fresh=False)
+    own = sinks.service_id(tmp_path, fresh=False)
+    assert (
+        own
+        == sinks.service_id(tmp_path, fresh=False)
+        != sinks.service_id(tmp_path / "b", fresh=False)
+    )
     assert len(own) == 16 and not list(tmp_path.iterdir())
 
 
