@@ -113,7 +113,7 @@ def test_the_restored_state_is_bit_for_bit_the_saved_one(unpacked, precision):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("precision", [pytest.param("bf16", marks=pytest.mark.long), "fp32"])
 def test_it_resumes_to_the_steps_of_then(unpacked, precision):
     """By a configuration without run.precision: the run keeps its own."""
     expected = tiny.losses(unpacked / precision)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from parameters import crossed
 
 from cjepa_fast.data.masks import Masks, MaskSampler, _levelled
 from cjepa_fast.model.packed import PackedContext
@@ -17,6 +18,7 @@ COMBINATIONS = [
     for sampler in ("uniform", "ijepa")
     for context in ("random", "prefix", "fixed", "packed")
 ]
+NAMED = {"-".join(combination): combination for combination in COMBINATIONS}
 # Released code, measured (reference numbers of the project): mean patches a target, then mean
 # context patches at each batch. The 28 x 28 row is the mean of few steps: its own error is near
 # 2 % (the exact mean of P is 136.25), so it is held to 2.5 % and to `plain_layout` besides.
@@ -90,9 +92,9 @@ def check(masks: Masks, grid: tuple[int, int], targets: int) -> None:
     assert (cols[..., 0] + width <= W).all() and (rows[..., 0] + height <= H).all()
 
 
-@pytest.mark.parametrize("grid", [(14, 14), (8, 8), (7, 12)])
-@pytest.mark.parametrize(("sampler", "context"), COMBINATIONS)
-def test_targets_are_rectangles_and_no_context_lies_in_one(seed, grid, sampler, context):
+@pytest.mark.parametrize(("combination", "grid"), crossed(NAMED, [(14, 14), (8, 8), (7, 12)]))
+def test_targets_are_rectangles_and_no_context_lies_in_one(seed, combination, grid):
+    sampler, context = combination
     masks_of = MaskSampler(grid, sampler, context, seed=seed, min_keep=1)
     for masks in many(masks_of, 20, 32):
         check(masks, grid, 4)
@@ -193,8 +195,9 @@ def one_cell_an_image(sampler: MaskSampler, steps: int, batch: int) -> dict[str,
     return counts
 
 
-@pytest.mark.parametrize("context", ["random", "fixed"])
-@pytest.mark.parametrize("grid", [(14, 14), (6, 9)])
+@pytest.mark.parametrize(
+    ("context", "grid"), crossed({"random": "random", "fixed": "fixed"}, [(14, 14), (6, 9)])
+)
 def test_every_cell_is_used_and_use_is_symmetric_under_flips(seed, grid, context):
     sampler = MaskSampler(grid, "uniform", context, seed=seed)
     for name, counts in one_cell_an_image(sampler, 80, 512).items():
@@ -226,9 +229,9 @@ def test_random_keeps_every_part_of_the_context_as_often(seed):
     assert chi_square_sigmas(statistic, 9) < SIGMAS
 
 
-@pytest.mark.parametrize(("sampler", "context"), COMBINATIONS)
-@pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_an_image_keeps_its_layout_on_any_world_size(seed, sampler, context, ranks):
+@pytest.mark.parametrize(("combination", "ranks"), crossed(NAMED, [2, 3, 4]))
+def test_an_image_keeps_its_layout_on_any_world_size(seed, combination, ranks):
+    sampler, context = combination
     masks_of = MaskSampler((14, 14), sampler, context, seed=seed)
     indices = torch.arange(240) + 960  # more than are worked through at once
     whole = masks_of(2, 4, indices)
@@ -392,8 +395,14 @@ def test_packed_keeps_the_first_layout_and_all_of_its_context(seed):
         kept.context_idx_BK  # noqa: B018
 
 
-@pytest.mark.parametrize("sampler", ["uniform", "ijepa"])
-@pytest.mark.parametrize(("side", "batch"), [(8, 16), (14, 32), (16, 2)])
+@pytest.mark.parametrize(
+    ("sampler", "side", "batch"),
+    [("uniform", 8, 16), ("ijepa", 14, 32), ("uniform", 16, 2)]
+    + [
+        pytest.param(*other, marks=pytest.mark.long)
+        for other in (("ijepa", 8, 16), ("uniform", 14, 32), ("ijepa", 16, 2))
+    ],
+)
 def test_packed_shapes_never_change_and_little_is_padding(seed, sampler, side, batch):
     masks_of = MaskSampler((side, side), sampler, "packed", seed=seed)
     drawn = list(many(masks_of, 200, batch))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from kernel_checks import FLOOR, check_operator, compiles_whole, same_bits, within_budget
+from parameters import crossed
 
 from cjepa_fast.kernels.attention import short_attention, short_attention_reference
 from cjepa_fast.kernels.attention.backward import backward_candidates, launch_attention_backward
@@ -111,8 +112,7 @@ PASSES = {
 }
 
 
-@pytest.mark.parametrize("tile", [*TWO_PASSES, TwoPasses(32, 16, 4)], ids=str)
-@pytest.mark.parametrize("shape", PASSES.values(), ids=PASSES)
+@pytest.mark.parametrize(("shape", "tile"), crossed(PASSES, [*TWO_PASSES, TwoPasses(32, 16, 4)]))
 def test_two_passes(seed, kernel_device, shape, tile):
     check(shape, kernel_device, torch.bfloat16, None, tile)
 

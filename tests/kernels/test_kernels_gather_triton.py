@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_checks import check_operator, compiles_whole, same_bits, within_budget
+from parameters import crossed
 
 from cjepa_fast.kernels import gather
 from cjepa_fast.kernels.common import launch, tiles
@@ -137,10 +138,19 @@ def check(case: Case, tensors: dict, op: Callable | None = None) -> None:
         within_budget(ours[name], eager[name], wanted, eager[name].dtype, name)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_kernel_within_the_error_budget(seed, kernel_device, case, shape, dtype):
+@pytest.mark.parametrize(
+    ("case_and_shape", "dtype"),
+    crossed(
+        {
+            f"{op}-{name}": (case, shape)
+            for op, case in CASES.items()
+            for name, shape in SHAPES.items()
+        },
+        DTYPES,
+    ),
+)
+def test_kernel_within_the_error_budget(seed, kernel_device, case_and_shape, dtype):
+    case, shape = case_and_shape
     check(case, tensors_of(shape, dtype, kernel_device))
 
 

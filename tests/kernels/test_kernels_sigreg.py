@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_checks import FLOOR, check_operator, compiles_whole, same_bits, within_budget
+from parameters import crossed
 
 from cjepa_fast.kernels.common import launch
 from cjepa_fast.kernels.sigreg import sigreg_statistic, sigreg_statistic_reference, statistic
@@ -144,8 +145,7 @@ def test_what_does_not_fit_is_refused(z, directions, rows, knots, said):
 # --- the kernels
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize(("shape", "dtype"), crossed(SHAPES, DTYPES))
 def test_value_and_gradient_are_within_the_error_budget(seed, kernel_device, shape, dtype):
     z, directions, rows = inputs(shape, kernel_device)
     check(z.to(dtype), directions, rows)
@@ -184,8 +184,9 @@ def test_any_small_shape(kernel_device, G, n, D, K, dtype):
     check(z.to(dtype), directions, rows)
 
 
-@pytest.mark.parametrize("shape", [(0, 150, 20, 70), (4, 70, 20, 17)])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype"), crossed({"one": (0, 150, 20, 70), "four": (4, 70, 20, 17)}, DTYPES)
+)
 def test_same_bits_twice(seed, kernel_device, shape, dtype):
     z, directions, rows = inputs(shape, kernel_device)
     same_bits(lambda: tuple(outcome(sigreg_statistic, z.to(dtype), directions, rows).values()))
@@ -272,8 +273,13 @@ class InTurn:
         return torch.stack(parts).sum(0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("counts", [(90,), (50, 40), (60, 0, 1, 29)])
+@pytest.mark.parametrize(
+    ("counts", "dtype"),
+    crossed(
+        {"1 rank": (90,), "2 ranks": (50, 40), "4 ranks": (60, 0, 1, 29)},
+        [torch.float32, torch.float64, torch.bfloat16],
+    ),
+)
 def test_ranks_together_are_one_with_all_rows(seed, kernel_device, counts, dtype):
     """Uneven, one without a row; each with a slope of its own."""
     z, directions, _ = inputs((0, 90, 20, 17), kernel_device)
@@ -318,7 +324,11 @@ def test_groups_over_ranks_are_those_of_all_their_rows(seed):
 # --- as operators of torch
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.bfloat16, torch.float64]
+    + [pytest.param(t, marks=pytest.mark.long) for t in (torch.float32, torch.float16)],
+)
 def test_operators(seed, kernel_device, dtype):
     z, directions, rows = inputs((3, 7, 5, 6), kernel_device)
     z = z.to(dtype)

@@ -113,7 +113,10 @@ def together(world: int, out: str) -> list[dict]:
     return [torch.load(f"{out}/rank{rank}.pt") for rank in range(world)]
 
 
-@pytest.fixture(scope="module", params=WORLDS)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(n, marks=() if n == 2 else pytest.mark.long) for n in WORLDS],
+)
 def ranks(request, tmp_path_factory) -> list[dict]:
     if not launch.INTERPRETING:
         pytest.skip("the ranks' kernels run in Triton's interpreter")

@@ -7,6 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_checks import FLOOR, check_operator, compiles_whole, same_bits, within_budget
+from parameters import crossed
 
 from cjepa_fast.kernels.common import launch
 from cjepa_fast.kernels.vicreg import (
@@ -97,8 +98,7 @@ def subtrahend(
     return gamma if name == "std" else 0.0
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize(("shape", "dtype"), crossed(SHAPES, DTYPES))
 def test_terms_and_gradient_are_within_the_error_budget(seed, kernel_device, shape, dtype):
     check(spread(*shape, device=kernel_device).to(dtype))
 
@@ -151,8 +151,9 @@ def test_the_first_row_may_lie_far_away(seed, kernel_device):
     check(z)
 
 
-@pytest.mark.parametrize("shape", [(1, 30, 20), (2, 20, 30)])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype"), crossed({"moments": (1, 30, 20), "gram": (2, 20, 30)}, DTYPES)
+)
 def test_same_bits_twice(seed, kernel_device, shape, dtype):
     z = spread(*shape, device=kernel_device).to(dtype)
     slopes = torch.randn(2)
@@ -192,13 +193,19 @@ def eager_matrix(z: torch.Tensor, gram: bool) -> torch.Tensor:
 
 
 def forced(configs: dict) -> list:
-    """(dtype, gram, configuration) for each that can be launched, under a telling name."""
-    return [
-        pytest.param(dtype, gram, config, id=f"{dtype}-{'gram' if gram else 'moments'}-{config}")
-        for dtype in DTYPES
-        for gram in (False, True)
-        for config in tiles.every(configs, dtype, gram)
-    ]
+    """(dtype, gram, configuration) for each that can be launched, under a telling name.
+
+    `make test` takes each configuration in one dtype.
+    """
+    found, taken = [], set()
+    for dtype in (torch.bfloat16, torch.float32, torch.float16):
+        for gram in (False, True):
+            for config in tiles.every(configs, dtype, gram):
+                name = f"{dtype}-{'gram' if gram else 'moments'}-{config}"
+                marks = pytest.mark.long if (gram, config) in taken else ()
+                found.append(pytest.param(dtype, gram, config, id=name, marks=marks))
+                taken.add((gram, config))
+    return found
 
 
 MOMENTS = forced(tiles.MOMENT_CONFIGS)
@@ -270,8 +277,10 @@ def test_any_small_shape(kernel_device, M, n, D, dtype):
 # --- as an operator of torch
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-@pytest.mark.parametrize("shape", [(2, 9, 5), (2, 5, 9)])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    crossed({"moments": (2, 9, 5), "gram": (2, 5, 9)}, [*DTYPES, torch.float64]),
+)
 def test_operator(seed, kernel_device, shape, dtype):
     z = spread(*shape, device=kernel_device).to(dtype).requires_grad_()
     check_operator(torch.ops.cjepa_fast.vicreg_terms.default, (z, 1.0, 1e-4, True))

@@ -131,7 +131,7 @@ def by_stand_in(monkeypatch, **options) -> StandIn | None:
 @pytest.mark.parametrize(
     ("policy", "by_matmul", "calls"),
     [
-        ("none", False, {}),
+        pytest.param("none", False, {}, marks=pytest.mark.long),
         ("none", True, {cublaslt.GELU_AUX_BIAS: 4, cublaslt.DGELU_BGRAD: 4}),
         pytest.param("norm_gelu", True, {cublaslt.DGELU_BGRAD: 4}, marks=pytest.mark.long),
         pytest.param("selective", True, {}, marks=pytest.mark.long),
