@@ -10,11 +10,12 @@ values * scales is off by 1/16 of a value at most, 2.4 % of it in the mean squar
 in fp32 and rounded once. A row that is not finite comes out with NaN, and so does its matmul.
 
 `x_reference` is the definition, and the path on the CPU; on CUDA (sm_89 and newer have e4m3) one
-kernel serves all three. The target's weights' rows are quantised in kernels/ema/, by `quantised`.
+kernel serves all three. The target's weights' rows are quantised in kernels/ema/, by `scales_of`.
 
 Bytes a value that must move, of x in bf16: 3. Apart, the norm or GELU would move 4 more.
 """
 
+import functools
 import itertools
 from typing import NamedTuple
 
@@ -31,7 +32,14 @@ from cjepa_fast.kernels.common.launch import (
 )
 from cjepa_fast.kernels.common.maybe_triton import tl, triton
 from cjepa_fast.kernels.common.operators import operator
-from cjepa_fast.kernels.common.tiles import ROW_TILES, WIDE_LOADS, WIDEST, Tile, row_tiles
+from cjepa_fast.kernels.common.tiles import (
+    WIDEST,
+    Tile,
+    cuts,
+    in_pieces,
+    loads_of,
+    row_tiles,
+)
 from cjepa_fast.kernels.gelu import APPROXIMATE, gelu_of, tanh_gelu_of
 
 E4M3 = torch.float8_e4m3fn
@@ -86,22 +94,37 @@ def quantise_gelu_reference(x_RC: torch.Tensor, kind: str = "exact") -> Rows:
 
 
 @triton.jit
-def quantised(value):
-    """fp32 rows (ROWS, WIDTH), zero where nothing is: their e4m3 values, and scales (ROWS,)."""
-    largest = tl.maximum(tl.max(tl.abs(value), 1), SMALLEST)
-    values = narrow(value * tl.div_rn(LARGEST, largest)[:, None], tl.float8e4nv)
-    return values, tl.div_rn(largest, LARGEST)
+def scales_of(largest):
+    """By what the values of a row are multiplied, and what undoes it, from its largest."""
+    largest = tl.maximum(largest, SMALLEST)
+    return tl.div_rn(LARGEST, largest), tl.div_rn(largest, LARGEST)
 
 
 @triton.jit
-def _normed(value, weight, bias, col, C, eps):
-    """layer_norm of fp32 rows that are zero from column C on, and so is the result."""
-    real = (col < C)[None, :]
-    value = tl.where(real, value - (tl.sum(value, 1) / C)[:, None], 0.0)
-    value *= tl.rsqrt(tl.sum(value * value, 1) / C + eps)[:, None]
-    gain = tl.load(weight + col, mask=col < C, other=0.0).to(tl.float32)
-    shift = tl.load(bias + col, mask=col < C, other=0.0).to(tl.float32)
-    return value * gain[None, :] + shift[None, :]
+def _normed(
+    values, weight, bias, col, C, eps,
+    FULL: tl.constexpr, WIDTH: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    """layer_norm of fp32 rows in pieces, that are zero from column C on, and so is the result."""
+    total = tl.zeros_like(values[0])
+    for piece in tl.static_range(PIECES):
+        total += values[piece]
+    mean = (tl.sum(total, 1) / C)[:, None]
+    spread = tl.zeros_like(values[0])
+    centred = ()
+    for piece in tl.static_range(PIECES):
+        value = values[piece] - mean
+        value = value if FULL else tl.where((piece * WIDTH + col < C)[None, :], value, 0.0)
+        spread += value * value
+        centred = centred + (value,)
+    rstd = tl.rsqrt(tl.sum(spread, 1) / C + eps)[:, None]
+    normed = ()
+    for piece in tl.static_range(PIECES):
+        here = piece * WIDTH + col
+        gain = tl.load(weight + here, mask=FULL | (here < C), other=0.0).to(tl.float32)
+        shift = tl.load(bias + here, mask=FULL | (here < C), other=0.0).to(tl.float32)
+        normed = normed + (centred[piece] * rstd * gain[None, :] + shift[None, :],)
+    return normed
 
 
 @triton.jit
@@ -114,32 +137,53 @@ def _quantise_kernel(
     values,  # (rows, C) e4m3
     scales,  # (rows, 1) fp32
     rows, C, eps,
-    FIRST: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    FIRST: tl.constexpr, ADD: tl.constexpr, FULL: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """ROWS whole rows of x, dense; FIRST: what is done to them before, "norm", "gelu", "tanh gelu"
-    or None. With ADD, y is added before that, and the sum written to s."""
+    """ROWS whole rows of x, dense, each in PIECES pieces of WIDTH values, FULL where none is left
+    over. FIRST: what is done to them before, "norm", "gelu", "tanh gelu" or None. With ADD, y is
+    added before that, and the sum written to s."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    live = row < rows
     col = tl.arange(0, WIDTH)
-    keep = (row < rows)[:, None] & (col < C)[None, :]
-    at = row.to(tl.int64)[:, None] * C + col[None, :]
-    value = tl.load(x + at, mask=keep, other=0.0).to(tl.float32)
-    if ADD:
-        value += tl.load(y + at, mask=keep, other=0.0).to(tl.float32)
-        total = narrow(value, s.dtype.element_ty)
-        tl.store(s + at, total, mask=keep)
-        value = total.to(tl.float32)
+    found = ()
+    for piece in tl.static_range(PIECES):
+        here = piece * WIDTH + col
+        keep = live[:, None] & (FULL | (here < C))[None, :]
+        at = row.to(tl.int64)[:, None] * C + here[None, :]
+        value = tl.load(x + at, mask=keep, other=0.0).to(tl.float32)
+        if ADD:
+            value += tl.load(y + at, mask=keep, other=0.0).to(tl.float32)
+            total = narrow(value, s.dtype.element_ty)
+            tl.store(s + at, total, mask=keep)
+            value = total.to(tl.float32)
+        if FIRST == "gelu":
+            value = gelu_of(value)
+        if FIRST == "tanh gelu":
+            value = tanh_gelu_of(value)
+        found = found + (value,)
     if FIRST == "norm":
-        value = _normed(value, weight, bias, col, C, eps)
-    if FIRST == "gelu":
-        value = gelu_of(value)
-    if FIRST == "tanh gelu":
-        value = tanh_gelu_of(value)
-    value, scale = quantised(value)
-    tl.store(values + at, value, mask=keep)
-    tl.store(scales + row, scale, mask=row < rows)
+        found = _normed(found, weight, bias, col, C, eps, FULL, WIDTH, PIECES)
+    largest = tl.abs(found[0])
+    for piece in tl.static_range(1, PIECES):
+        largest = tl.maximum(largest, tl.abs(found[piece]))
+    factor, scale = scales_of(tl.max(largest, 1))
+    for piece in tl.static_range(PIECES):
+        here = piece * WIDTH + col
+        keep = live[:, None] & (FULL | (here < C))[None, :]
+        at = row.to(tl.int64)[:, None] * C + here[None, :]
+        value = narrow(found[piece] * factor[:, None], tl.float8e4nv)
+        tl.store(values + at, value, mask=keep)
+    tl.store(scales + row, scale, mask=live)
 
 
 # --- the launcher
+
+
+@functools.cache
+def tile_of(width: int) -> Tile:
+    """For rows of `width` values; 6144 of them are in pieces by 48 a thread."""
+    return in_pieces(width, 44) or in_pieces(width, 48) or row_tiles(width)[0]
 
 
 @on_its_device
@@ -155,13 +199,12 @@ def launch_quantise(
     x, C = x.contiguous(), x.shape[-1]
     values = torch.empty_like(x, dtype=E4M3)
     scales = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
-    rows, tile = scales.numel(), tile or row_tiles(C)[0]
+    rows, tile = scales.numel(), tile or tile_of(C)
     weight, bias = (w.contiguous() for w in affine or (x, x))
     if rows:
         _quantise_kernel[(triton.cdiv(rows, tile.rows),)](
             x, *(added or (x, x)), weight, bias, values, scales, rows, C, eps,
-            FIRST=first, ADD=added is not None,
-            ROWS=tile.rows, WIDTH=tile.width, num_warps=tile.warps,
+            FIRST=first, ADD=added is not None, **cuts(tile, C), num_warps=tile.warps,
         )  # fmt: skip
     return values, scales
 
@@ -257,26 +300,33 @@ def quantise_gelu(x_RC: torch.Tensor, kind: str = "exact") -> Rows:
 
 # --- ahead of time
 
+WIDTHS = (192, 384, 768, 1024, 1280, 1408)  # of the models
+MLPS = (768, 1536, 3072, 4096, 5120, 6144)
+OTHERS = (48, 80, 208, 400, 976, 1664, 4000, 6160, 16368)  # rows that are not cut in pieces
 TO_E4M3 = r"cvt\.rn\.satfinite\.e4m3x2\.f32"
 
 
 def ahead_of_time() -> list[Compiled]:
-    """The kernel in every tile for each dtype; before it nothing, norm, sum and norm, GELUs."""
+    """The kernel for each dtype and width; before it nothing, norm, sum and norm, GELUs."""
     pointers = {"values": "*fp8e4nv", "scales": "*fp32", "rows": "i32", "C": "i32", "eps": "fp32"}
-    before = (None, False), ("norm", False), ("norm", True)
-    before += ("gelu", False), ("tanh gelu", False)
+    before = {
+        (None, False): {*WIDTHS, *MLPS}, ("norm", False): WIDTHS, ("norm", True): WIDTHS,
+        ("gelu", False): MLPS, ("tanh gelu", False): MLPS,
+    }  # fmt: skip
     found = []
     for dtype, (first, add) in itertools.product((TRITON_NAMES[d] for d in KERNEL_DTYPES), before):
         inputs = dict.fromkeys(("x", "y", "s", "weight", "bias"), f"*{dtype}")
         if add and dtype == "fp32":  # a residual stream in fp32, of branches in 16 bits
             inputs |= dict.fromkeys(("y", "weight", "bias"), "*bf16")
-        found += [
-            Compiled(
-                f"quantise {'add ' * add}{first or 'rows'} {dtype} {tile.rows}x{tile.width}",
-                _quantise_kernel, inputs | pointers,
-                {"FIRST": first, "ADD": add, "ROWS": tile.rows, "WIDTH": tile.width},
-                num_warps=tile.warps, must_have=(*WIDE_LOADS, TO_E4M3), divisible=("C",), since=89,
-            )
-            for tile in (tiles[0] for tiles in ROW_TILES.values())
-        ]  # fmt: skip
+        for width in sorted({*before[first, add], *OTHERS}):
+            tile = tile_of(width)
+            name = f"quantise {'add ' * add}{first or 'rows'} {dtype} {width}"
+            found.append(
+                Compiled(
+                    f"{name} {tile.rows}x{tile.width}", _quantise_kernel, inputs | pointers,
+                    {"FIRST": first, "ADD": add, **cuts(tile, width)},
+                    num_warps=tile.warps, must_have=(*loads_of(tile), TO_E4M3), divisible=("C",),
+                    since=89,
+                )
+            )  # fmt: skip
     return found

@@ -18,6 +18,7 @@ Bytes a value that must move, with e bytes a value of the residual stream and of
     forward 4 e (x and y in, s and h out; 2 e without y)   backward 4 e (s, dh, ds in, d out)
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -33,7 +34,7 @@ from cjepa_fast.kernels.common.launch import (
 )
 from cjepa_fast.kernels.common.maybe_triton import tl, triton
 from cjepa_fast.kernels.common.sums import share_of, sum_parts
-from cjepa_fast.kernels.common.tiles import WIDE_COPIES, WIDE_LOADS
+from cjepa_fast.kernels.common.tiles import WIDE_COPIES, cuts, in_pieces, loads_of
 
 WIDEST = 2048  # values of a row that a program holds
 Sums = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -67,27 +68,45 @@ def _add_norm_kernel(
     h,  # (rows, D)
     stats,  # (2, rows) fp32, means and rstds
     rows, D, eps,
-    ADD: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    ADD: tl.constexpr, FULL: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """ROWS whole rows; s is written with ADD alone."""
+    """ROWS whole rows, each in PIECES pieces of WIDTH values, FULL where nothing is left over.
+
+    s is written with ADD alone.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    live = row < rows
     col = tl.arange(0, WIDTH)
-    live, real = row < rows, (col < D)[None, :]
-    keep = live[:, None] & real
-    at = row.to(tl.int64)[:, None] * D + col[None, :]
-    value = tl.load(x + at, mask=keep, other=0.0).to(tl.float32)
-    if ADD:
-        added = tl.load(y + at, mask=keep, other=0.0).to(tl.float32)
-        total = narrow(value + added, s.dtype.element_ty)
-        tl.store(s + at, total, mask=keep)
-        value = total.to(tl.float32)
-    mean = tl.sum(value, 1) / D
-    value = tl.where(real, value - mean[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(value * value, 1) / D + eps)
-    gain = tl.load(weight + col, mask=col < D, other=0.0).to(tl.float32)
-    shift = tl.load(bias + col, mask=col < D, other=0.0).to(tl.float32)
-    value = value * rstd[:, None] * gain[None, :] + shift[None, :]
-    tl.store(h + at, narrow(value, h.dtype.element_ty), mask=keep)
+    values = ()
+    total = tl.zeros((ROWS, WIDTH), tl.float32)
+    for piece in tl.static_range(PIECES):
+        here = piece * WIDTH + col
+        keep = live[:, None] & (FULL | (here < D))[None, :]
+        at = row.to(tl.int64)[:, None] * D + here[None, :]
+        value = tl.load(x + at, mask=keep, other=0.0).to(tl.float32)
+        if ADD:
+            added = tl.load(y + at, mask=keep, other=0.0).to(tl.float32)
+            rounded = narrow(value + added, s.dtype.element_ty)
+            tl.store(s + at, rounded, mask=keep)
+            value = rounded.to(tl.float32)
+        total += value
+        values = values + (value,)
+    mean = tl.sum(total, 1) / D
+    spread = tl.zeros((ROWS, WIDTH), tl.float32)
+    for piece in tl.static_range(PIECES):
+        value = values[piece] - mean[:, None]
+        value = value if FULL else tl.where((piece * WIDTH + col < D)[None, :], value, 0.0)
+        spread += value * value
+    rstd = 1.0 / tl.sqrt(tl.sum(spread, 1) / D + eps)
+    for piece in tl.static_range(PIECES):
+        here = piece * WIDTH + col
+        real = FULL | (here < D)
+        gain = tl.load(weight + here, mask=real, other=0.0).to(tl.float32)
+        shift = tl.load(bias + here, mask=real, other=0.0).to(tl.float32)
+        value = (values[piece] - mean[:, None]) * rstd[:, None] * gain[None, :] + shift[None, :]
+        at = row.to(tl.int64)[:, None] * D + here[None, :]
+        tl.store(h + at, narrow(value, h.dtype.element_ty), mask=live[:, None] & real[None, :])
     tl.store(stats + row, mean, mask=live)
     tl.store(stats + rows + row, rstd, mask=live)
 
@@ -102,50 +121,72 @@ def _add_norm_backward_kernel(
     d,  # (rows, D)
     parts,  # (programs, 3, D) fp32
     rows, D, each,
-    LATER: tl.constexpr, STAGES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    LATER: tl.constexpr, STAGES: tl.constexpr, FULL: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     """`each` rows, ROWS at a time; parts (programs, 3, D): dweight, dbias, dy_bias of these rows.
 
-    ds is read with LATER alone. dy_bias sums d as it is written, rounded.
+    Pieces as in the forward. ds is read with LATER alone. dy_bias sums d as it is written, rounded.
+    What lies beyond D or the last row has no gradient, and what is made of it there is not stored.
     """
     col = tl.arange(0, WIDTH)
-    real = (col < D)[None, :]
-    gain = tl.load(weight + col, mask=col < D, other=0.0).to(tl.float32)[None, :]
-    dweight = tl.zeros((ROWS, WIDTH), tl.float32)
-    dbias = tl.zeros((ROWS, WIDTH), tl.float32)
-    dy_bias = tl.zeros((ROWS, WIDTH), tl.float32)
+    gains, dweight = (), ()
+    for piece in tl.static_range(PIECES):
+        here = piece * WIDTH + col
+        gains = gains + (tl.load(weight + here, mask=FULL | (here < D), other=0.0),)
+        dweight = dweight + (tl.zeros((ROWS, WIDTH), tl.float32),)
+    dbias, dy_bias = dweight, dweight
     begin = tl.program_id(0) * each
     for start in tl.range(begin, tl.minimum(begin + each, rows), ROWS, num_stages=STAGES):
         row = start + tl.arange(0, ROWS)
         live = row < rows
-        keep = live[:, None] & real
-        at = row.to(tl.int64)[:, None] * D + col[None, :]
         mean = tl.load(stats + row, mask=live, other=0.0)[:, None]
         rstd = tl.load(stats + rows + row, mask=live, other=0.0)[:, None]
-        value = tl.load(s + at, mask=keep, other=0.0).to(tl.float32)
-        grad = tl.load(dh + at, mask=keep, other=0.0).to(tl.float32)
-        normed = tl.where(keep, (value - mean) * rstd, 0.0)
-        dweight += grad * normed
-        dbias += grad
-        grad *= gain
-        along = tl.sum(grad * normed, 1) / D
-        result = (grad - (tl.sum(grad, 1) / D)[:, None] - normed * along[:, None]) * rstd
-        if LATER:
-            result += tl.load(ds + at, mask=keep, other=0.0).to(tl.float32)
-        rounded = narrow(result, d.dtype.element_ty)
-        tl.store(d + at, rounded, mask=keep)
-        dy_bias += tl.where(keep, rounded.to(tl.float32), 0.0)
-    pointer = parts + tl.program_id(0) * 3 * D + col
-    tl.store(pointer, tl.sum(dweight, 0), mask=col < D)
-    tl.store(pointer + D, tl.sum(dbias, 0), mask=col < D)
-    tl.store(pointer + 2 * D, tl.sum(dy_bias, 0), mask=col < D)
+        normed, grads, weighted, plain = (), (), (), ()
+        along = tl.zeros((ROWS, WIDTH), tl.float32)
+        total = tl.zeros((ROWS, WIDTH), tl.float32)
+        for piece in tl.static_range(PIECES):
+            here = piece * WIDTH + col
+            keep = live[:, None] & (FULL | (here < D))[None, :]
+            at = row.to(tl.int64)[:, None] * D + here[None, :]
+            value = tl.load(s + at, mask=keep, other=0.0).to(tl.float32)
+            grad = tl.load(dh + at, mask=keep, other=0.0).to(tl.float32)
+            value = (value - mean) * rstd
+            weighted = weighted + (dweight[piece] + grad * value,)
+            plain = plain + (dbias[piece] + grad,)
+            grad *= gains[piece].to(tl.float32)[None, :]
+            along += grad * value
+            total += grad
+            normed, grads = normed + (value,), grads + (grad,)
+        dweight, dbias = weighted, plain
+        along = tl.sum(along, 1) / D
+        total = tl.sum(total, 1) / D
+        written = ()
+        for piece in tl.static_range(PIECES):
+            here = piece * WIDTH + col
+            keep = live[:, None] & (FULL | (here < D))[None, :]
+            at = row.to(tl.int64)[:, None] * D + here[None, :]
+            result = (grads[piece] - total[:, None] - normed[piece] * along[:, None]) * rstd
+            if LATER:
+                result += tl.load(ds + at, mask=keep, other=0.0).to(tl.float32)
+            rounded = narrow(result, d.dtype.element_ty)
+            tl.store(d + at, rounded, mask=keep)
+            written = written + (dy_bias[piece] + rounded.to(tl.float32),)
+        dy_bias = written
+    for piece in tl.static_range(PIECES):
+        here = piece * WIDTH + col
+        real = FULL | (here < D)
+        pointer = parts + tl.program_id(0) * 3 * D + here
+        tl.store(pointer, tl.sum(dweight[piece], 0), mask=real)
+        tl.store(pointer + D, tl.sum(dbias[piece], 0), mask=real)
+        tl.store(pointer + 2 * D, tl.sum(dy_bias[piece], 0), mask=real)
 
 
 # --- launchers
 
 
 class Rows(NamedTuple):
-    """What a program takes at a time: rows of up to `width` values, by that many warps.
+    """What a program takes at a time: rows, in pieces of `width` values, by that many warps.
 
     Of the backward alone: how many programs share the rows (a constant, so that the order of the
     sums does not follow the GPU's size), and how many steps' loads are under way at once.
@@ -158,16 +199,30 @@ class Rows(NamedTuple):
     stages: int
 
 
+@functools.cache
 def tiles(width: int) -> tuple[Rows, ...]:
-    """Candidates for the backward of rows of `width` values."""
+    """Candidates for the backward of rows of `width` values; none beyond WIDEST.
+
+    It holds a thread's values, their gradients and three sums in registers, so that 24 are many.
+    """
+    if width > WIDEST:
+        return ()
+    many, few = in_pieces(width, 24), in_pieces(width, 12)
+    pieces = [Rows(*many, 396, 1)] if many else []
+    pieces += [Rows(*few, 660, 1)] if few and few != many else []
     wide = max(128, triton.next_power_of_2(width))
     shares = ((4, 528, 1), (8, 528, 1), (8, 396, 3), (4, 396, 3))  # of 132 multiprocessors
-    return tuple(Rows(2048 // wide, wide, *share) for share in shares if wide <= 2048)
+    whole = [Rows(2048 // wide, wide, *share) for share in shares]
+    return (*pieces, *(tile for tile in whole if tile.warps == 8 or not pieces))
 
 
+@functools.cache
 def forward_tiles(width: int) -> tuple[Rows, ...]:
-    """Those that differ in what the forward reads of them."""
-    return tuple(tile for tile in tiles(width) if tile.stages == 1)
+    """Candidates for the forward, which holds the values alone."""
+    others = [tile for tile in tiles(width) if tile.stages == 1]
+    pieces = in_pieces(width, 44) if others else None
+    found = [Rows(*pieces, 396, 1), *others] if pieces else others
+    return tuple(dict.fromkeys(found))
 
 
 @on_its_device
@@ -190,7 +245,7 @@ def launch_add_norm(
     tile = tile or chosen(f"add_norm {D}", forward_tiles(D), x.device)
     _add_norm_kernel[(triton.cdiv(rows, tile.rows),)](
         x, x if y is None else y, weight, bias, s, h, stats, rows, D, eps,
-        ADD=y is not None, ROWS=tile.rows, WIDTH=tile.width, num_warps=tile.warps,
+        ADD=y is not None, **cuts(tile, D), num_warps=tile.warps,
     )  # fmt: skip
     return s, h, stats
 
@@ -215,8 +270,7 @@ def launch_add_norm_backward(
     parts = torch.empty(programs, 3 * D, device=s.device, dtype=torch.float32)
     _add_norm_backward_kernel[(programs,)](
         s, dh, s if ds is None else ds, weight, stats, d, parts, rows, D, each,
-        LATER=ds is not None, STAGES=tile.stages,
-        ROWS=tile.rows, WIDTH=tile.width, num_warps=tile.warps,
+        LATER=ds is not None, STAGES=tile.stages, **cuts(tile, D), num_warps=tile.warps,
     )  # fmt: skip
     return d, sum_parts(parts, weight.dtype).split(D)
 
@@ -228,33 +282,42 @@ def takes(x: torch.Tensor, *others: torch.Tensor) -> bool:
 
 # --- ahead of time
 
-WIDTHS = (192, 384, 768, 1280)  # of the models and the predictors, each of another tile
+# Of the models and the predictors; and of rows that are not cut in pieces.
+WIDTHS = (96, 192, 384, 768, 1024, 1280, 1408, 80, 208, 400, 976)
 
 
 def ahead_of_time() -> list[Compiled]:
     """Both kernels in every tile, for branches of 16 bits, and residual streams of 16 or 32."""
-    found = []
-    every = [tile for width in WIDTHS for tile in tiles(width)]
     half, whole = torch.bfloat16, torch.float32
-    for dtype, stream in ((half, half), (half, whole), (torch.float16, torch.float16)):
-        low, high = f"*{TRITON_NAMES[dtype]}", f"*{TRITON_NAMES[stream]}"
-        kinds = {"x": high, "s": high, "ds": high, "d": high, "y": low, "h": low, "dh": low}
-        kinds |= {"weight": low, "bias": low, "stats": "*fp32", "parts": "*fp32"}
-        kinds |= dict.fromkeys(("rows", "D", "each"), "i32") | {"eps": "fp32"}
-        for tile in every:
-            name = f"{low[1:]} {high[1:]} {tile.rows}x{tile.width} {tile.warps}"
-            sizes = {"ROWS": tile.rows, "WIDTH": tile.width}
-            own = {"LATER": True, "STAGES": tile.stages}
-            copies = WIDE_COPIES if tile.stages > 1 else WIDE_LOADS
-            cases = [(f"backward {name} {tile.stages}", _add_norm_backward_kernel, own, copies)]
-            if tile.stages == 1:
-                cases.append((name, _add_norm_kernel, {"ADD": True}, WIDE_LOADS))
-            for label, kernel, flags, must in cases:
-                signature = {a: kinds[a] for a in kernel.arg_names if a in kinds}
-                found.append(
-                    Compiled(
-                        f"add_norm {label}", kernel, signature, flags | sizes, tile.warps,
-                        must_have=must, divisible=("D",),
-                    )
-                )  # fmt: skip
+    kinds = (half, half), (half, whole), (torch.float16, torch.float16)
+    return [
+        one
+        for width in WIDTHS
+        for dtype, stream in kinds
+        for one in _compiled(width, f"*{TRITON_NAMES[dtype]}", f"*{TRITON_NAMES[stream]}")
+    ]
+
+
+def _compiled(width: int, low: str, high: str) -> list[Compiled]:
+    """For branches in `low` and a residual stream in `high`."""
+    kinds = {"x": high, "s": high, "ds": high, "d": high, "y": low, "h": low, "dh": low}
+    kinds |= {"weight": low, "bias": low, "stats": "*fp32", "parts": "*fp32"}
+    kinds |= dict.fromkeys(("rows", "D", "each"), "i32") | {"eps": "fp32"}
+    forward = [("", _add_norm_kernel, {"ADD": True}, tile) for tile in forward_tiles(width)]
+    backward = [
+        ("backward ", _add_norm_backward_kernel, {"LATER": True, "STAGES": tile.stages}, tile)
+        for tile in tiles(width)
+    ]
+    found = []
+    for which, kernel, flags, tile in forward + backward:
+        must = WIDE_COPIES if tile.stages > 1 else loads_of(tile)
+        staged = f" {tile.stages}" * bool(which)
+        found.append(
+            Compiled(
+                f"add_norm {which}{low[1:]} {high[1:]} {width} "
+                f"{tile.rows}x{tile.width} {tile.warps}{staged}",
+                kernel, {a: kinds[a] for a in kernel.arg_names if a in kinds},
+                flags | cuts(tile, width), tile.warps, must_have=must, divisible=("D",),
+            )
+        )  # fmt: skip
     return found

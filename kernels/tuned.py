@@ -5,7 +5,6 @@ By architecture and kernel, the numbers of one of its candidates; the first wher
 
 TUNED: dict[str, dict[str, int | tuple]] = {
     "sm_90": {
-        "add_norm backward 1280": (1, 2048, 8, 528, 1),
         "add_norm backward 1408": (1, 2048, 8, 528, 1),
         "attention 128x128": (64, 32, 4, 2),
         "attention 128x32": (32, 32, 2, 2),

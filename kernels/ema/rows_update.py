@@ -29,7 +29,7 @@ from cjepa_fast.kernels.ema.lists import (
     type_of,
 )
 from cjepa_fast.kernels.ema.plain_update import ema_update_reference
-from cjepa_fast.kernels.fp8 import E4M3, TO_E4M3, quantise_rows_reference, quantised
+from cjepa_fast.kernels.fp8 import E4M3, TO_E4M3, quantise_rows_reference, scales_of
 
 # --- the reference
 
@@ -67,9 +67,10 @@ def _ema_rows_kernel(
     new = tl.load(online, mask=keep, other=0.0).to(tl.float32)
     ema = lerp(tl.load(target, mask=keep, other=0.0), new, tl.load(weight))
     tl.store(target, ema, mask=keep)
-    value, scale = quantised(narrow(ema, tl.bfloat16).to(tl.float32))
+    value = narrow(ema, tl.bfloat16).to(tl.float32)
+    factor, scale = scales_of(tl.max(tl.abs(value), 1))
     values = address(pointers, 2, tensor, tensors, start, tl.float8e4nv, ALIGNED)
-    tl.store(values + col, value, mask=keep)
+    tl.store(values + col, narrow(value * factor[:, None], tl.float8e4nv), mask=keep)
     scales = address(pointers, 3, tensor, tensors, start // COLS, tl.float32, False)
     tl.store(scales + tl.arange(0, 1), scale)
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from cjepa_fast import config
-from cjepa_fast.kernels import gelu, norm
+from cjepa_fast.kernels import fp8, gelu, norm
 from cjepa_fast.kernels.attention.backward import backward_candidates
 from cjepa_fast.kernels.attention.forward import forward_candidates
 from cjepa_fast.kernels.attention.one_pass_backward import OnePass
@@ -47,6 +47,7 @@ class Stack(NamedTuple):
     width: int
     d: int
     queries: int
+    mlp: int = 0  # its MLPs' width, of the target encoder
 
 
 @functools.cache
@@ -61,12 +62,13 @@ def stacks() -> tuple[Stack, ...]:
         drawn = masks(0, 0, torch.arange(64))
         K, P = round(drawn.context_k), drawn.target_idx_BMP.shape[2]
         N = (trained.data.image_size // trained.model.patch_size) ** 2
-        for role, width, heads, queries in (
-            ("target", model["width"], model["heads"], N),
-            ("context", model["width"], model["heads"], K),
-            ("predictor", part.width, part.heads or model["heads"], K + P),
+        mlp = round(model["width"] * model["mlp_ratio"])
+        for role, width, heads, queries, hidden in (
+            ("target", model["width"], model["heads"], N, mlp),
+            ("context", model["width"], model["heads"], K, 0),
+            ("predictor", part.width, part.heads or model["heads"], K + P, 0),
         ):
-            found.add(Stack(role, width, width // heads, queries))
+            found.add(Stack(role, width, width // heads, queries, hidden))
     return tuple(sorted(found))
 
 
@@ -80,7 +82,7 @@ def shipped(arch: int) -> tuple[set[str], set[str]]:
             found |= {*_copies(choose, stack.width), *_norm(choose, stack.width)}
         if stack.role == "target":
             found |= {*_losses(choose, stack.width)}
-            found |= {*_quantised(stack.width)} if arch >= 89 else set()
+            found |= {*_quantised(stack.width, stack.mlp)} if arch >= 89 else set()
     return found, choose.named
 
 
@@ -107,12 +109,13 @@ def _losses(choose: Chooser, width: int) -> Iterator[str]:
         yield f"{op} {_tile(choose(f'{op} {width}', row_tiles(width)))}"
 
 
-def _quantised(width: int) -> Iterator[str]:
+def _quantised(width: int, mlp: int) -> Iterator[str]:
     """A block's four inputs of matmuls, and the target's weights."""
-    narrow, wide = (_tile(row_tiles(size)[0]) for size in (width, 4 * width))
+    of = "bf16 {} {}x{}".format
+    narrow, wide = (of(size, *fp8.tile_of(size)) for size in (width, mlp))
     yield from (f"quantise {first} {narrow}" for first in ("rows", "norm", "add norm"))
     yield from (f"quantise {first} {wide}" for first in ("gelu", "tanh gelu"))
-    yield from (f"ema_update_rows fp32 {size}" for size in (width, 4 * width) if size in ROWS)
+    yield from (f"ema_update_rows fp32 {size}" for size in (width, mlp) if size in ROWS)
 
 
 def _norm(choose: Chooser, width: int) -> Iterator[str]:
@@ -120,9 +123,9 @@ def _norm(choose: Chooser, width: int) -> Iterator[str]:
     tile = choose(f"add_norm {width}", norm.forward_tiles(width))
     back = choose(f"add_norm backward {width}", norm.tiles(width))
     for stream in ("bf16", "fp32"):
-        yield f"add_norm bf16 {stream} {tile.rows}x{tile.width} {tile.warps}"
+        yield f"add_norm bf16 {stream} {width} {tile.rows}x{tile.width} {tile.warps}"
         name = f"{back.rows}x{back.width} {back.warps} {back.stages}"
-        yield f"add_norm backward bf16 {stream} {name}"
+        yield f"add_norm backward bf16 {stream} {width} {name}"
 
 
 def _gelu(choose: Chooser) -> Iterator[str]:

@@ -10,12 +10,14 @@ from hypothesis import strategies as st
 from kernel_checks import check_operator, compiles_whole, same_bits
 
 from cjepa_fast.kernels import fp8
-from cjepa_fast.kernels.common.tiles import ROW_TILES
+from cjepa_fast.kernels.common.tiles import ROW_TILES, cuts
 from cjepa_fast.kernels.gelu import APPROXIMATE
+from cjepa_fast.model.vit import MODELS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# One value, a power of two, one less, prime, several rows of a tile and a rest, wider than a tile.
-SHAPES = [(1, 1), (3, 64), (5, 63), (7, 101), (2, 19, 48), (2, 1100)]
+# One value, a power of two, one less, prime, several rows of a tile and a rest, rows in pieces,
+# wider than a tile.
+SHAPES = [(1, 1), (3, 64), (5, 63), (7, 101), (2, 19, 48), (17, 192), (2, 1100)]
 EPS = 1e-6
 
 
@@ -105,11 +107,23 @@ def test_each_kind_of_gelu_is_its_own(kernel_device):
 
 
 @pytest.mark.parametrize("tile", [tiles[0] for tiles in ROW_TILES.values() if tiles[0].rows > 1])
-def test_every_tile_of_several_rows(seed, kernel_device, tile):
-    """The last tile is not full, nor is a row."""
-    x = normal(kernel_device, tile.rows + 1, tile.width - 3)
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_every_tile_of_several_rows(seed, kernel_device, tile, pieces):
+    """The last tile is not full, nor is a row's last piece."""
+    x = normal(kernel_device, tile.rows + 1, pieces * tile.width - 3)
     values, _ = fp8.launch_quantise(x, tile=tile)
     assert same(values, fp8.quantise_rows_reference(x).values)
+    weight, bias = affine(kernel_device, x.shape[-1])
+    exact = F.layer_norm(x.double(), weight.shape, weight.double(), bias.double(), EPS)
+    rows = fp8.Rows(*fp8.launch_quantise(x, "norm", (weight, bias), EPS, tile))
+    within_rounding(rows, exact)
+
+
+def test_no_lane_is_idle_at_a_vit_s_widths():
+    for sizes in MODELS.values():
+        for width in (sizes["width"], round(sizes["width"] * sizes["mlp_ratio"])):
+            assert cuts(fp8.tile_of(width), width)["FULL"], width
+            assert width in fp8.WIDTHS + fp8.MLPS
 
 
 @given(rows=st.integers(0, 9), C=st.integers(1, 300))
