@@ -39,7 +39,7 @@ setup(
         "torch>=2.11",
         f"triton; {LINUX}",
         "numpy",
-        f"deepspeed; {LINUX}",
+        f"deepspeed>=0.19.8; {LINUX}",
         f"nvidia-dali-cuda130; {LINUX} and platform_machine in 'x86_64 aarch64'",
         f"nvidia-ml-py; {LINUX}",
         "pydantic>=2",

@@ -199,7 +199,11 @@ def baselines(args: argparse.Namespace, ablation: ablate.Ablation, seed: int) ->
 
 
 def lines_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return (
+        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if path.exists()
+        else []
+    )
 
 
 def same(line: dict, args: argparse.Namespace, row: str, seed: int | None) -> bool:
@@ -214,7 +218,7 @@ def train(args: argparse.Namespace) -> None:
     path = args.results / f"{args.set}.jsonl"
 
     def keep(line: dict) -> None:
-        with open(path, "a") as file:
+        with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         last = line["readings"][-1]
         print(line["row"], line["seed"], {k: round(v, 1) for k, v in last.items()}, flush=True)

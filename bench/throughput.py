@@ -110,7 +110,10 @@ def measure_apart(name: str, args: argparse.Namespace) -> list[dict]:
         own = {name: v for name, v in own.items() if not name.startswith(LAUNCHERS)}
         done = subprocess.run(command, env=own)
         if done.returncode == 0:
-            return [row | {"command": own_command()} for row in json.loads(out.read_text())]
+            return [
+                row | {"command": own_command()}
+                for row in json.loads(out.read_text(encoding="utf-8"))
+            ]
     return [{"config": name, "failed": f"exit status {done.returncode}"}]
 
 

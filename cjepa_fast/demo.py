@@ -59,7 +59,10 @@ def story(run: Path, seconds: float) -> list[str]:
     speed = statistics.median(row["images_per_s"] for row in log)
     spread = [row["rankme"] for row in log if row["rankme"] is not None]
     first, last = spread[0], spread[-1]
-    found = {row["encoder"]: row for row in json.loads((run / "knn.json").read_text())["rows"]}
+    found = {
+        row["encoder"]: row
+        for row in json.loads((run / "knn.json").read_text(encoding="utf-8"))["rows"]
+    }
     pixels, untrained, trained = (found[name] for name in ("raw pixels", "untrained", "trained"))
     chance = 100 / len(scenes.KINDS)
     return [
@@ -82,7 +85,7 @@ def beside_ijepa(out: Path, overrides: list[str]) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // 2)))
     status = ablate.main(["demo", "--out", str(out), "--parallel", "2", *sets])
     if not status:
-        untrained, ijepa, cjepa = json.loads((out / "table.json").read_text())
+        untrained, ijepa, cjepa = json.loads((out / "table.json").read_text(encoding="utf-8"))
         print(
             f"\nFrom {untrained['knn']:.0f} % of kNN, I-JEPA came to {_end(ijepa)} and C-JEPA to "
             f"{_end(cjepa)}. They differ in VICReg alone."

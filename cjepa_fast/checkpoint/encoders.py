@@ -21,6 +21,7 @@ def write_encoder(path: Path, which: str, checkpoint: Path) -> None:
     """Write one encoder of a checkpoint, as save_encoder does."""
     encoder = _read(checkpoint, which)
     encoder.limits = limits_of(checkpoint) or LIMITS
+    encoder.crop = crop_of(checkpoint) or CROP
     save_encoder(encoder, path)
 
 
@@ -32,6 +33,8 @@ def save_encoder(encoder: Encoder, path: Path) -> None:
     described = {**encoder.architecture, **normalisation, "sha256": sha256(partial)}
     if changed := getattr(encoder, "limits", LIMITS).changed():
         described["limits"] = changed
+    if (crop := getattr(encoder, "crop", CROP)) != CROP:
+        described["crop"] = crop
     write_text(path.with_suffix(".json"), json.dumps(described, indent=2))
     partial.rename(path)
 
@@ -48,39 +51,53 @@ def load_encoder(path: str | os.PathLike, which: str = "target") -> PretrainedEn
     """
     if which not in FINAL:
         raise ValueError(f'which={which!r}: must be "target" or "context"')
-    path = _found(path)
-    return PretrainedEncoder(_read(path, which), _crop_of(path), limits_of(path) or LIMITS)
+    path = located(path)
+    crop, limits = crop_of(path) or CROP, limits_of(path) or LIMITS
+    return PretrainedEncoder(_read(path, which), crop, limits)
 
 
-def _found(path: str | os.PathLike) -> Path:
-    """Where it lies: of the hub's, a copy on this machine."""
+def located(path: str | os.PathLike) -> Path:
+    """Where what load_encoder is given lies: of the hub's, a copy on this machine."""
     if str(path).startswith(HUB):
         return huggingface.from_hub(str(path).removeprefix(HUB))
     named = Path("runs", path)
     return named if not Path(path).exists() and named.is_dir() else Path(path)
 
 
-def _crop_of(path: Path) -> float:
-    """Of evaluation's centred square: as the run has it that the path belongs to, or as usual."""
-    run = _run_of(path)
-    saved = read_json(run / "config.json").get("eval", {}) if run else {}
-    return saved.get("crop", CROP)
-
-
-def _run_of(path: Path) -> Path | None:
+def run_of(path: str | os.PathLike) -> Path | None:
+    """The folder of the run that a run's folder, a checkpoint or an encoder's file belongs to."""
+    path = located(path)
     return next((folder for folder in (path, *path.resolve().parents[:2]) if is_run(folder)), None)
 
 
+def crop_of(path: str | os.PathLike) -> float | None:
+    """Of evaluation's centred square: of the run that the path belongs to, of the checkpoint's, or
+    of the description of its weights; None where that says none."""
+    path = located(path)
+    if trained := _config_of(path):
+        return trained.get("eval", {}).get("crop")
+    described = _description_of(path)
+    return described and _crop_in(read_json(described), described)
+
+
 def limits_of(path: str | os.PathLike) -> Limits | None:
-    """Those that the encoder's images were read by: of the run that the path belongs to, of the
-    checkpoint's, or of the description of its weights; None where that says none."""
-    path = _found(path)
-    if run := _run_of(path):
-        return _limits_of_run(read_json(run / "config.json"))
-    if (path / "state.json").is_file():
-        return _limits_of_run(state_of(path)["config"])
-    described = next(filter(Path.is_file, _descriptions(path)), None)
+    """Those that the encoder's images were read by, from where `crop_of` has the crop."""
+    path = located(path)
+    if trained := _config_of(path):
+        return _limits_of_run(trained)
+    described = _description_of(path)
     return described and _limits_in(read_json(described), described)
+
+
+def _config_of(path: Path) -> dict | None:
+    """The configuration of the run that it belongs to, or of a checkpoint by itself."""
+    if run := run_of(path):
+        return read_json(run / "config.json")
+    return state_of(path)["config"] if (path / "state.json").is_file() else None
+
+
+def _description_of(path: Path) -> Path | None:
+    return next(filter(Path.is_file, _descriptions(path)), None)
 
 
 def _descriptions(path: Path) -> list[Path]:
@@ -96,6 +113,14 @@ def _limits_of_run(saved: dict) -> Limits:
     """What a run older than a limit lacks is as usual."""
     data = saved["data"]
     return LIMITS._replace(**{name: data[name] for name in Limits._fields if name in data})
+
+
+def _crop_in(described: dict, file: Path) -> float | None:
+    """That of an encoder's description, which loses it. Raises ValueError, naming the file."""
+    crop = described.pop("crop", None)
+    if crop is not None and not (isinstance(crop, (int, float)) and 0 < crop <= 1):
+        raise ValueError(f"{file}: its crop {crop!r} must be a number above 0, at most 1")
+    return crop
 
 
 def _limits_in(described: dict, file: Path) -> Limits | None:
@@ -172,6 +197,7 @@ def _build_encoder(
         described = read_json(description)
         checksum = described.pop("sha256", None)
         _limits_in(described, description)
+        _crop_in(described, description)
         normalisation = {name: tuple(described.pop(name)) for name in ("mean", "std")}
         encoder = Encoder(**described).eval()
     except (KeyError, TypeError, AttributeError) as error:

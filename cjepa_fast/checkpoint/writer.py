@@ -89,6 +89,8 @@ class Saver:
         self._worker = Worker("checkpoint")
         self._writing = self._naming = False  # what was begun and is not settled
         self._failure: str | None = None  # of the naming
+        self._beside = ""  # what failed of what follows it
+        self._told: set[str] = set()
         self._step: int | None = None
         self._saved: int | None = None  # the last step that came through, on rank 0
         self.best: int | None = None  # a step whose checkpoint is kept, and named RUN/best
@@ -153,7 +155,10 @@ class Saver:
         name, there = self.folder.parent / "best", self.folder / f"step_{step or 0:08d}"
         if step is not None and there.is_dir():
             self.best = step
-            files.point(name, there)
+            try:
+                files.point(name, there)
+            except OSError as error:  # the file system has no links
+                self._tell_once(f"WARNING: {name} cannot be made: {error}")
         elif name.is_symlink() and not name.exists():
             name.unlink()
         return self.best is not None
@@ -172,6 +177,12 @@ class Saver:
             self._fail(self._failure)
         else:
             self._came_through(self._saved, self.folder / f"step_{self._saved:08d}")
+            self._tell_once(self._beside)
+
+    def _tell_once(self, text: str) -> None:
+        if text and text not in self._told:
+            self._told.add(text)
+            self._say(text)
 
     def _write(self, generators: dict[str, torch.Tensor]) -> None:
         """In a thread: this rank's shard."""
@@ -201,11 +212,18 @@ class Saver:
             self._partial.rename(final)
             files.sync_file(self.folder)
             self._saved = self._step
+        except Exception as error:  # said by the main thread
+            self._failure = str(error)
+            return
+        try:
             if self._step == self.best:
                 files.point(self.folder.parent / "best", final)
             self._prune()
-        except Exception as error:  # said by the main thread
-            self._failure = str(error)
+        except OSError as error:
+            self._beside = (
+                f"WARNING: checkpoints are saved, but {self.folder.parent / 'best'} or an older "
+                f"one could not be changed: {error}"
+            )
 
     def _check_all_are_here(self, receipts: list[Receipt]) -> None:
         """Raises OSError where the ranks do not write into one folder."""
@@ -225,7 +243,7 @@ class Saver:
                 path.unlink()
         for left in self.folder.glob(".step_*.partial"):
             if left.name < self._partial.name:
-                shutil.rmtree(left)
+                shutil.rmtree(left, ignore_errors=True)  # on NFS what is open elsewhere stays
 
     def _prune(self) -> None:
         for old in stored.newest_first(self.folder.parent)[self.keep :]:

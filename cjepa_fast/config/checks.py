@@ -184,6 +184,9 @@ def _impossible_deepspeed(config: Config) -> Iterator[str]:
             yield f"deepspeed.{key} = {json.dumps(value)}: must be an object, as DeepSpeed has it"
         elif key == "fp16" and value.get("enabled") is True:
             yield "deepspeed.fp16.enabled = true: set run.precision (bf16 or fp32) instead"
+    stage = _at(config.deepspeed, "zero_optimization.stage")
+    if stage is not None and (type(stage) is not int or not 0 <= stage <= 3):
+        yield f"deepspeed.zero_optimization.stage = {json.dumps(stage)}: must be 0, 1, 2 or 3"
     for key, (allowed, reason) in REFUSED_OF_DEEPSPEED.items():
         value = _at(config.deepspeed, key)
         if value not in allowed:

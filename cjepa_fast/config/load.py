@@ -36,7 +36,7 @@ def load(name: str, overrides: Sequence[str] = ()) -> Config:
     values = without_rival(_resolved(find(name)), given)
     for override in overrides:
         _override(values, override)
-    return validate(values, Path(name).stem)
+    return validate(values, find(name).stem)
 
 
 def of(source: str | Path | dict | Config, overrides: Mapping[str, Any]) -> Config:
@@ -49,7 +49,8 @@ def of(source: str | Path | dict | Config, overrides: Mapping[str, Any]) -> Conf
     elif isinstance(source, dict):
         values, name = source, "run"
     else:
-        values, name = _resolved(find(str(source))), Path(source).stem
+        file = find(str(source))
+        values, name = _resolved(file), file.stem
     given: dict = {}
     for path, value in overrides.items():
         for key in reversed(path.split(".")):
@@ -193,7 +194,7 @@ def _override(values: dict, override: str) -> None:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise ConfigError(f"--set {override}: {section} is a value, it has no key below it")
-    values[last] = value
+    values[last] = _merged({last: values.get(last)}, {last: value})[last]
 
 
 def _section_at(path: Sequence) -> type[Section] | None:

@@ -144,7 +144,7 @@ def lock(file: Path):
     cache."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        handle = open(file.with_suffix(".lock"), "w")  # noqa: SIM115 (closed below)
+        handle = open(file.with_suffix(".lock"), "w", encoding="utf-8")  # noqa: SIM115 (closed below)
     except OSError:
         yield  # a read-only cache: each rank indexes for itself
         return

@@ -131,7 +131,7 @@ def of_list(tables: list[index.Table], texts: list[str], beside: Path) -> Classe
 def listed_beside(path: Path) -> list[str]:
     """The classes of classes.txt in the same folder, a name a line; [] without it."""
     file = path.parent / "classes.txt"
-    names = file.read_text().split("\n") if file.is_file() and file != path else []
+    names = file.read_text(encoding="utf-8").split("\n") if file.is_file() and file != path else []
     return [name.strip() for name in names if name.strip()]
 
 

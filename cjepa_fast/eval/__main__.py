@@ -9,10 +9,9 @@ import importlib
 import sys
 
 from cjepa_fast import config
-from cjepa_fast.checkpoint.encoders import limits_of
+from cjepa_fast.checkpoint.encoders import crop_of, limits_of, run_of
 from cjepa_fast.data.batches import ImagesGone
 from cjepa_fast.data.sources import Limits
-from cjepa_fast.eval import cli
 from cjepa_fast.runtime import distributed, hardware
 from cjepa_fast.runtime.command_line import Parser
 from cjepa_fast.runtime.printable import printable_lines
@@ -88,12 +87,14 @@ def _complete(args: argparse.Namespace) -> None:
     """Put in what the command line leaves to the run or to the environment."""
     first, *_ = getattr(args, "checkpoints", None) or [None]
     checkpoint = getattr(args, "checkpoint", first)
-    run = cli.run_of(checkpoint) if checkpoint else None
+    run = run_of(checkpoint) if checkpoint else None
     made_with = config.read(run) if run else config.Config()
+    crop = crop_of(checkpoint) if checkpoint else None
     if getattr(args, "config", None):
-        made_with = config.load(args.config)
+        made_with, crop = config.load(args.config), None
     args.limits = (checkpoint and limits_of(checkpoint)) or Limits.of(made_with.data)
     known = {"seed": made_with.run.seed, **made_with.eval.model_dump()}
+    known["crop"] = crop or known["crop"]
     for name in OF_THE_RUN:
         if getattr(args, name, 0) is None:
             setattr(args, name, known[name])

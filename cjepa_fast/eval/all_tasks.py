@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 
+from cjepa_fast.checkpoint.encoders import run_of
 from cjepa_fast.eval import cli
 from cjepa_fast.eval.features import extract
 from cjepa_fast.eval.figures import attention, curves, masks, pca, retrieve
@@ -141,7 +142,7 @@ def draw(encoders, rows, splits, args: argparse.Namespace, cache: Path, out: Pat
         spectra = [row for row in rows if "singular_values" in row]
         collapse.draw(spectra, out / "collapse.png", f"Room that the features take: {args.data}")
     images = ["--images", args.test or args.data, "--crop", str(args.crop)]
-    run = cli.run_of(args.checkpoint)
+    run = run_of(args.checkpoint)
     tasks = {
         "attention": (attention, args.checkpoint, images),
         "pca": (pca, args.checkpoint, images),
@@ -211,6 +212,6 @@ def _error_of(rows: list[cli.Row]) -> str:
 
 
 def _folder(checkpoint: str) -> Path:
-    if run := cli.run_of(checkpoint):
+    if run := run_of(checkpoint):
         return run / "eval" / "all"
     raise ValueError(f"{checkpoint} belongs to no run: name a folder for the figures, --out FOLDER")

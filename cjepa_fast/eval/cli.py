@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from cjepa_fast.checkpoint.encoders import is_run, limits_of, load_encoder
+from cjepa_fast.checkpoint.encoders import limits_of, load_encoder, located, run_of
 from cjepa_fast.data import locations, rng
 from cjepa_fast.data.sources import LIMITS, ImageSet, Limits, NothingUsable, open_images
 from cjepa_fast.eval.features import digest, extract, split_by_name
@@ -143,17 +143,10 @@ def device() -> torch.device:
     return torch.device("cuda" if hardware.has_gpu() else "cpu")
 
 
-def run_of(checkpoint: str | Path) -> Path | None:
-    """The folder of the run that a run's folder, a checkpoint or an encoder's file belongs to."""
-    path = Path(checkpoint)
-    folders = (path, *path.resolve().parents[:2])
-    return next((folder for folder in folders if is_run(folder)), None)
-
-
 def inside(checkpoint: str | Path) -> str | None:
     """Its path below the run's folder, "." for the run itself; None outside of any run."""
     run = run_of(checkpoint)
-    return run and os.path.relpath(checkpoint, run)
+    return run and os.path.relpath(located(checkpoint), run)
 
 
 def encoders_of(args: argparse.Namespace) -> dict[str, Encoder]:

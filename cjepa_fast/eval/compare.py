@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from cjepa_fast.checkpoint.encoders import limits_of, load_encoder
+from cjepa_fast.checkpoint.encoders import limits_of, load_encoder, run_of
 from cjepa_fast.data.sources import LIMITS
 from cjepa_fast.eval import cli, seeds, uncertainty
 from cjepa_fast.eval.features import digest
@@ -47,7 +47,7 @@ Scores = dict[Measure, float]  # of one checkpoint
 def found_in(checkpoint: str | Path, which: str, more: Iterable[dict] = ()) -> list[dict]:
     """The records of a checkpoint's encoder, as its weights are now: of its run's folder, and
     `more`."""
-    run = cli.run_of(checkpoint)
+    run = run_of(checkpoint)
     weights = digest(load_encoder(checkpoint, which))
     own = cli.records(run) if run else []
     return [r for r in own if r.get("weights") == weights] + list(more)
@@ -189,7 +189,7 @@ def _compute(checkpoint: str, missing: list[str], args: argparse.Namespace) -> l
             command_line = [sys.executable, "-m", "cjepa_fast.eval", *words, "--json", str(file)]
             if subprocess.run(command_line, env=children.environment()).returncode:
                 raise ValueError(f"{task} of {checkpoint} failed, see above")
-            records.append(json.loads(file.read_text()))
+            records.append(json.loads(file.read_text(encoding="utf-8")))
     return records
 
 

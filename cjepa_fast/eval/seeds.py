@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cjepa_fast import config as configuration
+from cjepa_fast.checkpoint.encoders import run_of
 from cjepa_fast.checkpoint.restore import deciding
 from cjepa_fast.eval import cli
 
@@ -47,7 +48,7 @@ def groups_of(checkpoints: Sequence[str | Path], names: Sequence[str]) -> list[G
     run is a group of its own."""
     settings, members = [], {}
     for i, checkpoint in enumerate(checkpoints):
-        run = cli.run_of(checkpoint)
+        run = run_of(checkpoint)
         made = configuration.read(run) if run else None
         own = deciding(made.model_dump(mode="json")) if made else {}
         settings.append(own)

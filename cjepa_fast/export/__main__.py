@@ -97,7 +97,9 @@ def export(checkpoint: Path, to: str, out: Path, which: str = "target") -> float
         form.write(source, folder)
         error = difference(source, form, folder)
         files = sorted(path.name for path in folder.iterdir())
-        (folder / CARD).write_text(card(source, origin, to, out.resolve().name, files))
+        (folder / CARD).write_text(
+            card(source, origin, to, out.resolve().name, files), encoding="utf-8"
+        )
     return error
 
 

@@ -12,6 +12,7 @@ import torch
 from cjepa_fast.eval.features import digest
 from cjepa_fast.export.formats import Source
 from cjepa_fast.export.origin import Origin
+from cjepa_fast.interop import huggingface
 from cjepa_fast.model.vit import count_parameters
 from cjepa_fast.runtime.image_size import height_width, shown
 from cjepa_fast.runtime.printable import in_markdown, markdown_code
@@ -175,7 +176,8 @@ def _method(config: dict) -> str:
 def _use(source: Source, form: str, files: Sequence[str]) -> str:
     encoder, (H, W) = source.encoder, height_width(source.encoder.image_size)
     C = encoder.channels
-    form = BANDS if form == "hf" and C not in KINDS else form
+    arrays = huggingface.in_own_units(encoder)
+    form = BANDS if form == "hf" and (arrays or C not in KINDS) else form
     weights = next((file for file in files if file.endswith(".safetensors")), "")
     bleed = (1 - source.crop) / 2  # what ImageOps.fit leaves out at each edge
     ending = "jpg" if C in (1, 3) else "png"  # which has alpha
@@ -187,11 +189,13 @@ def _use(source: Source, form: str, files: Sequence[str]) -> str:
         if H == W
         else f"window of their shape, {source.crop:g} times as long and wide as the largest,"
     )
+    kind = KINDS[C] if C in KINDS and not arrays else f"of {C} channel{'s' * (C > 1)}"
+    values = "the numbers of their arrays" if arrays else "values in 0..1"
     numbers = [", ".join(f"{value:g}" for value in pair) for pair in (encoder.mean, encoder.std)]
     return (
         f"```python\n{code}\n```\n\n"
-        f"Images are {KINDS.get(C, f'of {C} channels')}, their centred {window} resized "
-        f"(bilinear, antialiased) to {H} x {W}, values in 0..1 normalised with mean "
+        f"Images are {kind}, their centred {window} resized "
+        f"(bilinear, antialiased) to {H} x {W}, {values} normalised with mean "
         f"{numbers[0]} and std {numbers[1]}. Weights are fp32."
     )
 

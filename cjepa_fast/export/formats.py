@@ -118,7 +118,8 @@ def timm_config(source: Source) -> dict:
             "mean": list(encoder.mean),
             "std": list(encoder.std),
             "num_classes": 0,
-            "first_conv": "patch_embed.proj",
+            # timm makes what it names fit other channels than 3, and by some versions at random
+            **({"first_conv": "patch_embed.proj"} if encoder.channels == 3 else {}),
             "classifier": "head",
         },
     }
@@ -134,7 +135,7 @@ def timm_ratio(encoder: Encoder) -> float:
 def open_timm(folder: Path) -> Tokens:
     from timm.models.vision_transformer import VisionTransformer
 
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     model = VisionTransformer(**config["model_args"])
     model.load_state_dict(read_tensors(folder / "model.safetensors"))
     return model.eval().forward_features

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import NamedTuple
 
+from cjepa_fast import config
 from cjepa_fast.checkpoint import latest, state_of
-from cjepa_fast.checkpoint.encoders import FINAL, is_run
+from cjepa_fast.checkpoint.encoders import FINAL, is_run, located
 from cjepa_fast.eval.cli import records
 from cjepa_fast.telemetry import read_log
 
@@ -19,12 +20,13 @@ class Origin(NamedTuple):
 
     @property
     def config(self) -> dict:
-        return self.state.get("config", {})
+        """As it was trained, with the keys that came later."""
+        return config.completed(self.state["config"]) if self.state else {}
 
 
 def origin_of(path: Path) -> Origin:
     """Of what load_encoder is given. A run's own encoder files are its newest checkpoint's."""
-    path = path.resolve()
+    path = located(path).resolve()
     if (path / "state.json").is_file():
         run, checkpoint = path.parent.parent, path
     else:

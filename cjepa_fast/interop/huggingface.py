@@ -5,6 +5,7 @@ model.safetensors.index.json, and preprocessor_config.json. The names of the wei
 the published models, which transformers writes, and reads under every version that has I-JEPA.
 """
 
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,13 +42,14 @@ def is_folder(path: Path) -> bool:
     """Whether it holds a config.json of the kind that transformers writes, or a damaged one beside
     such weights."""
     try:
-        return "model_type" in json_text.parse((path / CONFIG).read_text())
+        return "model_type" in json_text.parse((path / CONFIG).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return False
     except ValueError:
         return any((path / name).is_file() for name in (WEIGHTS, INDEX))
 
 
+@functools.cache
 def from_hub(name: str) -> Path:
     """The folder of USER/NAME of Hugging Face's hub, fetched to this machine's cache of it. Raises
     ValueError where that fails."""
@@ -83,7 +85,7 @@ def read_encoder(folder: Path) -> Encoder:
 
 def write_encoder(encoder: Encoder, folder: Path, crop: float) -> None:
     """Write a folder's files. crop: the share of the short side that the image processor keeps."""
-    write_text(folder / CONFIG, json.dumps(_config(encoder), indent=2) + "\n")
+    write_text(folder / CONFIG, json.dumps(_config(encoder, crop), indent=2) + "\n")
     write_text(folder / PROCESSOR, json.dumps(_processor(encoder, crop), indent=2) + "\n")
     # transformers asks for the metadata
     write_tensors(to_huggingface(encoder.state_dict()), folder / WEIGHTS, {"format": "pt"})
@@ -122,7 +124,7 @@ def _names(depth: int) -> dict[str, list[str]]:
     return parameters | {"pos_embed": ["embeddings.position_embeddings"]}
 
 
-def _config(encoder: Encoder) -> dict:
+def _config(encoder: Encoder, crop: float) -> dict:
     limits = getattr(encoder, "limits", LIMITS).changed()  # ours too: images of fewer bits
     return {
         "architectures": ["IJepaModel"],
@@ -139,6 +141,7 @@ def _config(encoder: Encoder) -> dict:
         "weights_init": encoder.init,  # ours: transformers keeps what it does not know
         **({"learned_positions": True} if encoder.learned_positions else {}),
         **({"limits": limits} if limits else {}),
+        "crop": crop,  # ours: the processor has it rounded to pixels
         "hidden_act": ACTIVATIONS[encoder.gelu],
         **FIXED,
     }
@@ -161,12 +164,18 @@ def _processor(encoder: Encoder, crop: float) -> dict:
         "resample": 2,  # bilinear, as PIL numbers it
         "do_center_crop": is_square,
         "crop_size": {"height": height, "width": width},
-        "do_rescale": True,
+        "do_rescale": not in_own_units(encoder),
         "rescale_factor": 1 / 255,
         "do_normalize": True,
         "image_mean": list(encoder.mean),
         "image_std": list(encoder.std),
     }
+
+
+def in_own_units(encoder: Encoder) -> bool:
+    """Whether its images must have been arrays of floats: no share of a range has such a mean or
+    standard deviation."""
+    return not all(0 <= mean <= 1 for mean in encoder.mean) or max(encoder.std) > 1
 
 
 def _described(path: Path) -> Encoder:
@@ -230,7 +239,7 @@ def _normalisation(path: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 def _read_json(path: Path) -> dict:
     try:
-        values = json_text.parse(path.read_text())
+        values = json_text.parse(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}") from error
     if not isinstance(values, dict):

@@ -40,9 +40,9 @@ def read_vit(path: Path, heads: int) -> tuple[Encoder, list[str]]:
     """The encoder of a file, at its own sizes, and what the user should know of it, a line each.
 
     path: .safetensors, or what torch.load reads with weights_only=True. heads: no file has their
-    number, but transformers' config.json beside it may. fp32, on the CPU, eval mode; `mean` and
-    `std` are ImageNet's. Raises ValueError for a file that cannot be read or holds no ViT that
-    ours can be, naming why.
+    number, but a config.json of transformers or timm beside it may. fp32, on the CPU, eval mode;
+    `mean` and `std` are ImageNet's. Raises ValueError for a file that cannot be read or holds no
+    ViT that ours can be, naming why.
     """
     everything = dict(_flat(_read(path), path))
     prefix = _prefix(everything, path)
@@ -68,7 +68,7 @@ def read_vit(path: Path, heads: int) -> tuple[Encoder, list[str]]:
 def _known(path: Path) -> dict:
     """What config.json says, {} where it is not there or is something else."""
     try:
-        known = json_text.parse(path.read_text())
+        known = json_text.parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return known if isinstance(known, dict) else {}
@@ -83,13 +83,15 @@ def _gelu(known: dict, path: Path) -> str:
 
 
 def _described_beside(known: dict, path: Path, heads: int) -> list[str]:
-    """What else transformers' config.json tells and no weight does. Raises ValueError for other
-    heads than those taken."""
-    if (theirs := known.get("num_attention_heads", heads)) != heads:
-        raise ValueError(
-            f"{path}: num_attention_heads is {theirs!r}, and model.heads is {heads}: set "
-            "model.heads to it"
-        )
+    """What else the config.json of transformers or timm tells and no weight does. Raises
+    ValueError for other heads than those taken."""
+    of_timm = known.get("model_args")
+    arguments = of_timm if isinstance(of_timm, dict) else {}
+    for name, there in (("num_attention_heads", known), ("num_heads", arguments)):
+        if (theirs := there.get(name, heads)) != heads:
+            raise ValueError(
+                f"{path}: {name} is {theirs!r}, and model.heads is {heads}: set model.heads to it"
+            )
     eps = known.get("layer_norm_eps", EPS)
     if eps == EPS:
         return []

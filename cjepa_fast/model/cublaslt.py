@@ -102,7 +102,9 @@ def library_path() -> Path | None:
     """The libcublasLt in this process, or else the one that lies beside torch; None without one."""
     name = "libcublasLt.so"
     maps = Path("/proc/self/maps")
-    lines = maps.read_text(errors="replace").splitlines() if maps.is_file() else []
+    lines = (
+        maps.read_text(encoding="utf-8", errors="replace").splitlines() if maps.is_file() else []
+    )
     loaded = [line.split(maxsplit=5)[-1] for line in lines if name in line]
     spec = importlib.util.find_spec("nvidia")
     folders = map(Path, (spec and spec.submodule_search_locations) or ())

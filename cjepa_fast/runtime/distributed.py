@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import functools
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -24,28 +25,30 @@ PIECE_ROWS = 4096  # of a large tensor, passed on at a time
 
 GROWN_BYTES = 64 * 2**20  # more than what has_gpu() may have left to be used again
 LONG_WAIT = timedelta(days=7)
+# Tested; and its bf16.check_grad_overflow is on by default (pull request 8035, not in 0.19.0).
+OLDEST_DEEPSPEED = (0, 19, 8)
 _group_options: dict[str, timedelta] = {}  # of every process group, by start()
 
 
 def start(seed: int, timeout_s: float = 0) -> torch.device:
     """Join the process group of several ranks, and seed torch. Returns the device.
 
-    Without a GPU: the CPU and gloo. timeout_s: of the collectives; 0: by default.
+    Without a GPU: the CPU and gloo. timeout_s: of the collectives; 0: none that is ever reached.
     """
     caches.root()
     children.end_with_parent()
     cuda = hardware.has_gpu()
     local_rank = hardware.local_rank()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if not cuda and torch.cuda.is_available() and local_rank == 0:
-        print(f"WARNING: on the CPU, since {hardware.gpu_problem()}", file=sys.stderr)
+    if not cuda and torch.cuda.is_available():
+        why = hardware.gpu_problem(local_rank)
+        print(f"WARNING: rank {local_rank} here is on the CPU, since {why}", file=sys.stderr)
     if cuda:
         torch.cuda.set_device(device)
         grow_memory_in_place(device)
     else:
         keep_freed_memory()
-    if timeout_s:
-        _group_options["timeout"] = timedelta(seconds=timeout_s)
+    _group_options["timeout"] = timedelta(seconds=timeout_s) if timeout_s else LONG_WAIT
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         deepspeed()
     torch.manual_seed(seed)
@@ -124,6 +127,12 @@ def deepspeed():
             "section asks for beyond a ZeRO stage, need it. Install it (pip install deepspeed; it "
             "has no build for macOS), or train on one process: python cjepa_fast/train.py"
         ) from error
+    numbers = tuple(map(int, re.findall(r"\d+", deepspeed.__version__)[:3]))
+    if numbers < OLDEST_DEEPSPEED:
+        raise ValueError(
+            f"DeepSpeed {deepspeed.__version__} may apply steps in bf16 whose gradients are not "
+            "finite, without a word: pip install --upgrade deepspeed, to 0.19.8 or newer"
+        )
     if "RANK" not in os.environ and not dist.is_initialized():
         # In memory: no port is taken, nor RANK set, which processes started from here would see.
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed wants it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 from pathlib import Path
@@ -21,7 +22,7 @@ MOST_JSON_BYTES = 2**26  # of a description; what is larger is none of ours
 def write_text(path: Path, text: str) -> None:
     """Atomic: a reader sees the old text or the new."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     sync_file(partial)
     partial.rename(path)
 
@@ -45,6 +46,9 @@ def sync_file(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:  # some file systems have none of folders
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
+            raise
     finally:
         os.close(descriptor)
 

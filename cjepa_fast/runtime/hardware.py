@@ -42,7 +42,9 @@ def processor_name() -> str:
     if platform.system() == "Darwin":
         command = ["sysctl", "-n", "machdep.cpu.brand_string"]
         with contextlib.suppress(OSError, subprocess.CalledProcessError):
-            found = subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL)
+            found = subprocess.check_output(
+                command, encoding="utf-8", errors="replace", stderr=subprocess.DEVNULL
+            )
             names = [found.strip()]
     return names[0] if names and names[0] else platform.machine()
 
@@ -151,7 +153,7 @@ def gpu_problem(index: int = 0) -> str:
             if works:
                 return ""
             problem = "it computes wrongly"
-    except RuntimeError as error:  # the driver's, or "no kernel image is available"
+    except (RuntimeError, AssertionError) as error:  # the driver's; "no kernel image"; no such GPU
         problem = str(error).strip().split("\n")[0]
     return f"{_named(index)}: {problem}. {_way_out(index)}"
 
@@ -160,11 +162,16 @@ def _named(index: int) -> str:
     try:
         major, minor = torch.cuda.get_device_capability(index)
         return f"{torch.cuda.get_device_name(index)} (sm_{major}{minor})"
-    except RuntimeError:
+    except (RuntimeError, AssertionError):
         return f"GPU {index}"
 
 
 def _way_out(index: int) -> str:
+    if 0 < (count := torch.cuda.device_count()) <= index:
+        return (
+            f"LOCAL_RANK is {index}, and this process sees {count}: let each process see all GPUs "
+            "of its node (SLURM: without --gpus-per-task), or start fewer"
+        )
     made_for = ", ".join(torch.cuda.get_arch_list()) or "no GPU"
     return (
         f"torch {torch.__version__} has kernels for {made_for}; an older GPU, such as a V100, "

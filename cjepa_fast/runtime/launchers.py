@@ -3,6 +3,7 @@
 import os
 import shlex
 import sys
+from pathlib import Path
 
 MEETING_POINT = ("MASTER_ADDR", "MASTER_PORT")
 
@@ -38,7 +39,14 @@ def resume_command() -> str:
         del kept[at : at + 2]
     if _by_srun():  # the batch script itself says --resume auto
         return shlex.join(["sbatch", *_slurm_sizes(), "scripts/train.sbatch", *kept])
-    return shlex.join([*launcher(), "cjepa_fast/train.py", *kept, "--resume", "auto"])
+    return shlex.join([*launcher(), *_program(), *kept, "--resume", "auto"])
+
+
+def _program() -> list[str]:
+    """What a launcher is given: the file of a checkout, or the installed module."""
+    if Path("cjepa_fast/train.py").is_file():
+        return ["cjepa_fast/train.py"]
+    return ["--module" if launcher()[0] == "deepspeed" else "-m", "cjepa_fast.train"]
 
 
 def _by_srun() -> bool:

@@ -110,7 +110,7 @@ def _cpp_stream(path: bytes) -> ctypes.Array:
 
 def _loaded(names: tuple[str, ...]) -> Iterator[tuple[str, int]]:
     """(path, address of its first byte) of the libraries in this process that are so named."""
-    for line in Path("/proc/self/maps").read_text().splitlines():
+    for line in Path("/proc/self/maps").read_text("utf-8", "replace").splitlines():
         fields = line.split(None, 5)
         if len(fields) < 6 or not os.path.basename(fields[5]).startswith(names):
             continue

@@ -72,7 +72,7 @@ def free_bytes() -> int | None:
 
 def _free_of_machine() -> int | None:
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
     fields = dict(line.split(":", 1) for line in lines)
@@ -80,13 +80,25 @@ def _free_of_machine() -> int | None:
     return int(kib[0]) * 1024 if kib else None
 
 
+def _file_cache(stat: Path, prefix: str) -> int:
+    """Bytes of files that a cgroup's memory.stat counts, 0 where it does not say."""
+    try:
+        sizes = dict(line.split() for line in stat.read_text("utf-8").splitlines())
+        return sum(int(sizes[f"{prefix}{name}"]) for name in ("inactive_file", "active_file"))
+    except (OSError, ValueError, KeyError):
+        return 0
+
+
 def _free_of_container() -> int | None:
-    """By cgroup version 2, else 1; None without a limit."""
-    names = (("memory.max", "memory.current"),)
-    names += (("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),)
-    for limit, used in names:
+    """By cgroup version 2, else 1; None without a limit. What files have been read into memory
+    counts as used there, and is given up where it is wanted."""
+    names = (("memory.max", "memory.current", "memory.stat", ""),)
+    old = "memory/memory"
+    names += ((f"{old}.limit_in_bytes", f"{old}.usage_in_bytes", f"{old}.stat", "total_"),)
+    for limit, used, parts, prefix in names:
         try:
-            return max(0, int((CGROUP / limit).read_text()) - int((CGROUP / used).read_text()))
+            most, now = (int((CGROUP / name).read_text("utf-8")) for name in (limit, used))
+            return min(most, max(0, most - now + _file_cache(CGROUP / parts, prefix)))
         except (OSError, ValueError):  # another version, or "max"
             continue
     return None

@@ -16,8 +16,12 @@ def own_commit() -> str | None:
         return None
     git = ["git", "-C", str(root)]
     try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-        changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
+        head = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, encoding="utf-8", errors="replace"
+        )
+        changes = subprocess.run(
+            [*git, "status", "--porcelain"], capture_output=True, encoding="utf-8", errors="replace"
+        )
     except FileNotFoundError:  # no git here
         return None
     if head.returncode:

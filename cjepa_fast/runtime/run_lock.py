@@ -34,7 +34,8 @@ def take(run: Path) -> None:
             holder |= json_text.parse(file.read(MOST_BYTES))
         raise ValueError(
             f"run.dir = {run}: a run is writing there, process {holder['pid']} on "
-            f"{holder['host']}: wait for it, stop it, or choose another folder"
+            f"{holder['host']}: wait for it, stop it, or choose another folder (if that host is "
+            f"gone: remove {run / '.lock'})"
         ) from None
     file.truncate(0)
     file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))

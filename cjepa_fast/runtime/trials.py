@@ -27,7 +27,7 @@ def remembered(facts: dict, decide: Callable[[], dict], otherwise: dict) -> dict
         file.parent.mkdir(parents=True, exist_ok=True)
         if not file.exists():
             _write_first(file, {"facts": facts, "outcome": decide()})
-        return json_text.parse(file.read_text())["outcome"]
+        return json_text.parse(file.read_text(encoding="utf-8"))["outcome"]
     except (OSError, ValueError, LookupError, TypeError):
         return otherwise
 

@@ -230,7 +230,7 @@ class Watchdog:
         print(self.advice(), file=sys.stderr, flush=True)
         if self.stacks is not None:
             self.stacks.parent.mkdir(parents=True, exist_ok=True)
-            with self.stacks.open("w") as file:
+            with self.stacks.open("w", encoding="utf-8") as file:
                 print(verdict, file=file, flush=True)
                 faulthandler.dump_traceback(file)
 

@@ -12,6 +12,7 @@ import os
 import secrets
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -149,10 +150,13 @@ class Telemetry:
             if not self.silent:
                 self._pause_s += time.perf_counter() - start_s
 
-    def log_row(self, extra: dict[str, torch.Tensor | float] | None = None) -> dict | None:
+    def log_row(
+        self, extra: dict[str, torch.Tensor | float] | None = None, longest_wait_s: float = 0.0
+    ) -> dict | None:
         """Write the interval's row and start the next; returns the row (None on a silent rank).
 
         extra: values of this step as they are (lr, momentum, feature_std, skipped_steps ...).
+        longest_wait_s: for data, of the rank that waited longest; the others wait for that rank.
         A value that is not finite is written as null. This waits for the device.
         """
         if self.silent:
@@ -168,7 +172,7 @@ class Telemetry:
             "time_s": self._before_s + now_s - self._start_s,
             "images_per_s": steps * self.images_per_step / wall_s,
             **means,
-            "data_wait": min(self._wait_s / wall_s, 1.0),
+            "data_wait": min(max(self._wait_s, longest_wait_s) / wall_s, 1.0),
             **{name: _number(value) for name, value in (extra or {}).items()},
             **self._gpu.read(),
         }
@@ -184,7 +188,8 @@ class Telemetry:
         if not self.silent:
             self._knn = values.get("knn") or self._knn
             epoch = step / self.steps_per_epoch
-            self._write({"step": step, "epoch": epoch, "time_s": self._before_s, **values})
+            known = {name: _number(value) for name, value in values.items()}
+            self._write({"step": step, "epoch": epoch, "time_s": self._before_s, **known})
 
     def _write(self, row: dict) -> None:
         self._log.write(row)
@@ -272,9 +277,14 @@ class Lines:
     def __init__(self, say: Callable[[str], None], path: Path):
         self._say, self._path = say, path
         self._waiting: list[str] = []
+        self._lock = threading.Lock()  # the loader's thread writes some of them
 
     def write(self, row: dict) -> None:
-        self._waiting.append(json.dumps(row, allow_nan=False) + "\n")
+        with self._lock:
+            self._add(json.dumps(row, allow_nan=False) + "\n")
+
+    def _add(self, line: str) -> None:
+        self._waiting.append(line)
         try:
             with open(self._path, "a", encoding="utf-8") as file:
                 whole = file.tell()

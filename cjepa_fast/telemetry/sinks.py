@@ -187,7 +187,7 @@ def service_id(folder: Path, fresh: bool) -> str:
     """
     file = folder / "service_id"
     if fresh:
-        file.write_text(secrets.token_hex(8))
+        file.write_text(secrets.token_hex(8), encoding="utf-8")
     elif not file.exists():
         return hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
     own = file.read_bytes()

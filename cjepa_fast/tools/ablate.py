@@ -15,7 +15,6 @@ and the curves, in the folder of the ablation.
 """
 
 import argparse
-import contextlib
 import json
 import queue
 import re
@@ -50,6 +49,7 @@ MEASURES = {
     "linear": "linear %",
     "rankme": "RankMe",
 }
+INTERRUPTED = 130  # the exit status, as a shell's
 KEYS = {"base", "set", "seeds", "rows"}
 # What a run may change when it is resumed, but what an old training may not be tabled under.
 COUNTED = ("data.path", "data.micro_batch_size", "eval.", "run.init_from", "run.on_spike")
@@ -96,7 +96,7 @@ def read(name: str, overrides: Sequence[str] = (), base: str | None = None) -> A
         known = ", ".join(sorted(path.stem for path in folder.glob("*.json")))
         raise ConfigError(f"{name}: no such file here or in configs/ablations/, which has {known}")
     try:
-        values = json_text.parse(found[0].read_text())
+        values = json_text.parse(found[0].read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"{found[0]}: not JSON: {error}") from None
     if not isinstance(values, dict) or values.keys() ^ KEYS:
@@ -209,7 +209,7 @@ def start(ablation: Ablation, trial: Trial, environment: dict[str, str]) -> subp
         command += ["--set", setting]
     if (trial.folder / "config.json").is_file():
         command += ["--resume", "auto"]
-    with open(trial.folder / "said.txt", "a") as said:
+    with open(trial.folder / "said.txt", "a", encoding="utf-8") as said:
         return subprocess.Popen(
             command, stdout=said, stderr=subprocess.STDOUT, env=children.environment(**environment)
         )
@@ -372,32 +372,34 @@ def main(argv: list[str] | None = None) -> int:
         environments = environments_of(args)
         ablation = read(args.ablation, args.overrides, args.base)
         out = args.out or Path("runs/ablations") / ablation.name
-        trials, failed = trials_of(ablation, out), []
+        trials, status = trials_of(ablation, out), 0
         check_folders(ablation, trials)
     except ConfigError as error:
         print(f"error: {printable_lines(error)}", file=sys.stderr)
         return 2
     if not args.table:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        with contextlib.suppress(KeyboardInterrupt):
-            failed = train_all(ablation, trials, environments)
+        try:
+            status = 1 if train_all(ablation, trials, environments) else 0
+        except KeyboardInterrupt:
+            status = INTERRUPTED
     if not any(trial.finished for trial in trials):
         print("no training is finished yet")
-        return 1
+        return status or 1
     try:
         print(*results(ablation, trials, out), sep="\n")
     except (ValueError, OSError) as error:
         print(f"error: {printable_lines(error)}", file=sys.stderr)
         return 2
-    return 1 if failed else 0
+    return status
 
 
 def results(ablation: Ablation, trials: list[Trial], out: Path) -> Iterator[str]:
     """Write table.json, table.md and curves.png; yields what was written."""
     lines = table(ablation, trials)
     print_table(as_text(lines), {"seeds": "seeds", **MEASURES}, label="row")
-    (out / "table.json").write_text(json.dumps(lines, indent=2) + "\n")
-    (out / "table.md").write_text(markdown(ablation, lines))
+    (out / "table.json").write_text(json.dumps(lines, indent=2) + "\n", encoding="utf-8")
+    (out / "table.md").write_text(markdown(ablation, lines), encoding="utf-8")
     yield str(out / "table.md")
     yield str(draw(ablation, trials, out / "curves.png"))
 

@@ -14,6 +14,7 @@ import importlib.metadata
 import io
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -24,8 +25,9 @@ import torch
 
 from cjepa_fast import config as configuration
 from cjepa_fast.config import Config, ConfigError
+from cjepa_fast.data.decoders import VARIABLE
 from cjepa_fast.model import attention, attention_trial, cpu_linear
-from cjepa_fast.runtime import children, hardware, memory, rates
+from cjepa_fast.runtime import caches, children, hardware, memory, rates
 from cjepa_fast.runtime.command_line import Parser
 from cjepa_fast.runtime.printable import printable_lines
 from cjepa_fast.runtime.provenance import own_commit
@@ -34,6 +36,7 @@ from cjepa_fast.training import build, cpu_micro_batch
 
 TRIAL_S = 180  # of a part; torch.compile may take a minute the first time
 GIB = 2**30
+NVJPEG = "nvJPEG (DALI)"
 WORKS, ABSENT, BROKEN = "works", "not here", "BROKEN"
 
 
@@ -148,7 +151,6 @@ def _jpeg() -> bytes:
 
 
 def _by_dali(device: str) -> str:
-    version = _version("nvidia-dali-cuda130")
     fn, dali = _imported("nvidia.dali.fn"), _imported("nvidia.dali")
     import numpy as np
 
@@ -161,7 +163,7 @@ def _by_dali(device: str) -> str:
     (images,) = pipe.run()
     if tuple(images.shape()[0]) != (256, 256, 3):
         raise RuntimeError(f"an image of 256 x 256 came out as {images.shape()[0]}")
-    return f"{version}, a JPEG decoded"
+    return f"{dali.__version__}, a JPEG decoded"
 
 
 def try_dali() -> str:
@@ -206,10 +208,12 @@ def try_nvml() -> str:
 
 
 def try_compiler() -> str:
-    name = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
-    if not name:
+    command = shlex.split(os.environ.get("CXX", "")) or [shutil.which("c++") or shutil.which("g++")]
+    if not command[0]:
         raise Absent("no C++ compiler: wanted by torch.compile, Triton and DeepSpeed's own kernels")
-    line = subprocess.run([name, "--version"], capture_output=True, text=True, check=True).stdout
+    line = subprocess.run(
+        [*command, "--version"], capture_output=True, encoding="utf-8", errors="replace", check=True
+    ).stdout
     return line.splitlines()[0]
 
 
@@ -231,7 +235,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "NCCL": try_nccl,
     "gloo": try_gloo,
     "DALI": try_dali,
-    "nvJPEG (DALI)": try_nvjpeg,
+    NVJPEG: try_nvjpeg,
     "Pillow": try_pillow,
     "DeepSpeed": try_deepspeed,
     "apex": try_apex,
@@ -264,7 +268,12 @@ def trial_apart(name: str) -> PartState:
     command = [sys.executable, "-m", "cjepa_fast.tools.doctor", "--try", name]
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=TRIAL_S, env=children.environment()
+            command,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=TRIAL_S,
+            env=children.environment(),
         )
     except subprocess.TimeoutExpired:
         return PartState(BROKEN, f"gave no answer for {TRIAL_S} s")
@@ -322,7 +331,7 @@ def choice_lines(config: Config, decoders: dict[str, PartState]) -> Iterator[tup
     yield "precision", f"{best.precision}: {best.reason}" if given == "auto" else as_given
     config = cpu_micro_batch.fitted(build.with_precision(config, device), device, None)
     yield "attention", attention_choice(config, device)
-    fused = config.model.fused and device.type == "cuda" and config.run.precision == "bf16"
+    fused = build.fuses(config) and device.type == "cuda" and config.run.precision == "bf16"
     yield "blocks", "our fused kernels" if fused else "PyTorch's operators"
     yield "optimiser", build.optimizer_implementation(config)
     if device.type == "cpu" and config.run.precision == "fp32":
@@ -332,10 +341,20 @@ def choice_lines(config: Config, decoders: dict[str, PartState]) -> Iterator[tup
         ]
         ways = cpu_linear.fastest(uses)._asdict().items()
         yield "linear layers", ", ".join(f"{kind} by {library}" for kind, library in ways)
-    dali = decoders["DALI" if device.type == "cpu" else "nvJPEG (DALI)"]
-    yield "decoder", "DALI" if dali.state == WORKS else f"Pillow, since DALI: {dali.text}"
+    yield "decoder", decoder_choice(config, decoders["DALI" if device.type == "cpu" else NVJPEG])
     for line in cpu_micro_batch.told(asked, config):
         yield "memory", line
+
+
+def decoder_choice(config: Config, dali: PartState) -> str:
+    """Of pictures; arrays are always read on the CPU."""
+    for name, asked in (
+        ("data.decoder", config.data.decoder),
+        (VARIABLE, os.environ.get(VARIABLE)),
+    ):
+        if asked not in (None, "", "auto"):
+            return f"{asked}: as {name} has it"
+    return "DALI" if dali.state == WORKS else f"Pillow, since DALI: {dali.text}"
 
 
 def attention_choice(config: Config, device: torch.device) -> str:
@@ -391,6 +410,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--fast", action="store_true", help="nothing compiled, nothing measured")
     parser.add_argument("--try", choices=PARTS, dest="part", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    caches.root()
     if args.part:
         children.end_with_parent()
         print(f"{args.part}\t" + "\t".join(trial(args.part)), flush=True)

@@ -190,24 +190,26 @@ def speed(config: Config, name: str, gpu: GPU, count: int, measured: Path = MEAS
     nearest, or assumed; the ranges of both are a judgement."""
     rows = [
         row
-        for row in json.loads(measured.read_text())
+        for row in json.loads(measured.read_text(encoding="utf-8"))
         if row["config"] == Path(name).stem and gpu.name in row["device"]
     ]
-    images = config.data.batch_size
+    # A user's own file of that name may be of anything.
+    shipped = str(configuration.configs_folder() / f"{Path(name).stem}.json")
+    images, own = config.data.batch_size, _step(config)
     for row in rows:
         same = (row["precision"], row["batch"], row["processes"]) == (
             config.run.precision, images, count
         )  # fmt: skip
-        if same and _step(on_gpu(configuration.load(name, row["overrides"]), gpu)) == _step(config):
+        if same and _step(on_gpu(configuration.load(shipped, row["overrides"]), gpu)) == own:
             mfu = row["mfu_pct"] / 100
             return Speed(mfu, mfu, mfu, f"measured, {row['commit']}", row["joules_per_image"])
     alike = [row for row in rows if row["precision"] == config.run.precision]
-    if not alike or config.model != configuration.load(name).model:
+    if not alike or config.model != configuration.load(shipped).model:
         return Speed(*ASSUMED_MFU, "assumed: nothing like it has been measured")
     row = min(alike, key=lambda row: abs(row["batch"] - images // count))
-    mfu, own = row["mfu_pct"] / 100, ", ".join(row["overrides"]) or "as shipped"
+    mfu, how = row["mfu_pct"] / 100, ", ".join(row["overrides"]) or "as shipped"
     said = f"derived: {100 * mfu:.1f} % measured of {row['batch']} images on {row['processes']} x "
-    return Speed(mfu, *(mfu * x for x in DERIVED), f"{said}{row['device']}, {own}")
+    return Speed(mfu, *(mfu * x for x in DERIVED), f"{said}{row['device']}, {how}")
 
 
 def _step(config: Config) -> tuple:
@@ -252,11 +254,13 @@ def describe(args: argparse.Namespace, config: Config) -> str:
     micro_batch, accumulation = config.data.micro_batches(args.count)
     gflop, again = gflop_per_image(config)
     plans = {stage: plan(config, stage, args.count) for stage in STAGES}
-    own = config.deepspeed.get("zero_optimization", {}).get("stage", 0)
+    zero = config.deepspeed.get("zero_optimization", {})
+    own = zero.get("stage") or 0
     lines = [
         f"{args.config} on {args.count} x {args.gpu}: {plans[0].trained / 1e6:.0f} M trained "
         f"parameters, {gflop:.1f} GFLOP an image, {micro_batch} images a GPU x {accumulation}",
         verdict(plans, own, gpu, micro_batch),
+        *not_counted(zero),
         "",
         *memory_table(plans, own, gpu, micro_batch),
         "",
@@ -279,6 +283,14 @@ def verdict(plans: dict[int, Plan], own: int, gpu: GPU, micro_batch: int) -> str
     ways.append("model.checkpointing, more GPUs, or a smaller model" if ways else
                 "more GPUs with ZeRO stage 3, or a smaller model")  # fmt: skip
     return f"does not fit, because it takes {of}: try {'; '.join(ways)}"
+
+
+def not_counted(zero: dict) -> list[str]:
+    """What of DeepSpeed's zero_optimization moves memory between a GPU and elsewhere."""
+    fewer = [key for key in ("offload_optimizer", "offload_param") if zero.get(key)]
+    more = [key for key in ("zero_hpz_partition_size",) if zero.get(key, 1) != 1]
+    lines = [f"{key} is not counted: it takes less of the GPU than said here" for key in fewer]
+    return lines + [f"{key} is not counted: it takes more than said here" for key in more]
 
 
 def memory_table(plans: dict[int, Plan], own: int, gpu: GPU, micro_batch: int) -> list[str]:

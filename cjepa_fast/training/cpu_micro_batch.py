@@ -34,12 +34,15 @@ COUNTED = 2  # images on the meta device
 def fitted(config: Config, device: torch.device, saved: Config | None) -> Config:
     """The configuration with data.micro_batch_size cut to what fits, on a CPU; the same on all
     ranks. saved: of the checkpoint that is resumed from, whose cut stays, since the
-    regulariser's statistics are of a micro-batch. config: its run.precision resolved."""
+    regulariser's statistics are of a micro-batch; for the same reason nothing is cut that was
+    not. config: its run.precision resolved."""
     if device.type != "cpu":
         return config
     asked, world_size = config.data.micro_batch_size, distributed.world_size()
     if saved and saved.data.micro_batch_size < asked:
         return _with(config, saved.data.micro_batch_size)
+    if saved and config.loss.regularised_by.beta > 0:
+        return config
     fits = min(distributed.from_all(most_images(config)))
     times = configuration.micro_batches(config.data.batch_size, world_size, asked)
     if times[0] <= fits:

@@ -65,19 +65,22 @@ def _memory_advice(error: Exception, session: Session) -> str:
     config, options = session.config, session.options
     ranks = int(os.environ.get("WORLD_SIZE", "1"))  # their group has been left
     micro_batch, _ = config.data.micro_batches(ranks)
+    resumed = not options.dry_run and checkpoint.latest(session.folder) is not None
+    regularised = config.loss.regularised_by.beta > 0
+    smallest = 2 if regularised and ranks == 1 else 1
+    if resumed and regularised:  # its statistics are of a micro-batch: smaller, another training
+        smallest = micro_batch
     advice = oom.advice(
         error,
         rank=int(os.environ.get("RANK", "0")),
         ranks=ranks,
         micro_batch=micro_batch,
-        smallest=2 if config.loss.regularised_by.beta > 0 and ranks == 1 else 1,
+        smallest=smallest,
         checkpointing=config.model.checkpointing,
         stage=config.deepspeed.get("zero_optimization", {}).get("stage", 0),
         command_line=list(options.command_line),
     )
-    if options.dry_run or checkpoint.latest(session.folder) is None:
-        return advice
-    return f"{advice}\n{how_to_resume(session)}"
+    return f"{advice}\n{how_to_resume(session)}" if resumed else advice
 
 
 def _unexpected(error: Exception, session: Session) -> None:

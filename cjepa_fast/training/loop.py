@@ -103,6 +103,7 @@ class Loop:
             saved=self.callbacks.on_save,
         )
         self.micro_batches = 0  # of the step under way
+        self.waited_s = 0.0  # for data, since the last row of the log
         self.first = contextlib.ExitStack()  # left once the first step is made
         self.stop = session.stop or StopRequest()
         self.saved_s = time.monotonic()
@@ -140,6 +141,7 @@ class Loop:
                 self.telemetry.message("stopped in an evaluation, which is made after a resume")
                 return 0
             self.telemetry.row(self.done, found)
+            self._best_is_named()
         if finished:
             return self._end()
         compiling = ", and its compilation" * (self.config.run.compile != "none")
@@ -185,11 +187,14 @@ class Loop:
                 return self._give_up()
             self._limit()
             telemetry.step(self.done, trainer.scalars(terms, batches), wait_s)
+            self.waited_s += wait_s
             found = self._evaluate() if evaluating and not stopping else {}
             if found is None:  # made after a resume
                 found, last = {}, True
             if telemetry.due(self.done) or stopping or evaluating:
-                row = telemetry.log_row({**self._details(), **found})
+                longest_wait_s = max(distributed.from_all(self.waited_s))
+                row = telemetry.log_row({**self._details(), **found}, longest_wait_s)
+                self.waited_s = 0.0
                 self._warn_of_collapse(row)
                 self._compare_with_the_start(row)
             if saving:
@@ -225,6 +230,8 @@ class Loop:
         return self.online.due(self.done) or self.done == self.trainer.total_steps
 
     def _stop_is_asked(self) -> bool:
+        """Asked again and again within an evaluation, by all ranks alike."""
+        self.watch.mark("evaluating")
         return distributed.any_of(self.stop.asked)[0]
 
     def _evaluate(self) -> dict[str, float] | None:
@@ -248,6 +255,11 @@ class Loop:
             )
             self.saver.best = self.best["step"]
         return found
+
+    def _best_is_named(self) -> None:
+        """Of an evaluation that no save follows."""
+        if self.best["step"] is not None:
+            distributed.from_rank_0(lambda: self.saver.point_at_best(self.best["step"]))
 
     def _draw(self) -> None:
         """Masks, attention and patch features to TensorBoard: worth a message, never a run."""
@@ -289,7 +301,10 @@ class Loop:
         """Once, at a tenth of the run: whether the features get worse, and what to change first."""
         if row is None or self.compared or row["step"] < EARLY * self.trainer.total_steps:
             return
-        rows = read_log(self.folder)
+        try:
+            rows = read_log(self.folder)
+        except (OSError, ValueError):  # moved, or damaged: it is but advice
+            rows = []
         self.compared = sum(row["step"] > 0 for row in rows) > 1
         width = self.trainer.context_encoder.width
         if line := getting_worse(rows, self.config, width):

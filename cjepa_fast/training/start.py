@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -235,6 +236,7 @@ def open_telemetry(
     """
     config, run, rank = session.config, session.folder, distributed.rank()
     session.stop = StopRequest()  # from here on a signal ends the run after a step, saved
+    ending.callback(session.stop.give_back)
     with input_errors():
         not_written = distributed.from_rank_0(lambda: _taken(run, loader, resumed=bool(state)))
         begun = (run / "log.jsonl").exists()
@@ -274,9 +276,28 @@ def _taken(run: Path, loader: Loader, resumed: bool) -> str:
     """Take the folder, before any rank writes there. Returns why the images that are left out are
     not named there, or ""."""
     run_lock.take(run)
+    _try_renaming(run)
     if not resumed:
         return ""  # they were, when the images were opened
     return left_out_images.write(loader.images.skipped, run / left_out_images.FILE)
+
+
+def _try_renaming(run: Path) -> None:
+    """Raises ConfigError where a folder cannot be given its final name, as a checkpoint is."""
+    trial, final = run / ".trial.partial", run / ".trial"
+    try:
+        trial.mkdir(exist_ok=True)
+        files.write_text(trial / "a file", "")
+        files.sync_file(trial)
+        trial.rename(final)
+    except OSError as error:
+        raise ConfigError(
+            f"run.dir = {run}: a folder with a file in it cannot be made, synced and renamed there "
+            f"({error}), and every checkpoint is: choose a folder of another file system"
+        ) from error
+    finally:
+        for left in (trial, final):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _note_warnings(loader: Loader, telemetry: Telemetry, run: Path) -> None:
@@ -286,7 +307,9 @@ def _note_warnings(loader: Loader, telemetry: Telemetry, run: Path) -> None:
     write = telemetry.note if distributed.rank() == 0 else lambda text: lines.write({"text": text})
 
     def note(text: str) -> None:
-        if not path.exists() or json.dumps(text) not in path.read_text(errors="replace"):
+        if not path.exists() or json.dumps(text) not in path.read_text(
+            encoding="utf-8", errors="replace"
+        ):
             write(text)
 
     warnings.note = note

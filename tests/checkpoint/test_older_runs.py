@@ -16,6 +16,7 @@ from cjepa_fast import checkpoint
 from cjepa_fast import config as configuration
 from cjepa_fast.checkpoint.format import owned_tensors
 from cjepa_fast.config import Config, Section
+from cjepa_fast.export.__main__ import export
 from cjepa_fast.runtime import distributed
 from cjepa_fast.training import build
 from cjepa_fast.training.trainer import Trainer
@@ -127,6 +128,14 @@ def test_it_resumes_to_the_steps_of_then(unpacked, precision):
     assert configuration.read(unpacked / precision).run.precision == precision
     another = [line for line in done.stdout.splitlines() if "resumed with another" in line]
     assert all("dir" in line or "path" in line for line in another), another
+
+
+def test_its_encoder_is_exported_with_all_that_is_known(unpacked):
+    """The card tells of keys that the run's configuration has not."""
+    made = unpacked / "made"
+    export(unpacked / "fp32", "safetensors", made)
+    text = (made / "model_card.md").read_text()
+    assert "by C-JEPA (I-JEPA with VICReg's regularisation" in text and "Unknown" not in text
 
 
 def test_what_the_user_sets_otherwise_is_still_another_training(unpacked):

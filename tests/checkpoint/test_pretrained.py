@@ -1,6 +1,7 @@
 """Features from Python: each kind of image is seen as evaluation sees it, or refused in words."""
 
 import io
+import json
 import sys
 from types import SimpleNamespace
 
@@ -194,6 +195,14 @@ def test_a_run_says_how_its_images_are_cropped(tmp_path, monkeypatch):
     assert cj.load_encoder(run / "encoder.safetensors").crop == 0.6
     save_encoder(fresh(), tmp_path / "alone.safetensors")
     assert cj.load_encoder(tmp_path / "alone.safetensors").crop == cj.Config().eval.crop
+    encoder = fresh()
+    encoder.crop = 0.6  # as that of a run leaves it
+    save_encoder(encoder, tmp_path / "copied.safetensors")
+    assert cj.load_encoder(tmp_path / "copied.safetensors").crop == 0.6
+    described = json.loads((tmp_path / "copied.json").read_text())
+    (tmp_path / "copied.json").write_text(json.dumps(described | {"crop": 7}))
+    with pytest.raises(ValueError, match=r"copied\.json: its crop 7 must be"):
+        cj.load_encoder(tmp_path / "copied.safetensors")
     monkeypatch.chdir(tmp_path)
     assert cj.load_encoder("run").crop == 0.6  # by its name in runs/
     with pytest.raises(FileNotFoundError, match="yours"):
@@ -217,6 +226,7 @@ def test_a_hub_is_asked_only_by_its_prefix(tmp_path, monkeypatch):
     assert asked == ["a/model"] and torch.equal(loaded.norm.weight, fresh().norm.weight)
     with pytest.raises(ValueError, match="hf:a/missing cannot be fetched: 404"):
         cj.load_encoder("hf:a/missing")
+    huggingface.from_hub.cache_clear()  # one download serves a whole command
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ValueError, match="pip install"):
         cj.load_encoder("hf:a/model")

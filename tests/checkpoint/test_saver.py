@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 import threading
 
@@ -156,6 +157,47 @@ def test_what_a_killed_save_left_does_no_harm(tmp_path, saved):
         "step_00000001",
         "step_00000003",
     ]
+
+
+def test_what_cannot_be_cleared_away_costs_no_checkpoint(tmp_path, saved, made, monkeypatch):
+    """On NFS a file that another process has open stays, under another name."""
+    save, folder = saved
+    (folder / ".step_00000002.partial").mkdir()
+
+    def busy(path, ignore_errors=False):
+        if not ignore_errors:
+            raise OSError(errno.EBUSY, "Device or resource busy")
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    save.begin(3, {})
+    assert save.finish() and made[2] == []
+
+
+def test_without_links_the_best_one_is_kept_and_that_said_once(tmp_path, saved, made, monkeypatch):
+    save, _ = saved
+
+    def refuse(*args):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(files, "point", refuse)
+    for save.best in (2, 3):
+        save.begin(save.best, {})
+        assert save.finish()
+    assert save.point_at_best(3) and save.best == 3 and save.point_at_best(3)
+    named, at_start = made[2]
+    assert "checkpoints are saved" in named and "Operation not supported" in named
+    assert f"{tmp_path / 'best'} cannot be made" in at_start
+
+
+def test_folders_that_cannot_be_synced_are_passed_over(tmp_path, monkeypatch):
+    def invalid(descriptor):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(os, "fsync", invalid)
+    files.sync_file(tmp_path)
+    with pytest.raises(OSError, match="Invalid"):
+        files.sync_file(tmp_path / "file")
 
 
 def test_ranks_that_do_not_share_a_folder_are_told(tmp_path, made, monkeypatch):

@@ -141,6 +141,11 @@ def test_wrong_types(override, said):
         ("deepspeed.optimizer.type=Adam", 'deepspeed.optimizer = {"type": "Adam"}: set optim'),
         ("deepspeed.fp16.enabled=true", "deepspeed.fp16.enabled = true: set run.precision"),
         ("deepspeed.fp16=true", "deepspeed.fp16 = true: must be an object"),
+        (
+            "deepspeed.zero_optimization.stage=4",
+            "deepspeed.zero_optimization.stage = 4: must be 0,",
+        ),
+        ('deepspeed.zero_optimization.stage="2"', 'stage = "2": must be 0, 1, 2 or 3'),
         ("deepspeed.zero_optimization=2", "deepspeed.zero_optimization = 2: must be an object"),
     ],
 )
@@ -265,6 +270,11 @@ def test_the_last_override_holds_and_the_rest_stays():
     assert config == load("demo").model_copy(update={"optim": config.optim})
 
 
+def test_keys_of_a_section_leave_its_others():
+    one = load("demo", ['optim={"lr":2e-4}', 'loss={"vicreg":{"beta":0}}'])
+    assert one == load("demo", ["optim.lr=2e-4", "loss.vicreg.beta=0"])
+
+
 @pytest.mark.parametrize("override", ["optim.lr", "=3", ""])
 def test_an_override_without_key_or_value(override):
     assert f"--set {override}: write it as section.key=value" == refusal(override)
@@ -380,6 +390,8 @@ def test_a_configuration_is_frozen_and_survives_its_own_json(write):
 def test_the_run_folder_bears_the_files_name(write):
     assert load("demo").run.dir == "runs/demo"
     assert load(write("mine.json", {"run": {"dir": "x/{config}/y"}})).run.dir == "x/mine/y"
+    write("lr0.5.json", {"run": {"dir": "x/{config}/y"}})
+    assert load("lr0.5").run.dir == "x/lr0.5/y"
 
 
 def test_paths_expand(monkeypatch):

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from cjepa_fast import load_encoder
-from cjepa_fast.checkpoint.encoders import save_encoder
+from cjepa_fast.checkpoint.encoders import crop_of, save_encoder
 from cjepa_fast.export import __main__ as exporting
 from cjepa_fast.export.formats import FORMATS, Format, Source, is_installed, timm_config
 from cjepa_fast.interop.vits import read_vit
@@ -237,6 +237,22 @@ def test_timm_s_names_shapes_and_arguments(exported):
         "mlp_ratio": 48 / 11, "num_classes": 0, "class_token": False, "global_pool": "avg",
         "fc_norm": False,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("channels", "named"), [(3, True), (1, False), (5, False)])
+def test_timm_is_asked_to_fit_no_filters_that_it_would_make_up(channels, named):
+    """Of other channels than 3 its earlier versions keep random ones."""
+    encoder = tiny.uneven_encoder(channels=channels)
+    encoder.mean = encoder.std = (0.5,) * channels
+    described = timm_config(Source(encoder, "target", 1.0))["pretrained_cfg"]
+    assert ("first_conv" in described) == named
+
+
+@pytest.mark.parametrize("form", ["hf", "safetensors"])
+def test_the_crop_of_evaluation_goes_along(exported, run, form):
+    folder, _ = exported(form)
+    assert load_encoder(run).crop == load_encoder(folder).crop == 0.75
+    assert crop_of(folder) == 0.75
 
 
 def test_timm_makes_our_width_of_the_mlp():

@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cjepa_fast import load_encoder
-from cjepa_fast.checkpoint.encoders import save_encoder
-from cjepa_fast.eval.cli import run_of
+from cjepa_fast.checkpoint.encoders import run_of, save_encoder
 from cjepa_fast.interop import huggingface, load_ijepa
 from cjepa_fast.model.predictor import Predictor
 from cjepa_fast.model.vit import MODELS, Encoder

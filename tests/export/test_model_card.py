@@ -10,9 +10,10 @@ import torch
 from cjepa_fast import load_encoder
 from cjepa_fast.eval.features import digest
 from cjepa_fast.export.__main__ import export
-from cjepa_fast.export.card import card
+from cjepa_fast.export.card import UNKNOWN, card
 from cjepa_fast.export.formats import FORMATS, Source
 from cjepa_fast.export.origin import origin_of
+from cjepa_fast.interop import huggingface
 
 yaml = pytest.importorskip("yaml")
 
@@ -148,6 +149,22 @@ def test_of_an_encoder_alone_what_is_unknown_is_said(run, tmp_path):
     assert section(text, "Evaluation") == "None is known."
     versions = rows_of(section(text, "Versions"))
     assert "exported with" in versions and "trained with" not in versions
+
+
+def test_a_run_is_known_by_its_name_in_runs(tmp_path, monkeypatch, seed):
+    tiny.write_run(tmp_path / "runs", tiny.uneven_encoder())
+    monkeypatch.chdir(tmp_path)
+    assert origin_of("run").state["step"] == 7 and UNKNOWN not in card_of("run")
+
+
+def test_arrays_in_their_own_units_are_no_shares_of_a_range(tmp_path, seed):
+    grey = {"channels": 1, "mean": [-500.0], "std": [300.0]}
+    run = tiny.write_run(tmp_path, tiny.uneven_encoder(channels=1), data=grey)
+    used = section(card_of(run), "Use")
+    assert "Images are of 1 channel," in used and "the numbers of their arrays normalised" in used
+    assert "Image.open" not in used and "0..1" not in used
+    huggingface.write_encoder(load_encoder(run), tmp_path, 1.0)
+    assert json.loads((tmp_path / huggingface.PROCESSOR).read_text())["do_rescale"] is False
 
 
 def test_the_versions_name_the_code_s_commit(run, monkeypatch):

@@ -199,6 +199,7 @@ def test_what_transformers_writes_is_read(tmp_path, seed):
     ("config", "said"),
     [
         ({"num_attention_heads": 6}, "num_attention_heads is 6, and model.heads is 3"),
+        ({"model_args": {"num_heads": 6}}, "num_heads is 6, and model.heads is 3"),
         ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
         ({"model_args": {"act_layer": "silu"}}, "act_layer is 'silu'"),
     ],

@@ -94,6 +94,24 @@ def test_a_gpu_that_this_torch_has_no_kernels_for_is_left_aside(flags, monkeypat
     assert "sm_75, sm_90" in said and "CUDA 12" in said and "more lines" not in said
 
 
+def test_a_rank_beyond_the_gpus_that_it_sees_is_told(flags, monkeypatch, capsys):
+    """As under SLURM's --gpus-per-task: each then sees one, by the number 0."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("Invalid device id")
+
+    flags(AVX2)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", refuse)
+    monkeypatch.setattr(torch, "ones", refuse)
+    assert distributed.start(0) == CPU
+    said = capsys.readouterr().err
+    assert "rank 3 here is on the CPU, since GPU 3: Invalid device id" in said
+    assert "LOCAL_RANK is 3, and this process sees 1" in said
+
+
 def test_all_ranks_take_the_lowest_precision(monkeypatch):
     config = configuration.validate({})
     for mine, others in (("bf16", ["bf16", "bf16"]), ("bf16", ["bf16", "fp32"])):

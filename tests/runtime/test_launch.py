@@ -202,6 +202,18 @@ def test_the_command_that_goes_on_is_of_the_launcher_that_started(monkeypatch, e
     assert launchers.resume_command() == told
 
 
+def test_where_there_is_no_checkout_it_is_the_installed_module(monkeypatch, tmp_path):
+    for name in ("RANK", "GROUP_WORLD_SIZE", "CROSS_SIZE", "TORCHELASTIC_RUN_ID", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "argv", ["cjepa-train", "--config", "demo"])
+    monkeypatch.chdir(tmp_path)
+    told = "-m cjepa_fast.train --config demo --resume auto"
+    assert launchers.resume_command() == f"python {told}"
+    for name, value in DEEPSPEED.items():
+        monkeypatch.setenv(name, value)
+    assert launchers.resume_command() == f"deepspeed --num_gpus 8 --module{told[2:]}"
+
+
 # --- two nodes
 
 

@@ -87,6 +87,20 @@ def test_each_row_is_of_its_own_interval(tmp_path, started, clock):
     assert (first["data_wait"], second["data_wait"]) == (0.5, 0.125)
 
 
+def test_the_wait_is_that_of_the_rank_that_waited_longest(tmp_path, started, clock):
+    """The others wait for that rank, in the sum of their gradients."""
+    out = started(tmp_path)
+    clock.now_s += 2.0
+    out.step(1, {}, data_wait_s=0.5)
+    assert out.log_row({}, longest_wait_s=1.0)["data_wait"] == 0.5
+
+
+def test_what_an_own_probe_has_no_number_for_is_null(tmp_path, started):
+    started(tmp_path).row(0, {"knn": 10.0, "auc": math.nan})
+    (row,) = read_log(tmp_path)
+    assert (row["knn"], row["auc"]) == (10.0, None)
+
+
 def test_due_each_interval_and_at_the_end(started):
     out = started(None, total_steps=25, interval=10)
     assert [step for step in range(1, 26) if out.due(step)] == [10, 20, 25]

@@ -103,6 +103,19 @@ def test_it_trains_what_is_missing_and_goes_on_after_a_failure(file, tmp_path, c
     assert ablate.main([*command, "--table"]) == 0
 
 
+def test_an_interrupted_one_is_not_done(file, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    trials = ablate.trials_of(ablate.read(str(file)), out)
+    finish(trials[0], 10.0, 20.0)
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ablate, "train_all", interrupted)
+    assert ablate.main([str(file), "--out", str(out)]) == 130
+    assert "20.00" in capsys.readouterr().out  # of what there is
+
+
 def test_a_folder_with_another_training_is_refused(file, tmp_path, capsys):
     """What is finished counts only with the settings it was trained with."""
     out = tmp_path / "out"

@@ -237,6 +237,21 @@ def test_measured_is_only_the_very_step_that_was(measured):
         assert assumed[:3] == plan.ASSUMED_MFU and assumed.source.startswith("assumed")
 
 
+def test_a_file_of_a_shipped_one_s_name_may_be_of_anything(measured, tmp_path):
+    """What was measured was of the shipped one."""
+    (tmp_path / "vit_b.json").write_text(json.dumps({"model": {"name": "vit_tiny"}}))
+    own = str(tmp_path / "vit_b.json")
+    config = plan.on_gpu(load(own, ["data.batch_size=256"]), plan.GPUS["h200"])
+    assert plan.speed(config, own, plan.GPUS["h200"], 1, measured)[:3] == plan.ASSUMED_MFU
+
+
+def test_what_moves_memory_to_the_host_is_said_not_to_be_counted():
+    zero = {"stage": 3, "offload_optimizer": {"device": "cpu"}, "zero_hpz_partition_size": 8}
+    less, more = plan.not_counted(zero)
+    assert less.startswith("offload_optimizer") and "less" in less and "more" in more
+    assert plan.not_counted({"stage": 3, "zero_hpz_partition_size": 1}) == []
+
+
 def test_rows_without_a_rate_are_not_kept():
     rows = [MEASURED_ROW, MEASURED_ROW | {"mfu_sheet_pct": None}, MEASURED_ROW | {"config": None}]
     (kept,) = plan.measured_rows(rows)

@@ -95,6 +95,21 @@ def test_a_containers_limit_counts(tmp_path, monkeypatch):
     assert memory._free_of_container() is None
     (tmp_path / "memory.max").write_text("1000005\n")
     assert memory.free_bytes() == 1_000_000 < whole
+    (tmp_path / "memory.stat").write_text("anon 3\ninactive_file 2\nactive_file 1\n")
+    assert memory.free_bytes() == 1_000_003  # files that were read can go
+    (tmp_path / "memory.current").write_text("1\n")
+    assert memory.free_bytes() == 1_000_005
+
+
+def test_what_was_saved_whole_is_not_cut(monkeypatch):
+    """The regulariser's statistics are of a micro-batch: of fewer images, another training."""
+    config = load("demo")
+    monkeypatch.setattr(cpu_micro_batch, "most_images", lambda config: 4)
+    monkeypatch.setattr(cpu_micro_batch.distributed, "from_all", lambda mine: [mine])
+    assert cpu_micro_batch.fitted(config, CPU, None).data.micro_batch_size == 4
+    assert cpu_micro_batch.fitted(config, CPU, config) == config
+    plain = load("demo", ["loss.vicreg.beta=0"])
+    assert cpu_micro_batch.fitted(plain, CPU, plain).data.micro_batch_size == 4
 
 
 @pytest.mark.parametrize("mode", ["per_target", "one_pass"])

@@ -49,7 +49,7 @@ def open_davis(root: str | Path) -> list[Clip]:
             raise FileNotFoundError(f"{folder} is missing: --data is a DAVIS folder at 480p")
     listed = root / "ImageSets" / "2017" / "val.txt"
     if listed.is_file():
-        names = listed.read_text().split()
+        names = listed.read_text(encoding="utf-8").split()
     else:
         names = sorted(folder.name for folder in images.iterdir() if folder.is_dir())
     if not names:

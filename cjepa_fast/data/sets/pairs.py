@@ -117,13 +117,19 @@ def named_classes(root: str | Path) -> dict[int, str] | None:
     """
     info = Path(root) / "objectInfo150.txt"
     if info.is_file():
-        rows = [line.split("\t") for line in info.read_text().splitlines()[1:] if line.strip()]
+        rows = [
+            line.split("\t")
+            for line in info.read_text(encoding="utf-8").splitlines()[1:]
+            if line.strip()
+        ]
         return {int(row[0]): row[-1].split(",")[0].strip() for row in rows}
     listed = Path(root) / "classes.txt"
     if not listed.is_file():
         return None
     named: dict[int, str] = {}
-    for index, line in enumerate(filter(str.strip, listed.read_text().splitlines())):
+    for index, line in enumerate(
+        filter(str.strip, listed.read_text(encoding="utf-8").splitlines())
+    ):
         first, _, rest = line.strip().partition("\t")
         number, name = (first, rest) if first.isdecimal() and rest else (str(index), line)
         if int(number) > IGNORE or int(number) in named:

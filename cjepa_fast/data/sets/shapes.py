@@ -51,7 +51,7 @@ def ensure(split: str = "train", log=print) -> Path:
         raise ValueError(f"no split {split!r} of the shapes set: use {' or '.join(COUNTS)}")
     folder = cache_folder() / split
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.parent / f".{split}.lock", "w") as lock:
+    with open(folder.parent / f".{split}.lock", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         wrong = _damage(folder, split)
         if wrong is None:
@@ -84,7 +84,7 @@ def _damage(folder: Path, split: str) -> str | None:
 def _name_classes(folder: Path) -> None:
     names = folder / "classes.txt"
     if not names.exists():
-        names.write_text("".join(f"{kind}\n" for kind in KINDS))
+        names.write_text("".join(f"{kind}\n" for kind in KINDS), encoding="utf-8")
 
 
 def _digest_of_first(split: str) -> str:
@@ -99,7 +99,9 @@ def _make(split: str, folder: Path) -> None:
         shards = sorted(partial.glob("*.tar"))
         digests = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in shards}
         manifest = {"kinds": KINDS, "first": _digest_of_first(split), "sha256": digests}
-        (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        (partial / "manifest.json").write_text(
+            json.dumps(manifest, indent=2) + "\n", encoding="utf-8"
+        )
         _name_classes(partial)
         for path in partial.iterdir():
             with open(path, "rb") as file:

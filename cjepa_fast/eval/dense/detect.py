@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from cjepa_fast.checkpoint.encoders import run_of
 from cjepa_fast.data.sets.coco import Coco, ValImages, check_same_classes
 from cjepa_fast.eval import cli
 from cjepa_fast.eval.dense.average_precision import KINDS, as_results, average_precision
@@ -114,7 +115,7 @@ def needed() -> None:
 
 
 def folder_of(args: argparse.Namespace) -> Path:
-    run = cli.run_of(args.checkpoint)
+    run = run_of(args.checkpoint)
     if args.out is None and run is None:
         raise ValueError(f"{args.checkpoint} lies in no run's folder: say --out FOLDER")
     return args.out or run / "eval" / "detect"

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from cjepa_fast import config
+from cjepa_fast.checkpoint.encoders import run_of
 from cjepa_fast.config import Config
 from cjepa_fast.data.masks import Masks
 from cjepa_fast.data.sources import ImageSet, Limits, open_images
@@ -72,7 +73,7 @@ def _sheet(shown: list[Column], names: str):
 
 
 def _of_run(path: str) -> Config:
-    folder = cli.run_of(path)
+    folder = run_of(path)
     if folder is None:
         raise FileNotFoundError(f"{path}: no config.json there, so it is no run's folder")
     return config.read(folder)

@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from cjepa_fast.checkpoint.encoders import load_encoder
+from cjepa_fast.checkpoint.encoders import load_encoder, run_of
 from cjepa_fast.config import DataSection
 from cjepa_fast.data.loader import Batch, Loader, Share
 from cjepa_fast.eval import cli
@@ -220,7 +220,7 @@ def add_tuning(parser: argparse.ArgumentParser) -> None:
 
 
 def folder_of(args: argparse.Namespace) -> Path:
-    return args.out or (cli.run_of(args.checkpoint) or Path()) / args.task
+    return args.out or (run_of(args.checkpoint) or Path()) / args.task
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -58,7 +58,8 @@ def facts_of_clevr(root: Path, split: str, images: ImageSet) -> list[Fact]:
         raise FileNotFoundError(f"{path} is not there: CLEVR_v1.0.zip holds it beside images/")
     try:
         scenes = {
-            scene["image_filename"]: scene for scene in json_text.parse(path.read_text())["scenes"]
+            scene["image_filename"]: scene
+            for scene in json_text.parse(path.read_text(encoding="utf-8"))["scenes"]
         }
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no file of CLEVR's scenes: {error!r}") from error

@@ -52,7 +52,7 @@ def listed(images: ImageSet, keep_n: torch.Tensor, file: Path) -> torch.Tensor:
 
     Raises ValueError where one is not among keep_n, OSError where there is no such file.
     """
-    names = {line.strip() for line in file.read_text().splitlines() if line.strip()}
+    names = {line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()}
     found, seen = [], set()
     for i in keep_n.tolist():
         path = images.name(i)

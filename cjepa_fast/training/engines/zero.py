@@ -39,8 +39,8 @@ def adamw(implementation: str, groups: list[dict], **numbers) -> torch.optim.Opt
         from apex.optimizers import FusedAdam as ApexAdam
     except ImportError as error:
         raise ValueError(
-            f'optim.implementation = "apex": it does not load ({error}); the README tells how it '
-            'is built from NVIDIA\'s source; or take "fused"'
+            f'optim.implementation = "apex": it does not load ({error}); docs/install.md tells '
+            'how it is built from NVIDIA\'s source; or take "fused"'
         ) from error
     return ApexAdam(groups, adam_w_mode=True, **numbers)
 

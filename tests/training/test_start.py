@@ -1,0 +1,26 @@
+"""What is tried of a run's folder before anything is trained for it."""
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from cjepa_fast.config import ConfigError
+from cjepa_fast.training import start
+
+
+def test_a_folder_that_serves_is_left_as_it_was(tmp_path):
+    start._try_renaming(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_where_no_folder_can_be_renamed_nothing_is_trained(tmp_path, monkeypatch):
+    """As on some buckets that are mounted as folders: no checkpoint would ever be saved."""
+
+    def refuse(*args):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(ConfigError, match=r"run\.dir = .* renamed there \(.*Too many open files"):
+        start._try_renaming(tmp_path)
+    assert not list(tmp_path.iterdir())
