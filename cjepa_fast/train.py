@@ -55,7 +55,11 @@ def pretrain(
     call = 'cjepa_fast.pretrain(..., resume="auto")'
     options = Options(resume=resume, accept_changes=accept_changes, resume_with=call)
     session = Session(configuration.of(config, over), options)
-    return Run(session.folder, train(session, callbacks))
+    try:
+        return Run(session.folder, train(session, callbacks))
+    finally:
+        if session.stop:  # the signals are the program's again
+            session.stop.give_back()
 
 
 def train(session: Session, callbacks: Sequence[Callback] = ()) -> int:

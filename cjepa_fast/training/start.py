@@ -236,7 +236,6 @@ def open_telemetry(
     """
     config, run, rank = session.config, session.folder, distributed.rank()
     session.stop = StopRequest()  # from here on a signal ends the run after a step, saved
-    ending.callback(session.stop.give_back)
     with input_errors():
         not_written = distributed.from_rank_0(lambda: _taken(run, loader, resumed=bool(state)))
         begun = (run / "log.jsonl").exists()

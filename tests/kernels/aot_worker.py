@@ -157,8 +157,8 @@ def markdown(rows: list[dict]) -> str:
         "By `make kernels-check`: no GPU is needed. For each architecture: registers a thread,"
         f" bytes of spills ({TRADED} at most, two registers that the assembler gives up for one"
         " more program a multiprocessor; attention may spill more), KiB of shared memory a program,"
-        " and the instructions that must be there. Empty: an architecture without the kernel's 8-bit"
-        " types.",
+        " and the instructions that must be there. Empty: an architecture without the kernel's"
+        " 8-bit types.",
         "",
         f"| kernel, dtype, configuration | warps | {' | '.join(heads)} |",
         f"|---|---|{'---|' * len(archs)}",

@@ -90,7 +90,8 @@ def test_parts_may_have_more_values_than_int32_counts(kernel_device):
     """Row 32 lies 2^31 values on; it is read by nobody, and yet has an address."""
     if kernel_device != "cpu":
         pytest.skip("the interpreter tells of an overflow")
-    parts, out = torch.ones(1, 64), torch.empty(64)
+    width = sums.TILE["WIDTH"]
+    parts, out = torch.ones(1, width), torch.empty(width)
     sums._sum_parts_kernel[1,](parts, out, 1, 2**26, **sums.TILE)
     assert (out == 1).all()
 

@@ -19,7 +19,7 @@ LAYERS = (
     "model", "telemetry", "config", "runtime", "kernels",
 )  # fmt: skip
 # Who reads the configuration object; all others take plain arguments.
-READ_THE_CONFIGURATION = ("train", "demo", "tools", "eval", "training", "data")
+READ_THE_CONFIGURATION = ("train", "demo", "tools", "eval", "training", "data", "export")
 THIRD_PARTY = {
     "torch", "numpy", "nvidia", "deepspeed", "pydantic", "safetensors", "tensorboard", "tqdm",
     "matplotlib", "PIL", "sklearn", "scipy", "pynvml", "triton", "flash_attn", "apex", "wandb",

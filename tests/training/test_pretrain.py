@@ -1,5 +1,7 @@
 """`cjepa_fast.pretrain`: the command's training, called from Python."""
 
+import signal
+
 import matplotlib.pyplot as plt
 import pytest
 import tiny
@@ -56,7 +58,9 @@ class Enough(cjepa_fast.Callback):
 
 def test_a_callback_may_ask_to_stop(tmp_path, capsys):
     config = tiny.write_config(tmp_path)
+    taken = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     stopped = cjepa_fast.pretrain(config, callbacks=[Enough(), cjepa_fast.Callback()])
+    assert taken == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     assert stopped.status == 0 and not (stopped.folder / "encoder.safetensors").exists()
     assert "stopped after step 2; resume with" in capsys.readouterr().out
     assert (stopped.folder / "checkpoints" / "step_00000002").is_dir()
