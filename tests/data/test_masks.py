@@ -211,6 +211,7 @@ def test_the_symmetry_test_sees_the_bias_of_prefix(seed):
     assert mirror_sigmas(counts["context"], (14, 14), [0]) > 20
 
 
+@pytest.mark.long
 def test_random_keeps_every_part_of_the_context_as_often(seed):
     """Where a kept patch stood in its image's own full context: even over the list."""
     sampler = MaskSampler((14, 14), "uniform", "random", seed=seed)

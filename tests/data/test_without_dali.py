@@ -97,6 +97,7 @@ def test_training_and_evaluation_are_those_with_dali_but_for_rounding(python, tm
     assert "resumed with another decoder: pillow, saved with dali" in done.stdout + done.stderr
 
 
+@pytest.mark.long
 def test_dali_demanded_in_vain_ends_in_a_line(python, tmp_path):
     config = tiny.write_config(tmp_path, data={"decoder": "dali"})
     done = python(tiny.ROOT / "cjepa_fast" / "train.py", "--config", config)

@@ -153,7 +153,7 @@ def test_nothing_evaluated_is_said(tmp_path, capsys):
     assert "no evaluations of these weights" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_task_that_fails_ends_it(tmp_path, capfd):
     run = write(tmp_path / "run")
     assert main(["compare", str(run), "--data", str(tmp_path / "absent")]) == 2

@@ -164,6 +164,7 @@ def losses(model, train: Coco) -> dict[str, float]:
 
 
 @needs_torchvision
+@pytest.mark.long
 def test_it_learns_where_objects_are_what_they_are_and_their_masks(folder, tmp_path):
     train = open_split(folder, "train")
     torch.manual_seed(0)

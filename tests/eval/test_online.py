@@ -250,6 +250,7 @@ def test_two_ranks_under_zero_3_evaluate_alike(tmp_path):
     assert next(first) == next(first)
 
 
+@pytest.mark.long
 def test_tensorboard_has_masks_attention_and_features_at_each(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

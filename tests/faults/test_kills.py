@@ -22,7 +22,7 @@ def whole(tmp_path_factory, images):
     return functools.cache(lambda n: drive(folder / f"{n}", images, [], n))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_in_a_save_and_in_the_loader(tmp_path, images, whole):
     moments = [Moment("disk", after=4, nth=3), Moment("read", after=9, nth=5)]
     struck = drive(tmp_path / "run", images, moments)

@@ -162,6 +162,7 @@ def test_where_cublaslt_has_no_algorithm_the_kernels_serve(seed, kernel_device, 
     assert library.created["description"] and not library.calls
 
 
+@pytest.mark.long
 def test_exact_gelu_asks_no_matmul_for_it(seed, kernel_device, monkeypatch):
     def never(*_):
         raise AssertionError("asked")

@@ -55,7 +55,7 @@ def test_a_link_that_somebody_laid_is_not_followed(no_home):
     assert caches.root().name != "theirs"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_training_needs_no_home(no_home, tmp_path):
     """Nothing at all is written outside the run's folder and the temporary one."""
     config = tiny.write_config(tmp_path, run={"epochs": 1}, telemetry={"tensorboard": True})

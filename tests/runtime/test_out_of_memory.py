@@ -108,7 +108,7 @@ def assert_one_message(result, folder, resumed: bool = False) -> str:
     return said
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_out_of_memory_at_the_start(tmp_path):
     result = run_short(tmp_path, "build", "--set", "model.depth=1")
     assert "Tried to allocate 2.00 GiB" in assert_one_message(result, tmp_path)

@@ -375,6 +375,7 @@ distributed.leave(status)
 
 
 @pytest.mark.multiprocess
+@pytest.mark.long
 def test_a_clock_that_jumps_changes_nothing(tmp_path):
     script = tmp_path / "jumps.py"
     script.write_text(JUMPS)

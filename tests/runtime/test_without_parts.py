@@ -41,7 +41,7 @@ def test_the_blocker_blocks(blocked):
         assert "ModuleNotFoundError" in done.stderr, name
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_one_process_trains_to_the_weights_that_it_has_with_all_packages(
     blocked, tmp_path, monkeypatch
 ):

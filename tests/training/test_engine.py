@@ -166,6 +166,7 @@ def test_no_update_while_a_weight_is_not_finite_on_one_rank(tmp_path):
 
 
 @pytest.mark.multiprocess
+@pytest.mark.long
 def test_blocks_computed_again_follow_plain_training(single, tmp_path):
     for result in work(["2:fp32", "3:fp32"], tmp_path, "full", ranks=2):
         assert_agree(single[STEPS]["fp32"], result, "fp32")

@@ -242,6 +242,7 @@ def spiky_run(folder, on_spike: str) -> dict[int, tuple]:
     return tiny.losses(folder / "run")
 
 
+@pytest.mark.long
 def test_a_spike_is_told_with_its_images(tmp_path, spike, capfd):
     spiky_run(tmp_path, "log")
     out = capfd.readouterr().out
