@@ -7,6 +7,9 @@ FAST := not slow and not long and not multiprocess and not gpu and not faults
 # A worker takes tests that follow each other, which share their fixtures, and in the end some of
 # another's; tests/conftest.py says how many workers there are.
 WORKERS := --dist worksteal -n auto
+# Bytecode is kept, also where the user's environment says not to: tests start hundreds of processes,
+# and each would compile all modules anew.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(RUN) -m pytest
 
 # ACCEPT=1: a step back of the kernels' machine code is taken over.
 AOT = tests/kernels/aot_worker.py --processes $$(nproc) $(if $(ACCEPT),--accept)
@@ -28,10 +31,10 @@ demo-compare: $(STAMP) ## the demo beside I-JEPA, the same without VICReg: curve
 	@$(RUN) -m cjepa_fast.demo --compare
 
 test: $(STAMP) ## the tests that this machine can run, but for the long ones
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not faults and not long" $(WORKERS)
+	@$(PYTEST) -m "not faults and not long" $(WORKERS)
 
 test-long: $(STAMP) ## the long ones: more ranks, launchers, kills, an installed wheel
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m "long and not faults" $(WORKERS)
+	@$(PYTEST) -m "long and not faults" $(WORKERS)
 
 kernels-check: $(STAMP) ## compile every kernel for sm_80, 90 and 100; fails where one got worse
 	@PYTHONPATH=tests:. $(RUN) $(AOT) --markdown bench/results/aot.md
@@ -40,7 +43,7 @@ ifdef BESIDE  # the Python of an environment with another Triton, such as 3.6.0
 endif
 
 faults: $(STAMP) ## kill runs at 20 moments, on 1 and 2 processes, and compare them with whole ones
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest tests/faults
+	@$(PYTEST) tests/faults
 
 docs-check: $(STAMP) ## run the commands that the documentation shows, on a handful of images
 	@OMP_NUM_THREADS=1 PYTHONPATH=tests:. $(RUN) tests/project/docs_check.py
@@ -50,7 +53,7 @@ lint: $(STAMP) ## ruff
 	@$(RUN) -m ruff format --check .
 
 check: lint ## ruff, then the fast tests
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -q -m "$(FAST)" $(WORKERS)
+	@$(PYTEST) -q -m "$(FAST)" $(WORKERS)
 
 format: $(STAMP) ## let ruff mend and format the code
 	@$(RUN) -m ruff check --fix .
