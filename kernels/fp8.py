@@ -33,6 +33,7 @@ from cjepa_fast.kernels.common.launch import (
 from cjepa_fast.kernels.common.maybe_triton import tl, triton
 from cjepa_fast.kernels.common.operators import operator
 from cjepa_fast.kernels.common.tiles import (
+    TRADED,
     WIDEST,
     Tile,
     cuts,
@@ -326,7 +327,7 @@ def ahead_of_time() -> list[Compiled]:
                     f"{name} {tile.rows}x{tile.width}", _quantise_kernel, inputs | pointers,
                     {"FIRST": first, "ADD": add, **cuts(tile, width)},
                     num_warps=tile.warps, must_have=(*loads_of(tile), TO_E4M3), divisible=("C",),
-                    since=89,
+                    may_spill=TRADED, since=89,
                 )
             )  # fmt: skip
     return found

@@ -34,7 +34,7 @@ from cjepa_fast.kernels.common.launch import (
 )
 from cjepa_fast.kernels.common.maybe_triton import tl, triton
 from cjepa_fast.kernels.common.sums import share_of, sum_parts
-from cjepa_fast.kernels.common.tiles import WIDE_COPIES, cuts, in_pieces, loads_of
+from cjepa_fast.kernels.common.tiles import TRADED, WIDE_COPIES, cuts, in_pieces, loads_of
 
 WIDEST = 2048  # values of a row that a program holds
 Sums = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -317,7 +317,8 @@ def _compiled(width: int, low: str, high: str) -> list[Compiled]:
                 f"add_norm {which}{low[1:]} {high[1:]} {width} "
                 f"{tile.rows}x{tile.width} {tile.warps}{staged}",
                 kernel, {a: kinds[a] for a in kernel.arg_names if a in kinds},
-                flags | cuts(tile, width), tile.warps, must_have=must, divisible=("D",),
+                flags | cuts(tile, width), tile.warps, must_have=must,
+                may_spill=TRADED, divisible=("D",),
             )
         )  # fmt: skip
     return found

@@ -33,10 +33,11 @@ def load(name: str, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         _override(given, override)
     refuse_both(given)
-    values = without_rival(_resolved(find(name)), given)
+    file = find(name)
+    values = without_rival(_resolved(file), given)
     for override in overrides:
         _override(values, override)
-    return validate(values, find(name).stem)
+    return validate(values, file.stem)
 
 
 def of(source: str | Path | dict | Config, overrides: Mapping[str, Any]) -> Config:
@@ -194,7 +195,9 @@ def _override(values: dict, override: str) -> None:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise ConfigError(f"--set {override}: {section} is a value, it has no key below it")
-    values[last] = _merged({last: values.get(last)}, {last: value})[last]
+    before = values.get(last)
+    both = isinstance(before, dict) and isinstance(value, dict)
+    values[last] = _merged(before, value) if both else value
 
 
 def _section_at(path: Sequence) -> type[Section] | None:

@@ -131,7 +131,7 @@ def compiled(label: str, kernel, dtype: str, d: int, tile: tuple, **own) -> Comp
     return Compiled(
         f"attention{label} {dtype} {d} {sizes}", kernel,
         {a: kinds[a] for a in kernel.arg_names if a in kinds}, constexprs, tile.warps, tile.stages,
-        must_have=(r"wgmma|mma\.sync|tcgen05\.mma",), may_spill=True,
+        must_have=(r"wgmma|mma\.sync|tcgen05\.mma",), may_spill=float("inf"),
         maxnreg=getattr(tile, "registers", None),
         divisible=tuple(a for a in others if kinds[a] == "i32" and a not in RAGGED),
     )  # fmt: skip

@@ -188,9 +188,9 @@ class Compiled:
     signature: the run-time arguments, as {"x": "*bf16", "rows": "i32", "eps": "fp32"}; pointers
     count as aligned to 16 bytes, and so do the integers named in `divisible` (multiples of 16).
     must_have: regular expressions, each of which must be found in the PTX. debug: with device
-    assertions. since: the first architecture that has its instructions, as 89. may_spill: it is
-    timed against others' kernels before it is chosen, spills and all. maxnreg: most registers of a
-    thread.
+    assertions. since: the first architecture that has its instructions, as 89. may_spill: bytes
+    that it may; any, where it is timed against others' kernels before it is chosen. maxnreg: most
+    registers of a thread.
     """
 
     name: str
@@ -203,7 +203,7 @@ class Compiled:
     divisible: tuple[str, ...] = ()
     debug: bool = False
     since: int = 80
-    may_spill: bool = False
+    may_spill: float = 0
     maxnreg: int | None = None
 
 

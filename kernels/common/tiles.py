@@ -39,6 +39,11 @@ WIDE_LOADS = (r"ld\.global[\w.:]*\.v[48]\.b32",)
 WIDE_COPIES = (r"cp\.async\.c[ag]\.shared\.global[^;]*0x10",)
 
 
+# Bytes that a kernel over whole rows may spill: two registers, which the assembler now and then
+# gives up so that one program more fits a multiprocessor (at 40, 48, 64, 80, 96 or 128 of them).
+TRADED = 8
+
+
 def in_pieces(width: int, most: int) -> Tile | None:
     """Whole rows of a ViT's width in up to 11 pieces without a rest; None for another width.
 
@@ -52,6 +57,7 @@ def in_pieces(width: int, most: int) -> Tile | None:
     return next((Tile(rows, piece) for piece in fitting), None)
 
 
+@functools.cache
 def cuts(tile: NamedTuple, width: int) -> dict[str, int | bool]:
     """A kernel's sizes for rows of `width` values in pieces: FULL where they leave no rest."""
     pieces = triton.cdiv(width, tile.width)
