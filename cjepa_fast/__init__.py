@@ -17,6 +17,11 @@ Config             a configuration, checked
 ConfigError        what is wrong with one, in words for its user
 """
 
+import sys
+
+if sys.platform == "win32":
+    raise ImportError("cjepa_fast runs on Linux and macOS, and not on Windows: use WSL2")
+
 from cjepa_fast.runtime.lazy import exports
 from cjepa_fast.runtime.version import VERSION as __version__
 

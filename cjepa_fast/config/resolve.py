@@ -7,8 +7,8 @@ from typing import Any
 from cjepa_fast.config.schema import Config, ConfigError
 
 RATE_IMAGES = 256  # that optim.lr_per_256 is for
-# run.epochs "auto". The small configurations take 7,200 to 12,500 steps; 20 epochs is the longest
-# training of CIFAR-10 here; 800 is as long as such recipes usually go (MAE's).
+# run.epochs "auto": a judgement. The small configurations take 6,200 to 7,200 steps; recipes for
+# ViTs seldom go beyond 800 epochs (MAE's longest is 1,600).
 AUTO_STEPS, LEAST_EPOCHS, MOST_EPOCHS = 10_000, 20, 800
 RIVALS = ("lr", "lr_per_256")  # keys of optim of which the later one counts
 

@@ -43,6 +43,8 @@ def start(seed: int, timeout_s: float = 0) -> torch.device:
     if not cuda and torch.cuda.is_available():
         why = hardware.gpu_problem(local_rank)
         print(f"WARNING: rank {local_rank} here is on the CPU, since {why}", file=sys.stderr)
+    elif unseen := hardware.unseen_gpus():
+        print(f"WARNING: rank {local_rank} here is on the CPU, since {unseen}", file=sys.stderr)
     if cuda:
         torch.cuda.set_device(device)
         grow_memory_in_place(device)

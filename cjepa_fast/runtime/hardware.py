@@ -179,6 +179,28 @@ def _way_out(index: int) -> str:
     )
 
 
+def unseen_gpus() -> str:
+    """That there are GPUs which torch does not see; "" where none are, or the user hid them."""
+    if torch.cuda.is_available() or "CUDA_VISIBLE_DEVICES" in os.environ:
+        return ""
+    try:
+        import pynvml
+    except ImportError:  # not on macOS
+        return ""
+    try:
+        pynvml.nvmlInit()
+        count, driver = pynvml.nvmlDeviceGetCount(), pynvml.nvmlSystemGetDriverVersion()
+    except pynvml.NVMLError:
+        return ""
+    if not count:
+        return ""
+    built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+    return (
+        f"torch {torch.__version__}, built {built}, sees none of the {count} GPUs of driver "
+        f"{driver} (CUDA 13 needs driver 580 or newer: docs/install.md)"
+    )
+
+
 def has_gpu() -> bool:
     """Whether this process can train on its GPU, which LOCAL_RANK names."""
     return torch.cuda.is_available() and not gpu_problem(local_rank())

@@ -343,7 +343,7 @@ def _points(rows: list[dict], key: str) -> bands.Points:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
-        prog="python -m cjepa_fast.tools.ablate",
+        prog="cjepa-ablate",
         description=__doc__,
     )
     parser.add_argument("ablation", metavar="FILE", help="here or in configs/ablations/")

@@ -8,7 +8,6 @@ its process with it. Put the page into a question or a bug report.
 
 import argparse
 import concurrent.futures
-import ctypes.util
 import importlib
 import importlib.metadata
 import io
@@ -112,7 +111,9 @@ def try_flash_attn() -> str:
     try:
         attention.flash_attention()
     except ValueError:
-        raise Absent('not installed: pip install ".[flash]" on a machine with CUDA') from None
+        raise Absent(
+            "not installed: pip install --no-build-isolation flash-attn, which needs nvcc"
+        ) from None
     return _attention("flash_attn")
 
 
@@ -308,8 +309,7 @@ def machine_lines() -> Iterator[tuple[str, str]]:
 
 def gpu_lines() -> Iterator[tuple[str, str]]:
     if not torch.cuda.is_available():
-        driver = ctypes.util.find_library("cuda")
-        yield "GPU", "none" + (" that torch sees, though there is a driver" if driver else "")
+        yield "GPU", hardware.unseen_gpus() or "none"
         return
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)

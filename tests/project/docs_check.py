@@ -40,7 +40,7 @@ ELSEWHERE = {
     r"torchrun .*--nnodes": "tests/runtime/test_launch.py",
     r"cjepa-eval detect ": "tests/eval/test_eval_detect.py, where torchvision is not installed",
     r"cjepa-eval clevr .*CLEVR": "tests/eval/test_eval_clevr.py",
-    r"python -m cjepa_fast.tools.ablate beta": "it wants four GPUs; the other is run",
+    r"cjepa-ablate beta": "it wants four GPUs; the other is run",
     r".*data.channels=1": "tests/training/test_channels_run.py: the images here are RGB",
     r"cjepa-train .*run.init_from=FILE": "tests/training/test_initial.py",
     r"cjepa-export .*--push": "tests/export/test_hub.py: it needs an account",

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import tiny
@@ -92,6 +93,26 @@ def test_a_gpu_that_this_torch_has_no_kernels_for_is_left_aside(flags, monkeypat
     said = capsys.readouterr().err
     assert "on the CPU, since Tesla V100 (sm_70): CUDA error: no kernel image" in said
     assert "sm_75, sm_90" in said and "CUDA 12" in said and "more lines" not in said
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_gpus_that_torch_does_not_see_are_told(flags, monkeypatch, capsys, hidden):
+    """As with a driver too old for torch's CUDA. CUDA_VISIBLE_DEVICES may hide them on purpose."""
+    nvml = types.ModuleType("pynvml")
+    nvml.NVMLError = RuntimeError
+    nvml.nvmlInit = lambda: None
+    nvml.nvmlDeviceGetCount = lambda: 8
+    nvml.nvmlSystemGetDriverVersion = lambda: "535.183.01"
+    flags(AVX2)
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    if hidden:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    else:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert distributed.start(0) == CPU
+    said = capsys.readouterr().err
+    assert ("sees none of the 8 GPUs of driver 535.183.01" in said) is not hidden
 
 
 def test_a_rank_beyond_the_gpus_that_it_sees_is_told(flags, monkeypatch, capsys):
