@@ -17,6 +17,7 @@ from cjepa_fast.kernels.sigreg import sigreg_statistic, sigreg_statistic_referen
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # What the inputs are rounded to in the matmuls: two halves of tf32.
 HALVES = 2.0**-21
+SINES = 1e-7  # how far off a kernel's cosines and sines are
 
 SHAPES = {  # (G, n, D, K); G = 0 for all rows in one group, without a table
     "aligned": (0, 128, 64, 64),
@@ -59,15 +60,27 @@ def outcome(function, z: torch.Tensor, directions: torch.Tensor, rows, **argumen
 
 
 def check(z: torch.Tensor, directions: torch.Tensor, rows, **arguments) -> None:
-    """Within the error budget of z's dtype."""
+    """Within the error budget of z's dtype, and of the kernels' cosines and sines.
+
+    Of few rows and directions their errors do not average out. A mean that is off by e moves the
+    value, n times the integral of |mean - phi|^2 phi, by 2 e sqrt(n value sqrt(2 pi)) at most
+    (Cauchy-Schwarz). A row's gradient, 2 / (G K) sum_k a_k times the integral of
+    t phi |mean - phi|, moves by e in the mean and e in the row's own sine; t phi's integral is 2.
+    """
     reference = functools.partial(
         outcome, sigreg_statistic_reference, directions=directions, rows=rows, **arguments
     )
     got = outcome(sigreg_statistic, z, directions, rows, **arguments)
     eager, exact = reference(z), reference(z.double())
     assert got["dz"].dtype == z.dtype and got["value"].dtype == torch.float32
+    n, groups = (len(z), 1) if rows is None else ((rows >= 0).sum(1).amax().item(), len(rows))
+    moved = {
+        "value": 2 * SINES * (2.51 * n * exact["value"]).sqrt(),
+        "dz": 1.5 * 8 * SINES * directions.norm(dim=1).amax() / (groups * directions.shape[1]),
+    }
     for name, dtype in (("value", torch.float32), ("dz", z.dtype)):
-        floor = max(HALVES, FLOOR[dtype])
+        beside = (moved[name] / exact[name].abs().amax()).nan_to_num(0.0, posinf=0.0).item()
+        floor = max(HALVES, FLOOR[dtype]) + beside
         within_budget(got[name], eager[name], exact[name], dtype, name, floor)
 
 
