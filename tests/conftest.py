@@ -82,10 +82,20 @@ def kernel_device(request) -> str:
     torch.use_deterministic_algorithms(False)
 
 
+def _threads(count: int):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def one_thread():
     """torch computes on one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    yield from _threads(1)
+
+
+@pytest.fixture
+def four_threads():
+    """torch computes on four, however many cores there are."""
+    yield from _threads(4)

@@ -31,24 +31,43 @@ class BatchNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width))
         self.ranks, self.eps = ranks, eps
 
-    def forward(self, z_nD: torch.Tensor) -> torch.Tensor:
-        z, count = centred(wide(z_nD), self.ranks)
-        variance = sum_over_ranks(z.square().sum(0), self.ranks) / count
+    def forward(self, z_nD: torch.Tensor, live_n: torch.Tensor | None = None) -> torch.Tensor:
+        """live: rows that count; the others are padding, which no other row's value hangs on."""
+        if live_n is None:
+            z, count = centred(wide(z_nD), self.ranks)
+            squares = z.square()
+        else:
+            live = live_n[:, None]
+            rows = torch.where(live, wide(z_nD), 0.0)
+            count = rows.new_zeros(()) + live_n.sum()
+            count = count if self.ranks is None else self.ranks.sum(count)
+            z = rows - sum_over_ranks(rows.sum(0), self.ranks) / count
+            squares = torch.where(live, z.square(), 0.0)
+        variance = sum_over_ranks(squares.sum(0), self.ranks) / count
         z = z * (variance + self.eps).rsqrt() * wide(self.weight) + wide(self.bias)
         return z.to(z_nD.dtype)
 
 
+class Projector(nn.Sequential):
+    """VICReg's expander."""
+
+    def forward(self, z_nD: torch.Tensor, live_n: torch.Tensor | None = None) -> torch.Tensor:
+        for layer in self:
+            z_nD = layer(z_nD, live_n) if isinstance(layer, BatchNorm) else layer(z_nD)
+        return z_nD
+
+
 def build_projector(
     width: int, widths: Sequence[int] | None, ranks: Ranks | None = None
-) -> nn.Sequential | None:
-    """VICReg's expander: Linear-BN-ReLU for all but the last width, then Linear without bias."""
+) -> Projector | None:
+    """Linear-BN-ReLU for all but the last width, then Linear without bias."""
     if not widths:
         return None
     layers: list[nn.Module] = []
     for hidden in widths[:-1]:
         layers += [nn.Linear(width, hidden), BatchNorm(hidden, ranks), nn.ReLU()]
         width = hidden
-    return nn.Sequential(*layers, nn.Linear(width, widths[-1], bias=False))
+    return Projector(*layers, nn.Linear(width, widths[-1], bias=False))
 
 
 @dataclass(frozen=True)
@@ -151,7 +170,7 @@ class CJEPALoss:
         """std and cov of the context's tokens, apart at each position of the grid."""
         tokens_TD, idx_T, live_T = one_row(context_BKD, context)
         return position_terms(
-            projected(project, tokens_TD), idx_T, target_tokens_BND.shape[1], live_T,
+            projected(project, tokens_TD, live_T), idx_T, target_tokens_BND.shape[1], live_T,
             self.gamma, self.eps, self.ranks,
         )  # fmt: skip
 

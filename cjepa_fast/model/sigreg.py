@@ -56,8 +56,9 @@ class SIGReg:
         """The arguments are those of the loss; 0-d, at least fp32."""
         if directions_DK is None:
             raise ValueError("SIGReg needs the directions of the step: see data/rng.py")
-        z_TD, rows = self.sample(predicted_BMPD, context_BKD, target_tokens_BND.shape[1], context)
-        z_TD = projected(project, z_TD)
+        N = target_tokens_BND.shape[1]
+        z_TD, rows, live_T = self.sample(predicted_BMPD, context_BKD, N, context)
+        z_TD = projected(project, z_TD, live_T)
         return sigreg_statistic(z_TD, directions_DK, rows, self.knots, self.t_max, self.ranks)
 
     def sample(
@@ -66,18 +67,19 @@ class SIGReg:
         context_BKD: torch.Tensor,
         positions: int,
         context: Context | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The views' rows (T, D), and which of them stands where in each group, None for one.
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """The views' rows (T, D), which of them stands where in each group (None for one group),
+        and which are no padding (None for all).
 
         positions: patches of the grid.
         """
         if self.views == "blocks":
             B, M = predicted_BMPD.shape[:2]
             rows = torch.arange(B * M, device=predicted_BMPD.device).view(B, M).T
-            return mean_over(predicted_BMPD, 2).flatten(0, 1), rows
+            return mean_over(predicted_BMPD, 2).flatten(0, 1), rows, None
         if self.views == "context_target":
-            return pooled_context(context_BKD, context), None
+            return pooled_context(context_BKD, context), None, None
         if self.views == "positions":
-            tokens_TD, *_ = one_row(context_BKD, context)
-            return tokens_TD, rows_by_position(context, positions)
-        return predicted_BMPD.flatten(0, 2), None
+            tokens_TD, _, live_T = one_row(context_BKD, context)
+            return tokens_TD, rows_by_position(context, positions), live_T
+        return predicted_BMPD.flatten(0, 2), None, None

@@ -13,11 +13,15 @@ from cjepa_fast.model.packed import PackedContext
 Context = torch.Tensor | PackedContext
 
 
-def projected(project: nn.Module | None, z: torch.Tensor) -> torch.Tensor:
+def projected(
+    project: nn.Module | None, z: torch.Tensor, live: torch.Tensor | None = None
+) -> torch.Tensor:
+    """live: which of z's rows (n, D) are no padding, None for all."""
     if project is None:
         return z
-    weight = next(project.parameters())
-    return wide(project(z.flatten(0, -2).to(weight.dtype)).view(*z.shape[:-1], -1))
+    rows = z.flatten(0, -2).to(next(project.parameters()).dtype)
+    rows = project(rows) if live is None else project(rows, live)
+    return wide(rows.view(*z.shape[:-1], -1))
 
 
 def mean_over(x: torch.Tensor, dim: int) -> torch.Tensor:

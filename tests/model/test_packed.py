@@ -8,6 +8,7 @@ import torch
 
 from cjepa_fast import checkpoint
 from cjepa_fast.config import validate
+from cjepa_fast.data import rng
 from cjepa_fast.data.loader import Batch
 from cjepa_fast.kernels.gather import prediction_error
 from cjepa_fast.model.attention import attend, attend_packed
@@ -15,6 +16,7 @@ from cjepa_fast.model.jepa import JEPA
 from cjepa_fast.model.loss import CJEPALoss, build_projector
 from cjepa_fast.model.packed import PackedContext, Sequences, pack
 from cjepa_fast.model.predictor import Predictor
+from cjepa_fast.model.sigreg import SIGReg
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime import distributed
 from cjepa_fast.training import build
@@ -118,13 +120,25 @@ def test_the_whole_loss(networks, batch, views):
     same(one, other)
 
 
-@pytest.mark.parametrize("views", ["blocks", "context_target"])
-def test_padding_changes_nothing(networks, batch, views):
-    """Neither its amount nor its values, and its tokens' own gradients are exactly zero."""
+@pytest.mark.parametrize(
+    "loss",
+    [
+        CJEPALoss(views="blocks", beta=1.0),
+        CJEPALoss(views="context_target", beta=1.0),
+        CJEPALoss(views="positions", beta=1.0),
+        CJEPALoss(views="blocks", beta=1.0, positions_weight=0.5),
+        CJEPALoss(sigreg=SIGReg(views="positions", beta=1.0)),
+    ],
+    ids=lambda loss: "SIGReg" if loss.sigreg else f"{loss.views} {loss.positions_weight}",
+)
+def test_padding_changes_nothing(networks, batch, loss):
+    """Neither its amount nor its values, and its tokens' own gradients are exactly zero. The
+    projector's BatchNorm does not see it either."""
     images, parts, targets, target_tokens = batch
-    networks.loss, tokens = CJEPALoss(views=views, beta=1.0), []
+    networks.loss, tokens = loss, []
+    more = () if loss.sigreg is None else (rng.directions(0, 0, 8, 16, torch.device("cpu")),)
     networks.encoder.register_forward_hook(lambda *args: tokens.append(args[2]))
-    wanted = networks(images, packed(parts), targets, target_tokens)
+    wanted = networks(images, packed(parts), targets, target_tokens, *more)
     grads = gradients(wanted["loss"], networks, tokens=tokens[0])
     encoded = grads.pop("tokens")[0]
     assert encoded[: sum(LENGTHS)].all() and torch.count_nonzero(encoded[sum(LENGTHS) :]) == 0
@@ -132,7 +146,7 @@ def test_padding_changes_nothing(networks, batch, views):
     other = packed(parts)
     other.rows_T[sum(LENGTHS) :] = torch.randint(B * N, (13,))
     for context in (none, much, other):
-        terms = networks(images, context, targets, target_tokens)
+        terms = networks(images, context, targets, target_tokens, *more)
         same(terms, wanted)
         same(gradients(terms["loss"], networks), grads)
 

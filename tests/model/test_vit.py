@@ -433,3 +433,16 @@ def test_exact_gelu_is_not_written_down_and_another_word_is_refused():
     assert Encoder(**tanh.architecture).gelu == tanh.architecture["gelu"] == "tanh"
     with pytest.raises(ValueError, match="gelu 'erf': must be one of exact, tanh"):
         Encoder(8, 4, 32, 1, 2, gelu="erf")
+
+
+def test_learned_positions_get_the_same_gradient_every_time(seed, four_threads):
+    """Summed over images and patches, by as many threads as a run may have."""
+    positions = torch.randn(36, 96).requires_grad_()
+    idx, upstream = torch.rand(32, 36).argsort(1)[:, :18], torch.randn(32, 18, 96)
+    (wanted,) = torch.autograd.grad(vit.trained_positions(positions, idx), positions, upstream)
+    torch.testing.assert_close(
+        wanted, torch.einsum("bkn,bkd->nd", F.one_hot(idx, 36).float(), upstream)
+    )
+    for _ in range(20):
+        chosen = vit.trained_positions(positions, idx)
+        assert torch.equal(torch.autograd.grad(chosen, positions, upstream)[0], wanted)
