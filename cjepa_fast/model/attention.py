@@ -20,8 +20,12 @@ from cjepa_fast.runtime import hardware
 SDPA = {"sdpa_flash": SDPBackend.FLASH_ATTENTION, "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION}
 BACKENDS = ("plain", "sdpa", *SDPA, "flash_attn", "triton")
 PACKED_BACKENDS = ("plain", "sdpa_flash", "flash_attn")  # those with a variable-length kernel
-# Versions 4, 3 and 2 of flash-attn are packages of their own; the newest that loads is taken.
-FLASH_MODULES = ("flash_attn.cute", "flash_attn_interface", "flash_attn")
+# Versions 4, 3 and 2 of flash-attn are packages of their own, each for some generations of GPUs
+# (the first figure of the compute capability): the newest that loads and is for this one is taken.
+FLASH_MODULES = {
+    "flash_attn.cute": (9, 10, 11), "flash_attn_interface": (8, 9),
+    "flash_attn": (8, 9, 10, 11, 12),
+}  # fmt: skip
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str) -> torch.Tensor:
@@ -32,12 +36,9 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str) -> t
     "triton" is kernels/attention/ where that takes the shape, else sdpa.
     "auto" is sdpa on CUDA and plain elsewhere, until attention_trial.fastest has been asked.
     """
-    if backend == "auto":
-        backend = "sdpa" if q.is_cuda else "plain"
+    backend = kernel_of(q, backend)
     if backend == "triton":
-        if takes(q):
-            return short_attention(q, k, v)
-        backend = "sdpa" if q.is_cuda else "plain"
+        return short_attention(q, k, v)
     if backend == "sdpa":
         return _OwnLayout.apply(F.scaled_dot_product_attention(q, k, v))
     if backend in SDPA:
@@ -48,6 +49,13 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str) -> t
         out = out[0] if isinstance(out, tuple) else out  # some versions add the log-sum-exp
         return out.transpose(1, 2)
     return _plain(q, k, v)
+
+
+def kernel_of(q: torch.Tensor, backend: str) -> str:
+    """Which of BACKENDS runs for these queries, where `backend` is asked for."""
+    if backend == "auto" or (backend == "triton" and not takes(q)):
+        return "sdpa" if q.is_cuda else "plain"
+    return backend
 
 
 def _plain(
@@ -105,21 +113,30 @@ def attend_packed(
     """(S, H, d): the queries of each sequence see the keys of the same sequence alone.
 
     Here S and T count over all sequences. "flash_attn" is the package, "plain" pads to the longest;
-    every other name is torch's variable-length kernel, which is flash attention, on CUDA and in
-    half precision, which is all that it takes, and plain elsewhere.
+    every other name is torch's variable-length kernel, which is flash attention, where that takes
+    the queries, and plain elsewhere: see `packed_kernel_of`.
     """
+    backend = packed_kernel_of(q_SHd, backend)
     lengths = queries.starts, keys.starts, queries.longest, keys.longest
     if backend == "flash_attn":
         names = "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"
         named = dict(zip(names, lengths, strict=True))  # their order differs between versions
         out = flash_attention("flash_attn_varlen_func")(q_SHd, k_THd, v_THd, **named)
         return out[0] if isinstance(out, tuple) else out
-    whole = q_SHd.shape[-1] % 8 == 0  # it takes no other heads
-    if backend != "plain" and q_SHd.is_cuda and q_SHd.dtype.itemsize == 2 and whole:
+    if backend == "sdpa_flash":
         from torch.nn.attention.varlen import varlen_attn  # seconds to import
 
         return varlen_attn(q_SHd, k_THd, v_THd, *lengths)
     return _plain_packed(q_SHd, k_THd, v_THd, queries, keys)
+
+
+def packed_kernel_of(q_SHd: torch.Tensor, backend: str) -> str:
+    """Which of PACKED_BACKENDS runs for these queries, where `backend` is asked for. torch's takes
+    16 bits on CUDA, and heads of a multiple of 8 values."""
+    if backend in ("plain", "flash_attn"):
+        return backend
+    torch_takes = q_SHd.is_cuda and q_SHd.dtype.itemsize == 2 and q_SHd.shape[-1] % 8 == 0
+    return "sdpa_flash" if torch_takes else "plain"
 
 
 def _plain_packed(q_SHd, k_THd, v_THd, queries: Sequences, keys: Sequences) -> torch.Tensor:
@@ -162,12 +179,16 @@ def flash_attention(name: str = "flash_attn_func") -> Callable:
     Raises ValueError where it is missing.
     """
     errors = []
-    for module in FLASH_MODULES:
+    generation = torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else None
+    for module, generations in FLASH_MODULES.items():
+        if generation is not None and generation not in generations:
+            errors.append(f"{module}: not for sm_{generation}x")
+            continue
         try:
             return getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError) as error:
             errors.append(f"{module}: {error}")
     raise ValueError(
         f'attention = "flash_attn": the package does not load ({"; ".join(errors)}): pip install '
-        '".[flash]" on a machine with CUDA, or take "auto"'
+        '--no-build-isolation flash-attn on a machine with CUDA, or take "auto"'
     )

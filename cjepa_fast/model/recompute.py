@@ -1,7 +1,8 @@
 """What a trained block saves for its backward, and what that recomputes: model.checkpointing.
 
 Saved activations in values a token at MLP ratio 4, D the width, beside the maps or sums of
-attention. The rest is recomputed, to the same bits.
+attention. The rest is recomputed, to the same bits (but for tanh's GELU in a fused block, which is
+a matmul's own without recomputation, and a kernel's with it).
     "none"       all that autograd asks for, 16 D
     "norm_gelu"  all but the outputs of LayerNorm and GELU, 10 D. No matmul runs twice (but the
                  queries of a predictor's last block, where nothing is compiled)

@@ -104,6 +104,8 @@ def _attention(name: str) -> str:
     shape = attention_trial.Shape(2, 4, 64, 64, 64, True)
     if problem := attention_trial.problem(shape, device, torch.bfloat16, name):
         raise RuntimeError(problem)
+    if (runs := attention_trial.kernel_for(shape, device, torch.bfloat16, name)) != name:
+        raise RuntimeError(f"{runs} runs in its place")
     return "forward and backward of 64 tokens, bf16"
 
 
@@ -331,7 +333,8 @@ def choice_lines(config: Config, decoders: dict[str, PartState]) -> Iterator[tup
     yield "precision", f"{best.precision}: {best.reason}" if given == "auto" else as_given
     config = cpu_micro_batch.fitted(build.with_precision(config, device), device, None)
     yield "attention", attention_choice(config, device)
-    fused = build.fuses(config) and device.type == "cuda" and config.run.precision == "bf16"
+    fused = build.fuses(config, build.model_sizes(config)["width"])
+    fused = fused and device.type == "cuda" and config.run.precision == "bf16"
     yield "blocks", "our fused kernels" if fused else "PyTorch's operators"
     yield "optimiser", build.optimizer_implementation(config)
     if device.type == "cpu" and config.run.precision == "fp32":

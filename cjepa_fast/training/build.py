@@ -13,8 +13,9 @@ from cjepa_fast.data import sources
 from cjepa_fast.data.loader import Loader, Share
 from cjepa_fast.data.masks import MaskSampler
 from cjepa_fast.kernels.common.ranks import Ranks
+from cjepa_fast.kernels.norm import WIDEST
 from cjepa_fast.model import cpu_linear, fp8
-from cjepa_fast.model.attention_trial import Shape, fastest
+from cjepa_fast.model.attention_trial import Shape, fastest, kernel_for
 from cjepa_fast.model.attention_trial import problem as unusable
 from cjepa_fast.model.flops import step_gflop
 from cjepa_fast.model.jepa import JEPA
@@ -133,8 +134,8 @@ def choose_attention(
 ) -> dict[str, str]:
     """For attention "auto": the fastest kernel for each network at its own lengths, set in it.
 
-    Timed on rank 0 and the same on all. On a CPU nothing is timed. Returns the choices.
-    Another backend is tried once: raises ConfigError where it has no kernel here.
+    Timed on rank 0 and the same on all. On a CPU nothing is timed. Another backend is tried once:
+    raises ConfigError where it has no kernel here. Returns which kernel runs in each.
     """
     dtype, given = compute_dtype(config), config.model.attention
     masks = build_masks(config)(0, 0, torch.arange(micro_batch))
@@ -151,13 +152,15 @@ def choose_attention(
         part = blocks[0].attn
         width = part.proj.in_features // part.heads
         packed = trained and config.mask.context == "packed"
-        fused = fuses(config) and dtype.itemsize == 2 and not packed and queries == keys
+        fused = fuses(config, part.proj.in_features) and dtype.itemsize == 2
+        fused = fused and not packed and queries == keys
         shape = Shape(sequences, part.heads, queries, keys, width, trained, packed, fused)
         if given != "auto":
             if problem := unusable(shape, device, dtype, given):
                 raise ConfigError(
                     f'model.attention = "{given}": not for the {name} here ({problem}); take "auto"'
                 )
+            choices[name] = kernel_for(shape, device, dtype, given)
             continue
         choices[name] = distributed.from_rank_0(
             lambda shape=shape: fastest(shape, device, dtype)[0]
@@ -224,19 +227,22 @@ def compile_networks(networks: JEPA, target: Encoder, how: str, backend: str = "
         part.compile(backend=backend)
 
 
-def fuses(config: Config) -> bool:
-    return config.model.fused and config.run.compile == "none"
+def fuses(config: Config, width: int) -> bool:
+    """Whether the blocks of a network of that width may run by our kernels."""
+    return config.model.fused and config.run.compile == "none" and width <= WIDEST
 
 
 def fuse_networks(networks: JEPA, target: Encoder, config: Config, stage: int) -> None:
     """Let the blocks run by our kernels (Block.fused), by model.fused, where nothing forbids it.
 
-    That is a compiler, which makes its own, and ZeRO stage 3, which gathers weights from module to
-    module. On a CPU and in fp32 they run as they are all the same.
+    That is a compiler, which makes its own, ZeRO stage 3, which gathers weights from module to
+    module, and rows wider than the kernels hold. On a CPU and in fp32 they run as they are all the
+    same.
     """
-    if not fuses(config) or stage == 3:
+    if stage == 3:
         return
-    networks.encoder.fused = networks.predictor.fused = target.fused = True
+    networks.encoder.fused = target.fused = fuses(config, target.width)
+    networks.predictor.fused = fuses(config, config.predictor.width)
 
 
 def check_target_precision(config: Config, device: torch.device) -> None:

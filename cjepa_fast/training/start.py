@@ -18,6 +18,7 @@ from cjepa_fast.checkpoint import encoders
 from cjepa_fast.config import Config, ConfigError
 from cjepa_fast.data import left_out as left_out_images
 from cjepa_fast.data.loader import Loader
+from cjepa_fast.kernels.norm import WIDEST
 from cjepa_fast.model import fused_mlp
 from cjepa_fast.model.cpu_linear import LinearBackends
 from cjepa_fast.runtime import distributed, files, hardware, run_lock, watchdog
@@ -321,11 +322,19 @@ def _choices(trainer: Trainer) -> Iterator[str]:
     config, device = trainer.config, trainer.device
     yield f"on {machine(device)}; torch {torch.__version__}"
     yield hardware.told_precision(config.run.precision, device, trainer.restoring)
-    if device.type == "cuda" and trainer.attention:
+    asked = config.model.attention
+    kernels = set(trainer.attention.values())
+    if device.type == "cuda" or (asked != "auto" and kernels != {asked}):
         chosen = ", ".join(f"{part} {name}" for part, name in trainer.attention.items())
-        yield f"attention: {chosen} (the fastest of those here)"
+        why = "the fastest of those here" if asked == "auto" else f"of model.attention {asked}"
+        yield f"attention: {chosen} ({why})"
     dtype = compute_dtype(config)
-    fused = trainer.context_encoder.fused and device.type == "cuda" and dtype.itemsize == 2
+    kernels_serve = device.type == "cuda" and dtype.itemsize == 2
+    fused = trainer.context_encoder.fused and kernels_serve
+    widths = {"encoder": trainer.context_encoder.width, "predictor": config.predictor.width}
+    for network, width in widths.items() if kernels_serve and config.model.fused else ():
+        if width > WIDEST:
+            yield f"the {network}'s blocks are not fused: {width} is wider than {WIDEST}"
     if config.model.gelu == "tanh" and fused:
         yield fused_mlp.told(device, dtype)
     if device.type == "cpu" and config.model.target_precision == "fp8":

@@ -107,8 +107,9 @@ def last_dim_dense(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-_asked = 0  # bytes that `to_device` was asked for
-_space: list[torch.Tensor] = []  # of the recordings: every replay reads there, so it is kept
+_asked = 0  # bytes that `to_device` was asked for in the last `counted`
+_counting = False
+_space: list[torch.Tensor] = []  # what is left of the current recording's
 _to_fill: list[tuple[torch.Tensor, torch.Tensor]] = []
 _ALIGNED = 256
 
@@ -119,20 +120,39 @@ def recording(device: torch.device) -> bool:
 
 
 @contextlib.contextmanager
-def recorded(device: torch.device) -> Iterator[None]:
-    """To be held while a CUDA graph is recorded, by a function that has run before.
+def counted() -> Iterator[None]:
+    """To be held while a function runs that is recorded next: how much its tables take."""
+    global _asked, _counting
+    _asked, _counting = 0, True
+    try:
+        yield
+    finally:
+        _counting = False
+
+
+def makes_tables_anew(device: torch.device) -> bool:
+    """Whether tables that were made before may not be taken: a recorded launch reads its own at
+    every replay, and no other call's may replace them."""
+    return _counting or recording(device)
+
+
+@contextlib.contextmanager
+def recorded(device: torch.device) -> Iterator[torch.Tensor]:
+    """To be held while a CUDA graph is recorded, by a function that has run under `counted`.
 
     Nothing can be copied from the host meanwhile. So what `to_device` is asked for is written at
     the end, and into memory of its own: in the graph's, an earlier part of every replay would write
-    over it.
+    over it. Every replay reads that memory, so it is to be kept as long as the graph.
     """
-    _space.append(torch.empty(_asked, dtype=torch.uint8, device=device))
+    space = torch.empty(_asked, dtype=torch.uint8, device=device)
+    _space.append(space)
     try:
-        yield
+        yield space
         for there, values in _to_fill:
             there.copy_(values)
     finally:
         _to_fill.clear()
+        _space.clear()
 
 
 def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -140,7 +160,7 @@ def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     global _asked
     size = triton.cdiv(values.nbytes, _ALIGNED) * _ALIGNED
     if not recording(device):
-        _asked += size
+        _asked += size if _counting else 0
         if device.type == "cuda":
             values = values.pin_memory()
         return values.to(device, non_blocking=True)

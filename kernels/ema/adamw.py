@@ -208,11 +208,10 @@ def launch_adamw_ema(
 CACHED = 2**18  # values of each array that a CPU works through at a time: a megabyte, kept near
 
 
-def _all_dense_fp32_on_cpu(masters: Sequence[Tensors], grads: Tensors) -> bool:
-    return all(t.is_contiguous() for t in grads) and all(
-        t.is_contiguous() and t.dtype == torch.float32 and t.device.type == "cpu"
-        for array in masters
-        for t in array
+def _dense_and_fp32_on_cpu(masters: Sequence[Tensors], others: Sequence[Tensors]) -> bool:
+    """Whether all are dense, and the masters fp32 on a CPU."""
+    return all(t.is_contiguous() for array in (*masters, *others) for t in array) and all(
+        t.dtype == torch.float32 and t.device.type == "cpu" for array in masters for t in array
     )
 
 
@@ -245,7 +244,7 @@ def _adamw_ema_cached(
             for array in lists
         ]
         for w, g, first, second, ema, low, target_low in zip(*pieces, strict=False):
-            g = g.float() if scale == 1 else g.float().mul_(scale)
+            g = g.float() if scale == 1 else g.float() * scale
             torch._fused_adamw_([w], [g], [first], [second], [], steps, **numbers)
             if low is not None:
                 low.copy_(w)
@@ -329,7 +328,7 @@ def adamw_ema_step(
     if arrays[0] and kernel_takes(masters, [arrays[1], copies, target_copies]):
         device = arrays[0][0].device
         adamw_ema_step_op(*arrays, copies, target_copies, adamw_numbers(device, **numbers))
-    elif _all_dense_fp32_on_cpu(masters, arrays[1]):
+    elif _dense_and_fp32_on_cpu(masters, [arrays[1], copies, target_copies]):
         _adamw_ema_cached(arrays, copies, target_copies, **numbers)
     else:
         adamw_ema_step_reference(*arrays, **numbers, copies=copies, target_copies=target_copies)

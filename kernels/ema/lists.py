@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from cjepa_fast.kernels.common.launch import TRITON_NAMES, recording, to_device, use_kernel
+from cjepa_fast.kernels.common.launch import TRITON_NAMES, makes_tables_anew, to_device, use_kernel
 from cjepa_fast.kernels.common.maybe_triton import tl, triton
 
 Tensors = Sequence[torch.Tensor]
@@ -85,8 +85,7 @@ def tables(*arrays: Tensors, chunk: int) -> tuple[torch.Tensor, torch.Tensor, bo
     present = [array for array in arrays if array]
     addresses = tuple(tuple(t.data_ptr() for t in array) for array in present)
     device, sizes = arrays[0][0].device, tuple(t.numel() for t in arrays[0])
-    # A recorded launch reads its own at every replay: no other call's may replace them.
-    made = _tables.__wrapped__ if recording(device) else _tables
+    made = _tables.__wrapped__ if makes_tables_anew(device) else _tables
     return made(device, addresses, sizes, chunk)
 
 

@@ -356,6 +356,22 @@ def test_the_way_on_a_cpu_within_the_error_budget(seed, monkeypatch, narrow, cop
     if copy:
         assert torch.equal(flat(copies), found["params"].to(copy))
         assert torch.equal(flat(target_copies), found["target"].to(copy))
+    for now, halves in zip(grads, scaled, strict=True):  # gradients are read alone
+        assert torch.equal(flat(now) / 2, flat(halves))
+
+
+@pytest.mark.parametrize("which", ["params", "grads", "copies", "target_copies"])
+def test_on_a_cpu_lists_that_are_not_dense_go_by_the_definition(seed, which):
+    names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "target", "copies", "target_copies")
+    lists = {name: torch.rand(6, 5) for name in names}
+    lists[which] = torch.rand(5, 6).t()
+    wanted = {name: lists[name].clone() for name in names}
+    ema.adamw_ema_step(**{name: [lists[name]] for name in names}, step=1, lr=0.1, momentum=0.5)
+    ema.adamw_ema_step_reference(
+        **{name: [wanted[name]] for name in names}, step=1, lr=0.1, momentum=0.5
+    )
+    for name in names:
+        torch.testing.assert_close(lists[name], wanted[name])
 
 
 def test_adamw_leaves_what_lies_between_fragments(seed, kernel_device):

@@ -11,6 +11,7 @@ import torch
 
 from cjepa_fast import kernels
 from cjepa_fast.kernels.common import launch, sums
+from cjepa_fast.kernels.ema.lists import tables
 
 CPU = torch.device("cpu")
 
@@ -31,10 +32,10 @@ def test_tables_of_a_recording_lie_beside_its_memory_and_are_written_at_its_end(
     """Memory of the graph's own is written by every replay, before the launch that reads it: so a
     table there, written once, would be garbage at the first replay (seen on a GPU)."""
     tables = [torch.arange(5), torch.arange(70, dtype=torch.int32).view(7, 10)]
-    for table in tables:
-        assert torch.equal(launch.to_device(table, CPU), table)
-    with launch.recorded(CPU):
-        (space,) = launch._space
+    with launch.counted():
+        for table in tables:
+            assert torch.equal(launch.to_device(table, CPU), table)
+    with launch.recorded(CPU) as space:
         inside = range(space.data_ptr(), space.data_ptr() + len(space))
         space.fill_(255)
         pretended(True)
@@ -50,14 +51,32 @@ def test_tables_of_a_recording_lie_beside_its_memory_and_are_written_at_its_end(
 
 
 def test_a_recording_has_room_for_its_tables_alone(pretended):
-    launch.to_device(torch.arange(5), CPU)
+    with launch.counted():
+        launch.to_device(torch.arange(5), CPU)
+    launch.to_device(torch.arange(5000), CPU)  # of a step before or after, and in no recording
     pretended(True)
     with pytest.raises(RuntimeError, match="no room"):
         launch.to_device(torch.arange(5), CPU)
-    with launch.recorded(CPU):
+    with launch.recorded(CPU) as space:
+        assert len(space) == 256
         launch.to_device(torch.arange(5), CPU)
         with pytest.raises(RuntimeError, match="no room"):
             launch.to_device(torch.arange(5), CPU)
+
+
+def test_what_is_counted_includes_tables_that_are_there(pretended):
+    """In a recording the lists' addresses are others, so each is asked for anew."""
+    lists = [[torch.zeros(7) for _ in range(3)] for _ in range(2)]
+    first = tables(*lists, chunk=8)
+    with launch.counted():
+        again = tables(*lists, chunk=8)
+    assert again[0] is not first[0] and tables(*lists, chunk=8)[0] is first[0]
+    with launch.recorded(CPU) as space:
+        pretended(True)
+        for made, wanted in zip(tables(*lists, chunk=8), first, strict=True):
+            assert isinstance(made, bool) or made.shape == wanted.shape
+        pretended(False)
+    assert len(space) == 512 and not launch._space
 
 
 def test_every_launcher_makes_its_tensors_gpu_the_current_one(monkeypatch):

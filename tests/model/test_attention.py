@@ -71,6 +71,8 @@ def test_the_fastest_that_takes_the_shape_is_chosen(monkeypatch):
         assert q.shape == (TRIED, 3, 7, 8) and k.shape == v.shape == (TRIED, 3, 5, 8)
         if name == "sdpa_cudnn":
             raise RuntimeError("No available kernel")
+        if name == "flash_attn":  # as version 4 does on a GPU that it is not for
+            raise AssertionError("Unsupported compute capability")
         order.append(name)
         return q * 1
 
@@ -80,7 +82,9 @@ def test_the_fastest_that_takes_the_shape_is_chosen(monkeypatch):
 
     monkeypatch.setattr(attention_trial, "attend", trial)
     monkeypatch.setattr(attention_trial, "_timed_ms", timed)
-    monkeypatch.setattr(attention_trial, "candidates", lambda device: [*taken, "sdpa_cudnn"])
+    monkeypatch.setattr(
+        attention_trial, "candidates", lambda device: [*taken, "sdpa_cudnn", "flash_attn"]
+    )
     name, medians = fastest(Shape(5000, 3, 7, 5, 8, False), CPU, torch.float32)
     assert (name, medians) == ("sdpa", taken)
     assert order[3:9] == [*taken, *taken]
@@ -199,9 +203,23 @@ def test_each_network_gets_the_kernel_of_its_own_lengths(monkeypatch, context, m
     }
     assert {block.attn.backend for block in target.blocks} == {choices["target"]}
     assert {block.attn.backend for block in networks.encoder.blocks} == {choices["context"]}
-    pinned = validate(tiny.CONFIG | {"model": tiny.CONFIG["model"] | {"attention": "sdpa"}})
-    pinned = build.with_precision(pinned, CPU)
-    assert build.choose_attention(networks, target, pinned, CPU, 8) == {}
+
+
+@pytest.mark.parametrize(
+    ("asked", "context", "runs"),
+    [("sdpa", "random", ("sdpa",) * 3), ("triton", "random", ("plain",) * 3),
+     ("triton", "packed", ("plain",) * 3),
+     ("sdpa_flash", "packed", ("sdpa_flash", "plain", "plain"))],
+)  # fmt: skip
+def test_what_runs_in_the_place_of_a_backend_that_does_not_take_a_shape_is_told(
+    asked, context, runs
+):
+    sections = {"model": {"attention": asked}, "mask": {"context": context}}
+    config = validate({name: tiny.CONFIG.get(name, {}) | own for name, own in sections.items()})
+    config = build.with_precision(config, CPU)
+    networks, target = build.build_networks(config), build.build_networks(config).encoder
+    found = build.choose_attention(networks, target, config, CPU, 8)
+    assert tuple(found.values()) == runs
 
 
 def test_a_backend_without_a_kernel_here_is_told_before_the_first_step():
@@ -230,3 +248,17 @@ def test_flash_attention_is_found_by_version_or_named(monkeypatch):
     torch.testing.assert_close(attend(*inputs, "flash_attn"), attend(*inputs, "plain"))
     assert candidates(CPU) == ["plain"]
     attention.flash_attention.cache_clear()
+
+
+def test_a_flash_attention_of_other_gpus_hides_no_other(monkeypatch):
+    """Version 4 loads on an A100, and has no kernel for it."""
+    attention.flash_attention.cache_clear()
+    for module in attention.FLASH_MODULES:
+        monkeypatch.setitem(sys.modules, module, SimpleNamespace(flash_attn_func=module))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = []
+    for capability in ((8, 0), (9, 0), (10, 0), (12, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda c=capability: c)
+        found.append(attention.flash_attention())
+        attention.flash_attention.cache_clear()
+    assert found == ["flash_attn_interface", "flash_attn.cute", "flash_attn.cute", "flash_attn"]

@@ -1,5 +1,6 @@
 """A step recorded once as a CUDA graph and replayed: one launch instead of a thousand."""
 
+import contextlib
 import copy
 import dataclasses
 import gc
@@ -7,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from cjepa_fast.kernels.common.launch import recorded
+from cjepa_fast.kernels.common.launch import counted, recorded
 
 WARM = 3  # calls before the recording: they compile kernels and allocate what stays
 
@@ -48,7 +49,8 @@ class Graphed:
         for all of them, since torch keeps the memory of each stream for it alone."""
         here, self.beside = torch.cuda.current_stream(), self.beside or torch.cuda.Stream()
         self.beside.wait_stream(here)
-        with torch.cuda.stream(self.beside):
+        last = self.calls == WARM
+        with torch.cuda.stream(self.beside), counted() if last else contextlib.nullcontext():
             outputs = self.function(*self.inputs)
         here.wait_stream(self.beside)
         return outputs
@@ -58,7 +60,7 @@ class Graphed:
         gc.collect()  # an earlier trainer's memory is not given back in the middle of it
         self.graph = torch.cuda.CUDAGraph()
         with (
-            recorded(self.device),
+            recorded(self.device) as self.tables,
             torch.cuda.graph(self.graph, capture_error_mode="thread_local"),
         ):
             self.outputs = self.function(*self.inputs)
