@@ -77,17 +77,17 @@ def main(argv: list[str]) -> int:
     if args.batch is not None and args.batch < 1:
         parser.error(f"--batch-size {args.batch}: must be at least 1")
     device = here()
+    about = {**provenance(device), "batch": args.batch, "overrides": args.overrides}
     rows = []
     try:
         for name in args.config:
             rows += measure(name, args.batch, args.overrides, device)
+            if args.json:
+                files.write({**about, "rows": rows}, args.json)
     except ValueError as error:  # the user's input
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(table(rows))
-    if args.json:
-        asked = {"batch": args.batch, "overrides": args.overrides}
-        files.write({**provenance(device), **asked, "rows": rows}, args.json)
     return 0
 
 

@@ -11,12 +11,12 @@ The variants take turns on one micro-batch; a figure is the median.
 
 import argparse
 import copy
-import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import files
 import hardware
 import torch
 import torch.nn.functional as F
@@ -41,16 +41,20 @@ MOST = 5000  # images to fit kNN on, and to score
 
 
 def encoders(
-    names: list[str], trained: str | None, toy: bool
+    names: list[str], trained: str | None, device: torch.device
 ) -> Iterator[tuple[str, Encoder, int]]:
-    """Name, encoder and images a micro-batch."""
+    """Name, encoder and images a micro-batch. Weights are drawn on the device: ViT-H's take a CPU
+    ten seconds."""
+    toy = device.type == "cpu"
     if trained:
         yield trained, load_encoder(trained), 2 if toy else 128
         return
     for name in names:
         config = configuration.load(name, TOY if toy else [])
         torch.manual_seed(0)
-        yield name, build.build_networks(config).encoder, config.data.micro_batch_size
+        with device:
+            encoder = build.build_networks(config).encoder
+        yield name, encoder, config.data.micro_batch_size
 
 
 def pictures(count: int, encoder: Encoder, device: torch.device) -> torch.Tensor:
@@ -159,17 +163,17 @@ def main(argv: list[str]) -> int:
     device = hardware.here()
     try:
         fp8.check_device(device)
-        found = encoders(args.config, args.encoder, device.type == "cpu")
+        found = encoders(args.config, args.encoder, device)
         splits = cli.labelled_splits(args.data, args.test, MOST, None) if args.data else ()
-        rows = [row_of(*one, device, args.seconds, splits) for one in found]
+        about, rows = hardware.provenance(device), []
+        for one in found:
+            rows.append(row_of(*one, device, args.seconds, splits))
+            if args.json:
+                files.write(about | {"rows": rows}, args.json)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    about = hardware.provenance(device)
     print(table(rows, about))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

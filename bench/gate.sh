@@ -9,11 +9,12 @@
 #   OUT       first argument, default bench/results/gate-DATE
 #   IMAGES    second argument, default CJEPA_REAL_IMAGES
 #   PYTHON    default python3
-#   PARTS     those to run, default all: PARTS="doctor tune"
+#   PARTS     those to run, default all: PARTS="doctor tune"; what makes the machine ready runs anyhow
 #   BUDGET_S  seconds for all parts, default 560; without a GPU two hours, and six times as long a part
 #   WHEELS    a folder, default .whl: packages the machine lacks, installed before the first part. A
 #             wheel may come in pieces (NAME.whl.00, NAME.whl.01 ...), which are joined. A
 #             triton_cache.tar.xz of bench/warm_cache.py lies there too.
+#   CJEPA_COMMIT  of the copy that came without its .git, into every row
 set -uo pipefail
 
 asked="${PYTHON:-python3}"
@@ -52,9 +53,15 @@ pack() { # What was found so far, into OUT; whole at any time.
 
 # part NAME LIMIT_S COMMAND...: run it for LIMIT_S, or what is left of the budget, at most.
 part() {
-  local name=$1 limit=$(($2 * slack)) began=$SECONDS status left
+  if [[ $PARTS == " all " || $PARTS == *" $1 "* ]]; then prepared "$@"; fi
+}
+
+# The same for what all parts need, whichever were asked for.
+prepared() {
+  local name=$1 limit=$(($2 * slack)) began=$SECONDS signal=TERM left
   shift 2
-  [[ $PARTS == " all " || $PARTS == *" $name "* ]] || return 0
+  [[ $* != *"-m pytest"* ]] || signal=INT # then it still prints why tests failed
+  status=1 # of the last part, for whoever asks
   left=$((BUDGET_S - SECONDS))
   ((limit <= left)) || limit=$left
   if ((limit < 5)); then
@@ -63,7 +70,7 @@ part() {
     return
   fi
   say "== $name: $*"
-  timeout --kill-after=5 "$limit" "$@" 2>&1 | tee -a "$FOUND/gate.log"
+  timeout --signal=$signal --kill-after=10 "$limit" "$@" 2>&1 | tee -a "$FOUND/gate.log"
   status=${PIPESTATUS[0]}
   ((status == 0)) || failures=$((failures + 1))
   case $status in
@@ -123,16 +130,40 @@ if compgen -G "$WHEELS/*.whl*" >/dev/null; then
   export PYTHONPATH="$WORK/site${PYTHONPATH:+:$PYTHONPATH}"
   export -f wheels
   export PYTHON WHEELS WORK
-  part wheels 60 bash -c wheels
+  prepared wheels 60 bash -c wheels
 fi
 # The package must be importable as installed, since kernels/ and configs/ lie beside it.
 if ! (cd / && "$PYTHON" -c 'import cjepa_fast.kernels.gather' 2>/dev/null); then
-  part install 60 "$PYTHON" -m pip install --quiet --no-deps --no-build-isolation --editable .
+  prepared install 60 "$PYTHON" -m pip install --quiet --no-deps --no-build-isolation --editable .
 fi
 
-# A compiled kernel takes seconds to make: all parts find those of the others, and of a machine
-# without a GPU where the file came along and holds what Triton looks for here.
-export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$WORK/triton}"
-if [[ -f $WHEELS/triton_cache.tar.xz ]]; then
-  part cache 30 "$PYTHON" bench/warm_cache.py --unpack "$WHEELS/triton_cache.tar.xz"
+# Without a package every part would fail, and the machine's time be spent.
+if ! (cd / && "$PYTHON" -c 'import cjepa_fast.training.build, cjepa_fast.kernels.gather') \
+  >>"$FOUND/gate.log" 2>&1; then
+  record imports "FAILED: see gate.log" 0
+  say "not ready: $(tail -n 1 "$FOUND/gate.log") (bench/README.md says which wheels to bring)"
+  exit 2
 fi
+if [[ $gpu && ! -e .git && ! ${CJEPA_COMMIT:-} ]]; then
+  say "rows will have no commit: this copy has no .git, and CJEPA_COMMIT is not set"
+fi
+
+# A compiled kernel takes seconds to make: all parts find those of the others and of the call before,
+# and of a machine without a GPU where the file came along and holds what Triton looks for here.
+# Elsewhere processors compile the steps' kernels while the first parts run: `await_kernels`.
+export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-${gpu:+/tmp/cjepa_triton}}"
+TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$WORK/triton}"
+filling="" warm=""
+if [[ -f $WHEELS/triton_cache.tar.xz ]]; then
+  prepared cache 30 "$PYTHON" bench/warm_cache.py --unpack "$WHEELS/triton_cache.tar.xz"
+  ((status != 0)) || warm=1
+fi
+if [[ $gpu && ! $warm && ! -e $TRITON_CACHE_DIR ]] && ((BUDGET_S > 60)); then
+  printf '%s\n' vit_h vit_b vit_l | xargs -P 3 -I{} "$PYTHON" bench/warm_cache.py --fill --config {} \
+    >"$FOUND/warm_cache.log" 2>&1 &
+  filling=$!
+fi
+
+await_kernels() {
+  if [[ $filling ]]; then part kernels 90 tail --pid="$filling" -f /dev/null; fi
+}

@@ -4,11 +4,12 @@
 #     PYTHON=python3 bench/gpu_gate.sh [OUT]
 #
 # What works on the machine (cjepa-doctor); its ceilings; the tests of the fused step and its kernels;
-# ViT-H, B and L with contexts of one length: fused, recorded, compiled; their profiles; the kernels'
-# fastest configurations (kernels/tuned.py is written anew) and the same models with them; matmuls
-# that GELU follows; the target in FP8, other lengths and batches; the plain reference's step. The
-# order is that of worth: what comes last is lost first. gate.sh says how results are kept, and what
-# the environment may ask for; gpu_more.sh is the second call. Exits non-zero if any part failed.
+# ViT-H, B and L with contexts of one length, fused; the plain reference's step beside ours; the step
+# recorded; the kernels' fastest configurations (kernels/tuned.py is written anew), the same models
+# with them, and their profiles; the step compiled; the target in FP8, other lengths and batches;
+# matmuls that GELU follows. The order is that of worth: what comes last is lost first. gate.sh says
+# how results are kept, and what the environment may ask for; gpu_more.sh is the second call. Exits
+# non-zero if any part failed.
 #
 # Made for an H200. Of a GPU with less than 100 GB, ViT-H compiled takes half the batch; what does not
 # fit says so in its row. Without a GPU the same parts run at toy size.
@@ -21,16 +22,14 @@ kept=(tests/model/test_fused.py tests/model/test_cublaslt.py tests/training/test
   tests/kernels/test_kernels_attention.py)
 if [[ $gpu ]]; then
   models=(vit_h vit_b vit_l)
-  variants=(fused graph compiled)
-  tuned=(fused graph)
-  others=(tanh fp8 k78 batch256)
+  others=(fp8 fp8_fast tanh k78 stream batch256)
   ceiling_s=8 matmul_s=1
   rows=()
-  against=(--steps 4 --warmup 9 --set mask.context=fixed)
+  against=(--steps 5 --warmup 9 --set mask.context=fixed)
   small=(--batch-size 32)
 else
   models=(vit_h vit_b)
-  variants=(fused) tuned=(fused) others=(tanh k78)
+  others=(tanh k78)
   steps=(--steps 2 --warmup 1 "${toy[@]}")
   ceiling_s=0 matmul_s=0
   rows=(--rows 16)
@@ -40,30 +39,37 @@ fi
 
 part doctor 30 "$PYTHON" -m cjepa_fast.tools.doctor --fast
 part ceilings 30 "$PYTHON" bench/ceilings.py --seconds "$ceiling_s" --json "$FOUND/ceilings.json"
-part tests 60 "$PYTHON" -m pytest -v --tb=short -m gpu -n 8 --dist load "${kept[@]}"
-for variant in "${variants[@]}"; do  # apart: a recording that fails spoils its process
-  part "$variant" 45 "$PYTHON" bench/variants.py --config "${models[@]}" --variant "$variant" \
-    "${steps[@]}" --json "$FOUND/throughput_$variant.json"
-done
-part profile 40 "$PYTHON" bench/variants.py --config "${models[@]:0:2}" --variant fused \
-  "${steps[@]}" --profile "$WORK/traces" --json "$WORK/profiled.json"
-texts_of "$WORK/traces"
+part tests 60 "$PYTHON" -m pytest -v --tb=short -m "gpu and not long" -n 14 --dist load \
+  "${kept[@]}"
+await_kernels
+# Each apart: a recording that fails spoils its process.
+part fused 50 "$PYTHON" bench/variants.py --config "${models[@]}" --variant fused "${steps[@]}" \
+  --json "$FOUND/throughput_fused.json"
+part reference-b 45 "$PYTHON" bench/throughput.py --config vit_b --against reference \
+  "${against[@]}" --json "$FOUND/throughput_reference_b.json"
+part reference-h 45 "$PYTHON" bench/throughput.py --config vit_h --against reference \
+  "${against[@]}" "${small[@]}" --json "$FOUND/throughput_reference_h.json"
 if [[ $gpu ]]; then
+  part graph 50 "$PYTHON" bench/variants.py --config "${models[@]}" --variant graph "${steps[@]}" \
+    --json "$FOUND/throughput_graph.json"
   # Compiled on all cores, and then timed on one.
-  part prepare 30 bash -c "seq 0 15 | xargs -P 16 -I{} \"\$0\" bench/ops.py --tune \
+  part prepare 40 bash -c "seq 0 15 | xargs -P 16 -I{} \"\$0\" bench/ops.py --tune \
     --only attention add_norm gelu --prepare {}/16" "$PYTHON"
   part tune 45 "$PYTHON" bench/ops.py --tune --only attention add_norm gelu --seconds 0.05 \
     --json "$FOUND/tuned.json"
   cp kernels/tuned.py "$FOUND/tuned.py"
+  part tuned 50 "$PYTHON" bench/variants.py --config "${models[@]}" --variant graph "${steps[@]}" \
+    --json "$FOUND/throughput_tuned.json"
 fi
-part tuned 45 "$PYTHON" bench/variants.py --config "${models[@]}" --variant "${tuned[@]}" \
-  "${steps[@]}" --json "$FOUND/throughput_tuned.json"
+part profile 50 "$PYTHON" bench/variants.py --config "${models[@]:0:2}" --variant fused \
+  "${steps[@]}" --profile "$WORK/traces" --json "$FOUND/throughput_profiled.json"
+texts_of "$WORK/traces"
+if [[ $gpu ]]; then
+  part compiled 60 "$PYTHON" bench/variants.py --config "${models[@]:0:2}" --variant compiled \
+    "${steps[@]}" --json "$FOUND/throughput_compiled.json"
+fi
+part others 80 "$PYTHON" bench/variants.py --config vit_h vit_l --variant "${others[@]}" \
+  "${steps[@]}" --json "$FOUND/throughput_others.json"
 part matmuls 40 "$PYTHON" bench/matmuls.py --seconds "$matmul_s" "${rows[@]}" \
   --json "$FOUND/matmuls.json"
-part others 60 "$PYTHON" bench/variants.py --config vit_h vit_l --variant "${others[@]}" \
-  "${steps[@]}" --json "$FOUND/throughput_others.json"
-part reference-b 25 "$PYTHON" bench/throughput.py --config vit_b --against reference \
-  "${against[@]}" --json "$FOUND/throughput_reference_b.json"
-part reference-h 25 "$PYTHON" bench/throughput.py --config vit_h --against reference \
-  "${against[@]}" "${small[@]}" --json "$FOUND/throughput_reference_h.json"
 summarise

@@ -31,6 +31,7 @@ from cjepa_fast.training import build, dry_run, loop
 from cjepa_fast.training import trainer as trainer_module
 from cjepa_fast.training.trainer import Trainer
 
+WARM_REFERENCE = 3  # of the reference's steps, each some times as long as ours
 RING = 8  # synthetic batches, each with masks of its own, used in turn
 EPOCH_STEPS = 1000  # of synthetic data: only the schedules see it
 PHASE_STEPS = 5  # timed by parts, after the others, since that holds a GPU up
@@ -273,8 +274,9 @@ def measure_against(config: Config, device: torch.device, steps: int, warmup: in
     batches = synthetic_batches(config, device, masks)
     for index in range(warmup):
         batch = next(batches)
-        for each in trainers.values():
-            each.step(batch, index)
+        for name, each in trainers.items():
+            if name == "ours" or index >= warmup - WARM_REFERENCE:
+                each.step(batch, index)
     clock = StepClock(device)
     synchronize(device)
     clock.mark()
@@ -285,17 +287,17 @@ def measure_against(config: Config, device: torch.device, steps: int, warmup: in
             clock.mark()
     step_ms = clock.step_ms()
     turns = {name: step_ms[i :: len(trainers)] for i, name in enumerate(trainers)}
-    rows = []
-    for name, each in trainers.items():
-        row = against_row(name, turns[name], turns["ours"], trainer)
-        rows.append(row | step_memory(each, batch, warmup + steps))
-    return rows
+    rows = [against_row(name, turns[name], turns["ours"], trainer) for name in trainers]
+    for row in rows:  # told now: the steps below may find no memory
+        print("{step}: {step_ms:.2f} ms, {ours_times:.2f} times ours".format_map(row))
+    return [row | step_memory(trainers[row["step"]], batch, warmup + steps) for row in rows]
 
 
 def against_row(name: str, step_ms: list[float], ours_ms: list[float], trainer) -> dict:
     median = statistics.median(step_ms)
     return {
         "step": name,
+        "attention": trainer.attention if name == "ours" else {},
         "batch": trainer.micro_batch,
         "steps": len(step_ms),
         **spread(step_ms),
@@ -330,6 +332,7 @@ def row_of(config: Config, data: str, trainer: Trainer, timed: dict) -> dict:
     gflop = build.gflop_of(config, *sizes)
     return {
         "data": data,
+        "attention": trainer.attention,
         "batch": images,
         "steps": len(step_ms),
         "images_per_s": images_per_s,

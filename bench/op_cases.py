@@ -49,17 +49,19 @@ class Case(NamedTuple):
 
 def cases(models: list[str], batch: int | None, rows: int, widths: list[int]) -> list[Case]:
     """batch: images, None for each configuration's own micro-batch."""
-    found = []
+    found, last = [], []
     for model in models:
         config = configuration.load(MODELS[model])
         images = batch or config.data.micro_batch_size
         masks = build.build_masks(config)(0, 0, torch.arange(images))
-        found += gathers(model, config, masks) + emas(model, config)
+        found += gathers(model, config, masks)
+        last += emas(model, config)  # whose references take torch.compile a minute
         found += quantisations(model, config, images)
         found += blocks(model, config, masks)
         found.append(vicreg_blocks(model, config, masks))
         found += sigreg_views(model, config, masks)
-    return found + [vicreg_tokens(rows, width, torch.bfloat16) for width in widths]
+    found += [vicreg_tokens(rows, width, torch.bfloat16) for width in widths]
+    return found + last
 
 
 def normal(device: torch.device, *shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

@@ -18,6 +18,7 @@ import json
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -252,17 +253,22 @@ def main(argv: list[str]) -> int:
     if args.once:
         call_once(found, device)
         return 0
-    about, rates, rows = hardware.provenance(device), measured_rates(device), []
+    about, rates, rows, failed = hardware.provenance(device), measured_rates(device), [], 0
     for case in found:
         print(f"{case.op}, {case.shape}", file=sys.stderr, flush=True)
-        rows += measure(case, device, rates, seconds=args.seconds, compiled=not args.no_compile)
+        try:
+            rows += measure(case, device, rates, seconds=args.seconds, compiled=not args.no_compile)
+        except Exception:  # told; the other cases are measured
+            traceback.print_exc()
+            failed += 1
         gc.collect()
         made = {**about, "batch": args.batch, "rates": rates, "rows": rows}
         written(json.dumps(made, indent=1) + "\n", args.json)
-    text = markdown(rows, about, rates)
-    written(text, args.markdown)
-    print(text, end="")
-    return 0
+        written(markdown(rows, about, rates), args.markdown)
+    print(markdown(rows, about, rates), end="")
+    if failed:
+        print(f"{failed} cases failed: see above", file=sys.stderr)
+    return int(failed > 0)
 
 
 if __name__ == "__main__":

@@ -247,10 +247,18 @@ def prepare(found: Iterator[Knob], share: tuple[int, int]) -> int:
     keeps it on the disk.
     """
     mine, every = share
-    calls = [(knob.call, c) for knob in found for c in knob.candidates]
-    for call, candidate in calls[mine::every]:
-        call(candidate)
-    return len(calls[mine::every])
+    number = count = 0
+    for knob in found:  # one at a time, so that its tensors go before the next one's come
+        for candidate in knob.candidates:
+            number += 1
+            if (number - 1) % every != mine:
+                continue
+            try:
+                knob.call(candidate)
+                count += 1
+            except Exception as error:  # one that asks for more than this GPU has
+                print(f"{knob.key}: {candidate} fails: {type(error).__name__}: {error}"[:300])
+    return count
 
 
 def numbers_of(candidate: int | tuple) -> int | tuple:

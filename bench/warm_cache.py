@@ -2,6 +2,7 @@
 
     python bench/warm_cache.py --out .whl/triton_cache.tar.xz        # here
     python bench/warm_cache.py --unpack .whl/triton_cache.tar.xz     # there, into TRITON_CACHE_DIR
+    python bench/warm_cache.py --fill --config vit_h                 # or there, without such a file
 
 A kernel takes some seconds to compile, a step has some forty, and a lease of a GPU is short. Triton
 finds a kernel by a hash of its source, of Triton itself, of the assembler's version, and of the
@@ -146,6 +147,7 @@ def main(argv: list[str]) -> int:
     way = parser.add_mutually_exclusive_group(required=True)
     way.add_argument("--out", type=Path, metavar="FILE", help="make it: a .tar.xz")
     way.add_argument("--unpack", type=Path, metavar="FILE", help="and say whether it serves")
+    way.add_argument("--fill", action="store_true", help="Triton's cache of this machine")
     parser.add_argument("--config", nargs="*", default=["vit_h", "vit_b", "vit_l"], metavar="NAME")
     parser.add_argument(
         "--tune", nargs="*", default=[], choices=tune.FAMILIES, help="also the candidates of these"
@@ -155,6 +157,9 @@ def main(argv: list[str]) -> int:
         if not args.unpack.is_file():
             parser.error(f"--unpack {args.unpack}: no such file")
         return check(args.unpack)
+    if args.fill:
+        fill(args.config, args.tune)
+        return 0
     try:
         fill(args.config, args.tune)
         print(packed(args.out))

@@ -55,8 +55,8 @@ def write_config(folder: Path, **sections) -> Path:
 
 
 def environment() -> dict[str, str]:
-    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT)])}
-    return {**os.environ, **own}
+    paths = [str(ROOT / "tests"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def run(script: str | Path, *args, ranks: int = 1, timeout_s: float = HANG_S, fresh: bool = False):

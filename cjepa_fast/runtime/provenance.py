@@ -1,5 +1,6 @@
 """Which state of the code this is, and what it runs on."""
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -10,7 +11,12 @@ from cjepa_fast.runtime.distributed import world_size
 
 
 def own_commit() -> str | None:
-    """The commit of the code, where it lies in its own git tree; "+changes" where files differ."""
+    """The commit of the code, where it lies in its own git tree; "+changes" where files differ.
+
+    CJEPA_COMMIT names that of a copy without git.
+    """
+    if given := os.environ.get("CJEPA_COMMIT"):
+        return given
     root = Path(__file__).resolve().parents[2]
     if not (root / "setup.py").is_file():  # installed, perhaps within another project's tree
         return None

@@ -13,12 +13,13 @@ GPU = {
 }  # fmt: skip
 SPEED = {"vit_h": 700.0, "vit_b": 4800.0, "vit_l": 2000.0}
 GAIN = {
-    "fused": 1.0, "graph": 1.05, "compiled": 0.8, "tanh": 1.1, "fp8": 1.2, "k78": 1.3,
-    "batch256": 1.01,
+    "fused": 1.0, "graph": 1.05, "compiled": 0.8, "tanh": 1.1, "fp8": 1.15, "fp8_fast": 1.2,
+    "k78": 1.3, "stream": 1.02, "batch256": 1.01,
 }  # fmt: skip
-SAID = {"fp8": ["fast sums"]}
+SAID = {"fp8_fast": ["fast sums"]}
 SETS = {
     "graph": ["run.cuda_graph=true"], "fp8": ["model.target_precision=fp8"],
+    "fp8_fast": ["model.target_precision=fp8"], "stream": ["run.target_stream=true"],
     "compiled": ["run.compile=blocks", "run.cuda_graph=true"], "tanh": ["model.gelu=tanh"],
     "k78": ["mask.keep=78"],
 }  # fmt: skip

@@ -57,7 +57,7 @@ def timed_row(step_ms: list[float], total_s: float) -> dict:
 
     config = validate(tiny.CONFIG)
     encoder = build.build_networks(config).encoder
-    trainer = SimpleNamespace(micro_batch=8, ema=SimpleNamespace(module=encoder))
+    trainer = SimpleNamespace(micro_batch=8, ema=SimpleNamespace(module=encoder), attention={})
     sizes = {"context_k": 9.5, "targets_m": 4, "targets_p": 6.0}
     timed = {"step_ms": step_ms, "total_s": total_s, "waited_s": total_s / 4, **sizes}
     return measure.row_of(config, "synthetic", trainer, timed)

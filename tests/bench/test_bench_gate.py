@@ -24,17 +24,17 @@ MOST_FILES, MOST_BYTES = 8, 16 * 2**20  # of results
 BY_SCRIPT = {
     "gpu_gate.sh": {
         "doctor": "tools.doctor", "ceilings": "ceilings.py", "tests": "-m gpu",
-        "fused": "--variant fused", "graph": "--variant graph", "compiled": "--variant compiled",
-        "profile": "--profile",
+        "kernels": "warm_cache.py --fill --config vit_h", "fused": "--variant fused",
+        "graph": "--variant graph", "compiled": "--variant compiled", "profile": "--profile",
         "prepare": "--prepare 15/16", "tune": "--tune --only attention add_norm gelu",
         "tuned": "throughput_tuned", "matmuls": "matmuls.py",
-        "others": "--variant tanh fp8 k78 batch256", "reference-b": "--against reference",
-        "reference-h": "--batch-size 32",
+        "others": "--variant fp8 fp8_fast tanh k78 stream batch256",
+        "reference-b": "--against reference", "reference-h": "--batch-size 32",
     },
     "gpu_more.sh": {
-        "doctor": "tools.doctor", "decode": "--data decode-only", "from-jpeg": "--data both",
+        "doctor": "tools.doctor", "decode": "--data decode-only", "from-jpeg": "--data jpeg",
         "tests-gpu": "-m gpu", "train": "train.py", "resume": "--resume auto", "knn": "eval knn",
-        "curves": "eval curves", "models": "throughput_shipped", "target": "run.target_stream",
+        "curves": "eval curves", "models": "throughput_shipped",
         "ops": "ops.py", "attention": "attention.py", "fp8": "bench/fp8.py",
         "saving": "saving.py", "tests-fast": "not gpu",
     },
@@ -60,6 +60,7 @@ def gate(tmp_path, monkeypatch):
 
     def start(script: str, **settings) -> subprocess.Popen:
         names = {"PYTHON": str(python), "CALLS": str(tmp_path / "calls"), "FAILING": "nothing"}
+        names |= {"TRITON_CACHE_DIR": str(tmp_path / "triton")}
         env = os.environ | names | {"NO_GPU": "0"} | settings
         command = ["bash", str(copy / "bench" / script), str(tmp_path / "out"), str(tmp_path)]
         return subprocess.Popen(
@@ -76,14 +77,16 @@ def test_every_part_runs(tmp_path, gate, script, no_gpu):
     assert gate(script, NO_GPU=no_gpu).wait(tiny.HANG_S) == 0
     summary, calls = (tmp_path / "out" / "summary.txt").read_text(), (tmp_path / "calls")
     parts = {line.split()[0] for line in summary.splitlines() if " passed " in line}
-    own = {"memcheck", "racecheck"} if shutil.which("compute-sanitizer") else set()
-    only_gpu = {"prepare", "tune", "graph", "compiled"} if no_gpu == "1" else set()
+    own = {"compile-ops", "memcheck", "racecheck"} if shutil.which("compute-sanitizer") else set()
+    only_gpu = {"kernels", "prepare", "tune", "tuned", "graph", "compiled"}
+    only_gpu = only_gpu if no_gpu == "1" else set()
     assert parts - own == BY_SCRIPT[script].keys() - only_gpu
     called = calls.read_text()
     for part in parts - own if no_gpu == "0" else ():
         assert BY_SCRIPT[script][part] in called, part
     assert ("model.width=48" in called) == (no_gpu == "1")  # toy size
-    for config in (tiny.ROOT / "configs").glob("*.json") if script == "gpu_more.sh" else ():
+    shipped = (tiny.ROOT / "configs").glob("vit_*.json") if script == "gpu_more.sh" else ()
+    for config in shipped:
         assert no_gpu == "1" or config.stem in called.split()
 
 
@@ -93,7 +96,7 @@ def test_every_part_runs(tmp_path, gate, script, no_gpu):
         (
             "gpu_gate.sh",
             "variants.py",
-            ["fused", "graph", "compiled", "profile", "tuned", "others"],
+            ["fused", "graph", "tuned", "profile", "compiled", "others"],
         ),
         ("gpu_more.sh", "--resume", ["resume"]),
     ],
@@ -114,9 +117,22 @@ def test_no_part_is_started_without_time(tmp_path, gate, script):
 
 
 def test_only_the_parts_asked_for_run(tmp_path, gate):
-    assert gate("gpu_gate.sh", PARTS="matmuls doctor").wait(tiny.HANG_S) == 0
+    """And what makes the machine ready."""
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    for name in ("pydantic-2-py3-none-any.whl", "triton_cache.tar.xz"):
+        (wheels / name).touch()
+    asked = {"PARTS": "matmuls doctor", "WHEELS": str(wheels)}
+    assert gate("gpu_gate.sh", **asked).wait(tiny.HANG_S) == 0
     lines = (tmp_path / "out" / "summary.txt").read_text().splitlines()
-    assert [line.split()[0] for line in lines if " passed " in line] == ["doctor", "matmuls"]
+    passed = [line.split()[0] for line in lines if " passed " in line]
+    assert passed == ["wheels", "cache", "doctor", "matmuls"]
+
+
+def test_a_missing_package_is_told_before_the_first_part(tmp_path, gate):
+    assert gate("gpu_gate.sh", FAILING="cjepa_fast.training.build").wait(tiny.HANG_S) == 2
+    assert "imports" in (tmp_path / "out" / "summary.txt").read_text()
+    assert "bench/" not in (tmp_path / "calls").read_text()
 
 
 def test_all_comes_back_in_few_small_files_and_is_taken_over(tmp_path, gate, monkeypatch):

@@ -21,7 +21,8 @@ ARCHITECTURES = (80, 90, 100)
 def worker(*args: str) -> subprocess.CompletedProcess:
     """aot_worker.py without the interpreter that this process may have."""
     environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), str(HERE.parents[1])])
+    paths = [str(HERE.parent), str(HERE.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
     command = [sys.executable, str(HERE / "aot_worker.py"), *args]
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 

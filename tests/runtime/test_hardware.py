@@ -12,7 +12,7 @@ import torch
 
 from cjepa_fast import checkpoint
 from cjepa_fast import config as configuration
-from cjepa_fast.runtime import distributed, hardware
+from cjepa_fast.runtime import distributed, hardware, provenance
 from cjepa_fast.training import build
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -215,3 +215,8 @@ def test_memory_is_grown_in_place_where_the_machine_can(monkeypatch, capsys, ref
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "backend:native")  # the user's own word
     distributed.grow_memory_in_place(GPU)
     assert len(told) == 1 + refused
+
+
+def test_a_copy_without_git_is_told_its_commit(monkeypatch):
+    monkeypatch.setenv("CJEPA_COMMIT", "abc123")
+    assert provenance.own_commit() == "abc123"
