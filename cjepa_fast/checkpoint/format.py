@@ -17,14 +17,15 @@ import platform
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from safetensors import safe_open
 
 from cjepa_fast.checkpoint.owned import SavedEngine
 from cjepa_fast.runtime import hardware
 from cjepa_fast.runtime.distributed import rank, world_size
-from cjepa_fast.runtime.files import opened, read_json, sha256, write_text
+from cjepa_fast.runtime.files import read_json, reading, sha256, write_text
 from cjepa_fast.runtime.version import VERSION
 
 FORMAT = 2
@@ -133,30 +134,35 @@ class Stored:
 
     def __init__(self, path: Path):
         self.path, self.state = path, state_of(path)
+        # Each shard is opened once: under ZeRO-3 every rank has a run of every parameter.
+        self._shards: dict[Path, Any] = {}
         self.runs: dict[tuple[str, str], list[tuple[int, Path, str]]] = {}
         for shard in sorted(path.glob("shard_*.safetensors")):
-            with opened(shard) as file:
-                for key in file.keys():  # noqa: SIM118 (not a dict)
+            with reading(shard):
+                self._shards[shard] = safe_open(shard, "pt")
+                for key in self._shards[shard].keys():  # noqa: SIM118 (not a dict)
                     kind, _, rest = key.partition("/")
                     name, _, start = rest.rpartition("@")
                     self.runs.setdefault((kind, name), []).append((int(start), shard, key))
 
-    def _stored_runs(self, kind: str, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+    def _stored_runs(self, kind: str, name: str) -> Iterator[tuple[int, Any]]:
+        """The first value's number and the values, of which only what is cut out is read."""
         if (kind, name) not in self.runs:
             raise ValueError(f"{self.path} holds no {kind} of {name}: was it saved by this model?")
         for start, shard, key in sorted(self.runs[kind, name]):
-            with opened(shard) as file:
-                yield start, file.get_tensor(key)
+            with reading(shard):
+                yield start, self._shards[shard].get_slice(key)
 
     def whole(self, kind: str, name: str) -> torch.Tensor:
         """A parameter's flattened values, all of them."""
-        return torch.cat([values for _, values in self._stored_runs(kind, name)])
+        return torch.cat([values[:] for _, values in self._stored_runs(kind, name)])
 
     def read_into(self, kind: str, fragment) -> None:
         """Fill a fragment from whatever runs of the parameter were stored."""
         end, filled = fragment.start + len(fragment.values), 0
         for start, values in self._stored_runs(kind, fragment.name):
-            low, high = max(start, fragment.start), min(start + len(values), end)
+            size = values.get_shape()[0]
+            low, high = max(start, fragment.start), min(start + size, end)
             if low < high:
                 part = values[low - start : high - start]
                 fragment.values[low - fragment.start : high - fragment.start].copy_(part)
@@ -174,8 +180,8 @@ class Stored:
         for device, setter in (("cpu", torch.set_rng_state), ("cuda", torch.cuda.set_rng_state)):
             for start, shard, key in self.runs.get(("generator", device), []):
                 if start == rank() and (device == "cpu" or hardware.has_gpu()):
-                    with opened(shard) as file:
-                        setter(file.get_tensor(key))
+                    with reading(shard):
+                        setter(self._shards[shard].get_tensor(key))
 
     def encoder_weights(self, which: str) -> dict[str, torch.Tensor]:
         """Flat fp32 values of the encoder's trained parameters by name."""

@@ -32,6 +32,7 @@ HARMLESS = (
     "decoder",  # what data.decoder "auto" came to
     *(f"config.{key}" for key in (
         *("checkpoint", "deepspeed", "eval", "telemetry", "data.path", "data.threads"),
+        "data.readers",
         *("data.max_skipped", "data.max_pixels", "data.min_jpeg"),
         *("data.prefetch", "data.hw_decoder_load", "data.micro_batch_size", "model.attention"),
         *("model.checkpointing", "model.fused", "optim.implementation", "run.dir", "run.init_from"),

@@ -152,6 +152,9 @@ class DataSection(Section):
         (0.229, 0.224, 0.225), description="standard deviation of each channel in 0..1, divided by"
     )
     threads: Few = Field(4, description="decoding threads per rank")
+    readers: Few = later(
+        4, was=4, description="threads per rank that read files: more on a network disk"
+    )
     prefetch: Few = Field(2, description="batches prepared ahead")
     hw_decoder_load: Fraction = Field(
         0.65, description="share of JPEG data that the GPU's JPEG engines decode"

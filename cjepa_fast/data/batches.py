@@ -25,7 +25,6 @@ from cjepa_fast.data.left_out import NAMED
 from cjepa_fast.data.sources import ImageSet
 from cjepa_fast.runtime.printable import printable
 
-READ_TASKS = 4  # reads in parallel a batch
 READ_AHEAD = 2  # batches whose bytes are being read beside those inside the decoder
 
 
@@ -153,14 +152,18 @@ def decode(
     decoder: Decoder,
     skipped: Skipped,
     mend: Mend,
+    readers: int = 4,
 ) -> Iterator[tuple[torch.Tensor, BatchRequest]]:
-    """(images_B3HW, work) in the order of `works`; bad images replaced or dropped by `mend`."""
+    """(images_B3HW, work) in the order of `works`; bad images replaced or dropped by `mend`.
+
+    readers: threads that read files.
+    """
     reading: deque[BatchRequest] = deque()
     inside: deque[BatchRequest] = deque()
-    with ThreadPoolExecutor(READ_TASKS, thread_name_prefix="read") as pool:
+    with ThreadPoolExecutor(readers, thread_name_prefix="read") as pool:
         try:
             while True:
-                _top_up(works, images, pool, reading, skipped, decoder.channels)
+                _top_up(works, images, pool, readers, reading, skipped, decoder.channels)
                 if reading and len(inside) < DEPTH:
                     work = _complete(reading.popleft(), decoder, skipped, mend)
                     if len(work.index_B):
@@ -178,9 +181,11 @@ def decode(
                     task.cancel()
 
 
-def _top_up(works, images: ImageSet, pool, reading: deque, skipped: Skipped, channels: int) -> None:
+def _top_up(
+    works, images: ImageSet, pool, readers: int, reading: deque, skipped: Skipped, channels: int
+) -> None:
     while len(reading) <= READ_AHEAD and (work := next(works, None)) is not None:
-        parts = np.array_split(work.index_B, min(READ_TASKS, len(work.index_B)))
+        parts = np.array_split(work.index_B, min(readers, len(work.index_B)))
         work.reads = [pool.submit(_read_some, images, part, skipped, channels) for part in parts]
         reading.append(work)
 

@@ -20,6 +20,7 @@ Found = tuple[bytes, int, int, str]  # path, size, mtime_ns, why it cannot be us
 CAMERA_RAW = "a camera's raw file, which neither DALI nor Pillow reads"
 TAR = ".tar"
 PACKED = (".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst")
+LISTED = 64  # shards that are listed before their images are checked
 LOST = "a link or a folder that cannot be followed"  # so begins the reason of such
 
 # ------------------------------------------------------------------------------------- folders
@@ -335,21 +336,44 @@ def index_shards(shards: list[Path], cache, pool: ThreadPoolExecutor, log):
 
 
 def _list_and_check(shards, stamps, files, stale, tables, pool: ThreadPoolExecutor, log) -> None:
-    """Of the shards of the numbers `stale`, into `tables` and their cached files."""
-    with shown_bar(len(stale), "listing shards", "shard") as bar:
-        listed = []
-        for one in pool.map(lambda k: _list_shard(shards[k]), stale):
-            listed.append(one)
+    """Of the shards of the numbers `stale`, into `tables` and their cached files.
+
+    Some at a time, so that an indexing that is stopped keeps what it has. Those that are damaged
+    are told when all others are kept: raises ValueError.
+    """
+    damaged: list[ValueError] = []
+    for first in range(0, len(stale), LISTED):
+        some = stale[first : first + LISTED]
+        damaged += _list_and_check_some(shards, stamps, files, some, tables, pool, log)
+    if damaged:
+        others = f" ({len(damaged) - 1} more are damaged)" if len(damaged) > 1 else ""
+        raise ValueError(f"{damaged[0]}{others}")
+
+
+def _list_and_check_some(shards, stamps, files, some, tables, pool, log) -> list[ValueError]:
+    """What is wrong with those that are damaged."""
+
+    def listed_or_error(k: int) -> index.Table | ValueError:
+        try:
+            return _list_shard(shards[k])
+        except ValueError as error:
+            return error
+
+    with shown_bar(len(some), "listing shards", "shard") as bar:
+        listed = {}
+        for k, one in zip(some, pool.map(listed_or_error, some), strict=True):
+            listed[k] = one
             bar.update()
-    total = sum(map(len, listed))
-    with shown_bar(total, "checking images") as bar:
-        for k, table in zip(stale, listed, strict=True):
+    whole = {k: one for k, one in listed.items() if isinstance(one, index.Table)}
+    with shown_bar(sum(map(len, whole.values())), "checking images") as bar:
+        for k, table in whole.items():
             open_fd = lambda _, shard=shards[k]: index.open_regular(shard)  # noqa: E731
             name = lambda i, shard=shards[k], t=table: f"{shard}/{os.fsdecode(t.name(i))}"  # noqa: E731
             todo = np.setdiff1d(np.arange(len(table)), list(table.reasons))
             checked = index.check_all(open_fd, table.entries_N, todo, pool, bar, name)
             tables[k] = replace(table, reasons=table.reasons | checked, stamp=stamps[k])
             _keep(files[k], tables[k], log)
+    return [one for one in listed.values() if isinstance(one, ValueError)]
 
 
 def _list_shard(shard: Path) -> index.Table:

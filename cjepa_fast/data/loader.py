@@ -229,7 +229,9 @@ class Loader:
     def _batches(self, start_step: int) -> Iterator[Batch]:
         decoder = open_decoder(self.decoder, self._look, self.share.micro_batch)
         works = self._works(start_step)
-        decoded = decode(works, self.images, decoder, self.skipped, self._stand_in)
+        decoded = decode(
+            works, self.images, decoder, self.skipped, self._stand_in, self._data.readers
+        )
         with contextlib.closing(decoded):  # or an error below would leave its reading threads
             for images_B3HW, work in decoded:
                 part: _MicroBatch = work.tag

@@ -39,7 +39,7 @@ from cjepa_fast.runtime.printable import printable
 from cjepa_fast.runtime.watched import watched
 
 TRIED_DEEP = 8  # images of more than 8 bits, whose brightness is looked at
-OPEN_SHARDS = 256  # shards kept open at most
+OPEN_SHARDS = 4096  # shards kept open at most
 
 
 class Limits(NamedTuple):

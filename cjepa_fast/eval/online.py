@@ -7,7 +7,6 @@ Shapes: n images of a set, B images of a batch, N patches, D width.
 
 import contextlib
 import importlib
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +26,7 @@ from cjepa_fast.eval.figures.sheets import load_images
 from cjepa_fast.eval.probes import knn, linear
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime import distributed
-from cjepa_fast.runtime.distributed import from_all, rank, world_size
+from cjepa_fast.runtime.distributed import rank, rows_on_first, world_size
 from cjepa_fast.runtime.image_size import height_width
 from cjepa_fast.telemetry.progress import shown_bar
 
@@ -113,7 +112,8 @@ class OnlineEvaluation:
 
     @torch.no_grad()
     def _features(self, encoder, images: ImageSet, keep_n: torch.Tensor):
-        """(n, D) fp32 and the positions (n,), on the CPU, of all ranks' shares."""
+        """(n, D) fp32 and the positions (n,), on the CPU, of all ranks' shares; of the others than
+        the first rank's no features."""
         share = keep_n[rank() :: world_size()]
         found = []
         with shown_bar(len(share), "evaluation") as bar:
@@ -123,9 +123,8 @@ class OnlineEvaluation:
                 tokens_BND = encoder(images_B3HW)
                 found.append((tokens_BND[: len(index_B)].float().mean(1).cpu(), index_B))
                 bar.update(len(index_B))
-        pairs = itertools.chain(*from_all(found))
-        features, indices = zip(*pairs, strict=True)
-        return torch.cat(features), torch.cat(indices)
+        features, indices = zip(*found, strict=True)
+        return rows_on_first(torch.cat(features), torch.cat(indices))
 
     def _batches(
         self, images: ImageSet, share: torch.Tensor, total: int

@@ -5,6 +5,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+_found: set[Path] = set()  # that could be written to: asked once, not for each file of a large set
+
 
 def folder(name: str) -> Path:
     """Of one of this package's caches."""
@@ -17,7 +19,8 @@ def root() -> Path:
     Other packages' caches then go there too, by their variables. So commands call it as they begin.
     """
     wanted = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    if _can_be_written_to(wanted):
+    if wanted in _found or _can_be_written_to(wanted):
+        _found.add(wanted)
         return wanted
     own = Path(tempfile.gettempdir()) / f"cjepa_fast-{os.getuid()}"
     if not _can_be_written_to(own) or own.is_symlink() or own.stat().st_uid != os.getuid():

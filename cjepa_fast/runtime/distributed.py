@@ -18,7 +18,7 @@ from typing import NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
-from cjepa_fast.runtime import caches, children, hardware
+from cjepa_fast.runtime import caches, children, files, hardware
 
 T = TypeVar("T")
 PIECE_ROWS = 4096  # of a large tensor, passed on at a time
@@ -36,6 +36,7 @@ def start(seed: int, timeout_s: float = 0) -> torch.device:
     Without a GPU: the CPU and gloo. timeout_s: of the collectives; 0: none that is ever reached.
     """
     caches.root()
+    files.allow_many_open()
     children.end_with_parent()
     cuda = hardware.has_gpu()
     local_rank = hardware.local_rank()

@@ -6,6 +6,8 @@ import contextlib
 import errno
 import hashlib
 import os
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 MOST_JSON_BYTES = 2**26  # of a description; what is larger is none of ours
+MANY = 65_536  # files open at once
 
 
 def write_text(path: Path, text: str) -> None:
@@ -97,8 +100,23 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 @contextlib.contextmanager
 def opened(path: Path):
     """A safetensors file. Raises ValueError where it is damaged, FileNotFoundError if missing."""
+    with reading(path), safe_open(path, "pt") as file:
+        yield file
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What is wrong with a safetensors file, where one that is open is read."""
     try:
-        with safe_open(path, "pt") as file:
-            yield file
+        yield
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
+
+
+def allow_many_open() -> None:
+    """As many open files as this process may ask for, up to MANY: a rank holds the shards of its
+    images and of checkpoints, and connections to all other ranks."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MANY if hard == resource.RLIM_INFINITY else min(hard, MANY)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -441,6 +441,7 @@ class Loop:
         elif saved and distributed.rank() == 0:
             final = checkpoint.latest(self.folder)
             encoders.write_encoder(self.folder / "encoder.safetensors", "target", final)
+            self.watch.mark("writing the second encoder")
             encoders.write_encoder(self.folder / "context_encoder.safetensors", "context", final)
             log = self.folder / "log.jsonl"  # none of a finished training taken to another folder
             for line in ended(read_log(log) if log.is_file() else [], self.folder):

@@ -6,6 +6,7 @@ import resource
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from cjepa_fast import checkpoint, load_encoder
@@ -35,6 +36,29 @@ def test_any_run_is_read_from_any_cut(tmp_path, cuts):
             fragment = Fragment("x", start, torch.full((end - start,), float("nan")))
             stored.read_into("master", fragment)
             assert torch.equal(fragment.values, weight[start:end])
+
+
+def test_each_shard_is_opened_once(tmp_path, monkeypatch):
+    """Under ZeRO-3 each rank's shard has a run of every parameter: many ranks make many runs."""
+    opened = []
+
+    class Watched:
+        def __init__(self, path, framework):
+            opened.append(path)
+            self.file = safe_open(path, framework)
+
+        def keys(self):
+            return self.file.keys()
+
+        def get_slice(self, key):
+            return self.file.get_slice(key)
+
+    monkeypatch.setattr("cjepa_fast.checkpoint.format.safe_open", Watched)
+    stored = stored_in_pieces(tmp_path / "step_00000001", torch.arange(10.0), [0, 4, 8, 10])
+    for start in (0, 5, 9):
+        stored.read_into("master", Fragment("x", start, torch.empty(1)))
+    stored.whole("master", "x")
+    assert len(opened) == len(set(opened)) == 3
 
 
 def test_a_full_disk_is_an_os_error(tmp_path):

@@ -351,6 +351,24 @@ def test_reading_is_safe_from_many_threads(tmp_path, opened, monkeypatch):
         assert list(pool.map(images.read, list(range(30)) * 20)) == alone * 20
 
 
+def test_a_damaged_shard_costs_the_others_no_listing(tmp_path, opened, monkeypatch):
+    """What was listed and checked is kept, and the damaged ones are told at the end."""
+    monkeypatch.setattr(listing, "LISTED", 2)
+    root = made.good_shards(tmp_path / "set", 40, 5)
+    shards, walked = sorted(root.glob("*.tar")), []
+    assert len(shards) > 3
+    whole = shards[1].read_bytes()
+    shards[1].write_bytes(whole[: len(whole) // 2])
+    walk = listing._walk
+    monkeypatch.setattr(listing, "_walk", lambda shard: walked.append(shard.name) or walk(shard))
+    with pytest.raises(ValueError, match=f"{shards[1].name} is cut short"):
+        opened(root)
+    assert len(walked) == len(shards)
+    shards[1].write_bytes(whole)
+    walked.clear()
+    assert len(opened(root)) == 40 and walked == [shards[1].name]
+
+
 def test_file_that_shrank_is_an_oserror(tmp_path, opened):
     root = made.good_folder(tmp_path / "set", 2)
     images = opened(root)

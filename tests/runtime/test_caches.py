@@ -33,6 +33,17 @@ def test_the_users_cache_folder_is_made_and_said_nothing_of(tmp_path, monkeypatc
     assert capsys.readouterr().err == ""
 
 
+def test_whether_it_can_be_written_to_is_asked_once(tmp_path, monkeypatch):
+    """Not for each of ten thousand shards, on a home folder that all ranks share."""
+    asked = []
+    monkeypatch.setattr(caches, "_can_be_written_to", lambda path: asked.append(path) or True)
+    for home in ("a", "b"):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / home))
+        for _ in range(3):
+            assert caches.root() == tmp_path / home
+    assert asked == [tmp_path / "a", tmp_path / "b"]
+
+
 def test_without_a_home_all_caches_go_to_one_folder_that_is_said_once(no_home, capsys):
     own = no_home / f"cjepa_fast-{os.getuid()}"
     assert caches.root() == caches.root() == own

@@ -1,6 +1,7 @@
 """What is read from the disk: a description is an object of JSON, or the file is named."""
 
 import pickle
+import resource
 
 import pytest
 
@@ -38,3 +39,15 @@ def test_a_description_is_read_and_a_missing_one_is_missing(tmp_path):
     assert files.read_json(tmp_path / "state.json") == {"step": 3}
     with pytest.raises(FileNotFoundError):
         files.read_json(tmp_path / "other.json")
+
+
+def test_a_process_may_hold_as_many_files_as_it_is_allowed():
+    """A usual login has 1024 of the half million that it may ask for."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = min(before[1], files.MANY) if before[1] != resource.RLIM_INFINITY else files.MANY
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, wanted), before[1]))
+    try:
+        files.allow_many_open()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (wanted, before[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

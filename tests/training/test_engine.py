@@ -238,6 +238,7 @@ def test_the_users_deepspeed_json_is_kept():
     assert config["train_micro_batch_size_per_gpu"] == 4
     assert config["gradient_accumulation_steps"] == 2 and "train_batch_size" not in config
     assert config["bf16"]["enabled"] is True and config["gradient_clipping"] == 1.0
+    assert config["timers"]["throughput"]["enabled"] is False  # it would wait for the device
     assert complete_config({}, **options)["zero_optimization"]["reduce_bucket_size"] == 9
     assert config["zero_optimization"].get("overlap_comm") is (
         None if torch.cuda.is_available() else False

@@ -372,6 +372,8 @@ def complete_config(
     config["bf16"] = {**config.get("bf16", {}), "enabled": precision == "bf16"}
     config.setdefault("gradient_clipping", clip)
     config.setdefault("zero_allow_untested_optimizer", True)
+    # DeepSpeed's timer waits for the device twice a micro-batch; the log has its own images/s
+    config.setdefault("timers", {"throughput": {"enabled": False}})
     # torch's fused AdamW also serves offloaded masters: DeepSpeed's own would be compiled first
     config.setdefault("zero_force_ds_cpu_optimizer", False)
     zero = dict(config.get("zero_optimization", {}))
