@@ -28,7 +28,7 @@ TABLE = {
     28: (136.8, {1: 353.0, 16: 264.6, 64: 238.1, 128: 226.7, 2048: 192.1}, 0.025),
 }
 SIDES = [14, *(pytest.param(side, marks=pytest.mark.long) for side in (16, 28))]
-STEPS = {1: 800, 16: 300, 64: 150, 128: 80, 2048: 10}
+STEPS = {1: 800, 16: 300, 64: 150, 128: 80, 2048: 40}
 
 
 def many(sampler: MaskSampler, steps: int, batch: int):
@@ -176,7 +176,8 @@ def test_prefix_throws_the_bottom_away(seed):
         rows = rows.double() / batch
         error = SIGMAS * rows[:, 12].std().item() / steps**0.5
         assert abs(rows[:, 12].mean().item() - expected) < error + 0.05, batch
-        assert abs(rows[:, 0].mean().item() - 10.3) < 0.5, batch
+        error = SIGMAS * rows[:, 0].std().item() / steps**0.5
+        assert abs(rows[:, 0].mean().item() - 10.3) < error + 0.2, batch
 
 
 def one_cell_an_image(sampler: MaskSampler, steps: int, batch: int) -> dict[str, torch.Tensor]:
@@ -345,7 +346,7 @@ def test_fixed_shapes_never_change(seed, sampler, side):
     middle = {"target_scale": 0.175, "target_aspect": math.sqrt(0.75 * 1.5), "context_scale": 0.925}
     same_blocks = {name: (value, value) for name, value in middle.items()}
     cut = MaskSampler((side, side), sampler, "random", seed=seed, **same_blocks)
-    assert all(m.context_idx_BK.shape[1] < K for m in many(cut, 5, 128))  # missed by 1 in 10^5
+    assert all(m.context_idx_BK.shape[1] < K for m in many(cut, 5, 256))  # missed by 1 in 10^6
 
 
 def same_blocks_as(constant: MaskSampler) -> MaskSampler:
@@ -386,9 +387,11 @@ def test_fixed_redraws_about_one_image_in_ten(seed):
 def test_packed_keeps_the_first_layout_and_all_of_its_context(seed):
     packed = MaskSampler((14, 14), "uniform", "packed", seed=seed)
     first, indices = same_blocks_as(packed), torch.arange(200)
-    kept = packed(0, 0, indices)
+    # A batch that is over the budget is cut, one in a thousand: the next one then.
+    batches = ((epoch, packed(epoch, 0, indices)) for epoch in range(9))
+    epoch, kept = next(b for b in batches if b[1].context.tokens < len(b[1].context.rows_T))
     for index, row in zip(indices, contexts_of(kept), strict=True):
-        alone = first(0, 0, index[None])
+        alone = first(epoch, 0, index[None])
         assert torch.equal(kept.target_idx_BMP[index], alone.target_idx_BMP[0])
         assert torch.equal(row, alone.context_idx_BK[0])
     assert kept.context_k == kept.context.tokens / 200

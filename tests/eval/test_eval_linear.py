@@ -176,7 +176,7 @@ def test_top_1_and_top_5_by_hand():
 
 def test_the_test_images_do_not_choose(seed):
     x, label = blobs(200, spread=3.0)
-    y, label_y = blobs(60, spread=3.0)
+    y, label_y = blobs(300, spread=3.0)
     plan = ProbePlan("adamw", epochs=3)
     honest = linear.sweep((x, label, y, label_y), [8], plan)[0]
     shuffled = linear.sweep((x, label, y, label_y.roll(1)), [8], plan)[0]

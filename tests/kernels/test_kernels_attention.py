@@ -74,18 +74,27 @@ def rounding(name: str, made: tuple, exact: dict, H: int) -> float:
     rowsum(do * o) is of the rounded o, as in FlashAttention, and is off in dq and dk by that. Each
     product is off by u of itself at most, half a step; together by no more than their sum, and 2.3
     u of their norm are four standard deviations. The sums add up many values that nearly cancel:
-    the keys' sum to nothing but rounding.
+    the keys' sum to nothing but rounding. Into them each query's rowsum goes, off by itself. The
+    weights are rounded before they multiply v, and do: of few keys each counts.
     """
-    q, k, _, dout = made
-    half = FLOOR[q.dtype] / 2
-    if name == "sums":
-        return half * sum(exact[n].abs().sum((0, 1)).amax().item() for n in ("dq", "dk", "dv"))
-    if name not in ("dq", "dk") or not dout.numel():
+    q, k, v, dout = made
+    if not dout.numel():
         return 0.0
-    other = (k if name == "dq" else q).abs().max().item()
+    step = FLOOR[q.dtype]
     rows = (exact["out"] * dout.double()).abs().unflatten(-1, (H, -1))
-    off = torch.minimum(rows.sum(-1), 2.3 * rows.norm(dim=-1)).max().item()
-    return 2 * FLOOR[q.dtype] * off * other * rows.shape[-1] ** -0.5
+    off = torch.minimum(rows.sum(-1), 2.3 * rows.norm(dim=-1))  # (B, S, H)
+    slope = 2 * step * rows.shape[-1] ** -0.5
+    if name in ("dq", "dk"):
+        return slope * off.max().item() * (k if name == "dq" else q).abs().max().item()
+    if name == "sums":
+        added = sum(exact[n].abs().sum((0, 1)).amax().item() for n in ("dq", "dk", "dv"))
+        together = off.square().sum((0, 1)).sqrt().max().item()
+        return step / 2 * added + slope * together * max(q.abs().max(), k.abs().max()).item()
+    scores = heads(q.double(), H) @ heads(k.double(), H).transpose(-1, -2)
+    weights = (scores * rows.shape[-1] ** -0.5).softmax(-1)
+    if name == "dv":
+        return step * (weights.transpose(-1, -2) @ heads(dout.double(), H).abs()).max().item()
+    return step * (weights @ heads(v.double(), H).abs()).max().item()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

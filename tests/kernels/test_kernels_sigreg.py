@@ -190,9 +190,10 @@ def test_cosine_and_sine_over_many_periods(kernel_device):
 )
 @given(
     G=st.integers(0, 4), n=st.integers(2, 70), D=st.integers(1, 40), K=st.integers(1, 70),
-    dtype=st.sampled_from(DTYPES),
+    dtype=st.sampled_from(DTYPES), seed=st.integers(0, 2**31),
 )  # fmt: skip
-def test_any_small_shape(kernel_device, G, n, D, K, dtype):
+def test_any_small_shape(kernel_device, G, n, D, K, dtype, seed):
+    torch.manual_seed(seed)
     z, directions, rows = inputs((G, n, D, K), kernel_device)
     check(z.to(dtype), directions, rows)
 

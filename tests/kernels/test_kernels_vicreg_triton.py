@@ -70,11 +70,25 @@ def check(z: torch.Tensor, function=vicreg_terms, **arguments) -> dict:
         added = subtrahend(name, z, slopes, **arguments)
         floor = 2.0**-21 if name in ("cov", "dz") else FLOOR[torch.float32]  # two halves of tf32
         floor = max(floor, FLOOR[dtype])
+        if name == "cov":
+            amount = amount_of(z.double())
+            floor *= max(1.0, (amount / (wanted + added)).nan_to_num(0.0, posinf=0.0).item())
         sums = (x.double() + added for x in (got[name], eager[name], wanted))
         within_budget(*sums, dtype, name, floor)
         if name == "cov":  # what two halves of bf16 leave, whatever z's own rounding is
-            assert (got[name] - wanted).abs() <= 2.0**-15 * (wanted + added)
+            assert (got[name] - wanted).abs() <= 2.0**-16 * (amount + 2 * added)
     return got
+
+
+def amount_of(z: torch.Tensor) -> torch.Tensor:
+    """cov with the absolute value of each product in one of its factors, and twice: how far it
+    moves by a relative error of the products. Where none cancel it is 2 cov."""
+    z = z.detach()
+    x, n = z - z.mean(-2, keepdim=True), z.shape[-2]
+    c, a = (y.transpose(-1, -2) @ y / (n - 1) for y in (x, x.abs()))
+    beside = c.abs() * a
+    pairs = beside.sum((-2, -1)) - beside.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return (2 * pairs / z.shape[-1]).mean()
 
 
 def subtrahend(
@@ -109,7 +123,7 @@ def test_gamma_and_eps(seed, kernel_device, shape, gamma, eps):
     check(spread(*shape, device=kernel_device), gamma=gamma, eps=eps)
 
 
-@pytest.mark.parametrize("shape", [(256, 8), (24, 40)])
+@pytest.mark.parametrize("shape", [(256, 64), (24, 40)])
 def test_small_spread_around_a_large_mean(seed, kernel_device, shape):
     """Better than eager, whose mean is rounded to 3e-5 where the spread is 1e-2."""
     z = (1000 + 0.01 * torch.randn(*shape)).to(kernel_device)
@@ -268,9 +282,11 @@ def test_without_gradient_no_matrix_is_kept(seed, kernel_device):
     max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
-    M=st.integers(1, 3), n=st.integers(2, 70), D=st.integers(1, 70), dtype=st.sampled_from(DTYPES)
-)
-def test_any_small_shape(kernel_device, M, n, D, dtype):
+    M=st.integers(1, 3), n=st.integers(2, 70), D=st.integers(1, 70), dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 2**31),
+)  # fmt: skip
+def test_any_small_shape(kernel_device, M, n, D, dtype, seed):
+    torch.manual_seed(seed)
     check(spread(M, n, D, device=kernel_device).to(dtype))
 
 

@@ -241,7 +241,11 @@ def test_bf16_inputs_give_fp32_terms(batch):
         terms, wanted = (terms_of(CJEPALoss(views=views), *x) for x in (rounded, exact))
         for name, term in terms.items():
             assert term.dtype == torch.float32
-            assert term.item() == pytest.approx(wanted[name].item(), rel=1e-4), (views, name)
+            assert term.item() == pytest.approx(
+                wanted[name].item(),
+                rel=1e-4,
+                abs=2.0**-22,  # ulps of the hinge's gamma, 1
+            ), (views, name)
 
 
 def test_collapse_shows_in_std_not_in_cov(seed):
