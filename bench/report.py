@@ -110,10 +110,13 @@ def cifar_lines(found: dict) -> Iterator[Line]:
     both = (figure(rows, n, TRAINED, beta=b) for n, b in (("C-JEPA", 0.001), ("I-JEPA", 0.0)))
     what = "kNN and linear probe, %, one seed"
     yield f"CIFAR-10, {found['epochs']} epochs: {what}", device, "; ".join([*both, fresh]), where
-    for key, name in (("longer", "CIFAR-10"), ("recipe", "CIFAR-10, cifar10_vit_t.json")):
+    recipe = "VICReg at each position (ours)"
+    for key, name, trained in (
+        ("longer", "CIFAR-10", "C-JEPA"), ("recipe", "CIFAR-10, cifar10_vit_t.json", recipe),
+    ):  # fmt: skip
         if more := found.get(key):
-            names = (("C-JEPA", TRAINED), ("untrained", UNTRAINED))
-            figures = (figure(more["rows"], name, encoder) for name, encoder in names)
+            names = ((trained, TRAINED), ("untrained", UNTRAINED))
+            figures = (figure(more["rows"], label, encoder) for label, encoder in names)
             yield f"{name}, {more['epochs']} epochs: {what}", device, "; ".join(figures), where
 
 
