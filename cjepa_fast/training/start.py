@@ -324,7 +324,8 @@ def _choices(trainer: Trainer) -> Iterator[str]:
     yield hardware.told_precision(config.run.precision, device, trainer.restoring)
     asked = config.model.attention
     kernels = set(trainer.attention.values())
-    if device.type == "cuda" or (asked != "auto" and kernels != {asked}):
+    another = asked != "auto" and kernels != {asked}
+    if kernels and (device.type == "cuda" or another):
         chosen = ", ".join(f"{part} {name}" for part, name in trainer.attention.items())
         why = "the fastest of those here" if asked == "auto" else f"of model.attention {asked}"
         yield f"attention: {chosen} ({why})"

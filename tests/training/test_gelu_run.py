@@ -72,18 +72,20 @@ def test_where_it_is_computed_is_told_only_of_fused_blocks_on_a_gpu(trained, mon
     monkeypatch.setattr(start.hardware, "told_precision", lambda *_: "precision")
     monkeypatch.setattr(fused_mlp, "told", lambda device, dtype: f"GELU in {dtype}")
 
-    def told(precision="bf16", fused=True, device="cuda", gelu="tanh") -> list[str]:
+    def told(precision="bf16", fused=True, device="cuda", gelu="tanh", width=32) -> list[str]:
         changes = {
             "run": config.run.model_copy(update={"precision": precision}),
             "model": config.model.model_copy(update={"gelu": gelu}),
         }
         trainer = argparse.Namespace(
             config=config.model_copy(update=changes), device=torch.device(device), restoring=False,
-            attention={}, linear={}, context_encoder=argparse.Namespace(fused=fused),
+            attention={}, linear={}, context_encoder=argparse.Namespace(fused=fused, width=width),
         )  # fmt: skip
-        return [line for line in start._choices(trainer) if "GELU" in line]
+        return list(start._choices(trainer))[2:]
 
     assert told() == ["GELU in torch.bfloat16"]
+    wide = ["the encoder's blocks are not fused: 2304 is wider than 2048"]
+    assert told(fused=False, width=2304) == wide and told(width=2304, device="cpu") == []
     for other in ({"precision": "fp32"}, {"fused": False}, {"device": "cpu"}, {"gelu": "exact"}):
         assert told(**other) == [], other
 
