@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import time
 from datetime import timedelta
@@ -396,7 +397,8 @@ def test_a_clock_that_jumps_changes_nothing(tmp_path):
         saved = sorted(path.name for path in (run / "checkpoints").glob("step_*"))
         assert saved == ["step_00000005", "step_00000006"]
         assert checkpoint.latest(run).name == saved[-1]
-    assert "read the clock 0 times" not in results["jumps"].stdout
+    reads = re.findall(r"read the clock (\d+) times", results["jumps"].stdout)
+    assert len(reads) == 2 and max(map(int, reads)) > 0  # of the second rank nothing reads it
     assert tiny.losses(tmp_path / "plain") == tiny.losses(tmp_path / "jumps")
     assert "no sign of life" not in results["jumps"].stderr
 
