@@ -44,7 +44,7 @@ ELSEWHERE = {
     r".*data.channels=1": "tests/training/test_channels_run.py: the images here are RGB",
     r"cjepa-train .*run.init_from=FILE": "tests/training/test_initial.py",
     r"cjepa-export .*--push": "tests/export/test_hub.py: it needs an account",
-    r"pip install": "by hand: it changes the environment",
+    r"pip (install|download)": "by hand: it changes the environment",
     r"bench/gpu_gate.sh": "by hand, at toy size: minutes on a CPU",
 }
 SMALL = (
@@ -149,7 +149,8 @@ def as_run(command: Command, folder: Path, config: Path, number: int) -> str:
     scripts = {"cjepa-eval": "cjepa_fast.eval", "cjepa-export": "cjepa_fast.export"}
     scripts |= {"cjepa-plan": "cjepa_fast.tools.plan", "cjepa-train": "cjepa_fast.train"}
     scripts |= {"cjepa-report": "cjepa_fast.tools.report", "torchrun": "torch.distributed.run"}
-    scripts |= {"cjepa-embed": "cjepa_fast.eval embed"}
+    scripts |= {"cjepa-embed": "cjepa_fast.eval embed", "cjepa-pack": "cjepa_fast.data.pack"}
+    scripts |= {"cjepa-ablate": "cjepa_fast.tools.ablate"}
     first, _, rest = text.partition(" ")
     if first == "deepspeed":
         return shlex.join([str(Path(sys.prefix, "bin", "deepspeed"))]) + f" {rest}"
