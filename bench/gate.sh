@@ -158,12 +158,14 @@ if [[ -f $WHEELS/triton_cache.tar.xz ]]; then
   prepared cache 30 "$PYTHON" bench/warm_cache.py --unpack "$WHEELS/triton_cache.tar.xz"
   ((status != 0)) || warm=1
 fi
-if [[ $gpu && ! $warm && ! -e $TRITON_CACHE_DIR ]] && ((BUDGET_S > 60)); then
+if [[ $gpu && ! $warm && ! -e $TRITON_CACHE_DIR && $PARTS == " all " ]] && ((BUDGET_S > 60)); then
   printf '%s\n' vit_h vit_b vit_l | xargs -P 3 -I{} "$PYTHON" bench/warm_cache.py --fill --config {} \
-    >"$FOUND/warm_cache.log" 2>&1 &
+    >"$WORK/warm_cache.log" 2>&1 & # not into FOUND: tar fails of a file that grows
   filling=$!
 fi
 
 await_kernels() {
-  if [[ $filling ]]; then part kernels 90 tail --pid="$filling" -f /dev/null; fi
+  [[ $filling ]] || return 0
+  part kernels 90 tail --pid="$filling" -f /dev/null
+  cp "$WORK/warm_cache.log" "$FOUND"
 }
