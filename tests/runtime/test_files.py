@@ -51,3 +51,15 @@ def test_a_process_may_hold_as_many_files_as_it_is_allowed():
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (wanted, before[1])
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_system_that_allows_fewer_files_than_it_says_is_left_as_it_is(monkeypatch):
+    """macOS says infinity, and refuses what is above a limit of its kernel."""
+
+    def refuse(*args):
+        raise ValueError("current limit exceeds maximum limit")
+
+    limits = (256, resource.RLIM_INFINITY)
+    monkeypatch.setattr(files.resource, "getrlimit", lambda which: limits)
+    monkeypatch.setattr(files.resource, "setrlimit", refuse)
+    files.allow_many_open()
