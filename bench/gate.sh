@@ -154,12 +154,14 @@ fi
 export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-${gpu:+/tmp/cjepa_triton}}"
 TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$WORK/triton}"
 filling="" warm=""
+[[ ! -e $TRITON_CACHE_DIR ]] || warm=1 # of the call before
 if [[ -f $WHEELS/triton_cache.tar.xz ]]; then
   prepared cache 30 "$PYTHON" bench/warm_cache.py --unpack "$WHEELS/triton_cache.tar.xz"
   ((status != 0)) || warm=1
 fi
-if [[ $gpu && ! $warm && ! -e $TRITON_CACHE_DIR && $PARTS == " all " ]] && ((BUDGET_S > 60)); then
-  printf '%s\n' vit_h vit_b vit_l | xargs -P 3 -I{} "$PYTHON" bench/warm_cache.py --fill --config {} \
+if [[ $gpu && ! $warm && $PARTS == " all " ]] && ((BUDGET_S > 60)); then
+  printf '%s\n' vit_h vit_b vit_l | OMP_NUM_THREADS=2 xargs -P 3 -I{} \
+    "$PYTHON" bench/warm_cache.py --fill --config {} \
     >"$WORK/warm_cache.log" 2>&1 & # not into FOUND: tar fails of a file that grows
   filling=$!
 fi

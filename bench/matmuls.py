@@ -8,8 +8,9 @@ Of bf16 x (rows, C), weight (O, C) and bias (O,), at the shapes of the models' s
     addmm activation  torch._addmm_activation: GELU in the matmul's epilogue, by its tanh form
     gelu_aux          the same, and what GELU's backward reads: model/cublaslt.py, linear_gelu
     dgelu             a matmul times GELU's derivative, and its sum: there, gelu_backward
-The last two are measured where cuBLASLt's trial is right. The variants take turns with the caches
-cold; a figure is the median. Errors are against float64, of some rows.
+    mm, dgelu         the same by mm, then kernels/gelu.py
+gelu_aux and dgelu are measured where cuBLASLt's trial is right. The variants take turns with the
+caches cold; a figure is the median. Errors are against float64, of some rows.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from hardware import here, provenance
 from stopwatch import Stopwatch
 
 from cjepa_fast.kernels.common.launch import runs_on
-from cjepa_fast.kernels.gelu import launch_gelu
+from cjepa_fast.kernels.gelu import launch_gelu, launch_gelu_backward
 from cjepa_fast.model import cublaslt
 
 CHECKED = 256  # rows whose error is told
@@ -88,6 +89,8 @@ def variants(shape: Shape, device: torch.device) -> dict[str, Callable]:
             return launch_gelu(u, u)
 
         found["addmm, gelu"] = with_ours
+        second, u = weight.t().contiguous(), normal(shape.rows, shape.outputs)
+        found["mm, dgelu"] = lambda: launch_gelu_backward(x @ second, u, kind="tanh")[0]
         try:
             found |= epilogues(x, weight, bias)
         except Exception as error:  # of a binding that is there and refuses: told, not fatal
@@ -101,7 +104,7 @@ def measure(shape: Shape, watch: Stopwatch, seconds: float) -> dict:
     exact = calls.pop("reference")()
     errors = {}
     for name, call in calls.items():
-        if name != "dgelu":
+        if not name.endswith("dgelu"):
             wanted = exact if name == "addmm" else F.gelu(exact)
             off = call()[:CHECKED].double() - wanted
             errors[name] = float(off.norm() / wanted.norm())

@@ -3,6 +3,7 @@
 Times are the device's own on a GPU, so that the host may run ahead of it.
 """
 
+import functools
 import gc
 import itertools
 import statistics
@@ -346,10 +347,16 @@ def row_of(config: Config, data: str, trainer: Trainer, timed: dict) -> dict:
     }
 
 
+@functools.cache
+def _matmul_tflops(device: torch.device, dtype: torch.dtype) -> float:
+    """Once a process: it takes a second, and heats the device before the next row."""
+    return measured_tflops(device, dtype)
+
+
 def add_mfu(row: dict, precision: str, device: torch.device, device_name: str) -> None:
     """Model-flop utilisation of one device, in per cent: of its data sheet, of a plain matmul."""
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
-    row["matmul_tflops"] = measured_tflops(device, dtype)
+    row["matmul_tflops"] = _matmul_tflops(device, dtype)
     row["mfu_matmul_pct"] = 100 * row["tflops"] / row["matmul_tflops"]
     peak = peak_tflops(device_name) if precision == "bf16" else None
     row["peak_tflops"] = peak

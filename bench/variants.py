@@ -75,6 +75,16 @@ def recording_is_open() -> bool:
     return cuda and torch.cuda.current_stream() != torch.cuda.default_stream()
 
 
+def device_has_failed() -> bool:
+    """Whether an error of the device, a wild address for one, spoils all that this process does."""
+    try:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
 def measured(name: str, which: str, args: argparse.Namespace) -> list[dict]:
     """The row of a variant of a configuration, or one that says why there is none."""
     variant = VARIANTS[which]
@@ -131,6 +141,9 @@ def main(argv: list[str]) -> int:
             write(rows, args.json)
         if recording_is_open():
             print("ends here: after a recording that failed torch's memory is not to be trusted")
+            break
+        if "failed" in rows[-1] and device_has_failed():
+            print("ends here: the device has failed, and fails all that this process asks of it")
             break
     print(
         table(rows, {"config": COLUMNS["config"], "variant": ("variant", "{}")} | columns_of(rows))

@@ -9,10 +9,11 @@ finds a kernel by a hash of its source, of Triton itself, of the assembler's ver
 launch: so the file serves the build of Triton that made it, best in an environment like the one it
 is for. Steps of the models, and the tuner's candidates with --tune, run with a stand-in for the
 driver (stand_in.py), at their own shapes. `--unpack` then has Triton look for one kernel, and exits
-with 1 where it was not found: the others will be compiled there.
+with 1 where it was not found, or where kernels/ has changed since: the others are compiled there.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -30,7 +31,7 @@ import files
 import stand_in
 import torch
 import tune
-from hardware import versions
+from hardware import ROOT, versions
 
 from cjepa_fast import config as configuration
 from cjepa_fast.kernels.common import launch
@@ -88,11 +89,23 @@ def cache_dir() -> Path:
     return Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
 
 
+def sources() -> str:
+    """A hash of the kernels' code; their configurations (tuned.py) are launched as they come."""
+    found = hashlib.sha256()
+    for path in sorted((ROOT / "kernels").rglob("*.py")):
+        if path.name != "tuned.py":
+            found.update(path.read_bytes())
+    return found.hexdigest()[:16]
+
+
 def packed(out: Path) -> str:
     """Write the cache into `out`. Raises ValueError where it is larger than MOST_BYTES."""
     folder = cache_dir()
     kernels = [path for path in folder.iterdir() if path.is_dir()]
-    about = {"versions": versions(), "architecture": stand_in.ARCHITECTURE, "kernels": len(kernels)}
+    about = {
+        "versions": versions(), "sources": sources(), "architecture": stand_in.ARCHITECTURE,
+        "kernels": len(kernels),
+    }  # fmt: skip
     (folder / ABOUT).write_text(json.dumps(about, indent=1), encoding="utf-8")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(out, "w:xz") as tar:
@@ -133,6 +146,9 @@ def is_found() -> bool:
 
 def check(file: Path) -> int:
     about = unpack(file)
+    if about.get("sources") != sources():
+        print(f"a miss: kernels/ has changed since {file} was made")
+        return 1
     if is_found():
         print(f"a hit: Triton finds the {about['kernels']} kernels of {file}")
         return 0

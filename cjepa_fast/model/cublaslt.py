@@ -40,6 +40,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from cjepa_fast.runtime.rates import synchronize
+
 # --- the library's own numbers
 
 COMPUTE_32F, TRANSPOSED = 68, 1
@@ -290,6 +292,7 @@ def problem(device: torch.device, dtype: torch.dtype) -> str:
     try:
         return next((why for size in TRIED if (why := fault(device, dtype, size))), "")
     except (OSError, AttributeError, RuntimeError) as error:
+        synchronize(device)  # raises where the device itself has failed: then no run goes on
         return f"{type(error).__name__}: {str(error)[:200]}"
 
 

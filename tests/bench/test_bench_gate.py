@@ -28,7 +28,8 @@ BY_SCRIPT = {
         "graph": "--variant graph", "compiled": "--variant compiled", "profile": "--profile",
         "prepare": "--prepare 15/16", "tune": "--tune --only attention add_norm gelu",
         "tuned": "throughput_tuned", "matmuls": "matmuls.py",
-        "others": "--variant fp8 fp8_fast tanh k78 stream batch256",
+        "tanh": "--variant tanh", "target-fp8": "--variant fp8 fp8_fast",
+        "others": "--variant k78 stream batch256",
         "reference-b": "--against reference", "reference-h": "--batch-size 32",
     },
     "gpu_more.sh": {
@@ -78,7 +79,7 @@ def test_every_part_runs(tmp_path, gate, script, no_gpu):
     summary, calls = (tmp_path / "out" / "summary.txt").read_text(), (tmp_path / "calls")
     parts = {line.split()[0] for line in summary.splitlines() if " passed " in line}
     own = {"compile-ops", "memcheck", "racecheck"} if shutil.which("compute-sanitizer") else set()
-    only_gpu = {"kernels", "prepare", "tune", "tuned", "graph", "compiled"}
+    only_gpu = {"kernels", "prepare", "tune", "tuned", "graph", "compiled", "target-fp8"}
     only_gpu = only_gpu if no_gpu == "1" else set()
     assert parts - own == BY_SCRIPT[script].keys() - only_gpu
     called = calls.read_text()
@@ -96,7 +97,7 @@ def test_every_part_runs(tmp_path, gate, script, no_gpu):
         (
             "gpu_gate.sh",
             "variants.py",
-            ["fused", "graph", "tuned", "profile", "compiled", "others"],
+            ["fused", "graph", "tanh", "target-fp8", "tuned", "others", "profile", "compiled"],
         ),
         ("gpu_more.sh", "--resume", ["resume"]),
     ],
@@ -127,6 +128,17 @@ def test_only_the_parts_asked_for_run(tmp_path, gate):
     lines = (tmp_path / "out" / "summary.txt").read_text().splitlines()
     passed = [line.split()[0] for line in lines if " passed " in line]
     assert passed == ["wheels", "cache", "doctor", "matmuls"]
+
+
+@pytest.mark.parametrize("serves", [True, False])
+def test_a_cache_that_does_not_serve_is_filled_there(tmp_path, gate, serves):
+    """Although it left a folder."""
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    (wheels / "triton_cache.tar.xz").touch()
+    failing = "nothing" if serves else "--unpack"
+    gate("gpu_gate.sh", WHEELS=str(wheels), FAILING=failing).wait(tiny.HANG_S)
+    assert ("--fill" in (tmp_path / "calls").read_text()) != serves
 
 
 def test_a_missing_package_is_told_before_the_first_part(tmp_path, gate):

@@ -57,3 +57,14 @@ def test_nothing_is_measured_after_a_recording_left_open(tmp_path, measured, mon
     status, rows = run(tmp_path, "fused", "graph")
     assert status == 1 and [row["variant"] for row in rows] == ["fused", "fused", "graph"]
     assert "not to be trusted" in capsys.readouterr().out
+
+
+def test_nothing_is_measured_after_an_error_of_the_device(tmp_path, measured, monkeypatch, capsys):
+    """All that the process asks of it fails from then on; a mere refusal leaves it sound."""
+    measured[1].append(("vit_h", "model.gelu=tanh"))
+    asked = []
+    monkeypatch.setattr(variants, "device_has_failed", lambda: asked.append(1) or len(asked) > 1)
+    assert len(run(tmp_path, "tanh")[1]) == 2
+    status, rows = run(tmp_path, "tanh")
+    assert status == 1 and len(rows) == 1
+    assert "the device has failed" in capsys.readouterr().out

@@ -169,10 +169,9 @@ class SingleEngine:
         new = {name: gradient_of(p) for name, p in self._weights.items()}
         if self.accumulation == 1:
             return new
-        return {
-            name: g.float() + self._sums[name] if self._sums else g.float()
-            for name, g in new.items()
-        }
+        if not self._sums:
+            return {name: g.to(torch.float32, copy=True) for name, g in new.items()}
+        return {name: self._sums[name].add_(g) for name, g in new.items()}
 
     def _clear(self) -> None:
         self.module.zero_grad()
