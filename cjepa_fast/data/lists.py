@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from cjepa_fast.data import kinds
 from cjepa_fast.runtime.printable import printable
 
 ENDINGS = (".txt", ".csv")
@@ -57,27 +58,42 @@ def labels_for(path: Path, names: list[bytes], log: Callable[[str], None]) -> li
     else:
         rows = [(number, *_pair(line)) for number, line in _lines(text)]
         lines = [line for _, line in _lines(text)]
-    given = _by_name(path, rows)
     known = [(name, os.path.splitext(name)[0]) for name in map(os.fsdecode, names)]
-    if found := given.keys() & set(itertools.chain(*known)):
-        if odd := [name for name in given if name not in found]:
+    given = _by_name(path, rows, set(itertools.chain(*known)))
+    if given:
+        if odd := [name for _, name, label in rows if label and name not in given]:
             log(f"{path}: {len(odd)} lines name no image of the set, such as {printable(odd[0])}")
         return [given.get(name, given.get(stem, "")) for name, stem in known]
-    if len(lines) != len(names):
+    if len(lines) != len(names) or _name_files(path, rows):
+        firsts = [name for _, name, _ in rows[:1]] + [name for name, _ in known[:1]]
         raise ValueError(
-            f"{path} names none of the {len(names)} images, and has {len(lines)} lines: give a "
-            "line `name label` for each, or a label alone for each in the order of the names"
+            f"{path} names none of the {len(names)} images, and has {len(lines)} lines (its first "
+            f"name and the first image's: {'; '.join(map(printable, firsts))}): give a line `name "
+            "label` for each, or a label alone for each in the order of the names (one of several "
+            "words in a .csv)"
         )
     return lines
 
 
-def _by_name(path: Path, rows: list[tuple[int, str, str]]) -> dict[str, str]:
-    """{name: label} of the rows that have both. Raises ValueError for a name with two labels."""
+def _by_name(path: Path, rows: list[tuple[int, str, str]], known: set[str]) -> dict[str, str]:
+    """{name: label} of the rows that have both, and a name that is known. Raises ValueError for
+    one with two labels."""
     found: dict[str, str] = {}
     for number, name, label in rows:
-        if label and found.setdefault(name, label) != label:
+        if label and name in known and found.setdefault(name, label) != label:
             raise ValueError(f"{path}, line {number}: another label of {printable(name)}")
     return found
+
+
+def _name_files(path: Path, rows: list[tuple[int, str, str]]) -> bool:
+    """Whether the lines are of images, of another set than this one, and not a label each: the
+    first begins with a file's name, a .csv has a second cell, or all lines of a .txt have several
+    words and begin in different ways."""
+    if not rows or kinds.extension(rows[0][1]):
+        return bool(rows)
+    if path.suffix.lower() == ".csv":
+        return any(label for *_, label in rows)
+    return all(label for *_, label in rows) and len({name for _, name, _ in rows}) == len(rows)
 
 
 def _text(path: Path) -> str:

@@ -36,6 +36,7 @@ def flat(root):
     ("l.txt", "# of val\nn07\nn03\nn00\nn07\n\n", ["n07", "n03", "n07"]),
     ("l.csv", "golden retriever\ntabby cat\nx\ntabby cat\n",
      ["golden retriever", "tabby cat", "tabby cat"]),
+    ("l.txt", "sea lion\nsea otter\nx\nsea lion\n", ["sea lion", "sea otter", "sea lion"]),
 ])  # fmt: skip
 def test_labels_from_a_file_elsewhere(tmp_path, opened, file, text, expected):
     made.write(tmp_path / "elsewhere" / file, text.encode())
@@ -59,12 +60,16 @@ def test_labels_from_a_file_that_fits_in_part(tmp_path, opened):
     )
 
 
-@pytest.mark.parametrize(("text", "says"), [
-    ("1\n2\n3\n", "names none of the 4 images, and has 3 lines"),
-    ("x.jpg 1\ny.jpg 2\n", "names none of the 4 images, and has 2 lines"),
-    ("a.jpg 1\na.jpg 2\n", "line 2: another label of a.jpg"),
+@pytest.mark.parametrize(("file", "text", "says"), [
+    ("l.txt", "1\n2\n3\n", "names none of the 4 images, and has 3 lines"),
+    ("l.txt", "x.jpg 1\ny.jpg 2\n", "names none of the 4 images, and has 2 lines"),
+    ("l.txt", "a.jpg 1\na.jpg 2\n", "line 2: another label of a.jpg"),
+    # As many lines as images, of other images: they are no labels.
+    ("l.csv", "v/a,cat\nv/b b,dog\nv/c,dog\nv/d,cat\n", "first image's: v/a; a.jpg"),
+    ("l.txt", "v/a cat\nv/b dog\nv/c dog\nv/d cat\n", "first image's: v/a; a.jpg"),
+    ("l.txt", "v/a.jpg\nv/b.jpg\nv/c.png\nv/d.jpg\n", "first image's: v/a.jpg; a.jpg"),
 ])  # fmt: skip
-def test_labels_that_do_not_fit_are_refused(tmp_path, opened, text, says):
-    made.write(tmp_path / "l.txt", text.encode())
+def test_labels_that_do_not_fit_are_refused(tmp_path, opened, file, text, says):
+    made.write(tmp_path / file, text.encode())
     with pytest.raises(ValueError, match=says):
-        opened(flat(tmp_path / "val"), label_list=tmp_path / "l.txt")
+        opened(flat(tmp_path / "val"), label_list=tmp_path / file)
