@@ -8,11 +8,12 @@ The set is indexed once (index.py) and read by position, so any image can be had
 is read and how it is named: docs/your_images.md.
 """
 
+import functools
 import hashlib
 import os
 import resource
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -153,6 +154,18 @@ class ImageSet:
     def shard(self, i: int) -> Path | None:
         """The shard that image i lies in, None in a folder."""
         return self._parts[self._part_N[i]].shard
+
+    def files(self) -> Iterator[bytes]:
+        """Where each image lies, in order: its file, whose folder has no links in it, or its shard
+        and its name there. The same for the same, whether a folder or a list names it."""
+        real = functools.cache(os.path.realpath)
+        ends = np.searchsorted(self._part_N, np.arange(1, len(self._parts)))
+        for part, rows in zip(self._parts, np.split(self._row_N, ends), strict=True):
+            names, root = part.table.names(), os.path.realpath(os.fsencode(part.shard or part.root))
+            for row in rows.tolist():
+                folder, slash, base = names[row].rpartition(b"/")
+                path = os.path.join(root, folder + slash)
+                yield (path if part.shard else real(path)).rstrip(b"/") + b"/" + base
 
     def require_channels(self, channels: int) -> None:
         """Raises ValueError, naming the first image that has another number. Three is RGB, which

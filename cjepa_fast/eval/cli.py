@@ -253,8 +253,7 @@ def labelled_splits(
         test_set = labelled(test, test_labels, limits=limits, part=same)
         train_keep, test_keep = torch.arange(len(train_set)), torch.arange(len(test_set))
         names = (labels or data, test_labels or test) if same else (data, test)
-        if same:
-            _refuse_shared(train_set, test_set, " and ".join(names))
+        _refuse_shared(train_set, test_set, " and ".join(names))
         _match_classes(list(zip(names, (train_set, test_set), strict=True)))
     if not len(train_keep) or not len(test_keep):
         raise ValueError(
@@ -277,11 +276,12 @@ def _same_file(one: str | None, other: str | None) -> bool:
 
 
 def _refuse_shared(train: ImageSet, test: ImageSet, both: str) -> None:
-    names = {train.name(i) for i in range(len(train))}
-    if shared := [name for name in map(test.name, range(len(test))) if name in names]:
+    tested = set(test.files())
+    if shared := [file for file in train.files() if file in tested]:
+        first = printable(os.fsdecode(shared[0]))
         raise ValueError(
-            f"{both}: {len(shared)} images are in both, {printable(shared[0])} among them: an "
-            "image for testing must not be trained on"
+            f"{both}: {len(shared)} images are in both, {first} among them: an image for testing "
+            "must not be trained on"
         )
 
 

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -121,7 +122,7 @@ def prepared(folder: Path) -> Path:
     (folder / "my" / "labelled").mkdir()
     (folder / "my" / "labelled" / "images").symlink_to(folder / "my" / "images")
     for name in ("train", "val"):
-        (folder / "my" / name).symlink_to(folder / "my" / "images")
+        shutil.copytree(folder / "my" / "images", folder / "my" / name)
     images = sorted((folder / "my" / "images").glob("*/*.jpg"))
     lines = (f"{p.parent.name}/{p.name} {p.parent.name}\n" for p in images)
     (folder / "my" / "val_labels.txt").write_text("".join(lines))
