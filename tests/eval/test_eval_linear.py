@@ -170,8 +170,18 @@ def test_top_1_and_top_5_by_hand():
     x = torch.tensor([[1.0], [1.0], [1.0], [1.0]])
     right = found.percent(x, torch.tensor([0, 4, 5, 6]))[0]
     assert right == {"top1": 25.0, "top5": 50.0}
-    found.stacks[0].weights[0].data.zero_()  # all alike: the right one stands in the middle
-    assert found.percent(x, torch.tensor([0, 1, 2, 3]))[0] == {"top1": 0.0, "top5": 100.0}
+    found.stacks[0].weights[0].data.zero_()  # all alike: as a choice by chance
+    tied = found.percent(x, torch.tensor([0, 1, 2, 3]))[0]
+    assert tied == pytest.approx({"top1": 100 / 7, "top5": 500 / 7})
+    found.stacks[0].weights[0].data[0] = 1.0  # one before the six
+    tied = found.percent(x, torch.tensor([0, 1, 2, 3]))[0]
+    assert tied == pytest.approx({"top1": 25, "top5": (100 + 3 * 100 * 4 / 6) / 4})
+
+
+def test_a_collapsed_encoder_s_features_give_chance():
+    x, label = torch.ones(40, 8), torch.arange(40) % 2
+    for plan in ProbePlan("lbfgs"), ProbePlan("adamw", epochs=1):
+        assert fit(x, label, 2, [8], plan).percent(x, label)[0]["top1"] == 50
 
 
 def test_the_test_images_do_not_choose(seed):

@@ -115,23 +115,30 @@ class Probes(nn.Module):
 
     @torch.no_grad()
     def percent(self, x_mD: torch.Tensor, label_m: torch.Tensor) -> list[dict[str, float]]:
-        """Of each probe {"top1", "top5"} in percent; no top 5 where there are not more classes."""
-        rank_mP = torch.cat([_rank(self(x_BD), label_B.to(self.mean_D.device))
-                             for x_BD, label_B in _batches(x_mD, label_m, 1024)])  # fmt: skip
+        """Of each probe {"top1", "top5"} in percent; no top 5 where there are not more classes. Of
+        equal logits each place is as likely, so that a collapsed encoder gives chance."""
+        places = [_place(self(x_BD), label_B.to(self.mean_D.device))
+                  for x_BD, label_B in _batches(x_mD, label_m, 1024)]  # fmt: skip
+        above_mP, ties_mP = (torch.cat(found) for found in zip(*places, strict=True))
         classes = len(self.stacks[0].biases[0])
-        return [{f"top{k}": 100 * (rank_m < k).double().mean().item() for k in TOPS if k < classes}
-                for rank_m in rank_mP.T]  # fmt: skip
+        found = [{} for _ in above_mP.T]
+        for k in (k for k in TOPS if k < classes):
+            right_mP = ((k - above_mP) / (ties_mP + 1)).clamp(0, 1)
+            for row, right in zip(found, right_mP.double().mean(0).tolist(), strict=True):
+                row[f"top{k}"] = 100 * right
+        return found
 
 
-def _rank(logits_BPC: torch.Tensor, label_B: torch.Tensor) -> torch.Tensor:
-    """How many classes stand before the right one, of equal ones half: (B, P) on the CPU.
+def _place(logits_BPC: torch.Tensor, label_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many classes stand before the right one, and how many beside it: (B, P) on the CPU.
 
-    All of them where a probe has diverged. (-inf is what a class without training images has.)
+    All before it where a probe has diverged. (-inf is what a class without training images has.)
     """
     right_BP1 = logits_BPC.gather(2, label_B[:, None, None].expand(-1, logits_BPC.shape[1], 1))
-    ties_BP = (logits_BPC == right_BP1).sum(2) - 1
-    rank_BP = (logits_BPC > right_BP1).sum(2) + ties_BP / 2
-    return torch.where(logits_BPC.isnan().any(2), logits_BPC.shape[2], rank_BP).cpu()
+    nan_BP = logits_BPC.isnan().any(2)
+    above_BP = (logits_BPC > right_BP1).sum(2).masked_fill(nan_BP, logits_BPC.shape[2])
+    ties_BP = ((logits_BPC == right_BP1).sum(2) - 1).masked_fill(nan_BP, 0)
+    return above_BP.cpu(), ties_BP.cpu()
 
 
 def _batches(x_nD: torch.Tensor, label_n: torch.Tensor, size: int):
