@@ -34,7 +34,7 @@ NAMES = ".json"  # beside a .safetensors
 
 
 class Part(NamedTuple):
-    """names, labels (-1 where the images have none), and features (n, D) or (n, N, D) fp32."""
+    """names, labels (-1 for an image that has none), and features (n, D) or (n, N, D) fp32."""
 
     names: list[str]
     labels_n: np.ndarray
@@ -152,14 +152,13 @@ class _Stored:
 
     def __init__(self, images: ImageSet):
         self._images = images
-        self._labels_N = torch.full((len(images),), -1) if images.labels is None else images.labels
 
     def __call__(self, path: Path) -> Callable[[], Part]:
         def read() -> Part:
             found = read_tensors(path)
             index_n = found["index"]
             names = [_text(self._images.name(i)) for i in index_n.tolist()]
-            return Part(names, self._labels_N[index_n].numpy(), found["features"].numpy())
+            return Part(names, self._images.label_N[index_n.numpy()], found["features"].numpy())
 
         return read
 
@@ -184,13 +183,21 @@ def _whole(parts: list) -> Part:
 
 
 def _labels(part: Part, images: ImageSet) -> dict[str, np.ndarray]:
-    return {} if images.labels is None else {"labels": part.labels_n}
+    return {"labels": part.labels_n} if _any_label(images) else {}
+
+
+def _any_label(images: ImageSet) -> bool:
+    return bool((images.label_N >= 0).any())
+
+
+def _classes(images: ImageSet) -> list[str] | None:
+    return images.class_names if _any_label(images) else None
 
 
 def write_npz(path: Path, parts: list, images: ImageSet) -> None:
-    """names, features, and labels with classes where the images have them: without pickles."""
+    """names, features, and labels with classes where images have them: without pickles."""
     part = _whole(parts)
-    classes = {"classes": np.array(images.classes)} if images.classes else {}
+    classes = {"classes": np.array(found)} if (found := _classes(images)) else {}
     np.savez(path, names=np.array(part.names), features=part.features,
              **_labels(part, images), **classes)  # fmt: skip
 
@@ -200,7 +207,7 @@ def write_safetensors(path: Path, parts: list, images: ImageSet) -> None:
     part = _whole(parts)
     tensors = {"features": part.features, **_labels(part, images)}
     write_tensors({name: torch.from_numpy(x) for name, x in tensors.items()}, path)
-    named = {"names": part.names, "classes": images.classes and [*map(str, images.classes)]}
+    named = {"names": part.names, "classes": _classes(images)}
     write_text(path.with_suffix(NAMES), json.dumps(named) + "\n")
 
 
@@ -218,9 +225,9 @@ def write_csv(path: Path, parts: list, images: ImageSet) -> None:
 
 
 def _class(label: int, images: ImageSet) -> str:
-    if images.labels is None:
+    if label < 0:
         return ""
-    return str(images.classes[label] if images.classes else label)
+    return str(images.class_names[label] if images.class_names else label)
 
 
 def write_parquet(path: Path, parts: list, images: ImageSet) -> None:

@@ -197,6 +197,20 @@ def test_without_labels_there_are_none(tmp_path, made):
     assert [row[1] for row in csv.reader((tmp_path / "a.csv").open())] == ["label", "", "", ""]
 
 
+@pytest.mark.parametrize("ending", embed.WRITERS)
+def test_an_image_without_a_label_takes_the_others_none(tmp_path, made, ending):
+    if ending == ".parquet":
+        pytest.importorskip("pyarrow")
+    images = shutil.copytree(made[1], tmp_path / "images")
+    (images / "class_1" / "001.jpg").rename(images / "loose.jpg")
+    out = tmp_path / f"a{ending}"
+    assert call(made[0], images, out) == 0
+    names, _, labels, classes = read(out)
+    words = [classes[x] if x >= 0 else None for x in labels] if classes else labels.tolist()
+    expected = [None if name == "loose.jpg" else name.partition("/")[0] for name in names]
+    assert "loose.jpg" in names and [word or None for word in words] == expected
+
+
 def test_what_does_not_fit_is_told(tmp_path, made, monkeypatch, capsys):
     monkeypatch.setattr(embed, "free_bytes", lambda: 1000)
     assert call(*made[:2], tmp_path / "a.npz") == 2
