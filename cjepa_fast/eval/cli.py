@@ -16,7 +16,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -354,6 +354,8 @@ def cache_of(args: argparse.Namespace) -> Path | None:
 
 
 RECORD = {"task": str, "made": str, "settings": dict, "headings": dict, "rows": list}
+COUNTS = ("train_images", "test_images", "images")
+WAYS = ("question", "labels", "layers")  # what tells the rows of one encoder apart
 
 
 def report(
@@ -366,8 +368,9 @@ def report(
     """Print a table, and write it to --json and into the run's folder as eval/TASK-DIGEST.json.
 
     rows: of plain values, each with "encoder", its name; headings: the columns by key, in order;
-    settings: names of the arguments that decide the numbers; figure: a file drawn of them. Only
-    rank 0 does so.
+    settings: names of the arguments that decide the numbers; figure: a file drawn of them. What an
+    earlier record in the run's folder has besides, of the same weights, settings and images, stays
+    there. Only rank 0 does so.
     """
     if distributed.rank() != 0:
         return
@@ -389,10 +392,40 @@ def report(
         "rows": rows,
         "picture": figure and str(figure),
     }
-    text = json.dumps(record, indent=2, default=str) + "\n"
-    for path in _files(args, chosen):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, text)
+    if args.json:
+        _write_record(args.json, record)
+    if file := _file_in_run(args, chosen):
+        _write_record(file, _with_earlier(file, record))
+
+
+def _write_record(path: Path, record: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(record, indent=2, default=str) + "\n")
+
+
+def _with_earlier(file: Path, record: dict) -> dict:
+    """The record with the rows, and a row's values, that the file has and the record lacks: as of
+    `knn --untrained --linear` before `knn`. A row whose other values differ is replaced."""
+    try:
+        before = read_json(file)
+    except (OSError, ValueError):
+        return record
+    if not _is_record(before) or before.get("weights") != record["weights"]:
+        return record
+    record = json.loads(json.dumps(record, default=str))
+    old, new = ({_way(row): row for row in one["rows"]} for one in (before, record))
+    common = old.keys() & new
+    if any(old[way].get(key) != new[way].get(key) for way in common for key in COUNTS):
+        return record
+    for way in common:
+        if all(old[way][key] == new[way][key] for key in old[way].keys() & new[way]):
+            new[way] = old[way] | new[way]
+    rows = [*(row for way, row in old.items() if way not in new), *new.values()]
+    return record | {"rows": rows, "headings": before["headings"] | record["headings"]}
+
+
+def _way(row: Row) -> tuple[str, ...]:
+    return tuple(str(row.get(key)) for key in ("encoder", *WAYS))
 
 
 def tell(args: argparse.Namespace, rows: list[Row], headings: dict[str, str], label: str) -> None:
@@ -406,13 +439,12 @@ def tell(args: argparse.Namespace, rows: list[Row], headings: dict[str, str], la
         write_text(args.json, json.dumps({"task": args.task, "rows": rows}, indent=2) + "\n")
 
 
-def _files(args: argparse.Namespace, chosen: dict) -> Iterable[Path]:
-    if args.json:
-        yield args.json
-    if run := run_of(args.checkpoint):
-        facts = json.dumps([inside(args.checkpoint), args.which, chosen], default=str)
-        digest = hashlib.sha256(facts.encode()).hexdigest()[:8]
-        yield run / "eval" / f"{args.task}-{digest}.json"
+def _file_in_run(args: argparse.Namespace, chosen: dict) -> Path | None:
+    if not (run := run_of(args.checkpoint)):
+        return None
+    facts = json.dumps([inside(args.checkpoint), args.which, chosen], default=str)
+    digest = hashlib.sha256(facts.encode()).hexdigest()[:8]
+    return run / "eval" / f"{args.task}-{digest}.json"
 
 
 def records(run: Path) -> list[dict]:
@@ -420,9 +452,13 @@ def records(run: Path) -> list[dict]:
     file, for one that is damaged."""
     found = {path: read_json(path) for path in (run / "eval").glob("*-*.json")}
     for path, record in found.items():
-        if not all(isinstance(record.get(key), kind) for key, kind in RECORD.items()):
+        if not _is_record(record):
             raise ValueError(f"{path} is no record of an evaluation: remove it")
     return sorted(found.values(), key=lambda record: record["made"])
+
+
+def _is_record(found: dict) -> bool:
+    return all(isinstance(found.get(key), kind) for key, kind in RECORD.items())
 
 
 def _versions() -> dict[str, str]:

@@ -28,7 +28,6 @@ from cjepa_fast.runtime.files import write_text
 COMPUTED = ("knn", "linear", "collapse")  # with --data
 LOWER = {"alignment", "uniformity", "dead", "by_position", "j_decay", "f_decay"}  # is better
 UNJUDGED = {"std_mean", "std_min", "by_image", "by_both", "commonest", "held_out"}
-WAYS = ("question", "labels", "layers")  # what tells the rows of one encoder apart
 BEST = "*"
 DIFFERENCE = {
     "measure": "measure",
@@ -88,7 +87,7 @@ def _each(records: list[list[dict]]) -> Iterator[tuple[int, Measure, str, dict]]
             for record in (r for r in of_one if r["task"] == task):
                 ways = [f"{k} {record['settings'].get(k)}" for k in differing[task]]
                 for row in _trained(record):
-                    way = ", ".join([*(str(row[k]) for k in WAYS if k in row), *ways])
+                    way = ", ".join([*(str(row[k]) for k in cli.WAYS if k in row), *ways])
                     for key, word in record["headings"].items():
                         if isinstance(row.get(key), float):
                             yield (

@@ -242,6 +242,36 @@ def test_what_is_found_lies_in_the_run_s_folder_too(run, data):
     assert set(found[0]["headings"]) >= {"top1", "top1_centred"}
 
 
+def test_a_shorter_command_keeps_what_a_longer_one_found(run, data, tmp_path):
+    """With the same weights and images; of others nothing is kept."""
+    test = shutil.copytree(data, tmp_path / "test")
+    words = ["knn", str(run), "--data", str(data), "--test", str(test), "--k", "3"]
+    assert main([*words, "--untrained", "--pixels", "--linear"]) == 0
+    (before,) = cli.records(run)
+    assert main([*words, "--json", str(tmp_path / "own.json")]) == 0
+    (after,) = cli.records(run)
+    assert after["rows"] == before["rows"] and after["made"] > before["made"]
+    own = json.loads((tmp_path / "own.json").read_text())["rows"]
+    assert [row["encoder"] for row in own] == ["trained"] and "linear" not in own[0]
+    next(test.rglob("*.jpg")).unlink()
+    assert main(words) == 0
+    assert [row["encoder"] for row in cli.records(run)[0]["rows"]] == ["trained"]
+
+
+def test_an_earlier_record_of_other_weights_adds_nothing(tmp_path):
+    file = tmp_path / "knn-0.json"
+    rows = [{"encoder": name, "train_images": 9, "top1": 5.0} for name in ("untrained", "trained")]
+    before = {"task": "knn", "made": "1", "settings": {}, "headings": {"a": "A"}, "rows": rows}
+    new = before | {"weights": "w", "headings": {"b": "B"}, "rows": [rows[1] | {"top1": 6.0}]}
+    for weights, kept in ("v", []), ("w", rows[:1]):
+        file.write_text(json.dumps(before | {"weights": weights}))
+        found = cli._with_earlier(file, new)
+        assert found["rows"] == [*kept, *new["rows"]]
+    assert found["headings"] == {"a": "A", "b": "B"}
+    file.write_text("{")
+    assert cli._with_earlier(file, new) == new
+
+
 def test_the_untrained_encoder_is_the_same_each_time(run, data, tmp_path):
     tops = []
     for name in ("a.json", "b.json"):
