@@ -145,8 +145,10 @@ def device() -> torch.device:
 
 def inside(checkpoint: str | Path) -> str | None:
     """Its path below the run's folder, "." for the run itself; None outside of any run."""
-    run = run_of(checkpoint)
-    return run and os.path.relpath(located(checkpoint), run)
+    if (run := run_of(checkpoint)) is None:
+        return None
+    path = located(checkpoint)  # RUN/best keeps its name, whatever links lead to RUN
+    return "." if path == run else os.path.relpath(path.parent.resolve() / path.name, run.resolve())
 
 
 def encoders_of(args: argparse.Namespace) -> dict[str, Encoder]:
