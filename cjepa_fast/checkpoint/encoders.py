@@ -167,7 +167,7 @@ def _read(path: Path, which: str) -> Encoder:
 
 def load_encoders(path: str | os.PathLike) -> dict[str, Encoder]:
     """All that load_encoder finds at `path`, by "target" and "context": both, or the one there."""
-    path = Path(path)
+    path = located(path)
     if path.suffix == ".safetensors":
         which = "context" if path.stem == FINAL["context"] else "target"
         return {which: load_encoder(path, which)}

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import cjepa_fast as cj
-from cjepa_fast.checkpoint.encoders import save_encoder
+from cjepa_fast.checkpoint.encoders import load_encoders, save_encoder
 from cjepa_fast.checkpoint.pretrained import PretrainedEncoder
 from cjepa_fast.data.decoders import PILLOW
 from cjepa_fast.data.evaluation import eval_batches
@@ -205,6 +205,9 @@ def test_a_run_says_how_its_images_are_cropped(tmp_path, monkeypatch):
         cj.load_encoder(tmp_path / "copied.safetensors")
     monkeypatch.chdir(tmp_path)
     assert cj.load_encoder("run").crop == 0.6  # by its name in runs/
+    (tmp_path / "runs" / "export").mkdir()
+    save_encoder(fresh(), tmp_path / "runs" / "export" / "encoder.safetensors")
+    assert load_encoders("export").keys() == {"target"}
     with pytest.raises(FileNotFoundError, match="yours"):
         cj.load_encoder("yours")
 
@@ -224,6 +227,7 @@ def test_a_hub_is_asked_only_by_its_prefix(tmp_path, monkeypatch):
     huggingface.write_encoder(fresh(), tmp_path, 0.875)
     loaded = cj.load_encoder("hf:a/model")
     assert asked == ["a/model"] and torch.equal(loaded.norm.weight, fresh().norm.weight)
+    assert load_encoders("hf:a/model").keys() == {"target"}
     with pytest.raises(ValueError, match="hf:a/missing cannot be fetched: 404"):
         cj.load_encoder("hf:a/missing")
     huggingface.from_hub.cache_clear()  # one download serves a whole command

@@ -386,13 +386,18 @@ def test_what_is_written_is_of_the_weights_that_were_read(run, data, monkeypatch
     assert cli.records(run)[-1]["weights"] == read
 
 
-def test_collapse_of_an_encoder_in_another_project_s_folder(run, data, tmp_path):
+def test_collapse_of_an_encoder_in_another_project_s_folder(run, data, tmp_path, monkeypatch):
     assert export_main([str(run), "--to", "hf", "--out", str(tmp_path / "hf")]) == 0
     out = tmp_path / "c.json"
     few = ["--data", str(data), "--count", "8", "--views", "2", "--json", str(out)]
     assert main(["collapse", str(tmp_path / "hf"), *few]) == 0
     assert [row["encoder"] for row in json.loads(out.read_text())["rows"]] == ["trained"]
     assert main(["collapse", str(run), *few]) == 0
+    assert len(json.loads(out.read_text())["rows"]) == 2
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "named").symlink_to(run)
+    monkeypatch.chdir(tmp_path)
+    assert main(["collapse", "named", *few]) == 0
     assert len(json.loads(out.read_text())["rows"]) == 2
 
 

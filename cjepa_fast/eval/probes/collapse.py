@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cjepa_fast.checkpoint.encoders import load_encoders
+from cjepa_fast.checkpoint.encoders import load_encoders, located
 from cjepa_fast.data import crops, rng
 from cjepa_fast.data.sources import ImageSet, open_images
 from cjepa_fast.eval import cli
@@ -184,7 +184,7 @@ def run(args: argparse.Namespace) -> None:
     """A row for each encoder: the other one of the run too, where it is there."""
     images = open_images(args.data, limits=args.limits)
     encoders = cli.encoders_of(args)
-    others = load_encoders(args.checkpoint) if Path(args.checkpoint).is_dir() else {}
+    others = load_encoders(args.checkpoint) if located(args.checkpoint).is_dir() else {}
     encoders |= {which: other for which, other in others.items() if which != args.which}
     options = {name: getattr(args, name) for name in ("count", "views", "seed", "crop", "bf16")}
     options |= {"batch_size": args.batch_size, "threads": args.threads}
