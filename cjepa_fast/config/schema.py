@@ -350,7 +350,9 @@ class TelemetrySection(Section):
 class OnlineSection(Section):
     data: str | None = Field(None, description="labelled images to evaluate on; null: none")
     test: str | None = Field(
-        None, description="labelled images to test on; null: 20 % of online.data, by name"
+        None,
+        description="labelled images to test on; null: val/ beside train/ in online.data, "
+        "else 20 % of it, by name",
     )
     labels: str | None = later(
         None, was=None, description="file with the labels of online.data, a line an image"

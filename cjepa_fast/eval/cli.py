@@ -89,7 +89,8 @@ def add_checkpoint(parser: argparse.ArgumentParser, untrained: bool = True) -> N
 def add_sets(parser: argparse.ArgumentParser, own_labels: bool = True) -> None:
     """Labelled images, and how they are read. own_labels: they may have a file of labels."""
     parser.add_argument("--data", required=True, metavar="SET", help="labelled; or 'shapes'")
-    parser.add_argument("--test", metavar="SET", help="default: 20 %% of --data, by name")
+    parser.add_argument("--test", metavar="SET", help="default: val/ beside train/ in --data, else "
+                        "20 %% of --data, by name")  # fmt: skip
     if own_labels:
         add_label_lists(parser)
     else:
@@ -230,12 +231,11 @@ def labelled_splits(
     """Training and test images, at most so many. labels, test_labels: files of them. limits: what
     counts as usable, and how it is read.
 
-    Without `test`, 20 % of `data` by a hash of the names; the synthetic dataset has its own
-    held-out split. `test` may be `data`, where files of labels divide its images. Raises
-    ValueError where labels are missing, or an image is in both.
+    Without `test`, what `held_out` says, else 20 % of `data` by a hash of the names; the synthetic
+    dataset has its own held-out split. `test` may be `data`, where files of labels divide its
+    images. Raises ValueError where labels are missing, or an image is in both.
     """
-    if test is None and (held_out := locations.split_beside(Path(data))):
-        test = str(held_out)
+    test = held_out(data, test)
     same = test is not None and _same_file(data, test)
     if same and _same_file(labels, test_labels):
         which = f"with the labels of {labels}" if labels else "with its own labels"
@@ -265,8 +265,17 @@ def labelled_splits(
     return (train_set, some(train_keep, max_train)), (test_set, some(test_keep, max_test))
 
 
+def held_out(data: str, test: str | None) -> str | None:
+    """The test set, where none is named that of a folder which holds splits: its val/ or the like,
+    as its train/ is trained on; None without."""
+    beside = locations.split_beside(Path(data)) if test is None else None
+    return str(beside) if beside else test
+
+
 def splits_of(args: argparse.Namespace) -> tuple[Split, Split]:
-    """`labelled_splits` by the options of `add_sets`."""
+    """`labelled_splits` by the options of `add_sets`. args.test becomes what is tested on, where
+    that is a set of its own, for `report`."""
+    args.test = held_out(args.data, args.test)
     files = {"labels": args.labels, "test_labels": args.test_labels}
     return labelled_splits(args.data, args.test, args.max_train, **files, limits=args.limits)
 

@@ -1,5 +1,6 @@
 """`python -m cjepa_fast.eval`: the numbers it prints and writes, and one line for what is wrong."""
 
+import argparse
 import json
 import shutil
 
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 
 from cjepa_fast import config as configuration
 from cjepa_fast import load_encoder
-from cjepa_fast.data.sources import open_images
+from cjepa_fast.data.sources import LIMITS, open_images
 from cjepa_fast.eval import cli, features
 from cjepa_fast.eval.__main__ import main
 from cjepa_fast.eval.cli import labelled_splits
@@ -202,6 +203,10 @@ def test_splits_are_no_classes_and_val_is_the_test_set(tmp_path):
         made.good_folder(tmp_path / "set" / split, 6)
     (train, keep), (test, _) = labelled_splits(str(tmp_path / "set"), None)
     assert (train.root.name, test.root.name) == ("train", "val") and len(keep) == 6
+    named = dict.fromkeys(("test", "labels", "test_labels", "max_train"))
+    args = argparse.Namespace(data=str(tmp_path / "set"), limits=LIMITS, **named)
+    cli.splits_of(args)
+    assert args.test == str(tmp_path / "set" / "val")  # for the record
     for split in ("train", "val"):
         made.write(tmp_path / "flat" / split / "a.jpg", made.encoded(made.picture(1)))
     with pytest.raises(ValueError, match="holds splits, not classes"):
