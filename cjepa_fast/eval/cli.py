@@ -10,7 +10,6 @@ import contextlib
 import datetime
 import hashlib
 import importlib.metadata
-import itertools
 import json
 import os
 import platform
@@ -298,24 +297,34 @@ def _refuse_shared(train: ImageSet, test: ImageSet, both: str) -> None:
 
 def _match_classes(splits: list[tuple[str, ImageSet]]) -> None:
     """Number the second split's classes as the first does, by their names. splits: each with what
-    names it. Raises ValueError for a class that one of them alone has, and for a number that the
-    second alone has."""
-    (_, train), (_, test) = splits
-    both = " and ".join(name for name, _ in splits)
+    names it. Classes of the first alone are said. Raises ValueError for one of the second alone."""
+    (one, train), (other, test) = splits
     if (train.classes is None) != (test.classes is None):
         raise ValueError(
-            f"{both}: one has names of classes, the other numbers: name these in a classes.txt, a "
-            "name a line from class 0 on, beside the shards or the list of labels"
+            f"{one} and {other}: one has names of classes, the other numbers: name these in a "
+            "classes.txt, a name a line from class 0 on, beside the shards or the list of labels"
         )
-    named = [(name, set(s.classes or s.labels.unique().tolist())) for name, s in splits]
-    ways = list(itertools.permutations(named)) if train.classes else [(*reversed(named),)]
-    for (one, own), (_, others) in ways:
-        if only := sorted(own - others):
-            said = f"{', '.join(map(repr, only[:3]))}{', ...' * (len(only) > 3)}"
-            raise ValueError(f"{both} do not have the same classes: {said} only in {one}")
+    own, tested = (set(s.classes or s.labels.unique().tolist()) for s in (train, test))
+    if only := tested - own:
+        raise ValueError(
+            f"{one} and {other} do not have the same classes: {_some(only)} only in {other}, of "
+            "which nothing is trained on"
+        )
+    if (only := own - tested) and distributed.rank() == 0:
+        print(f"{other} has no image of {len(only)} of the {len(own)} classes: {_some(only)}")
     if test.classes != train.classes:
         number = torch.tensor([train.classes.index(name) for name in test.classes])
         test.labels, test.classes = number[test.labels], train.classes
+
+
+def _some(classes: set[str] | set[int]) -> str:
+    return f"{', '.join(map(repr, sorted(classes)[:3]))}{', ...' * (len(classes) > 3)}"
+
+
+def require_classes(label_n: torch.Tensor, what: str) -> None:
+    """Raises ValueError where there is but one class to learn."""
+    if len(label_n.unique()) < 2:
+        raise ValueError(f"{what} needs at least two classes among the training images")
 
 
 def class_numbers(splits: tuple[Split, Split]) -> torch.Tensor:

@@ -126,21 +126,30 @@ def test_more_neighbours_than_images_are_as_many_as_there_are(run, data, tmp_pat
     assert most[0]["rows"] == most[1]["rows"] and most[1]["settings"]["k"] == 7
 
 
-def test_test_labels_follow_the_names_of_the_classes(tmp_path, monkeypatch):
-    """Two lists may number their classes in other orders; a class that one lacks is refused."""
-    files = {f"{i}.jpg": made.encoded(made.picture(i)) for i in range(6)}
-    files |= {f"{i}.cls": str(i % 3).encode() for i in range(6)}
-    named = {"a": "cat\ndog\nowl\n", "b": "owl\ncat\ndog\n", "c": "owl\ncat\ncow\n"}
+def test_test_labels_follow_the_names_of_the_classes(tmp_path, capsys):
+    """Two lists may number their classes in other orders; one that has no images for training is
+    refused, one that has none for testing is said."""
+    named = {
+        "a": "cat\ndog\nowl\n",
+        "b": "owl\ncat\ndog\n",
+        "c": "owl\ncat\ncow\n",
+        "d": "owl\ncat\n",
+    }
     for folder, text in named.items():
+        files = {f"{i}.jpg": made.encoded(made.picture(i)) for i in range(6)}
+        files |= {f"{i}.cls": str(i % text.count("\n")).encode() for i in range(6)}
         (tmp_path / folder).mkdir()
         made.write_shard(tmp_path / folder / "x.tar", files)
         (tmp_path / folder / "classes.txt").write_text(text)
-    one, two, three = (str(tmp_path / folder) for folder in named)
+    one, two, three, four = (str(tmp_path / folder) for folder in named)
     (train, _), (test, _) = labelled_splits(one, two)
     assert train.classes == test.classes == ["cat", "dog", "owl"]
     assert test.labels.tolist() == [2, 0, 1, 2, 0, 1]
-    with pytest.raises(ValueError, match=rf"'cow' only in {three}|'dog' only in {one}"):
+    with pytest.raises(ValueError, match=rf"'cow' only in {three}"):
         labelled_splits(one, three)
+    (train, _), (test, _) = labelled_splits(one, four)
+    assert test.classes == train.classes and test.labels.tolist() == [2, 0, 2, 0, 2, 0]
+    assert f"{four} has no image of 1 of the 3 classes: 'dog'" in capsys.readouterr().out
 
 
 def test_two_lists_of_labels_split_one_folder(tmp_path, monkeypatch):
@@ -159,7 +168,7 @@ def test_two_lists_of_labels_split_one_folder(tmp_path, monkeypatch):
     (train, keep), (test, test_keep) = labelled_splits(path, path, labels=one, test_labels=two)
     assert (len(keep), len(test_keep)) == (5, 3) and train.classes == test.classes == ["cat", "owl"]
     assert [test.name(i) for i in range(3)] == ["5.jpg", "6.jpg", "7.jpg"]
-    with pytest.raises(ValueError, match=rf"{one} and {other} .* 'cat', 'owl' only in {one}"):
+    with pytest.raises(ValueError, match=rf"{one} and {other} .* 'cow' only in {other}"):
         labelled_splits(path, path, labels=one, test_labels=other)
     files[2].write_text("".join(lines[4:]))
     with pytest.raises(
@@ -419,7 +428,7 @@ def test_what_is_wrong_is_said_in_one_line(run, data, tmp_path, capsys):
         "splitting its 1 images": ["knn", str(run), "--data", str(one.parent)],
         "does not exist": ["knn", str(run), "--data", str(tmp_path / "absent")],
         "nowhere": ["knn", str(tmp_path / "nowhere"), "--data", str(data)],
-        "class_2' only in": ["knn", str(run), "--data", str(data), "--test", str(one.parent)],
+        "'class' only in": ["knn", str(run), "--data", str(data), "--test", str(one.parent)],
         "no such run": ["curves", str(tmp_path / "nowhere"), "--out", "c.png"],
         "no config.json": ["masks", str(tmp_path / "nowhere"), "--out", "m.png"],
         "cannot draw": ["masks", str(run), "--images", str(data), "--out", "m.docx"],
