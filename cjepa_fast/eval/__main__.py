@@ -8,10 +8,8 @@ import argparse
 import importlib
 import sys
 
-from cjepa_fast import config
-from cjepa_fast.checkpoint.encoders import crop_of, limits_of, run_of
 from cjepa_fast.data.batches import ImagesGone
-from cjepa_fast.data.sources import Limits
+from cjepa_fast.eval import cli
 from cjepa_fast.runtime import distributed, hardware
 from cjepa_fast.runtime.command_line import Parser
 from cjepa_fast.runtime.printable import printable_lines
@@ -45,8 +43,6 @@ TASKS = {  # by name: the module below cjepa_fast.eval, imported when it is aske
     "curves": ("figures.curves", "figure: the log of one or several runs"),
     "masks": ("figures.masks", "figure: a run's masks on its images"),
 }
-PATHS = ("data", "test", "images")
-OF_THE_RUN = ("seed", "crop", "k", "temperature")  # where the command says nothing
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -65,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
             task.add_options(sub)
     args = parser.parse_args(argv)
     try:
-        _complete(args)
+        cli.complete(args)
         device = distributed.start(getattr(args, "seed", 0))
         if getattr(args, "bf16", False):
             hardware.warn_of_slow_bf16(device, "--bf16")
@@ -81,26 +77,6 @@ def main(argv: list[str] | None = None) -> int:
 def embed() -> int:
     """The console script cjepa-embed."""
     return main(["embed", *sys.argv[1:]])
-
-
-def _complete(args: argparse.Namespace) -> None:
-    """Put in what the command line leaves to the run or to the environment."""
-    first, *_ = getattr(args, "checkpoints", None) or [None]
-    checkpoint = getattr(args, "checkpoint", first)
-    run = run_of(checkpoint) if checkpoint else None
-    made_with = config.read(run) if run else config.Config()
-    crop = crop_of(checkpoint) if checkpoint else None
-    if getattr(args, "config", None):
-        made_with, crop = config.load(args.config), None
-    args.limits = (checkpoint and limits_of(checkpoint)) or Limits.of(made_with.data)
-    known = {"seed": made_with.run.seed, **made_with.eval.model_dump()}
-    known["crop"] = crop or known["crop"]
-    for name in OF_THE_RUN:
-        if getattr(args, name, 0) is None:
-            setattr(args, name, known[name])
-    for name in PATHS:
-        if getattr(args, name, None):
-            setattr(args, name, config.expanded(getattr(args, name)))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ from pathlib import Path
 
 import torch
 
-from cjepa_fast.checkpoint.encoders import limits_of, load_encoder, located, run_of
+from cjepa_fast import config
+from cjepa_fast.checkpoint.encoders import crop_of, limits_of, load_encoder, located, run_of
 from cjepa_fast.data import locations, rng
 from cjepa_fast.data.sources import LIMITS, ImageSet, Limits, NothingUsable, open_images
 from cjepa_fast.eval.features import digest, extract, split_by_name
@@ -34,6 +35,8 @@ LABELLED = (
     "(--labels, --test-labels; a list)"
 )
 USUAL_LIMITS = ("detect", "video")  # tasks that read whole images by the usual ones
+PATHS = ("data", "test", "labels", "test_labels", "images")
+OF_THE_RUN = ("seed", "crop", "k", "temperature")  # where the command says nothing
 SPLITS = {locations.TRAINING, *locations.OTHER_SPLITS}
 Row = dict[str, object]
 Split = tuple[ImageSet, torch.Tensor]  # a set and the indices used of it
@@ -133,6 +136,26 @@ def add_figure_options(parser: argparse.ArgumentParser, count: int = 6, images: 
 def add_out(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, type=Path, metavar="FILE.png")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
+
+
+def complete(args: argparse.Namespace) -> None:
+    """Put in what the command line leaves to the run or to the environment."""
+    first, *_ = getattr(args, "checkpoints", None) or [None]
+    checkpoint = getattr(args, "checkpoint", first)
+    run = run_of(checkpoint) if checkpoint else None
+    made_with = config.read(run) if run else config.Config()
+    crop = crop_of(checkpoint) if checkpoint else None
+    if getattr(args, "config", None):
+        made_with, crop = config.load(args.config), None
+    args.limits = (checkpoint and limits_of(checkpoint)) or Limits.of(made_with.data)
+    known = {"seed": made_with.run.seed, **made_with.eval.model_dump()}
+    known["crop"] = crop or known["crop"]
+    for name in OF_THE_RUN:
+        if getattr(args, name, 0) is None:
+            setattr(args, name, known[name])
+    for name in PATHS:
+        if getattr(args, name, None):
+            setattr(args, name, config.expanded(getattr(args, name)))
 
 
 # --------------------------------------------------------------------------- encoders and images

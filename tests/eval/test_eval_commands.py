@@ -84,9 +84,10 @@ def test_every_command_that_takes_files_of_labels_reads_them(run, task, monkeypa
         return []
 
     monkeypatch.setattr(cli, "labelled", labelled)
-    words = ["--data", "a", "--test", "b", "--labels", "a.txt", "--test-labels", "b.txt"]
+    monkeypatch.setenv("LABELS", "/elsewhere")
+    words = ["--data", "a", "--test", "b", "--labels", "$LABELS/a", "--test-labels", "$LABELS/b"]
     assert main([task, str(run), *words]) == 2
-    assert asked == [("a", "a.txt"), ("b", "b.txt")]
+    assert asked == [("a", "/elsewhere/a"), ("b", "/elsewhere/b")]
 
 
 def test_knn_writes_what_the_parts_compute(run, data, tmp_path, capsys):
