@@ -22,10 +22,16 @@ from cjepa_fast.eval.features import digest
 from cjepa_fast.eval.figures.curves import columns_for, short_names
 from cjepa_fast.eval.figures.sheets import wrapped
 from cjepa_fast.eval.figures.style import BLUE, QUIET, SKY, STYLE, save
+from cjepa_fast.eval.probes import collapse, knn, linear
 from cjepa_fast.runtime import children
+from cjepa_fast.runtime.command_line import Parser
 from cjepa_fast.runtime.files import write_text
 
-COMPUTED = ("knn", "linear", "collapse")  # with --data
+COMPUTED = {  # with --data; and the settings that a record of it has
+    "knn": (knn, knn.SETTINGS),
+    "linear": (linear, (*linear.SETTINGS, *linear.SWEEP_SETTINGS)),
+    "collapse": (collapse, collapse.SETTINGS),
+}
 LOWER = {"alignment", "uniformity", "dead", "by_position", "j_decay", "f_decay"}  # is better
 UNJUDGED = {"std_mean", "std_min", "by_image", "by_both", "commonest", "held_out"}
 BEST = "*"
@@ -180,10 +186,7 @@ def _compute(checkpoint: str, missing: list[str], args: argparse.Namespace) -> l
     with tempfile.TemporaryDirectory() as folder:
         for task in missing:
             file = Path(folder) / f"{task}.json"
-            words = [task, str(checkpoint), "--data", args.data, "--which", args.which]
-            for name in ("labels", "test", "test_labels") if task != "collapse" else ():
-                if value := getattr(args, name):
-                    words += [f"--{name.replace('_', '-')}", value]
+            words = _words(task, checkpoint, args)
             print(f"\n$ cjepa-eval {' '.join(words)}", flush=True)
             command_line = [sys.executable, "-m", "cjepa_fast.eval", *words, "--json", str(file)]
             if subprocess.run(command_line, env=children.environment()).returncode:
@@ -192,9 +195,39 @@ def _compute(checkpoint: str, missing: list[str], args: argparse.Namespace) -> l
     return records
 
 
-def _asked(args: argparse.Namespace) -> dict[str, str | None]:
-    """Which images, and where their labels are."""
-    return {name: getattr(args, name) for name in ("data", "labels", "test", "test_labels")}
+def _words(task: str, checkpoint: str, args: argparse.Namespace) -> list[str]:
+    """Of the command that computes it."""
+    words = [task, str(checkpoint), "--data", args.data, "--which", args.which]
+    for name in ("labels", "test", "test_labels") if task != "collapse" else ():
+        if value := getattr(args, name):
+            words += [f"--{name.replace('_', '-')}", value]
+    return words
+
+
+def _asked(task: str, checkpoint: str, args: argparse.Namespace) -> dict[str, object]:
+    """The settings that its command would record."""
+    module, names = COMPUTED[task]
+    parser = Parser()
+    module.add_options(parser)
+    asked = parser.parse_args(_words(task, checkpoint, args)[1:])
+    cli.complete(asked)
+    if task == "linear":
+        linear.complete_sweep(asked)
+    asked.test = cli.held_out(asked.data, getattr(asked, "test", None))
+    return json.loads(json.dumps({name: getattr(asked, name) for name in names}))
+
+
+def _made_so(record: dict, asked: dict[str, object]) -> bool:
+    """Whether a record was made with these settings; what it does not say was as usual. k is at
+    most the training images."""
+    made = {name: record["settings"].get(name, value) for name, value in asked.items()}
+    if "k" in asked and made["k"] < asked["k"]:
+        made["k"] = asked["k"] if made["k"] in _train_images(record) else made["k"]
+    return made == asked
+
+
+def _train_images(record: dict) -> list[int]:
+    return [row.get("train_images") for row in _trained(record)]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -203,7 +236,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", metavar="SET", help=f"compute what is missing: {', '.join(COMPUTED)}"
     )
-    parser.add_argument("--test", metavar="SET", help="of knn and linear; default: 20 %% of --data")
+    parser.add_argument("--test", metavar="SET", help="of knn and linear; default: as theirs")
     cli.add_label_lists(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
     parser.add_argument("--out", type=Path, metavar="FILE.png", help="draw them as bars there")
@@ -215,13 +248,15 @@ def run(args: argparse.Namespace) -> None:
     for checkpoint in args.checkpoints:
         found = found_in(checkpoint, args.which)
         if args.data:
-            asked = _asked(args)
             # earlier versions read by the usual ones, whatever the run's, and said none
             limits = (limits_of(checkpoint) or LIMITS).changed() or None
-            there = {r["task"] for r in found if r["settings"].get("limits") == limits and all(
-                r["settings"].get(k, v) == v for k, v in asked.items()
-            )}  # fmt: skip
-            made = _compute(checkpoint, [t for t in COMPUTED if t not in there], args)
+            read_so = [r for r in found if r["settings"].get("limits") == limits]
+            missing = []
+            for task in COMPUTED:
+                asked = _asked(task, checkpoint, args)
+                if not any(r["task"] == task and _made_so(r, asked) for r in read_so):
+                    missing.append(task)
+            made = _compute(checkpoint, missing, args)
             found += made
         records.append(found)
     values, headings = measures(records)

@@ -104,6 +104,27 @@ def test_a_score_of_images_read_by_other_limits_is_made_anew(tmp_path, monkeypat
     assert list(headings.values()) == ["knn: kNN %", "knn: mean-subtracted"]
 
 
+OTHER = [("knn", {"k": 5}), ("knn", {"temperature": 0.1}), ("knn", {"max_train": 100}),
+         ("knn", {"crop": 0.5}), ("linear", {"bf16": True}), ("linear", {"epochs": 2}),
+         ("linear", {"choose": "test"}), ("collapse", {"count": 10})]  # fmt: skip
+
+
+def test_a_score_with_other_settings_is_made_anew(tmp_path, monkeypatch):
+    """Than those of the command that would compute it; k is at most the training images."""
+    asked = []
+    monkeypatch.setattr(compare, "_compute", lambda of, missing, args: asked.extend(missing) or [])
+    alike = {"knn": {"k": 9}, "linear": {"epochs": 50, "layers": [1, 4]}, "collapse": {"views": 5}}
+    run = write(tmp_path / "run", *(record(task, **more) for task, more in alike.items()))
+    assert main(["compare", str(run), "--data", "set"]) == 0 and asked == []
+    for i, (task, settings) in enumerate(OTHER):
+        run = write(
+            tmp_path / str(i), *(record(t, **(settings if t == task else {})) for t in alike)
+        )
+        assert main(["compare", str(run), "--data", "set"]) == 0
+        assert asked == [task], settings
+        asked.clear()
+
+
 def test_the_best_is_high_or_low_by_what_is_measured():
     def of(key, *values):
         measure = ("task", key, "")

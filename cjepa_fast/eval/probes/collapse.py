@@ -39,6 +39,7 @@ HEADINGS = {
     "by_image": "by image %",
     "by_both": "by both %",
 }
+SETTINGS = ("data", "count", "views", "crop", "bf16", "seed")
 CROP_SCALE, CROP_RATIO = (0.3, 1.0), (3 / 4, 4 / 3)  # I-JEPA's
 TOKEN_IMAGES = 256  # whose patches are held at once
 
@@ -195,5 +196,4 @@ def run(args: argparse.Namespace) -> None:
     if args.out and distributed.rank() == 0:
         of = f"{Path(args.checkpoint).resolve().name} on {Path(args.data).name}"
         print(draw(rows, args.out, f"Room that the features take: {of}"))
-    settings = ("data", "count", "views", "crop", "bf16", "seed")
-    cli.report(args, rows, HEADINGS, settings, figure=args.out)
+    cli.report(args, rows, HEADINGS, SETTINGS, figure=args.out)

@@ -24,6 +24,7 @@ HEADINGS = {
     "top1_centred": "mean-subtracted",
     "linear": "logistic %",
 }
+SETTINGS = (*linear.SETTINGS, "k", "temperature")
 TRAIN, TEST = 65536, 2048  # images of either split that are compared at a time
 PIXELS = (
     32  # raw pixels are compared at this short side: a plain kNN on more gains nothing and is slow
@@ -190,5 +191,4 @@ def run(args: argparse.Namespace) -> None:
         if args.linear:
             row["linear"] = linear.top1(*vectors)
         rows.append(row)
-    settings = (*linear.SETTINGS, "k", "temperature")
-    cli.report(args, rows, HEADINGS, settings)
+    cli.report(args, rows, HEADINGS, SETTINGS)
