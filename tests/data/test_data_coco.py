@@ -121,6 +121,17 @@ def test_a_rotated_photograph_is_set_upright(folder, tmp_path):
     assert picture.shape == (3, 30, 20)
 
 
+def test_a_picture_of_sixteen_bits_is_scaled_and_not_clipped(tmp_path):
+    levels = np.tile(np.linspace(0, 2**16 - 1, 30, dtype=np.uint16), (20, 1))
+    Image.fromarray(levels).save(tmp_path / "a.png")
+    content = {"images": [{"id": 1, "file_name": "a.png", "width": 30, "height": 20}],
+               "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 5, 5]}],
+               "categories": [{"id": 1, "name": "x"}]}  # fmt: skip
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    shown = np.asarray(Coco(tmp_path / "x.json", tmp_path).picture(0))
+    np.testing.assert_array_equal(shown[0, :, 0], np.round(levels[0] / 257))
+
+
 WRONG = {
     "missing: .*names it, image 101": lambda c: c["images"][1].update(file_name="gone.png"),
     "annotation 0 has the category_id 9": lambda c: c["annotations"][0].update(category_id=9),

@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from cjepa_fast.data import rng
+from cjepa_fast.data.formats import decode_rgb
 from cjepa_fast.runtime import json_text
 
 JITTER = (0.1, 2.0)  # large-scale jitter, Ghiasi et al. 2021, arXiv 2012.07177
@@ -84,8 +85,8 @@ class Coco:
         described = self.images[i]
         path, size = self.path(described), (described["width"], described["height"])
         try:
-            picture = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-        except (UnidentifiedImageError, OSError) as error:
+            picture = decode_rgb(path.read_bytes())
+        except OSError as error:
             raise ValueError(f"{path} cannot be read as an image: {error}") from error
         if picture.size != size:
             raise ValueError(
