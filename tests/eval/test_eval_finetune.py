@@ -268,11 +268,13 @@ class Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize(
-    "module, start, chosen",
-    [(classify, classify.tune, PLAIN), (attentive, attentive.train, attentive.ProbeRecipe())],
-)
-def test_the_labels_decide_a_training(data, tmp_path, monkeypatch, module, start, chosen):
+STARTS = [(classify, classify.tune, PLAIN), (attentive, attentive.train, attentive.ProbeRecipe())]
+
+
+@pytest.mark.parametrize("module, start, chosen", STARTS)
+def test_labels_precision_and_micro_batches_decide_a_training(
+    data, tmp_path, monkeypatch, module, start, chosen
+):
     images, facts = open_images(data), []
 
     def noted(folder, own, **options):
@@ -281,12 +283,16 @@ def test_the_labels_decide_a_training(data, tmp_path, monkeypatch, module, start
 
     monkeypatch.setattr(module, "SavedTraining", noted)
     train = Subset(images, torch.arange(len(images)))
-    for labels in (images.labels, images.labels.clone(), 1 - images.labels):
+    same, other = images.labels.clone(), 1 - images.labels
+    ways = {"bf16": True}, {"micro_batch_size": 4}
+    for labels, way in (images.labels, {}), (same, {}), (other, {}), *((same, w) for w in ways):
         torch.manual_seed(3)
         with pytest.raises(Stopped):
-            start(small(), train, labels, 2, chosen, options(), tmp_path)
+            start(small(), train, labels, 2, chosen, options(**way), tmp_path)
     assert facts[0] == facts[1] != facts[2]
     assert facts[0] | {"labels": facts[2]["labels"]} == facts[2]
+    assert facts[0] | {"bf16": True} == facts[3] != facts[0]
+    assert facts[0] | {"micro_batch": 4} == facts[4] != facts[0]
 
 
 def test_what_goes_on_ends_as_what_never_stopped(data, tmp_path, monkeypatch):

@@ -165,10 +165,12 @@ def test_a_checkpoint_that_has_lost_a_file_is_refused(tmp_path):
 def test_another_training_is_not_resumed_nor_one_with_other_labels(tmp_path):
     """A fact that earlier versions did not save, such as the labels, counts only where it is."""
     own = {"seed": 0, "labels": "a", "annotations_sha256": "b", "bit_depth": None}
+    own |= {"bf16": False, "micro_batch": 64}
     saved = SavedTraining(tmp_path, own)
     for same in (own, {"seed": 0}, {**own, "more": 1}):
         saved._refuse_other_training(tmp_path, same)
     others = {"labels": "x", "annotations_sha256": "x", "bit_depth": 12, "seed": 1}
+    others |= {"bf16": True, "micro_batch": 32}
     for name, value in others.items():
         with pytest.raises(ValueError, match=f"another training: {name} was {value}, is"):
             saved._refuse_other_training(tmp_path, {**own, name: value})

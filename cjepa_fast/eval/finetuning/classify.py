@@ -67,7 +67,8 @@ def tune(
     learner = Learner(model, encoder, chosen.layer_decay, chosen.weight_decay, ema)
     batch, micro_batch = batches_of(len(train), chosen.batch, args.micro_batch_size)
     loader = loader_of(train, encoder, chosen, args, batch, micro_batch)
-    saved = SavedTraining(folder, facts | {"batch": batch}, resume=args.resume)
+    facts |= {"batch": batch, "micro_batch": micro_batch, "bf16": args.bf16}
+    saved = SavedTraining(folder, facts, resume=args.resume)
     task = Labelled(loader, label_n, classes, chosen, args.seed)
     loop.train(learner, task, plan_of(loader, chosen, batch), saved)
     return model, ema.module

@@ -29,7 +29,7 @@ from cjepa_fast.runtime.distributed import first_on_each_node, from_all
 
 ADAM = ("exp_avg", "exp_avg_sq", "step")  # its state of a weight
 # Facts that earlier versions left out: absent, they agree.
-LATER = ("labels", "annotations_sha256", "label_maps_sha256")
+LATER = ("labels", "annotations_sha256", "label_maps_sha256", "bf16", "micro_batch")
 
 
 class FragmentsEMA(NamedTuple):

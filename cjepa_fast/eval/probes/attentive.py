@@ -132,7 +132,8 @@ def train(
     batch, micro_batch = classify.batches_of(len(images), asked, args.micro_batch_size)
     loader = classify.loader_of(images, encoder, chosen, args, batch, micro_batch)
     task = Probing(loader, label_n, classes, chosen, args.seed)
-    saved = SavedTraining(folder, facts | {"batch": batch}, resume=args.resume)
+    facts |= {"batch": batch, "micro_batch": micro_batch, "bf16": args.bf16}
+    saved = SavedTraining(folder, facts, resume=args.resume)
     loop.train(learner, task, plan_of(loader, chosen), saved)
     return probe
 
