@@ -30,6 +30,7 @@ from cjepa_fast.runtime.distributed import rank, rows_on_first, world_size
 from cjepa_fast.runtime.image_size import height_width
 from cjepa_fast.telemetry.progress import shown_bar
 
+SCORES = ("knn", "knn_centred", "linear")  # that are always logged
 # Of (features (n, D), labels (n,)) to fit on and (features (m, D), labels (m,)) to score: percent.
 Probe = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], float | Mapping]
 
@@ -87,7 +88,8 @@ class OnlineEvaluation:
         """Percent right of kNN, plain and mean-subtracted, and of a linear probe.
 
         encoder: (B, 3, H, W) -> (B, N, D). Every rank calls it; the first has the answer, the
-        others an empty dict. None where `stopped` said so between two batches: it stays owed.
+        others an empty dict, and so has the first, with a warning, where no image of a split can be
+        read any more. None where `stopped` said so between two batches: it stays owed.
         """
         vectors = []
         try:
@@ -99,6 +101,13 @@ class OnlineEvaluation:
             return None
         self.owed = False
         if rank():
+            return {}
+        if gone := [s for s, n in zip(self.splits, map(len, vectors[1::2]), strict=True) if not n]:
+            images, keep = gone[0]
+            self.say(
+                f"WARNING: no scores of the target encoder: none of the {len(keep)} images in "
+                f"{images.root} can be read any more (eval.online.data, eval.online.test)"
+            )
             return {}
         own = [score for probe in self.probes for score in _named(probe, vectors)]
         return _scores(*vectors, k=self.k, temperature=self.temperature) | dict(own)
@@ -188,7 +197,7 @@ def build_online(
         batch_size=micro_batch,
         k=config.eval.k,
         temperature=config.eval.temperature,
-        probes=[probe_at(path) for path in own.probes],
+        probes=_distinct([probe_at(path) for path in own.probes]),
         image_size=data.image_size,
         resize=config.eval.crop,
         mean=data.mean,
@@ -245,6 +254,21 @@ def probe_at(path: str) -> Probe:
         ) from error
 
 
+def _distinct(probes: list[Probe]) -> list[Probe]:
+    """Raises ValueError where a probe's name, by which its scores are logged, is not its own."""
+    names = [getattr(probe, "__name__", "") for probe in probes]
+    for i, name in enumerate(names):
+        if not name.isidentifier():
+            raise ValueError(
+                f"eval.online.probes: {probes[i]!r} has no name to log its scores by: write a "
+                "function with def"
+            )
+        if name in (*SCORES, *names[:i]):
+            taken = "a score that is always logged" if name in SCORES else "named twice"
+            raise ValueError(f"eval.online.probes: {name} is {taken}: give it a name of its own")
+    return probes
+
+
 def _named(probe: Probe, vectors: list[torch.Tensor]) -> Iterator[tuple[str, float]]:
     """Its scores by name: its own name, and behind it the key where it gives several."""
     found = probe(*vectors)
@@ -256,4 +280,5 @@ def _scores(train_nD, label_n, test_mD, test_label_m, **options) -> dict[str, fl
     options["k"] = min(options["k"], len(train_nD))
     tops = knn.both(train_nD, label_n, test_mD, test_label_m, **options)
     percent = linear.percent(linear.ridge(train_nD, label_n, test_mD), test_label_m)
-    return {"knn": tops["top1"], "knn_centred": tops["top1_centred"], "linear": percent}
+    found = tops["top1"], tops["top1_centred"], percent
+    return dict(zip(SCORES, found, strict=True))

@@ -235,7 +235,8 @@ class Loop:
         return distributed.any_of(self.stop.asked)[0]
 
     def _evaluate(self) -> dict[str, float] | None:
-        """The target encoder's scores, on rank 0; the best by kNN is remembered."""
+        """The target encoder's scores, on rank 0, {} where there are none; the best by kNN is
+        remembered."""
         self.watch.mark("evaluating")
         if not self.done:
             self.telemetry.message("evaluating the untrained encoder on eval.online.data")
@@ -244,12 +245,12 @@ class Loop:
             if found is None:
                 return None
             self._draw()
-        scores = ", ".join(f"{name} {value:.2f} %" for name, value in found.items())
-        self.telemetry.message(f"target encoder after step {self.done}: {scores}")
-        if distributed.rank() == 0:
+        if found:
+            scores = ", ".join(f"{name} {value:.2f} %" for name, value in found.items())
+            self.telemetry.message(f"target encoder after step {self.done}: {scores}")
             self.callbacks.on_evaluate(self.done, found)
         if self.done:
-            score = {"knn": found.get("knn"), "step": self.done}
+            score = {"knn": found.get("knn", NONE_BEST["knn"]), "step": self.done}
             self.best = distributed.from_rank_0(
                 lambda: max(self.best, score, key=lambda score: score["knn"])
             )

@@ -1,8 +1,10 @@
 """Evaluation while training: what it finds, when it may, and that the training is the same."""
 
+import functools
 import itertools
 import json
 import os
+import shutil
 import signal
 import time
 
@@ -118,6 +120,48 @@ def test_a_probe_that_is_not_there_is_told_before_the_first_step(tmp_path, capsy
     assert train.main(["--config", str(config)]) == 2
     said = capsys.readouterr().err
     assert f"eval.online.probes: {path} cannot be imported" in said and "module:function" in said
+
+
+def own(*vectors):
+    return 1.0
+
+
+@pytest.mark.parametrize(("probes", "said"), [
+    ([lambda *vectors: 1.0], "has no name to log its scores by: write a function"),
+    ([functools.partial(own)], "has no name to log its scores by"),
+    ([own, own], "is named twice: give it a name of its own"),
+])  # fmt: skip
+def test_a_probe_has_a_name_of_its_own(probes, said):
+    with pytest.raises(ValueError, match=f"eval.online.probes: .*{said}"):
+        online._distinct(probes)
+
+
+def test_a_probe_with_a_taken_name_is_told_before_the_first_step(tmp_path, monkeypatch, capsys):
+    (tmp_path / "taken.py").write_text("def linear(*vectors):\n    return 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = write_config(tmp_path, probes=["taken:linear"])
+    assert train.main(["--config", str(config)]) == 2
+    assert "eval.online.probes: linear is a score that is always" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_training_goes_on_where_the_evaluation_s_images_are_gone(tmp_path, monkeypatch):
+    evaluate = online.OnlineEvaluation.evaluate
+    own = shutil.copytree(tiny.write_images(tmp_path / "images", 44, 3), tmp_path / "own")
+
+    def once(self, encoder):
+        found = evaluate(self, encoder)
+        shutil.rmtree(own, ignore_errors=True)
+        return found
+
+    monkeypatch.setattr(online.OnlineEvaluation, "evaluate", once)
+    config = write_config(tmp_path, data=str(own))
+    assert train.main(["--config", str(config), "--set", "run.epochs=2"]) == 0
+    rows = read_log(tmp_path / "run")
+    assert [row["step"] for row in rows if row.keys() >= MARKS] == [0] and rows[-1]["step"] == 4
+    warned = (tmp_path / "run" / "events.jsonl").read_text()
+    assert f"images in {own} can be read any more (eval.online.data" in warned
+    assert not (tmp_path / "run" / "best").exists()
 
 
 def test_the_checkpoint_with_the_best_knn_is_kept(tmp_path, monkeypatch):
