@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -399,6 +400,13 @@ def test_a_list_names_images_by_their_last_part_or_whole(data, tmp_path):
     keep = torch.arange(len(images))
     names = [images.name(i) for i in semi.listed(images, keep, file).tolist()]
     assert sorted(names) == ["class_0/006.png", "class_1/005.png"]
+    shutil.copy(data / "class_0" / "006.png", data / "class_1" / "006.png")
+    images = open_images(data)
+    keep = torch.arange(len(images))
+    assert len(semi.listed(images, keep, file)) == 2
+    file.write_text("006.png\n")
+    with pytest.raises(ValueError, match=r"006.png may be class_0/006.png or class_1/006.png"):
+        semi.listed(images, keep, file)
     file.write_text("005.png\nn01440764_10074.JPEG\n")
     with pytest.raises(ValueError, match=r"1 of its 2 names .* n01440764_10074\.JPEG"):
         semi.listed(images, keep, file)

@@ -50,23 +50,31 @@ def drawn(images: ImageSet, keep_n: torch.Tensor, share: float) -> torch.Tensor:
 def listed(images: ImageSet, keep_n: torch.Tensor, file: Path) -> torch.Tensor:
     """Positions of the images that a file names, one a line, by path or by last part alone.
 
-    Raises ValueError where one is not among keep_n, OSError where there is no such file.
+    Raises ValueError where one is not among keep_n, or is several, OSError where there is no such
+    file.
     """
     names = {line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()}
-    found, seen = [], set()
-    for i in keep_n.tolist():
-        path = images.name(i)
-        if matches := names & {path, path.rpartition("/")[2]}:
-            found.append(i)
-            seen |= matches
-    if missing := sorted(names - seen):
+    at = {images.name(i): i for i in keep_n.tolist()}
+    ends: dict[str, list[str]] = {}
+    for path in at:
+        ends.setdefault(path.rpartition("/")[2], []).append(path)
+    found, missing = set(), []
+    for name in sorted(names):
+        paths = [name] if name in at else ends.get(name, [])
+        if len(paths) > 1:
+            raise ValueError(
+                f"{file}: {name} may be {paths[0]} or {paths[1]}: write the path below the folder"
+            )
+        found.update(at[path] for path in paths)
+        missing += [] if paths else [name]
+    if missing:
         raise ValueError(
             f"{file}: {len(missing)} of its {len(names)} names are not among the training images; "
             f"the first is {missing[0]}"
         )
     if not found:
         raise ValueError(f"{file} names no image")
-    return torch.tensor(found)
+    return torch.tensor(sorted(found))
 
 
 def shares(text: str) -> list[float]:
