@@ -224,7 +224,10 @@ def _best_and_last(runs: list[RunRecord]) -> str:
             rows.append([name + which, f"{step:,}", found.told(value), gain])
     if not rows:
         return ""
-    caption = "kNN while training, with the 95 % interval over the test images:"
+    caption = (
+        "kNN while training, with the 95 % interval over the test images. The best was chosen on "
+        "them, so on others expect less of it:"
+    )
     return html_page.table(["", "step", "kNN", "minus untrained"], rows, caption)
 
 

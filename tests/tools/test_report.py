@@ -313,6 +313,7 @@ def test_a_run_that_fell_and_one_that_goes_on(tmp_path):
     goes_on = record_of(knn=(20.0, 60.0), finished=False, tmp=tmp_path / "on")
     assert report_run.story(goes_on)[1] == "So far: it learnt"
     table = report._best_and_last([fell])
+    assert "The best was chosen on them" in table
     assert re.findall(r"<td>([^<]*)</td>", table) == [
         "untrained", "0", "20.0 %", "+0.0", "best", "10", "60.0 %", "+40.0",
         "last", "20", "50.0 %", "+30.0",
