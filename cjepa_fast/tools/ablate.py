@@ -245,9 +245,9 @@ def table(ablation: Ablation, trials: list[Trial]) -> list[dict]:
     """A dict a row, and one for the untrained encoder: by measure mean, std, and the paired
     difference from the first row with its own std, over the seeds that both have finished."""
     last = {(t.row, t.seed): scores_of(t)[-1] for t in trials if t.finished}
-    first = {(t.row, t.seed): scores_of(t)[0] for t in trials if t.finished}
     base = next(iter(ablation.rows))
-    lines = [_line("untrained", [row for (name, _), row in first.items() if name == base])]
+    scored = [scores_of(t) for t in trials if t.finished and t.row == base]
+    lines = [_line("untrained", [rows[0] for rows in scored if at_start(rows, "knn")])]
     for name in ablation.rows:
         line = _line(name, [row for (row_name, _), row in last.items() if row_name == name])
         shared = [s for s in ablation.seeds if {(name, s), (base, s)} <= last.keys()]

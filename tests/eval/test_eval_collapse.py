@@ -1,5 +1,6 @@
 """Signs of collapse against scikit-learn, sums written out and cases that are known."""
 
+import copy
 import json
 import math
 
@@ -127,6 +128,18 @@ def test_an_image_without_all_its_crops_is_left_out(measured, monkeypatch, capsy
     monkeypatch.setattr(collapse, "image_vectors", some)
     assert torch.equal(collapse._views(encoder, images, keep, 3, 0, **reading), whole[[0, 3]])
     assert "2 of 4 images left out of LiDAR and alignment" in capsys.readouterr().out
+
+
+def test_patches_that_are_all_alike_have_no_shares(measured, tmp_path):
+    """null, which any reader of JSON takes, and no bar."""
+    encoder, images, reading, _ = measured
+    constant = copy.deepcopy(encoder)
+    constant.norm.weight.data.zero_()
+    constant.norm.bias.data.fill_(1.0)
+    found = collapse.measure(constant, images, count=4, views=2, **reading)
+    assert json.loads(json.dumps(found, allow_nan=False))["by_position"] is None
+    row = {"encoder": "trained", **found}
+    assert collapse.draw([row], tmp_path / "c.png", "title").stat().st_size > 10_000
 
 
 def test_the_picture_and_its_numbers(measured, tmp_path):

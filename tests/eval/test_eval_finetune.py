@@ -296,6 +296,14 @@ def test_labels_precision_and_micro_batches_decide_a_training(
     assert facts[0] | {"micro_batch": 4} == facts[4] != facts[0]
 
 
+@pytest.mark.parametrize("module, start, chosen", STARTS)
+def test_one_class_is_nothing_to_learn(data, tmp_path, module, start, chosen):
+    images = open_images(data)
+    train, labels = Subset(images, torch.arange(len(images))), torch.zeros_like(images.labels)
+    with pytest.raises(ValueError, match="two classes among the training images"):
+        start(small(), train, labels, 2, chosen, options(), tmp_path)
+
+
 def test_what_goes_on_ends_as_what_never_stopped(data, tmp_path, monkeypatch):
     chosen = replace(PLAIN, epochs=3, drop_path=0.3, mixup=0.8, cutmix=1.0, erasing=0.5)
     whole = tuned(data, chosen, tmp_path / "a")

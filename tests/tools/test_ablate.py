@@ -53,6 +53,18 @@ def test_the_table_has_means_spreads_and_paired_differences(file, tmp_path):
     assert ablate.draw(ablation, trials, tmp_path / "c.png").stat().st_size > 5000
 
 
+def test_a_training_that_was_not_scored_at_its_start_is_not_the_untrained_encoder_s(file, tmp_path):
+    ablation = ablate.read(str(file))
+    trials = ablate.trials_of(ablation, tmp_path / "out")
+    for trial in trials:
+        finish(trial, 10.0, 20.0)
+        if trial.seed == 1:
+            log = trial.folder / "log.jsonl"
+            log.write_text(log.read_text().splitlines()[1] + "\n")
+    untrained, *_ = ablate.table(ablation, trials)
+    assert (untrained["seeds"], untrained["knn"]) == (1, 10.0)
+
+
 def test_a_seed_that_only_one_row_has_is_not_compared(file, tmp_path):
     ablation = ablate.read(str(file))
     trials = ablate.trials_of(ablation, tmp_path / "out")

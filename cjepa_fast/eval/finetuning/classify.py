@@ -54,9 +54,10 @@ def tune(
 ) -> tuple[Classifier, nn.Module]:
     """The classifier and the EMA of its weights, trained on `train` with labels (n,).
 
-    folder: of the checkpoints. Raises ValueError for a loss that is not finite, or where `folder`
-    holds another training.
+    folder: of the checkpoints. Raises ValueError for a loss that is not finite, for a single class,
+    or where `folder` holds another training.
     """
+    cli.require_classes(label_n, "fine-tuning")
     facts = {"recipe": asdict(chosen), "encoder": digest(encoder), "images": train.fingerprint}
     facts |= {"classes": classes, "seed": args.seed, "processes": world_size()}
     facts |= {"bit_depth": train.limits.bit_depth, "labels": digest_of_labels(label_n)}

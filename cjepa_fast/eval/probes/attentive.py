@@ -120,8 +120,10 @@ def train(
 ) -> AttentiveProbe:  # fmt: skip
     """The probe, trained on images with labels (n,). folder: of the checkpoints.
 
-    Raises ValueError for a loss that is not finite, or where `folder` holds another training.
+    Raises ValueError for a loss that is not finite, for a single class, or where `folder` holds
+    another training.
     """
+    cli.require_classes(label_n, "an attentive probe")
     facts = {"recipe": asdict(chosen), "encoder": digest(encoder), "images": images.fingerprint}
     facts |= {"classes": classes, "seed": args.seed, "processes": world_size()}
     facts |= {"bit_depth": images.limits.bit_depth, "labels": digest_of_labels(label_n)}

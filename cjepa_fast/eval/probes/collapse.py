@@ -7,6 +7,7 @@ the masks, so that any two runs compare.
 """
 
 import argparse
+import math
 from pathlib import Path
 
 import numpy as np
@@ -56,9 +57,10 @@ def measure(
     keep: torch.Tensor | None = None,
     clean_nD: torch.Tensor | None = None,
     **reading,
-) -> dict[str, float | list[float]]:
+) -> dict[str, float | list[float] | None]:
     """HEADINGS' measures of `count` images spread over the set, and two spectra, largest first:
-    `singular_values` of the features as they are, `stds` of their dimensions.
+    `singular_values` of the features as they are, `stds` of their dimensions. None is what is not
+    defined, as shares of the variance of patches that are all alike.
 
     crop: of the centre, for all but LiDAR and alignment, which take `views` random crops an image.
     keep: positions instead, and clean_nD: their features, where these are known.
@@ -76,8 +78,7 @@ def measure(
     with shown_clock("signs of collapse"):
         stats, stds = representation_stats(clean_nD), spread.deviations(clean_nD)
         shares = {name: 100 * share for name, share in spread.token_shares(tokens_nND).items()}
-        return {
-            "images": len(clean_nD),
+        measures = {
             "rankme": stats["rankme"].item(),
             "lidar": spread.lidar(views_nqD),
             "std_mean": stds.mean().item(),
@@ -86,6 +87,10 @@ def measure(
             "uniformity": spread.uniformity(clean_nD),
             "alignment": spread.alignment(views_nqD),
             **shares,
+        }
+        return {
+            "images": len(clean_nD),
+            **{k: x if math.isfinite(x) else None for k, x in measures.items()},
             "singular_values": torch.linalg.svdvals(clean_nD).tolist(),
             "stds": stds.tolist(),
         }
@@ -133,7 +138,10 @@ def draw(rows: list[cli.Row], out: Path | str, title: str) -> Path:
         for i, row in enumerate(rows):
             look = {k: v for k, v in style.line(i).items() if k != "marker"}
             look["linewidth"] = 1.2 + 0.8 * (len(rows) - 1 - i)  # lines may lie on each other
-            label = f"{row['encoder']} (RankMe {row['rankme']:.1f}, LiDAR {row['lidar']:.1f})"
+            known = [
+                f"{HEADINGS[k]} {row[k]:.1f}" for k in ("rankme", "lidar") if row[k] is not None
+            ]
+            label = f"{row['encoder']} ({', '.join(known)})"
             values = np.array(row["singular_values"])
             singular.plot(range(1, len(values) + 1), values / values.sum(), label=label, **look)
             stds.plot(range(1, len(row["stds"]) + 1), row["stds"], **look)
@@ -156,7 +164,7 @@ def _divided(axes, rows: list[cli.Row]) -> None:
     left = np.zeros(len(rows))
     parts = {"by_position": "0.75", "by_image": style.SKY, "by_both": style.ORANGE}
     for key, colour in parts.items():
-        widths = np.array([row[key] for row in rows])
+        widths = np.array([row[key] or 0.0 for row in rows])
         bars = axes.barh(names, widths, left=left, color=colour, label=key.replace("_", " "))
         axes.bar_label(bars, [f"{w:.0f}" if w >= 5 else "" for w in widths], label_type="center")
         left += widths

@@ -51,8 +51,7 @@ def predict(
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    if len(label_n.unique()) < 2:
-        raise ValueError("a linear probe needs at least two classes among the training images")
+    cli.require_classes(label_n, "a linear probe")
     probe = make_pipeline(
         StandardScaler(), LogisticRegression(C=inverse_penalty, max_iter=iterations)
     )
