@@ -43,12 +43,14 @@ def test_lidar_counts_the_directions_in_which_images_differ(seed):
         spread.lidar(views_nqD[:, :1])
 
 
-def test_uniformity_and_alignment_as_their_sums_over_pairs(seed):
+def test_uniformity_and_alignment_as_their_sums_over_pairs(seed, monkeypatch):
+    monkeypatch.setattr(spread, "ROWS", 2)  # compared at a time
     views = torch.randn(5, 3, 4)
     unit = (views / views.norm(dim=2, keepdim=True)).double()
     pairs = [(unit[i, 0] - unit[j, 0]).square().sum() for i in range(5) for j in range(i)]
     expected = math.log(sum(math.exp(-2 * d) for d in pairs) / len(pairs))
     assert spread.uniformity(views[:, 0]) == pytest.approx(expected, rel=1e-6)
+    assert spread.uniformity(torch.ones(5, 4)) == pytest.approx(0, abs=1e-12)
     pairs = [(u[a] - u[b]).square().sum().item() for u in unit for a in range(3) for b in range(a)]
     assert spread.alignment(views) == pytest.approx(sum(pairs) / len(pairs), rel=1e-5)
 

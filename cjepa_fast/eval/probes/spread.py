@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from cjepa_fast.telemetry import effective_rank, position_share
 
+ROWS = 1024  # of images that are compared with all others at a time
 DEAD = 0.01  # of the features' root mean square: a dimension that varies less is dead
 
 
@@ -49,8 +50,10 @@ def uniformity(features_nD: torch.Tensor, t: float = 2.0) -> float:
 
     Wang & Isola, "Understanding contrastive representation learning", ICML 2020.
     """
-    unit_nD = F.normalize(features_nD.double(), dim=1)
-    return (torch.pdist(unit_nD).square() * -t).exp().mean().log().item()
+    unit_nD, n = F.normalize(features_nD.double(), dim=1), len(features_nD)
+    rows = (torch.cdist(unit_rD, unit_nD).square() for unit_rD in unit_nD.split(ROWS))
+    each = sum((square_rn * -t).exp().sum() for square_rn in rows)
+    return ((each - n) / (n * (n - 1))).log().item()  # each image has a distance of 0 to itself
 
 
 def alignment(views_nqD: torch.Tensor) -> float:
