@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from cjepa_fast.checkpoint.encoders import run_of
-from cjepa_fast.eval import cli
+from cjepa_fast.eval import cli, uncertainty
 from cjepa_fast.eval.features import extract
 from cjepa_fast.eval.figures import attention, curves, masks, pca, retrieve
 from cjepa_fast.eval.figures.sheets import spread_over
@@ -203,11 +203,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _error_of(rows: list[cli.Row]) -> str:
-    """What the number of test images alone leaves open, of the figure nearest to 50 %."""
+    """What the number of test images alone leaves open, at most."""
     tested = rows[-1]["test_images"]
-    share = min((row[key] / 100 for row in rows for key in ("top1", "ridge", "logistic", "lars")),
-                key=lambda share: abs(share - 0.5))  # fmt: skip
-    error = 100 * (share * (1 - share) / tested) ** 0.5
+    keys = ("top1", "ridge", "logistic", "lars")
+    error = max(uncertainty.standard_error(row[key], tested) for row in rows for key in keys)
     return f"{tested:,} test images: a figure in % has a standard error of at most {error:.1f}"
 
 

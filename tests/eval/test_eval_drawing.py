@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from cjepa_fast.config import Config
 from cjepa_fast.data.masks import MaskSampler
 from cjepa_fast.eval.figures import attention, bands, curves, sheets, style
 from cjepa_fast.eval.figures import mask_columns as masked
@@ -161,8 +162,9 @@ def write_seeds(folder, name: str, knn: list[float]):
     for seed, value in enumerate(knn):
         run = folder / name / f"seed_{seed}"
         run.mkdir(parents=True)
-        config = {"run": {"seed": seed, "dir": str(run)}, "loss": {"name": name}}
-        (run / "config.json").write_text(json.dumps(config))
+        # what changes no number of a training makes no configuration of its own
+        own = {"run": {"seed": seed, "dir": str(run)}, "data": {"path": name, "threads": 1 + seed}}
+        (run / "config.json").write_text(Config(**own).to_json())
         rows = [{"step": 0, "knn": 10.0}, {"step": 5, "knn": value, "loss": value}]
         (run / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         yield run

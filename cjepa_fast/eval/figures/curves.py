@@ -5,11 +5,10 @@ Runs that differ in nothing but their seed are one line, their mean, within a ba
 
 import argparse
 import itertools
-import json
 from pathlib import Path
 from typing import NamedTuple
 
-from cjepa_fast.eval import cli
+from cjepa_fast.eval import cli, seeds
 from cjepa_fast.eval.figures import bands
 from cjepa_fast.eval.figures.style import QUIET, STYLE, save
 from cjepa_fast.telemetry import read_log
@@ -56,7 +55,6 @@ PANELS = {
 }
 WIDEST = 5  # panels in a row
 LONGEST = 26  # letters along a panel's axis
-UNCOUNTED = ("seed", "dir")  # of run: what seeds of one configuration may differ in
 Logs = dict[str, list[list[dict]]]  # by a line's name, the rows of each of its runs
 
 
@@ -108,26 +106,14 @@ def columns_for(panels: int) -> int:
 def grouped(runs: list[Path | str]) -> Logs:
     """The rows of the runs, those of one configuration's seeds under one name."""
     names = short_names(runs)
-    groups: dict[object, list[int]] = {}
-    for i, run in enumerate(runs):
-        groups.setdefault(_settings(run) or i, []).append(i)
+    folders = [Path(run) if Path(run).is_dir() else Path(run).parent for run in runs]
     found: Logs = {}
-    for members in groups.values():
+    for group in seeds.groups_of(folders, names):
+        members = [i for of_seed in group.runs.values() for i in of_seed]
         own = [names[i] for i in members]
         name = own[0] if len(own) == 1 else f"{_shared(own)} ({len(own)} seeds)"
         found[name if name not in found else own[0]] = [_rows(runs[i]) for i in members]
     return found
-
-
-def _settings(run: Path | str) -> str | None:
-    """A run's configuration but for its seed; None where there is none."""
-    file = (Path(run) if Path(run).is_dir() else Path(run).parent) / "config.json"
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        own = {key: value for key, value in values["run"].items() if key not in UNCOUNTED}
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        return None
-    return json.dumps(values | {"run": own}, sort_keys=True)
 
 
 def _shared(names: list[str]) -> str:
