@@ -102,11 +102,15 @@ def leave(status: int) -> NoReturn:
     """End this process with an exit status, its work done and its files closed.
 
     One of several ends at once: a gloo thread may still hold the last collective's tensor, and
-    freeing that while the interpreter is being taken down aborts a run that had succeeded.
+    freeing that while the interpreter is being taken down aborts a run that had succeeded. So does
+    a stream that cannot be flushed: at the end Python makes another status of that.
     """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
 

@@ -3,8 +3,10 @@
 Names are data: none may begin a line of its own, move the cursor, or end a table or a link.
 """
 
+import contextlib
 import os
 import sys
+from typing import TextIO
 
 IN_MARKDOWN = str.maketrans({character: f"\\{character}" for character in "\\`*[]<>|&#"})
 
@@ -34,6 +36,15 @@ def in_markdown(text: object) -> str:
 def markdown_code(text: object) -> str:
     """`printable` between backticks, which it cannot leave."""
     return f"`{printable(text).replace('`', chr(39))}`"
+
+
+def say(text: str, stream: TextIO | None = None, end: str = "\n") -> None:
+    """print, flushed. What a full disk or a closed terminal refuses is lost: it ends no work."""
+    stream = stream or sys.stdout
+    if not stream.closed:
+        with contextlib.suppress(OSError):
+            stream.write(text + end)
+            stream.flush()
 
 
 def _escaped(character: str) -> str:

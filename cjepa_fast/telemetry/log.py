@@ -21,7 +21,7 @@ from typing import TextIO
 import numpy as np
 import torch
 
-from cjepa_fast.runtime.printable import printable, printable_lines
+from cjepa_fast.runtime.printable import printable, printable_lines, say
 from cjepa_fast.telemetry.nvml import GpuCounters
 from cjepa_fast.telemetry.pace import duration
 from cjepa_fast.telemetry.rows import drop_rows_after
@@ -350,12 +350,11 @@ class ProgressLine:
             return
         self._drawn_s = now_s
         if not self._live:
-            self._stream.write(printable(text) + "\n")
+            say(printable(text), self._stream)
         else:
             # a line that wraps cannot be returned to; \x1b[K wipes what a longer one left
             self._drawn = text[: max(shutil.get_terminal_size().columns - 1, 20)]
-            self._stream.write(f"\r{self._drawn}\x1b[K")
-        self._stream.flush()
+            say(f"\r{self._drawn}\x1b[K", self._stream, end="")
 
     def refresh(self, text: Callable[[], str], plain: bool = False) -> None:
         """Show text() if what was shown last is old enough. plain: not on a terminal alone."""
@@ -366,15 +365,13 @@ class ProgressLine:
     def message(self, text: str) -> None:
         text = printable_lines(text)
         if self._live:  # over what progress.py may have drawn there
-            self._stream.write(f"\r\x1b[K{text}\n{self._drawn}")
+            say(f"\r\x1b[K{text}\n{self._drawn}", self._stream, end="")
         else:
-            self._stream.write(text + "\n")
-        self._stream.flush()
+            say(text, self._stream)
 
     def end(self) -> None:
         if self._drawn:
-            self._stream.write("\n")
-            self._stream.flush()
+            say("", self._stream)
             self._drawn = ""
 
 

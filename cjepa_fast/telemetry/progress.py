@@ -14,6 +14,7 @@ from typing import TextIO
 from tqdm import tqdm
 
 from cjepa_fast.runtime.distributed import rank
+from cjepa_fast.runtime.printable import say
 
 QUIET_S = 2.0  # seconds before anything appears on a terminal
 TICK_S = 1.0  # between two drawings, whether or not a part is done
@@ -76,7 +77,7 @@ class _PlainLines:
 
     def write(self, text: str) -> None:
         if text := text.strip("\r\n ").replace("\r", ""):
-            self._stream.write(text + "\n")
+            say(text, self._stream)
 
     def flush(self) -> None:
-        self._stream.flush()
+        pass

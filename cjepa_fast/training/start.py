@@ -22,6 +22,7 @@ from cjepa_fast.kernels.norm import WIDEST
 from cjepa_fast.model import fused_mlp
 from cjepa_fast.model.cpu_linear import LinearBackends
 from cjepa_fast.runtime import distributed, files, hardware, run_lock, watchdog
+from cjepa_fast.runtime.printable import say
 from cjepa_fast.runtime.provenance import machine
 from cjepa_fast.runtime.signals import StopRequest
 from cjepa_fast.runtime.watchdog import Watchdog
@@ -253,11 +254,11 @@ def open_telemetry(
             quiet=session.options.quiet,
         )
         ending.callback(telemetry.close)
-        lines = Lines(print, run / left_out_images.FILE)
+        loader.skipped.log = telemetry.message if rank == 0 else say
+        lines = Lines(loader.skipped.log, run / left_out_images.FILE)
         loader.skipped.record = lambda row: lines.write(row | left_out_images.WHILE_TRAINING)
         _note_warnings(loader, telemetry, run)
         if rank == 0:
-            loader.skipped.log = telemetry.message
             if skipped := loader.images.skipped:
                 told_before = left_out_images.counted(skipped)
                 telemetry.note(f"{len(skipped)} images are left out ({told_before})")
@@ -303,7 +304,7 @@ def _try_renaming(run: Path) -> None:
 def _note_warnings(loader: Loader, telemetry: Telemetry, run: Path) -> None:
     """What the decoder says of a file goes to events.jsonl, once for all ranks and resumes."""
     path, warnings = run / "events.jsonl", loader.skipped.warnings
-    lines = Lines(print, path)
+    lines = Lines(say, path)
     write = telemetry.note if distributed.rank() == 0 else lambda text: lines.write({"text": text})
 
     def note(text: str) -> None:

@@ -1,6 +1,7 @@
 """The log, the progress line, TensorBoard, GPU counters and the collapse measures."""
 
 import collections
+import errno
 import io
 import json
 import math
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import types
+from pathlib import Path
 
 import pytest
 import tiny
@@ -251,6 +253,57 @@ def test_quiet_is_messages_alone(tmp_path, started):
     out.message("done")
     out.close()
     assert stream.getvalue() == "done\n" and len(read_log(tmp_path)) == 1
+
+
+class Refusing(io.StringIO):
+    """A terminal whose window is closed, or a file on a full disk, as long as it has an error."""
+
+    def __init__(self, live: bool):
+        super().__init__()
+        self.live, self.error = live, 0
+
+    def isatty(self) -> bool:
+        return self.live
+
+    def write(self, text: str) -> int:
+        if self.error:
+            raise OSError(self.error, "the stream is gone")
+        return super().write(text)
+
+
+@pytest.mark.parametrize("live", [False, True], ids=["file", "terminal"])
+@pytest.mark.parametrize("fault", ["ENOSPC", "EPIPE", "EIO"])
+def test_a_stream_that_takes_nothing_ends_no_training(tmp_path, started, live, fault):
+    stream = Refusing(live)
+    out = started(tmp_path, stream=stream, interval=1)
+    stream.error = getattr(errno, fault)
+    out.step(1, {"loss": torch.tensor(0.25)})
+    out.log_row()
+    out.message("lost")
+    stream.error = 0
+    out.message("there again")
+    stream.close()
+    out.message("lost too")
+    out.close()
+    events = read_log(tmp_path / "events.jsonl")
+    assert [row["text"] for row in events] == ["lost", "there again", "lost too"]
+    assert len(read_log(tmp_path)) == 1
+
+
+def test_what_is_said_on_a_full_disk_is_lost_and_changes_no_exit_status():
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    code = (
+        "from cjepa_fast.runtime import distributed, printable\n"
+        "printable.say('lost')\n"
+        "distributed.leave(7)"
+    )
+    buffered = tiny.environment() | {"PYTHONUNBUFFERED": ""}
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [sys.executable, "-c", code], stdout=full, stderr=full, env=buffered
+        )
+    assert result.returncode == 7
 
 
 def test_a_terminal_line_redraws_itself_between_rows(tmp_path, started, clock, monkeypatch):
