@@ -8,6 +8,7 @@ are in their units. Nothing is unpickled.
 
 import io
 import math
+import tokenize
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,8 @@ from cjepa_fast.data.headers import HeaderDamaged, Unusable
 NPY_MAGIC = b"\x93NUMPY"
 TYPES = ("u1", "u2", "f2", "f4", "f8")
 MOST_CHANNELS = 1024
+# What numpy raises of a damaged header, which is Python's text.
+NPY_ERRORS = (ValueError, SyntaxError, TypeError, RecursionError, tokenize.TokenError)
 
 
 class Shape(NamedTuple):
@@ -62,7 +65,7 @@ def pixels(data: bytes, bits: int | None = None) -> np.ndarray:
             values = _channels_last(values)
         else:
             values = tiff_bands.read(data)
-    except (ValueError, EOFError, Unusable, HeaderDamaged) as error:
+    except (*NPY_ERRORS, EOFError, Unusable, HeaderDamaged) as error:
         raise OSError(f"cannot be decoded ({error})") from error
     return levels(values, bits)
 
@@ -89,7 +92,7 @@ def _npy_header(file) -> tuple[tuple[int, ...], np.dtype, int]:
         if version not in readers:
             raise Unusable(f"a .npy of version {version[0]}.{version[1]}")
         shape, _, dtype = readers[version](file)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+    except (*NPY_ERRORS, MemoryError) as error:
         raise HeaderDamaged(f"damaged header ({error})") from error
     if dtype.hasobject:
         raise Unusable("an array of Python objects, which is never unpickled")

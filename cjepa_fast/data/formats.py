@@ -36,6 +36,7 @@ from cjepa_fast.data.headers import (
     orientation,
     png_header,
 )  # fmt: skip
+from cjepa_fast.runtime.oom import is_out_of_memory
 
 # How `read` treats a file: as it is, through Pillow, never, never since nobody reads its kind.
 # ARRAY: by arrays.py alone.
@@ -60,10 +61,11 @@ _TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# What Pillow's parsers raise on damaged bytes (UnidentifiedImageError is an OSError).
+# What Pillow's parsers raise on damaged bytes (UnidentifiedImageError is an OSError). AVIF's raise
+# RuntimeError, which may also say that memory was short: is_out_of_memory.
 PILLOW_ERRORS = (
     OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, struct.error,
-    zlib.error, OverflowError, Image.DecompressionBombError,
+    zlib.error, OverflowError, RuntimeError, Image.DecompressionBombError,
 )  # fmt: skip
 
 
@@ -128,7 +130,7 @@ def _inspect_head(head: bytes, read, length: int) -> Look:
     try:
         image = _open_other(file, head)
     except PILLOW_ERRORS as error:
-        if getattr(error, "errno", None):
+        if getattr(error, "errno", None) or is_out_of_memory(error):
             raise  # of reading
         if arrays.is_array(head):
             return _of_array(arrays.inspect(file, head, length))
@@ -304,6 +306,8 @@ def decode_rgb(
             image = Image.merge("RGBA", image.split())  # the fourth band as it is
         image = image.convert(MODES[channels])
     except (*PILLOW_ERRORS, HeaderDamaged, Unusable) as error:
+        if is_out_of_memory(error):
+            raise
         raise OSError(f"cannot be decoded ({error})") from error
     turn, _ = orientation(exif)
     return image.transpose(_TRANSPOSE[turn]) if turn in _TRANSPOSE else image

@@ -23,6 +23,7 @@ import numpy as np
 
 from cjepa_fast.data import faults, formats
 from cjepa_fast.runtime import caches, json_text
+from cjepa_fast.runtime.oom import is_out_of_memory
 from cjepa_fast.runtime.watched import progressed, watched
 
 VERSION = 4  # of the cached file; raise it when the check or the layout changes
@@ -208,6 +209,11 @@ def check(open_fd: Callable[[int], int], entries_N: np.ndarray, todo: Iterable[i
             raise
         except OSError as error:
             reasons[i] = f"{UNREAD} ({error.strerror or error})"
+            entry["kind"] = formats.UNUSABLE
+        except Exception as error:  # of a parser that has met bytes nobody thought of
+            if is_out_of_memory(error):
+                raise
+            reasons[i] = f"damaged ({error!r})"
             entry["kind"] = formats.UNUSABLE
     return reasons
 

@@ -3,14 +3,14 @@
 import shlex
 from collections.abc import Iterator
 
-SIGNS = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+SIGNS = ("out of memory", "can't allocate memory", "cublas_status_alloc_failed")
 BELOW_SELECTIVE = ("none", "norm_gelu")  # settings of model.checkpointing
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory was short, of the GPU (also outside torch's allocator) or of the machine."""
     if isinstance(error, RuntimeError):  # torch.OutOfMemoryError is one too
-        return any(sign in str(error) for sign in SIGNS)
+        return any(sign in str(error).lower() for sign in SIGNS)
     return isinstance(error, MemoryError)
 
 

@@ -200,6 +200,7 @@ CUT = {
     "axes": (lambda: npy(BANDS[None]), "an array of 4 axes"),
     "cut": (lambda: npy(BANDS)[:-9], "truncated"),
     "header cut": (lambda: npy(BANDS)[:40], "damaged header"),
+    "header open": (lambda: npy(BANDS).replace(b"}", b" "), "damaged header .*multi-line"),
     "channels": (lambda: npy(np.zeros((2000, 2, 2000), np.uint8)), "of 2000 channels, more than"),
     "empty": (lambda: npy(np.zeros((0, 3, 1), np.uint8)), "of 0 channels"),
     "flat": (lambda: npy(np.zeros((0, 3, 0), np.uint8)), "declares 3 x 0 pixels|of 0 channels"),
@@ -213,6 +214,11 @@ def test_arrays_that_cannot_be_read_say_why(kind):
     with pytest.raises((Unusable, OSError), match=said):
         looked(data)
         arrays.pixels(data)
+
+
+def test_a_damaged_header_is_an_os_error_where_the_values_are_read_too():
+    with pytest.raises(OSError, match="cannot be decoded"):
+        arrays.pixels(CUT["header open"][0]())
 
 
 def test_channels_count_for_the_largest_image(tmp_path):

@@ -122,6 +122,46 @@ def test_what_pillow_opens_is_used(tmp_path, opened, kind):
     assert np.abs(got - made.picture(5)).mean() < 3 and not images.skipped
 
 
+def test_a_damaged_avif_is_named_at_the_start_or_in_the_training(tmp_path, opened):
+    whole = made.encoded(made.picture(1), "AVIF")
+    pixels = whole.find(b"mdat") + 4
+    made.write(tmp_path / "set" / "header.avif", whole.replace(b"iloc", b"ilok"))
+    made.write(tmp_path / "set" / "pixels.avif", whole[:pixels] + b"\xff" * len(whole[pixels:]))
+    images = opened(tmp_path / "set")
+    assert "Failed to decode image" in reasons(images)["header.avif"]
+    assert names(images) == ["pixels.avif"]
+    assert "Failed to decode frame" in str(read_one(images, 0, 3))
+
+
+@pytest.mark.parametrize("where", ["header", "pixels"])
+def test_memory_that_is_short_is_no_damage(tmp_path, opened, monkeypatch, where):
+    made.write(tmp_path / "set" / "a.avif", made.encoded(made.picture(1), "AVIF"))
+    images = opened(tmp_path / "set")
+    made.write(tmp_path / "other" / "a.avif", made.encoded(made.picture(1), "AVIF"))
+
+    def short(*args):
+        raise RuntimeError("Failed to decode image: Out of memory")
+
+    monkeypatch.setattr(formats, "_open_other", short)
+    with pytest.raises(RuntimeError, match="Out of memory"):
+        images.read(0) if where == "pixels" else opened(tmp_path / "other")
+
+
+def test_what_no_parser_expects_is_named_too(tmp_path, opened, monkeypatch):
+    root, real = made.good_folder(tmp_path / "set", 4), formats.inspect
+    strange = (root / "c0" / "0000.jpg").read_bytes()
+
+    def inspect(read, length):
+        if read(0, length) == strange:
+            raise AssertionError("no such marker")
+        return real(read, length)
+
+    monkeypatch.setattr(formats, "inspect", inspect)
+    images = opened(root)
+    assert len(images) == 3
+    assert reasons(images) == {"0000.jpg": "damaged (AssertionError('no such marker'))"}
+
+
 @pytest.mark.parametrize(("share", "used"), [(0.5, False), (0.97, True)])
 def test_a_jpeg_that_is_cut_short_is_used_if_most_is_there(tmp_path, opened, share, used):
     pixels = np.random.default_rng(0).integers(0, 255, (200, 200, 3), np.uint8)
