@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,6 +22,8 @@ CAMERA_RAW = "a camera's raw file, which neither DALI nor Pillow reads"
 TAR = ".tar"
 PACKED = (".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst")
 LISTED = 64  # shards that are listed before their images are checked
+REST_BYTES = 1 << 20  # of what follows a shard's members, read at once
+DOUBLED = "another member has this name"
 LOST = "a link or a folder that cannot be followed"  # so begins the reason of such
 
 # ------------------------------------------------------------------------------------- folders
@@ -274,39 +277,65 @@ def _beside(name: str, plain: dict[str, str]) -> str:
     return f"belongs to {plain[key]}" if "." in ext and key in plain else ""
 
 
+class Members(NamedTuple):
+    """Of a shard: {name: (offset, size)} of those that can be read, {name: why} of those that are
+    refused, and a name for each that a later one of the same name stands for."""
+
+    found: dict[str, tuple[int, int]]
+    refused: dict[str, str]
+    doubled: list[str]
+
+
 def members(shard: Path) -> dict[str, tuple[int, int]]:
     """{name: (offset, size)} of a shard's regular members. Raises ValueError on a damaged tar."""
-    return _walk(shard)[0]
+    return _walk(shard).found
 
 
-def _walk(shard: Path) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
-    """(members that can be read, {name: why} of those that are refused). Nothing is unpacked."""
+def _walk(shard: Path) -> Members:
+    """Nothing is unpacked. Of several members of one name the last counts, as it does to tar."""
     size = shard.stat().st_size
-    found, refused = {}, {}
+    walked = Members({}, {}, [])
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
-                if member.isreg() and not 0 <= member.size <= size - member.offset_data:
+                whole = 0 <= member.size <= size - member.offset_data
+                if member.isreg() and not member.issparse() and not whole:
                     claim = f"{member.name} claims {member.size} bytes, the file has {size}"
                     raise ValueError(_damaged(shard, claim))
                 if why := _refusal(member):
-                    refused[member.name] = why
+                    walked.refused[member.name] = why
                 elif member.isreg():
-                    found[member.name] = member.offset_data, member.size
+                    walked.doubled.extend([member.name] * (member.name in walked.found))
+                    walked.found[member.name] = member.offset_data, member.size
             end = tar.offset
     except tarfile.TarError as error:
         raise ValueError(_damaged(shard, str(error))) from error
-    with open(shard, "rb") as file:  # tarfile takes a bad header, too, for the end of the archive
+    _check_end(shard, end)
+    return walked
+
+
+def _check_end(shard: Path, end: int) -> None:
+    """Raises ValueError where what follows the members is not a block of zeros, or not all zeros:
+    tarfile takes a bad header, too, for the end, and looks no further than the first end."""
+    with open(shard, "rb") as file:
         file.seek(end)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise ValueError(_damaged(shard, f"its list of members breaks off at byte {end}"))
-    return found, refused
+        while data := file.read(REST_BYTES):
+            if data.count(0) < len(data):
+                raise ValueError(
+                    f"{shard} does not end where its list of members does, at byte {end}: another "
+                    "archive follows, as after `cat a.tar b.tar`, or a part is damaged. Keep the "
+                    "archives apart, or pack it again"
+                )
 
 
 def _refusal(member: tarfile.TarInfo) -> str:
     """Why a member is not read; "" where nothing speaks against it."""
     if member.name.startswith("/") or ".." in member.name.split("/"):
         return "its path leaves the shard's folder"
+    if member.issparse():
+        return "stored sparse: pack again without --sparse"
     return "a link, not a file" if member.issym() or member.islnk() else ""
 
 
@@ -379,7 +408,7 @@ def _list_and_check_some(shards, stamps, files, some, tables, pool, log) -> list
 def _list_shard(shard: Path) -> index.Table:
     """The images of a shard with their labels, still to be checked."""
     with watched(shard):
-        found, refused = _walk(shard)
+        found, refused, doubled = _walk(shard)
     every = dict.fromkeys([*found, *refused])
     why = images_of(every)
     if not why:
@@ -388,12 +417,13 @@ def _list_shard(shard: Path) -> index.Table:
             f"{', '.join((*kinds.READ, *kinds.ARRAYS))}): leave it out of the pattern, or pack it "
             "again"
         )
-    names = list(why)
+    names = [*why, *(n for n in doubled if n in why)]
     entries_N = np.zeros(len(names), index.ENTRY)
     entries_N["offset"], entries_N["length"] = np.array([found.get(n, (0, 0)) for n in names]).T
     entries_N["bits"], entries_N["there_pct"] = 8, 100
     foreign = {i: why[n] for i, n in enumerate(names) if why[n]}
     foreign |= {i: CAMERA_RAW for i, n in enumerate(names) if kinds.extension(n) in kinds.RAW}
+    foreign |= dict.fromkeys(range(len(why), len(names)), DOUBLED)
     reasons = {i: refused[n] for i, n in enumerate(names) if n not in found}
     entries_N["kind"][list(foreign)] = formats.FOREIGN
     entries_N["kind"][list(reasons)] = formats.UNUSABLE

@@ -1,6 +1,7 @@
 """Files that change or go away while a run reads them, slow reading, tars that reach outside."""
 
 import ast
+import contextlib
 import io
 import json
 import tarfile
@@ -238,6 +239,65 @@ def test_a_link_beside_a_file_of_its_name_takes_nothing_away(tmp_path):
         tar.addfile(link)
     images = open_images(tmp_path / "x.tar", cache=tmp_path / "cache")
     assert len(images) == 1 and images.skipped == [] and images.read(0) == picture
+
+
+# ---------------------------------------------------------------- tars that hold more than is read
+
+
+def test_a_sparse_member_is_named_and_not_read(tmp_path):
+    """What lies in the tar is the member without its zeros, and a map of where they were."""
+    picture = made.encoded(made.picture(0))
+    holes = tarfile.TarInfo("holes.jpg")
+    holes.size = len(picture)
+    size = len(picture) + 10**6
+    sparse_map = f"0,100,{10**6 + 100},{len(picture) - 100}"
+    holes.pax_headers = {"GNU.sparse.size": str(size), "GNU.sparse.map": sparse_map}
+    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(holes, io.BytesIO(picture))
+        good = tarfile.TarInfo("good.jpg")
+        good.size = len(picture)
+        tar.addfile(good, io.BytesIO(picture))
+    images = open_images(tmp_path / "x.tar", cache=tmp_path / "cache")
+    assert len(images) == 1 and images.read(0) == picture
+    assert images.skipped == [("x.tar/holes.jpg", "stored sparse: pack again without --sparse")]
+
+
+def test_of_two_members_of_one_name_the_first_is_named_and_the_last_is_used(tmp_path):
+    first, last = (made.encoded(made.picture(seed)) for seed in (0, 1))
+    members = [
+        ("a.jpg", first),
+        ("a.cls", b"1"),
+        ("b.jpg", first),
+        ("a.jpg", last),
+        ("a.cls", b"2"),
+    ]
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    images = open_images(tmp_path / "x.tar", cache=tmp_path / "cache")
+    assert images.skipped == [("x.tar/a.jpg", "another member has this name")]
+    assert {images.name(i): images.read(i) for i in range(2)} == {
+        "x.tar/a.jpg": last,
+        "x.tar/b.jpg": first,
+    }
+    assert images.label_N.tolist() == [2, -1] and images.found == 3
+    (tmp_path / "once").mkdir()
+    once = made.write_shard(tmp_path / "once" / "x.tar", dict(members))
+    assert open_images(once, cache=tmp_path / "cache").fingerprint == images.fingerprint
+
+
+@pytest.mark.parametrize("more", ["archive", "bytes", "zeros"])
+def test_what_follows_the_end_of_a_shard_is_told(tmp_path, more):
+    shards = [tmp_path / name for name in ("a.tar", "b.tar")]
+    for k, shard in enumerate(shards):
+        made.write_shard(shard, {f"{k}.jpg": made.encoded(made.picture(k))})
+    rest = {"archive": shards[1].read_bytes(), "bytes": b"x", "zeros": bytes(2**21)}
+    shards[0].write_bytes(shards[0].read_bytes() + rest[more])
+    said = r"a.tar does not end where its list of members does, at byte \d+: another archive"
+    with contextlib.nullcontext() if more == "zeros" else pytest.raises(ValueError, match=said):
+        assert len(open_images(shards[0], cache=tmp_path / "cache")) == 1
 
 
 def test_nothing_unpacks_an_archive():
