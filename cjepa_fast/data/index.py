@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 
@@ -25,10 +26,12 @@ from cjepa_fast.data import faults, formats
 from cjepa_fast.runtime import caches, json_text
 from cjepa_fast.runtime.oom import is_out_of_memory
 from cjepa_fast.runtime.watched import progressed, watched
+from cjepa_fast.telemetry.progress import shown_clock
 
 VERSION = 5  # of the cached file; raise it when the check or the layout changes
 CHUNK = 256  # images a task
 KEEP_S, KEEP_SHARE = 60.0, 20  # between two savings: at least this, and so many times one's time
+LOCK_S = 0.2  # between two tries to take a lock
 UNLABELLED = -1
 UNREAD = "cannot be read"  # so begins the reason of a file that may be sound
 NEVER_NS = -1  # a time at which no file was changed
@@ -151,8 +154,20 @@ def lock(file: Path):
         return
     with handle:
         with contextlib.suppress(OSError):  # file systems without locks: likewise
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            _hold(handle)
         yield
+
+
+def _hold(handle: TextIO) -> None:
+    """Take its lock, waited for: who waits reads nothing meanwhile, and is not stuck."""
+    with shown_clock("waiting for another process, which checks the images"):
+        while True:
+            progressed()
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                time.sleep(LOCK_S)
 
 
 def pread_exactly(fd: int, count: int, offset: int) -> bytes:

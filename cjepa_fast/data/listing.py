@@ -14,7 +14,7 @@ import numpy as np
 
 from cjepa_fast.data import faults, formats, index, kinds, labels, lists
 from cjepa_fast.runtime.printable import printable
-from cjepa_fast.runtime.watched import progressed, watched
+from cjepa_fast.runtime.watched import progressed, progressing, watched
 from cjepa_fast.telemetry.progress import shown_bar
 
 Found = tuple[bytes, int, int, str]  # path, size, mtime_ns, why it cannot be used or ""
@@ -44,10 +44,10 @@ def images_below(
         return
     parents = (*parents, (status.st_dev, status.st_ino))
     progressed()
-    for entry in faults.patiently(lambda: _entries(folder), folder):
+    for entry in faults.patiently(lambda: entries_of(folder), folder):
         path = under + entry.name
         named_image = kinds.extension(entry.name)
-        if _is_folder(entry):
+        if is_folder(entry):
             below = list(_below(entry, tars, path, parents))
             if named_image and not below:
                 yield path, 0, 0, "a folder, not a file"
@@ -60,9 +60,10 @@ def images_below(
             tars.append(path)
 
 
-def _entries(folder: bytes) -> list[os.DirEntry]:
+def entries_of(folder: bytes) -> list[os.DirEntry]:
+    """Of a folder, by name, without those that begin with a dot."""
     with os.scandir(folder) as entries:
-        return sorted((e for e in entries if not e.name.startswith(b".")), key=lambda e: e.name)
+        return sorted((e for e in progressing(entries) if e.name[:1] != b"."), key=lambda e: e.name)
 
 
 def is_tar(name: bytes) -> bool:
@@ -94,7 +95,7 @@ def status_of(path: bytes, stat_it: Callable[[], os.stat_result]) -> Found:
     return path, status.st_size, status.st_mtime_ns, ""
 
 
-def _is_folder(entry: os.DirEntry) -> bool:
+def is_folder(entry: os.DirEntry) -> bool:
     """Raises OSError for an error of the machine."""
     try:
         return faults.patiently(entry.is_dir, entry.path)
@@ -297,7 +298,7 @@ def _walk(shard: Path) -> Members:
     walked = Members({}, {}, [])
     try:
         with tarfile.open(shard, "r:") as tar:
-            for member in tar:
+            for member in progressing(tar):
                 whole = 0 <= member.size <= size - member.offset_data
                 if member.isreg() and not member.issparse() and not whole:
                     claim = f"{member.name} claims {member.size} bytes, the file has {size}"
@@ -348,7 +349,7 @@ def _damaged(shard: Path, why: str) -> str:
 
 def index_shards(shards: list[Path], cache, pool: ThreadPoolExecutor, log):
     """([Table a shard], classes from classes.txt beside the first, else those that words name)."""
-    stamps = [index.stamp(s.stat()) for s in shards]
+    stamps = [index.stamp(s.stat()) for s in progressing(shards)]
     files = [index.cache_file(s, cache) for s in shards]
 
     def remembered() -> tuple[list[index.Table | None], list[int]]:
@@ -429,7 +430,7 @@ def _list_shard(shard: Path) -> index.Table:
     entries_N["kind"][list(reasons)] = formats.UNUSABLE
     fd = os.open(shard, os.O_RDONLY)
     try:
-        given = [labels.in_shard(fd, found, n) for n in names]
+        given = [labels.in_shard(fd, found, n) for n in progressing(names)]
     finally:
         os.close(fd)
     words, odd = labels.enter(entries_N, given)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from cjepa_fast.data import kinds
 from cjepa_fast.runtime.printable import printable
+from cjepa_fast.runtime.watched import progressing
 
 ENDINGS = (".txt", ".csv")
 HEADING = ("path", "file", "filename", "image", "name")  # of a .csv's first column
@@ -115,7 +116,7 @@ def _of_csv(path: Path, text: str) -> list[tuple[int, str, str]]:
 
 def _of_lines(path: Path, text: str) -> Iterator[tuple[int, str, str]]:
     """A file's name may have spaces: where the whole line is one, it has no label."""
-    for number, line in _lines(text):
+    for number, line in progressing(_lines(text)):
         if os.path.exists(os.fsencode(path.parent / line)):
             yield number, line, ""
         else:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from cjepa_fast.data import kinds, listing, lists
 from cjepa_fast.data.listing import PACKED, some
 from cjepa_fast.runtime.printable import printable
+from cjepa_fast.runtime.watched import progressing
 
 TRAINING = "train"
 OTHER_SPLITS = ("val", "valid", "validation", "test")
@@ -62,13 +63,16 @@ def split_beside(root: Path) -> Path | None:
 
 
 def _holds_shards(folder: Path) -> bool:
-    return any(p.suffix == ".tar" for p in folder.iterdir()) if folder.is_dir() else False
+    return any(entry.name.endswith(b".tar") for entry in _entries(folder))
 
 
 def _folders(root: Path) -> set[str]:
-    if not root.is_dir():
-        return set()
-    return {p.name for p in root.iterdir() if not p.name.startswith(".") and p.is_dir()}
+    return {os.fsdecode(entry.name) for entry in _entries(root) if listing.is_folder(entry)}
+
+
+def _entries(folder: Path) -> list[os.DirEntry]:
+    """[] of what is no folder. By scandir, which asks a network disk for no entry alone."""
+    return listing.entries_of(os.fsencode(folder)) if folder.is_dir() else []
 
 
 def _synthetic(path: str) -> str:
@@ -84,7 +88,7 @@ def _synthetic(path: str) -> str:
 
 def _braced(path: str) -> list[Path]:
     shards = [Path(p) for p in expand_braces(path)]
-    missing = [p for p in shards if not p.is_file()]
+    missing = [p for p in progressing(shards) if not p.is_file()]
     if missing:
         raise FileNotFoundError(
             f"{len(missing)} of the {len(shards)} shards of {path} are missing, the first is "
@@ -96,7 +100,8 @@ def _braced(path: str) -> list[Path]:
 def _shards_in(root: Path, log: Callable[[str], None]) -> list[Path]:
     """The tars of a folder. Beside images, those that are larger together are the set, and the
     others are said to be left out: an unpacked archive, or a preview beside shards."""
-    files = sorted(p for p in root.iterdir() if p.is_file() and not p.name.startswith("."))
+    names = [os.fsdecode(e.name) for e in _entries(root) if listing.is_tar(e.name)]
+    files = sorted(root / name for name in progressing(names) if (root / name).is_file())
     tars = [p for p in files if p.suffix == listing.TAR]
     packed = [os.fsencode(p.name) for p in files if p.name.endswith(PACKED)]
     if not tars and not packed:

@@ -3,10 +3,12 @@
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 from cjepa_fast.runtime.printable import printable
 
+T = TypeVar("T")
 NAMED_S = 5.0  # a read that takes longer is named
 
 _reading: dict[int, tuple[float, object]] = {}  # by thread: since when, and what
@@ -28,6 +30,13 @@ def watched(name: object) -> Iterator[None]:
 def progressed() -> None:
     """Something has been read."""
     _count[0] += 1
+
+
+def progressing(items: Iterable[T]) -> Iterator[T]:
+    """The same items; each means that something has been read."""
+    for item in items:
+        progressed()
+        yield item
 
 
 def reads() -> int:

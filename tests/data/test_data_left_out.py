@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import corrupt_images as made
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
 
 from cjepa_fast.data import faults, formats, index, left_out, listing, lists, locations, sources
@@ -438,8 +439,8 @@ def test_an_error_of_the_machine_takes_no_folder_away(monkeypatch, stays):
 
     monkeypatch.setattr(faults, "PAUSES_S", (0.0, 0.0))
     if not stays:
-        assert listing._is_folder(Entry())
-    for look in (listing._is_folder, listing._lost) if stays else ():
+        assert listing.is_folder(Entry())
+    for look in (listing.is_folder, listing._lost) if stays else ():
         with pytest.raises(faults.MachineFailed, match=r"set/c1 cannot be read \(Input/output"):
             look(Entry())
 
@@ -721,6 +722,39 @@ def test_of_two_that_find_no_index_one_checks_and_the_other_reads_its(
         one, other = (pool.submit(opened, path, workers=1) for _ in range(2))
         assert names(one.result(timeout=60)) == names(other.result(timeout=60))
     assert len(checked) == len(set(checked)) == 6
+
+
+def test_who_waits_for_another_process_to_index_is_not_stuck(tmp_path, monkeypatch):
+    monkeypatch.setattr(index, "LOCK_S", 0.01)
+    file = tmp_path / "cache" / "set.npz"
+
+    def wait() -> str:
+        with index.lock(file):
+            return "held"
+
+    with ThreadPoolExecutor(1) as pool:
+        with index.lock(file):
+            waiting, before = pool.submit(wait), watched.reads()
+            tiny.wait_for(lambda: watched.reads() > before + 5, "signs of progress")
+            assert not waiting.done()
+        assert waiting.result(timeout=60) == "held"
+
+
+@pytest.mark.parametrize("kind", ["folder", "splits", "shards", "list"])
+def test_each_entry_of_a_folder_and_each_line_of_a_list_is_a_sign_of_progress(tmp_path, kind):
+    root, count = tmp_path / "set", 50
+    for split in ("train", "val") if kind == "splits" else (".",):
+        for i in range(count):
+            (root / split / f"{i}").mkdir(parents=True)
+    if kind == "shards":
+        made.good_shards(root, count, shards=count)
+    (root / "list.txt").write_text("".join(f"{i}\n" for i in range(count)))
+    before = watched.reads()
+    if kind == "list":
+        lists.read(root / "list.txt")
+    else:
+        locations.find(str(root))
+    assert watched.reads() - before >= count * (1 if kind in ("folder", "list") else 2)
 
 
 def test_an_indexing_that_was_stopped_goes_on_where_it_was(tmp_path, opened, monkeypatch):
