@@ -6,6 +6,7 @@ after 100 optimiser steps, as in the names of checkpoints.
 """
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -286,19 +287,21 @@ class Lines:
     def _add(self, line: str) -> None:
         self._waiting.append(line)
         try:
-            with open(self._path, "a", encoding="utf-8") as file:
-                whole = file.tell()
-                try:
-                    file.writelines(self._waiting)
-                    file.flush()
-                except OSError:
-                    os.truncate(self._path, whole)  # no torn line stays
-                    raise
+            _append(self._path, "".join(self._waiting).encode())
         except OSError as error:
             if len(self._waiting) == 1:
                 self._say(f"WARNING: {self._path} cannot be written ({error}); trying again later")
         else:
             self._waiting.clear()
+
+
+def _append(path: Path, data: bytes) -> None:
+    """All of it or nothing. Unbuffered: what a buffer still holds is written when it is closed."""
+    with open(path, "ab", buffering=0) as file:
+        whole = file.tell()
+        if file.write(data) < len(data):
+            file.truncate(whole)  # no torn line stays
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 class DeviceMeans:

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+import resource
 import subprocess
 import sys
 import threading
@@ -212,6 +213,23 @@ def test_a_resumed_log_sets_broken_lines_aside(tmp_path, started, capsys):
     assert (tmp_path / "log.jsonl.broken").read_text() == "broken\n"
     (event,) = read_log(tmp_path / "events.jsonl")
     assert "1 broken line (the first is line 2) set aside in log.jsonl.broken" in event["text"]
+
+
+def test_a_row_that_does_not_fit_leaves_no_torn_line(tmp_path):
+    """The file may grow by a few bytes, as on a disk that is nearly full."""
+    path, said = tmp_path / "log.jsonl", []
+    lines, (_, hard) = log.Lines(said.append, path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    lines.write({"step": 1})
+    whole = path.read_bytes()
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 5, hard))
+        lines.write({"step": 2})
+        assert path.read_bytes() == whole
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    lines.write({"step": 3})
+    assert [row["step"] for row in read_log(path)] == [1, 2, 3]
+    assert len(said) == 1 and "cannot be written" in said[0]
 
 
 def test_what_is_said_is_no_escape_sequence(tmp_path, started):
