@@ -31,6 +31,8 @@ from cjepa_fast.telemetry.progress import shown_clock
 VERSION = 5  # of the cached file; raise it when the check or the layout changes
 CHUNK = 256  # images a task
 KEEP_S, KEEP_SHARE = 60.0, 20  # between two savings: at least this, and so many times one's time
+KEPT = 16  # indexes of one path, of so many copies
+MASK = 2**64 - 1  # for the time of a file, which may lie before 1970
 LOCK_S = 0.2  # between two tries to take a lock
 UNLABELLED = -1
 UNREAD = "cannot be read"  # so begins the reason of a file that may be sound
@@ -95,9 +97,31 @@ def cache_folder(cache: Path | None = None) -> Path:
     return caches.folder("index")
 
 
-def cache_file(path: Path, cache: Path | None) -> Path:
+def cache_name(path: Path, cache: Path | None) -> Path:
+    """What is kept of a set begins so: the folder of its indexes, and what lies beside that."""
     key = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:32]
-    return cache_folder(cache) / f"{key}.npz"
+    return cache_folder(cache) / key
+
+
+def cache_file(path: Path, cache: Path | None, stamp: tuple[int, int] = (0, 0)) -> Path:
+    """stamp: of a file of the set. Copies at one path of several nodes, which may share a cache,
+    differ in it, and where it is the same in all of them, one index serves them all."""
+    size, mtime_ns = stamp
+    return cache_name(path, cache) / f"{size:x}-{mtime_ns & MASK:x}.npz"
+
+
+def load_newest(file: Path) -> Table | None:
+    """`load`, or where it has none the newest of the same path, of which most may still hold."""
+    if (table := load(file)) is not None:
+        return table
+    return next((load(other) for other in _newest_first(file.parent) if other != file), None)
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    with contextlib.suppress(OSError):
+        times = {path: path.stat().st_mtime_ns for path in folder.glob("*.npz")}
+        return sorted(times, key=times.get, reverse=True)
+    return []  # not there, or others are at work on it
 
 
 def load(file: Path) -> Table | None:
@@ -136,10 +160,19 @@ def save(file: Path, table: Table) -> None:
                 stamp=np.array(table.stamp, np.int64),
             )
         os.replace(temporary, file)
+        _prune(file.parent)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+def _prune(folder: Path) -> None:
+    """Of what is kept of a path leave KEPT, and nothing of an earlier version."""
+    old = [*_newest_first(folder)[KEPT:], folder.with_suffix(".npz")]
+    for path in (p for npz in old for p in (npz, npz.with_suffix(".lock"))):
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

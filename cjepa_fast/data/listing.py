@@ -190,12 +190,13 @@ def _index_files(root: Path, key: Path, found: list[Found], cache, pool, log) ->
     entries_N["kind"][[*raw, *lost]] = formats.FOREIGN
     reasons = raw | reasons
 
-    file = index.cache_file(key, cache)
+    stamp = next(((size, time_ns) for _, size, time_ns, _ in found if time_ns), (0, 0))
+    file = index.cache_file(key, cache, stamp)
     fresh_N = np.ones(len(found), bool)
     fresh_N[list(reasons)] = False
 
     def remembered() -> index.Table | None:
-        old = index.load(file)
+        old = index.load_newest(file)
         if old is not None:
             reasons.update(_reuse(old, names, entries_N, fresh_N))
         return old
@@ -350,7 +351,7 @@ def _damaged(shard: Path, why: str) -> str:
 def index_shards(shards: list[Path], cache, pool: ThreadPoolExecutor, log):
     """([Table a shard], classes from classes.txt beside the first, else those that words name)."""
     stamps = [index.stamp(s.stat()) for s in progressing(shards)]
-    files = [index.cache_file(s, cache) for s in shards]
+    files = [index.cache_file(s, cache, stamp) for s, stamp in zip(shards, stamps, strict=True)]
 
     def remembered() -> tuple[list[index.Table | None], list[int]]:
         """What is known of them, and the numbers of those whose index is missing or stale."""

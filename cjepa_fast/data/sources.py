@@ -374,7 +374,7 @@ def open_images(
     if label_list is not None:
         parts = _labelled_by(Path(label_list), parts, log)
     images = ImageSet(parts, limits, labelled)
-    report = report or index.cache_file(found[0].root, cache).with_suffix(".unusable.jsonl")
+    report = report or index.cache_name(found[0].root, cache).with_suffix(".unusable.jsonl")
     tell(images.skipped, images.found, report, log)
     if not len(images):
         rows = next((one for one in paths if locations.parquet_files(Path(one))), None)

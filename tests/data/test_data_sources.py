@@ -7,6 +7,7 @@ import os
 import tarfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import corrupt_images as made
 import numpy as np
@@ -321,11 +322,42 @@ def test_changed_shard_alone_is_checked_again(tmp_path, opened, inspected):
     assert len(opened(root)) == 7 and len(inspected) == 1
 
 
+def change_times(root, times_s: float) -> None:
+    for path in filter(Path.is_file, root.rglob("*")):
+        os.utime(path, (times_s, times_s))
+
+
+@pytest.mark.parametrize("make", [made.good_folder, made.good_shards])
+def test_copies_at_one_path_of_two_nodes_have_an_index_each(tmp_path, opened, inspected, make):
+    root = make(tmp_path / "set", 9)
+    looked = []
+    for node in (1, 2, 1, 2):
+        change_times(root, 1e9 + node)
+        inspected.clear()
+        opened(root)
+        looked.append(len(inspected))
+    assert looked == [9, 9, 0, 0]
+
+
+def test_of_many_copies_the_newest_indexes_are_kept(tmp_path, opened, inspected, monkeypatch):
+    monkeypatch.setattr(index, "KEPT", 2)
+    root = made.good_folder(tmp_path / "set", 3)
+    before = index.cache_name(root, tmp_path / "cache").with_suffix(".npz")
+    made.write(before, b"of an earlier version")
+    for node in range(4):
+        change_times(root, 1e9 + node)
+        opened(root)
+    assert len([*(tmp_path / "cache").rglob("*.npz")]) == 2 and not before.exists()
+    inspected.clear()
+    opened(root)
+    assert not inspected
+
+
 @pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 no zip", None])
 def test_damaged_cache_is_made_anew(tmp_path, opened, damage):
     root = made.good_folder(tmp_path / "set", 3)
     opened(root)
-    (cached,) = (tmp_path / "cache").glob("*.npz")
+    (cached,) = (tmp_path / "cache").rglob("*.npz")
     cached.write_bytes(cached.read_bytes()[:-100] if damage is None else damage)
     assert len(opened(root)) == 3
 
@@ -340,7 +372,7 @@ def test_cache_that_cannot_be_written_costs_a_line(tmp_path):
 def test_cache_lies_in_the_users_cache_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     open_images(str(made.good_folder(tmp_path / "set", 1)), log=lambda line: None)
-    assert len(list((tmp_path / "xdg" / "cjepa_fast" / "index").glob("*.npz"))) == 1
+    assert len(list((tmp_path / "xdg" / "cjepa_fast" / "index").rglob("*.npz"))) == 1
 
 
 def test_reading_is_safe_from_many_threads(tmp_path, opened, monkeypatch):
