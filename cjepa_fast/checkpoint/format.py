@@ -23,6 +23,7 @@ import torch
 from safetensors import safe_open
 
 from cjepa_fast.checkpoint.owned import SavedEngine
+from cjepa_fast.data import faults
 from cjepa_fast.runtime import hardware
 from cjepa_fast.runtime.distributed import rank, world_size
 from cjepa_fast.runtime.files import read_json, reading, sha256, write_text
@@ -54,18 +55,25 @@ def write_manifest(folder: Path, shards: list[Receipt]) -> None:
 
 
 def damage(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
-    """What the manifest does not bear out, a line a file; of every `parts`-th file only."""
+    """What the manifest does not bear out, a line a file; of every `parts`-th file only.
+
+    Raises faults.MachineFailed for an error of the machine that stays: that is no damage.
+    """
+    manifest = checkpoint / MANIFEST
     try:
-        files = sorted(read_json(checkpoint / MANIFEST)["files"].items())
+        found = faults.patiently(lambda: read_json(manifest), manifest)
+        files = sorted(found["files"].items())
         if missing := _unnamed(dict(files)):
-            return [f"{checkpoint / MANIFEST} does not name {missing}, without which there is none"]
+            return [f"{manifest} does not name {missing}, without which there is none"]
         return [
             f"{checkpoint / name} {problem}"
             for name, facts in files[part::parts]
             if (problem := _damage_of(checkpoint / name, **facts))
         ]
+    except faults.MachineFailed:
+        raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        return [f"{checkpoint / MANIFEST} cannot be read: {error!r}"]
+        return [f"{manifest} cannot be read: {error!r}"]
 
 
 def _unnamed(files: dict[str, dict]) -> str | None:
@@ -78,6 +86,10 @@ def _unnamed(files: dict[str, dict]) -> str | None:
 
 
 def _damage_of(path: Path, bytes: int, sha256: str) -> str | None:
+    return faults.patiently(lambda: _differs(path, bytes, sha256), path)
+
+
+def _differs(path: Path, bytes: int, sha256: str) -> str | None:
     if not path.is_file():
         return "is missing"
     if path.stat().st_size != bytes:

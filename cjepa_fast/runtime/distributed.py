@@ -279,6 +279,20 @@ def from_rank_0(make: Callable[[], T]) -> T:
     return made[0]
 
 
+def from_each(make: Callable[[], T]) -> list[T]:
+    """What make() returns on every rank, in their order; a ValueError or OSError of one is raised
+    on all."""
+    try:
+        mine = make()
+    except (ValueError, OSError) as error:
+        mine = error
+    found = from_all(mine)
+    for one in found:
+        if isinstance(one, Exception):
+            raise one
+    return found
+
+
 def first_on_each_node(make: Callable[[], T]) -> T:
     """make() on rank 0 of each node, then on the others, which find its caches.
 

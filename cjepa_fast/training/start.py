@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -191,14 +192,13 @@ def starting_points(run: Path, resume: str | None) -> list[Path]:
 def first_whole(found: list[Path], resume: str | None) -> Path | None:
     """The first of the checkpoints that its manifest bears out; each rank reads its share.
 
-    What is damaged is named. Raises ValueError where that is all there is, or what was asked for.
+    What is damaged is named. Raises ValueError where that is all there is, or what was asked for,
+    and OSError on all ranks where one of them cannot read its share.
     """
-    damaged = []
+    damaged, share = [], (distributed.rank(), distributed.world_size())
     for path in found:
         with shown_clock(f"checking {path.name}"):
-            shares = distributed.from_all(
-                checkpoint.damage(path, distributed.rank(), distributed.world_size())
-            )
+            shares = distributed.from_each(functools.partial(checkpoint.damage, path, *share))
         damaged += dict.fromkeys(line for share in shares for line in share)
         if not any(shares):
             if damaged and distributed.rank() == 0:

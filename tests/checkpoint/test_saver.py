@@ -1,6 +1,8 @@
 """Saving while training continues: what is written, when it counts, and what goes wrong."""
 
+import builtins
 import errno
+import io
 import json
 import os
 import shutil
@@ -15,7 +17,9 @@ from cjepa_fast.checkpoint import format as checkpoint_format
 from cjepa_fast.checkpoint import owned, writer
 from cjepa_fast.checkpoint.owned import Fragment, OwnedState, Snapshot
 from cjepa_fast.checkpoint.writer import Saver
+from cjepa_fast.data import faults
 from cjepa_fast.runtime import files
+from cjepa_fast.training import start
 
 
 class Engine:
@@ -244,6 +248,30 @@ def test_damage_is_seen_and_named(tmp_path, made, said, file):
     assert str(path / file) in line and said in line
     shares = [checkpoint.damage(path, part, 2) for part in range(2)]  # two ranks share it
     assert sorted(map(len, shares)) == [0, 1]
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "shard_00000_of_00001.safetensors"])
+@pytest.mark.parametrize("code", ["EIO", "ESTALE", "EMFILE"])
+def test_an_error_of_the_machine_is_no_damage(tmp_path, made, monkeypatch, file, code):
+    """It is tried again. One that stays ends the start: no checkpoint is set aside for it."""
+    _, save, _ = made
+    save.begin(1, {})
+    save.finish()
+    path, left, real = checkpoint.latest(tmp_path), [2], io.open
+
+    def failing(name, *args, **options):
+        if str(name) == str(path / file) and left[0] > 0:
+            left[0] -= 1
+            raise OSError(getattr(errno, code), "no such luck")
+        return real(name, *args, **options)
+
+    monkeypatch.setattr(faults, "PAUSES_S", (0.0, 0.0))
+    for module in (io, builtins):
+        monkeypatch.setattr(module, "open", failing)
+    assert checkpoint.damage(path) == []
+    left[0] = 99
+    with pytest.raises(faults.MachineFailed, match=file):
+        start.first_whole([path], "auto")
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"files": 3}', "{}", "[" * 100_000])
