@@ -30,6 +30,7 @@ def restore(path: Path, engine: SavedEngine) -> dict:
 HARMLESS = (
     "linear",
     "decoder",  # what data.decoder "auto" came to
+    "attention",  # and model.attention
     *(f"config.{key}" for key in (
         *("checkpoint", "deepspeed", "eval", "telemetry", "data.path", "data.threads"),
         "data.readers",

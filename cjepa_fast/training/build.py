@@ -15,7 +15,7 @@ from cjepa_fast.data.masks import MaskSampler
 from cjepa_fast.kernels.common.ranks import Ranks
 from cjepa_fast.kernels.norm import WIDEST
 from cjepa_fast.model import cpu_linear, fp8
-from cjepa_fast.model.attention_trial import Shape, fastest, kernel_for
+from cjepa_fast.model.attention_trial import Shape, candidates, fastest, kernel_for
 from cjepa_fast.model.attention_trial import problem as unusable
 from cjepa_fast.model.flops import step_gflop
 from cjepa_fast.model.jepa import JEPA
@@ -130,12 +130,19 @@ def optimizer_implementation(config: Config) -> str:
 
 
 def choose_attention(
-    networks: JEPA, target: Encoder, config: Config, device: torch.device, micro_batch: int
+    networks: JEPA,
+    target: Encoder,
+    config: Config,
+    device: torch.device,
+    micro_batch: int,
+    saved: dict | None = None,
 ) -> dict[str, str]:
     """For attention "auto": the fastest kernel for each network at its own lengths, set in it.
 
-    Timed on rank 0 and the same on all. On a CPU nothing is timed. Another backend is tried once:
-    raises ConfigError where it has no kernel here. Returns which kernel runs in each.
+    Timed on rank 0 and the same on all. On a CPU nothing is timed. saved: a checkpoint's choices,
+    which a resumed run keeps where they work here, so that its bits are those of before. Another
+    backend is tried once: raises ConfigError where it has no kernel here. Returns which kernel runs
+    in each.
     """
     dtype, given = compute_dtype(config), config.model.attention
     masks = build_masks(config)(0, 0, torch.arange(micro_batch))
@@ -162,12 +169,21 @@ def choose_attention(
                 )
             choices[name] = kernel_for(shape, device, dtype, given)
             continue
+        before = (saved or {}).get(name)
         choices[name] = distributed.from_rank_0(
-            lambda shape=shape: fastest(shape, device, dtype)[0]
+            lambda shape=shape, before=before: _saved_or_fastest(before, shape, device, dtype)
         )
         for block in blocks:
             block.attn.backend = choices[name]
     return choices
+
+
+def _saved_or_fastest(
+    saved: str | None, shape: Shape, device: torch.device, dtype: torch.dtype
+) -> str:
+    if saved in candidates(device) and not unusable(shape, device, dtype, saved):
+        return saved
+    return fastest(shape, device, dtype)[0]
 
 
 TRIED_ROWS = 2048  # of a Linear, in the trial of CPU libraries

@@ -23,7 +23,7 @@ from cjepa_fast.kernels.norm import WIDEST
 from cjepa_fast.model import fused_mlp
 from cjepa_fast.model.cpu_linear import LinearBackends
 from cjepa_fast.runtime import distributed, files, hardware, run_lock, watchdog
-from cjepa_fast.runtime.printable import say
+from cjepa_fast.runtime.printable import printable, say
 from cjepa_fast.runtime.provenance import machine
 from cjepa_fast.runtime.signals import StopRequest
 from cjepa_fast.runtime.watchdog import Watchdog
@@ -163,9 +163,11 @@ def _built(session: Session, device: torch.device) -> tuple[Trainer, Loader, dic
             decoder=loader.decoder,
             restoring=bool(state),
             linear=state.get("linear"),
+            attention=state.get("attention"),
         )
     if not state:
         return trainer, loader, None
+    state.setdefault("attention", trainer.attention)  # timed at each start, before it was saved
     check_changes(state, trainer.facts(), options.accept_changes)
     with shown_clock(f"reading {checkpointed.name}"):
         checkpoint.restore(checkpointed, trainer.engine)
@@ -328,7 +330,8 @@ def _choices(trainer: Trainer) -> Iterator[str]:
     another = asked != "auto" and kernels != {asked}
     if kernels and (device.type == "cuda" or another):
         chosen = ", ".join(f"{part} {name}" for part, name in trainer.attention.items())
-        why = "the fastest of those here" if asked == "auto" else f"of model.attention {asked}"
+        fastest = "the checkpoint's, or " * trainer.restoring + "the fastest of those here"
+        why = fastest if asked == "auto" else f"of model.attention {asked}"
         yield f"attention: {chosen} ({why})"
     dtype = compute_dtype(config)
     kernels_serve = device.type == "cuda" and dtype.itemsize == 2
@@ -345,6 +348,16 @@ def _choices(trainer: Trainer) -> Iterator[str]:
         yield f"linear layers: {', '.join(onednn)} by oneDNN (faster here)"
 
 
+def _told_machine(state: dict, device: torch.device) -> Iterator[str]:
+    """Where the promise of the same bits does not hold: the same kernels are needed for it."""
+    saved = state.get("machine"), state.get("versions", {}).get("torch")
+    if None not in saved and saved != (machine(device), torch.__version__):
+        yield (
+            f"the checkpoint was saved on {printable(saved[0])}; torch {printable(saved[1])}: the "
+            "bits that follow may differ from those of a run that was never stopped"
+        )
+
+
 def _left_behind(run: Path, trainer: Trainer, state: dict | None) -> Iterator[str]:
     """Sets aside what is later than the state, and tells of it and of what has changed since."""
     step = state["step"] if state else 0
@@ -352,5 +365,6 @@ def _left_behind(run: Path, trainer: Trainer, state: dict | None) -> Iterator[st
         yield f"resuming from step {step}; set aside: {path}"
     encoders.set_aside(run)
     if state:
+        yield from _told_machine(state, trainer.device)
         for line in itertools.chain(*checkpoint.differences(state, trainer.facts())):
             yield f"resumed with another {line}"

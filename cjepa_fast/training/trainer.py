@@ -50,10 +50,11 @@ class Trainer:
         decoder: str = "",
         restoring: bool = False,
         linear: dict | None = None,
+        attention: dict | None = None,
     ):
         """config: its run.precision resolved (build.with_precision); images, image_count:
         the image set's fingerprint and number; decoder: who decodes them; restoring: a checkpoint
-        will give the weights; linear: its linear.LinearBackends."""
+        will give the weights; linear, attention: its choices (build.choose_linear, ...)."""
         self.config, self.device, self.restoring = config, device, restoring
         check_target_precision(config, device)
         self.steps_per_epoch, self.images, self.decoder = steps_per_epoch, images, decoder
@@ -80,7 +81,9 @@ class Trainer:
         self.parameters = {name: count_parameters(part) for name, part in networks.named_children()}
         networks.to(device)
         target.to(device)
-        self.attention = choose_attention(networks, target, config, device, self.micro_batch)
+        self.attention = choose_attention(
+            networks, target, config, device, self.micro_batch, attention
+        )
         self.linear = choose_linear(networks, config, device, self.micro_batch, linear)
         self.engine = build_engine(networks, target, config, self.micro_batch, self.accumulation)
         self.ema = self.engine.ema
@@ -244,6 +247,8 @@ class Trainer:
             facts["image_count"] = self.image_count
         if self.linear:
             facts["linear"] = self.linear
+        if self.config.model.attention == "auto" and self.device.type == "cuda":
+            facts["attention"] = self.attention
         if self.config.loss.regularised_by.beta > 0:
             name = {"vicreg": "VICReg", "sigreg": "SIGReg"}[self.config.loss.regulariser]
             facts[f"images a {name} statistic"] = self.micro_batch * distributed.world_size()

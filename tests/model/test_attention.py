@@ -205,6 +205,18 @@ def test_each_network_gets_the_kernel_of_its_own_lengths(monkeypatch, context, m
     assert {block.attn.backend for block in networks.encoder.blocks} == {choices["context"]}
 
 
+def test_a_resumed_run_keeps_its_kernels_where_they_work(monkeypatch):
+    """Timed anew, another could win by chance, and the bits that follow would be others."""
+    monkeypatch.setattr(build, "fastest", lambda *_: ("plain", {}))
+    monkeypatch.setattr(build, "candidates", lambda device: ["plain", "sdpa", "sdpa_cudnn"])
+    config = build.with_precision(validate(tiny.CONFIG), CPU)
+    networks, target = build.build_networks(config), build.build_networks(config).encoder
+    saved = {"target": "sdpa", "context": "sdpa_cudnn", "predictor": "flash_attn"}
+    found = build.choose_attention(networks, target, config, CPU, 8, saved)
+    assert found == {"target": "sdpa", "context": "plain", "predictor": "plain"}
+    assert {block.attn.backend for block in target.blocks} == {"sdpa"}
+
+
 @pytest.mark.parametrize(
     ("asked", "context", "runs"),
     [("sdpa", "random", ("sdpa",) * 3), ("triton", "random", ("plain",) * 3),

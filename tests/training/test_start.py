@@ -4,8 +4,10 @@ import errno
 from pathlib import Path
 
 import pytest
+import torch
 
 from cjepa_fast.config import ConfigError
+from cjepa_fast.runtime.provenance import machine
 from cjepa_fast.training import start
 
 
@@ -24,3 +26,15 @@ def test_where_no_folder_can_be_renamed_nothing_is_trained(tmp_path, monkeypatch
     with pytest.raises(ConfigError, match=r"run\.dir = .* renamed there \(.*Too many open files"):
         start._try_renaming(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_another_machine_than_the_checkpoints_is_told_once():
+    """Only where the kernels are the same are the bits of a resumed run those of one in one go."""
+    cpu = torch.device("cpu")
+    same = {"machine": machine(cpu), "versions": {"torch": torch.__version__}}
+    assert not list(start._told_machine(same, cpu))
+    assert not list(start._told_machine({}, cpu))  # of an earlier version
+    for other in ({"machine": "2 x another"}, {"versions": {"torch": "1.0"}}):
+        (line,) = start._told_machine(same | other, cpu)
+        assert "the bits that follow may differ" in line
+        assert ("2 x another" in line) == ("machine" in other)
