@@ -13,6 +13,7 @@ manifest does not bear out is refused by name. No pickle is written or read.
 
 import itertools
 import json
+import os
 import platform
 import re
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ from cjepa_fast.runtime.version import VERSION
 FORMAT = 2
 MANIFEST = "manifest.json"
 DESCRIPTIONS = ("encoder.json", "state.json")
+NAME = re.compile(r"step_\d+", re.ASCII)
 SHARD = re.compile(r"shard_\d{5}_of_(\d{5})\.safetensors")
 
 
@@ -214,7 +216,8 @@ def candidates(run: Path, resume: str | None) -> list[Path]:
     if resume is None:
         return []
     path = Path(resume)
-    found = newest_first(run if resume == "auto" else path)
+    folder = run if resume == "auto" else path
+    found = faults.patiently(lambda: newest_first(folder), folder)
     if resume != "auto" and not found:
         if not (path / "state.json").is_file():
             raise FileNotFoundError(f"--resume {resume}: no checkpoint there")
@@ -246,11 +249,10 @@ def set_aside_later_than(run: Path, step: int) -> list[Path]:
 
 
 def _complete(folder: Path) -> list[Path]:
-    return sorted(
-        p
-        for p in folder.glob("step_*")
-        if p.name.removeprefix("step_").isdecimal() and (p / MANIFEST).is_file()
-    )
+    """By their steps: names have eight digits, and more from step 100,000,000 on."""
+    names = os.listdir(folder) if folder.is_dir() else []
+    numbered = [folder / name for name in names if NAME.fullmatch(name)]
+    return sorted((p for p in numbered if (p / MANIFEST).is_file()), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:

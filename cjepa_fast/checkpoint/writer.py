@@ -10,6 +10,7 @@ What cannot be written (a full disk, a value that is not finite) is said and tak
 training continues, and the checkpoints there stay.
 """
 
+import contextlib
 import json
 import queue
 import shutil
@@ -242,7 +243,8 @@ class Saver:
             if path.name not in {receipt.name for receipt in receipts}:
                 path.unlink()
         for left in self.folder.glob(".step_*.partial"):
-            if left.name < self._partial.name:
+            number = left.name.removeprefix(".step_").removesuffix(".partial")
+            if number.isdecimal() and int(number) < self._step:
                 shutil.rmtree(left, ignore_errors=True)  # on NFS what is open elsewhere stays
 
     def _prune(self) -> None:
@@ -256,7 +258,9 @@ class Saver:
 
     def _fail(self, reason: str) -> None:
         shutil.rmtree(self._partial, ignore_errors=True)
-        good = stored.latest(self.folder.parent)
+        good = None
+        with contextlib.suppress(OSError):  # of the same disk
+            good = stored.latest(self.folder.parent)
         self._say(
             f"WARNING: the checkpoint of step {self._step} could not be saved: {reason}. The last "
             f"good one is {good or 'none'}"

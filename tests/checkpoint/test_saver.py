@@ -137,6 +137,22 @@ def test_some_are_kept_by_number_and_some_for_good(tmp_path, made):
     assert len(list((tmp_path / "checkpoints").iterdir())) == 4
 
 
+def test_steps_are_ordered_as_numbers(tmp_path, made):
+    """Their names are not, from the ninth digit on."""
+    _, save, _ = made
+    steps = [99_999_998, 99_999_999, 100_000_000, 100_000_001]
+    for step in steps:
+        save.begin(step, {})
+    (tmp_path / "checkpoints" / ".step_99999999.partial").mkdir()  # of a save that was killed
+    save.begin(100_000_002, {})
+    save.finish()
+    kept = [checkpoint.step_of(path) for path in checkpoint.newest_first(tmp_path)]
+    assert kept == [100_000_002, 100_000_001]
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+    (aside,) = checkpoint.set_aside_later_than(tmp_path, 100_000_001)
+    assert aside.name == "abandoned_1_step_100000002"
+
+
 @pytest.fixture
 def saved(tmp_path, made):
     """(saver, the folder of its checkpoints): that of step 1 is there."""

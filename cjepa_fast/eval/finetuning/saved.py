@@ -185,7 +185,9 @@ class SavedTraining:
 
     def _restored(self, learner: Learner) -> int:
         self._refuse_earlier_versions()
-        found = sorted((self.folder / "checkpoints").glob("step_*"))
+        found = sorted(
+            (self.folder / "checkpoints").glob("step_*"), key=lambda p: (len(p.name), p.name)
+        )
         if not found:
             return 0
         if not self._resume:
