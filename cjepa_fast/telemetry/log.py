@@ -81,7 +81,7 @@ class Telemetry:
         self._said = Lines(self._line.message, folder / "events.jsonl")
         self._before_s, self._start_s = 0.0, time.perf_counter()
         fresh = not (folder / "log.jsonl").exists()
-        kept = drop_rows_after(folder / "log.jsonl", start_step, self._warn)
+        kept = drop_rows_after(folder / "log.jsonl", start_step, self.message)
         self._before_s = kept[-1].get("time_s", 0.0) if kept else 0.0
         self._log = Lines(self.message, folder / "log.jsonl")
         self._events: dict[str, Lines] = {}
@@ -233,9 +233,6 @@ class Telemetry:
             time_s = self._before_s + time.perf_counter() - self._start_s
             self._said.write({"step": self._step, "time_s": time_s, "text": text})
 
-    def _warn(self, text: str) -> None:
-        self.message(f"WARNING: {text}")
-
     def event(self, file: str, row: dict, text: str) -> None:
         """Print what happened, and add it to a JSONL file of that name in the run's folder."""
         if self.silent:
@@ -258,7 +255,7 @@ class Telemetry:
                 else:
                     self.message(f"WARNING: {sink.name} keeps its rows beyond step {step}")
             try:
-                drop_rows_after(self._folder / "log.jsonl", step, self._warn)
+                drop_rows_after(self._folder / "log.jsonl", step, self.message)
             except OSError as error:
                 self.message(f"WARNING: {self._folder}/log.jsonl keeps rows beyond {step}: {error}")
             self._new_interval(step)

@@ -1,12 +1,12 @@
 """The rows of a JSONL file, read back, whatever a crash or a disk has done to some of them."""
 
 import json
-import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from cjepa_fast.runtime import json_text
+from cjepa_fast.runtime.files import write_text
 from cjepa_fast.runtime.printable import printable_lines
 
 
@@ -49,18 +49,27 @@ def _counted(broken: dict[int, str]) -> str:
     return f"{lines} (the first is line {min(broken)})"
 
 
-def drop_rows_after(path: Path, step: int, say: Callable[[str], None] = warn) -> list[dict]:
-    """Cut a log back to the rows up to `step`, whole; returns them. Broken lines are set aside."""
+def drop_rows_after(path: Path, step: int, say: Callable[[str], None]) -> list[dict]:
+    """Cut a log back to the rows up to `step`, whole; returns them. The others and broken lines are
+    set aside in files beside it; say is told."""
     if not path.exists():
         return []
     rows, broken = _parsed(path)
+    kept = [row for row in rows if row.get("step", 0) <= step]
+    later = [json.dumps(row) for row in rows if row.get("step", 0) > step]
     if broken:
-        aside = path.with_name(f"{path.name}.broken")
-        with open(aside, "a", encoding="utf-8") as file:
-            file.writelines(f"{line}\n" for line in broken.values())
-        say(f"{path}: {_counted(broken)} set aside in {aside.name}")
-    rows = [row for row in rows if row.get("step", 0) <= step]
-    whole = path.with_name(path.name + ".tmp")
-    whole.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    os.replace(whole, path)
-    return rows
+        aside = _add(broken.values(), path.with_name(f"{path.name}.broken"))
+        say(f"WARNING: {path}: {_counted(broken)} set aside in {aside}")
+    if later:
+        aside = _add(later, path.with_name(f"{path.name}.abandoned"))
+        rows_later = "1 row" if len(later) == 1 else f"{len(later)} rows"
+        say(f"{path}: {rows_later} after step {step} moved to {aside}")
+    write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+    return kept
+
+
+def _add(lines: Iterable[str], path: Path) -> str:
+    """Lines to a file's end; returns its name."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(f"{line}\n" for line in lines)
+    return path.name

@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import math
+import os
 import re
 import resource
 import subprocess
@@ -211,8 +212,31 @@ def test_a_resumed_log_sets_broken_lines_aside(tmp_path, started, capsys):
     started(tmp_path, start_step=20)
     assert (tmp_path / "log.jsonl").read_text() == '{"step": 10}\n{"step": 20}\n'
     assert (tmp_path / "log.jsonl.broken").read_text() == "broken\n"
-    (event,) = read_log(tmp_path / "events.jsonl")
-    assert "1 broken line (the first is line 2) set aside in log.jsonl.broken" in event["text"]
+    broken, later = (row["text"] for row in read_log(tmp_path / "events.jsonl"))
+    assert "1 broken line (the first is line 2) set aside in log.jsonl.broken" in broken
+    assert "1 row after step 20 moved to log.jsonl.abandoned" in later
+
+
+def test_rows_that_a_resume_or_a_rewind_drops_are_kept_beside_the_log(
+    tmp_path, started, monkeypatch
+):
+    """On the disk before the log is replaced: a cut of the power leaves one of the two whole."""
+    synced, real = [], os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")) or real(fd)
+    )
+    (tmp_path / "log.jsonl").write_text("".join(f'{{"step": {n}}}\n' for n in (10, 20, 30, 40)))
+    out = started(tmp_path, start_step=30)
+    out.back_to(10)
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 10}\n'
+    kept = (tmp_path / "log.jsonl.abandoned").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in kept] == [40, 20, 30]
+    said = [row["text"] for row in read_log(tmp_path / "events.jsonl")]
+    assert [text.partition("log.jsonl: ")[2] for text in said] == [
+        "1 row after step 30 moved to log.jsonl.abandoned",
+        "2 rows after step 10 moved to log.jsonl.abandoned",
+    ]
+    assert [Path(name).name for name in synced] == [".log.jsonl.partial"] * 2
 
 
 def test_a_row_that_does_not_fit_leaves_no_torn_line(tmp_path):
