@@ -180,15 +180,19 @@ def starting_points(run: Path, resume: str | None) -> list[Path]:
     A run that is there already is never overwritten. Raises ConfigError for such a run,
     and for a folder that cannot be made.
     """
+    _refuse_to_overwrite(run, resume)
+    nearest = next(path for path in (run, *run.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ConfigError(f"run.dir = {run}: {nearest} is no folder that can be written to")
+    return checkpoint.candidates(run, resume)
+
+
+def _refuse_to_overwrite(run: Path, resume: str | None) -> None:
     if resume is None and (run / "config.json").exists():
         raise ConfigError(
             f"run.dir = {run}: already holds a run: resume with --resume auto, or choose another "
             "with --set run.dir=FOLDER"
         )
-    nearest = next(path for path in (run, *run.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise ConfigError(f"run.dir = {run}: {nearest} is no folder that can be written to")
-    return checkpoint.candidates(run, resume)
 
 
 def first_whole(found: list[Path], resume: str | None) -> Path | None:
@@ -241,7 +245,9 @@ def open_telemetry(
     config, run, rank = session.config, session.folder, distributed.rank()
     session.stop = StopRequest()  # from here on a signal ends the run after a step, saved
     with input_errors():
-        not_written = distributed.from_rank_0(lambda: _taken(run, loader, resumed=bool(state)))
+        not_written = distributed.from_rank_0(
+            lambda: _taken(run, loader, session.options.resume, resumed=bool(state))
+        )
         begun = (run / "log.jsonl").exists()
         telemetry = Telemetry(
             run if rank == 0 else None,
@@ -275,10 +281,11 @@ def open_telemetry(
     return telemetry
 
 
-def _taken(run: Path, loader: Loader, resumed: bool) -> str:
+def _taken(run: Path, loader: Loader, resume: str | None, resumed: bool) -> str:
     """Take the folder, before any rank writes there. Returns why the images that are left out are
     not named there, or ""."""
     run_lock.take(run)
+    _refuse_to_overwrite(run, resume)  # another may have begun, and ended, while this one started
     _try_renaming(run)
     if not resumed:
         return ""  # they were, when the images were opened
@@ -288,6 +295,7 @@ def _taken(run: Path, loader: Loader, resumed: bool) -> str:
 def _try_renaming(run: Path) -> None:
     """Raises ConfigError where a folder cannot be given its final name, as a checkpoint is."""
     trial, final = run / ".trial.partial", run / ".trial"
+    _remove(trial, final)  # of a start that was killed
     try:
         trial.mkdir(exist_ok=True)
         files.write_text(trial / "a file", "")
@@ -299,8 +307,12 @@ def _try_renaming(run: Path) -> None:
             f"({error}), and every checkpoint is: choose a folder of another file system"
         ) from error
     finally:
-        for left in (trial, final):
-            shutil.rmtree(left, ignore_errors=True)
+        _remove(trial, final)
+
+
+def _remove(*folders: Path) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _note_warnings(loader: Loader, telemetry: Telemetry, run: Path) -> None:

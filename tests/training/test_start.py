@@ -1,12 +1,15 @@
 """What is tried of a run's folder before anything is trained for it."""
 
+import contextlib
 import errno
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from cjepa_fast.config import ConfigError
+from cjepa_fast.runtime import run_lock
 from cjepa_fast.runtime.provenance import machine
 from cjepa_fast.training import start
 
@@ -14,6 +17,29 @@ from cjepa_fast.training import start
 def test_a_folder_that_serves_is_left_as_it_was(tmp_path):
     start._try_renaming(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_start_left_is_no_fault_of_the_disk(tmp_path):
+    for name in (".trial", ".trial.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a file").touch()
+    start._try_renaming(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("resume", [None, "auto"])
+def test_a_run_that_came_while_this_one_started_is_not_overwritten(tmp_path, resume):
+    """Before the folder was there it could not be held; resume "auto": what has no checkpoint."""
+    loader = SimpleNamespace(images=SimpleNamespace(skipped=[]))
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text("{}")
+    try:
+        refusal = pytest.raises(ConfigError, match="already holds a run: resume with")
+        with contextlib.nullcontext() if resume else refusal:
+            assert start._taken(run, loader, resume, resumed=False) == ""
+    finally:
+        run_lock.release()
 
 
 def test_where_no_folder_can_be_renamed_nothing_is_trained(tmp_path, monkeypatch):
