@@ -1,5 +1,6 @@
 """What a set holds and is not used: a count by reason on the terminal, and every name in a file."""
 
+import itertools
 import json
 import re
 from collections import Counter
@@ -29,28 +30,35 @@ def tell(
 
 
 def write(left_out: list[tuple[str, str]], report: Path) -> str:
-    """All (name, reason) to `report`. What failed while training stays there. Returns why they
-    cannot be written, or "". Where there is nothing to write there is no such file."""
+    """All (name, reason) to `report`. What failed while training stays there, or comes there from
+    the files of other ranks. Returns why they cannot be written, or "". Where there is nothing to
+    write there is no such file."""
     rows = [{"name": name, "why": why} for name, why in left_out]
     names = {name for name, _ in left_out}
     try:
-        rows += [row for row in _of_training(report) if str(row.get("name")) not in names]
-        if not rows:
-            report.unlink(missing_ok=True)
-            return ""
-        report.parent.mkdir(parents=True, exist_ok=True)
-        write_text(report, "".join(json.dumps(row) + "\n" for row in rows))
+        others = sorted(report.parent.glob(f"{report.stem}_rank_*{report.suffix}"))
+        late = _of_training([report, *others])
+        rows += [row for row in late if str(row.get("name")) not in names]
+        if rows:
+            report.parent.mkdir(parents=True, exist_ok=True)
+            write_text(report, "".join(json.dumps(row) + "\n" for row in rows))
+        for path in others if rows else [report, *others]:
+            path.unlink(missing_ok=True)
     except OSError as error:
         return f"they could not be written down: {error}"
     return ""
 
 
-def _of_training(report: Path) -> list[dict]:
-    """The rows of a report that were added WHILE_TRAINING, each name once."""
-    if not report.exists():
-        return []
-    found = {}
-    for line in report.read_text(encoding="utf-8", errors="replace").splitlines():
+def of_rank(path: Path, rank: int) -> Path:
+    """The file that a rank adds to, and no other: on a network disk rows of two would mix."""
+    return path.with_name(f"{path.stem}_rank_{rank}{path.suffix}") if rank else path
+
+
+def _of_training(reports: list[Path]) -> list[dict]:
+    """The rows of reports that were added WHILE_TRAINING, each name once."""
+    found, there = {}, [report for report in reports if report.exists()]
+    texts = [report.read_text(encoding="utf-8", errors="replace") for report in there]
+    for line in itertools.chain(*map(str.splitlines, texts)):
         try:
             row = json_text.parse(line)
         except ValueError:

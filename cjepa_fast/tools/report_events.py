@@ -14,6 +14,7 @@ NAMED = 4  # of a list
 Event = tuple[str, str, str]  # time, step, what
 # Keys of the log in a sentence; what has a dot is a key of the configuration.
 KEYS = re.compile(r"(?<![\w.])(knn_centred|knn|rankme|feature_std)(?![\w.])")
+OF_RANK = re.compile(r"_rank_\d+$")  # a file of one rank's rows
 HEAD = ("time", "step", "what")
 
 
@@ -48,7 +49,7 @@ def _of_files(folder: Path) -> Iterator[tuple[float, Event]]:
         if path.name == "log.jsonl":
             continue
         for row in read_log(path)[-MOST:]:
-            if what := _said(path.stem, row):
+            if what := _said(OF_RANK.sub("", path.stem), row):
                 step = row.get("step")
                 yield (
                     step or 0,

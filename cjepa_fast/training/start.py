@@ -263,7 +263,8 @@ def open_telemetry(
         )
         ending.callback(telemetry.close)
         loader.skipped.log = telemetry.message if rank == 0 else say
-        lines = Lines(loader.skipped.log, run / left_out_images.FILE)
+        failed = left_out_images.of_rank(run / left_out_images.FILE, rank)
+        lines = Lines(loader.skipped.log, failed)
         loader.skipped.record = lambda row: lines.write(row | left_out_images.WHILE_TRAINING)
         _note_warnings(loader, telemetry, run)
         if rank == 0:
@@ -317,19 +318,25 @@ def _remove(*folders: Path) -> None:
 
 def _note_warnings(loader: Loader, telemetry: Telemetry, run: Path) -> None:
     """What the decoder says of a file goes to events.jsonl, once for all ranks and resumes."""
-    path, warnings = run / "events.jsonl", loader.skipped.warnings
-    lines = Lines(say, path)
-    write = telemetry.note if distributed.rank() == 0 else lambda text: lines.write({"text": text})
+    rank, warnings = distributed.rank(), loader.skipped.warnings
+    lines = Lines(say, left_out_images.of_rank(run / "events.jsonl", rank))
+    write = telemetry.note if rank == 0 else lambda text: lines.write({"text": text})
 
     def note(text: str) -> None:
-        if not path.exists() or json.dumps(text) not in path.read_text(
-            encoding="utf-8", errors="replace"
-        ):
+        if not _is_noted(text, run):
             write(text)
 
     warnings.note = note
-    if distributed.rank() != 0:
+    if rank != 0:
         warnings.say = note
+
+
+def _is_noted(text: str, run: Path) -> bool:
+    """By any rank. What cannot be read may be noted twice: that ends no training."""
+    with contextlib.suppress(OSError):
+        texts = (p.read_text(encoding="utf-8", errors="replace") for p in run.glob("events*.jsonl"))
+        return any(json.dumps(text) in noted for noted in texts)
+    return False
 
 
 def _choices(trainer: Trainer) -> Iterator[str]:

@@ -826,6 +826,12 @@ def test_a_report_keeps_what_failed_while_training(tmp_path):
 
     b = {"name": "b.jpg", "why": "zeros"}
     assert after() == [late]  # a.jpg is whole by now
+    others = [left_out.of_rank(report, rank) for rank in (1, 2)]
+    for other in others:  # what each of the other ranks has met
+        other.write_text(json.dumps(late) + "\n" + json.dumps(late | {"name": other.name}) + "\n")
+    assert [row["name"] for row in after()] == [late["name"], *(other.name for other in others)]
+    assert not any(other.exists() for other in others) and left_out.of_rank(report, 0) == report
+    report.write_text(json.dumps(late) + "\n")
     assert after(("b.jpg", "zeros")) == [b, late]
     assert after(("late.jpg", "truncated")) == [{"name": "late.jpg", "why": "truncated"}]
     assert left_out.write([], report) == "" and not report.exists()

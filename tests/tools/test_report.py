@@ -328,7 +328,7 @@ def test_events_are_sentences(tmp_path):
     ]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / "events.jsonl").write_text(lines)
-    (tmp_path / "unusable.jsonl").write_text('{"name": "a.jpg", "why": "empty"}\n')
+    (tmp_path / "unusable_rank_1.jsonl").write_text('{"name": "a.jpg", "why": "empty"}\n')
     found = report_events.events(record_of(tmp=tmp_path))
     assert found == [
         ("", "", "image left out: a.jpg: empty"),

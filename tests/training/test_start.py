@@ -54,6 +54,25 @@ def test_where_no_folder_can_be_renamed_nothing_is_trained(tmp_path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
+def test_what_a_decoder_says_is_noted_once_and_by_each_rank_in_its_own_file(tmp_path, monkeypatch):
+    """Rank 0 has noted a, rank 1 notes b; what cannot be read is noted again."""
+    monkeypatch.setattr(start.distributed, "rank", lambda: 1)
+    (tmp_path / "events.jsonl").write_text('{"text": "a"}\n')
+    loader = SimpleNamespace(skipped=SimpleNamespace(warnings=SimpleNamespace()))
+    start._note_warnings(loader, None, tmp_path)
+    for text in ("a", "b", "b"):
+        loader.skipped.warnings.note(text)
+    assert (tmp_path / "events_rank_1.jsonl").read_text() == '{"text": "b"}\n'
+
+    def lost(*args, **options):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "read_text", lost)
+    loader.skipped.warnings.note("b")
+    monkeypatch.undo()
+    assert (tmp_path / "events_rank_1.jsonl").read_text() == '{"text": "b"}\n' * 2
+
+
 def test_another_machine_than_the_checkpoints_is_told_once():
     """Only where the kernels are the same are the bits of a resumed run those of one in one go."""
     cpu = torch.device("cpu")
