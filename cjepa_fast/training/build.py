@@ -141,8 +141,9 @@ def choose_attention(
 
     Timed on rank 0 and the same on all. On a CPU nothing is timed. saved: a checkpoint's choices,
     which a resumed run keeps where they work here, so that its bits are those of before. Another
-    backend is tried once: raises ConfigError where it has no kernel here. Returns which kernel runs
-    in each.
+    backend is tried once: raises ConfigError where it has no kernel here. The predictor's last
+    block has fewer queries than keys, and takes torch's choice where the kernel of the others
+    refuses that. Returns which kernel runs in each.
     """
     dtype, given = compute_dtype(config), config.model.attention
     masks = build_masks(config)(0, 0, torch.arange(micro_batch))
@@ -162,8 +163,10 @@ def choose_attention(
         fused = fuses(config, part.proj.in_features) and dtype.itemsize == 2
         fused = fused and not packed and queries == keys
         shape = Shape(sequences, part.heads, queries, keys, width, trained, packed, fused)
+        last = shape._replace(queries=P) if name == "predictor" else shape
         if given != "auto":
-            if problem := unusable(shape, device, dtype, given):
+            tried = (unusable(one, device, dtype, given) for one in dict.fromkeys((shape, last)))
+            if problem := next(filter(None, tried), ""):
                 raise ConfigError(
                     f'model.attention = "{given}": not for the {name} here ({problem}); take "auto"'
                 )
@@ -175,6 +178,10 @@ def choose_attention(
         )
         for block in blocks:
             block.attn.backend = choices[name]
+        if last != shape and distributed.from_rank_0(
+            lambda last=last, name=name: unusable(last, device, dtype, choices[name])
+        ):
+            blocks[-1].attn.backend = "plain" if packed else "sdpa"
     return choices
 
 

@@ -205,6 +205,25 @@ def test_each_network_gets_the_kernel_of_its_own_lengths(monkeypatch, context, m
     assert {block.attn.backend for block in networks.encoder.blocks} == {choices["context"]}
 
 
+@pytest.mark.parametrize("takes_it", [True, False])
+def test_the_last_block_of_the_predictor_has_a_kernel_for_fewer_queries(monkeypatch, takes_it):
+    """Else a kernel chosen for the others ends the first step."""
+    monkeypatch.setattr(build, "fastest", lambda *_: ("sdpa_flash", {}))
+
+    def refused(shape, *_):
+        return "" if takes_it or shape.queries == shape.keys else "no kernel"
+
+    monkeypatch.setattr(build, "unusable", refused)
+    sections = {"predictor": tiny.CONFIG["predictor"] | {"depth": 2}}
+    config = build.with_precision(validate(tiny.CONFIG | sections), CPU)
+    networks, target = build.build_networks(config), build.build_networks(config).encoder
+    assert build.choose_attention(networks, target, config, CPU, 8)["predictor"] == "sdpa_flash"
+    *others, last = (block.attn.backend for block in networks.predictor.predictor_blocks)
+    assert others == ["sdpa_flash"]
+    assert last == ("sdpa_flash" if takes_it else "sdpa")
+    assert {block.attn.backend for block in networks.encoder.blocks} == {"sdpa_flash"}
+
+
 def test_a_resumed_run_keeps_its_kernels_where_they_work(monkeypatch):
     """Timed anew, another could win by chance, and the bits that follow would be others."""
     monkeypatch.setattr(build, "fastest", lambda *_: ("plain", {}))
