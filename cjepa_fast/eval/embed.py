@@ -28,7 +28,7 @@ from cjepa_fast.runtime.files import read_json, read_tensors, write_tensors, wri
 from cjepa_fast.runtime.memory import free_bytes
 from cjepa_fast.runtime.printable import printable
 
-PART = 4096  # images
+PART, PART_BYTES = 4096, 2**30  # images, and of their features: in a part at most
 FACTS = "facts.json"
 NAMES = ".json"  # beside a .safetensors
 
@@ -62,12 +62,14 @@ def run(args: argparse.Namespace) -> None:
     images = open_images(args.images, limits=args.limits)
     facts = {
         "encoder": digest(encoder), "images": images.fingerprint, "pool": args.pool,
-        "crop": args.crop, "bf16": args.bf16, "part": PART, "times": digest_of_times(images),
+        "crop": args.crop, "bf16": args.bf16, "times": digest_of_times(images),
     }  # fmt: skip
     facts |= {"bit_depth": args.limits.bit_depth} if args.limits.bit_depth else {}
+    facts["part"] = max(1, min(PART, PART_BYTES // (4 * math.prod(_shape(encoder, args.pool)))))
     parts = args.out.with_name(f"{args.out.name}.parts")
-    distributed.from_rank_0(lambda: _begin(parts, facts, int(images.times_ns.max())))
-    files = [*_extracted(encoder, images, parts, args)]
+    newest_ns = int(images.times_ns.max())
+    size = distributed.from_rank_0(lambda: _begin(parts, facts, newest_ns))
+    files = [*_extracted(encoder, images, parts, size, args)]
     if distributed.rank() != 0:
         return
     count = sum(len(read_tensors(file)["index"]) for file in files)
@@ -99,15 +101,25 @@ def _writer(out: Path, pool: str) -> Callable:
     return WRITERS[out.suffix]
 
 
-def _begin(parts: Path, facts: dict, newest_ns: int) -> None:
-    """newest_ns: when the images' files were changed last. Raises ValueError where there are parts
-    of other features."""
+def _shape(encoder, pool: str) -> tuple[int, ...]:
+    """Of an image's features: (D,), or (N, D)."""
+    D = encoder.width * (len(encoder.last(LAYERS)) if pool == "last4" else 1)
+    return (math.prod(encoder.grid), D) if pool == "none" else (D,)
+
+
+def _begin(parts: Path, facts: dict, newest_ns: int) -> int:
+    """The images of a part: as many as those that are there have. newest_ns: when the images' files
+    were changed last. Raises ValueError where there are parts of other features."""
     parts.mkdir(parents=True, exist_ok=True)
     if not (parts / FACTS).is_file():
         write_text(parts / FACTS, json.dumps(facts, indent=2))
     before = read_json(parts / FACTS)
     if "times" not in before and (parts / FACTS).stat().st_mtime_ns > newest_ns:
         before["times"] = facts["times"]  # earlier versions left it out
+    size = before.pop("part", None)
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"{parts / FACTS} is damaged: remove {parts}, or name another --out")
+    facts = {name: value for name, value in facts.items() if name != "part"}
     differs = sorted(k for k in facts.keys() | before if before.get(k) != facts.get(k))
     if differs == ["times"]:
         raise ValueError(
@@ -120,26 +132,26 @@ def _begin(parts: Path, facts: dict, newest_ns: int) -> None:
             f"{parts} holds parts of other features (another {', '.join(differs)}): remove it, or "
             "name another --out"
         )
+    return size
 
 
-def _extracted(encoder, images: ImageSet, parts: Path, args) -> Iterator[Path]:
-    """The parts' files, made where they are missing; all ranks call it."""
+def _extracted(encoder, images: ImageSet, parts: Path, size: int, args) -> Iterator[Path]:
+    """The files of parts of `size` images, made where they are missing; all ranks call it."""
     layers = encoder.last(LAYERS) if args.pool == "last4" else None
-    count = -(-len(images) // PART)
+    count = -(-len(images) // size)
     for number in range(count):
         path = parts / f"part_{number:06d}.safetensors"
         if not distributed.from_rank_0(path.is_file):
             try:
                 features, index = extract(
-                    encoder, images, keep=torch.arange(number * PART, len(images))[:PART],
+                    encoder, images, keep=torch.arange(number * size, len(images))[:size],
                     crop=args.crop, layers=layers, pooled=args.pool != "none", device=cli.device(),
                     bf16=args.bf16, batch_size=args.batch_size, threads=args.threads,
-                    title=f"features, part {number + 1} of {count}",
+                    title=f"features, part {number + 1} of {count}", everywhere=False,
                 )  # fmt: skip
             except NoneRead:  # the other parts may have some
-                D = encoder.width * len(layers or [0])
-                patches = [] if args.pool != "none" else [math.prod(encoder.grid)]
-                features, index = torch.empty(0, *patches, D), torch.empty(0, dtype=torch.int64)
+                features = torch.empty(0, *_shape(encoder, args.pool))
+                index = torch.empty(0, dtype=torch.int64)
             if distributed.rank() == 0:
                 partial = path.with_suffix(".partial")
                 write_tensors({"features": features, "index": index}, partial)

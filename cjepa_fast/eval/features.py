@@ -57,6 +57,7 @@ def extract(
     threads: int = 2,
     cache: Path | None = None,
     title: str = "features",
+    everywhere: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Features (n, layers * D) fp32 and the images' positions in the set (n,) int64, on the CPU.
 
@@ -65,7 +66,8 @@ def extract(
     whose normed outputs are set side by side (default: the last). pooled: the mean over the
     patches; else (n, N, layers * D). cache: a folder to keep them in. An image that turns out
     unreadable is left out, hence the positions, and then nothing is kept: it may be readable
-    another time. Raises ValueError for features that are not finite.
+    another time. everywhere: on all ranks; else the first has the features, and the others may have
+    none. Raises ValueError for features that are not finite.
     """
     encoder = encoder.to(device).eval()
     layers = list(layers or encoder.last(1))
@@ -75,7 +77,7 @@ def extract(
         batch_size=batch_size, device=device, bf16=bf16, threads=threads, title=title,
     )  # fmt: skip
     if cache is None:
-        return make()
+        return make(everywhere=everywhere)
     kept = None if keep is None else hashlib.sha256(keep.numpy().tobytes()).hexdigest()
     facts = [
         CACHE_VERSION,
@@ -100,7 +102,7 @@ def extract(
         if from_rank_0(lambda: whole and _keep(path, features, index)) and world_size() > 1:
             found = _kept_for_all(path)  # one copy for the ranks of a node: it is mapped
         if found is None:
-            return to_all(features), index
+            return to_all(features) if everywhere else features, index
     return found["features"], found["places"]
 
 

@@ -104,6 +104,29 @@ def test_it_resumes_and_makes_nothing_twice(tmp_path, made, monkeypatch, capsys)
     assert np.array_equal(np.load(out)["features"], features)
 
 
+def test_a_part_has_no_more_bytes_than_it_may(tmp_path, made, monkeypatch, capsys):
+    """And as many images as those that are there have, which an earlier version may have made."""
+    run, images, _, features = made
+    asked = []
+
+    def noted(*args, keep, **options):
+        assert not options["everywhere"]  # the first rank alone writes
+        asked.append(keep.tolist())
+        if len(asked) == 2:
+            raise OSError("the disk went away")
+        return extract(*args, keep=keep, **options)
+
+    monkeypatch.setattr(embed, "extract", noted)
+    monkeypatch.setattr(embed, "PART_BYTES", 3 * 36 * 24 * 4)
+    words = run, images, tmp_path / "a.npz", "--pool", "none"
+    assert call(*words) == 2
+    monkeypatch.setattr(embed, "PART_BYTES", 2**30)
+    assert call(*words) == 0
+    assert asked == [[0, 1, 2], [3, 4, 5], [3, 4, 5], [6, 7, 8], [9]]
+    found = np.load(tmp_path / "a.npz")["features"]
+    np.testing.assert_allclose(found.mean(1), features, atol=1e-6)
+
+
 def test_parts_of_other_features_are_not_mixed_in(tmp_path, made, monkeypatch, capsys):
     run, images, *_ = made
     monkeypatch.setattr(embed, "extract", lambda *args, **options: (_ for _ in ()).throw(OSError()))
