@@ -12,6 +12,7 @@ import contextlib
 import io
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -109,6 +110,8 @@ def rows_of(encoders: dict[str, Encoder], splits, args: argparse.Namespace, cach
     (train, train_keep), (test, test_keep) = splits
     counts = {"train_images": len(train_keep), "test_images": len(test_keep)}
     first = next(iter(encoders.values()))
+    widest = max(knn.pixel_values(first), first.width)
+    cli.require_memory(splits, widest, max(linear.BYTES.values()))
     pixels = knn.pixel_vectors(
         train, test, train_keep=train_keep, test_keep=test_keep, crop=args.crop,
         image_size=with_short_side(first.image_size, knn.PIXELS), channels=first.channels,
@@ -116,13 +119,15 @@ def rows_of(encoders: dict[str, Encoder], splits, args: argparse.Namespace, cach
     )  # fmt: skip
     ways = args.k, args.temperature
     yield {"encoder": "chance", **counts, **chance(pixels[1], pixels[3])}
-    yield {"encoder": "raw pixels", **counts, **scores(pixels, *ways)}
+    named = distributed.from_rank_0(partial(scores, pixels, *ways))
+    yield {"encoder": "raw pixels", **counts, **named}
     for name, encoder in encoders.items():
         found = features_of(encoder, splits, args, cache)
         counts = {"train_images": len(found.label_n), "test_images": len(found.test_label_m)}
         signs = signs_of_collapse(encoder, found, splits, args)
         encoder.cpu()
-        yield {"encoder": name, **counts, **scores(found.vectors, *ways), **signs}
+        named = distributed.from_rank_0(partial(scores, found.vectors, *ways))
+        yield {"encoder": name, **counts, **named, **signs}
 
 
 def draw(encoders, rows, splits, args: argparse.Namespace, cache: Path, out: Path):

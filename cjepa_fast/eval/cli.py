@@ -28,6 +28,7 @@ from cjepa_fast.eval.features import digest, extract, split_by_name
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime import caches, distributed, hardware
 from cjepa_fast.runtime.files import read_json, write_text
+from cjepa_fast.runtime.memory import free_bytes
 from cjepa_fast.runtime.printable import printable
 
 LABELLED = (
@@ -375,17 +376,39 @@ def vectors_of(
     splits: tuple[Split, Split],
     args: argparse.Namespace,
     layers: Sequence[int] | None = None,
+    bytes_each: int = 4,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of both splits features (n, layers * D) and labels (n,), one after the other, on the CPU."""
+    """Of both splits features (n, layers * D) and labels (n,), one after the other, on the CPU. The
+    features are on the first rank, others may have none. bytes_each: as in `require_memory`."""
+    require_memory(splits, encoder.width * len(layers or [0]), bytes_each)
     found = []
     for images, keep in splits:
         vectors, index = extract(
             encoder, images, keep=keep, crop=args.crop, layers=layers, device=device(),
             bf16=args.bf16, batch_size=args.batch_size, threads=args.threads, cache=cache_of(args),
+            everywhere=False,
         )  # fmt: skip
         found += [vectors, images.labels[index]]
     encoder.cpu()
     return tuple(found)
+
+
+def require_memory(splits: tuple[Split, Split], width: int, bytes_each: int) -> None:
+    """Raises ValueError, on all ranks, where the first has not the memory for features of `width`
+    of both splits. bytes_each: what a value takes at the peak, with the copies that a probe makes
+    of it."""
+    images = sum(len(keep) for _, keep in splits)
+    needed = width * bytes_each * images
+
+    def check() -> None:
+        free = free_bytes()
+        if free is not None and needed > free:
+            raise ValueError(
+                f"{images:,} images with {width:,} values each take {needed / 2**30:.1f} GiB of "
+                f"memory at once, of {free / 2**30:.1f} free: use fewer, --max-train N"
+            )
+
+    distributed.from_rank_0(check)
 
 
 def cache_of(args: argparse.Namespace) -> Path | None:

@@ -223,6 +223,57 @@ def test_splits_are_no_classes_and_val_is_the_test_set(tmp_path):
         labelled_splits(str(tmp_path / "flat"), None)
 
 
+@pytest.mark.parametrize("words", [["knn", "--pixels"], ["knn", "--linear"], ["linear"], ["all"]])
+def test_too_little_memory_is_said_before_any_work(run, data, monkeypatch, capsys, words):
+    monkeypatch.setattr(cli, "free_bytes", lambda: 10_000)
+    for name in "extract", "image_vectors":
+        monkeypatch.setattr(features, name, lambda *args, **options: pytest.fail("computed"))
+    monkeypatch.setattr(cli, "extract", features.extract)
+    monkeypatch.setattr(knn, "image_vectors", features.image_vectors)
+    assert main([words[0], str(run), "--data", str(data), *words[1:]]) == 2
+    assert "GiB of memory at once, of 0.0 free: use fewer, --max-train N" in capsys.readouterr().err
+
+
+BY_RANKS = """
+import sys
+from pathlib import Path
+from cjepa_fast.eval.__main__ import main
+from cjepa_fast.eval.probes import linear
+from cjepa_fast.runtime import distributed
+
+notes, ends, *words = sys.argv[1:]
+top1 = linear.top1
+
+def noted(*vectors, **options):
+    (Path(notes) / str(distributed.rank())).touch()
+    if ends == "fail":
+        raise ValueError("the first rank failed")
+    return top1(*vectors, **options)
+
+linear.top1 = noted
+distributed.leave(main(words))
+"""
+
+
+@pytest.mark.multiprocess
+def test_one_rank_trains_the_probes_and_its_error_ends_all(run, data, tmp_path):
+    (tmp_path / "by_ranks.py").write_text(BY_RANKS)
+    words = ["knn", run, "--data", data, "--linear", "--pixels", "--no-cache", "--json"]
+    for ranks, ends in (1, "well"), (2, "well"), (2, "fail"):
+        (notes := tmp_path / f"{ranks}_{ends}").mkdir()
+        own = [notes, ends, *words, notes / "knn.json"]
+        done = tiny.run(tmp_path / "by_ranks.py", *own, ranks=ranks)
+        assert (done.returncode == 0) is (ends == "well"), done.stderr
+        assert {path.name for path in notes.iterdir()} - {"knn.json"} == {"0"}
+    assert "error: the first rank failed" in done.stderr
+    one, two = (
+        json.loads((tmp_path / f"{ranks}_well" / "knn.json").read_text())["rows"]
+        for ranks in (1, 2)
+    )
+    for row, other in zip(one, two, strict=True):
+        assert row == pytest.approx(other, abs=10)  # an image or two may lie on an edge
+
+
 def test_linear_and_a_limit_of_images(run, data, tmp_path):
     """A row for the last layer and one for the last two, which are all that there are."""
     out = tmp_path / "linear.json"

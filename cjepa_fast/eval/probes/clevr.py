@@ -12,6 +12,7 @@ Shapes: n training images, m test images.
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from cjepa_fast.eval.features import extract, split_by_name
 from cjepa_fast.eval.probes import linear
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime import json_text
+from cjepa_fast.runtime.distributed import from_rank_0, rank
 
 DISTANCES = (8.0, 8.5, 9.0, 9.5, 10.0)  # between VTAB's bins
 HEADINGS = {"question": "question", "commonest": "commonest %"}
@@ -131,14 +133,15 @@ def labels_of(train: list[Fact], test: list[Fact]) -> dict[str, tuple[torch.Tens
 def features_of(
     encoder: Encoder, splits: list[cli.Split], layers: list[int], args: argparse.Namespace
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(features, positions) of the training images, of these mirrored, of the test images.
+    """(features, positions) of the training images, of these mirrored, of the test images; the
+    features on the first rank, others may have none.
 
     Raises ValueError where an image could be read but once.
     """
     (train, keep), (test, test_keep) = splits
     options = {"crop": args.crop, "layers": layers, "device": cli.device(), "bf16": args.bf16}
     options |= {"batch_size": args.batch_size, "threads": args.threads}
-    options["cache"] = cli.cache_of(args)
+    options |= {"cache": cli.cache_of(args), "everywhere": False}
     both = [extract(encoder, train, keep=keep, flip=flip, **options) for flip in (False, True)]
     if not torch.equal(both[0][1], both[1][1]):
         raise ValueError(
@@ -165,14 +168,16 @@ def run(args: argparse.Namespace) -> None:
             (x_nD, index_n), (mirrored_nD, _), (y_mD, index_m) = features_of(
                 encoder, splits, reading.blocks, args
             )
+            features_nD = torch.cat([x_nD, mirrored_nD]) if rank() == 0 else x_nD
             indices = zip(splits, (index_n, index_m), strict=True)
             # an image that could not be read has no features
             at_n, at_m = (torch.searchsorted(keep, index) for (_, keep), index in indices)
             for question, (label_n, label_m) in labels.items():
                 train, label_m = label_n[at_n].repeat(2), label_m[at_m]
-                vectors = torch.cat([x_nD, mirrored_nD]), train, y_mD, label_m
+                vectors = features_nD, train, y_mD, label_m
                 commonest = 100 * label_m.bincount().max().item() / len(label_m)
-                found = linear.rows_of(name, encoder, vectors, reading, args, copies=2)
+                own = partial(linear.rows_of, name, encoder, vectors, reading, args, copies=2)
+                found = from_rank_0(own)
                 rows += [{**row, "question": question, "commonest": commonest} for row in found]
     cli.report(
         args, rows, HEADINGS | linear.headings(args), (*linear.SETTINGS, *linear.SWEEP_SETTINGS)

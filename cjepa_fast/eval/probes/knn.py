@@ -5,6 +5,8 @@ Shapes: n training images, m test images, D width, C classes.
 """
 
 import argparse
+import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +15,9 @@ from cjepa_fast.data.sources import ImageSet
 from cjepa_fast.eval import cli
 from cjepa_fast.eval.features import image_vectors
 from cjepa_fast.eval.probes import linear
+from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime import distributed
-from cjepa_fast.runtime.image_size import ImageSize, with_short_side
+from cjepa_fast.runtime.image_size import ImageSize, height_width, with_short_side
 from cjepa_fast.telemetry.progress import shown_bar
 
 HEADINGS = {
@@ -112,9 +115,13 @@ def pixel_baselines(
         train, test, train_keep=train_keep, test_keep=test_keep, crop=crop, image_size=image_size,
         channels=channels, threads=threads,
     )  # fmt: skip
-    colour_nC, test_colour_mC = (x.unflatten(1, (channels, -1)).mean(2) for x in (flat_nD, test_mD))
-    splits = {"raw pixels": (flat_nD, test_mD), "mean colour": (colour_nC, test_colour_mC)}
-    return {name: both(x, label_n, y, test_label_m, **options) for name, (x, y) in splits.items()}
+
+    def scores() -> dict[str, dict[str, float]]:
+        colours = (x.unflatten(1, (channels, -1)).mean(2) for x in (flat_nD, test_mD))
+        splits = {"raw pixels": (flat_nD, test_mD), "mean colour": tuple(colours)}
+        return {k: both(x, label_n, y, test_label_m, **options) for k, (x, y) in splits.items()}
+
+    return distributed.from_rank_0(scores)
 
 
 def pixel_vectors(
@@ -128,14 +135,14 @@ def pixel_vectors(
     channels: int,
     threads: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Images as they are, small: (n, channels H W) in 0..1 and labels (n,), then of the test
-    images. Options as in `pixel_baselines`."""
+    """Images as they are, small: (n, channels H W) in 0..1, on the first rank alone, and labels
+    (n,), then of the test images. Options as in `pixel_baselines`."""
     found = []
     for images, keep in ((train, train_keep), (test, test_keep)):
         flat_nD, index_n = image_vectors(
             images, lambda x: x.flatten(1), image_size=image_size, mean=(0.0,) * channels,
             std=(1.0,) * channels, keep=keep, crop=crop, batch_size=256, device="cpu",
-            threads=threads, title="pixels",
+            threads=threads, title="pixels", everywhere=False,
         )  # fmt: skip
         found += [flat_nD, images.labels[index_n]]
     return tuple(found)
@@ -162,6 +169,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--linear", action="store_true", help="also logistic regression")
 
 
+def _scores(vectors: linear.Vectors, args: argparse.Namespace) -> dict[str, float]:
+    k = min(args.k, len(vectors[0]))  # an image may have turned out unreadable
+    found = both(*vectors, k=k, temperature=args.temperature, device=cli.device())
+    return found | ({"linear": linear.top1(*vectors)} if args.linear else {})
+
+
+def pixel_values(encoder: Encoder) -> int:
+    """Of an image as `pixel_vectors` has it, beside an encoder."""
+    return encoder.channels * math.prod(height_width(with_short_side(encoder.image_size, PIXELS)))
+
+
 def run(args: argparse.Namespace) -> None:
     """A row for each encoder, and for what needs no learning."""
     splits = cli.splits_of(args)
@@ -176,6 +194,7 @@ def run(args: argparse.Namespace) -> None:
     if args.pixels:
         (train, train_keep), (test, test_keep) = splits
         first = next(iter(encoders.values()))
+        cli.require_memory(splits, pixel_values(first), 4)
         found = pixel_baselines(
             train, test, train_keep=train_keep, test_keep=test_keep, crop=args.crop,
             image_size=with_short_side(first.image_size, PIXELS), channels=first.channels,
@@ -183,12 +202,10 @@ def run(args: argparse.Namespace) -> None:
         )  # fmt: skip
         counts = {"train_images": len(train_keep), "test_images": len(test_keep)}
         rows += [{"encoder": name, **counts, **tops} for name, tops in found.items()]
+    each = linear.BYTES["logistic"] if args.linear else 4
     for name, encoder in encoders.items():
-        vectors = cli.vectors_of(encoder, splits, args)
-        row = {"encoder": name, "train_images": len(vectors[0]), "test_images": len(vectors[2])}
-        options["k"] = min(args.k, len(vectors[0]))  # an image may have turned out unreadable
-        row |= both(*vectors, **options)
-        if args.linear:
-            row["linear"] = linear.top1(*vectors)
-        rows.append(row)
+        vectors = cli.vectors_of(encoder, splits, args, bytes_each=each)
+        found = distributed.from_rank_0(partial(_scores, vectors, args))
+        counts = {"train_images": len(vectors[1]), "test_images": len(vectors[3])}
+        rows.append({"encoder": name, **counts, **found})
     cli.report(args, rows, HEADINGS, SETTINGS)
