@@ -33,7 +33,7 @@ class ImagesGone(RuntimeError):
 
 
 class Skipped:
-    """Images that turned out bad while reading or decoding: `count` holes, each name once.
+    """Images that turned out bad while reading or decoding, each name once.
 
     most: more different ones raise ImagesGone; the caller may raise it on the way. record: takes
     each name and reason; of those told by log, beyond NAMED, there is only the first of a shard, so
@@ -53,7 +53,6 @@ class Skipped:
         self.record: Callable[[dict], None] = lambda row: None
         self.warnings = DecoderWarnings(lambda line: self.log(line), lambda line: None)
         self.ends = EarlyEnds(images, look)
-        self.count = 0
         self.reasons: dict[int, str] = {}
         self.rescued: set[int] = set()
         self._shards: set[Path | None] = {None}
@@ -99,7 +98,7 @@ class BatchRequest:
     """A batch on its way: which images, how each is shown, then their bytes.
 
     show: index_B -> DecodeRequest without bytes; it is asked again when an image is replaced.
-    tag: whatever the caller wants back with the tensors.
+    tag: whatever the caller wants back with the tensors. holes: images that turned out bad.
     """
 
     index_B: np.ndarray
@@ -107,6 +106,7 @@ class BatchRequest:
     tag: object = None
     reads: list[Future] = field(default_factory=list)
     feed: DecodeRequest | None = None
+    holes: int = 0
 
 
 # Given the work and the index b of a bad image: fills the hole, or returns False to drop it.
@@ -228,7 +228,7 @@ def _mend_all(
 ) -> None:
     dropped = []
     for b, reason in failed.items():
-        skipped.count += 1
+        work.holes += 1
         skipped.note(int(work.index_B[b]), reason)
         if not mend(work, b, decoder):
             dropped.append(b)

@@ -35,7 +35,8 @@ POLL_S = 0.1  # how soon the thread notices that nobody wants its batches any mo
 class Batch:
     """images_B3HW on the device in the compute dtype; index_B: positions in the ImageSet (CPU).
 
-    step counts from the start of the epoch; micro is the number of the accumulation step.
+    step counts from the start of the epoch; micro is the number of the accumulation step; holes
+    says how many images of it are stand-ins.
     """
 
     images_B3HW: torch.Tensor
@@ -44,6 +45,7 @@ class Batch:
     epoch: int
     step: int
     micro: int
+    holes: int = 0
 
 
 @dataclass(frozen=True)
@@ -246,6 +248,7 @@ class Loader:
                     part.epoch,
                     part.step,
                     part.micro,
+                    work.holes,
                 )
 
 

@@ -36,6 +36,7 @@ from cjepa_fast.telemetry.sinks import (
     service_id,
 )
 
+BAD_STEPS = "bad_steps.jsonl"  # in a run's folder: steps that were skipped or stood out
 REFRESH_S = 0.5  # on a terminal the line is redrawn no oftener than this
 PLAIN_S = 60.0  # and elsewhere written no oftener, but for the first and the last
 RATE_MEMORY = 0.7  # weight of the past in the EMA of the step time behind the ETA
@@ -47,8 +48,8 @@ class Telemetry:
     folder: RUN, made if missing; log.jsonl and tensorboard/ go there. None: silent.
     total_steps: steps of the whole run; steps_per_epoch, images_per_step: global figures.
     interval: steps between rows. start_step: steps done before (resume): rows beyond it are
-    dropped from log.jsonl, so that a resumed log has each step once. wandb, mlflow: a project and
-    an experiment there. quiet: messages alone, without the progress line.
+    dropped from log.jsonl and bad_steps.jsonl, which so have each step once. wandb, mlflow: a
+    project and an experiment there. quiet: messages alone, without the progress line.
     Raises ValueError for an interval below one.
     """
 
@@ -82,6 +83,7 @@ class Telemetry:
         self._before_s, self._start_s = 0.0, time.perf_counter()
         fresh = not (folder / "log.jsonl").exists()
         kept = drop_rows_after(folder / "log.jsonl", start_step, self.message)
+        drop_rows_after(folder / BAD_STEPS, start_step, self.message)
         self._before_s = kept[-1].get("time_s", 0.0) if kept else 0.0
         self._log = Lines(self.message, folder / "log.jsonl")
         self._events: dict[str, Lines] = {}

@@ -22,6 +22,7 @@ from cjepa_fast.runtime import distributed
 from cjepa_fast.runtime.provenance import machine
 from cjepa_fast.runtime.signals import StopRequest
 from cjepa_fast.telemetry import Telemetry, read_log
+from cjepa_fast.telemetry.log import BAD_STEPS
 from cjepa_fast.telemetry.pace import Pace
 from cjepa_fast.telemetry.progress import shown_clock
 from cjepa_fast.training.anomalies import BadSteps, Outcomes, Spikes, StepOutcome
@@ -30,7 +31,6 @@ from cjepa_fast.training.learning import EARLY, ended, getting_worse
 from cjepa_fast.training.start import Session
 from cjepa_fast.training.trainer import Trainer
 
-BAD_STEPS = "bad_steps.jsonl"
 NONE_BEST = {"knn": -1.0, "step": None}
 MOST_REWINDS = 3  # to one checkpoint
 LEAST_FEATURES = 64  # images, before a collapse is believed
@@ -120,7 +120,8 @@ class Loop:
             progress.get("skipped_steps", 0),
             progress.get("skipped_in_row", 0),
         )
-        self.skipped_images = progress.get("skipped_images", 0)  # before this start
+        self.skipped_before: int = progress.get("skipped_images", 0)  # images, by all ranks
+        self.skipped_here = 0  # by this rank, since this start
 
     def _go_on_from(self, state: dict) -> None:
         self.done = state["step"]
@@ -168,6 +169,7 @@ class Loop:
             self.micro_batches = 0
             terms, applied = trainer.step(batches, self.done, self._after_micro_batch)
             self.done += 1
+            self.skipped_here += sum(batch.holes for batch in batches)
             self.first.close()
             asked = self.callbacks.on_step(self.done, terms) or self.stop.asked
             stopping, writing, minutes_up, evaluating = distributed.any_of(
@@ -222,7 +224,7 @@ class Loop:
         return self.trainer.details(self.done - 1, self.bad.count, self._all_skipped_images())
 
     def _all_skipped_images(self) -> int:
-        return self.skipped_images + sum(distributed.from_all(self.loader.skipped.count))
+        return self.skipped_before + sum(distributed.from_all(self.skipped_here))
 
     def _evaluation_is_due(self) -> bool:
         if self.online is None:

@@ -192,7 +192,7 @@ def test_corrupt_files_never_stop_an_epoch(corrupt, decoder):
         assert set(counts) == good and sum(counts.values()) == 232
     assert {name for name, _ in source.skipped.names} == later
     assert len(said) == 2 and all(any(name in line for line in said) for name in later)
-    assert source.skipped.count >= 4  # the thread may be ahead, in the next epoch
+    assert sum(batch.holes for batch in batches) == 4
 
 
 @pytest.mark.parametrize("decoder", DECODERS)

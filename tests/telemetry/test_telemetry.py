@@ -239,6 +239,17 @@ def test_rows_that_a_resume_or_a_rewind_drops_are_kept_beside_the_log(
     assert [Path(name).name for name in synced] == [".log.jsonl.partial"] * 2
 
 
+def test_a_bad_step_that_is_made_anew_is_in_the_file_once(tmp_path, started):
+    """What a rewind goes back from stays: its images are passed over."""
+    for step in (7, 20, 31):
+        log.Lines(print, tmp_path / "bad_steps.jsonl").write({"step": step})
+    out = started(tmp_path, start_step=20)
+    out.event("bad_steps.jsonl", {"step": 31}, "again")
+    out.back_to(20)
+    assert [row["step"] for row in read_log(tmp_path / "bad_steps.jsonl")] == [7, 20, 31]
+    assert read_log(tmp_path / "bad_steps.jsonl.abandoned") == [{"step": 31}]
+
+
 def test_a_row_that_does_not_fit_leaves_no_torn_line(tmp_path):
     """The file may grow by a few bytes, as on a disk that is nearly full."""
     path, said = tmp_path / "log.jsonl", []
