@@ -14,6 +14,7 @@ import numpy as np
 
 from cjepa_fast.data import index
 from cjepa_fast.runtime import json_text
+from cjepa_fast.runtime.files import read_text
 from cjepa_fast.runtime.printable import printable
 
 JSON_KEYS = ("label", "cls", "class", "class_name", "category")
@@ -129,9 +130,10 @@ def of_list(tables: list[index.Table], texts: list[str], beside: Path) -> Classe
 
 
 def listed_beside(path: Path) -> list[str]:
-    """The classes of classes.txt in the same folder, a name a line; [] without it."""
+    """The classes of classes.txt in the same folder, a name a line; [] without it. Raises
+    ValueError for one that is not UTF-8."""
     file = path.parent / "classes.txt"
-    names = file.read_text(encoding="utf-8").split("\n") if file.is_file() and file != path else []
+    names = read_text(file).split("\n") if file.is_file() and file != path else []
     return [name.strip() for name in names if name.strip()]
 
 

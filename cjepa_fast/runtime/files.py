@@ -30,6 +30,18 @@ def write_text(path: Path, text: str) -> None:
     partial.rename(path)
 
 
+def read_text(path: Path) -> str:
+    """Of a user's file: UTF-8, with a byte order mark or without. Raises ValueError for another
+    encoding, FileNotFoundError if it is missing."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 ({error.reason} at byte {error.start}): write it anew, as by "
+            f"iconv -f latin1 -t utf-8 {path} -o NEW"
+        ) from error
+
+
 def read_json(path: Path) -> dict:
     """The object that a JSON file holds. Raises ValueError, naming the file, for anything else,
     FileNotFoundError if it is missing."""

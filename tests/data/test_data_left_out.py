@@ -17,6 +17,7 @@ from PIL import Image
 
 from cjepa_fast.data import faults, formats, index, left_out, listing, lists, locations, sources
 from cjepa_fast.data.batches import ImagesGone, Skipped, read_one
+from cjepa_fast.data.sets import pairs
 from cjepa_fast.data.sources import Limits, open_images
 from cjepa_fast.runtime import watched
 
@@ -323,6 +324,18 @@ def test_words_by_classes_txt(tmp_path, opened):
     assert images.labels.tolist() == [1, 0] and images.classes == ["a", "b"]
     assert "no name in classes.txt" in reasons(images)["2.jpg"]
     assert "not below 2 classes" in reasons(images)["3.jpg"]
+
+
+def test_classes_txt_is_utf_8_with_or_without_a_mark(tmp_path, opened):
+    made.write_shard(tmp_path / "x.tar", {"0.jpg": jpeg(), "0.cls": "caf\u00e9".encode()})
+    listed = tmp_path / "classes.txt"
+    for encoding in ("utf-8", "utf-8-sig"):
+        listed.write_bytes("caf\u00e9\nbar\n".encode(encoding))
+        assert opened(tmp_path / "x.tar").classes == ["caf\u00e9", "bar"]
+    listed.write_bytes("caf\u00e9\nbar\n".encode("latin-1"))
+    for read in (opened, lambda path: pairs.named_classes(path.parent)):
+        with pytest.raises(ValueError, match=r"classes.txt is not UTF-8 .* at byte 3\): write it"):
+            read(tmp_path / "x.tar")
 
 
 def test_a_preview_beside_shards_takes_nothing_away(tmp_path, opened):

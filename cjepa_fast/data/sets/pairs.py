@@ -13,6 +13,7 @@ import numpy as np
 
 from cjepa_fast.data.sets.labelmaps import read_label_map
 from cjepa_fast.data.sources import LIMITS, ImageSet, Limits, open_images
+from cjepa_fast.runtime.files import read_text
 
 IGNORE = 255  # a pixel that counts nowhere, in label maps and in what is made of them
 UNKNOWN = -1
@@ -127,9 +128,7 @@ def named_classes(root: str | Path) -> dict[int, str] | None:
     if not listed.is_file():
         return None
     named: dict[int, str] = {}
-    for index, line in enumerate(
-        filter(str.strip, listed.read_text(encoding="utf-8").splitlines())
-    ):
+    for index, line in enumerate(filter(str.strip, read_text(listed).splitlines())):
         first, _, rest = line.strip().partition("\t")
         number, name = (first, rest) if first.isdecimal() and rest else (str(index), line)
         if int(number) > IGNORE or int(number) in named:
