@@ -3,7 +3,8 @@
     n01440764/a.JPEG                    path,label
     val/ILSVRC2012_val_00000001.JPEG 65     scans/1.png,cat
 
-Paths are relative to the list's folder, or absolute. What is named twice is refused.
+Paths are relative to the list's folder, or absolute. What is named twice is refused. In a .txt a
+line that begins with # is a comment, unless a file of that name is there.
 """
 
 import csv
@@ -116,18 +117,24 @@ def _of_csv(path: Path, text: str) -> list[tuple[int, str, str]]:
 
 def _of_lines(path: Path, text: str) -> Iterator[tuple[int, str, str]]:
     """A file's name may have spaces: where the whole line is one, it has no label."""
-    for number, line in progressing(_lines(text)):
+    for number, line in progressing(_lines(text, path.parent)):
         if os.path.exists(os.fsencode(path.parent / line)):
             yield number, line, ""
         else:
             yield number, *_pair(line)
 
 
-def _lines(text: str) -> Iterator[tuple[int, str]]:
-    """Those that are neither empty nor a comment, numbered from 1."""
+def _lines(text: str, folder: Path | None = None) -> Iterator[tuple[int, str]]:
+    """Those that are neither empty nor a comment, numbered from 1. folder: of the files; what names
+    one that is there is no comment."""
     for number, line in enumerate(map(str.strip, text.split("\n")), 1):
-        if line and not line.startswith("#"):
+        if line and (not line.startswith("#") or (folder and _names_a_file(line, folder))):
             yield number, line
+
+
+def _names_a_file(line: str, folder: Path) -> bool:
+    names = (line, _pair(line)[0])
+    return any(os.path.exists(os.fsencode(folder / name)) for name in names)
 
 
 def _pair(line: str) -> tuple[str, str]:

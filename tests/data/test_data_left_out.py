@@ -515,6 +515,15 @@ def test_a_list_names_files_and_labels(tmp_path, opened):
     assert reasons(images) == {"a b 1.jpg": "no label"}
 
 
+def test_a_file_whose_name_begins_as_a_comment_is_named(tmp_path, opened):
+    for name in ("#7.jpg", "# 8.jpg", "a.jpg"):
+        made.write(tmp_path / "set" / name, jpeg())
+    text = b"# a comment\n#7.jpg cat\n# 8.jpg\n#gone.jpg\n#\na.jpg dog\n"
+    images = opened(made.write(tmp_path / "set" / "list.txt", text))
+    assert names(images) == ["#7.jpg", "# 8.jpg", "a.jpg"] and not images.skipped
+    assert images.label_N.tolist() == [0, -1, 1]
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [(b"", "names no image"), (b"a.jpg\na.jpg\n", "lines 1 and 2"), (b"a\0.jpg", "is no path")],
