@@ -215,8 +215,9 @@ def pread_exactly(fd: int, count: int, offset: int) -> bytes:
 
 
 def stamp(status: os.stat_result) -> tuple[int, int]:
-    """What changes where a file is written to or replaced: size and time."""
-    return status.st_size, status.st_mtime_ns
+    """What changes where a file is written to or replaced: size and time, this as int64 has it,
+    which ends in 2262."""
+    return status.st_size, max(-(2**63), min(status.st_mtime_ns, 2**63 - 1))
 
 
 def read_unchanged(fd: int, indexed: tuple[int, int], count: int, offset: int) -> bytes:

@@ -92,7 +92,7 @@ def status_of(path: bytes, stat_it: Callable[[], os.stat_result]) -> Found:
         return path, 0, 0, f"{index.UNREAD} ({error.strerror})"
     if not stat.S_ISREG(status.st_mode):
         return path, 0, 0, "a pipe or a device, not a file"
-    return path, status.st_size, status.st_mtime_ns, ""
+    return path, *index.stamp(status), ""
 
 
 def is_folder(entry: os.DirEntry) -> bool:

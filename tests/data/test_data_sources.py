@@ -328,6 +328,19 @@ def change_times(root, times_s: float) -> None:
 
 
 @pytest.mark.parametrize("make", [made.good_folder, made.good_shards])
+def test_a_time_that_int64_does_not_hold_is_a_time_too(tmp_path, opened, inspected, make):
+    """As a clock that is wrong gives it, in a file system that holds it."""
+    root, after_2262_s = make(tmp_path / "set", 9), 2**63 / 1e9 + 1e6
+    change_times(root, after_2262_s)
+    if any(path.stat().st_mtime_ns < 2**63 for path in root.rglob("*.*")):
+        pytest.skip("this file system holds no such time")
+    images = opened(root)
+    assert len(images) == 9 and images.read(0)
+    inspected.clear()
+    assert len(opened(root)) == 9 and not inspected
+
+
+@pytest.mark.parametrize("make", [made.good_folder, made.good_shards])
 def test_copies_at_one_path_of_two_nodes_have_an_index_each(tmp_path, opened, inspected, make):
     root = make(tmp_path / "set", 9)
     looked = []
