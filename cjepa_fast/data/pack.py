@@ -29,13 +29,15 @@ from cjepa_fast.data.early_ends import gap
 from cjepa_fast.data.headers import PNG_MAGIC
 from cjepa_fast.data.locations import parquet_files
 from cjepa_fast.data.sources import ImageSet, Limits, open_images
-from cjepa_fast.runtime import files
+from cjepa_fast.runtime import files, run_lock
 from cjepa_fast.runtime.command_line import Parser
 from cjepa_fast.runtime.printable import printable, printable_lines
 from cjepa_fast.telemetry.progress import shown_bar
 
 MANIFEST = "manifest.json"
 IMAGES_A_TASK = 16
+RECORD_BYTES = 120  # of an image in a shard's record, beside its name: two of its member, a hash
+SURE_TO_FIT = 10_000  # images a shard: of names of up to 6,000 letters, as JSON has them
 
 
 def pack(
@@ -55,7 +57,8 @@ def pack(
 
     short_side: shrink images whose short side is longer to it, as JPEG of `quality`; None keeps
     every byte. bit_depth: as data.bit_depth, of what is shrunk. Raises ValueError if `out` holds
-    shards of other images or settings, or if a shard does not read back as it was written.
+    shards of other images or settings or another process packs there, if the record of a shard
+    would be too long, or if a shard does not read back as it was written.
     """
     images = open_images(folder, limits=_limits(max_pixels, bit_depth), cache=cache, log=log)
     if short_side is not None and images.has_arrays:
@@ -118,7 +121,29 @@ def _pack_set(
         raise ValueError(
             f"shard_size {how.shard_size} and short_side {how.short_side} must be at least 1"
         )
-    out.mkdir(parents=True, exist_ok=True)
+    _check_records(images, order, how.shard_size)
+    with run_lock.held(out, "{}: a packing is writing there"):
+        return _pack_into(out, images, order, how, log)
+
+
+def _check_records(
+    images: ImageSet | parquet.ParquetImages, order: list[int], shard_size: int
+) -> None:
+    """Raises ValueError where the record of a shard would be too long to be read again."""
+    if shard_size <= SURE_TO_FIT:
+        return
+    for first in range(0, len(order), shard_size):
+        names = (images.name(i) for i in order[first : first + shard_size])
+        if sum(RECORD_BYTES + len(json.dumps(name)) for name in names) > files.MOST_JSON_BYTES:
+            raise ValueError(
+                f"shard_size {shard_size}: the record of so many images is too long to be read "
+                f"again, and a packing that stopped could not go on; {SURE_TO_FIT} are sure to fit"
+            )
+
+
+def _pack_into(
+    out: Path, images: ImageSet | parquet.ParquetImages, order: list[int], how: Packing, log
+) -> list[tuple[str, str]]:
     settings = {
         "images": len(images), "fingerprint": images.fingerprint, "shard_size": how.shard_size,
         "short_side": how.short_side, "quality": how.quality if how.short_side else None,

@@ -1,4 +1,4 @@
-"""One run a folder: held by a lock that ends with the process, however that ends."""
+"""One run or one packing a folder: a lock that ends with the process, however that ends."""
 
 import contextlib
 import errno
@@ -6,20 +6,33 @@ import fcntl
 import json
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from cjepa_fast.runtime import json_text
 
 MOST_BYTES = 4096  # of what a run writes into its lock
-_held: list = []  # open files: a lock lasts as long as its file
+_held: dict[str, TextIO] = {}  # by the folder's path; a lock lasts as long as its file is open
 
 
-def take(run: Path) -> None:
+@contextlib.contextmanager
+def held(folder: Path, said: str) -> Iterator[None]:
+    """Within it the folder is held, as by `take`."""
+    take(folder, said)
+    try:
+        yield
+    finally:
+        _held.pop(os.path.realpath(folder)).close()
+
+
+def take(run: Path, said: str = "run.dir = {}: a run is writing there") -> None:
     """Make the folder and hold it, if it is not yet held, until release() or the process's end.
 
-    Raises ValueError naming the process that holds it. A file system without locks lets all in.
+    Raises ValueError naming the process that holds it; said: its beginning. A file system without
+    locks lets all in.
     """
-    if _held:
+    if (key := os.path.realpath(run)) in _held:
         return
     run.mkdir(parents=True, exist_ok=True)
     file = open(run / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (it stays open)
@@ -27,22 +40,22 @@ def take(run: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-            return  # no locks there
+            _held[key] = file  # no locks there
+            return
         file.seek(0)
         holder = {"pid": "unknown", "host": "unknown"}
         with contextlib.suppress(ValueError, TypeError):
             holder |= json_text.parse(file.read(MOST_BYTES))
         raise ValueError(
-            f"run.dir = {run}: a run is writing there, process {holder['pid']} on "
-            f"{holder['host']}: wait for it, stop it, or choose another folder (if that host is "
-            f"gone: remove {run / '.lock'})"
+            f"{said.format(run)}, process {holder['pid']} on {holder['host']}: wait for it, stop "
+            f"it, or choose another folder (if that host is gone: remove {run / '.lock'})"
         ) from None
     file.truncate(0)
     file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
     file.flush()
-    _held.append(file)
+    _held[key] = file
 
 
 def release() -> None:
     while _held:
-        _held.pop().close()
+        _held.popitem()[1].close()

@@ -1,6 +1,7 @@
 """Packing: nothing lost, nothing changed, resumed, verified."""
 
 import errno
+import fcntl
 import hashlib
 import io
 import json
@@ -12,6 +13,7 @@ from PIL import Image
 
 from cjepa_fast.data import faults, listing, pack
 from cjepa_fast.data.sources import ImageSet, open_images
+from cjepa_fast.runtime import files
 
 
 @pytest.fixture
@@ -134,6 +136,31 @@ def test_other_settings_or_images_are_refused(tmp_path, packed):
         packed()
     with pytest.raises(ValueError, match="at least 1"):
         packed(shard_size=0)
+
+
+def test_a_shard_whose_record_could_not_be_read_again_is_refused(tmp_path, packed, monkeypatch):
+    made.good_folder(tmp_path / "set", 9)
+    packed()
+    record = (tmp_path / "out" / "shard-000000.json").stat().st_size
+    (tmp_path / "out").rename(tmp_path / "before")
+    monkeypatch.setattr(pack, "SURE_TO_FIT", 6)
+    monkeypatch.setattr(files, "MOST_JSON_BYTES", record - 1)
+    with pytest.raises(ValueError, match=r"shard_size 7: the record of so many .* 6 are sure"):
+        packed()
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(files, "MOST_JSON_BYTES", record + 200)
+    packed()
+
+
+def test_two_do_not_pack_into_one_folder(tmp_path, packed):
+    made.good_folder(tmp_path / "set", 9)
+    out = tmp_path / "out"
+    out.mkdir()
+    with open(out / ".lock", "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match=f"{out}: a packing is writing there, process"):
+            packed()
+    assert packed()[0] == [] and packed()[0] == []
 
 
 def test_short_side_shrinks_large_images_alone(tmp_path, packed):
