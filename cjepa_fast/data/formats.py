@@ -46,6 +46,7 @@ CHANNELS = {"1": 1, "L": 1, "LA": 2, "La": 2, "PA": 4, "RGBA": 4, "RGBa": 4, "RG
 HEAD_BYTES = 1 << 16  # holds the whole header of nearly every photograph
 TAIL_BYTES = 1 << 12
 JUNK_BYTES = 1 << 9  # at most so many before a JPEG are passed over
+MOST_UNKNOWN = 1 << 28  # bytes that are read of what has no known header: a video, an archive
 MOST_SIDE = 2**31 - 1  # what index.ENTRY holds; a header that says more is corrupt
 MAX_PIXELS = 89_478_485  # from there on Pillow warns of decompression bombs
 OTHER_FORMATS = ("GIF", "BMP", "DIB", "WEBP", "PPM", "TIFF", "JPEG2000", "AVIF")  # of Pillow's
@@ -98,6 +99,8 @@ def inspect(read, length: int) -> Look:
         return _inspect_head(head, read, length)
     except HeaderDamaged as error:
         damage = error
+    if length > MOST_UNKNOWN and not head.startswith(JPEG_MAGIC):
+        raise Unusable(f"{damage}, in a file of {length >> 20} MiB") from damage
     whole = read(0, length)
     try:  # a header longer than HEAD_BYTES: large EXIF previews and colour profiles
         return _inspect_head(whole, read, length)

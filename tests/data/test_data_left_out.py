@@ -149,6 +149,23 @@ def test_memory_that_is_short_is_no_damage(tmp_path, opened, monkeypatch, where)
         images.read(0) if where == "pixels" else opened(tmp_path / "other")
 
 
+def test_a_large_file_without_a_known_header_is_not_read_whole(tmp_path, opened):
+    """Of a JPEG the header itself may be long: previews, profiles."""
+    read, length = [], formats.MOST_UNKNOWN + (1 << 20)
+
+    def part(at: int, count: int) -> bytes:
+        read.append(count)
+        return b"\x47" * min(count, 1 << 20)
+
+    with pytest.raises(formats.Unusable, match="unsupported kind, in a file of 257 MiB"):
+        formats.inspect(part, length)
+    assert max(read) <= formats.HEAD_BYTES
+    path = made.write(tmp_path / "set" / "video.jpg", b"\x47" * 1000)
+    made.write(tmp_path / "set" / "a.jpg", jpeg())
+    os.truncate(path, length)  # a hole, which takes no room
+    assert "in a file of 257 MiB" in reasons(opened(tmp_path / "set"))["video.jpg"]
+
+
 def test_what_no_parser_expects_is_named_too(tmp_path, opened, monkeypatch):
     root, real = made.good_folder(tmp_path / "set", 4), formats.inspect
     strange = (root / "c0" / "0000.jpg").read_bytes()
