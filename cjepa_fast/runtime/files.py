@@ -25,9 +25,21 @@ MANY = 65_536  # files open at once
 def write_text(path: Path, text: str) -> None:
     """Atomic: a reader sees the old text or the new."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
+    with _named(path):
+        partial.write_text(text, encoding="utf-8")
     sync_file(partial)
     partial.rename(path)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """An OSError says of which file it is: one of a write or a sync does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def read_text(path: Path) -> str:
@@ -60,7 +72,8 @@ def sync_file(path: Path) -> None:
     """Make a file, or a folder's names, survive a crash of the machine."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with _named(path):
+            os.fsync(descriptor)
     except OSError as error:  # some file systems have none of folders
         if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
             raise

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import itertools
 import json
@@ -38,6 +39,8 @@ from cjepa_fast.training.build import (
     with_precision,
 )
 from cjepa_fast.training.trainer import Trainer
+
+TRIAL_BYTES = 8192  # so many are written: a file without any has room on a full disk
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -299,13 +302,15 @@ def _try_renaming(run: Path) -> None:
     _remove(trial, final)  # of a start that was killed
     try:
         trial.mkdir(exist_ok=True)
-        files.write_text(trial / "a file", "")
+        files.write_text(trial / "a file", "." * TRIAL_BYTES)
         files.sync_file(trial)
         trial.rename(final)
     except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        way = "make room there" if full else "choose a folder of another file system"
         raise ConfigError(
             f"run.dir = {run}: a folder with a file in it cannot be made, synced and renamed there "
-            f"({error}), and every checkpoint is: choose a folder of another file system"
+            f"({error}), and every checkpoint is: {way}"
         ) from error
     finally:
         _remove(trial, final)

@@ -4,6 +4,7 @@ import pickle
 import resource
 
 import pytest
+import tiny
 
 from cjepa_fast.runtime import files
 
@@ -39,6 +40,11 @@ def test_a_description_is_read_and_a_missing_one_is_missing(tmp_path):
     assert files.read_json(tmp_path / "state.json") == {"step": 3}
     with pytest.raises(FileNotFoundError):
         files.read_json(tmp_path / "other.json")
+
+
+def test_what_cannot_be_written_is_named(tmp_path):
+    with tiny.files_of_at_most(100), pytest.raises(OSError, match=r"'.*/state\.json'"):
+        files.write_text(tmp_path / "state.json", "." * 1000)
 
 
 def test_a_process_may_hold_as_many_files_as_it_is_allowed():

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 
 from cjepa_fast.config import ConfigError
@@ -40,6 +41,14 @@ def test_a_run_that_came_while_this_one_started_is_not_overwritten(tmp_path, res
             assert start._taken(run, loader, resume, resumed=False) == ""
     finally:
         run_lock.release()
+
+
+def test_a_full_disk_is_told_before_the_first_step(tmp_path):
+    """An empty file would still fit there."""
+    refusal = pytest.raises(ConfigError, match=r"run\.dir = .* renamed there \(.*/a file'\)")
+    with tiny.files_of_at_most(start.TRIAL_BYTES // 2), refusal:
+        start._try_renaming(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_where_no_folder_can_be_renamed_nothing_is_trained(tmp_path, monkeypatch):
