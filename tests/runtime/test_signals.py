@@ -28,6 +28,30 @@ def test_the_program_has_its_signals_back_after_a_training(heard):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_the_first_of_each_is_said_and_a_second_changes_nothing(number, capfd):
+    stop = StopRequest()
+    try:
+        for _ in range(2):
+            os.kill(os.getpid(), number)
+        assert stop.asked
+    finally:
+        stop.give_back()
+    assert capfd.readouterr().err == f"{number.name}: stopping after this step\n"
+
+
+def test_a_terminal_that_closes_stops_no_training_under_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stop = StopRequest()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop.asked
+        stop.give_back()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_what_another_has_taken_since_stays(heard):
     stop = StopRequest()
     other = lambda number, frame: None  # noqa: E731

@@ -58,9 +58,10 @@ class Enough(cjepa_fast.Callback):
 
 def test_a_callback_may_ask_to_stop(tmp_path, capsys):
     config = tiny.write_config(tmp_path)
-    taken = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    signals = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+    taken = [signal.getsignal(number) for number in signals]
     stopped = cjepa_fast.pretrain(config, callbacks=[Enough(), cjepa_fast.Callback()])
-    assert taken == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    assert taken == [signal.getsignal(number) for number in signals]
     assert stopped.status == 0 and not (stopped.folder / "encoder.safetensors").exists()
     assert "stopped after step 2; resume with" in capsys.readouterr().out
     assert (stopped.folder / "checkpoints" / "step_00000002").is_dir()

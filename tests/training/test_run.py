@@ -25,11 +25,13 @@ from cjepa_fast.runtime.watchdog import INDEXING, Watchdog
 from cjepa_fast.training import build, learning, start, trainer
 from cjepa_fast.training.trainer import Trainer
 
+TAKEN = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+
 
 @pytest.fixture(autouse=True)
 def handlers():
     """A run takes the signals, in this process here."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in TAKEN}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

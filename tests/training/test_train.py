@@ -188,7 +188,11 @@ def interrupted(config, number, *args) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)]
+    "number",
+    [
+        signal.SIGTERM,
+        *(pytest.param(n, marks=pytest.mark.long) for n in (signal.SIGINT, signal.SIGHUP)),
+    ],
 )
 def test_a_signal_saves_and_tells_how_to_go_on(tmp_path, number):
     config = tiny.write_config(tmp_path, run={"epochs": 10000}, checkpoint={"every_steps": 0})
@@ -196,6 +200,7 @@ def test_a_signal_saves_and_tells_how_to_go_on(tmp_path, number):
     assert result.returncode == 0, result.stderr
     done = json.loads((checkpoint.latest(tmp_path / "run") / "state.json").read_text())["step"]
     assert done >= 1 and f"stopped after step {done}" in result.stdout
+    assert f"{number.name}: stopping after this step" in result.stderr
     assert "resume with: python cjepa_fast/train.py" in result.stdout
     assert "--resume auto" in result.stdout and done in tiny.losses(tmp_path / "run")
     # The command as told, shortened, resumes from there and keeps the log whole.
