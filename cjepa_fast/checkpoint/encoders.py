@@ -1,5 +1,6 @@
 """The encoders that a run leaves, and the way any encoder is loaded, other projects' too."""
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -223,9 +224,11 @@ def is_run(folder: Path) -> bool:
 
 
 def set_aside(run: Path) -> None:
-    """A run that is resumed has no final encoders yet: those there become previous_*."""
-    for which in FINAL.values():
-        for suffix in (".safetensors", ".json"):
-            path = run / f"{which}{suffix}"
-            if path.exists():
-                path.replace(path.with_name(f"previous_{path.name}"))
+    """A run that is resumed has no final encoders yet: those there become previous_*, and those of
+    later ends previous_2_*, previous_3_* ..."""
+    names = [f"{which}{suffix}" for which in FINAL.values() for suffix in (".safetensors", ".json")]
+    prefixes = itertools.chain(["previous_"], (f"previous_{n}_" for n in itertools.count(2)))
+    free = next(p for p in prefixes if not any((run / f"{p}{name}").exists() for name in names))
+    for path in (run / name for name in names):
+        if path.exists():
+            path.replace(path.with_name(f"{free}{path.name}"))

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from cjepa_fast import checkpoint, load_encoder
+from cjepa_fast.checkpoint import encoders
 from cjepa_fast.checkpoint.owned import Fragment
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime import files
@@ -59,6 +60,18 @@ def test_each_shard_is_opened_once(tmp_path, monkeypatch):
         stored.read_into("master", Fragment("x", start, torch.empty(1)))
     stored.whole("master", "x")
     assert len(opened) == len(set(opened)) == 3
+
+
+def test_encoders_of_each_end_are_kept(tmp_path):
+    names = [f"{which}{s}" for which in encoders.FINAL.values() for s in (".safetensors", ".json")]
+    for end in ("first", "second", "third"):
+        for name in names:
+            (tmp_path / name).write_text(end)
+        encoders.set_aside(tmp_path)
+        encoders.set_aside(tmp_path)  # resumed once more before its end
+    kept = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    prefixes = {"previous_": "first", "previous_2_": "second", "previous_3_": "third"}
+    assert kept == {f"{p}{name}": end for p, end in prefixes.items() for name in names}
 
 
 def test_a_full_disk_is_an_os_error(tmp_path):
