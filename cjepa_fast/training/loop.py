@@ -131,7 +131,8 @@ class Loop:
         self.best: dict = progress.get("best") or NONE_BEST
         if not distributed.from_rank_0(lambda: self.saver.point_at_best(self.best["step"])):
             self.best = NONE_BEST
-        self._limit()
+        self.limits: list[float] = []  # of the next step's loss and gradient norm, where they count
+        self._limit(progress.get("limits"))
 
     def go(self) -> int:
         """Train to the end, or until asked to stop. Returns the exit status."""
@@ -182,12 +183,13 @@ class Loop:
             new = self.outcomes.after(
                 self.done, batches, applied, terms["loss"], trainer.engine.grad_norm
             )
-            for outcome in itertools.chain(new, self._rest(saving)):
-                if self._is_anomaly(outcome) and self._rewound(outcome.step):
-                    return None
+            if self._went_back(new):
+                return None
+            self._limit()  # by what is known now: a save knows more, and must change no step
+            if self._went_back(self._rest(saving)):
+                return None
             if self.bad.too_many:
                 return self._give_up()
-            self._limit()
             telemetry.step(self.done, trainer.scalars(terms, batches), wait_s)
             self.waited_s += wait_s
             found = self._evaluate() if evaluating and not stopping else {}
@@ -313,6 +315,10 @@ class Loop:
         if line := getting_worse(rows, self.config, width):
             self.telemetry.message(line)
 
+    def _went_back(self, outcomes: Iterator[StepOutcome]) -> bool:
+        """Whether one of them was a spike that the run has gone back from."""
+        return any(self._is_anomaly(one) and self._rewound(one.step) for one in outcomes)
+
     def _is_anomaly(self, outcome: StepOutcome) -> bool:
         """Tell and write down, with its images, a step that was not applied or stands out.
 
@@ -339,9 +345,12 @@ class Loop:
         self.telemetry.event(BAD_STEPS, row, text)
         return spike is not None and self.config.run.on_spike == "rewind"
 
-    def _limit(self) -> None:
+    def _limit(self, saved: list[float | None] | None = None) -> None:
+        """saved: a checkpoint's, null for infinity."""
         if self.config.run.on_spike == "skip":
-            self.trainer.engine.limit(*self.spikes.limits())
+            own = [math.inf if one is None else one for one in saved or ()]
+            self.limits = own or list(self.spikes.limits())
+            self.trainer.engine.limit(*self.limits)
 
     def _rewound(self, spike: int) -> bool:
         """Go back to the newest checkpoint before step `spike`; its images are passed over."""
@@ -404,6 +413,7 @@ class Loop:
                 "skipped_images": self._all_skipped_images(),
                 "data_offset": self.data_offset,
                 "spikes": self.spikes.history,
+                "limits": [one if math.isfinite(one) else None for one in self.limits],
                 "best": self.best,
                 "evaluation_owed": self.online is not None and self.online.owed,
             },

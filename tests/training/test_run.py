@@ -12,6 +12,7 @@ import threading
 
 import corrupt_images as made
 import pytest
+import test_outcomes
 import test_saver
 import tiny
 import torch
@@ -22,7 +23,8 @@ from cjepa_fast.data import left_out
 from cjepa_fast.model.jepa import JEPA
 from cjepa_fast.runtime import files, run_lock
 from cjepa_fast.runtime.watchdog import INDEXING, Watchdog
-from cjepa_fast.training import build, learning, start, trainer
+from cjepa_fast.training import anomalies, build, learning, start, trainer
+from cjepa_fast.training.callbacks import Callback
 from cjepa_fast.training.trainer import Trainer
 
 TAKEN = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
@@ -265,6 +267,39 @@ def test_a_spike_is_skipped(tmp_path, spike, capfd, monkeypatch):
     assert "update and EMA skipped (1 in a row)" in out
     state = checkpoint.state_of(checkpoint.latest(tmp_path / "run"))
     assert state["optimizer_step"] == 59 and state["progress"]["skipped_steps"] == 1
+
+
+def test_a_stop_changes_no_limit_of_spikes(tmp_path, monkeypatch):
+    """On a GPU a step's outcome is known a step later, but at once where the state is saved."""
+    limits: dict[int, list[float]] = {}
+    step = Trainer.step
+
+    def record(self, batches, index, *more):
+        limits[index + 1] = self.engine._limits.tolist()
+        return step(self, batches, index, *more)
+
+    class Stop(Callback):
+        def on_step(self, step, terms):
+            return step == 4
+
+    monkeypatch.setattr(Trainer, "step", record)
+    monkeypatch.setattr(anomalies, "Values", test_outcomes.Late)
+    monkeypatch.setattr(anomalies, "LEAST", 2)
+    found = []
+    for name, stops in (("whole", []), ("stopped", [Stop()])):
+        config = tiny.write_config(
+            tmp_path,
+            run={"epochs": 4, "on_spike": "skip", "spike_z": 50.0, "dir": str(tmp_path / name)},
+            checkpoint={"every_steps": 3 if stops else 0},
+        )
+        limits.clear()
+        train.pretrain(config, callbacks=stops)
+        if stops:
+            assert list(limits) == [1, 2, 3, 4]
+            train.pretrain(config, resume="auto")
+        found.append(dict(limits))
+    assert found[0] == found[1] and list(found[0]) == list(range(1, 9))
+    assert [math.isfinite(found[0][n][0]) for n in (3, 4)] == [False, True]
 
 
 def test_a_spike_is_gone_back_from_and_its_images_passed_over(tmp_path, spike, capfd, monkeypatch):
