@@ -116,11 +116,8 @@ def _begin(parts: Path, facts: dict, newest_ns: int) -> int:
     before = read_json(parts / FACTS)
     if "times" not in before and (parts / FACTS).stat().st_mtime_ns > newest_ns:
         before["times"] = facts["times"]  # earlier versions left it out
-    size = before.pop("part", None)
-    if not isinstance(size, int) or size < 1:
-        raise ValueError(f"{parts / FACTS} is damaged: remove {parts}, or name another --out")
-    facts = {name: value for name, value in facts.items() if name != "part"}
-    differs = sorted(k for k in facts.keys() | before if before.get(k) != facts.get(k))
+    size, names = before.get("part"), (facts.keys() | before) - {"part"}
+    differs = sorted(name for name in names if before.get(name) != facts.get(name))
     if differs == ["times"]:
         raise ValueError(
             f"{parts} holds parts of images that have been written since, or of another copy of "
@@ -132,6 +129,8 @@ def _begin(parts: Path, facts: dict, newest_ns: int) -> int:
             f"{parts} holds parts of other features (another {', '.join(differs)}): remove it, or "
             "name another --out"
         )
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"{parts / FACTS} is damaged: remove {parts}, or name another --out")
     return size
 
 
