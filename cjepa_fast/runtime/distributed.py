@@ -105,7 +105,7 @@ def leave(status: int) -> NoReturn:
     freeing that while the interpreter is being taken down aborts a run that had succeeded. So does
     a stream that cannot be flushed: at the end Python makes another status of that.
     """
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):
         try:
             stream.flush()
         except OSError:

@@ -41,7 +41,7 @@ def markdown_code(text: object) -> str:
 def say(text: str, stream: TextIO | None = None, end: str = "\n") -> None:
     """print, flushed. What a full disk or a closed terminal refuses is lost: it ends no work."""
     stream = stream or sys.stdout
-    if not stream.closed:
+    if stream is not None and not stream.closed:  # None: the process has none
         with contextlib.suppress(OSError):
             stream.write(text + end)
             stream.flush()

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from cjepa_fast.runtime import json_text
 from cjepa_fast.runtime.files import write_text
-from cjepa_fast.runtime.printable import printable_lines
+from cjepa_fast.runtime.printable import printable_lines, say
 
 
 def warn(text: str) -> None:
-    print(f"WARNING: {printable_lines(text)}", file=sys.stderr)
+    say(f"WARNING: {printable_lines(text)}", sys.stderr)
 
 
 def read_log(path: Path | str, say: Callable[[str], None] = warn) -> list[dict]:
