@@ -204,10 +204,10 @@ def first_whole(found: list[Path], resume: str | None) -> Path | None:
     What is damaged is named. Raises ValueError where that is all there is, or what was asked for,
     and OSError on all ranks where one of them cannot read its share.
     """
-    damaged, share = [], (distributed.rank(), distributed.world_size())
+    damaged, own = [], (distributed.rank(), distributed.world_size())
     for path in found:
         with shown_clock(f"checking {path.name}"):
-            shares = distributed.from_each(functools.partial(checkpoint.damage, path, *share))
+            shares = distributed.from_each(functools.partial(checkpoint.damage, path, *own))
         damaged += dict.fromkeys(line for share in shares for line in share)
         if not any(shares):
             if damaged and distributed.rank() == 0:
