@@ -31,6 +31,7 @@ from cjepa_fast.runtime.distributed import (
 )
 from cjepa_fast.runtime.files import read_tensors, write_tensors
 from cjepa_fast.runtime.image_size import ImageSize
+from cjepa_fast.runtime.printable import say
 from cjepa_fast.telemetry.progress import shown_bar
 
 TOLD_BYTES = 2**30  # of a file of features, before it is told of
@@ -160,10 +161,10 @@ def _keep(path: Path, features: torch.Tensor, index: torch.Tensor) -> bool:
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        print(f"features could not be kept in {path.parent}: {error}", file=sys.stderr)
+        say(f"features could not be kept in {path.parent}: {error}", sys.stderr)
         return False
     if path.stat().st_size > TOLD_BYTES:
-        print(f"features kept: {path.stat().st_size / 2**30:.1f} GiB in {path}", file=sys.stderr)
+        say(f"features kept: {path.stat().st_size / 2**30:.1f} GiB in {path}", sys.stderr)
     return True
 
 

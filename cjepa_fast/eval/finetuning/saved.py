@@ -26,6 +26,7 @@ from cjepa_fast.checkpoint.writer import Saver
 from cjepa_fast.eval.finetuning.layer_decay import layer_decay_groups
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime.distributed import first_on_each_node, from_all
+from cjepa_fast.runtime.printable import say
 
 ADAM = ("exp_avg", "exp_avg_sq", "step")  # its state of a weight
 # Facts that earlier versions left out: absent, they agree.
@@ -233,4 +234,4 @@ class SavedTraining:
 
 
 def _warn(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    say(text, sys.stderr)
