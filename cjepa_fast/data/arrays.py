@@ -8,6 +8,7 @@ are in their units. Nothing is unpickled.
 
 import io
 import math
+import threading
 import tokenize
 from typing import NamedTuple
 
@@ -19,6 +20,9 @@ from cjepa_fast.data.headers import HeaderDamaged, Unusable
 NPY_MAGIC = b"\x93NUMPY"
 TYPES = ("u1", "u2", "f2", "f4", "f8")
 MOST_CHANNELS = 1024
+# Held while numpy parses a header, which is Python's text: in Python 3.11 two threads that do so at
+# once get a SystemError by chance, of sound bytes (seen in 3.11.7; akin to CPython's issue 106905).
+NPY_LOCK = threading.Lock()
 # What numpy raises of a damaged header, which is Python's text.
 NPY_ERRORS = (ValueError, SyntaxError, TypeError, RecursionError, tokenize.TokenError)
 
@@ -42,7 +46,7 @@ def inspect(file, head: bytes, length: int) -> Shape:
     Raises Unusable, naming what cannot be read, or HeaderDamaged for what is no header.
     """
     if head.startswith(NPY_MAGIC):
-        shape, dtype, start = _npy_header(file)
+        shape, _, dtype, start = _npy_header(file)
         if math.prod(shape) * dtype.itemsize > length - start:
             raise Unusable(f"truncated: an array of {shape} that is not all there")
         height, width, channels = _height_width_channels(shape)
@@ -61,8 +65,9 @@ def pixels(data: bytes, bits: int | None = None) -> np.ndarray:
     """
     try:
         if data.startswith(NPY_MAGIC):
-            values = np.load(io.BytesIO(data), allow_pickle=False)
-            values = _channels_last(values)
+            shape, columns_first, dtype, start = _npy_header(io.BytesIO(data))
+            values = np.frombuffer(data, dtype, math.prod(shape), start)
+            values = _channels_last(values.reshape(shape, order="F" if columns_first else "C"))
         else:
             values = tiff_bands.read(data)
     except (*NPY_ERRORS, EOFError, Unusable, HeaderDamaged) as error:
@@ -81,8 +86,8 @@ def levels(values: np.ndarray, bits: int | None = None) -> np.ndarray:
     return wide * 255
 
 
-def _npy_header(file) -> tuple[tuple[int, ...], np.dtype, int]:
-    """(shape, type, where the values begin)."""
+def _npy_header(file) -> tuple[tuple[int, ...], bool, np.dtype, int]:
+    """(shape, whether its first index runs fastest, type, where the values begin)."""
     readers = {
         (1, 0): np.lib.format.read_array_header_1_0,
         (2, 0): np.lib.format.read_array_header_2_0,
@@ -91,7 +96,8 @@ def _npy_header(file) -> tuple[tuple[int, ...], np.dtype, int]:
         version = np.lib.format.read_magic(file)
         if version not in readers:
             raise Unusable(f"a .npy of version {version[0]}.{version[1]}")
-        shape, _, dtype = readers[version](file)
+        with NPY_LOCK:
+            shape, columns_first, dtype = readers[version](file)
     except (*NPY_ERRORS, MemoryError) as error:
         raise HeaderDamaged(f"damaged header ({error})") from error
     if dtype.hasobject:
@@ -100,7 +106,7 @@ def _npy_header(file) -> tuple[tuple[int, ...], np.dtype, int]:
         raise Unusable(
             f"an array of {dtype}: store whole numbers as uint8 or uint16, others as floats"
         )
-    return shape, dtype, file.tell()
+    return shape, columns_first, dtype, file.tell()
 
 
 def _bits(dtype: np.dtype) -> int:

@@ -8,6 +8,7 @@ cache; a folder's entries stay valid by each file's size and time, a shard's by 
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
 import os
 import stat
@@ -18,11 +19,11 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO, TextIO
 
 import numpy as np
 
-from cjepa_fast.data import faults, formats
+from cjepa_fast.data import arrays, faults, formats
 from cjepa_fast.runtime import caches, json_text
 from cjepa_fast.runtime.oom import is_out_of_memory
 from cjepa_fast.runtime.watched import progressed, watched
@@ -33,6 +34,7 @@ CHUNK = 256  # images a task
 KEEP_S, KEEP_SHARE = 60.0, 20  # between two savings: at least this, and so many times one's time
 KEPT = 16  # indexes of one path, of so many copies
 MASK = 2**64 - 1  # for the time of a file, which may lie before 1970
+SMALL_BYTES = 2**24
 LOCK_S = 0.2  # between two tries to take a lock
 UNLABELLED = -1
 UNREAD = "cannot be read"  # so begins the reason of a file that may be sound
@@ -128,7 +130,7 @@ def load(file: Path) -> Table | None:
     """The cached table, or None where there is none that can be read."""
     progressed()
     try:
-        with open(file, "rb") as handle, np.load(handle) as kept:
+        with open(file, "rb") as handle, _opened(handle) as kept:
             if int(kept["version"]) != VERSION or kept["entries"].dtype != ENTRY:
                 return None
             said = json_text.parse(kept["said"].tobytes())
@@ -140,6 +142,15 @@ def load(file: Path) -> Table | None:
             )  # fmt: skip
     except (OSError, KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile):
         return None  # not there, from another version, or damaged: it is made anew
+
+
+@contextlib.contextmanager
+def _opened(handle: BinaryIO):
+    """The arrays of a .npz. A small file is read before the lock, so that many are at once."""
+    small = os.fstat(handle.fileno()).st_size <= SMALL_BYTES
+    source = io.BytesIO(handle.read()) if small else handle
+    with arrays.NPY_LOCK, np.load(source) as kept:
+        yield kept
 
 
 def save(file: Path, table: Table) -> None:

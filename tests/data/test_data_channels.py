@@ -2,7 +2,9 @@
 
 import io
 import struct
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import corrupt_images as made
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 from PIL import Image
 
 from cjepa_fast.config import DataSection
-from cjepa_fast.data import arrays, dali, decoders, formats
+from cjepa_fast.data import arrays, dali, decoders, formats, index
 from cjepa_fast.data.decode import DecodeRequest, DecodeSettings
 from cjepa_fast.data.decoders import DALI, PILLOW, open_decoder
 from cjepa_fast.data.evaluation import eval_batches
@@ -348,3 +350,25 @@ def test_an_array_is_shown_as_the_picture_of_its_pixels(tmp_path):
     assert (shapes[0] - shapes[1]).abs().max() < 0.51 + 0.5
     assert (shapes[1] - shapes[1].round()).abs().max() > 0.2
     assert decoder.alone(DecodeRequest([npy(BANDS)], window_B4[:1], flip_B), 0) is None
+
+
+def test_headers_are_parsed_by_one_thread_at_a_time(monkeypatch, tmp_path):
+    """Python 3.11's parser, which numpy calls, fails by chance where two threads are in it."""
+    within, parse = [], np.lib.format.read_array_header_1_0
+
+    def slowly(file, *args, **options):
+        within.append(1)
+        time.sleep(0.005)
+        assert len(within) == 1
+        within.pop()
+        return parse(file, *args, **options)
+
+    monkeypatch.setattr(np.lib.format, "read_array_header_1_0", slowly)
+    file, values = io.BytesIO(), np.asfortranarray(np.arange(24, dtype=">u2").reshape(4, 3, 2))
+    np.save(file, values)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(arrays.pixels, [file.getvalue()] * 16))
+        assert all(np.array_equal(pixels, arrays.levels(values)) for pixels in found)
+        open_images(made.good_folder(tmp_path / "set", 2), cache=tmp_path / "cache")
+        (kept,) = (tmp_path / "cache").rglob("*.npz")
+        assert all(pool.map(index.load, [kept] * 8))

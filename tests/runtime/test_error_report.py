@@ -100,6 +100,7 @@ def test_a_folder_that_cannot_be_written_does_not_lose_the_report(tmp_path, monk
 def test_an_interrupt_before_the_first_step_is_a_word(tmp_path):
     code = (
         "import signal, os, sys, time; from cjepa_fast import train\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # not so in the background
         "train.start.begin = lambda *a: (os.kill(os.getpid(), signal.SIGINT), time.sleep(60))\n"
         "sys.exit(train.main(sys.argv[1:]))"
     )
