@@ -6,6 +6,7 @@ by Welch's t test (scipy.stats). Every seed was scored on the same test images; 
 for others is another error (uncertainty.py).
 """
 
+import contextlib
 import json
 import math
 import statistics
@@ -45,11 +46,12 @@ class Difference(NamedTuple):
 
 def groups_of(checkpoints: Sequence[str | Path], names: Sequence[str]) -> list[Group]:
     """In the order of their first checkpoints, named by the keys they differ in. What belongs to no
-    run is a group of its own."""
+    run, or to one whose configuration this version cannot read, is a group of its own."""
     settings, members = [], {}
     for i, checkpoint in enumerate(checkpoints):
-        run = run_of(checkpoint)
-        made = configuration.read(run) if run else None
+        run, made = run_of(checkpoint), None
+        with contextlib.suppress(configuration.ConfigError):
+            made = configuration.read(run) if run else None
         own = deciding(made.model_dump(mode="json")) if made else {}
         settings.append(own)
         key = (json.dumps(own), cli.inside(checkpoint)) if made else (str(i), "")

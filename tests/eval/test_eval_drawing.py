@@ -234,6 +234,15 @@ def test_runs_are_told_apart_by_the_shortest_names():
     assert curves.short_names(["/a", "/a"]) == ["a (1)", "a (2)"]
 
 
+def test_a_run_whose_configuration_cannot_be_read_has_a_line_of_its_own(tmp_path):
+    """Its rows are all that is drawn; it may be of another version."""
+    runs = list(write_seeds(tmp_path, "one", [20.0, 24.0, 40.0]))
+    saved = json.loads((runs[2] / "config.json").read_text())
+    saved["data"]["of_another_version"] = 1
+    (runs[2] / "config.json").write_text(json.dumps(saved))
+    assert [len(rows) for rows in curves.grouped(runs).values()] == [2, 1]
+
+
 def test_curves_of_nothing_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such run"):
         curves.draw([tmp_path / "absent"], tmp_path / "c.png")

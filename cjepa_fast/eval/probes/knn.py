@@ -208,4 +208,5 @@ def run(args: argparse.Namespace) -> None:
         found = distributed.from_rank_0(partial(_scores, vectors, args))
         counts = {"train_images": len(vectors[1]), "test_images": len(vectors[3])}
         rows.append({"encoder": name, **counts, **found})
+        del vectors  # before the next are read
     cli.report(args, rows, HEADINGS, SETTINGS)

@@ -210,6 +210,15 @@ def complete_sweep(args: argparse.Namespace) -> None:
     args.sweep = {**known, **given}
 
 
+def probed(
+    name: str, encoder: Encoder, splits: tuple[cli.Split, cli.Split], reading: Reading,
+    args: argparse.Namespace,
+) -> list[cli.Row]:  # fmt: skip
+    """`rows_of` by the first rank, of features that are gone when the next are read."""
+    vectors = cli.vectors_of(encoder, splits, args, reading.blocks, BYTES[args.optimizer])
+    return from_rank_0(partial(rows_of, name, encoder, vectors, reading, args))
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     cli.add_checkpoint(parser)
     cli.add_sets(parser)
@@ -224,6 +233,5 @@ def run(args: argparse.Namespace) -> None:
     rows = []
     for name, encoder in cli.encoders_of(args).items():
         for reading in readings(encoder, args.layers):
-            vectors = cli.vectors_of(encoder, splits, args, reading.blocks, BYTES[args.optimizer])
-            rows += from_rank_0(partial(rows_of, name, encoder, vectors, reading, args))
+            rows += probed(name, encoder, splits, reading, args)
     cli.report(args, rows, headings(args), (*SETTINGS, *SWEEP_SETTINGS))

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cjepa_fast.data import rng
+from cjepa_fast.eval import cli
 from cjepa_fast.telemetry.progress import shown_bar
 
 GRIDS = {  # of the sweep, by optimiser; LARS's is the paper's
@@ -157,8 +158,7 @@ def fit(
 
     Raises ValueError where there is but one class to learn.
     """
-    if len(label_n.unique()) < 2:
-        raise ValueError("a linear probe needs at least two classes among the training images")
+    cli.require_classes(label_n, "a linear probe")
     settings = plan.settings()
     probes = Probes(train_nD, classes, widths, len(settings)).to(device)
     if plan.optimizer == "lbfgs":

@@ -7,7 +7,6 @@ within 10 % on every machine. The official splits of ImageNet are lists of names
 
 import argparse
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +17,6 @@ from cjepa_fast.eval import cli
 from cjepa_fast.eval.features import name_hashes
 from cjepa_fast.eval.finetuning import classify, recipe
 from cjepa_fast.eval.probes import linear
-from cjepa_fast.runtime.distributed import from_rank_0
 
 HEADINGS = {"labels": "labels", **linear.HEADINGS, **classify.HEADINGS}
 
@@ -122,10 +120,7 @@ def run(args: argparse.Namespace) -> None:
             if args.probe:
                 found = []
                 for reading in linear.readings(encoder, args.layers):
-                    each = linear.BYTES[args.optimizer]
-                    vectors = cli.vectors_of(encoder, splits, args, reading.blocks, each)
-                    own = partial(linear.rows_of, name, encoder, vectors, reading, args)
-                    found += from_rank_0(own)
+                    found += linear.probed(name, encoder, splits, reading, args)
             else:
                 folder = classify.folder_of(args) / labels / name
                 found = [classify.tuned_row(name, encoder, splits, chosen, args, folder)]
