@@ -32,7 +32,7 @@ from cjepa_fast.telemetry.progress import shown_clock
 VERSION = 5  # of the cached file; raise it when the check or the layout changes
 CHUNK = 256  # images a task
 KEEP_S, KEEP_SHARE = 60.0, 20  # between two savings: at least this, and so many times one's time
-KEPT = 16  # indexes of one path, of so many copies
+KEPT = 1024  # indexes of one path, of the copies of so many nodes
 MASK = 2**64 - 1  # for the time of a file, which may lie before 1970
 SMALL_BYTES = 2**24
 LOCK_S = 0.2  # between two tries to take a lock
@@ -181,7 +181,7 @@ def save(file: Path, table: Table) -> None:
 def _prune(folder: Path) -> None:
     """Of what is kept of a path leave KEPT, and nothing of an earlier version."""
     old = [*_newest_first(folder)[KEPT:], folder.with_suffix(".npz")]
-    for path in (p for npz in old for p in (npz, npz.with_suffix(".lock"))):
+    for path in old:  # not their locks, which others may hold
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from cjepa_fast.runtime.printable import say
+
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -46,5 +48,5 @@ def write(
             return path
         except OSError:
             continue
-    print(trace, file=sys.stderr)
+    say(trace, sys.stderr)
     return None

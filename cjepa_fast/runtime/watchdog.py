@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
+from cjepa_fast.runtime.printable import say
 from cjepa_fast.runtime.watched import longest, reads
 
 BEAT_S = 1.0  # between two heartbeats, and between two looks at them
@@ -216,9 +217,9 @@ class Watchdog:
 
     def _end(self, verdict: str) -> None:
         faulthandler.dump_traceback(sys.stderr)
-        print(f"error: {verdict}", file=sys.stderr, flush=True)
+        say(f"error: {verdict}", sys.stderr)
         if reading := longest():
-            print(f"on this process, {reading}", file=sys.stderr, flush=True)
+            say(f"on this process, {reading}", sys.stderr)
         epilogue = threading.Thread(target=self._write_down, args=(verdict,), daemon=True)
         epilogue.start()
         epilogue.join(LAST_WORDS_S)
@@ -227,7 +228,7 @@ class Watchdog:
         os._exit(1)
 
     def _write_down(self, verdict: str) -> None:
-        print(self.advice(), file=sys.stderr, flush=True)
+        say(self.advice(), sys.stderr)
         if self.stacks is not None:
             self.stacks.parent.mkdir(parents=True, exist_ok=True)
             with self.stacks.open("w", encoding="utf-8") as file:

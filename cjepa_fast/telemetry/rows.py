@@ -50,13 +50,14 @@ def _counted(broken: dict[int, str]) -> str:
 
 
 def drop_rows_after(path: Path, step: int, say: Callable[[str], None]) -> list[dict]:
-    """Cut a log back to the rows up to `step`, whole; returns them. The others and broken lines are
-    set aside in files beside it; say is told."""
+    """Cut a log back to the rows up to `step`, and those of spikes that a run went back from;
+    returns them. The others and broken lines are set aside in files beside it; say is told."""
     if not path.exists():
         return []
     rows, broken = _parsed(path)
-    kept = [row for row in rows if row.get("step", 0) <= step]
-    later = [json.dumps(row) for row in rows if row.get("step", 0) > step]
+    kept = [row for row in rows if row.get("step", 0) <= step or row.get("rewound")]
+    dropped = (row for row in rows if row.get("step", 0) > step and not row.get("rewound"))
+    later = [json.dumps(row) for row in dropped]
     if broken:
         aside = _add(broken.values(), path.with_name(f"{path.name}.broken"))
         say(f"WARNING: {path}: {_counted(broken)} set aside in {aside}")

@@ -25,6 +25,7 @@ from cjepa_fast.model.sigreg import SIGReg
 from cjepa_fast.model.vit import MODELS, Encoder, initialisation
 from cjepa_fast.runtime import distributed, hardware, trials
 from cjepa_fast.runtime.image_size import height_width, patch_grid
+from cjepa_fast.runtime.printable import say
 from cjepa_fast.training.engines.single import SingleEngine
 from cjepa_fast.training.engines.zero import DTYPES, ZeroEngine
 from cjepa_fast.training.optim import parameter_groups
@@ -390,7 +391,7 @@ def build_loader(
             paths[0] if len(paths) == 1 else paths,
             limits=sources.Limits.of(data),
             report=left_out if first else None,
-            log=print if first else lambda line: None,
+            log=say if first else lambda line: None,
         )
     )
     check_same_images(paths, images)

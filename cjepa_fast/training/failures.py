@@ -14,7 +14,7 @@ from cjepa_fast import checkpoint
 from cjepa_fast.config import ConfigError
 from cjepa_fast.data.batches import ImagesGone
 from cjepa_fast.runtime import error_report, hardware, oom
-from cjepa_fast.runtime.printable import printable, printable_lines
+from cjepa_fast.runtime.printable import printable, printable_lines, say
 from cjepa_fast.runtime.provenance import machine, own_commit
 from cjepa_fast.runtime.version import VERSION
 from cjepa_fast.training.start import Options, Session, how_to_resume
@@ -39,22 +39,22 @@ def told(options: Options) -> Iterator[ExitStatus]:
     except ConfigError as error:
         outcome.status = 2
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {printable_lines(error)}", file=sys.stderr, flush=True)
+            say(f"error: {printable_lines(error)}", sys.stderr)
         else:  # a launcher ends all ranks when one exits: the first is to speak before
             time.sleep(TIME_TO_SPEAK_S)
     except ImagesGone as error:
         outcome.status = 1
         back = f"Once they are back, resume with: {options.resume_with}"
-        print(f"error: {printable(error)}. {back}", file=sys.stderr, flush=True)
+        say(f"error: {printable(error)}. {back}", sys.stderr)
     except KeyboardInterrupt:
         outcome.status = 130
-        print("\nstopped before the first step: nothing was to be saved", file=sys.stderr)
+        say("\nstopped before the first step: nothing was to be saved", sys.stderr)
     except Exception as error:
         if outcome.session is None:
             raise
         if oom.is_out_of_memory(error):
             outcome.status = 2
-            print(f"error: {_memory_advice(error, outcome.session)}", file=sys.stderr)
+            say(f"error: {_memory_advice(error, outcome.session)}", sys.stderr)
         else:
             outcome.status = 1
             _unexpected(error, outcome.session)
@@ -106,4 +106,4 @@ def _unexpected(error: Exception, session: Session) -> None:
     ]
     if not options.dry_run:
         lines.append(how_to_resume(session))
-    print("\n".join(lines), file=sys.stderr)
+    say("\n".join(lines), sys.stderr)

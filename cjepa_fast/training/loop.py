@@ -342,8 +342,10 @@ class Loop:
             "applied": outcome.applied,
             "images": list(itertools.chain(*distributed.from_all(names))),
         }
+        if rewinding := spike is not None and self.config.run.on_spike == "rewind":
+            row["rewound"] = True  # its images are passed over: no later step tells of them
         self.telemetry.event(BAD_STEPS, row, text)
-        return spike is not None and self.config.run.on_spike == "rewind"
+        return rewinding
 
     def _limit(self, saved: list[float | None] | None = None) -> None:
         """saved: a checkpoint's, null for infinity."""

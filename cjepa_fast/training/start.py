@@ -212,7 +212,7 @@ def first_whole(found: list[Path], resume: str | None) -> Path | None:
         if not any(shares):
             if damaged and distributed.rank() == 0:
                 lines = "\n".join(damaged)
-                print(f"WARNING: resuming from the earlier {path}, since\n{lines}", file=sys.stderr)
+                say(f"WARNING: resuming from the earlier {path}, since\n{lines}", sys.stderr)
             return path
     if damaged:
         raise ValueError(

@@ -355,6 +355,24 @@ def test_what_is_said_on_a_full_disk_is_lost_and_changes_no_exit_status():
     assert result.returncode == 7
 
 
+def test_a_mistake_and_a_hang_end_as_they_should_where_stderr_takes_nothing(tmp_path):
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    mistake = "import sys; from cjepa_fast import train; sys.exit(train.main(['--config', 'none']))"
+    hang = (
+        "from pathlib import Path; from cjepa_fast.runtime.watchdog import Watchdog\n"
+        f"dog = Watchdog(60, stacks=Path({str(tmp_path / 'stacks.txt')!r}))\n"
+        "dog._end('it hangs')"
+    )
+    with open("/dev/full", "w") as full:
+        found = [
+            subprocess.run([sys.executable, "-c", code], stderr=full, env=tiny.environment())
+            for code in (mistake, hang)
+        ]
+    assert [result.returncode for result in found] == [2, 1]
+    assert (tmp_path / "stacks.txt").read_text().startswith("it hangs")
+
+
 def test_a_terminal_line_redraws_itself_between_rows(tmp_path, started, clock, monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     stream = Terminal()

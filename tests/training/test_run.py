@@ -23,6 +23,7 @@ from cjepa_fast.data import left_out
 from cjepa_fast.model.jepa import JEPA
 from cjepa_fast.runtime import files, run_lock
 from cjepa_fast.runtime.watchdog import INDEXING, Watchdog
+from cjepa_fast.telemetry.rows import drop_rows_after
 from cjepa_fast.training import anomalies, build, learning, start, trainer
 from cjepa_fast.training.callbacks import Callback
 from cjepa_fast.training.trainer import Trainer
@@ -318,6 +319,9 @@ def test_a_spike_is_gone_back_from_and_its_images_passed_over(tmp_path, spike, c
     assert list(losses) == list(range(1, 61)) and max(loss[0] for loss in losses.values()) < 100
     state = checkpoint.state_of(checkpoint.latest(tmp_path / "run"))
     assert state["progress"]["data_offset"] == 5 and state["optimizer_step"] == 60
+    # A resume from a step before the spike keeps its row: its images are not met again.
+    kept = drop_rows_after(tmp_path / "run" / "bad_steps.jsonl", 41, print)
+    assert [row["step"] for row in kept] == [SPIKE]
 
 
 def test_features_that_are_not_finite_are_no_collapse(tmp_path, capfd, monkeypatch):
