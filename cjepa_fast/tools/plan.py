@@ -8,7 +8,8 @@ are counted by running the networks on torch's meta device, which computes nothi
 moment within the backward, as a block's part that model.checkpointing recomputes, is not.
 The speed is the counted work, and what is recomputed, over the data sheet's rate, at the share of
 it that bench/throughput.py has measured (measured.json) of this very step on this GPU. Of any other
-it is derived or assumed, and has a range.
+it is derived or assumed, and has a range. What torch reserved in the measured step stands below the
+counted memory: it may be far more.
 """
 
 import argparse
@@ -171,13 +172,15 @@ def gflop_per_image(config: Config) -> tuple[float, float]:
 
 
 class Speed(NamedTuple):
-    """The share of the GPU's rate that a step reaches, its range, and what says so."""
+    """The share of the GPU's rate that a step reaches, its range, and what says so; and the memory
+    of the measured step, in words."""
 
     mfu: float
     low: float
     high: float
     source: str
     joules_per_image: float | None = None
+    memory: str = ""
 
     @property
     def measured(self) -> bool:
@@ -201,15 +204,28 @@ def speed(config: Config, name: str, gpu: GPU, count: int, measured: Path = MEAS
             config.run.precision, images, count
         )  # fmt: skip
         if same and _step(on_gpu(configuration.load(shipped, row["overrides"]), gpu)) == own:
-            mfu = row["mfu_pct"] / 100
-            return Speed(mfu, mfu, mfu, f"measured, {row['commit']}", row["joules_per_image"])
+            mfu, source = row["mfu_pct"] / 100, f"measured, {row['commit']}"
+            return Speed(mfu, mfu, mfu, source, row["joules_per_image"], _memory(row))
     alike = [row for row in rows if row["precision"] == config.run.precision]
     if not alike or config.model != configuration.load(shipped).model:
         return Speed(*ASSUMED_MFU, "assumed: nothing like it has been measured")
     row = min(alike, key=lambda row: abs(row["batch"] - images // count))
-    mfu, how = row["mfu_pct"] / 100, ", ".join(row["overrides"]) or "as shipped"
-    said = f"derived: {100 * mfu:.1f} % measured of {row['batch']} images on {row['processes']} x "
-    return Speed(mfu, *(mfu * x for x in DERIVED), f"{said}{row['device']}, {how}")
+    mfu = row["mfu_pct"] / 100
+    said = f"derived: {100 * mfu:.1f} % measured of {_step_of(row)}"
+    return Speed(mfu, *(mfu * x for x in DERIVED), said, None, _memory(row))
+
+
+def _step_of(row: dict) -> str:
+    how = ", ".join(row["overrides"]) or "as shipped"
+    return f"{row['batch']} images on {row['processes']} x {row['device']}, {how}"
+
+
+def _memory(row: dict) -> str:
+    """In GB, as the plan is; torch counts in GiB."""
+    if not (gib := row.get("peak_gib")):
+        return ""
+    reserved = f"measured: torch reserved {gib * 2**30 / 1e9:.1f} GB ({gib:.1f} GiB)"
+    return f"{reserved} for {_step_of(row)}, at commit {row['commit']}"
 
 
 def _step(config: Config) -> tuple:
@@ -225,7 +241,10 @@ def _step(config: Config) -> tuple:
 def measured_rows(rows: list[dict]) -> list[dict]:
     """Of bench/results/throughput.json's rows what measured.json holds: those of a GPU whose rate
     is known, and whose step a configuration gives (`also`: what no key sets)."""
-    kept = ("config", "overrides", "precision", "batch", "processes", "joules_per_image", "commit")
+    kept = (
+        "config", "overrides", "precision", "batch", "processes", "joules_per_image", "peak_gib",
+        "commit",
+    )  # fmt: skip
     return [
         {**{key: row.get(key) for key in kept}, "device": row["hardware"]["device"],
          "mfu_pct": row["mfu_sheet_pct"]}
@@ -256,6 +275,7 @@ def describe(args: argparse.Namespace, config: Config) -> str:
     plans = {stage: plan(config, stage, args.count) for stage in STAGES}
     zero = config.deepspeed.get("zero_optimization", {})
     own = zero.get("stage") or 0
+    found = speed(config, args.config, gpu, args.count)
     lines = [
         f"{args.config} on {args.count} x {args.gpu}: {plans[0].trained / 1e6:.0f} M trained "
         f"parameters, {gflop:.1f} GFLOP an image, {micro_batch} images a GPU x {accumulation}",
@@ -263,8 +283,9 @@ def describe(args: argparse.Namespace, config: Config) -> str:
         *not_counted(zero),
         "",
         *memory_table(plans, own, gpu, micro_batch),
+        *([found.memory] if found.memory else []),
         "",
-        *cost(args, config, gpu, gflop, again),
+        *cost(args, config, gpu, found, gflop, again),
     ]
     return "\n".join(lines)
 
@@ -304,7 +325,8 @@ def memory_table(plans: dict[int, Plan], own: int, gpu: GPU, micro_batch: int) -
         return row(name, [f"{size(found) / 1e9:.2f}" for found in plans.values()])
 
     return [
-        f"GB of each GPU's {gpu.memory_gb:g}, predicted (*: as the configuration has it)",
+        f"GB of each GPU's {gpu.memory_gb:g}, predicted: counted, not measured "
+        "(*: as the configuration has it)",
         row("ZeRO stage", heads),
         *(sizes(part, lambda found, part=part: found.static[part]) for part in plans[0].static),
         sizes("saved for backward", lambda found: found.per_image * micro_batch),
@@ -313,9 +335,10 @@ def memory_table(plans: dict[int, Plan], own: int, gpu: GPU, micro_batch: int) -
     ]
 
 
-def cost(args: argparse.Namespace, config: Config, gpu: GPU, gflop: float, again: float) -> list:
+def cost(
+    args: argparse.Namespace, config: Config, gpu: GPU, found: Speed, gflop: float, again: float
+) -> list[str]:
     """Speed, time and energy, each with its range; the source of all of them in the first line."""
-    found = speed(config, args.config, gpu, args.count)
     steps_per_epoch = max(args.images // config.data.batch_size, 1)
     epochs = args.epochs or configuration.with_epochs(config, steps_per_epoch).run.epochs
     images = epochs * args.images

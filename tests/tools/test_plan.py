@@ -237,6 +237,20 @@ def test_measured_is_only_the_very_step_that_was(measured):
         assert assumed[:3] == plan.ASSUMED_MFU and assumed.source.startswith("assumed")
 
 
+def test_the_memory_of_the_measured_step_stands_beside_the_counted_one(capsys):
+    """Of the very step and of the one that the speed is derived from; of no other GPU's."""
+    (row,) = (r for r in json.loads(plan.MEASURED.read_text()) if r["config"] == "vit_h")
+    assert row["peak_gib"] == pytest.approx(88.79, abs=0.01)
+    said = "measured: torch reserved 95.3 GB (88.8 GiB) for 128 images on 1 x NVIDIA H200, "
+    own = [f"--set={override}" for override in row["overrides"]]
+    for arguments in (own, [*own, "--set=data.batch_size=128"]):
+        assert plan.main(["--config", "vit_h", "--gpu", "h200", *arguments]) == 0
+        memory = capsys.readouterr().out.split("\n\n")[1]
+        assert said in memory and memory.endswith(f"at commit {row['commit']}")
+    assert plan.main(["--config", "vit_h", "--gpu", "a100-80"]) == 0
+    assert "torch reserved" not in capsys.readouterr().out
+
+
 def test_a_file_of_a_shipped_one_s_name_may_be_of_anything(measured, tmp_path):
     """What was measured was of the shipped one."""
     (tmp_path / "vit_b.json").write_text(json.dumps({"model": {"name": "vit_tiny"}}))
