@@ -82,9 +82,11 @@ class Share(NamedTuple):
                 f"{self.world_size * self.micro_batch}"
             )
         if images < self.global_batch:
+            most = images - images % self.world_size
+            lower = f"set data.batch_size to at most {most}, or " if most else ""
             raise ValueError(
                 f"{images} usable images do not fill one global batch of {self.global_batch}: "
-                "lower the batch size or bring more images"
+                f"{lower}bring more images"
             )
 
 

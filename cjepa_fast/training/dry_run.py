@@ -53,7 +53,7 @@ def dry_run(trainer: Trainer, loader: Loader, told: list[str]) -> int:
     )
     optim = config.optim
     print(
-        f"rate         from {optim.start_lr:g} to {optim.lr:g} in {optim.warmup_epochs:g} epochs, "
+        f"learning rate from {optim.start_lr:g} to {optim.lr:g} in {optim.warmup_epochs:g} epochs, "
         f"to {optim.final_lr:g} at the end"
     )
     print(hardware.told_precision(trainer.config.run.precision, trainer.device, False))

@@ -339,6 +339,9 @@ def test_the_interpreter_exits_with_a_loader_running(tmp_path, ending, decoder):
     ("options", "says"),
     [
         ({"global_batch": 50}, "41 usable images do not fill one global batch of 50"),
+        ({"global_batch": 50}, "set data.batch_size to at most 41, or bring more images"),
+        ({"global_batch": 64, "world_size": 2}, "to at most 40, or"),
+        ({"global_batch": 64, "world_size": 64, "micro_batch": 1}, "of 64: bring more images"),
         ({"micro_batch": 5}, "multiple of 5"),
         ({"world_size": 5}, "cannot be split"),
         ({"rank": 2, "world_size": 2}, "rank 2"),
