@@ -1,10 +1,12 @@
 """Tables and curves of bench/results/claim: `python bench/claim_report.py` writes its README.md."""
 
+import argparse
 import json
 import math
 import statistics
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 from hardware import ROOT
@@ -113,7 +115,8 @@ def draw(group: list[dict], path: Path) -> None:
     save(figure, path)
 
 
-def main() -> int:
+def main(argv: Sequence[str] = ()) -> int:
+    argparse.ArgumentParser(description=__doc__).parse_args(argv)
     groups = lines()
     if not groups:
         print(f"{RESULTS}: no results yet", file=sys.stderr)
@@ -139,4 +142,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -1,5 +1,6 @@
 """What a measurement ran on: hardware, versions, commit, and the ceilings of its arithmetic."""
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -87,6 +88,7 @@ def provenance(device: torch.device) -> dict:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
     device = here()
     rate = round(measured_tflops(device, torch.bfloat16), 3)
     print(json.dumps(provenance(device) | {"bf16_matmul_tflops": rate}, indent=1))

@@ -3,8 +3,8 @@
 python bench/timeline.py traces/vit_h_synthetic.json 3      # a trace of 3 steps
 """
 
+import argparse
 import json
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -41,4 +41,8 @@ def summary(trace: Path, steps: int) -> str:
 
 
 if __name__ == "__main__":
-    print(summary(Path(sys.argv[1]), int(sys.argv[2])), end="")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("trace", type=Path, help="a file that bench/throughput.py --profile wrote")
+    parser.add_argument("steps", type=int, help="how many of them it holds")
+    args = parser.parse_args()
+    print(summary(args.trace, args.steps), end="")

@@ -2,6 +2,8 @@
 
 import argparse
 import re
+import runpy
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,6 +33,7 @@ COMMANDS = {
         for task in evaluation.TASKS
     },
 }
+BENCH = [path for path in sorted((ROOT / "bench").glob("*.py")) if "__main__" in path.read_text()]
 
 
 class _Found(Exception):
@@ -92,3 +95,18 @@ def test_a_section_and_a_key_are_explained(capsys):
     said = capsys.readouterr().out
     assert ended.value.code in (0, None)
     assert "optim.lr = " in said and "optim.final_momentum = " in said and "run." not in said
+
+
+@pytest.mark.parametrize("script", BENCH, ids=lambda path: path.name)
+def test_a_script_of_the_bench_gives_its_help_and_does_nothing(script, monkeypatch, capsys):
+    def written() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in (ROOT / "bench").rglob("*.[jmp]*")}
+
+    before = written()
+    monkeypatch.syspath_prepend(str(script.parent))
+    monkeypatch.setattr(sys, "argv", [str(script), "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(script), run_name="__main__")
+    assert ended.value.code in (0, None)
+    assert capsys.readouterr().out.startswith(("usage: ", "Usage: "))
+    assert written() == before
