@@ -117,7 +117,8 @@ def cifar_lines(found: dict) -> Iterator[Line]:
         if more := found.get(key):
             names = ((trained, TRAINED), ("untrained", UNTRAINED))
             figures = (figure(more["rows"], label, encoder) for label, encoder in names)
-            yield f"{name}, {more['epochs']} epochs: {what}", device, "; ".join(figures), where
+            length = more.get("of", f"{more['epochs']} epochs")
+            yield f"{name}, {length}: {what}", device, "; ".join(figures), where
 
 
 def ablation_lines(found: dict) -> Iterator[Line]:
