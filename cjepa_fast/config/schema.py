@@ -249,7 +249,7 @@ class VICRegSection(Section):
     gamma: Positive = Field(1.0, description="standard deviation that the variance term aims at")
     eps: Positive = Field(1e-4, description="added to a variance before its root")
     views: Literal["blocks", "context_target", "tokens", "positions"] = Field(
-        "blocks", description="what the terms compare: see model/loss.py"
+        "blocks", description="what the terms see: VICReg in docs/choosing_a_config.md has each"
     )
     positions_weight: NonNegative = later(
         0.0,
@@ -266,7 +266,9 @@ class SIGRegSection(Section):
         0.02, was=0.02, description="weight of the statistic; 0 is exactly I-JEPA"
     )
     views: Literal["blocks", "context_target", "tokens", "positions"] = later(
-        "context_target", was="context_target", description="what it is of: see model/sigreg.py"
+        "context_target",
+        was="context_target",
+        description="what it sees, as vicreg.views: see docs/choosing_a_config.md",
     )
     directions: Width = later(
         256, was=256, description="random directions, drawn anew for each step"

@@ -104,9 +104,23 @@ def write_parquet(file: Path, images: list[Path]) -> None:
     pq.write_table(pa.table({"image": rows, "label": labels}), file)
 
 
-def example_module(name: str) -> str:
-    """The indented block of docs/python.md whose first line ends with the file's name."""
-    lines = (ROOT / "docs" / "python.md").read_text().splitlines()
+def write_cifar10(folder: Path) -> None:
+    """As CIFAR-10's binary version lies on disk: rows of a label and 3 x 32 x 32 bytes."""
+    folder.mkdir()
+    names = [f"class{i}" for i in range(10)]
+    (folder / "batches.meta.txt").write_text("\n".join(names) + "\n\n")
+    for number, name in enumerate(("data_batch_1", "data_batch_2", "test_batch")):
+        rows = bytes(
+            byte
+            for i in range(20)
+            for byte in (i % 10, *([number] * 1024 + [i] * 1024 + [255] * 1024))
+        )
+        (folder / f"{name}.bin").write_bytes(rows)
+
+
+def example_module(name: str, page: str = "python.md") -> str:
+    """The indented block of a page of docs/ whose first line ends with the file's name."""
+    lines = (ROOT / "docs" / page).read_text().splitlines()
     first = next(i for i, line in enumerate(lines) if line.endswith(f"  # {name}"))
     block = itertools.takewhile(lambda line: not line or line.startswith("    "), lines[first:])
     return "\n".join(line[4:] for line in block) + "\n"
@@ -116,6 +130,9 @@ def prepared(folder: Path) -> Path:
     """The folder in which commands run, which is on sys.path: the sources, sets of images, a module
     of the user's, and a run. Its config file."""
     (folder / "my_probes.py").write_text(example_module("my_probes.py"))
+    script = example_module("make_cifar10.py", "choosing_a_config.md")
+    (folder / "make_cifar10.py").write_text(script)
+    write_cifar10(folder / "cifar-10-batches-bin")
     for name in ("cjepa_fast", "kernels", "bench", "configs", "scripts"):
         (folder / name).symlink_to(ROOT / name)
     tiny.write_images(folder / "my" / "images", count=60, classes=3)
@@ -123,6 +140,7 @@ def prepared(folder: Path) -> Path:
     (folder / "my" / "labelled" / "images").symlink_to(folder / "my" / "images")
     for name in ("train", "val"):
         shutil.copytree(folder / "my" / "images", folder / "my" / name)
+    (folder / "imagenette2-320").symlink_to(folder / "my")
     images = sorted((folder / "my" / "images").glob("*/*.jpg"))
     lines = (f"{p.parent.name}/{p.name} {p.parent.name}\n" for p in images)
     (folder / "my" / "val_labels.txt").write_text("".join(lines))
@@ -130,7 +148,7 @@ def prepared(folder: Path) -> Path:
     dense_sets.write_davis(folder / "my" / "DAVIS")
     dense_sets.write_pairs(folder / "my" / "ADEChallengeData2016", {"train": 4, "val": 2})
     config = tiny.write_config(folder, data={"path": str(folder / "my" / "images")}, eval={"k": 3})
-    for name in ("vit_s", "vit_b", "vit_h"):
+    for name in ("vit_s", "vit_b", "vit_h", "cifar10_vit_t"):
         done = tiny.train("--config", config, "--set", f"run.dir={folder / 'runs' / name}")
         if done.returncode:
             raise SystemExit(done.stderr)
@@ -143,7 +161,7 @@ def as_run(command: Command, folder: Path, config: Path, number: int) -> str:
     for pattern, short in SHORT.items():
         text = re.sub(pattern, short, text)
     if not text.startswith("cjepa-plan"):
-        names = r"(?<=--config |..--base )((vit_\w+|demo)(\.json)? ?)+"
+        names = r"(?<=--config |..--base )(((\w+_)?vit_\w+|demo)(\.json)? ?)+"
         text = re.sub(names, lambda m: f"{config} " * len(m[0].split()), text)
     if "train.py" in text and "run.dir" not in text:
         text += f" --set run.dir={folder}/runs/{number}"

@@ -2,11 +2,15 @@
 
 import re
 import shlex
+import subprocess
+import sys
 
 import docs_check
 import pytest
+from PIL import Image
 
 from cjepa_fast import train
+from cjepa_fast.data.sources import open_images
 from cjepa_fast.eval.__main__ import TASKS
 
 COMMANDS = [command for page in docs_check.PAGES for command in docs_check.commands(page)]
@@ -47,3 +51,16 @@ def test_commands_name_what_is_there(command):
         assert words[1] in TASKS
     if "cjepa_fast/train.py" in words:
         train.parse(words[words.index("cjepa_fast/train.py") + 1 :])
+
+
+def test_the_script_for_cifar10_writes_its_classes_and_pixels(tmp_path):
+    docs_check.write_cifar10(tmp_path / "bin")
+    script = docs_check.example_module("make_cifar10.py", "choosing_a_config.md")
+    out = tmp_path / "cifar10"
+    subprocess.run([sys.executable, "-c", script, tmp_path / "bin", out], check=True)
+    for split, count in (("train", 40), ("test", 20)):
+        images = open_images(out / split, cache=tmp_path / split, log=lambda line: None)
+        assert len(images) == count and len(images.classes) == 10 and not images.skipped
+    with Image.open(out / "train" / "class7" / "data_batch_2_0017.jpg") as image:
+        assert image.size == (32, 32) and image.format == "JPEG"
+        assert image.getpixel((5, 9)) == pytest.approx((1, 17, 255), abs=4)
