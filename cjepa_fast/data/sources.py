@@ -5,7 +5,7 @@
     images.read(7), images.name(7), images.sizes_N2[7]    # bytes, name, (height, width) upright
 
 The set is indexed once (index.py) and read by position, so any image can be had at any time. What
-is read and how it is named: docs/your_images.md.
+is read and how the rest is reported: docs/image_formats.md.
 """
 
 import functools

@@ -53,6 +53,10 @@ SMALL = (
     "--set predictor.width=12 --set predictor.depth=1 --set mask.min_keep=4 --set run.epochs=1 "
     "--set data.batch_size=32 --set eval.k=3 --set eval.online.share=1.0"
 )
+ON_IMAGES = (
+    "--set data.path=my/images --set eval.online.data=my/images --set data.micro_batch_size=32 "
+    "--set model.patch_size=4"
+)
 PLAIN = "--set epochs=1 batch=8 rand_augment=null"
 SHORT = {  # instead of what would take long
     r"^deepspeed (?=--module|\S+\.py)": "deepspeed --num_gpus 2 ",
@@ -67,6 +71,7 @@ SHORT = {  # instead of what would take long
     r"(?<=bench/ops.py)$": " --help",
     r"--size \d+": "--size 48",
     r"(ablate vicreg .*)": rf"\1 {SMALL}",
+    r"(ablate demo .*)": rf"\1 {SMALL} {ON_IMAGES}",
 }
 
 
@@ -163,7 +168,7 @@ def as_run(command: Command, folder: Path, config: Path, number: int) -> str:
     if not text.startswith("cjepa-plan"):
         names = r"(?<=--config |..--base )(((\w+_)?vit_\w+|demo)(\.json)? ?)+"
         text = re.sub(names, lambda m: f"{config} " * len(m[0].split()), text)
-    if "train.py" in text and "run.dir" not in text:
+    if re.search(r"train\.py|cjepa_fast\.train ", text) and "run.dir" not in text:
         text += f" --set run.dir={folder}/runs/{number}"
     scripts = {"cjepa-eval": "cjepa_fast.eval", "cjepa-export": "cjepa_fast.export"}
     scripts |= {"cjepa-plan": "cjepa_fast.tools.plan", "cjepa-train": "cjepa_fast.train"}
