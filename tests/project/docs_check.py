@@ -168,7 +168,7 @@ def as_run(command: Command, folder: Path, config: Path, number: int) -> str:
     if not text.startswith("cjepa-plan"):
         names = r"(?<=--config |..--base )(((\w+_)?vit_\w+|demo)(\.json)? ?)+"
         text = re.sub(names, lambda m: f"{config} " * len(m[0].split()), text)
-    if re.search(r"train\.py|cjepa_fast\.train ", text) and "run.dir" not in text:
+    if re.search(r"train\.py|cjepa_fast\.train |^cjepa-train ", text) and "run.dir" not in text:
         text += f" --set run.dir={folder}/runs/{number}"
     scripts = {"cjepa-eval": "cjepa_fast.eval", "cjepa-export": "cjepa_fast.export"}
     scripts |= {"cjepa-plan": "cjepa_fast.tools.plan", "cjepa-train": "cjepa_fast.train"}
