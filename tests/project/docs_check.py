@@ -166,7 +166,7 @@ def as_run(command: Command, folder: Path, config: Path, number: int) -> str:
     for pattern, short in SHORT.items():
         text = re.sub(pattern, short, text)
     if not text.startswith("cjepa-plan"):
-        names = r"(?<=--config |..--base )(((\w+_)?vit_\w+|demo)(\.json)? ?)+"
+        names = r"(?<=--config |..--base )(((\w+_)?vit_\w+|demo|ijepa_h)(\.json)? ?)+"
         text = re.sub(names, lambda m: f"{config} " * len(m[0].split()), text)
     if re.search(r"train\.py|cjepa_fast\.train |^cjepa-train ", text) and "run.dir" not in text:
         text += f" --set run.dir={folder}/runs/{number}"
