@@ -61,6 +61,18 @@ def does_less(row: dict) -> bool:
     return bool(row.get("also")) or any(text.startswith(LESS) for text in changes(row))
 
 
+def figure_of(row: dict) -> str:
+    """images/s; MFU of a data sheet's rate, with the context length K of its work; J an image."""
+    figures = [
+        text.format(row[key])
+        for key, text in (
+            ("images_per_s", "{:.0f} images/s"), ("mfu_sheet_pct", "MFU {:.1f} %"),
+            ("context_k", "K {:.0f}"), ("joules_per_image", "{:.2f} J an image"),
+        ) if row.get(key)
+    ]  # fmt: skip
+    return ", ".join(figures)
+
+
 def throughput_lines(rows: list[dict]) -> Iterator[Line]:
     """images/s only from a GPU, the fastest of a configuration first; of a CPU the ratios to the
     reference's step, those of a command on one line."""
@@ -81,10 +93,7 @@ def throughput_lines(rows: list[dict]) -> Iterator[Line]:
                 what = f"{size}: our step beside the plain {row['step']}"
                 turns.setdefault((what, device, where), []).append(row)
         elif on_gpu(row):
-            share = row.get("mfu_sheet_pct")
-            mfu = f", MFU {share:.1f} %" if share else ""
-            figure = f"{row['images_per_s']:.0f} images/s{mfu}"
-            yield f"{row['config']}, {size}, {row['data']}", device, figure, where
+            yield f"{row['config']}, {size}, {row['data']}", device, figure_of(row), where
     for (what, device, where), found in turns.items():
         configs = ", ".join(row["config"] for row in found)
         times = ", ".join(f"{row['ours_times']:.2f}" for row in found)

@@ -35,6 +35,16 @@ def test_a_figure_of_the_gpu_replaces_not_measured(tmp_path):
     assert "| 1 images/s" not in after  # an earlier row of the same kind
 
 
+def test_a_row_of_a_gpu_tells_k_and_joules():
+    """K, since MFU is of the batch's own counted work."""
+    row = ROW | GPU | {"images_per_s": 547.1, "mfu_sheet_pct": 41.49, "overrides": ["run.seed=1"]}
+    measured = row | {"context_k": 91.0, "joules_per_image": 1.234}
+    lines = [figure for _, _, figure, _ in report.throughput_lines([measured])]
+    assert lines == ["547 images/s, MFU 41.5 %, K 91, 1.23 J an image"]
+    lines = [figure for _, _, figure, _ in report.throughput_lines([row])]
+    assert lines == ["547 images/s, MFU 41.5 %"]
+
+
 def test_of_a_cpu_only_ratios_are_told(tmp_path):
     rows = [
         ROW | CPU | {"images_per_s": 7.0},
