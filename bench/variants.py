@@ -43,14 +43,19 @@ class Variant(NamedTuple):
     only: str = ""  # of the configurations, where it makes sense for one
 
 
+FP8 = "model.target_precision=fp8"
+TANH = "model.gelu=tanh"
 VARIANTS = {
     "fused": Variant(FIXED),
     "graph": Variant(GRAPH),
     "compiled": Variant((*GRAPH, "run.compile=blocks")),
-    "fp8": Variant((*FIXED, "model.target_precision=fp8")),
-    "fp8_fast": Variant((*FIXED, "model.target_precision=fp8"), fast_sums=True),
+    "graph_tanh": Variant((*GRAPH, TANH)),
+    "graph_fp8_k78": Variant((*GRAPH, FP8, "mask.keep=78"), fast_sums=True, only="vit_h"),
+    "graph_tanh_fp8_k78": Variant((*GRAPH, TANH, FP8, "mask.keep=78"), None, True, "vit_h"),
+    "fp8": Variant((*FIXED, FP8)),
+    "fp8_fast": Variant((*FIXED, FP8), fast_sums=True),
     "stream": Variant((*FIXED, "run.target_stream=true")),
-    "tanh": Variant((*FIXED, "model.gelu=tanh")),
+    "tanh": Variant((*FIXED, TANH)),
     "k78": Variant((*FIXED, "mask.keep=78"), only="vit_h"),
     "batch256": Variant(FIXED, batch=256),
 }
@@ -59,7 +64,8 @@ VARIANTS = {
 def batch_of(name: str, variant: str, memory_gib: float | None) -> int | None:
     """Images a micro-batch, None for the configuration's own."""
     small = memory_gib is not None and memory_gib < SMALL_GIB
-    return SMALL_BATCH.get((name, variant)) if small else VARIANTS[variant].batch
+    own = VARIANTS[variant].batch
+    return SMALL_BATCH.get((name, variant), own) if small else own
 
 
 def memory_gib() -> float | None:

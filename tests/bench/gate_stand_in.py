@@ -14,14 +14,19 @@ GPU = {
 SPEED = {"vit_h": 700.0, "vit_b": 4800.0, "vit_l": 2000.0}
 GAIN = {
     "fused": 1.0, "graph": 1.05, "compiled": 0.8, "tanh": 1.1, "fp8": 1.15, "fp8_fast": 1.2,
-    "k78": 1.3, "stream": 1.02, "batch256": 1.01,
+    "k78": 1.3, "stream": 1.02, "batch256": 1.01, "graph_tanh": 1.2, "graph_fp8_k78": 1.5,
+    "graph_tanh_fp8_k78": 1.6,
 }  # fmt: skip
-SAID = {"fp8_fast": ["fast sums"]}
+FAST = ("fp8_fast", "graph_fp8_k78", "graph_tanh_fp8_k78")
 SETS = {
     "graph": ["run.cuda_graph=true"], "fp8": ["model.target_precision=fp8"],
     "fp8_fast": ["model.target_precision=fp8"], "stream": ["run.target_stream=true"],
     "compiled": ["run.compile=blocks", "run.cuda_graph=true"], "tanh": ["model.gelu=tanh"],
-    "k78": ["mask.keep=78"],
+    "k78": ["mask.keep=78"], "graph_tanh": ["run.cuda_graph=true", "model.gelu=tanh"],
+    "graph_fp8_k78": ["run.cuda_graph=true", "model.target_precision=fp8", "mask.keep=78"],
+    "graph_tanh_fp8_k78": [
+        "run.cuda_graph=true", "model.gelu=tanh", "model.target_precision=fp8", "mask.keep=78",
+    ],
 }  # fmt: skip
 PARTS = ("target", "context", "predictor", "loss", "backward", "optimiser", "average", "rest")
 
@@ -41,7 +46,8 @@ def row(config: str, variant: str, command: str) -> dict:
     return GPU | {
         "config": config, "variant": variant, "data": "synthetic", "precision": "bf16",
         "batch": 128, "processes": 1, "command": command, "images_per_s": speed, "step_ms": 1e3,
-        "mfu_sheet_pct": speed / 14, "also": SAID.get(variant, []),
+        "mfu_sheet_pct": speed / 14, "context_k": 78.0 if "k78" in variant else 91.0,
+        "joules_per_image": 670 / speed, "also": ["fast sums"] * (variant in FAST),
         "overrides": ["mask.context=fixed", *SETS.get(variant, [])],
         "phases_ms": {} if "graph" in variant else dict.fromkeys(PARTS, 20.0),
     }  # fmt: skip

@@ -3,6 +3,7 @@ on the way back. A stand-in takes Python's place; its figures are invented and s
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,7 +29,10 @@ BY_SCRIPT = {
         "graph": "--variant graph", "compiled": "--variant compiled", "profile": "--profile",
         "prepare": "--prepare 15/16", "tune": "--tune --only attention add_norm gelu",
         "tuned": "throughput_tuned", "matmuls": "matmuls.py",
-        "tanh": "--variant tanh", "target-fp8": "--variant fp8 fp8_fast",
+        "tanh": "--config vit_h vit_b vit_l --variant tanh",
+        "graph-tanh": "--config vit_h vit_b vit_l --variant graph_tanh",
+        "graph-fp8": "--variant graph_fp8_k78 graph_tanh_fp8_k78",
+        "target-fp8": "--variant fp8 fp8_fast",
         "others": "--variant k78 stream batch256",
         "reference-b": "--against reference", "reference-h": "--batch-size 32",
     },
@@ -79,7 +83,8 @@ def test_every_part_runs(tmp_path, gate, script, no_gpu):
     summary, calls = (tmp_path / "out" / "summary.txt").read_text(), (tmp_path / "calls")
     parts = {line.split()[0] for line in summary.splitlines() if " passed " in line}
     own = {"compile-ops", "memcheck", "racecheck"} if shutil.which("compute-sanitizer") else set()
-    only_gpu = {"kernels", "prepare", "tune", "tuned", "graph", "compiled", "target-fp8"}
+    only_gpu = {"kernels", "prepare", "tune", "tuned", "graph", "compiled"}
+    only_gpu |= {"target-fp8", "graph-tanh", "graph-fp8"}
     only_gpu = only_gpu if no_gpu == "1" else set()
     assert parts - own == BY_SCRIPT[script].keys() - only_gpu
     called = calls.read_text()
@@ -97,7 +102,10 @@ def test_every_part_runs(tmp_path, gate, script, no_gpu):
         (
             "gpu_gate.sh",
             "variants.py",
-            ["fused", "graph", "tanh", "target-fp8", "tuned", "others", "profile", "compiled"],
+            [
+                *("fused", "graph", "tanh", "graph-tanh", "graph-fp8", "tuned", "target-fp8"),
+                *("others", "profile", "compiled"),
+            ],
         ),
         ("gpu_more.sh", "--resume", ["resume"]),
     ],
@@ -107,6 +115,17 @@ def test_a_failing_part_is_told_and_the_others_run(tmp_path, gate, script, faili
     summary = (tmp_path / "out" / "summary.txt").read_text()
     assert [line.split()[0] for line in summary.splitlines() if "FAILED" in line] == parts
     assert f"parts failed: {len(parts)}" in summary
+
+
+def test_what_the_goals_are_stated_in_and_the_tuner_fit_one_call():
+    """By the parts' limits, where Triton's cache came along (else `kernels` is a part more)."""
+    text = (BENCH / "gpu_gate.sh").read_text()
+    limits = {name: int(s) for name, s in re.findall(r"^ *part ([\w-]+) (\d+) ", text, re.M)}
+    names = list(limits)
+    goals = {"reference-b", "reference-h", "graph", "graph-tanh", "graph-fp8"}
+    until_tuned = names[: names.index("tune") + 1]
+    assert goals < {*until_tuned}
+    assert sum(limits[name] for name in until_tuned) <= 560
 
 
 @pytest.mark.parametrize("script", BY_SCRIPT)
@@ -169,9 +188,8 @@ def test_all_comes_back_in_few_small_files_and_is_taken_over(tmp_path, gate, mon
     found = report.lines(results)
     best = "vit_h, batch 128, mask.context=fixed, run.cuda_graph=true, synthetic"
     shown = report.headline(found)
-    assert (
-        f"| {best} | NVIDIA H200 | 735 images/s, MFU 52.5 % |" in shown
-    )  # neither FP8 nor mask.keep
+    figures = "735 images/s, MFU 52.5 %, K 91, 0.91 J an image"
+    assert f"| {best} | NVIDIA H200 | {figures} |" in shown  # neither FP8 nor mask.keep
     assert "vit_h, batch 128, mask.context=fixed, mask.keep=78, synthetic" in report.table(found)
     assert "model.target_precision=fp8, fast sums, synthetic" in report.table(found)
     assert "2.50, 2.50 times as fast" not in shown  # of two commands

@@ -41,6 +41,41 @@ def test_a_variant_of_one_configuration_is_measured_of_that_alone(tmp_path, meas
     assert measured[0] == [("vit_h", "mask.keep=78"), ("vit_h", tanh), ("vit_l", tanh)]
 
 
+@pytest.mark.parametrize("which", variants.VARIANTS)
+def test_a_variant_is_a_configuration(which):
+    """Also of those that a GPU alone runs."""
+    variant = variants.VARIANTS[which]
+    args = variants.parse(["--config", "vit_h"])
+    config = throughput.configured(
+        "vit_h", throughput.changed(args, overrides=[*variant.overrides], batch=[variant.batch]), 1
+    )
+    assert config.mask.context == "fixed"
+    assert config.data.micro_batch_size == (variant.batch or 128)
+    for part, asked in (
+        ("graph", config.run.cuda_graph), ("tanh", config.model.gelu == "tanh"),
+        ("fp8", config.model.target_precision == "fp8"), ("k78", config.mask.keep == 78),
+    ):  # fmt: skip
+        assert asked == (part in which or (part, which) == ("graph", "compiled"))
+    assert variant.fast_sums == ("fp8" in which and which != "fp8")
+
+
+@pytest.mark.parametrize(
+    ("name", "which", "gib", "batch"),
+    [
+        ("vit_h", "compiled", 79.6, 64),
+        ("vit_h", "compiled", 139.8, None),
+        ("vit_h", "compiled", None, None),
+        ("vit_b", "compiled", 79.6, None),
+        ("vit_h", "graph", 79.6, None),
+        ("vit_h", "batch256", 139.8, 256),
+        ("vit_h", "batch256", 79.6, 256),
+    ],
+)
+def test_a_gpu_of_80_gb_takes_half_the_batch_of_the_row_that_needs_it(name, which, gib, batch):
+    """None: the configuration's own."""
+    assert variants.batch_of(name, which, gib) == batch
+
+
 def test_a_row_that_fails_leaves_the_others(tmp_path, measured, capsys):
     measured[1].append(("vit_h",))
     status, rows = run(tmp_path, "fused", "graph")
