@@ -15,7 +15,7 @@ from files import loaded
 # Of a folder of bench/gpu_gate.sh: what is appended to a list here, what replaces a file here, and
 # what goes into the folder of its GPU.
 APPENDED, REPLACED = "throughput*.json", ("ops.json", "attention.json", "saving.json")
-OF_A_GPU = ("ceilings.json", "matmuls.json", "fp8.json", "tuned.json")
+OF_A_GPU = ("ceilings.json", "matmuls.json", "fp8.json", "fp8_trained.json", "tuned.json")
 AS_THEY_ARE = ("profile_*.txt", "summary.txt", "knn.json", "train_log.jsonl", "curves.png")
 PACKED = "results.tar.gz"  # the same files in one
 # Overrides after which a model is another.

@@ -157,6 +157,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--encoder", metavar="RUN", help="a trained one instead, as load_encoder's")
     parser.add_argument("--data", metavar="SET", help="labelled: kNN on the features")
     parser.add_argument("--test", metavar="SET", help="of --data's classes; default: a part of it")
+    parser.add_argument(
+        "--most", type=int, default=MOST, metavar="N", help="images of either split"
+    )
     parser.add_argument("--seconds", type=float, default=2.0, help="of timing an encoder, about")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
@@ -164,7 +167,9 @@ def main(argv: list[str]) -> int:
     try:
         fp8.check_device(device)
         found = encoders(args.config, args.encoder, device)
-        splits = cli.labelled_splits(args.data, args.test, MOST, None) if args.data else ()
+        splits = (
+            cli.labelled_splits(args.data, args.test, args.most, args.most) if args.data else ()
+        )
         about, rows = hardware.provenance(device), []
         for one in found:
             rows.append(row_of(*one, device, args.seconds, splits))

@@ -4,12 +4,13 @@
 #     PYTHON=python3 bench/gpu_more.sh [OUT] [IMAGES]
 #
 # ViT-S on IMAGES (a labelled folder or shards, some 40 MB; else the synthetic shapes), interrupted and
-# resumed, with kNN as it trains and at the end; attention at every length; FP8's error; each kernel
-# beside its reference; every test that needs a GPU; decoding alone and a step from JPEG files (with
-# DALI where its wheel came along); every model as it ships; the kernels under compute-sanitizer; what
-# a checkpoint costs the step; the whole doctor; the fast tests. The order is that of worth: what did
-# not come, a third call makes up (PARTS). gate.sh says how results are kept, and what the environment
-# may ask for. Exits non-zero if any part failed.
+# resumed, with kNN as it trains and at the end, then of its features in FP8 with either kind of sums;
+# attention at every length; FP8's error on large untrained models; each kernel beside its reference;
+# every test that needs a GPU; decoding alone and a step from JPEG files (with DALI where its wheel
+# came along); every model as it ships; the kernels under compute-sanitizer; what a checkpoint costs
+# the step; the whole doctor; the fast tests. The order is that of worth: what did not come, a third
+# call makes up (PARTS). gate.sh says how results are kept, and what the environment may ask for.
+# Exits non-zero if any part failed.
 #
 # Without a GPU the same parts run at toy size. Tests that start several ranks are left to
 # `make test`: two ranks cannot share one GPU's NCCL.
@@ -49,6 +50,7 @@ if [[ $gpu ]]; then
   attention_size=(--config vit_h vit_b vit_l vit_s vit_h_448 vit_g)
   ops_size=(--seconds 0.2 --model H --widths 768 1280)
   fp8_size=(--seconds 1 --config vit_h vit_l vit_b)
+  fp8_trained=(--seconds 0.5 --most 3000)
   saving_size=(--config vit_l --batch-size 128 --saves 1)
   fast_tests="find tests -name 'test_*.py' -not -path 'tests/faults/*'"
   jpeg_config=vit_s
@@ -59,6 +61,7 @@ else
   models=(vit_t vit_h)
   ops_size=(--seconds 0 --no-compile --batch-size 2 --rows 300 --widths 96)
   fp8_size=(--seconds 0)
+  fp8_trained=(--seconds 0 --most 200)
   saving_size=(--config demo --batch-size 2 --saves 1)
   fast_tests="echo tests/config/test_config.py tests/project/test_imports.py | xargs -n 1"
   jpeg_config=demo
@@ -74,6 +77,9 @@ train_for train "$train_s"
 train_for resume "$resume_s" --resume auto
 part knn 60 "$PYTHON" -m cjepa_fast.eval knn "$WORK/run" "${knn_data[@]}" --untrained \
   --max-train "$knn_train" --json "$FOUND/knn.json"
+# The error on features that mean something, which decides fast sums.
+part fp8-trained 60 "$PYTHON" bench/fp8.py --encoder "$WORK/run" "${knn_data[@]}" \
+  "${fp8_trained[@]}" --json "$FOUND/fp8_trained.json"
 part attention 60 "$PYTHON" bench/attention.py "${attention_size[@]}" --json "$FOUND/attention.json"
 part fp8 60 "$PYTHON" bench/fp8.py "${fp8_size[@]}" --json "$FOUND/fp8.json"
 part ops 100 "$PYTHON" bench/ops.py "${ops_size[@]}" --json "$FOUND/ops.json" \

@@ -1,6 +1,7 @@
 """bench/gpu_gate.sh and gpu_more.sh: no part is forgotten, no failure hidden, and nothing is lost
 on the way back. A stand-in takes Python's place; its figures are invented and stay in the test."""
 
+import fnmatch
 import json
 import os
 import re
@@ -40,7 +41,8 @@ BY_SCRIPT = {
         "doctor": "tools.doctor", "decode": "--data decode-only", "from-jpeg": "--data jpeg",
         "tests-gpu": "-m gpu", "train": "train.py", "resume": "--resume auto", "knn": "eval knn",
         "curves": "eval curves", "models": "throughput_shipped",
-        "ops": "ops.py", "attention": "attention.py", "fp8": "bench/fp8.py",
+        "ops": "ops.py", "attention": "attention.py", "fp8": "--config vit_h vit_l vit_b --json",
+        "fp8-trained": "bench/fp8.py --encoder",
         "saving": "saving.py", "tests-fast": "not gpu",
     },
 }  # fmt: skip
@@ -198,6 +200,15 @@ def test_all_comes_back_in_few_small_files_and_is_taken_over(tmp_path, gate, mon
     assert len(report.measured_rows(rows)) == len(plain)  # whose configurations cjepa-plan loads
     assert report.draw(rows, results / "a.png") and (results / "a.png").stat().st_size > 5000
     assert report.draw_beside_reference(rows, results / "b.png")
+
+
+@pytest.mark.parametrize("script", BY_SCRIPT)
+def test_all_that_a_script_writes_is_collected(script):
+    """By name: what nobody knows would be left behind."""
+    written = re.findall(r"\$FOUND/([\w.]+\.json)", (BENCH / script).read_text())
+    known = (collect.APPENDED, *collect.REPLACED, *collect.OF_A_GPU, *collect.AS_THEY_ARE)
+    assert len(written) > 5
+    assert not [n for n in written if not any(fnmatch.fnmatch(n, k) for k in known)]
 
 
 def test_a_machine_that_stops_loses_one_part(tmp_path, gate):
