@@ -7,13 +7,15 @@
 A kernel takes some seconds to compile, a step has some forty, and a lease of a GPU is short. Triton
 finds a kernel by a hash of its source, of Triton itself, of the assembler's version, and of the
 launch: so the file serves the build of Triton that made it, best in an environment like the one it
-is for. Steps of the models, and the tuner's candidates with --tune, run with a stand-in for the
-driver (stand_in.py), at their own shapes. `--unpack` then has Triton look for one kernel, and exits
-with 1 where it was not found, or where kernels/ has changed since: the others are compiled there.
+is for. Steps of the models in the variants that the gate times, and the tuner's candidates with
+--tune, run with a stand-in for the driver (stand_in.py), at their own shapes. `--unpack` then has
+Triton look for one kernel, and exits with 1 where it was not found, or where kernels/ has changed
+since: the others are compiled there.
 """
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -31,16 +33,20 @@ import files
 import stand_in
 import torch
 import tune
+import variants
 from hardware import ROOT, versions
 
 from cjepa_fast import config as configuration
 from cjepa_fast.kernels.common import launch
+from cjepa_fast.kernels.ema.rows_update import launch_ema_rows
 from cjepa_fast.training import build
 from cjepa_fast.training import trainer as trainer_module
 
 ABOUT = "about.json"
 MOST_BYTES = 20 * 2**20
 SHALLOW = ["model.depth=1", "predictor.depth=1"]  # the blocks of a network launch the same kernels
+# The gate's other variants launch the same kernels.
+VARIANTS = ["fused", "tanh", "graph_fp8_k78", "graph_tanh_fp8_k78"]
 NARROW = ["model.width=64", "model.heads=4", "predictor.width=64", "predictor.heads=4"]
 
 
@@ -62,15 +68,46 @@ def of_lists(launched: stand_in.Launch) -> bool:
     return launched.kernel.fn.__module__.startswith("cjepa_fast.kernels.ema.")
 
 
-def fill(names: list[str], tuned: list[str]) -> None:
+def of_narrow_lists(launched: stand_in.Launch) -> bool:
+    """But for the one to which the width of a row matters too: `update_rows`."""
+    return of_lists(launched) and launched.name != "ema_rows"
+
+
+def update_rows(name: str, overrides: list[str]) -> None:
+    """The EMA of a target's matrices in FP8, in the number and widths of a configuration: one row
+    stands for a matrix, since a launch is of their number."""
+    sizes = build.model_sizes(configuration.load(name, overrides))
+    depth, width = sizes["depth"], sizes["width"]
+    for count, size in ((3 * depth, width), (depth, round(width * sizes["mlp_ratio"]))):
+        rows = [torch.zeros(1, size)] * count
+        values = [torch.zeros(1, size, dtype=torch.uint8)] * count
+        launch_ema_rows(rows, rows, values, [torch.zeros(1, 1)] * count, torch.zeros(1))
+
+
+def overrides_of(name: str, which: str) -> list[str] | None:
+    """Of a variant what changes its kernels, None where it is not of that configuration."""
+    variant = variants.VARIANTS[which]
+    if variant.only not in ("", Path(name).stem):
+        return None
+    return [text for text in variant.overrides if not text.startswith("run.")]
+
+
+def fill(names: list[str], tuned: list[str], which: list[str]) -> None:
+    """which: variants of bench/variants.py."""
     with stand_in.no_matmuls():
-        for name in names:
+        for name, one in itertools.product(names, which):
             began = time.perf_counter()
+            if (overrides := overrides_of(name, one)) is None:
+                continue
             with stand_in.compiling(lambda launched: not of_lists(launched)):
-                step_of(name, SHALLOW)
-            with stand_in.compiling(of_lists):
-                step_of(name, [*NARROW, "data.micro_batch_size=2"])
-            print(f"{name}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+                step_of(name, [*SHALLOW, *overrides])
+            with stand_in.compiling(of_narrow_lists):
+                step_of(name, [*NARROW, *overrides, "data.micro_batch_size=2"])
+            if variants.FP8 in overrides:
+                with stand_in.compiling():
+                    update_rows(name, overrides)
+            took = time.perf_counter() - began
+            print(f"{name}, {one}: {took:.0f} s", file=sys.stderr, flush=True)
         for family in tuned:
             with stand_in.compiling():
                 count = tune.prepare(tune.knobs(torch.device("cpu"), [family]), (0, 1))
@@ -165,6 +202,7 @@ def main(argv: list[str]) -> int:
     way.add_argument("--unpack", type=Path, metavar="FILE", help="and say whether it serves")
     way.add_argument("--fill", action="store_true", help="Triton's cache of this machine")
     parser.add_argument("--config", nargs="*", default=["vit_h", "vit_b", "vit_l"], metavar="NAME")
+    parser.add_argument("--variant", nargs="+", choices=variants.VARIANTS, default=VARIANTS)
     parser.add_argument(
         "--tune", nargs="*", default=[], choices=tune.FAMILIES, help="also the candidates of these"
     )
@@ -174,10 +212,10 @@ def main(argv: list[str]) -> int:
             parser.error(f"--unpack {args.unpack}: no such file")
         return check(args.unpack)
     if args.fill:
-        fill(args.config, args.tune)
+        fill(args.config, args.tune, args.variant)
         return 0
     try:
-        fill(args.config, args.tune)
+        fill(args.config, args.tune, args.variant)
         print(packed(args.out))
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -98,3 +98,40 @@ def test_what_the_host_bench_counts(tmp_path):
     counted, least = done.stdout.splitlines()
     assert counted == "{'zeros': 1, 'add_': 1, 'mm': 1}"
     assert least.endswith("True") and 150 < int(least.split()[0]) < 200  # docs: 173 ms of ViT-H
+
+
+FILL = """
+import sys
+sys.path.insert(0, "bench")
+import stand_in, warm_cache
+seen = {"update_rows": set(), "tanh": set()}
+def told(wanted=lambda launch: True):
+    def take(launch):
+        if not wanted(launch):
+            return
+        given = launch.arguments
+        if launch.name == "ema_rows":
+            seen["update_rows"].add((given["tensors"], given["COLS"]))
+        if given.get("TANH") or given.get("FIRST") == "tanh gelu":
+            seen["tanh"].add(launch.name)
+    return stand_in.launches(take)
+stand_in.compiling = told
+warm_cache.fill(["vit_h"], [], ["graph_tanh_fp8_k78"])
+print(sorted(seen["update_rows"]))
+print(sorted(seen["tanh"]))
+print(warm_cache.overrides_of("vit_b", "graph_fp8_k78"), warm_cache.overrides_of("vit_b", "graph"))
+"""
+
+
+@pytest.mark.long
+def test_the_cache_has_the_kernels_of_the_variants_too():
+    """FP8's, with the EMA of the target's matrices in their own number and widths, and tanh's."""
+    done = subprocess.run(
+        [sys.executable, "-c", FILL], cwd=tiny.ROOT, capture_output=True, text=True,
+        env=os.environ | {"TRITON_INTERPRET": "0"}, timeout=tiny.HANG_S,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows, tanh, overrides = done.stdout.splitlines()
+    assert rows == "[(32, 5120), (96, 1280)]"
+    assert tanh == "['gelu', 'gelu_backward', 'quantise']"
+    assert overrides == "None ['mask.context=fixed']"
