@@ -3,8 +3,9 @@
     python bench/attention.py                    # all of configs/, at their own micro-batches
     python bench/attention.py --config vit_h --batch 64 --json attention.json
 
-Medians in milliseconds of at most 64 sequences: of the target encoder the forward, of the context
-encoder and the predictor forward and backward. A kernel that cannot do a shape has no figure.
+Medians in milliseconds of at most 1,024 sequences: of the target encoder the forward, of the
+context encoder and the predictor forward and backward. A kernel that cannot do a shape has no
+figure.
 """
 
 import argparse
