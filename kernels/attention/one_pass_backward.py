@@ -161,8 +161,10 @@ class OnePass(NamedTuple):
 def one_pass(S: int, d: int, room: bool = True) -> tuple[OnePass, ...]:
     """Those that hold S queries of d values without spilling on an H100, if any.
 
-    Just above 128 a second part of 16 queries spares half of a tile of 256. room: whether a program
-    may have 160 KiB of shared memory, which wide heads take.
+    Just above 128 a second part of 16 queries spares half of a tile of 256. With 32 keys at a time,
+    two such programs fit a multiprocessor of sm_90 or sm_100, where with 64 keys one does. By
+    bench/results/aot.md that is predicted to be faster; it is not timed. On sm_80 it spills.
+    room: whether a program may have 160 KiB of shared memory, which wide heads take.
     """
     if (256 if d <= 32 else 128) < S or (d > 64 and not room):
         return ()
@@ -173,7 +175,7 @@ def one_pass(S: int, d: int, room: bool = True) -> tuple[OnePass, ...]:
     if whole == 64:
         found += [OnePass(64, 0, 64, 4), OnePass(64, 0, 32, 4)] if d <= 64 else []
     if 128 < S <= 144:
-        found.insert(0, OnePass(128, 16, 64, 8))
+        found[:0] = [OnePass(128, 16, 32, 8, 2, 128), OnePass(128, 16, 64, 8)]
     return tuple(found)
 
 

@@ -1,10 +1,12 @@
 """Which of the kernels' configurations the trainings in configs/ launch, by architecture.
 
-In bf16, with every option that has a kernel (FP8 among them), as launch.chosen picks. The names are
-those of the modules' ahead_of_time().
+As each ships, and with contexts of one length (mask.context "fixed"). In bf16, with every option
+that has a kernel (FP8 among them), as launch.chosen picks. The names are those of the modules'
+ahead_of_time().
 """
 
 import functools
+import itertools
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -25,6 +27,7 @@ from cjepa_fast.kernels.vicreg import tiles as vicreg_tiles
 from cjepa_fast.training.build import build_masks, model_sizes
 
 CPU = torch.device("cpu")
+CONTEXTS = ((), ("mask.context=fixed",))
 FOR_A_CPU = {"demo.json", "cifar10_vit_t.json"}
 
 
@@ -54,10 +57,10 @@ class Stack(NamedTuple):
 def stacks() -> tuple[Stack, ...]:
     """Of all trainings, each once, with the lengths that build.choose_attention tells them."""
     found = set()
-    for path in config.configs_folder().glob("*.json"):
+    for path, sets in itertools.product(config.configs_folder().glob("*.json"), CONTEXTS):
         if path.name in FOR_A_CPU:
             continue
-        trained = config.load(str(path))
+        trained = config.load(str(path), sets)
         model, part, masks = model_sizes(trained), trained.predictor, build_masks(trained)
         drawn = masks(0, 0, torch.arange(64))
         K, P = round(drawn.context_k), drawn.target_idx_BMP.shape[2]

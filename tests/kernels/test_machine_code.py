@@ -101,3 +101,15 @@ def test_the_committed_table_has_all_that_is_launched():
     assert found.keys() == shipped.shipped(90)[0]
     assert all(code.local == 0 for code in found.values())
     assert {arch for _, arch in aot_table.cells()} == {80, 90, 100}
+
+
+def test_contexts_of_one_length_are_launched_too():
+    """By the gate: ViT-H's predictor has K = 91 and P = 42 then, for which the backward's first
+    choice was one of one program a multiprocessor."""
+    import shipped
+
+    stack = shipped.Stack("predictor", 384, 24, 91 + 42)
+    assert stack in shipped.stacks()
+    names = [n for n in shipped._attention(shipped.Chooser(90), stack) if "backward" in n]
+    found = machine_code.committed(aot_table.TABLE.read_text(encoding="utf-8"))
+    assert [found[name].programs for name in names] == [2]
