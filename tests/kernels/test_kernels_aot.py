@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import aot_table
+import machine_code
 import pytest
 import shipped
 import triton.language as tl
@@ -88,10 +89,10 @@ def test_a_table_is_stale_after_any_change_of_a_kernel_or_a_compiler(tmp_path, m
     (kernels / "a.py").write_text("x = 1\n")
     monkeypatch.setattr(aot_table, "KERNELS", kernels)
     table.write_text(f"# Kernels\n\n{aot_table.ingredients()}\n")
-    assert aot_table.is_current(table)
+    assert aot_table.is_current(table) and aot_table.is_of_these_kernels(table)
     for change in ("x = 2\n", "x = 1\n\n"):
         (kernels / "a.py").write_text(change)
-        assert not aot_table.is_current(table)
+        assert not aot_table.is_current(table) and not aot_table.is_of_these_kernels(table)
     (kernels / "a.py").write_text("x = 1\n")
     assert aot_table.is_current(table)
     (kernels / "b.py").write_text("")
@@ -103,3 +104,12 @@ def test_a_table_is_stale_after_any_change_of_a_kernel_or_a_compiler(tmp_path, m
             patch.setattr(aot_table.metadata, "version", versions.get)
             assert f"{name} 9.9" in aot_table.ingredients() and not aot_table.is_current(table)
             assert not aot_table.is_of_these_compilers(table)
+            assert aot_table.is_of_these_kernels(table)
+
+
+def test_the_table_by_another_triton_names_the_same_kernels():
+    """Where it is current: it takes an environment of its own to make it anew."""
+    found = machine_code.committed(aot_table.BESIDE.read_text(encoding="utf-8"))
+    names = shipped.shipped(90)[0]
+    assert found.keys() == names or not aot_table.is_of_these_kernels()
+    assert "Of triton 3.6.0, " in aot_table.BESIDE.read_text(encoding="utf-8")
