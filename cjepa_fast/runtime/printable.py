@@ -47,6 +47,11 @@ def say(text: str, stream: TextIO | None = None, end: str = "\n") -> None:
             stream.flush()
 
 
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether it is one that can be drawn on; not where the process has none, or closed it."""
+    return stream is not None and not stream.closed and stream.isatty()
+
+
 def _escaped(character: str) -> str:
     if 0xDC80 <= ord(character) <= 0xDCFF:  # a byte that os.fsdecode could not decode
         return f"\\x{ord(character) - 0xDC00:02x}"

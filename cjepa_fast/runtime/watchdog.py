@@ -10,6 +10,7 @@ A main thread that waits for NCCL or for the GPU leaves the interpreter to these
 own watchdog of NCCL is left as it is. Not yet measured on a GPU.
 """
 
+import contextlib
 import faulthandler
 import itertools
 import json
@@ -216,16 +217,20 @@ class Watchdog:
                 store = None  # the next heartbeat tries a new connection
 
     def _end(self, verdict: str) -> None:
-        faulthandler.dump_traceback(sys.stderr)
-        say(f"error: {verdict}", sys.stderr)
-        if reading := longest():
-            say(f"on this process, {reading}", sys.stderr)
-        epilogue = threading.Thread(target=self._write_down, args=(verdict,), daemon=True)
-        epilogue.start()
-        epilogue.join(LAST_WORDS_S)
-        if self.rank == 0 and self.connect:
-            time.sleep(LAST_WORDS_S)  # the others read the verdict
-        os._exit(1)
+        try:
+            # sys.stderr may be another's, without a descriptor; and a process may have none
+            with contextlib.suppress(RuntimeError, ValueError, OSError):
+                faulthandler.dump_traceback(sys.__stderr__)
+            say(f"error: {verdict}", sys.stderr)
+            if reading := longest():
+                say(f"on this process, {reading}", sys.stderr)
+            epilogue = threading.Thread(target=self._write_down, args=(verdict,), daemon=True)
+            epilogue.start()
+            epilogue.join(LAST_WORDS_S)
+            if self.rank == 0 and self.connect:
+                time.sleep(LAST_WORDS_S)  # the others read the verdict
+        finally:
+            os._exit(1)
 
     def _write_down(self, verdict: str) -> None:
         say(self.advice(), sys.stderr)

@@ -22,7 +22,7 @@ from typing import TextIO
 import numpy as np
 import torch
 
-from cjepa_fast.runtime.printable import printable, printable_lines, say
+from cjepa_fast.runtime.printable import is_terminal, printable, printable_lines, say
 from cjepa_fast.telemetry.nvml import GpuCounters
 from cjepa_fast.telemetry.pace import duration
 from cjepa_fast.telemetry.rows import drop_rows_after
@@ -342,7 +342,7 @@ class ProgressLine:
 
     def __init__(self, stream: TextIO, quiet: bool = False):
         self._stream, self._quiet = stream, quiet
-        self._live = stream.isatty()
+        self._live = is_terminal(stream)
         self._drawn = ""
         self._drawn_s = -math.inf
 

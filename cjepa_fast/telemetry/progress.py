@@ -14,7 +14,7 @@ from typing import TextIO
 from tqdm import tqdm
 
 from cjepa_fast.runtime.distributed import rank
-from cjepa_fast.runtime.printable import say
+from cjepa_fast.runtime.printable import is_terminal, say
 
 QUIET_S = 2.0  # seconds before anything appears on a terminal
 TICK_S = 1.0  # between two drawings, whether or not a part is done
@@ -39,16 +39,15 @@ def shown_clock(title: str) -> contextlib.AbstractContextManager[tqdm]:
 @contextlib.contextmanager
 def _shown(plain: str, **options) -> Iterator[tqdm]:
     """plain: the format where there is no terminal."""
-    live, done = sys.stderr.isatty(), threading.Event()
+    live, done = is_terminal(sys.stderr), threading.Event()
+    unseen = rank() != 0 or sys.stderr is None or sys.stderr.closed
     if live:  # some terminals say that they have no columns, and tqdm would show nothing
         size = shutil.get_terminal_size()
         options |= {"ncols": size.columns - 1, "nrows": size.lines}
     else:
         options |= {"bar_format": plain, "file": _PlainLines(sys.stderr)}
     wait_s, every_s = (QUIET_S, TICK_S) if live else (PLAIN_S, PLAIN_S)
-    with tqdm(
-        **options, delay=NEVER_S, mininterval=NEVER_S, leave=False, disable=bool(rank())
-    ) as bar:
+    with tqdm(**options, delay=NEVER_S, mininterval=NEVER_S, leave=False, disable=unseen) as bar:
 
         def draw() -> None:  # in a thread: a part may take long
             if done.wait(wait_s):

@@ -301,6 +301,27 @@ def test_a_rank_that_is_stopped_ends_the_run_with_its_name(tmp_path, launcher, r
     assert_named(stderr, rank, pids[rank], tmp_path)
 
 
+STUCK_WITH = """
+import io, sys, time
+from cjepa_fast.runtime import watchdog
+
+sys.stderr = {stream}
+watchdog.BEAT_S = watchdog.LAST_WORDS_S = 0.05
+with watchdog.Watchdog(0.01, advice={advice}):
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("stream", "advice"),
+    [("sys.__stderr__ = None", "str"), ("io.StringIO()", "str"), ("sys.stderr", "None")],
+)
+def test_a_stuck_run_ends_whatever_its_stderr_is_and_its_last_words_do(tmp_path, stream, advice):
+    script = tmp_path / "stuck.py"
+    script.write_text(STUCK_WITH.format(stream=stream, advice=advice))
+    assert tiny.run(script, timeout_s=tiny.patience(20)).returncode == 1
+
+
 HANG = """
 import itertools, os, sys, threading, time
 from cjepa_fast import train

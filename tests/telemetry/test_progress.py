@@ -93,3 +93,16 @@ def test_a_terminal_that_says_it_has_no_columns_shows_it_too(monkeypatch):
         with progress.shown_clock("features"):
             assert b"features" in os.read(ours, 1000)
     os.close(ours)
+
+
+@pytest.mark.parametrize("stream", [None, "closed"])
+def test_a_process_without_a_stderr_shows_nothing(stream, monkeypatch, capsys):
+    if stream == "closed":
+        stream = Terminal()
+        stream.close()
+    monkeypatch.setattr(sys, "stderr", stream)
+    for name in ("PLAIN_S", "QUIET_S"):
+        monkeypatch.setattr(progress, name, 0.0)
+    with progress.shown_bar(2, "features") as bar:
+        bar.update(2)
+    assert capsys.readouterr() == ("", "")

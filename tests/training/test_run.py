@@ -53,6 +53,13 @@ def finished(tmp_path):
     return config, tmp_path / "run"
 
 
+def test_a_training_runs_without_stdout_and_stderr(tmp_path, monkeypatch):
+    """As after `>&- 2>&-`, which leaves None in their place."""
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert run(tiny.write_config(tmp_path)) == 0
+
+
 def shard_of(run_folder, step: int):
     return next((run_folder / "checkpoints" / f"step_{step:08d}").glob("shard*"))
 
