@@ -9,7 +9,6 @@ which is the same without VICReg, and draws the curves of both.
 import contextlib
 import itertools
 import json
-import os
 import shlex
 import statistics
 import subprocess
@@ -21,8 +20,8 @@ from cjepa_fast.data.sets import scenes, shapes
 from cjepa_fast.eval.__main__ import main as evaluate
 from cjepa_fast.runtime import children
 from cjepa_fast.runtime.command_line import Parser
-from cjepa_fast.runtime.hardware import cores
 from cjepa_fast.telemetry import read_log
+from cjepa_fast.telemetry.pace import rate
 from cjepa_fast.tools import ablate, report
 
 TRAIN = Path(__file__).with_name("train.py")
@@ -37,6 +36,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
     parser.add_argument("--compare", action="store_true", help=f"with I-JEPA, in {COMPARED}")
     args = parser.parse_args(argv)
+    if named := [one for one in args.overrides if one.startswith("run.dir=")]:
+        parser.error(f"--set {named[0]}: --out RUN names the folder, and --compare has its own")
     if args.compare:
         return beside_ijepa(COMPARED, args.overrides)
     began = time.perf_counter()
@@ -57,8 +58,6 @@ def story(run: Path, seconds: float) -> list[str]:
     """What happened, in five lines."""
     log = [row for row in read_log(run) if row.get("images_per_s")]
     speed = statistics.median(row["images_per_s"] for row in log)
-    spread = [row["rankme"] for row in log if row["rankme"] is not None]
-    first, last = spread[0], spread[-1]
     found = {
         row["encoder"]: row
         for row in json.loads((run / "knn.json").read_text(encoding="utf-8"))["rows"]
@@ -67,14 +66,24 @@ def story(run: Path, seconds: float) -> list[str]:
     chance = 100 / len(scenes.KINDS)
     return [
         f"In {seconds:.0f} s an encoder learnt from {shapes.COUNTS['train']:,} images without "
-        f"labels, at {speed:,.0f} images/s.",
+        f"labels, at {rate(speed)}.",
         f"kNN of its features tells the shape of {trained['top1']:.0f} % of new images; untrained "
         f"{untrained['top1']:.0f} %, raw pixels {pixels['top1']:.0f} %, chance {chance:.1f} %.",
         f"A linear probe tells {trained['linear']:.0f} %; untrained {untrained['linear']:.0f} %.",
-        f"RankMe, how many directions the features use, {'rose' if last > first else 'FELL'} from "
-        f"{first:.0f} to {last:.0f}. `make demo-compare` trains I-JEPA beside it.",
+        f"{spread(log)}. `make demo-compare` trains I-JEPA beside it.",
         f"All figures: {run / 'report.html'}. Your images: --set data.path=FOLDER.",
     ]
+
+
+def spread(rows: list[dict]) -> str:
+    """Of a log; a short run has one RankMe, and one that was resumed at its end none."""
+    values = [row["rankme"] for row in rows if row["rankme"] is not None]
+    if len(values) > 1:
+        verb = "rose" if values[-1] > values[0] else "FELL"
+        came = f"{verb} from {values[0]:.0f} to {values[-1]:.0f}"
+    else:
+        came = f"is {values[0]:.0f}" if values else "was not measured"
+    return f"RankMe, how many directions the features use, {came}"
 
 
 def beside_ijepa(out: Path, overrides: list[str]) -> int:
@@ -82,7 +91,6 @@ def beside_ijepa(out: Path, overrides: list[str]) -> int:
     for split in shapes.COUNTS:
         shapes.ensure(split)
     sets = [part for override in overrides for part in ("--set", override)]
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // 2)))
     status = ablate.main(["demo", "--out", str(out), "--parallel", "2", *sets])
     if not status:
         untrained, ijepa, cjepa = json.loads((out / "table.json").read_text(encoding="utf-8"))

@@ -93,7 +93,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--accept-changes", action="store_true", help="resume as another training")
     parser.add_argument("--print-config", action="store_true", help="print the resolved one, exit")
     parser.add_argument("--help-config", action=HelpConfig, help="explain a key or section, exit")
-    parser.add_argument("--dry-run", action="store_true", help="build all, run 3 steps, exit")
+    parser.add_argument("--dry-run", action="store_true", help="build all, run a few steps, exit")
     parser.add_argument("--masks", type=Path, metavar="FILE", help="with --dry-run: draw the first")
     parser.add_argument("--quiet", action="store_true", help="messages alone, no progress line")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)

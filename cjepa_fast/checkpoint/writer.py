@@ -93,6 +93,7 @@ class Saver:
         self._beside = ""  # what failed of what follows it
         self._told: set[str] = set()
         self._step: int | None = None
+        self._again = False
         self._saved: int | None = None  # the last step that came through, on rank 0
         self.best: int | None = None  # a step whose checkpoint is kept, and named RUN/best
 
@@ -106,13 +107,14 @@ class Saver:
         """Whether this rank's thread is still writing."""
         return self._writing and self._worker.busy
 
-    def begin(self, step: int, facts: dict) -> None:
+    def begin(self, step: int, facts: dict, again: bool = False) -> None:
         """Save the state of optimiser step `step` (updates done so far).
 
-        facts: what else state.json is to hold ("config", "epoch", "images", ...).
+        facts: what else state.json is to hold ("config", "epoch", "images", ...). again: the
+        same state with other facts, whose earlier checkpoint is removed then.
         """
         self.finish()
-        self._step = step
+        self._step, self._again = step, again
         self._state = stored.describe(step, self._engine) | facts
         self._partial = self.folder / f".step_{step:08d}.partial"
         self._outcome: Receipt | str = ""
@@ -208,11 +210,12 @@ class Saver:
             files.write_text(self._partial / "state.json", json.dumps(self._state))
             stored.write_manifest(self._partial, receipts)
             files.sync_file(self._partial)
-            if final.exists():
-                stored.set_aside(final)
+            before = stored.set_aside(final) if final.exists() else None
             self._partial.rename(final)
             files.sync_file(self.folder)
             self._saved = self._step
+            if before and self._again:
+                shutil.rmtree(before, ignore_errors=True)
         except Exception as error:  # said by the main thread
             self._failure = str(error)
             return

@@ -24,7 +24,7 @@ import torch
 
 from cjepa_fast.runtime.printable import is_terminal, printable, printable_lines, say
 from cjepa_fast.telemetry.nvml import GpuCounters
-from cjepa_fast.telemetry.pace import duration
+from cjepa_fast.telemetry.pace import duration, rate
 from cjepa_fast.telemetry.rows import drop_rows_after
 from cjepa_fast.telemetry.sinks import (
     AsyncSink,
@@ -213,9 +213,10 @@ class Telemetry:
             f"epoch {row['step'] / self.steps_per_epoch:.2f}",
         ]
         parts[1:1] = filter(None, [row.get("within")])
-        shown = (("loss", "loss {:.4f}"), ("rankme", "RankMe {:.1f}"), ("knn", "kNN {:.1f} %"),
-                 ("images_per_s", "{:.0f} images/s"))  # fmt: skip
+        shown = (("loss", "loss {:.4f}"), ("rankme", "RankMe {:.1f}"), ("knn", "kNN {:.1f} %"))
         parts += [text.format(row[name]) for name, text in shown if is_number(row, name)]
+        if is_number(row, "images_per_s"):
+            parts.append(rate(row["images_per_s"]))
         if self._step_s is not None:
             left_s = (self.total_steps - row["step"]) * self._step_s
             parts.append(f"ETA {duration(left_s)}")
@@ -266,13 +267,16 @@ class Telemetry:
         """Finish the line and the files; may be called twice."""
         if self.silent:
             return
+        for lines in (self._log, *self._events.values(), self._said):
+            lines.close()
         self._line.end()
         for sink in self._sinks:
             sink.close()
 
 
 class Lines:
-    """A JSONL file that is added to. What a full disk refuses is said, kept, and written later."""
+    """A JSONL file that is added to. What a full disk refuses is said, kept, and written later, at
+    the latest by close()."""
 
     def __init__(self, say: Callable[[str], None], path: Path):
         self._say, self._path = say, path
@@ -292,6 +296,19 @@ class Lines:
                 self._say(f"WARNING: {self._path} cannot be written ({error}); trying again later")
         else:
             self._waiting.clear()
+
+    def close(self) -> None:
+        """Try once more what is still kept; what is refused again is lost, and counted."""
+        with self._lock:
+            waiting, self._waiting = self._waiting, []
+        try:
+            if waiting:
+                _append(self._path, "".join(waiting).encode())
+        except OSError as error:
+            rows = f"{len(waiting)} row{'s' * (len(waiting) > 1)}"
+            self._say(
+                f"WARNING: {rows} of {self._path} could not be written, and are lost: {error}"
+            )
 
 
 def _append(path: Path, data: bytes) -> None:

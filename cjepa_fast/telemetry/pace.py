@@ -15,6 +15,12 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}"
 
 
+def rate(images_per_s: float) -> str:
+    """With two digits at least: a large model on a CPU takes seconds an image."""
+    digits = ",.0f" if images_per_s >= 10 else ".2g"
+    return f"{images_per_s:{digits}} images/s"
+
+
 class Pace:
     """The time that is left, from the first micro-batches.
 
@@ -44,7 +50,7 @@ class Pace:
         if left_s < LONG_S:
             return ""
         return (
-            f"about {left_s / 86400:,.0f} days at this rate ({self._images / each_s:.3g} "
-            "images/s); fewer: a GPU, a smaller model or image (model.name, data.image_size), or "
-            "fewer run.epochs"
+            f"about {left_s / 86400:,.0f} days at this rate ({rate(self._images / each_s)}); "
+            "fewer: a GPU, a smaller model or image (model.name, data.image_size), or fewer "
+            "run.epochs"
         )

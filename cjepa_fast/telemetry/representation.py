@@ -30,14 +30,23 @@ def singular_values(x_BD: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def position_share(tokens_BND: torch.Tensor) -> torch.Tensor:
-    """Of the tokens' variance over images and positions the share, 0 to 1, that is between the mean
-    tokens of the positions: 0-d, at least fp32. Near 1 they tell where a patch is and little else.
-    NaN where nothing varies. Of B unrelated images it is about 1/B.
+    """Of the tokens' variance the share that is of the position, the same in all images: 0-d, at
+    least fp32. Near 1 they tell where a patch is and little else.
+
+    Estimated as a component of variance (a two-way layout of images and positions): its mean is
+    the share among all images, however few B are. NaN for one image or position, or where nothing
+    varies.
     """
     tokens_BND = tokens_BND.to(torch.promote_types(tokens_BND.dtype, torch.float32))
-    mean_D = tokens_BND.mean((0, 1))
-    total = (tokens_BND - mean_D).square().mean((0, 1)).sum()
-    return (tokens_BND.mean(0) - mean_D).square().mean(0).sum() / total
+    B, N, _ = tokens_BND.shape
+    if min(B, N) < 2:
+        return tokens_BND.new_full((), torch.nan)
+    position_ND, image_BD = tokens_BND.mean(0), tokens_BND.mean(1)
+    rest_BND = tokens_BND - position_ND - (image_BD - position_ND.mean(0))[:, None]
+    rest = rest_BND.square().sum() / ((B - 1) * (N - 1))  # of what is in no other token
+    position = position_ND.var(0).sum() - rest / B
+    image = image_BD.var(0).sum() - rest / N
+    return position / (position + image + rest)
 
 
 def effective_rank(values_D: torch.Tensor) -> torch.Tensor:

@@ -6,13 +6,16 @@ import time
 
 import torch
 
+from cjepa_fast.config import Config
 from cjepa_fast.data.loader import Loader
 from cjepa_fast.model import waves
 from cjepa_fast.runtime import distributed, hardware
 from cjepa_fast.runtime.memory import peak_resident_gib
+from cjepa_fast.runtime.printable import say
 from cjepa_fast.telemetry.pace import duration
 from cjepa_fast.telemetry.progress import shown_bar
 from cjepa_fast.training.build import counted_sizes, gflop_of
+from cjepa_fast.training.engines.cuda_graph import WARM
 from cjepa_fast.training.loop import steps_of
 from cjepa_fast.training.trainer import Trainer
 
@@ -23,12 +26,17 @@ BROKEN = (
 )
 
 
+def steps_to_take(config: Config) -> int:
+    """The last of them is a replay where the step is recorded as a CUDA graph."""
+    return STEPS + WARM * config.run.cuda_graph
+
+
 def dry_run(trainer: Trainer, loader: Loader, told: list[str]) -> int:
-    """STEPS, then what a run of this configuration is made of. Returns the exit status: 1 where a
-    step's loss or gradient is not finite."""
-    finite = True
-    with shown_bar(STEPS, "dry run", "step") as bar:
-        for index, (batches, _) in zip(range(STEPS), steps_of(loader, 0), strict=False):
+    """A few steps, then what a run of this configuration is made of. Returns the exit status: 1
+    where a step's loss or gradient is not finite."""
+    finite, count = True, steps_to_take(trainer.config)
+    with shown_bar(count, "dry run", "step") as bar:
+        for index, (batches, _) in zip(range(count), steps_of(loader, 0), strict=False):
             began = time.perf_counter()
             terms, applied = trainer.step(batches, index)
             loss = float(terms["loss"])  # waits for the device
@@ -68,10 +76,10 @@ def dry_run(trainer: Trainer, loader: Loader, told: list[str]) -> int:
     print(f"memory       {peak_gib(trainer.device):.2f} GiB at the peak, {trainer.device}")
     print(
         f"step         {trainer.micro_batch} images x {loader.accumulation} x "
-        f"{distributed.world_size()} ranks, loss {loss:.4f}, {step_s:.2f} s (the third step)"
+        f"{distributed.world_size()} ranks, loss {loss:.4f}, {step_s:.2f} s (step {count})"
     )
     if broken:
-        print(BROKEN, file=sys.stderr)
+        say(BROKEN, sys.stderr)
     return int(broken)
 
 

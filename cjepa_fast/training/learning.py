@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cjepa_fast.config import Config
 from cjepa_fast.model.vit import initialisation
-from cjepa_fast.telemetry.pace import duration
+from cjepa_fast.telemetry.pace import duration, rate
 
 EARLY = 0.1  # of a run: when its features are compared with the first ones
 FALLEN = 2.0  # points of kNN: more than one evaluation's standard error
@@ -20,7 +20,7 @@ def ended(rows: list[dict], run: Path) -> list[str]:
     do next."""
     took = rows[-1].get("time_s", 0.0) if rows else 0.0
     rates = [row["images_per_s"] for row in rows if row.get("images_per_s")]
-    speed = f", {statistics.median(rates):,.0f} images/s" if rates else ""
+    speed = f", {rate(statistics.median(rates))}" if rates else ""
     lines = [f"done: {run / 'encoder.safetensors'} ({duration(took)}{speed})"]
     if line := learnt(rows):
         lines.append(line)

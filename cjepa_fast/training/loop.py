@@ -144,6 +144,8 @@ class Loop:
                 return 0
             self.telemetry.row(self.done, found)
             self._best_is_named()
+            if finished:
+                self._save(again=True)
         if finished:
             return self._end()
         compiling = ", and its compilation" * (self.config.run.compile != "none")
@@ -192,6 +194,8 @@ class Loop:
                 return self._give_up()
             telemetry.step(self.done, trainer.scalars(terms, batches), wait_s)
             self.waited_s += wait_s
+            if evaluating and stopping:
+                self.online.owed = True
             found = self._evaluate() if evaluating and not stopping else {}
             if found is None:  # made after a resume
                 found, last = {}, True
@@ -303,14 +307,16 @@ class Loop:
             )
 
     def _compare_with_the_start(self, row: dict | None) -> None:
-        """Once, at a tenth of the run: whether the features get worse, and what to change first."""
-        if row is None or self.compared or row["step"] < EARLY * self.trainer.total_steps:
+        """Once, at a tenth of the run or soon after: whether the features get worse, and what to
+        change first."""
+        early = row is None or row["step"] < EARLY * self.trainer.total_steps
+        if early or self.compared or row["rankme"] is None:
             return
         try:
             rows = read_log(self.folder)
         except (OSError, ValueError):  # moved, or damaged: it is but advice
             rows = []
-        self.compared = sum(row["step"] > 0 for row in rows) > 1
+        self.compared = sum(row.get("rankme") is not None for row in rows) > 1
         width = self.trainer.context_encoder.width
         if line := getting_worse(rows, self.config, width):
             self.telemetry.message(line)
@@ -371,6 +377,8 @@ class Loop:
             checkpoint.set_aside_later_than(self.folder, step)
         passed_over = self.done - step
         state = checkpoint.restore(good, self.trainer.engine)
+        self.trainer.features.clear()  # of weights that are gone
+        self.waited_s = 0.0
         self.data_offset += passed_over
         self._go_on_from(state)
         self.telemetry.back_to(step)
@@ -394,11 +402,11 @@ class Loop:
         minutes = self.config.checkpoint.every_minutes
         return 0 < minutes * 60 <= time.monotonic() - self.saved_s
 
-    def _save(self) -> None:
+    def _save(self, again: bool = False) -> None:
         self.watch.mark("saving")
         with self.telemetry.pause():
             self.saved_s = time.monotonic()
-            self.saver.begin(self.done, self._facts())
+            self.saver.begin(self.done, self._facts(), again)
 
     def _is_saved(self) -> bool:
         """Whether this state is, as rank 0 sees it."""
@@ -454,6 +462,10 @@ class Loop:
                 f"stopped after step {self.done}; resume with: {self.resume_with}"
             )
         elif saved and distributed.rank() == 0:
+            if self.online and self.online.owed:
+                self.telemetry.message(
+                    f"the evaluation of the end was stopped; it is made by: {self.resume_with}"
+                )
             final = checkpoint.latest(self.folder)
             encoders.write_encoder(self.folder / "encoder.safetensors", "target", final)
             self.watch.mark("writing the second encoder")

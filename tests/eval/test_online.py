@@ -13,7 +13,7 @@ import test_run
 import tiny
 import torch
 
-from cjepa_fast import checkpoint, load_encoder, train
+from cjepa_fast import Callback, checkpoint, load_encoder, train
 from cjepa_fast import config as configuration
 from cjepa_fast.data.sources import open_images
 from cjepa_fast.eval import features, online
@@ -232,6 +232,30 @@ def test_a_stop_is_heard_between_its_batches_and_it_is_made_up_for(tmp_path, mon
     marked = [row["step"] for row in read_log(run) if row.keys() >= MARKS]
     assert marked == {0: [0, 2, 4, 6], 2: [0, 3, 4, 6], 6: [0, 2, 4, 6]}[step]
     assert (run / "encoder.safetensors").exists()
+    said = "the evaluation of the end was stopped" in (run / "events.jsonl").read_text()
+    assert said == (step == 6)
+
+
+def test_one_made_up_for_at_the_end_is_made_once(tmp_path, monkeypatch):
+    """A stop in the last step, which skips it; its score is the best."""
+
+    class Stop(Callback):
+        def on_step(self, step, terms):
+            return step == 6
+
+    config, scores = write_config(tmp_path), {"knn": 1.0}
+    monkeypatch.setattr(online, "_scores", lambda *_, **__: dict(scores))
+    train.pretrain(str(config), callbacks=[Stop()])
+    run, resume = tmp_path / "run", ["--config", str(config), "--resume", "auto"]
+    assert [row["step"] for row in read_log(run) if "knn" in row] == [0, 2, 4]
+    scores["knn"] = 2.0
+    for _ in range(2):
+        assert train.main(resume) == 0
+        assert [row["step"] for row in read_log(run) if "knn" in row] == [0, 2, 4, 6]
+        progress = checkpoint.state_of(checkpoint.latest(run))["progress"]
+        assert progress["best"] == {"knn": 2.0, "step": 6} and not progress["evaluation_owed"]
+        assert (run / "best").resolve().name == "step_00000006"
+    assert not list((run / "checkpoints").glob("abandoned*"))
 
 
 def test_it_takes_no_more_than_its_share(monkeypatch):

@@ -38,8 +38,19 @@ def test_the_demo_trains_compares_and_draws(tmp_path, monkeypatch, capfd):
     assert "images/s" in said and str(out / "curves.png") in said
     *_, learnt, knn, probe, rank, figures = said.splitlines()
     assert "48 images without labels" in learnt and "chance 12.5 %" in knn
-    assert "linear probe" in probe and ("rose" in rank or "FELL" in rank)
+    assert "linear probe" in probe and "RankMe, how many directions the features use, is" in rank
     assert str(out / "report.html") in figures
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ([None, 20.0, 31.0], "rose from 20 to 31"), ([20.0, 9.0], "FELL from 20 to 9"),
+        ([None, 12.0], "is 12"), ([None], "was not measured"),
+    ],
+)  # fmt: skip
+def test_the_story_tells_how_rankme_came_along(values, told):
+    assert demo.spread([{"rankme": value} for value in values]).endswith(f" use, {told}")
 
 
 def test_the_comparison_with_ijepa_ends_with_a_sentence(tmp_path, monkeypatch, capsys):
@@ -60,6 +71,12 @@ def test_the_comparison_with_ijepa_ends_with_a_sentence(tmp_path, monkeypatch, c
     said = capsys.readouterr().out
     assert "I-JEPA came to 10 % and C-JEPA to 20 % (RankMe 7)" in said
     assert "From 0 % of kNN, I-JEPA came to 10 % (RankMe 6) and C-JEPA to 20 % (RankMe 7)" in said
+
+
+def test_a_folder_by_set_is_refused_and_out_is_named(capsys):
+    with pytest.raises(SystemExit) as ended:
+        demo.main(["--set", "run.dir=x"])
+    assert ended.value.code == 2 and "--out RUN" in capsys.readouterr().err
 
 
 def test_a_training_that_fails_ends_the_demo_with_its_status(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The time that is left, told once and only where it is long."""
 
+from cjepa_fast.telemetry import pace
 from cjepa_fast.telemetry.pace import Pace
 
 
@@ -28,3 +29,8 @@ def test_short_micro_batches_are_timed_for_some_seconds():
 
 def test_a_week_is_not_long():
     assert said(seconds=10.0, micro_batches=60_000) == [""] * 20
+
+
+def test_a_rate_has_two_digits():
+    told = [pace.rate(images_per_s) for images_per_s in (12345.6, 64.4, 9.94, 1.0, 0.432)]
+    assert told == [f"{text} images/s" for text in ("12,346", "64", "9.9", "1", "0.43")]

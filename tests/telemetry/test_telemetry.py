@@ -18,7 +18,14 @@ import tiny
 import torch
 
 from cjepa_fast.runtime import hardware
-from cjepa_fast.telemetry import Telemetry, log, read_log, representation_stats, sinks
+from cjepa_fast.telemetry import (
+    Telemetry,
+    log,
+    position_share,
+    read_log,
+    representation_stats,
+    sinks,
+)
 from cjepa_fast.telemetry.nvml import GpuCounters
 
 
@@ -263,6 +270,34 @@ def test_a_row_that_does_not_fit_leaves_no_torn_line(tmp_path):
     assert len(said) == 1 and "cannot be written" in said[0]
 
 
+def test_rows_that_a_full_disk_refused_are_tried_at_the_end_and_what_is_lost_is_counted(tmp_path):
+    path, said = tmp_path / "log.jsonl", []
+    lines = log.Lines(said.append, path)
+    with tiny.files_of_at_most(0):
+        lines.write({"step": 1})
+    lines.close()
+    assert [row["step"] for row in read_log(path)] == [1] and len(said) == 1
+    with tiny.files_of_at_most(path.stat().st_size):
+        lines.write({"step": 2})
+        lines.write({"step": 3})
+        lines.close()
+    lines.close()
+    assert [row["step"] for row in read_log(path)] == [1]
+    assert len(said) == 3 and f"2 rows of {path} could not be written" in said[2]
+
+
+def test_a_training_s_end_writes_what_was_refused(tmp_path, started):
+    out = started(tmp_path, interval=1)
+    with tiny.files_of_at_most(0):
+        out.step(1, {"loss": torch.tensor(1.0)})
+        out.log_row()
+        out.message("said")
+    assert read_log(tmp_path) == []
+    out.close()
+    assert len(read_log(tmp_path)) == 1
+    assert "said" in [row["text"] for row in read_log(tmp_path / "events.jsonl")]
+
+
 def test_what_is_said_is_no_escape_sequence(tmp_path, started):
     stream = io.StringIO()
     started(tmp_path, stream=stream).message("skipped: \x1b[31ma\udce9")
@@ -289,7 +324,7 @@ def test_a_plain_line_a_minute_where_there_is_no_terminal(tmp_path, started, clo
     assert lines[0] == ["step 1/40", "epoch 0.05", "loss 0.2500", "kNN 25.0 %"]
     assert lines[-1] == [
         "step 40/40", "epoch 2.00", "loss 0.2500", "RankMe 12.3", "kNN 25.0 %",
-        f"{64 / step_s:.0f} images/s", "ETA 0:00:00", "lr 5.00e-04",
+        f"{64 / step_s:.2g} images/s", "ETA 0:00:00", "lr 5.00e-04",
     ]  # fmt: skip
     assert [row["step"] for row in read_log(tmp_path)] == [0, 10, 20, 30, 40]
 
@@ -802,6 +837,26 @@ def test_rankme_equals_its_definition(seed):
     share = eigenvalues.sqrt() / eigenvalues.sqrt().sum()
     expected = math.exp(-sum(p * math.log(p) for p in share.tolist() if p > 0))
     assert representation_stats(features)["rankme"].item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("images", [2, 4, 32])
+@pytest.mark.parametrize(("position", "image", "both"), [(0, 0, 1), (1, 0, 1), (1, 1, 2)])
+def test_the_share_of_position_is_right_of_few_images_too(seed, images, position, image, both):
+    N, D = 36, 24
+    found = []
+    for _ in range(100):
+        parts = torch.randn(1, N, D), torch.randn(images, 1, D), torch.randn(images, N, D)
+        scales = position**0.5, image**0.5, both**0.5
+        tokens = sum(part * scale for part, scale in zip(parts, scales, strict=True))
+        found.append(position_share(tokens + 5).item())
+    expected = position / (position + image + both)
+    assert sum(found) / len(found) == pytest.approx(expected, abs=0.02)
+
+
+def test_the_share_of_position_where_there_is_none():
+    assert position_share(torch.randn(1, 9, 4).expand(3, 9, 4)).item() == pytest.approx(1)
+    for tokens in (torch.randn(1, 9, 4), torch.randn(3, 1, 4), torch.ones(3, 9, 4)):
+        assert math.isnan(position_share(tokens).item())
 
 
 def test_collapse_and_bad_features_never_raise():

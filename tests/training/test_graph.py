@@ -15,7 +15,7 @@ from cjepa_fast.data.loader import Batch
 from cjepa_fast.data.masks import Masks
 from cjepa_fast.kernels.gather import predictor, targets, tokens
 from cjepa_fast.runtime import distributed
-from cjepa_fast.training import build
+from cjepa_fast.training import build, dry_run
 from cjepa_fast.training.engines import single
 from cjepa_fast.training.engines.cuda_graph import WARM, Graphed
 from cjepa_fast.training.trainer import Trainer
@@ -94,6 +94,12 @@ def test_the_calls_before_a_recording_share_one_stream(monkeypatch):
     for _ in range(WARM):
         assert graphed(torch.zeros(1)) == 1
     assert made == [here, used[0]] and used == [used[0]] * WARM
+
+
+@pytest.mark.parametrize(("recorded", "steps"), [(False, 3), (True, WARM + 3)])
+def test_a_dry_run_goes_on_until_the_step_is_replayed(recorded, steps):
+    config = validate({"run": {"cuda_graph": recorded}, "mask": {"context": "fixed"}})
+    assert dry_run.steps_to_take(config) == steps
 
 
 class NoReading(TorchDispatchMode):

@@ -26,6 +26,7 @@ from cjepa_fast.runtime.watchdog import INDEXING, Watchdog
 from cjepa_fast.telemetry.rows import drop_rows_after
 from cjepa_fast.training import anomalies, build, learning, start, trainer
 from cjepa_fast.training.callbacks import Callback
+from cjepa_fast.training.loop import Loop
 from cjepa_fast.training.trainer import Trainer
 
 TAKEN = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
@@ -317,8 +318,16 @@ def test_a_spike_is_gone_back_from_and_its_images_passed_over(tmp_path, spike, c
         shown.append((index + 1, batches[0].epoch * 2 + batches[0].step + 1))
         return step(self, batches, index, *more)
 
+    left, go_on = [], Loop._go_on_from
+
+    def remains(self, state):
+        left.append((len(self.trainer.features), self.waited_s))
+        go_on(self, state)
+
     monkeypatch.setattr(Trainer, "step", record)
+    monkeypatch.setattr(Loop, "_go_on_from", remains)
     losses = spiky_run(tmp_path, "rewind")
+    assert left == [(0, 0.0)] * 2  # at the start, and after the spike nothing of the steps undone
     assert f"rewound to step 40; the images of the {SPIKE - 40} steps" in capfd.readouterr().out
     # (step, the step whose images it saw): after the spike, step 41 sees those of step 46.
     plain = [(i, i) for i in range(1, SPIKE + 1)]
@@ -341,6 +350,7 @@ def test_features_that_are_not_finite_are_no_collapse(tmp_path, capfd, monkeypat
 
 def test_collapse_is_warned_of_once_with_its_numbers(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(learning, "LESS_SPREAD", 100.0)  # any RankMe counts as a fall
+    monkeypatch.setattr(trainer, "FEATURE_ROWS", 64)  # as four of the eight steps have
     config = tiny.write_config(
         tmp_path,
         data={"batch_size": 16, "micro_batch_size": 16, "threads": 1, "image_size": 24},

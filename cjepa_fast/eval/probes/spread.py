@@ -6,7 +6,7 @@ Shapes: n images, q views of an image, N patches, D width. All take fp32 and com
 import torch
 import torch.nn.functional as F
 
-from cjepa_fast.telemetry import effective_rank, position_share
+from cjepa_fast.telemetry import effective_rank
 
 ROWS = 1024  # of images that are compared with all others at a time
 DEAD = 0.01  # of the features' root mean square: a dimension that varies less is dead
@@ -68,12 +68,13 @@ def token_shares(tokens_nND: torch.Tensor) -> dict[str, float]:
 
     by_position: of the mean token at each position, the same in all images; near 1 the features
     tell where a patch is and little else. by_image: of each image's mean token, the same at all
-    positions. by_both: the rest, which tells what is where. Tokens that do not vary give NaN.
+    positions. by_both: the rest, which tells what is where. Tokens that do not vary give NaN. Of n
+    unrelated images by_position is 1/n; the log's has no such remainder (telemetry.position_share).
     """
     tokens_nND = tokens_nND.double()
     mean_D = tokens_nND.mean((0, 1))
     total = (tokens_nND - mean_D).square().mean((0, 1)).sum()
-    by_position = position_share(tokens_nND)
+    by_position = (tokens_nND.mean(0) - mean_D).square().mean(0).sum() / total
     by_image = (tokens_nND.mean(1) - mean_D).square().mean(0).sum() / total
     shares = {"by_position": by_position, "by_image": by_image}
     return {name: x.item() for name, x in (shares | {"by_both": 1 - sum(shares.values())}).items()}
