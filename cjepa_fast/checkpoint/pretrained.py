@@ -26,6 +26,7 @@ from cjepa_fast.data import crops, formats
 from cjepa_fast.data.pillow_decode import resized, resized_array, window_of
 from cjepa_fast.data.sources import LIMITS, Limits
 from cjepa_fast.model.vit import Encoder
+from cjepa_fast.runtime.hardware import cores
 from cjepa_fast.runtime.image_size import ImageSize, height_width
 
 POOLS = ("mean", "none", "last4")
@@ -114,7 +115,7 @@ class PretrainedEncoder(Encoder):
     def _batches(self, images: Any, batch_size: int) -> Iterator[torch.Tensor]:
         weight, transform = self.norm.weight, self.transform
         several = iter(_several(images))
-        with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(min(THREADS, cores())) as pool:
             while batch := list(islice(several, batch_size)):
                 yield torch.stack(list(pool.map(transform, batch))).to(weight)
 

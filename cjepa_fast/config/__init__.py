@@ -10,9 +10,17 @@ from cjepa_fast.config.load import (
     load,
     of,
     read,
+    refuse_unset,
+    refuse_unset_in,
     validate,
 )
-from cjepa_fast.config.resolve import told_epochs, told_rate, with_epochs
+from cjepa_fast.config.resolve import (
+    told_epochs,
+    told_micro_batch,
+    told_rate,
+    told_start,
+    with_epochs,
+)
 from cjepa_fast.config.schema import (
     MODEL_NAMES,
     Config,
@@ -25,5 +33,6 @@ from cjepa_fast.config.schema import (
 __all__ = [
     "MODEL_NAMES", "Config", "ConfigError", "DataSection", "Section", "as_begun", "completed",
     "configs_folder", "expanded", "find", "image_paths", "load", "micro_batches", "of", "read",
-    "told_epochs", "told_rate", "validate", "with_epochs",
+    "refuse_unset", "refuse_unset_in", "told_epochs", "told_micro_batch", "told_rate", "told_start",
+    "validate", "with_epochs",
 ]  # fmt: skip

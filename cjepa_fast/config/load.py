@@ -8,6 +8,7 @@ value, what is allowed and, for an unknown key, the nearest valid one.
 import difflib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -24,6 +25,7 @@ from cjepa_fast.runtime.printable import printable
 
 # pydantic's names of what data.path, data.image_size and run.epochs may be
 FORMS = ("str", "tuple[str, ...]", "side", "height, width", "epochs-number", "word")
+NOT_EXPANDED = re.compile(r"\$(?:\w+|\{\w+\})|^~[^/]*")  # of a path: what `expanded` left
 MOST_SHOWN = 160  # characters of a value in a message
 
 
@@ -46,7 +48,7 @@ def of(source: str | Path | dict | Config, overrides: Mapping[str, Any]) -> Conf
     if isinstance(source, Config):
         values, name = source.model_dump(mode="json", exclude_unset=True), "run"
         if source.optim.lr_per_256 is not None:
-            del values["optim"]["lr"]  # it followed from the batch, which may be another now
+            values["optim"].pop("lr", None)  # it followed from the batch, which may be another now
     elif isinstance(source, dict):
         values, name = source, "run"
     else:
@@ -58,7 +60,26 @@ def of(source: str | Path | dict | Config, overrides: Mapping[str, Any]) -> Conf
             value = {key: value}
         given = _merged(given, value)
     refuse_both(given)
-    return validate(_merged(without_rival(values, given), given), name)
+    return validate(_plain("", _merged(without_rival(values, given), given)), name)
+
+
+def _plain(key: str, value: Any) -> Any:
+    """A value as JSON has it: a path as text, a scalar of numpy's or torch's as a number. Raises
+    ConfigError."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(f"{key}.{k}".lstrip("."), v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(key, one) for one in value]
+    if isinstance(value, os.PathLike):
+        return os.fsdecode(value)
+    if getattr(value, "size", None) == 1 or getattr(value, "ndim", None) == 0:
+        value = value.item()
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    raise ConfigError(
+        f"{key} = {printable(repr(value)[:MOST_SHOWN])}: of type {type(value).__name__}; give a "
+        "number, a text, true or false, or a list or dict of these"
+    )
 
 
 def validate(values: dict, name: str = "run") -> Config:
@@ -66,6 +87,7 @@ def validate(values: dict, name: str = "run") -> Config:
     try:
         config = Config.model_validate_json(json.dumps(values))
     except ValidationError as error:
+        _refuse_other_bytes("", values)
         lines = dict.fromkeys(_explain(e) for e in error.errors())
         raise ConfigError("\n".join(lines)) from None
     except RecursionError:
@@ -75,6 +97,19 @@ def validate(values: dict, name: str = "run") -> Config:
         raise ConfigError("\n".join(problems))
     run = config.run.model_copy(update={"dir": config.run.dir.replace("{config}", name)})
     return with_rate(config.model_copy(update={"run": run}))
+
+
+def _refuse_other_bytes(key: str, value: Any) -> None:
+    """Raises ConfigError for a text that JSON cannot hold."""
+    for below, one in value.items() if isinstance(value, dict) else ():
+        _refuse_other_bytes(f"{key}.{below}".lstrip("."), one)
+    for one in value if isinstance(value, (list, tuple)) else ():
+        _refuse_other_bytes(key, one)
+    if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise ConfigError(
+            f"{key} = {printable(value)}: has bytes that are no UTF-8, which a run's config.json "
+            "cannot hold; rename it, or name a link to it"
+        )
 
 
 def read(run: Path) -> Config:
@@ -160,7 +195,7 @@ def _read(path: Path) -> dict:
     """The sections of a file. Raises ConfigError for what is no JSON, and for a key that stands
     twice, of which JSON's readers take the last without a word."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         values = json_text.parse(text)
     except ValueError as error:
         raise ConfigError(f"{path}: not JSON: {error}") from None
@@ -219,6 +254,8 @@ def _explain(error: dict) -> str:
         nearest = ".".join([*path[:-1], near[0]]) if near else ""
         return f"{key} = {value}: no such key; nearest is {nearest}; valid: {', '.join(valid)}"
     reason = error["msg"][0].lower() + error["msg"][1:]
+    if error["type"] == "string_type" and isinstance(error["input"], (int, float)):
+        reason += f"; as a text it stands in quotes: --set '{key}=\"{value}\"'"
     subject = f"{key} = {value}" if key else "the configuration"
     return f"{subject}: {reason}{_nearest_word(error)}"
 
@@ -240,6 +277,26 @@ def _nearest_word(error: dict) -> str:
 def expanded(path: str) -> str:
     """A path with ~ and environment variables put in."""
     return os.path.expandvars(os.path.expanduser(path))
+
+
+def refuse_unset(config: Config) -> None:
+    """Raises ConfigError for a path in which a variable that is not set, or the home of a user who
+    is not there, would become the name of a folder."""
+    online = config.eval.online
+    paths = [config.data.path] if isinstance(config.data.path, str) else config.data.path
+    named = [("run.dir", config.run.dir), *(("data.path", path) for path in paths)]
+    keys = ("data", "test", "labels", "test_labels")
+    named += [(f"eval.online.{key}", getattr(online, key) or "") for key in keys]
+    for key, path in named:
+        refuse_unset_in(key, path)
+
+
+def refuse_unset_in(key: str, path: str) -> None:
+    """The same of one path. What is there under such a name is taken."""
+    left = NOT_EXPANDED.search(expanded(path))
+    if left and not os.path.lexists(expanded(path)):
+        what = "no such user" if left[0].startswith("~") else "this variable is not set"
+        raise ConfigError(f"{key} = {json.dumps(path)}: {left[0]}: {what}")
 
 
 def image_paths(data: DataSection) -> list[str]:

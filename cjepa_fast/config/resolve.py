@@ -4,7 +4,7 @@ import json
 import math
 from typing import Any
 
-from cjepa_fast.config.schema import Config, ConfigError
+from cjepa_fast.config.schema import Config, ConfigError, fitting_batch
 
 RATE_IMAGES = 256  # that optim.lr_per_256 is for
 # run.epochs "auto": a judgement. The small configurations take 6,200 to 7,200 steps; recipes for
@@ -42,6 +42,33 @@ def told_rate(config: Config) -> str | None:
     return (
         f"optim.lr {optim.lr:g}: optim.lr_per_256 {optim.lr_per_256:g} for a batch of "
         f"{config.data.batch_size}"
+    )
+
+
+def told_start(config: Config) -> str | None:
+    """A warning where the warm-up goes down."""
+    optim = config.optim
+    if optim.start_lr <= optim.lr or not optim.warmup_epochs:
+        return None
+    return (
+        f"WARNING: optim.start_lr = {optim.start_lr:g} is above optim.lr = {optim.lr:g}: the "
+        "learning rate falls in the warm-up"
+    )
+
+
+def told_micro_batch(config: Config, world_size: int) -> str | None:
+    """A warning where the ranks' shares of the batch divide into far smaller micro-batches than
+    they may be: a step is slow then, and the regulariser's statistics are of few images."""
+    data = config.data
+    images, times = data.micro_batches(world_size)
+    limit = min(data.micro_batch_size, images * times)
+    if 2 * images >= limit:
+        return None
+    fitting = fitting_batch(data.batch_size, world_size, limit)
+    return (
+        f"WARNING: micro-batches of {images}: the {images * times} images a rank takes of "
+        f"data.batch_size = {data.batch_size} divide into no larger ones of at most {limit}; "
+        f"data.batch_size={fitting} gives {limit}"
     )
 
 

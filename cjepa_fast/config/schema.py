@@ -59,13 +59,21 @@ def micro_batches(batch_size: int, world_size: int, limit: int) -> tuple[int, in
     Raises ConfigError where batch_size does not divide evenly.
     """
     if batch_size % world_size:
+        near = fitting_batch(batch_size, world_size, limit)
         raise ConfigError(
             f"data.batch_size = {batch_size}: must be a multiple of the {world_size} ranks, "
-            f"such as {max(1, batch_size // world_size) * world_size}"
+            f"such as {near}"
         )
     share = batch_size // world_size
     times = next(n for n in range(-(-share // limit), share + 1) if share % n == 0)
     return share // times, times
+
+
+def fitting_batch(batch_size: int, world_size: int, limit: int) -> int:
+    """The nearest batch size that ranks take in whole micro-batches of `limit`, or in one smaller
+    one."""
+    step = world_size * min(limit, max(1, batch_size // world_size))
+    return max(1, round(batch_size / step)) * step
 
 
 class RunSection(Section):
@@ -80,7 +88,9 @@ class RunSection(Section):
         "auto", was="bf16", description="auto: bf16 where the hardware multiplies it, else fp32"
     )
     compile: Literal["none", "blocks", "whole"] = Field(
-        "none", description='torch.compile; "whole" needs mask.context "fixed" or "packed"'
+        "none",
+        description='torch.compile; "whole" does so anew for some lengths, of which mask.context '
+        '"fixed" and "packed" have one',
     )
     cuda_graph: bool = Field(
         False,
@@ -297,6 +307,10 @@ class LossSection(Section):
     vicreg: VICRegSection = VICRegSection()
     sigreg: SIGRegSection = SIGRegSection()
 
+    def smallest_micro_batch(self, world_size: int) -> int:
+        """Images a rank: a regulariser's statistic is of 2 or more, over all ranks."""
+        return 2 if self.regularised_by.beta > 0 and world_size == 1 else 1
+
     @property
     def regularised_by(self) -> VICRegSection | SIGRegSection:
         """The section that `regulariser` names."""
@@ -312,7 +326,7 @@ class OptimSection(Section):
         None, was=None, description="in place of lr: lr is this times data.batch_size / 256"
     )
     start_lr: NonNegative = Field(
-        1e-4, description="learning rate at the first step of the warm-up"
+        1e-4, description="learning rate where the warm-up begins, one step before the first"
     )
     final_lr: NonNegative = Field(1e-6, description="learning rate at the end of the cosine")
     warmup_epochs: NonNegative = Field(15, description="epochs of linear warm-up")

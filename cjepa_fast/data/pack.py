@@ -31,7 +31,8 @@ from cjepa_fast.data.locations import parquet_files
 from cjepa_fast.data.sources import ImageSet, Limits, open_images
 from cjepa_fast.runtime import files, run_lock
 from cjepa_fast.runtime.command_line import Parser
-from cjepa_fast.runtime.printable import printable, printable_lines
+from cjepa_fast.runtime.hardware import cores
+from cjepa_fast.runtime.printable import printable, printable_lines, say
 from cjepa_fast.telemetry.progress import shown_bar
 
 MANIFEST = "manifest.json"
@@ -154,7 +155,7 @@ def _pack_into(
         _write_text(out / "classes.txt", "".join(f"{name}\n" for name in images.class_names))
     left_out = list(images.skipped)
     with (
-        ThreadPoolExecutor(how.workers or os.cpu_count()) as pool,
+        ThreadPoolExecutor(how.workers or cores()) as pool,
         shown_bar(len(images), "packing") as bar,
     ):
         for k, first in enumerate(range(0, len(order), how.shard_size)):
@@ -229,7 +230,7 @@ def _prepared(
     images: ImageSet, chosen: list[int], pool, how: Packing
 ) -> Iterator[tuple[int, bytes, str]]:
     """(i, bytes, "") or (i, b"", why it is left out), in order, a bounded number at a time."""
-    ahead = IMAGES_A_TASK * max(2, os.cpu_count() or 1)
+    ahead = IMAGES_A_TASK * max(2, cores())
     for a in range(0, len(chosen), ahead):
         some = chosen[a : a + ahead]
         yield from pool.map(lambda i: _prepare(images, i, how), some)
@@ -319,7 +320,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             left_out = pack(folder, out, **given)
     except (ValueError, OSError) as error:
-        print(f"error: {printable_lines(error)}", file=sys.stderr)
+        say(f"error: {printable_lines(error)}", sys.stderr)
         return 2
     shards = len(list(Path(out).rglob("shard-*.tar")))
     print(f"{shards} shards in {printable(out)}; {len(left_out)} images left out")

@@ -36,6 +36,7 @@ from cjepa_fast.data import (
 )
 from cjepa_fast.data.headers import JPEG_END
 from cjepa_fast.data.left_out import tell
+from cjepa_fast.runtime.hardware import cores
 from cjepa_fast.runtime.printable import printable
 from cjepa_fast.runtime.watched import watched
 
@@ -365,7 +366,7 @@ def open_images(
     and OSError where the disk or the machine fails.
     """
     paths = [path] if isinstance(path, (str, os.PathLike)) else list(path)
-    workers = workers or min(32, 4 * (os.cpu_count() or 1))
+    workers = workers or min(32, 4 * cores())
     found = [locations.find(str(one), log) for one in paths]
     prefixes = _prefixes([location.root for location in found])
     parts: list[Part] = []

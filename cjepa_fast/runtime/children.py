@@ -10,8 +10,9 @@ import signal
 import threading
 import time
 
+from cjepa_fast.runtime import launchers
+
 PARENT = "CJEPA_PARENT"  # the process that starts others
-LAUNCHERS = ("TORCHELASTIC_RUN_ID", "LOCAL_SIZE")  # what torchrun and deepspeed set
 LOOK_S = 1.0
 
 
@@ -24,10 +25,22 @@ def environment(**own: str) -> dict[str, str]:
 def end_with_parent() -> None:
     """From now on, once the parent is gone this process gets a SIGTERM, which a training takes as
     a request to save and stop. Of no effect where a shell or a batch system is the parent."""
-    parent = os.getppid()
-    started_here = os.environ.get(PARENT) == str(parent)
-    if started_here or any(name in os.environ for name in LAUNCHERS):
-        threading.Thread(target=_watch, args=(parent,), name="parent", daemon=True).start()
+    parent, told = os.getppid(), os.environ.get(PARENT, "")
+    if told.isdecimal() and not _runs(int(told)):
+        parent = int(told)  # it ended while this process imported its modules
+    elif told != str(parent) and not (launchers.by_torchrun() or launchers.by_deepspeed()):
+        return
+    threading.Thread(target=_watch, args=(parent,), name="parent", daemon=True).start()
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
 
 
 def _watch(parent: int) -> None:

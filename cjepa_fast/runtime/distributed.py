@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from cjepa_fast.runtime import caches, children, files, hardware
+from cjepa_fast.runtime.printable import say
 
 T = TypeVar("T")
 PIECE_ROWS = 4096  # of a large tensor, passed on at a time
@@ -43,14 +44,15 @@ def start(seed: int, timeout_s: float = 0) -> torch.device:
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if not cuda and torch.cuda.is_available():
         why = hardware.gpu_problem(local_rank)
-        print(f"WARNING: rank {local_rank} here is on the CPU, since {why}", file=sys.stderr)
+        say(f"WARNING: rank {local_rank} here is on the CPU, since {why}", sys.stderr)
     elif unseen := hardware.unseen_gpus():
-        print(f"WARNING: rank {local_rank} here is on the CPU, since {unseen}", file=sys.stderr)
+        say(f"WARNING: rank {local_rank} here is on the CPU, since {unseen}", sys.stderr)
     if cuda:
         torch.cuda.set_device(device)
         grow_memory_in_place(device)
     else:
         keep_freed_memory()
+    few_threads()
     _group_options["timeout"] = timedelta(seconds=timeout_s) if timeout_s else LONG_WAIT
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         deepspeed()
@@ -75,7 +77,7 @@ def grow_memory_in_place(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     except RuntimeError as error:
         tell("expandable_segments:False")
-        print(f"memory is not grown in place: {str(error).splitlines()[0]}", file=sys.stderr)
+        say(f"memory is not grown in place: {str(error).splitlines()[0]}", sys.stderr)
 
 
 def keep_freed_memory() -> None:
@@ -88,6 +90,13 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(mmap_threshold, most)
         mallopt(trim_threshold, 2**31 - 1)
+
+
+def few_threads() -> None:
+    """No more of torch's than cores, where the user has not said how many: torch counts cores that
+    a container's quota leaves no time on, and its threads then wait for each other."""
+    if "OMP_NUM_THREADS" not in os.environ and hardware.cores() < torch.get_num_threads():
+        torch.set_num_threads(hardware.cores())
 
 
 def leave_group() -> None:

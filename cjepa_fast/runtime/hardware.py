@@ -16,13 +16,18 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from cjepa_fast.runtime import cgroups
+from cjepa_fast.runtime.printable import say
+
 PRECISIONS = ("fp32", "bf16")  # the lower first: what fewer machines multiply comes last
 OLDEST_BF16 = (8, 0)  # compute capability of GPUs that multiply bf16
 OLDEST_FP8 = (8, 9)
-# Tiers that oneDNN can be told to stop at (ONEDNN_MAX_CPU_ISA), below the first with bf16 matmuls.
+# Tiers that oneDNN can be told to stop at (ONEDNN_MAX_CPU_ISA): below the first with bf16 matmuls,
+# and from there on.
 WITHOUT_BF16 = (
     "SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI",
 )  # fmt: skip
+WITH_BF16 = ("AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX10_1_512", "AVX512_CORE_AMX")
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # of /proc/cpuinfo; the last is ARM's
 
 
@@ -50,10 +55,11 @@ def processor_name() -> str:
 
 
 def cores() -> int:
-    """Those that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # Linux
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Those that this process may use: by its affinity, and by the time that a container allows."""
+    on_linux = hasattr(os, "sched_getaffinity")
+    found = len(os.sched_getaffinity(0)) if on_linux else os.cpu_count() or 1
+    quota = cgroups.cpu_quota()
+    return found if quota is None else max(1, min(found, int(quota)))
 
 
 def _cpuinfo(*keys: str) -> list[str]:
@@ -79,8 +85,7 @@ def onednn_limit() -> str:
 
 def tier() -> str:
     """The instructions that matmuls use here, as "AVX2" or "AVX-512 bf16"."""
-    flags, limit = cpu_flags(), onednn_limit()
-    order = ("SSE41", "AVX2", "AVX512_CORE", "AVX512_CORE_BF16", "AVX512_CORE_AMX")
+    flags, limit, order = cpu_flags(), onednn_limit(), (*WITHOUT_BF16, *WITH_BF16)
     has = {
         "SSE41": True,
         "AVX2": "avx2" in flags,
@@ -91,7 +96,7 @@ def tier() -> str:
     if not flags & {"sse4_1", "avx2"}:
         return f"{platform.machine()}{' bf16' if 'bf16' in flags else ''}"
     allowed = order[: order.index(limit) + 1] if limit in order else order
-    return [name for name in allowed if has[name]][-1]
+    return [name for name in allowed if has.get(name)][-1]
 
 
 @functools.cache
@@ -282,4 +287,4 @@ def told_precision(precision: str, device: torch.device, resumed: bool) -> str:
 def warn_of_slow_bf16(device: torch.device, key: str) -> None:
     """One line to stderr where bf16, asked for by `key`, is slow here."""
     if warning := slow_precision("bf16", device):
-        print(f"WARNING: {key}: {warning}", file=sys.stderr)
+        say(f"WARNING: {key}: {warning}", sys.stderr)

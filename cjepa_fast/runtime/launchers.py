@@ -6,6 +6,26 @@ import sys
 from pathlib import Path
 
 MEETING_POINT = ("MASTER_ADDR", "MASTER_PORT")
+SLURM_TASK = "CJEPA_SLURM_TASK"  # set by scripts/slurm_task.sh
+
+
+def by_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def by_deepspeed() -> bool:
+    return "LOCAL_SIZE" in os.environ and not by_torchrun()
+
+
+def by_srun() -> bool:
+    """Through scripts/slurm_task.sh; SLURM's own variables are in a shell of its job too."""
+    return SLURM_TASK in os.environ and not by_torchrun() and not by_deepspeed()
+
+
+def ranks_here() -> int:
+    """On this node: as torchrun, slurm_task.sh or deepspeed says."""
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
+    return next((int(os.environ[name]) for name in names if name in os.environ), 1)
 
 
 def launcher() -> list[str]:
@@ -14,15 +34,15 @@ def launcher() -> list[str]:
     In capitals stands what no environment tells: the deepspeed launcher's hostfile, and the rank of
     each node where a torchrun is started.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if by_torchrun():
         nodes = os.environ["GROUP_WORLD_SIZE"]
         command = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"]
         joined = [f"--nnodes={nodes}", "--node_rank=NODE_RANK"]
-    elif "LOCAL_SIZE" in os.environ:
+    elif by_deepspeed():
         nodes = os.environ.get("CROSS_SIZE", "1")
         command = ["deepspeed", "--num_gpus", os.environ["LOCAL_SIZE"]]
         joined = [f"--num_nodes={nodes}", "--hostfile=HOSTFILE"]
-    elif _by_srun():
+    elif by_srun():
         return ["srun", *_slurm_sizes(), "scripts/slurm_task.sh", "python"]
     else:
         return ["python"]
@@ -37,7 +57,7 @@ def resume_command() -> str:
     while "--resume" in kept:
         at = kept.index("--resume")
         del kept[at : at + 2]
-    if _by_srun():  # the batch script itself says --resume auto
+    if by_srun():  # the batch script itself says --resume auto
         return shlex.join(["sbatch", *_slurm_sizes(), "scripts/train.sbatch", *kept])
     return shlex.join([*launcher(), *_program(), *kept, "--resume", "auto"])
 
@@ -47,12 +67,6 @@ def _program() -> list[str]:
     if Path("cjepa_fast/train.py").is_file():
         return ["cjepa_fast/train.py"]
     return ["--module" if launcher()[0] == "deepspeed" else "-m", "cjepa_fast.train"]
-
-
-def _by_srun() -> bool:
-    """Whether scripts/slurm_task.sh numbered this process: a shell inside a job has no RANK."""
-    by_another = "TORCHELASTIC_RUN_ID" in os.environ or "LOCAL_SIZE" in os.environ
-    return {"RANK", "SLURM_PROCID"} <= os.environ.keys() and not by_another
 
 
 def _slurm_sizes() -> list[str]:

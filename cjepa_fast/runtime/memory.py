@@ -11,7 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-CGROUP = Path("/sys/fs/cgroup")  # of this process's container
+from cjepa_fast.runtime.cgroups import folders
+
+# In a cgroup's folder, of version 2 and of 1: limit, use, its parts and how their names begin.
+CGROUP_FILES = (
+    ("memory.max", "memory.current", "memory.stat", ""),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat", "total_"),
+)
 
 
 class SavedActivations:
@@ -90,15 +96,16 @@ def _file_cache(stat: Path, prefix: str) -> int:
 
 
 def _free_of_container() -> int | None:
-    """By cgroup version 2, else 1; None without a limit. What files have been read into memory
-    counts as used there, and is given up where it is wanted."""
-    names = (("memory.max", "memory.current", "memory.stat", ""),)
-    old = "memory/memory"
-    names += ((f"{old}.limit_in_bytes", f"{old}.usage_in_bytes", f"{old}.stat", "total_"),)
-    for limit, used, parts, prefix in names:
-        try:
-            most, now = (int((CGROUP / name).read_text("utf-8")) for name in (limit, used))
-            return min(most, max(0, most - now + _file_cache(CGROUP / parts, prefix)))
-        except (OSError, ValueError):  # another version, or "max"
-            continue
-    return None
+    """What the tightest of this process's cgroups leaves; None without a limit."""
+    found = [_free_in(folder, *names) for folder in folders("memory") for names in CGROUP_FILES]
+    return min((size for size in found if size is not None), default=None)
+
+
+def _free_in(folder: Path, limit: str, used: str, stat: str, prefix: str) -> int | None:
+    """What files have been read into memory counts as used there, and is given up where it is
+    wanted."""
+    try:
+        most, now = (int((folder / name).read_text("utf-8")) for name in (limit, used))
+    except (OSError, ValueError):  # of another version, or "max"
+        return None
+    return min(most, max(0, most - now + _file_cache(folder / stat, prefix)))

@@ -9,6 +9,8 @@ import torch
 from cjepa_fast.runtime import hardware
 from cjepa_fast.runtime.distributed import world_size
 
+GIT_S = 10  # it looks at every file, perhaps on a network disk
+
 
 def own_commit() -> str | None:
     """The commit of the code, where it lies in its own git tree; "+changes" where files differ.
@@ -20,19 +22,21 @@ def own_commit() -> str | None:
     root = Path(__file__).resolve().parents[2]
     if not (root / "setup.py").is_file():  # installed, perhaps within another project's tree
         return None
-    git = ["git", "-C", str(root)]
+    head, changes = _git(root, "rev-parse", "HEAD"), _git(root, "status", "--porcelain")
+    if not head:
+        return None
+    return head + ("" if changes == "" else "+changes")
+
+
+def _git(root: Path, *words: str) -> str | None:
+    """What git says, None where there is none, or a disk does not answer. It takes no lock, which a
+    commit of the user's would meet."""
+    command = ["git", "--no-optional-locks", "-C", str(root), *words]
+    how = {"encoding": "utf-8", "errors": "replace", "timeout": GIT_S}
     try:
-        head = subprocess.run(
-            [*git, "rev-parse", "HEAD"], capture_output=True, encoding="utf-8", errors="replace"
-        )
-        changes = subprocess.run(
-            [*git, "status", "--porcelain"], capture_output=True, encoding="utf-8", errors="replace"
-        )
-    except FileNotFoundError:  # no git here
+        return subprocess.run(command, capture_output=True, check=True, **how).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
         return None
-    if head.returncode:
-        return None
-    return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
 
 
 def machine(device: torch.device) -> str:

@@ -6,13 +6,12 @@ computes nothing. data.batch_size stays: a step takes more micro-batches.
 """
 
 import math
-import os
 
 import torch
 
 from cjepa_fast import config as configuration
 from cjepa_fast.config import Config
-from cjepa_fast.runtime import distributed, memory
+from cjepa_fast.runtime import distributed, launchers, memory
 from cjepa_fast.runtime.image_size import patch_grid
 from cjepa_fast.training.build import (
     build_networks,
@@ -31,23 +30,27 @@ PARAMETER_BYTES = 40
 COUNTED = 2  # images on the meta device
 
 
-def fitted(config: Config, device: torch.device, saved: Config | None) -> Config:
+def fitted(
+    config: Config, device: torch.device, saved: Config | None, accepted: bool = False
+) -> Config:
     """The configuration with data.micro_batch_size cut to what fits, on a CPU; the same on all
-    ranks. saved: of the checkpoint that is resumed from, whose cut stays, since the
-    regulariser's statistics are of a micro-batch; for the same reason nothing is cut that was
-    not. config: its run.precision resolved."""
+    ranks. saved: of the checkpoint that is resumed from: where there is a regulariser, whose
+    statistics are of a micro-batch, its cut stays unless changes are accepted, and nothing is
+    cut that was not. config: its run.precision resolved."""
     if device.type != "cpu":
         return config
     asked, world_size = config.data.micro_batch_size, distributed.world_size()
-    if saved and saved.data.micro_batch_size < asked:
-        return _with(config, saved.data.micro_batch_size)
     if saved and config.loss.regularised_by.beta > 0:
-        return config
+        begun = saved.data.micro_batch_size
+        if begun >= asked:
+            return config
+        if not accepted:
+            return _with(config, begun)
     fits = min(distributed.from_all(most_images(config)))
     times = configuration.micro_batches(config.data.batch_size, world_size, asked)
     if times[0] <= fits:
         return config
-    smallest = 2 if config.loss.regularised_by.beta > 0 and world_size == 1 else 1
+    smallest = config.loss.smallest_micro_batch(world_size)
     images, _ = configuration.micro_batches(config.data.batch_size, world_size, max(fits, smallest))
     return _with(config, max(images, min(smallest, times[0])))
 
@@ -62,7 +65,7 @@ def most_images(config: Config) -> int:
     free, asked = memory.free_bytes(), config.data.micro_batch_size
     if free is None:
         return asked
-    room = SHARE * free / _ranks_here()
+    room = SHARE * free / launchers.ranks_here()
     fixed, image = at_most(config)
     if fixed + asked * image <= room:
         return asked
@@ -102,21 +105,18 @@ def needed(config: Config) -> tuple[float, float]:
     return float(PARAMETER_BYTES * trained), MOMENTARY * saved.bytes / COUNTED
 
 
-def _ranks_here() -> int:
-    """On this node: as torchrun or deepspeed says."""
-    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
-    return next((int(os.environ[n]) for n in names if n in os.environ), 1)
-
-
-def told(asked: Config, config: Config) -> list[str]:
-    """What the user must know of a cut, one line each; asked: the configuration before it."""
+def told(asked: Config, config: Config, begun: int | None = None) -> list[str]:
+    """What the user must know of a cut, one line each; asked: the configuration before it; begun:
+    the micro-batch of the checkpoint that is resumed from."""
     before, now = asked.data.micro_batch_size, config.data.micro_batch_size
     if now >= before:
         return []
     free = (memory.free_bytes() or 0) / 2**30
+    memory_cut = f"for this machine's memory ({free:.0f} GiB free)"
+    why = "as the run began" if now == begun else memory_cut
     lines = [
-        f"micro-batch: {now} images instead of {before}, for this machine's memory ({free:.0f} GiB "
-        f"free); a step still takes {config.data.batch_size} images"
+        f"micro-batch: {now} images instead of {before}, {why}; a step still takes "
+        f"{config.data.batch_size} images"
     ]
     fixed = needed(config)[0] / 2**30
     if fixed > free:

@@ -66,10 +66,9 @@ def _memory_advice(error: Exception, session: Session) -> str:
     ranks = int(os.environ.get("WORLD_SIZE", "1"))  # their group has been left
     micro_batch, _ = config.data.micro_batches(ranks)
     resumed = not options.dry_run and checkpoint.latest(session.folder) is not None
-    regularised = config.loss.regularised_by.beta > 0
-    smallest = 2 if regularised and ranks == 1 else 1
-    if resumed and regularised:  # its statistics are of a micro-batch: smaller, another training
-        smallest = micro_batch
+    smallest = config.loss.smallest_micro_batch(ranks)
+    if resumed and config.loss.regularised_by.beta > 0:
+        smallest = micro_batch  # of fewer the statistics are others: another training
     advice = oom.advice(
         error,
         rank=int(os.environ.get("RANK", "0")),

@@ -111,13 +111,15 @@ def begin(
     """
     asked = session.config
     ending.callback(distributed.leave_group)
+    configuration.refuse_unset(asked)
     with input_errors():
         device = distributed.start(asked.run.seed, watchdog.START * asked.run.timeout_s)
         session.watchdog = ending.enter_context(watchdog_of(session))
         ending.callback(run_lock.release)
         trainer, loader, state = _built(session, device)
         ending.callback(loader.close)
-        told = trainer.started_from + cpu_micro_batch.told(asked, session.config)
+        begun = state["config"]["data"]["micro_batch_size"] if state else None
+        told = trainer.started_from + cpu_micro_batch.told(asked, session.config, begun)
         told += _told_resolved(asked, session.config, loader.steps_per_epoch)
         return trainer, loader, state, told
 
@@ -125,6 +127,10 @@ def begin(
 def _told_resolved(asked: Config, config: Config, steps_per_epoch: int) -> Iterator[str]:
     """What followed from the batch and the number of images."""
     if line := configuration.told_rate(config):
+        yield line
+    if line := configuration.told_start(config):
+        yield line
+    if line := configuration.told_micro_batch(config, distributed.world_size()):
         yield line
     if asked.run.epochs == "auto":
         yield configuration.told_epochs(config.run.epochs, steps_per_epoch)
@@ -149,7 +155,7 @@ def _built(session: Session, device: torch.device) -> tuple[Trainer, Loader, dic
         config = configuration.as_begun(config, state["config"])
     config = with_precision(config, device)
     saved = configuration.validate(state["config"]) if state else None
-    config = session.config = cpu_micro_batch.fitted(config, device, saved)
+    config = session.config = cpu_micro_batch.fitted(config, device, saved, options.accept_changes)
     # A resume may still be refused: until then the run's own file stays as it is.
     left_out = None if options.dry_run or state else run / left_out_images.FILE
     session.watchdog.mark(watchdog.INDEXING)
@@ -268,6 +274,7 @@ def open_telemetry(
         loader.skipped.log = telemetry.message if rank == 0 else say
         failed = left_out_images.of_rank(run / left_out_images.FILE, rank)
         lines = Lines(loader.skipped.log, failed)
+        ending.callback(lines.close)
         loader.skipped.record = lambda row: lines.write(row | left_out_images.WHILE_TRAINING)
         _note_warnings(loader, telemetry, run)
         if rank == 0:

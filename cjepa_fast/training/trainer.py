@@ -37,7 +37,7 @@ FEATURE_ROWS = 1024  # pooled target features that RankMe and the per-dimension 
 
 
 class Trainer:
-    """One training: the networks under DeepSpeed, the target encoder, and the step."""
+    """One training: the networks under their engine, the target encoder, and the step."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class Trainer:
         self.image_count = image_count
         self.total_steps = config.run.epochs * steps_per_epoch
         self.micro_batch, self.accumulation = config.data.micro_batches(distributed.world_size())
-        if self.micro_batch * distributed.world_size() < 2 and config.loss.regularised_by.beta > 0:
+        if self.micro_batch < config.loss.smallest_micro_batch(distributed.world_size()):
             statistics = {"vicreg": "VICReg's variance", "sigreg": "SIGReg's statistic"}
             raise ConfigError(
                 f"data.batch_size or data.micro_batch_size = 1: "
@@ -222,11 +222,12 @@ class Trainer:
     def details(self, index: int, skipped_steps: int, skipped_images: int) -> dict:
         """What is logged of a single step, at the end of a telemetry interval.
 
-        RankMe grows with the images it is taken of: it is NaN soon after a resume, of too few.
+        RankMe grows with the images it is taken of: it is NaN after a start until there are
+        FEATURE_ROWS, or all of a run that has fewer.
         """
         lr, weight_decay, momentum = self.schedules(index)
         stats = representation_stats(torch.cat(list(self.features)))
-        whole = min(self.features.maxlen, (index + 1) * self.accumulation)
+        whole = min(self.features.maxlen, self.total_steps * self.accumulation)
         if len(self.features) < whole:
             stats["rankme"] = math.nan
         return {

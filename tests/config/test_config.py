@@ -3,8 +3,11 @@
 import functools
 import json
 import math
+import os
 import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -394,10 +397,66 @@ def test_the_run_folder_bears_the_files_name(write):
     assert load("lr0.5").run.dir == "x/lr0.5/y"
 
 
+def test_values_from_python_are_taken_as_json_has_them():
+    over = {
+        "data.path": [Path("/a"), "b"], "run.dir": Path("/runs/x"), "run.epochs": np.int64(3),
+        "optim.lr": np.float32(0.5), "optim.betas": (0.5, torch.tensor(0.25)),
+        "data.flip": np.bool_(True),
+    }  # fmt: skip
+    made = configuration.of("demo", over | {"optim.warmup_epochs": 1})
+    assert (made.data.path, made.run.dir, made.run.epochs) == (("/a", "b"), "/runs/x", 3)
+    assert (made.optim.lr, made.optim.betas, made.data.flip) == (0.5, (0.5, 0.25), True)
+
+
+@pytest.mark.parametrize("value", [object(), b"x", np.ones(3), {"a", "b"}])
+def test_a_value_that_json_has_none_of_is_named(value):
+    with pytest.raises(ConfigError, match=r"^data.path = .*: of type \w+; give a number, a text"):
+        configuration.of("demo", {"data.path": value})
+
+
+def test_a_configuration_with_a_rate_by_the_batch_alone_can_be_laid_over():
+    given = Config(optim={"lr_per_256": 1e-3})
+    assert configuration.of(given, {"data.batch_size": 512}).optim.lr == pytest.approx(2e-3)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path):
+    (tmp_path / "marked.json").write_text('{"run": {"epochs": 77}}', encoding="utf-8-sig")
+    assert load(str(tmp_path / "marked.json"), ["optim.warmup_epochs=1"]).run.epochs == 77
+
+
+def test_a_number_for_a_text_and_bytes_that_are_no_text_name_the_way_out():
+    assert "--set 'run.dir=\"20240501\"'" in refusal("run.dir=20240501")
+    assert load("demo.json", ['run.dir="20240501"']).run.dir == "20240501"
+    said = refusal(f"data.path={os.fsdecode(b'caf' + bytes([233]))}")
+    assert said.startswith("data.path = caf\\xe9: has bytes that are no UTF-8")
+
+
 def test_paths_expand(monkeypatch):
     monkeypatch.setenv("IMAGES", "/images")
     monkeypatch.setenv("HOME", "/home/me")
     assert configuration.expanded("~/$IMAGES/${IMAGES}") == "/home/me//images//images"
+
+
+@pytest.mark.parametrize("key", ["run.dir", "data.path", "eval.online.test"])
+@pytest.mark.parametrize(
+    ("path", "named"),
+    [("$NO_SUCH/x", "$NO_SUCH: this variable"), ("a/${NO_SUCH}", "${NO_SUCH}: this variable"),
+     ("~no_such_user_here/x", "~no_such_user_here: no such user")],
+)  # fmt: skip
+def test_what_stays_in_a_path_is_refused(key, path, named, monkeypatch):
+    monkeypatch.delenv("NO_SUCH", raising=False)
+    config = configuration.of({}, {key: path})  # it can be read
+    with pytest.raises(ConfigError) as refused:
+        configuration.refuse_unset(config)
+    assert str(refused.value).startswith(f'{key} = "{path}": {named}')
+
+
+def test_a_path_that_is_there_under_such_a_name_is_taken(tmp_path, monkeypatch):
+    monkeypatch.delenv("NO_SUCH", raising=False)
+    (tmp_path / "$NO_SUCH").mkdir()
+    configuration.refuse_unset(configuration.of({}, {"data.path": [str(tmp_path / "$NO_SUCH")]}))
+    with pytest.raises(ConfigError):
+        configuration.refuse_unset(configuration.of({}, {"data.path": ["x", "$NO_SUCH"]}))
 
 
 # --- micro-batches
@@ -419,10 +478,33 @@ def test_micro_batches_of_known_runs():
     assert micro_batches(2046, 3, 128) == (62, 11)  # 682 = 2 * 11 * 31
 
 
-@pytest.mark.parametrize(("batch", "world", "near"), [(2048, 3, 2046), (2, 3, 3), (64, 7, 63)])
+@pytest.mark.parametrize(("batch", "world", "near"), [(2048, 3, 2040), (2, 3, 3), (64, 7, 56)])
 def test_a_batch_that_does_not_divide(batch, world, near):
     with pytest.raises(ConfigError, match=rf"data.batch_size = {batch}: .* {world} .* {near}$"):
         micro_batches(batch, world, 8)
+
+
+def test_shares_that_divide_into_small_micro_batches_alone_are_told():
+    def told(batch: int, ranks: int, limit: int = 128) -> str | None:
+        data = {"batch_size": batch, "micro_batch_size": limit}
+        return configuration.told_micro_batch(configuration.validate({"data": data}), ranks)
+
+    line = told(2045, 5)  # 409 is a prime
+    assert line.startswith("WARNING: micro-batches of 1: the 409 images a rank takes of data.")
+    assert line.endswith(
+        "divide into no larger ones of at most 128; data.batch_size=1920 gives 128"
+    )
+    assert "micro-batches of 62" in told(2046, 3)  # 682 = 2 * 11 * 31
+    assert told(1920, 5) is told(2010, 5) is told(2046, 1, 1000) is told(2, 1) is None
+
+
+@pytest.mark.parametrize(("start_lr", "warmup", "told"), [(2e-3, 5, True), (2e-3, 0, False),
+                                                         (1e-3, 5, False)])  # fmt: skip
+def test_a_warm_up_that_falls_is_told_and_not_refused(start_lr, warmup, told):
+    optim = {"lr": 1e-3, "start_lr": start_lr, "warmup_epochs": warmup}
+    line = configuration.told_start(configuration.validate({"optim": optim}))
+    assert (line is not None) == told
+    assert not told or line.startswith("WARNING: optim.start_lr = 0.002 is above optim.lr = 0.001")
 
 
 # --- what is shipped

@@ -49,6 +49,14 @@ def test_a_child_ends_with_its_parent(number):
     assert not alive(child)
 
 
+def test_a_child_whose_parent_ended_while_it_imported_ends_too():
+    parent = subprocess.Popen(["true"])
+    parent.wait()
+    own = tiny.environment() | {"CJEPA_PARENT": str(parent.pid)}
+    done = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, env=own, timeout=500)
+    assert done.returncode == -signal.SIGTERM
+
+
 def test_where_a_shell_is_the_parent_nothing_is_watched():
     """`nohup cjepa-train ... &` outlives its shell."""
     code = f"import threading\n{CHILD.replace('time.sleep(600)', 'print(threading.enumerate())')}"

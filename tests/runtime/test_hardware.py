@@ -12,7 +12,7 @@ import torch
 
 from cjepa_fast import checkpoint
 from cjepa_fast import config as configuration
-from cjepa_fast.runtime import distributed, hardware, provenance
+from cjepa_fast.runtime import cgroups, distributed, hardware, provenance
 from cjepa_fast.training import build
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -47,6 +47,10 @@ def flags(monkeypatch):
         (AVX512 | {"avx512_bf16", "amx_bf16"}, "", "AVX512_CORE_AMX", "bf16"),
         (AVX512 | {"amx_bf16"}, "AVX512_CORE", "AVX512_CORE", "fp32"),
         (AVX512 | {"avx512_bf16"}, "avx2", "AVX2", "fp32"),
+        (AVX512 | {"avx512_bf16"}, "AVX2_VNNI", "AVX2", "fp32"),
+        (AVX512 | {"avx512_bf16"}, "AVX512_CORE_VNNI", "AVX512_CORE", "fp32"),
+        (AVX512 | {"avx512_bf16", "amx_bf16"}, "AVX512_CORE_FP16", "AVX512_CORE_BF16", "bf16"),
+        (AVX512 | {"avx512_bf16", "amx_bf16"}, "DEFAULT", "AVX512_CORE_AMX", "bf16"),
         (AVX512 | {"avx512_bf16"}, "AVX512_CORE_BF16", "AVX512_CORE_BF16", "bf16"),
     ],
 )
@@ -220,3 +224,68 @@ def test_memory_is_grown_in_place_where_the_machine_can(monkeypatch, capsys, ref
 def test_a_copy_without_git_is_told_its_commit(monkeypatch):
     monkeypatch.setenv("CJEPA_COMMIT", "abc123")
     assert provenance.own_commit() == "abc123"
+
+
+def test_a_git_that_does_not_answer_is_not_waited_for(monkeypatch):
+    asked = []
+
+    def run(command, timeout, **_):
+        asked.append(command)
+        if "status" in command:
+            raise subprocess.TimeoutExpired(command, timeout)
+        return types.SimpleNamespace(stdout="abc\n")
+
+    monkeypatch.delenv("CJEPA_COMMIT", raising=False)
+    monkeypatch.setattr(provenance.subprocess, "run", run)
+    assert provenance.own_commit() == "abc+changes"  # perhaps
+    assert all("--no-optional-locks" in command for command in asked)
+    monkeypatch.setattr(provenance, "_git", lambda *_: None)
+    assert provenance.own_commit() is None
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({"cpu.max": "200000 100000"}, 2),
+        ({"cpu.max": "50000 100000"}, 1),
+        ({"cpu.max": "max 100000"}, 6),
+        ({"cpu.max": "900000 100000"}, 6),
+        ({"cpu/cpu.cfs_quota_us": "350000", "cpu/cpu.cfs_period_us": "100000"}, 3),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 6),
+        ({}, 6),
+    ],
+)
+def test_a_containers_share_of_the_cores_counts(tmp_path, monkeypatch, files, cores):
+    monkeypatch.setattr(cgroups, "ROOT", tmp_path)
+    monkeypatch.setattr(cgroups, "OWN", tmp_path / "none")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"{text}\n")
+    assert hardware.cores() == cores
+
+
+@pytest.mark.parametrize(("said", "threads"), [(None, 2), ("4", 4)])
+def test_torch_takes_no_more_threads_than_cores_unless_told(monkeypatch, said, threads):
+    taken = [4]
+    monkeypatch.setattr(hardware, "cores", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: taken[-1])
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if said:
+        monkeypatch.setenv("OMP_NUM_THREADS", said)
+    distributed.few_threads()
+    distributed.few_threads()
+    assert taken[-1] == threads and len(taken) <= 2
+
+
+def test_on_a_processor_of_no_known_tier_nothing_is_imitated(tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho aarch64 bf16\n")
+    python.chmod(0o755)
+    done = subprocess.run(
+        ["bash", tiny.ROOT / "scripts" / "tiers.sh", "--no-tests"],
+        env={**os.environ, "PYTHON": str(python)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == "aarch64 bf16 is not among the tiers of x86: nothing is imitated\n"

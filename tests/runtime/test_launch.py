@@ -34,7 +34,8 @@ while args[0].startswith("--"):
     del args[0]
 nodes, tasks = os.environ["NODES"], int(os.environ["TASKS"])
 each = tasks // len(nodes.split(","))
-step = {"SLURM_NTASKS": str(tasks), "SLURM_STEP_NODELIST": nodes}
+step = {"SLURM_NTASKS": str(tasks), "SLURM_STEP_NODELIST": nodes,
+        "SLURM_STEP_NUM_NODES": str(len(nodes.split(",")))}
 running = [
     subprocess.Popen(args, env=os.environ | step | {
         "SLURM_PROCID": str(task), "SLURM_LOCALID": str(task % each)})
@@ -133,15 +134,24 @@ def test_a_slurm_job_that_fails_is_not_requeued(cluster, tmp_path):
     assert not (tmp_path / "scontrol.log").exists()
 
 
+@pytest.mark.parametrize("option", [["--resume", "x"], ["--resume=x"]])
+def test_a_slurm_job_refuses_another_checkpoint_in_one_line(cluster, tmp_path, option):
+    job = submitted(tmp_path, cluster, "--config", "tiny.json", *option)
+    out, err = job.communicate(timeout=tiny.HANG_S)
+    assert job.returncode == 2 and out == "" and err.count("\n") == 1
+    assert err.startswith(f"error: {option[0]}: this script resumes by itself")
+
+
 def test_slurm_tasks_are_numbered_and_meet_on_the_first_node(cluster, tmp_path):
     cluster |= {"TASKS": "4", "NODES": "first,second"}
-    names = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]
+    names = ["RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]
     shown = f"import os; os.write(1, (' '.join(map(os.environ.get, {names})) + '\\n').encode())"
     command = ["srun", "--nodes=2", "scripts/slurm_task.sh", sys.executable, "-c", shown]
     done = subprocess.run(command, env=cluster, cwd=tmp_path, capture_output=True, text=True)
     ends = f"4 first {cluster['SLURM_JOB_ID']}"  # the port is of the job's number
     lines = sorted(done.stdout.splitlines())
-    assert lines == [f"0 0 {ends}", f"1 1 {ends}", f"2 0 {ends}", f"3 1 {ends}"], done.stderr
+    ranks = ["0 0 2", "1 1 2", "2 0 2", "3 1 2"]
+    assert lines == [f"{rank} {ends}" for rank in ranks], done.stderr
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in SCRIPTS.iterdir()))
@@ -184,16 +194,18 @@ TAIL = "cjepa_fast/train.py --config vit_h.json --resume auto"
             f"--master_port=29500 {TAIL}",
         ),
         (
-            {"RANK": "0", "SLURM_GPUS_PER_NODE": "8", **SLURM},
+            {"RANK": "0", "CJEPA_SLURM_TASK": "1", "SLURM_GPUS_PER_NODE": "8", **SLURM},
             "sbatch --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 scripts/train.sbatch "
             "--config vit_h.json",
         ),
         (SLURM, f"python {TAIL}"),  # a shell inside a job
+        ({"RANK": "0", "SLURM_PROCID": "0"}, f"python {TAIL}"),  # numbered by hand in one
     ],
 )
 def test_the_command_that_goes_on_is_of_the_launcher_that_started(monkeypatch, environment, told):
     known = {**MEETING, **TORCHRUN, **DEEPSPEED, **SLURM}
-    for name in [*known, "RANK", "GROUP_WORLD_SIZE", "CROSS_SIZE", "SLURM_GPUS_PER_NODE"]:
+    own = ("RANK", "CJEPA_SLURM_TASK", "GROUP_WORLD_SIZE", "CROSS_SIZE", "SLURM_GPUS_PER_NODE")
+    for name in [*known, *own]:
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

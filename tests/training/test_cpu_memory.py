@@ -4,8 +4,8 @@ import pytest
 import tiny
 import torch
 
-from cjepa_fast.config import load, validate
-from cjepa_fast.runtime import distributed, memory
+from cjepa_fast.config import load, of, validate
+from cjepa_fast.runtime import cgroups, distributed, memory
 from cjepa_fast.training import cpu_micro_batch
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -43,6 +43,10 @@ def test_a_gpu_is_left_to_its_own_messages(room):
     assert cpu_micro_batch.fitted(config, GPU, None) is config
 
 
+def without_regulariser(config):
+    return of(config, {"loss.vicreg.beta": 0.0})
+
+
 def test_a_resumed_run_keeps_its_cut(room):
     config = configured()
     room(config, 1000)
@@ -51,6 +55,19 @@ def test_a_resumed_run_keeps_its_cut(room):
         == 6
     )
     assert cpu_micro_batch.fitted(config, CPU, config) is config
+
+
+def test_a_resumed_run_may_take_larger_ones_where_that_is_accepted_or_changes_no_statistic(room):
+    config, begun = configured(), configured(micro_batch_size=6)
+    room(config, 1000)
+    assert cpu_micro_batch.fitted(config, CPU, begun, accepted=True) is config
+    plain = without_regulariser(config)
+    assert cpu_micro_batch.fitted(plain, CPU, without_regulariser(begun)) is plain
+    room(config, 10)
+    fits = cpu_micro_batch.fitted(config, CPU, begun, accepted=True)
+    assert fits.data.micro_batch_size == 8
+    assert "memory" in cpu_micro_batch.told(config, fits, begun=6)[0]
+    assert "6 images instead of 48, as the run began;" in cpu_micro_batch.told(config, begun, 6)[0]
 
 
 def test_all_ranks_take_the_smallest(room, monkeypatch):
@@ -89,7 +106,8 @@ def test_a_step_saves_no_more_than_is_counted():
 
 def test_a_containers_limit_counts(tmp_path, monkeypatch):
     whole = memory.free_bytes()
-    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    monkeypatch.setattr(cgroups, "ROOT", tmp_path)
+    monkeypatch.setattr(cgroups, "OWN", tmp_path / "none")
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.current").write_text("5\n")
     assert memory._free_of_container() is None
@@ -99,6 +117,33 @@ def test_a_containers_limit_counts(tmp_path, monkeypatch):
     assert memory.free_bytes() == 1_000_003  # files that were read can go
     (tmp_path / "memory.current").write_text("1\n")
     assert memory.free_bytes() == 1_000_005
+
+
+@pytest.mark.parametrize("hidden", ["", "/docker/abc"], ids=["whole", "in a container"])
+@pytest.mark.parametrize("tightest", ["job", "job/step", "job/step/task"])
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_limits_of_all_groups_around_a_process_count(
+    tmp_path, monkeypatch, version, tightest, hidden
+):
+    """As SLURM and systemd nest them. In a container without a namespace of its own the group's
+    path begins with what is hidden there."""
+    limit, used = {
+        1: ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+        2: ("memory.max", "memory.current"),
+    }[version]
+    mount = tmp_path / "memory" if version == 1 else tmp_path
+    for group in ("", "job", "job/step", "job/step/task", "job/other"):
+        (mount / group).mkdir(parents=True, exist_ok=True)
+        least = group == ("" if hidden else tightest)
+        (mount / group / limit).write_text(f"{1007 if least else 10**6}\n")
+        (mount / group / used).write_text("7\n")
+    (mount / "job/other" / limit).write_text("8\n")  # not around the process
+    own = tmp_path / "own"
+    names = "5:cpu,memory:" if version == 1 else "0::"
+    own.write_text(f"9:pids:/job/other\n{names}{hidden or '/job/step/task'}\n")
+    monkeypatch.setattr(cgroups, "ROOT", tmp_path)
+    monkeypatch.setattr(cgroups, "OWN", own)
+    assert memory.free_bytes() == 1000
 
 
 def test_what_was_saved_whole_is_not_cut(monkeypatch):

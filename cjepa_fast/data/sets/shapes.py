@@ -119,12 +119,13 @@ def _render_parallel(split: str, folder: Path) -> None:
     They are started as this module's own command: multiprocessing would import the caller's main
     module again in each (training's, with torch), or fork a process that has threads.
     """
+    from cjepa_fast.runtime.hardware import cores  # torch, which no renderer needs
+
     images = COUNTS[split]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     paths = [str(Path(__file__).resolve().parents[3]), os.environ.get("PYTHONPATH", "")]
     environment = children.environment(PYTHONPATH=os.pathsep.join(filter(None, paths)))
     command = [sys.executable, "-m", "cjepa_fast.data.sets.shapes", "--render", split, str(folder)]
-    count = min(cores or 1, -(-images // SHARD))
+    count = min(cores(), -(-images // SHARD))
     with contextlib.ExitStack() as stack:
         workers = []
         for first in range(count):
