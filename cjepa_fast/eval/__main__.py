@@ -12,7 +12,7 @@ from cjepa_fast.data.batches import ImagesGone
 from cjepa_fast.eval import cli
 from cjepa_fast.runtime import distributed, hardware
 from cjepa_fast.runtime.command_line import Parser
-from cjepa_fast.runtime.printable import printable_lines
+from cjepa_fast.runtime.printable import printable_lines, say
 
 TASKS = {  # by name: the module below cjepa_fast.eval, imported when it is asked for; help
     "all": ("all_tasks", "kNN, linear probes, signs of collapse and figures, in one table"),
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
             hardware.warn_of_slow_bf16(device, "--bf16")
         task.run(args)
     except (ValueError, OSError, ImagesGone) as error:  # the user's, without a traceback
-        print(f"error: {printable_lines(error)}", file=sys.stderr)
+        say(f"error: {printable_lines(error)}", sys.stderr)
         return 2
     finally:
         distributed.leave_group()

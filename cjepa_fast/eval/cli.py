@@ -29,7 +29,7 @@ from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime import caches, distributed, hardware
 from cjepa_fast.runtime.files import read_json, write_text
 from cjepa_fast.runtime.memory import free_bytes
-from cjepa_fast.runtime.printable import printable
+from cjepa_fast.runtime.printable import printable, say
 
 LABELLED = (
     "it needs a folder for each class, a .cls or .json for each image, or a file of labels "
@@ -212,10 +212,10 @@ def tell_other_limits(checkpoints: Sequence[str | Path], limits: Limits) -> None
         own = (limits_of(checkpoint) or LIMITS)._asdict()
         other = [f"{k} {v}" for k, v in own.items() if v != getattr(limits, k)]
         if other and distributed.rank() == 0:
-            print(
+            say(
                 f"{checkpoint} was trained with data.{', data.'.join(other)}: here its images are "
                 f"read as those of {checkpoints[0]}",
-                file=sys.stderr,
+                sys.stderr,
             )
 
 

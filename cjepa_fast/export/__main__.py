@@ -28,7 +28,7 @@ from cjepa_fast.export.origin import origin_of
 from cjepa_fast.runtime import caches
 from cjepa_fast.runtime.command_line import Parser
 from cjepa_fast.runtime.image_size import height_width
-from cjepa_fast.runtime.printable import printable_lines
+from cjepa_fast.runtime.printable import printable_lines, say
 from cjepa_fast.telemetry.progress import shown_clock
 
 CARD = "model_card.md"
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.push:
             print(f"pushed: {hub.push(args.out, args.push, CARD, args.public)}")
     except (ValueError, OSError) as problem:  # the user's input: said, without a traceback
-        print(f"error: {printable_lines(problem)}", file=sys.stderr)
+        say(f"error: {printable_lines(problem)}", sys.stderr)
         return 2
     return 0
 

@@ -5,6 +5,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from cjepa_fast.runtime.printable import say
+
 _found: set[Path] = set()  # that could be written to: asked once, not for each file of a large set
 
 
@@ -18,8 +20,9 @@ def root() -> Path:
 
     Other packages' caches then go there too, by their variables. So commands call it as they begin.
     """
-    wanted = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    if wanted in _found or _can_be_written_to(wanted):
+    wanted = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))
+    nobodys = wanted.parts[0].startswith("~")  # the user has no home: no folder of that name
+    if wanted in _found or (not nobodys and _can_be_written_to(wanted)):
         _found.add(wanted)
         return wanted
     own = Path(tempfile.gettempdir()) / f"cjepa_fast-{os.getuid()}"
@@ -27,7 +30,7 @@ def root() -> Path:
         own = Path(tempfile.mkdtemp(prefix="cjepa_fast-"))  # the name was somebody else's
     if os.environ.get("LOCAL_RANK", "0") == "0":
         said = f"{wanted} cannot be written to: caches go to {own}; XDG_CACHE_HOME names another"
-        print(said, file=sys.stderr)
+        say(said, sys.stderr)
     os.environ["XDG_CACHE_HOME"] = str(own)
     for variable in ("MPLCONFIGDIR", "TRITON_HOME", "TORCHINDUCTOR_CACHE_DIR"):
         os.environ.setdefault(variable, str(own / variable.lower()))

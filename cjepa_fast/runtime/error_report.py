@@ -41,9 +41,9 @@ def write(
     }
     text = "\n".join(f"{name}: {value}" for name, value in facts.items())
     trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    for folder in (*folders, Path(tempfile.gettempdir())):
-        path = folder / f"error_rank_{rank}.txt"
-        try:
+    for folder in (*folders, None):
+        try:  # tempfile looks for a folder that can be written to, and may find none
+            path = (folder or Path(tempfile.gettempdir())) / f"error_rank_{rank}.txt"
             path.write_text(f"{text}\n\n{trace}", encoding="utf-8")
             return path
         except OSError:

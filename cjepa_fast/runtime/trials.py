@@ -25,11 +25,23 @@ def remembered(facts: dict, decide: Callable[[], dict], otherwise: dict) -> dict
     file = caches.folder("trials") / f"{name}.json"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        if not file.exists():
+        if (found := _outcome(file)) is None:
             _write_first(file, {"facts": facts, "outcome": decide()})
-        return json_text.parse(file.read_text(encoding="utf-8"))["outcome"]
-    except (OSError, ValueError, LookupError, TypeError):
+            found = _outcome(file)
+        return otherwise if found is None else found
+    except OSError:
         return otherwise
+
+
+def _outcome(file: Path) -> dict | None:
+    """That on record; a record that a crash left empty or torn is removed."""
+    try:
+        return json_text.parse(file.read_text(encoding="utf-8"))["outcome"]
+    except FileNotFoundError:
+        return None
+    except (ValueError, LookupError, TypeError):
+        file.unlink(missing_ok=True)
+        return None
 
 
 def _write_first(file: Path, record: dict) -> None:

@@ -1,5 +1,7 @@
 """Caches: the user's folder, and the one instead where that cannot be written to."""
 
+import errno
+import io
 import os
 import subprocess
 import sys
@@ -8,7 +10,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from cjepa_fast.runtime import caches
+from cjepa_fast.runtime import caches, trials
 
 VARIABLES = ("XDG_CACHE_HOME", "MPLCONFIGDIR", "TRITON_HOME", "TORCHINDUCTOR_CACHE_DIR")
 
@@ -75,3 +77,44 @@ def test_training_needs_no_home(no_home, tmp_path):
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0 and "caches go to" in done.stderr, done.stderr
     assert any((no_home / f"cjepa_fast-{os.getuid()}" / "cjepa_fast" / "index").iterdir())
+
+
+def test_a_full_disk_beneath_stderr_ends_no_start(no_home, monkeypatch):
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, "the disk is full")
+
+    monkeypatch.setattr(sys, "stderr", Full())
+    assert caches.root() == no_home / f"cjepa_fast-{os.getuid()}"
+
+
+@pytest.mark.parametrize("named", ["XDG_CACHE_HOME", "HOME"])
+def test_no_folder_is_named_like_a_home_that_nobody_has(no_home, monkeypatch, named):
+    monkeypatch.chdir(no_home)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as without HOME and a user
+    if named == "XDG_CACHE_HOME":
+        monkeypatch.setenv(named, "~/mine")
+    assert caches.root() == no_home / f"cjepa_fast-{os.getuid()}"
+    assert not (no_home / "~").exists()
+
+
+def test_a_home_in_the_folder_s_name_is_put_in(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", "~/mine")
+    assert caches.root() == tmp_path / "mine"
+
+
+@pytest.mark.parametrize("left", ["", '{"facts": {}', "null", "{}"])
+def test_a_record_that_a_crash_left_is_replaced(tmp_path, monkeypatch, left):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    facts, tried = {"processor": "x"}, []
+
+    def decide():
+        tried.append(1)
+        return {"fastest": len(tried)}
+
+    assert trials.remembered(facts, decide, {}) == {"fastest": 1}
+    (record,) = (tmp_path / "cjepa_fast" / "trials").iterdir()
+    record.write_text(left)
+    for _ in range(2):
+        assert trials.remembered(facts, decide, {}) == {"fastest": 2}

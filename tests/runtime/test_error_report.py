@@ -111,3 +111,13 @@ def test_an_interrupt_before_the_first_step_is_a_word(tmp_path):
     )  # fmt: skip
     assert done.returncode == 128 + signal.SIGINT
     assert "stopped before the first step" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_where_no_folder_at_all_can_be_written_to_stderr_has_it(tmp_path, monkeypatch, capsys):
+    def none():
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr(error_report.tempfile, "gettempdir", none)
+    assert error_report.write(ValueError("lost"), [tmp_path], 0, {}) is not None
+    assert error_report.write(ValueError("lost"), [tmp_path / "nowhere"], 0, {}) is None
+    assert "ValueError: lost" in capsys.readouterr().err

@@ -5,6 +5,7 @@ import os
 import sys
 
 import pytest
+import tiny
 
 from cjepa_fast.runtime.printable import in_markdown, markdown_code, printable, printable_lines
 
@@ -43,3 +44,9 @@ def test_markdown_shows_it_as_text():
     assert in_markdown("# Owned\n<img onerror=x>|") == r"\# Owned\\n\<img onerror=x\>\|"
     assert in_markdown("[a](b) `c` **d** &lt;") == r"\[a\](b) \`c\` \*\*d\*\* \&lt;"
     assert markdown_code("a`<b>`\n") == "`a'<b>'\\n`"
+
+
+def test_what_goes_to_stderr_ends_no_command():
+    """A full disk beneath it: say() loses the line, print raises."""
+    files = (tiny.ROOT / "cjepa_fast").rglob("*.py")
+    assert not [path for path in files if "file=sys.stderr" in path.read_text(encoding="utf-8")]
