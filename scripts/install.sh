@@ -133,13 +133,15 @@ step() { # step WHAT COMMAND...: into the log; at a terminal, with a line that t
   what=$1
   shift
   began=$(date +%s)
+  columns=$(stty size 2>/dev/null </dev/tty | cut -d ' ' -f 2) || columns=
+  [ "${columns:-0}" -gt 1 ] || columns=80
   printf '\n$ %s\n' "$*" >>$log
   if ! [ -t 1 ]; then echo "$what"; fi
   running=yes
   "$python" -c "$begin" $lock $$ "$@" >>$log 2>&1 </dev/null &
   while kill -0 $! 2>/dev/null; do
     if [ -t 1 ]; then
-      printf '\r\033[K%.78s' "$what: $(($(date +%s) - began)) s. $(doing)"
+      printf "\r\033[K%.$((columns - 1))s" "$what: $(($(date +%s) - began)) s. $(doing)"
     fi
     sleep 1
   done

@@ -16,6 +16,7 @@ and the curves, in the folder of the ablation.
 
 import argparse
 import json
+import os
 import queue
 import re
 import signal
@@ -37,9 +38,9 @@ from cjepa_fast.eval.cli import positive, print_table
 from cjepa_fast.eval.figures import bands
 from cjepa_fast.eval.figures.curves import PANELS, at_start
 from cjepa_fast.eval.figures.style import STYLE, save
-from cjepa_fast.runtime import caches, children, json_text
+from cjepa_fast.runtime import caches, children, hardware, json_text
 from cjepa_fast.runtime.command_line import Parser
-from cjepa_fast.runtime.printable import in_markdown, printable_lines
+from cjepa_fast.runtime.printable import in_markdown, printable, printable_lines, say
 from cjepa_fast.telemetry import read_log
 
 TRAIN = Path(__file__).parents[1] / "train.py"
@@ -90,13 +91,15 @@ class Trial(NamedTuple):
 def read(name: str, overrides: Sequence[str] = (), base: str | None = None) -> Ablation:
     """An ablation's file, with every row's configuration checked. base: instead of the file's.
     Raises ConfigError."""
+    if named := [one for one in overrides if one.startswith("run.dir=")]:
+        raise ConfigError(f"--set {named[0]}: each training has a folder of its own, below --out")
     folder = configuration.configs_folder() / "ablations"
     found = [p for p in (Path(name), folder / name, folder / f"{name}.json") if p.is_file()]
     if not found:
         known = ", ".join(sorted(path.stem for path in folder.glob("*.json")))
         raise ConfigError(f"{name}: no such file here or in configs/ablations/, which has {known}")
     try:
-        values = json_text.parse(found[0].read_text(encoding="utf-8"))
+        values = json_text.parse(found[0].read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ConfigError(f"{found[0]}: not JSON: {error}") from None
     if not isinstance(values, dict) or values.keys() ^ KEYS:
@@ -104,6 +107,15 @@ def read(name: str, overrides: Sequence[str] = (), base: str | None = None) -> A
     for key, kind in (("base", str), ("set", dict), ("seeds", list), ("rows", dict)):
         if not isinstance(values[key], kind):
             raise ConfigError(f"{found[0]}: {key} = {values[key]!r}: see --help for what it is")
+    for seed in values["seeds"]:
+        if type(seed) is not int:
+            raise ConfigError(f"{found[0]}: seeds: {json.dumps(seed)} is no whole number")
+    for row, changes in values["rows"].items():
+        if not isinstance(changes, dict):
+            raise ConfigError(
+                f"{found[0]}, row {row!r}: {json.dumps(changes)} must be an object of keys, such "
+                'as {"optim.lr": 0.001}, or {} for the base as it is'
+            )
     shared = [f"{key}={json.dumps(value)}" for key, value in values["set"].items()]
     ablation = Ablation(
         found[0].stem, base or values["base"], tuple(values["seeds"]), values["rows"],
@@ -182,8 +194,7 @@ def train_all(
             running.add(process)
             status = process.wait()
             running.discard(process)
-            tell(trial, status, time.monotonic() - began)
-            return trial.finished
+            return tell(trial, status, time.monotonic() - began)
         finally:
             free.put(environment)
 
@@ -215,7 +226,11 @@ def start(ablation: Ablation, trial: Trial, environment: dict[str, str]) -> subp
         )
 
 
-def tell(trial: Trial, status: int, seconds: float) -> None:
+def tell(trial: Trial, status: int, seconds: float) -> bool:
+    """What came of it; returns whether it has ended with scores."""
+    if lost := without_scores(trial):
+        print(f"{trial.row}, seed {trial.seed}: failed: {printable(lost)}", flush=True)
+        return False
     if trial.finished:
         last = scores_of(trial)[-1]
         found = ", ".join(
@@ -226,6 +241,7 @@ def tell(trial: Trial, status: int, seconds: float) -> None:
         print(f"{trial.row}, seed {trial.seed}: {found} ({seconds / 60:.1f} min)", flush=True)
     elif status:
         print(f"{trial.row}, seed {trial.seed}: failed; see {trial.folder}/said.txt", flush=True)
+    return trial.finished
 
 
 def scores_of(trial: Trial) -> list[dict]:
@@ -236,6 +252,15 @@ def scores_of(trial: Trial) -> list[dict]:
             f"{trial.folder} to train it again"
         )
     return found
+
+
+def without_scores(trial: Trial) -> str:
+    """That a finished training has none, in words, else ""."""
+    try:
+        _ = trial.finished and scores_of(trial)
+    except (ValueError, OSError) as error:
+        return str(error)
+    return ""
 
 
 # --------------------------------------------------------------------------------------- results
@@ -358,8 +383,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def environments_of(args: argparse.Namespace) -> list[dict[str, str]]:
+    """One for each training at a time. Those that share a CPU share its cores."""
     if args.gpus is None:
-        return [{}] * args.parallel
+        told = args.parallel == 1 or "OMP_NUM_THREADS" in os.environ or hardware.has_gpu()
+        threads = max(1, hardware.cores() // args.parallel)
+        return [{} if told else {"OMP_NUM_THREADS": str(threads)}] * args.parallel
     if not re.fullmatch(r"\d+(,\d+)*", args.gpus):
         raise ConfigError(f"--gpus {args.gpus}: name them as 0,1,2")
     return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in args.gpus.split(",")]
@@ -375,7 +403,7 @@ def main(argv: list[str] | None = None) -> int:
         trials, status = trials_of(ablation, out), 0
         check_folders(ablation, trials)
     except ConfigError as error:
-        print(f"error: {printable_lines(error)}", file=sys.stderr)
+        say(f"error: {printable_lines(error)}", sys.stderr)
         return 2
     if not args.table:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -383,13 +411,17 @@ def main(argv: list[str] | None = None) -> int:
             status = 1 if train_all(ablation, trials, environments) else 0
         except KeyboardInterrupt:
             status = INTERRUPTED
+    for lost in filter(None, map(without_scores, trials)):
+        say(f"error: {printable(lost)}", sys.stderr)
+        status = status or 1
+    trials = [trial for trial in trials if not without_scores(trial)]
     if not any(trial.finished for trial in trials):
         print("no training is finished yet")
         return status or 1
     try:
         print(*results(ablation, trials, out), sep="\n")
     except (ValueError, OSError) as error:
-        print(f"error: {printable_lines(error)}", file=sys.stderr)
+        say(f"error: {printable_lines(error)}", sys.stderr)
         return 2
     return status
 

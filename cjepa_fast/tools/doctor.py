@@ -28,7 +28,7 @@ from cjepa_fast.data.decoders import VARIABLE
 from cjepa_fast.model import attention, attention_trial, cpu_linear
 from cjepa_fast.runtime import caches, children, hardware, memory, rates
 from cjepa_fast.runtime.command_line import Parser
-from cjepa_fast.runtime.printable import printable_lines
+from cjepa_fast.runtime.printable import printable_lines, say
 from cjepa_fast.runtime.provenance import own_commit
 from cjepa_fast.runtime.version import VERSION
 from cjepa_fast.training import build, cpu_micro_batch
@@ -374,9 +374,17 @@ def rate_lines(device: torch.device, seconds: float) -> Iterator[tuple[str, str]
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         if name == "bf16" and hardware.slow_precision("bf16", device):
             continue  # minutes, and a training multiplies in fp32 there
-        gflops = 1e3 * rates.measured_tflops(device, dtype, seconds)
-        yield f"matmul {name}", f"{gflops:,.0f} GFLOP/s"
-    yield "copy", f"{rates.measured_gb_per_s(device, seconds):,.0f} GB/s, read and written"
+        matmul = rates.measured_tflops, device, dtype, seconds
+        yield f"matmul {name}", _measured("GFLOP/s", 1e3, *matmul)
+    yield "copy", _measured("GB/s, read and written", 1, rates.measured_gb_per_s, device, seconds)
+
+
+def _measured(unit: str, times: float, measure: Callable[..., float], *args) -> str:
+    """A rate in its unit; a GPU may be full with another's work."""
+    try:
+        return f"{times * measure(*args):,.0f} {unit}"
+    except RuntimeError as error:
+        return f"not measured: {str(error).strip().splitlines()[0]}"
 
 
 def page(rows: Iterable[tuple[str, str]]) -> None:
@@ -421,7 +429,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return examine(configuration.load(args.config or "vit_s", args.overrides), args.fast)
     except ConfigError as error:
-        print(f"error: {printable_lines(error)}", file=sys.stderr)
+        say(f"error: {printable_lines(error)}", sys.stderr)
         return 2
 
 

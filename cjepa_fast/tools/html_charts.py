@@ -49,7 +49,7 @@ for (const svg of document.querySelectorAll('svg[data-lines]')) {
   const dots = [...svg.querySelectorAll('.at')];
   const show = on => { for (const e of [tip, cross, ...dots])
     e.style.visibility = on ? 'visible' : 'hidden'; };
-  const said = v => v === null ? '-' : Number(v).toPrecision(4).replace(/\\.?0+(?=$|e)/, '');
+  const said = v => v === null ? '-' : String(Number(Number(v).toPrecision(4)));
   const move = event => {
     const box = svg.getBoundingClientRect();
     const x = (event.clientX - box.left) / box.width * axis.width;

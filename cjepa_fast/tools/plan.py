@@ -32,7 +32,7 @@ from cjepa_fast.model.flops import recomputed_gflop, step_gflop
 from cjepa_fast.model.jepa import JEPA
 from cjepa_fast.runtime.command_line import Parser
 from cjepa_fast.runtime.memory import SavedActivations
-from cjepa_fast.runtime.printable import printable_lines
+from cjepa_fast.runtime.printable import printable_lines, say
 from cjepa_fast.training import build
 
 MEASURED = Path(__file__).with_name("measured.json")
@@ -342,7 +342,9 @@ def cost(
     steps_per_epoch = max(args.images // config.data.batch_size, 1)
     epochs = args.epochs or configuration.with_epochs(config, steps_per_epoch).run.epochs
     images = epochs * args.images
-    peak = args.count * gpu.tflops * 1e3 / (gflop + again)
+    # A measured share is of the counted work alone; of another, recomputing takes its part.
+    work = gflop if found.measured else gflop + again
+    peak = args.count * gpu.tflops * 1e3 / work
     hours = [images / (share * peak) / 3600 for share in (found.mfu, found.high, found.low)]
     joules = found.joules_per_image
     kwh = [images * joules / 3.6e6] if joules else [h * args.count * gpu.watts / 1e3 for h in hours]
@@ -353,12 +355,12 @@ def cost(
         range_ = "" if found.measured else f"({values[1]:,.{digits}f} to {values[2]:,.{digits}f})"
         return f"{name:15s}{values[0]:>12,.{digits}f}  {range_:22s}{note}".rstrip()
 
-    shares = [100 * share for share in (found.mfu, found.low, found.high)]
+    shares = [100 * share * gflop / work for share in (found.mfu, found.low, found.high)]
     several = "" if args.count == 1 else "the exchange of gradients not counted"
     return [
         line("MFU, %", shares, 1, found.source),
         f"{'recomputed':15s}{again:12.1f}  {'':22s}GFLOP an image, by model.checkpointing",
-        *told_waves(config, gpu),
+        *told_waves(config, gpu, args.count),
         line("images/s", rate, 0, several),
         line("hours", hours, 1, f"{images // args.images} epochs of {args.images:,} images"),
         line("GPU-hours", [h * args.count for h in hours], 0),
@@ -366,11 +368,12 @@ def cost(
     ]
 
 
-def told_waves(config: Config, gpu: GPU) -> list[str]:
-    """How the lengths of "fixed" fill the multiprocessors; nothing of what varies by the batch."""
+def told_waves(config: Config, gpu: GPU, count: int = 1) -> list[str]:
+    """How the lengths of "fixed" fill the multiprocessors in a micro-batch of one of `count` GPUs;
+    nothing of what varies by the batch."""
     if config.mask.context != "fixed":
         return []
-    images = config.data.micro_batch_size
+    images, _ = config.data.micro_batches(count)
     masks = build.build_masks(config)(0, 0, torch.arange(1))
     K, (M, P) = int(masks.context_k), masks.target_idx_BMP.shape[1:]
     sizes = build.counted_sizes(config, K, M, P)
@@ -398,7 +401,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         print(describe(args, configuration.load(args.config, args.overrides)))
     except (ConfigError, ValueError) as error:
-        print(f"error: {printable_lines(error)}", file=sys.stderr)
+        say(f"error: {printable_lines(error)}", sys.stderr)
         return 2
     return 0
 

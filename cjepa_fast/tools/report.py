@@ -16,7 +16,7 @@ from cjepa_fast.eval.figures.curves import PANELS, Panel, at_start, series, shor
 from cjepa_fast.runtime import caches, files
 from cjepa_fast.runtime.command_line import Parser
 from cjepa_fast.runtime.image_size import shown as shown_size
-from cjepa_fast.runtime.printable import printable_lines
+from cjepa_fast.runtime.printable import printable_lines, say
 from cjepa_fast.telemetry.progress import shown_clock
 from cjepa_fast.tools import html_charts, html_page, report_events, report_figures
 from cjepa_fast.tools.report_run import RunRecord, hours, story
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
             written = write(args.runs, args.out or args.runs[0] / name, args.images)
         print(written)
     except (ValueError, OSError) as error:  # the user's input: said, without a traceback
-        print(f"error: {printable_lines(error)}", file=sys.stderr)
+        say(f"error: {printable_lines(error)}", sys.stderr)
         return 2
     return 0
 
@@ -216,7 +216,7 @@ def _best_and_last(runs: list[RunRecord]) -> str:
         if not (found := run.online):
             continue
         name = f"{run.name}: " if len(runs) > 1 else ""
-        at = {"best": (found.best_step, found.best), "last": (run.rows[-1]["step"], found.last)}
+        at = {"best": (found.best_step, found.best), "last": (found.last_step, found.last)}
         if found.untrained is not None:
             at = {"untrained": (0, found.untrained)} | at
         for which, (step, value) in at.items():

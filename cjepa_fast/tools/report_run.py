@@ -10,6 +10,7 @@ from cjepa_fast.data.sources import Limits
 from cjepa_fast.eval import cli, uncertainty
 from cjepa_fast.eval.figures.curves import series
 from cjepa_fast.telemetry import read_log
+from cjepa_fast.telemetry.pace import rate
 from cjepa_fast.training import build
 from cjepa_fast.training.learning import FALLEN, first_change, getting_worse
 
@@ -18,13 +19,15 @@ CHECK = "docs/collapse.md says what to look at."
 
 @dataclass(frozen=True)
 class Scores:
-    """kNN of a run in percent: untrained, at its best and at the end, with the steps of the two;
+    """kNN of a run in percent: untrained, at its best and at the end, with the steps of the two, of
+    equal ones the first (its checkpoint is RUN/best);
     images: tested on, None where that is not known; others: of what needs no learning, by name."""
 
     untrained: float | None
     best: float
     best_step: int | None
     last: float
+    last_step: int | None
     images: int | None
     others: dict[str, float]
 
@@ -96,8 +99,8 @@ class RunRecord:
         if not trained:
             return None
         untrained = values[0] if steps[0] == 0 else None
-        best, step = max(trained)
-        return Scores(untrained, best, step, trained[-1][0], self.tested_on, {})
+        best, step = max(trained, key=lambda score: score[0])
+        return Scores(untrained, best, step, *trained[-1], self.tested_on, {})
 
     @cached_property
     def after(self) -> Scores | None:
@@ -114,7 +117,7 @@ class RunRecord:
         tops = {name: row["top1"] for name, row in found[-1].items() if "top1" in row}
         images = found[-1]["trained"].get("test_images")
         trained, untrained = tops.pop("trained"), tops.pop("untrained", None)
-        return Scores(untrained, trained, None, trained, images, tops)
+        return Scores(untrained, trained, None, trained, None, images, tops)
 
     @property
     def scores(self) -> Scores | None:
@@ -211,7 +214,7 @@ def _fell(run: RunRecord) -> list[str]:
 def _effort(run: RunRecord) -> str:
     rates = series(run.rows, "images_per_s")[1]
     last = run.rows[-1]
-    speed = f" at {statistics.median(rates):,.0f} images/s" if rates else ""
+    speed = f" at {rate(statistics.median(rates))}" if rates else ""
     epochs = f"{last.get('epoch', 0):.3g} of {run.settings.run.epochs} epochs"
     return f"{last['step']:,} steps, {epochs}, in {hours(last.get('time_s', 0))}{speed}."
 

@@ -90,6 +90,41 @@ def test_a_measure_that_a_resumed_end_lacks_is_left_out(file, tmp_path, capsys):
     assert whole["knn_gain"] == 0 and "RankMe 20.00" in capsys.readouterr().out
 
 
+def test_a_training_that_ends_without_scores_is_told_and_left_out(
+    file, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "out"
+    lost, *_ = ablate.trials_of(ablate.read(str(file)), out)
+
+    def start(ablation, trial, environment):
+        finish(trial, *([] if trial == lost else [10.0, 20.0]))
+        return ablate.subprocess.Popen(["true"])
+
+    monkeypatch.setattr(ablate, "start", start)
+    for table in ([], ["--table"]):
+        assert ablate.main([str(file), "--out", str(out), *table]) == 1
+        said = capsys.readouterr()
+        assert f"error: {lost.folder}/log.jsonl has no scores" in said.err
+        assert ("none, seed 0: failed: " in said.out) == (not table)
+    untrained, *rows = json.loads((out / "table.json").read_text())
+    assert untrained["seeds"] == 1 and [row["seeds"] for row in rows] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("said", "gpu", "parallel", "threads"),
+    [(None, False, 2, "4"), (None, False, 9, "1"), (None, False, 1, None), (None, True, 2, None),
+     ("3", False, 2, None)],
+)  # fmt: skip
+def test_trainings_at_a_time_share_the_cores(monkeypatch, said, gpu, parallel, threads):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if said:
+        monkeypatch.setenv("OMP_NUM_THREADS", said)
+    monkeypatch.setattr(ablate.hardware, "cores", lambda: 8)
+    monkeypatch.setattr(ablate.hardware, "has_gpu", lambda: gpu)
+    found = ablate.environments_of(ablate.parse(["demo", "--parallel", str(parallel)]))
+    assert found == [{"OMP_NUM_THREADS": threads} if threads else {}] * parallel
+
+
 @pytest.mark.long
 @pytest.mark.slow
 def test_it_trains_what_is_missing_and_goes_on_after_a_failure(file, tmp_path, capsys):
@@ -178,12 +213,19 @@ def test_a_training_on_each_gpu(file, tmp_path, monkeypatch):
         ({"seeds": []}, "takes a seed"),
         ({"more": 1}, "must be an object of base, rows, seeds, set"),
         ({"seeds": 3}, "seeds = 3"),
+        ({"seeds": ["x"]}, 'seeds: "x" is no whole number'),
+        ({"rows": {"A": None}}, "row 'A': null must be an object of keys"),
     ],
 )
 def test_a_file_that_is_wrong_is_refused(file, change, said):
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     with pytest.raises(ConfigError, match=said):
         ablate.read(str(file))
+
+
+def test_a_folder_by_set_is_refused_and_out_is_named(file, capsys):
+    assert ablate.main([str(file), "--set", "run.dir=x"]) == 2
+    assert "below --out" in capsys.readouterr().err
 
 
 def test_an_unknown_one_is_told_what_there_is():

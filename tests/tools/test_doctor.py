@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import torch
 
 from cjepa_fast.runtime import rates
 from cjepa_fast.tools import doctor
@@ -68,3 +69,20 @@ def test_a_part_that_takes_its_process_with_it_is_broken(tmp_path, monkeypatch):
     )
     found = doctor.trial_apart("Pillow")
     assert found.state == BROKEN and "status -6" in found.text
+
+
+def test_a_gpu_that_is_full_is_not_measured(parts, monkeypatch, capsys):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 4 GiB")
+
+    monkeypatch.setattr(rates, "measured_gb_per_s", full)
+    assert doctor.main(["--set", "run.precision=fp32", "--set", "data.batch_size=8"]) == 1
+    page = capsys.readouterr().out
+    assert "copy            not measured: CUDA out of memory." in page and "50 GFLOP/s" in page
+
+
+@pytest.mark.parametrize(("free_gib", "copied"), [(130, 2**32), (7, 7 * 2**27)])
+def test_what_is_copied_leaves_most_of_a_gpu_free(monkeypatch, free_gib, copied):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_gib * 2**30, 2**38))
+    assert rates._copied_bytes(torch.device("cuda", 0)) == copied
+    assert rates._copied_bytes(torch.device("cpu")) == 2**28

@@ -177,8 +177,11 @@ def test_time_and_energy_follow_from_the_counted_work(capsys):
     override = ["--set", "model.checkpointing=full"]
     again = plan.gflop_per_image(load("vit_b", override[1:]))[1]
     assert plan.main([*arguments, *override]) == 0
-    slower = figures(capsys.readouterr().out)["images/s"][0]
-    assert slower == pytest.approx(8 * 0.4 * 312e3 / (gflop + again), rel=1e-3)
+    slower = figures(capsys.readouterr().out)
+    images_per_s = slower["images/s"][0]
+    assert images_per_s == pytest.approx(8 * 0.4 * 312e3 / (gflop + again), rel=1e-3)
+    # MFU is of the counted work in those images: what is recomputed is not in it
+    assert slower["MFU, %"][0] == pytest.approx(images_per_s * gflop / (8 * 3120), abs=0.06)
 
 
 @pytest.mark.parametrize("gpu", ["a100-40", "a100-80", "h100", "h200", "b200", "l40s", "4090"])
@@ -287,6 +290,28 @@ def test_the_waves_of_fixed_lengths_are_told():
     fixed = "mask.context=fixed"
     assert "K = 91" in told(fixed)[0] and "K = 85" in told(fixed, "mask.keep=85")[0]
     assert told() == []
+
+
+def test_a_measured_share_is_of_the_counted_work(measured, monkeypatch, capsys):
+    row = MEASURED_ROW | {"overrides": ["mask.context=fixed", "model.checkpointing=full"]}
+    measured.write_text(json.dumps(plan.measured_rows([row])))
+    monkeypatch.setattr(plan.speed, "__defaults__", (measured,))
+    sets = ["mask.context=fixed", "model.checkpointing=full", "data.batch_size=256"]
+    words = ["--config", "vit_b", "--gpu", "h200", *(f"--set={one}" for one in sets)]
+    assert plan.main(words) == 0
+    rows = figures(capsys.readouterr().out)
+    gflop, _ = plan.gflop_per_image(load("vit_b", sets))
+    assert rows["MFU, %"] == [47.0]
+    assert rows["images/s"][0] == pytest.approx(0.47 * 989e3 / gflop, rel=1e-3)
+
+
+def test_waves_are_of_the_micro_batch_that_a_rank_has(monkeypatch):
+    seen = []
+    monkeypatch.setattr(plan.waves, "told", lambda images, *_, **__: seen.append(images))
+    config = load("vit_b", ["mask.context=fixed", "data.batch_size=512"])
+    for count in (1, 8):
+        plan.told_waves(config, plan.GPUS["h200"], count)
+    assert seen == [config.data.micro_batches(1)[0], 64]
 
 
 def test_the_verdict_says_what_to_change():

@@ -276,6 +276,14 @@ def test_the_words_of_a_run_that_learnt(tmp_path):
     assert said[-1] == "20 steps, 2 of 300 epochs, in 2.0 min at 9 images/s."
 
 
+def test_best_and_last_are_at_the_steps_of_their_evaluations(tmp_path):
+    """Of equal scores the first is RUN/best; rows without an evaluation follow the last one."""
+    run = record_of(knn=(20.0, 60.0, 50.0, 60.0), rankme=(2.0,) * 5, tmp=tmp_path)
+    assert (run.online.best_step, run.online.last_step) == (10, 30)
+    table = re.sub(r"<[^>]+>", " ", report._best_and_last([run]))
+    assert re.search(r"best\s+10\s+60.0", table) and re.search(r"last\s+30\s+60.0", table)
+
+
 def test_the_words_of_a_run_that_collapsed(tmp_path):
     """A collapse counts, whatever kNN says of noise."""
     run = record_of(
@@ -363,6 +371,16 @@ def test_knn_has_the_band_of_its_test_images(tmp_path):
     assert (low, high) == pytest.approx((50.2, 69.1), abs=0.05)  # Wilson, 60 of 100
     assert "low" not in held(report._chart([run], "rankme"))[0]
     assert "RankMe (directions)" in report._chart([run], "rankme")
+
+
+def test_the_value_at_the_pointer_has_its_zeros():
+    if (node := shutil.which("node")) is None:
+        pytest.skip("no node is here, which runs the page's script")
+    (said,) = re.findall(r"const said = .*;", html_charts.SCRIPT)
+    shown = f"{said} console.log([1000, 120, 10, 0.25, 0.1000, 12345, 1e-7, null].map(said))"
+    done = subprocess.run([node, "-e", shown.replace("])", "]))")], capture_output=True, text=True)
+    words = re.findall(r"'([^']*)'", done.stdout)
+    assert words == ["1000", "120", "10", "0.25", "0.1", "12350", "1e-7", "-"], done.stderr
 
 
 def test_a_browser_shows_it(whole, tmp_path):
