@@ -255,7 +255,7 @@ class Watchdog:
             if self.connect and is_of_a_collective(error):
                 # Whose fault it is, the heartbeats tell soon, and _end() ends this process.
                 self._ending = CUT_OFF, text
-                traceback.print_exception(error)
+                say("".join(traceback.format_exception(error)), sys.stderr, end="")
                 time.sleep(HASTE_S + 2 * LAST_WORDS_S)
             self._ending = FAILED, text
         self._closed.set()

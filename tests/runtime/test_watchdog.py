@@ -1,14 +1,18 @@
 """Who is gone or stuck is found, named and ends the run; and nobody else."""
 
+import errno
+import io
 import json
 import os
 import re
 import signal
+import sys
 import time
 from datetime import timedelta
 
 import pytest
 import tiny
+import torch.distributed as dist
 from launched import TRAIN, Launched, started
 
 from cjepa_fast import checkpoint
@@ -320,6 +324,19 @@ def test_a_stuck_run_ends_whatever_its_stderr_is_and_its_last_words_do(tmp_path,
     script = tmp_path / "stuck.py"
     script.write_text(STUCK_WITH.format(stream=stream, advice=advice))
     assert tiny.run(script, timeout_s=tiny.patience(20)).returncode == 1
+
+
+def test_an_error_that_stderr_does_not_take_is_told_to_the_others(monkeypatch):
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, "the disk is full")
+
+    monkeypatch.setattr(watchdog.time, "sleep", lambda _: None)
+    monkeypatch.setattr(sys, "stderr", Full())
+    one = watchdog.Watchdog(0, connect=lambda: None)
+    with pytest.raises(dist.DistError), one:
+        raise dist.DistError("lost")
+    assert one.beat().state == watchdog.FAILED
 
 
 HANG = """
