@@ -10,6 +10,9 @@ import sys
 from datetime import datetime, timezone
 from pathlib import Path
 
+import cjepa_fast  # noqa: F401  before torch, whose threads it tells how to wait
+
+# isort: split
 import torch
 
 from cjepa_fast.runtime.hardware import cores, has_gpu, processor_name, tier

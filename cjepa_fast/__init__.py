@@ -23,7 +23,10 @@ if sys.platform == "win32":
     raise ImportError("cjepa_fast runs on Linux and macOS, and not on Windows: use WSL2")
 
 from cjepa_fast.runtime.lazy import exports
+from cjepa_fast.runtime.spin import spin_briefly
 from cjepa_fast.runtime.version import VERSION as __version__
+
+spin_briefly()
 
 __all__, __getattr__, __dir__ = exports(
     __name__,
