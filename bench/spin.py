@@ -1,8 +1,8 @@
 """Images/s by how long torch's CPU threads spin for each other, on idle and on busy processors.
 
-    python bench/spin.py [--config demo] [--counts own 1000] [--rounds 3] [--json FILE]
+    python bench/spin.py [--config demo] [--counts own 4000] [--rounds 3] [--json FILE]
 
-"own" is libgomp's count, 300,000; the package sets 1,000 (cjepa_fast/runtime/spin.py). All settings
+"own" is libgomp's count, 300,000; the package sets 4,000 (cjepa_fast/runtime/spin.py). All settings
 take turns in each round; medians. "busy" has a process that never waits beside it for each core.
 """
 
@@ -65,8 +65,8 @@ def measure(configs: list[str], counts: list[str], rounds: int, steps: int) -> l
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--config", nargs="+", default=["demo", "cifar10_vit_t"], metavar="NAME")
-    parser.add_argument("--counts", nargs="+", default=["own", "1000"], metavar="N")
+    parser.add_argument("--config", nargs="+", default=["demo"], metavar="NAME")
+    parser.add_argument("--counts", nargs="+", default=["own", "4000"], metavar="N")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")

@@ -22,6 +22,6 @@ def counts(**given: str) -> set[str]:
 
 
 def test_threads_sleep_soon_and_a_users_choice_stays():
-    assert counts() == {"1000"}
+    assert counts() == {"4000"}
     assert counts(GOMP_SPINCOUNT="77") == {"77"}
-    assert "1000" not in counts(OMP_WAIT_POLICY="active")
+    assert "4000" not in counts(OMP_WAIT_POLICY="active")
