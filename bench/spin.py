@@ -50,12 +50,18 @@ def images_per_s(config: str, count: str, steps: int) -> dict[str, float]:
     return {row["data"]: row["images_per_s"] for row in found}
 
 
+def described(config: str, data: str, busy: bool, count: str, speed: float) -> str:
+    beside = "busy" if busy else "idle"
+    return f"{config:15} {data:10} {beside}  {count:>6}  {speed:8.0f} images/s"
+
+
 def measure(configs: list[str], counts: list[str], rounds: int, steps: int) -> list[dict]:
     found: dict[tuple, list[float]] = {}
     for _, config, busy, count in itertools.product(range(rounds), configs, (False, True), counts):
         with surroundings(busy):
             for data, speed in images_per_s(config, count, steps).items():
                 found.setdefault((config, data, busy, count), []).append(speed)
+                print(described(config, data, busy, count, speed), flush=True)
     return [
         {"config": config, "data": data, "busy": busy, "count": count,
          "images_per_s": statistics.median(speeds), "all": speeds}
@@ -72,12 +78,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     args = parser.parse_args(argv)
     rows = measure(args.config, args.counts, args.rounds, args.steps)
+    print("medians:")
     for row in rows:
-        beside = "busy" if row["busy"] else "idle"
-        print(
-            f"{row['config']:15} {row['data']:10} {beside}  {row['count']:>6}  "
-            f"{row['images_per_s']:8.0f} images/s"
-        )
+        print(described(*(row[key] for key in ("config", "data", "busy", "count", "images_per_s"))))
     if args.json:
         files.write({**hardware.provenance(hardware.here()), "rows": rows}, args.json)
     return 0
