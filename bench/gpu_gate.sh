@@ -19,11 +19,11 @@ source bench/gate.sh
 
 steps=(--steps 10)
 kept=(tests/model/test_fused.py tests/model/test_cublaslt.py tests/training/test_graph.py
-  tests/kernels/test_kernels_norm.py tests/kernels/test_kernels_gelu.py
-  tests/kernels/test_kernels_attention.py)
+  tests/training/test_weight_stream.py tests/kernels/test_kernels_norm.py
+  tests/kernels/test_kernels_gelu.py tests/kernels/test_kernels_attention.py)
 if [[ $gpu ]]; then
   models=(vit_h vit_b vit_l)
-  others=(k78 stream batch256)
+  others=(k78 weight_stream stream batch256)
   ceiling_s=8 matmul_s=1
   rows=()
   against=(--steps 5 --warmup 9 --set mask.context=fixed)
@@ -79,7 +79,7 @@ if [[ $gpu ]]; then
 fi
 part matmuls 40 "$PYTHON" bench/matmuls.py --seconds "$matmul_s" "${rows[@]}" \
   --json "$FOUND/matmuls.json"
-part others 60 "$PYTHON" bench/variants.py --config vit_h vit_l --variant "${others[@]}" \
+part others 75 "$PYTHON" bench/variants.py --config vit_h vit_l --variant "${others[@]}" \
   "${steps[@]}" --json "$FOUND/throughput_others.json"
 part profile 50 "$PYTHON" bench/variants.py --config "${models[@]:0:2}" --variant fused \
   "${steps[@]}" --profile "$WORK/traces" --json "$FOUND/throughput_profiled.json"

@@ -55,6 +55,7 @@ VARIANTS = {
     "fp8": Variant((*FIXED, FP8)),
     "fp8_fast": Variant((*FIXED, FP8), fast_sums=True),
     "stream": Variant((*FIXED, "run.target_stream=true")),
+    "weight_stream": Variant((*FIXED, "run.weight_stream=true")),
     "tanh": Variant((*FIXED, TANH)),
     "k78": Variant((*FIXED, "mask.keep=78"), only="vit_h"),
     "batch256": Variant(FIXED, batch=256),

@@ -37,8 +37,8 @@ HARMLESS = (
         *("data.max_skipped", "data.max_pixels", "data.min_jpeg"),
         *("data.prefetch", "data.hw_decoder_load", "data.micro_batch_size", "model.attention"),
         *("model.checkpointing", "model.fused", "optim.implementation", "run.dir", "run.init_from"),
-        *("run.compile", "run.cuda_graph", "run.target_stream", "run.max_bad_steps"),
-        *("run.on_spike", "run.spike_z", "run.timeout_s", "data.decoder"),
+        *("run.compile", "run.cuda_graph", "run.target_stream", "run.weight_stream"),
+        *("run.max_bad_steps", "run.on_spike", "run.spike_z", "run.timeout_s", "data.decoder"),
     )),
 )  # fmt: skip
 

@@ -94,6 +94,7 @@ def impossible(config: Config) -> Iterator[str]:
             'run.target_stream = true: not with run.compile = "whole", which leaves no point '
             'between predictor and loss to wait at; take "blocks" or "none"'
         )
+    yield from _impossible_weight_stream(config)
     if config.predictor.mode == "one_pass" and mask.context == "packed":
         yield (
             'predictor.mode = "one_pass": not with mask.context = "packed", which cuts '
@@ -112,6 +113,23 @@ def impossible(config: Config) -> Iterator[str]:
         )
     yield from _impossible_sizes(config)
     yield from _impossible_deepspeed(config)
+
+
+def _impossible_weight_stream(config: Config) -> Iterator[str]:
+    """Settings with which no block is fused: no others use it."""
+    if not config.run.weight_stream:
+        return
+    for key, value, wrong, instead in (
+        ("run.compile", config.run.compile, ("blocks", "whole"), '"none"'),
+        ("run.precision", config.run.precision, ("fp32",), '"bf16"'),
+        ("model.fused", config.model.fused, (False,), "true"),
+        ("mask.context", config.mask.context, ("packed",), '"fixed"'),
+    ):
+        if value in wrong:
+            yield (
+                f"run.weight_stream = true: not with {key} = {json.dumps(value)}, which leaves no "
+                f"block fused (model.fused); set that to {instead}, or leave it out"
+            )
 
 
 def _impossible_grid(config: Config) -> Iterator[str]:

@@ -99,6 +99,9 @@ class RunSection(Section):
     target_stream: bool = Field(
         False, description="target encoder's forward on a CUDA stream of its own"
     )
+    weight_stream: bool = later(
+        False, was=False, description="gradients of fused blocks' weights on a second CUDA stream"
+    )
     max_bad_steps: Count = Field(10, description="skipped steps in a row before the run stops")
     on_spike: Literal["log", "skip", "rewind"] = Field(
         "log",

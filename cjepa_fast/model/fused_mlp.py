@@ -26,6 +26,7 @@ from cjepa_fast.kernels.norm import launch_add_norm
 from cjepa_fast.model import cublaslt
 from cjepa_fast.model.fused_ops import AddNormLinear, linear
 from cjepa_fast.model.recompute import RecomputePolicy
+from cjepa_fast.model.weight_stream import weight_gradient
 
 
 def fused_mlp(
@@ -122,11 +123,10 @@ class GeluLinear(Function):
         u, hidden, weight = ctx.saved_tensors
         hidden = launch_gelu(u, kind=ctx.kind) if hidden is None else hidden
         rows = dout.reshape(-1, len(weight))
-        dweight = rows.t() @ hidden.reshape(len(rows), -1)
         found = cublaslt.gelu_backward(dout, weight, u) if ctx.by_matmul else None
-        if found is None:
-            found = launch_gelu_backward((rows @ weight).view(u.shape), u, kind=ctx.kind)
-        du, dbias = found
+        dhidden = (rows @ weight).view(u.shape) if found is None else None
+        dweight = weight_gradient(weight, (rows, hidden.reshape(len(rows), -1)))
+        du, dbias = found or launch_gelu_backward(dhidden, u, kind=ctx.kind)
         return du, None, dbias, dweight, None, None, None, None, None
 
 

@@ -34,6 +34,7 @@ from cjepa_fast.kernels.attention.forward import launch_attention
 from cjepa_fast.kernels.fp8 import Rows, quantise_add_norm, quantise_norm
 from cjepa_fast.kernels.norm import launch_add_norm, launch_add_norm_backward
 from cjepa_fast.model.attention import attend
+from cjepa_fast.model.weight_stream import weight_gradient
 
 Pending = tuple[torch.Tensor | None, torch.Tensor | None]  # a branch, and the bias of its Linear
 NONE: Pending = (None, None)
@@ -49,7 +50,7 @@ def linear_gradients(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Of x and of the weight."""
     rows = dout.reshape(-1, len(weight))
-    return (rows @ weight).view(x.shape), rows.t() @ x.reshape(len(rows), -1)
+    return (rows @ weight).view(x.shape), weight_gradient(weight, (rows, x.reshape(len(rows), -1)))
 
 
 def branch_gradients(
@@ -127,10 +128,10 @@ class AddNormLast(Function):
     def backward(ctx, ds_last, dq, dkv):
         s, h, h_last, stats, gain, weight = ctx.saved_tensors
         D = s.shape[-1]
-        dweight = torch.empty_like(weight)
-        dh_last, dweight[:D] = linear_gradients(dq, h_last, weight[:D])
-        dh, dweight[D:] = linear_gradients(dkv, h, weight[D:])
-        dh[:, -ctx.last :] += dh_last
+        dq, dkv = dq.reshape(-1, D), dkv.reshape(-1, 2 * D)
+        dh = (dkv @ weight[D:]).view(h.shape)
+        dh[:, -ctx.last :] += (dq @ weight[:D]).view(h_last.shape)
+        dweight = weight_gradient(weight, (dq, h_last.flatten(0, 1)), (dkv, h.flatten(0, 1)))
         ds = torch.zeros_like(s)
         ds[:, -ctx.last :] = ds_last
         d, (dgain, dshift, dy_bias) = launch_add_norm_backward(dh, ds, s, gain, stats)

@@ -96,7 +96,10 @@ def build_engine(
     }
     groups = parameter_groups(networks)
     implementation = optimizer_implementation(config)
+    if config.run.weight_stream:
+        check_weight_stream(config, implementation, next(networks.parameters()).device)
     if implementation == "adamw_ema":
+        options["weight_stream"] = config.run.weight_stream
         return SingleEngine(networks, target, groups, **options)
     return ZeroEngine(
         networks,
@@ -128,6 +131,23 @@ def optimizer_implementation(config: Config) -> str:
             f'{reason}. Take "auto" or "fused"'
         )
     return asked
+
+
+def check_weight_stream(config: Config, implementation: str, device: torch.device) -> None:
+    """Raises ConfigError where run.weight_stream would give wrong gradients, or do nothing."""
+    if implementation != "adamw_ema":
+        raise ConfigError(
+            "run.weight_stream = true: DeepSpeed reads gradients before the backward ends; take "
+            'optim.implementation = "adamw_ema", on one rank, or leave it out'
+        )
+    widths = model_sizes(config)["width"], config.predictor.width
+    fused = config.run.precision == "bf16" and any(fuses(config, width) for width in widths)
+    if device.type == "cuda" and not fused:
+        raise ConfigError(
+            "run.weight_stream = true: only fused blocks use it (model.fused), and here none is: "
+            f'run.precision is "{config.run.precision}" and must be "bf16", the widths are '
+            f"{widths[0]} and {widths[1]}, of which one must be at most {WIDEST}; leave it out"
+        )
 
 
 def choose_attention(

@@ -211,6 +211,9 @@ def test_packed_contexts_want_a_kernel_of_varying_lengths():
     [
         ("model.target_precision=fp8", "run.precision=fp32", "; set that to"),
         ("run.target_stream=true", "run.compile=whole", '; take "blocks"'),
+        ("run.weight_stream=true", "run.compile=blocks", '; set that to "none"'),
+        ("run.weight_stream=true", "run.precision=fp32", '; set that to "bf16"'),
+        ("run.weight_stream=true", "mask.context=packed", '; set that to "fixed"'),
     ],
 )
 def test_settings_that_exclude_each_other(one, other, said):

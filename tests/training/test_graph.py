@@ -24,18 +24,23 @@ STEPS = WARM + 4
 
 
 def trainer_of(
-    context: str = "fixed", attention: str = "sdpa", loss: dict | None = None, **run
+    context: str = "fixed",
+    attention: str = "sdpa",
+    loss: dict | None = None,
+    model: dict | None = None,
+    micro_batch: int = 8,
+    **run,
 ) -> tuple[Trainer, list[list[Batch]]]:
     """A tiny trainer with fixed shapes, and a few steps' batches on its device."""
     sections = {
         "run": run,
-        "data": tiny.CONFIG["data"] | {"batch_size": 8},
+        "data": tiny.CONFIG["data"] | {"batch_size": 8, "micro_batch_size": micro_batch},
         "mask": {"min_keep": 4, "context": context},
         "optim": {"warmup_epochs": 0, "lr": 0.01, "clip": 1.0},
         "loss": loss or {},
     }
     # Not by trial: two trainings must not end up with two kernels for attention.
-    sections["model"] = tiny.CONFIG["model"] | {"attention": attention}
+    sections["model"] = tiny.CONFIG["model"] | {"attention": attention} | (model or {})
     device = distributed.start(0)
     config = build.with_precision(validate(tiny.CONFIG | sections), device)
     trainer, masks = Trainer(config, device, steps_per_epoch=10), build.build_masks(config)

@@ -6,6 +6,7 @@ compute-dtype copies of weights and EMA. Whether a gradient is finite is decided
 and nobody waits for it.
 """
 
+import contextlib
 from collections.abc import Container
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from torch import nn
 
 from cjepa_fast.checkpoint.owned import Fragment, OwnedState, Snapshot
 from cjepa_fast.kernels.ema import Number, adamw_ema_step
+from cjepa_fast.model.weight_stream import WeightStream
 from cjepa_fast.training.ema import TargetEMA
 from cjepa_fast.training.engines.base import DTYPES, MOMENTS, masters_below, total_norm
 
@@ -60,11 +62,14 @@ class SingleEngine:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         fp8: bool = False,
+        weight_stream: bool = False,
     ):
-        """fp8: of the target."""
+        """fp8: of the target; weight_stream: where there is CUDA."""
         self.module, self.accumulation, self.clip = model, accumulation, clip
         self.betas, self.eps = betas, eps
         self.device = next(model.parameters()).device
+        cuda = self.device.type == "cuda"
+        self.weight_stream = WeightStream(self.device) if weight_stream and cuda else None
         names = {id(p): name for name, p in model.named_parameters()}
         self._weights = {names[id(p)]: p for group in groups for p in group["params"]}
         self._state = {
@@ -114,7 +119,9 @@ class SingleEngine:
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate the gradient of one micro-batch."""
         self._loss = self._loss + loss.detach()
-        loss.backward()
+        second = self.weight_stream
+        with second.backward(self._weights.values()) if second else contextlib.nullcontext():
+            loss.backward()
 
     def limit(self, loss: float, grad_norm: float) -> None:
         """From now on, a step above either is not applied."""
