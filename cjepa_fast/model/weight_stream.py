@@ -29,9 +29,8 @@ from collections.abc import Iterable, Iterator
 import torch
 
 Use = tuple[torch.Tensor, torch.Tensor]  # dout (R, rows of the weight), x (R, its columns)
-_in_use: "WeightStream | None" = (
-    None  # a global: autograd calls a backward from a thread of its own
-)
+# A global, since autograd calls a backward from a thread of its own.
+_in_use: "WeightStream | None" = None
 
 
 def weight_gradient(weight: torch.Tensor, *uses: Use) -> torch.Tensor:
