@@ -45,6 +45,7 @@ class Variant(NamedTuple):
 
 FP8 = "model.target_precision=fp8"
 TANH = "model.gelu=tanh"
+DEPENDENT = "run.dependent_launch=true"
 VARIANTS = {
     "fused": Variant(FIXED),
     "graph": Variant(GRAPH),
@@ -59,6 +60,7 @@ VARIANTS = {
     "tanh": Variant((*FIXED, TANH)),
     "k78": Variant((*FIXED, "mask.keep=78"), only="vit_h"),
     "batch256": Variant(FIXED, batch=256),
+    "graph_dependent_launch": Variant((*GRAPH, DEPENDENT)),
 }
 
 

@@ -47,6 +47,7 @@ MOST_BYTES = 20 * 2**20
 SHALLOW = ["model.depth=1", "predictor.depth=1"]  # the blocks of a network launch the same kernels
 # The gate's other variants launch the same kernels.
 VARIANTS = ["fused", "tanh", "graph_fp8_k78", "graph_tanh_fp8_k78"]
+MORE = ["graph_dependent_launch"]  # in a file alone: --fill must end before the gate's first row
 NARROW = ["model.width=64", "model.heads=4", "predictor.width=64", "predictor.heads=4"]
 
 
@@ -89,7 +90,8 @@ def overrides_of(name: str, which: str) -> list[str] | None:
     variant = variants.VARIANTS[which]
     if variant.only not in ("", Path(name).stem):
         return None
-    return [text for text in variant.overrides if not text.startswith("run.")]
+    others = (text for text in variant.overrides if not text.startswith("run."))
+    return [*others, *(text for text in variant.overrides if text == variants.DEPENDENT)]
 
 
 def fill(names: list[str], tuned: list[str], which: list[str]) -> None:
@@ -202,7 +204,7 @@ def main(argv: list[str]) -> int:
     way.add_argument("--unpack", type=Path, metavar="FILE", help="and say whether it serves")
     way.add_argument("--fill", action="store_true", help="Triton's cache of this machine")
     parser.add_argument("--config", nargs="*", default=["vit_h", "vit_b", "vit_l"], metavar="NAME")
-    parser.add_argument("--variant", nargs="+", choices=variants.VARIANTS, default=VARIANTS)
+    parser.add_argument("--variant", nargs="+", choices=variants.VARIANTS)
     parser.add_argument(
         "--tune", nargs="*", default=[], choices=tune.FAMILIES, help="also the candidates of these"
     )
@@ -212,10 +214,10 @@ def main(argv: list[str]) -> int:
             parser.error(f"--unpack {args.unpack}: no such file")
         return check(args.unpack)
     if args.fill:
-        fill(args.config, args.tune, args.variant)
+        fill(args.config, args.tune, args.variant or VARIANTS)
         return 0
     try:
-        fill(args.config, args.tune, args.variant)
+        fill(args.config, args.tune, args.variant or VARIANTS + MORE)
         print(packed(args.out))
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -13,7 +13,8 @@ is split by operation or at forward and backward, each of its files in the same 
     attention/   attention for short sequences
     ema/         the EMA of weights, alone, with its rows in FP8, or with AdamW
     fp8.py       rows in FP8; norm.py: sum and LayerNorm; gelu.py: GELU
-    common/      launch.py, operators.py, tiles.py, sums.py, ranks.py, maybe_triton.py
+    common/      launch.py, dependent_launch.py, operators.py, tiles.py, sums.py, ranks.py,
+                 maybe_triton.py
     tuned.py     the fastest configurations, by GPU
 
 How it is found. The folder is kernels/ at the top of the repository, and setup.py installs it as

@@ -22,6 +22,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from cjepa_fast.kernels.common.dependent_launch import (
+    also_dependent,
+    dependent,
+    wait_for_previous,
+)
 from cjepa_fast.kernels.common.launch import (
     KERNEL_DTYPES,
     TRITON_NAMES,
@@ -139,11 +144,12 @@ def _quantise_kernel(
     scales,  # (rows, 1) fp32
     rows, C, eps,
     FIRST: tl.constexpr, ADD: tl.constexpr, FULL: tl.constexpr,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr, PIECES: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, PIECES: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """ROWS whole rows of x, dense, each in PIECES pieces of WIDTH values, FULL where none is left
     over. FIRST: what is done to them before, "norm", "gelu", "tanh gelu" or None. With ADD, y is
     added before that, and the sum written to s."""
+    wait_for_previous(PDL)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = row < rows
     col = tl.arange(0, WIDTH)
@@ -206,6 +212,7 @@ def launch_quantise(
         _quantise_kernel[(triton.cdiv(rows, tile.rows),)](
             x, *(added or (x, x)), weight, bias, values, scales, rows, C, eps,
             FIRST=first, ADD=added is not None, **cuts(tile, C), num_warps=tile.warps,
+            **dependent(x.device),
         )  # fmt: skip
     return values, scales
 
@@ -330,4 +337,4 @@ def ahead_of_time() -> list[Compiled]:
                     may_spill=TRADED, since=89,
                 )
             )  # fmt: skip
-    return found
+    return also_dependent(found)

@@ -27,6 +27,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from cjepa_fast.kernels.common.dependent_launch import (
+    also_dependent,
+    dependent,
+    wait_for_previous,
+)
 from cjepa_fast.kernels.common.launch import TRITON_NAMES, Compiled, chosen, narrow, on_its_device
 from cjepa_fast.kernels.common.maybe_triton import tl, triton
 from cjepa_fast.kernels.common.sums import share_of, sum_parts
@@ -91,8 +96,9 @@ def _gelu_kernel(
     u,  # (size,)
     out,  # (size,)
     size,
-    TANH: tl.constexpr, BLOCK: tl.constexpr,
+    TANH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
+    wait_for_previous(PDL)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(u + at, mask=at < size, other=0.0).to(tl.float32)
     value = tanh_gelu_of(value) if TANH else gelu_of(value)
@@ -107,11 +113,13 @@ def _gelu_backward_kernel(
     parts,  # (programs of rows, C) fp32
     rows, C, each,
     TANH: tl.constexpr, STAGES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """WIDTH columns of `each` rows; parts (programs of rows, C): the sums of du, as it is rounded.
 
     Programs: (tiles of C, shares of the rows).
     """
+    wait_for_previous(PDL)
     col = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     total = tl.zeros((ROWS, WIDTH), tl.float32)
     begin = tl.program_id(1) * each
@@ -166,7 +174,10 @@ def launch_gelu(
     values, warps = block or chosen("gelu", BLOCKS, u.device)
     if u.numel():
         grid = (triton.cdiv(u.numel(), values),)
-        _gelu_kernel[grid](u, out, u.numel(), TANH=kind == "tanh", BLOCK=values, num_warps=warps)
+        _gelu_kernel[grid](
+            u, out, u.numel(), TANH=kind == "tanh", BLOCK=values, num_warps=warps,
+            **dependent(u.device),
+        )  # fmt: skip
     return out
 
 
@@ -186,7 +197,7 @@ def launch_gelu_backward(
     _gelu_backward_kernel[(columns, programs)](
         u, dg, du, parts, rows, C, each,
         TANH=kind == "tanh", STAGES=tile.stages, ROWS=tile.rows, WIDTH=tile.width,
-        num_warps=tile.warps,
+        num_warps=tile.warps, **dependent(u.device),
     )  # fmt: skip
     return du, sum_parts(parts, u.dtype)
 
@@ -220,4 +231,4 @@ def ahead_of_time() -> list[Compiled]:
             )
             for tile in TILES
         ]  # fmt: skip
-    return found
+    return also_dependent(found)

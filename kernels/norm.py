@@ -24,6 +24,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from cjepa_fast.kernels.common.dependent_launch import (
+    also_dependent,
+    dependent,
+    wait_for_previous,
+)
 from cjepa_fast.kernels.common.launch import (
     TRITON_NAMES,
     Compiled,
@@ -69,12 +74,13 @@ def _add_norm_kernel(
     stats,  # (2, rows) fp32, means and rstds
     rows, D, eps,
     ADD: tl.constexpr, FULL: tl.constexpr,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr, PIECES: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, PIECES: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """ROWS whole rows, each in PIECES pieces of WIDTH values, FULL where nothing is left over.
 
     s is written with ADD alone.
     """
+    wait_for_previous(PDL)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = row < rows
     col = tl.arange(0, WIDTH)
@@ -122,13 +128,14 @@ def _add_norm_backward_kernel(
     parts,  # (programs, 3, D) fp32
     rows, D, each,
     LATER: tl.constexpr, STAGES: tl.constexpr, FULL: tl.constexpr,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr, PIECES: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, PIECES: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """`each` rows, ROWS at a time; parts (programs, 3, D): dweight, dbias, dy_bias of these rows.
 
     Pieces as in the forward. ds is read with LATER alone. dy_bias sums d as it is written, rounded.
     What lies beyond D or the last row has no gradient, and what is made of it there is not stored.
     """
+    wait_for_previous(PDL)
     col = tl.arange(0, WIDTH)
     gains, dweight = (), ()
     for piece in tl.static_range(PIECES):
@@ -245,7 +252,7 @@ def launch_add_norm(
     tile = tile or chosen(f"add_norm {D}", forward_tiles(D), x.device)
     _add_norm_kernel[(triton.cdiv(rows, tile.rows),)](
         x, x if y is None else y, weight, bias, s, h, stats, rows, D, eps,
-        ADD=y is not None, **cuts(tile, D), num_warps=tile.warps,
+        ADD=y is not None, **cuts(tile, D), num_warps=tile.warps, **dependent(x.device),
     )  # fmt: skip
     return s, h, stats
 
@@ -271,6 +278,7 @@ def launch_add_norm_backward(
     _add_norm_backward_kernel[(programs,)](
         s, dh, s if ds is None else ds, weight, stats, d, parts, rows, D, each,
         LATER=ds is not None, STAGES=tile.stages, **cuts(tile, D), num_warps=tile.warps,
+        **dependent(s.device),
     )  # fmt: skip
     return d, sum_parts(parts, weight.dtype).split(D)
 
@@ -290,12 +298,12 @@ def ahead_of_time() -> list[Compiled]:
     """Both kernels in every tile, for branches of 16 bits, and residual streams of 16 or 32."""
     half, whole = torch.bfloat16, torch.float32
     kinds = (half, half), (half, whole), (torch.float16, torch.float16)
-    return [
+    return also_dependent(
         one
         for width in WIDTHS
         for dtype, stream in kinds
         for one in _compiled(width, f"*{TRITON_NAMES[dtype]}", f"*{TRITON_NAMES[stream]}")
-    ]
+    )
 
 
 def _compiled(width: int, low: str, high: str) -> list[Compiled]:

@@ -38,6 +38,7 @@ HARMLESS = (
         *("data.prefetch", "data.hw_decoder_load", "data.micro_batch_size", "model.attention"),
         *("model.checkpointing", "model.fused", "optim.implementation", "run.dir", "run.init_from"),
         *("run.compile", "run.cuda_graph", "run.target_stream", "run.weight_stream"),
+        "run.dependent_launch",
         *("run.max_bad_steps", "run.on_spike", "run.spike_z", "run.timeout_s", "data.decoder"),
     )),
 )  # fmt: skip

@@ -102,6 +102,11 @@ class RunSection(Section):
     weight_stream: bool = later(
         False, was=False, description="gradients of fused blocks' weights on a second CUDA stream"
     )
+    dependent_launch: bool = later(
+        False,
+        was=False,
+        description="our kernels begin while the one before ends; GPUs of sm_90 and newer alone",
+    )
     max_bad_steps: Count = Field(10, description="skipped steps in a row before the run stops")
     on_spike: Literal["log", "skip", "rewind"] = Field(
         "log",

@@ -232,6 +232,7 @@ def _step(config: Config) -> tuple:
     """What a step's time depends on, beside the images."""
     run = config.run
     how = run.precision, run.compile, run.cuda_graph, run.target_stream, run.weight_stream
+    how += (run.dependent_launch,)
     data = config.data
     own = data.image_size, data.channels, data.micro_batch_size, config.optim.implementation
     parts = config.mask, config.model, config.predictor, config.loss

@@ -12,6 +12,7 @@ from cjepa_fast.config import Config, ConfigError
 from cjepa_fast.data import rng
 from cjepa_fast.data.loader import Batch
 from cjepa_fast.data.masks import Masks
+from cjepa_fast.kernels.common.dependent_launch import use_dependent_launch
 from cjepa_fast.kernels.ema import Number
 from cjepa_fast.model.vit import count_parameters
 from cjepa_fast.runtime import distributed, hardware
@@ -56,6 +57,7 @@ class Trainer:
         the image set's fingerprint and number; decoder: who decodes them; restoring: a checkpoint
         will give the weights; linear, attention: its choices (build.choose_linear, ...)."""
         self.config, self.device, self.restoring = config, device, restoring
+        use_dependent_launch(config.run.dependent_launch)
         check_target_precision(config, device)
         self.steps_per_epoch, self.images, self.decoder = steps_per_epoch, images, decoder
         self.image_count = image_count

@@ -21,6 +21,7 @@ from cjepa_fast.kernels.attention.two_pass_backward import (
     _attention_keys_kernel,
     _attention_queries_kernel,
 )
+from cjepa_fast.kernels.common.dependent_launch import dependent
 from cjepa_fast.kernels.common.launch import chosen, on_its_device, roomy
 from cjepa_fast.kernels.common.maybe_triton import triton
 from cjepa_fast.kernels.common.operators import operator
@@ -70,6 +71,7 @@ def launch_attention_backward(
     parts = torch.empty(B * blocks if sums else 0, 3 * width, device=q.device, dtype=torch.float32)
     own = {"scale": d**-0.5 * LOG2_E, "factor": d**-0.5, "d": d, "D0": D0, "D1": D1, "SUMS": sums}
     own |= {"COLS": tile.cols, "num_warps": tile.warps, "num_stages": tile.stages}
+    own |= dependent(q.device)
     read = *strides(q), *strides(k), *strides(out)
     if isinstance(tile, OnePass):
         _attention_backward_kernel[(B * heads,)](

@@ -23,6 +23,11 @@ from cjepa_fast.kernels.attention.heads import (
     store_parts,
     strides,
 )
+from cjepa_fast.kernels.common.dependent_launch import (
+    also_dependent,
+    dependent,
+    wait_for_previous,
+)
 from cjepa_fast.kernels.common.launch import (
     TRITON_NAMES,
     Compiled,
@@ -61,11 +66,13 @@ def _attention_kernel(
     lse,  # (B, H, S) fp32
     H, S, T, blocks, q_batch, q_row, k_batch, k_row, out_batch, out_row, scale,
     d: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """ROWS queries of one sequence and head, COLS keys at a time, with a running maximum.
 
     lse (B, H, S): log2 of the sum of 2^scores. scale: log2(e) / sqrt(d).
     """
+    wait_for_previous(PDL)
     head, block, sequence = program_index(H, blocks)
     row = block * ROWS + tl.arange(0, ROWS)
     live = row < S
@@ -139,7 +146,7 @@ def launch_attention(
     _attention_kernel[(B * blocks * heads,)](
         q, k, v, out, lse, heads, S, T, blocks, *strides(q), *strides(k), *strides(out),
         d**-0.5 * LOG2_E, d=d, D0=D0, D1=D1, ROWS=tile.rows, COLS=tile.cols,
-        num_warps=tile.warps, num_stages=tile.stages,
+        num_warps=tile.warps, num_stages=tile.stages, **dependent(q.device),
     )  # fmt: skip
     return out, lse
 
@@ -214,8 +221,8 @@ def short_attention(
 def ahead_of_time() -> list[Compiled]:
     """The kernel in every tile, in bf16 for each width of heads and in fp16 for one."""
     cases = [(torch.bfloat16, d) for d in WIDTHS] + [(torch.float16, 64)]
-    return [
+    return also_dependent(
         compiled("", _attention_kernel, TRITON_NAMES[dtype], d, tile, ROWS=tile.rows)
         for dtype, d in cases
         for tile in TILES
-    ]
+    )

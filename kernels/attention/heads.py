@@ -124,7 +124,7 @@ def compiled(label: str, kernel, dtype: str, d: int, tile: tuple, **own) -> Comp
     D0, D1 = split(d)
     kinds = dict.fromkeys(POINTERS, f"*{dtype}")
     kinds |= dict.fromkeys(("lse", "delta", "parts"), "*fp32")
-    constexprs = {"d": d, "D0": D0, "D1": D1, "COLS": tile.cols, **own}
+    constexprs = {"d": d, "D0": D0, "D1": D1, "COLS": tile.cols, "PDL": False, **own}
     others = [a for a in kernel.arg_names if a not in kinds and a not in constexprs]
     kinds |= {a: "fp32" if a in ("scale", "factor") else "i32" for a in others}
     sizes = "x".join(str(n) for n in tile)

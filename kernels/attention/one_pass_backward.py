@@ -22,6 +22,7 @@ from cjepa_fast.kernels.attention.heads import (
     store_parts,
     store_sums,
 )
+from cjepa_fast.kernels.common.dependent_launch import also_dependent, wait_for_previous
 from cjepa_fast.kernels.common.launch import TRITON_NAMES, Compiled, dot, narrow
 from cjepa_fast.kernels.common.maybe_triton import tl, triton
 
@@ -68,13 +69,14 @@ def _attention_backward_kernel(
     H, S, T, q_batch, q_row, k_batch, k_row, out_batch, out_row, dq_batch, dq_row, dk_batch, dk_row,
     scale, factor,
     d: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, SUMS: tl.constexpr, ROWS0: tl.constexpr,
-    ROWS1: tl.constexpr, COLS: tl.constexpr,
+    ROWS1: tl.constexpr, COLS: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """One sequence and head: its S <= ROWS0 + ROWS1 queries, in two parts, or one with ROWS1 = 0.
 
     scale: log2(e) / sqrt(d), factor: 1 / sqrt(d). With SUMS, parts (B, 3, H d) has the sums of the
     rows of dq, dk and dv, as fp32.
     """
+    wait_for_previous(PDL)
     head, _, sequence = program_index(H, 1)
     q += sequence * q_batch + head * d
     k += sequence * k_batch + head * d
@@ -192,4 +194,4 @@ def ahead_of_time() -> list[Compiled]:
             rows = {"ROWS0": tile.rows0, "ROWS1": tile.rows1, "SUMS": True}
             kernel, name = _attention_backward_kernel, TRITON_NAMES[dtype]
             found.append(compiled(" backward", kernel, name, d, tile, **rows))
-    return found
+    return also_dependent(found)

@@ -25,6 +25,7 @@ from cjepa_fast.kernels.attention.heads import (
     store_parts,
     store_sums,
 )
+from cjepa_fast.kernels.common.dependent_launch import also_dependent, wait_for_previous
 from cjepa_fast.kernels.common.launch import TRITON_NAMES, Compiled, dot, narrow
 from cjepa_fast.kernels.common.maybe_triton import tl, triton
 
@@ -45,13 +46,14 @@ def _attention_queries_kernel(
     H, S, T, blocks, q_batch, q_row, k_batch, k_row, out_batch, out_row, dq_batch, dq_row, scale,
     factor,
     d: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, SUMS: tl.constexpr, ROWS: tl.constexpr,
-    COLS: tl.constexpr,
+    COLS: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """The first of two passes: dq of ROWS queries, COLS keys at a time.
 
     blocks: as many as the longer of queries and keys has. Leaves delta (B, H, S), rowsum(do * o),
     and with SUMS in parts (B, blocks, 3, H d), at 0, the sums of the rows of dq.
     """
+    wait_for_previous(PDL)
     head, block, sequence = program_index(H, blocks)
     row = block * ROWS + tl.arange(0, ROWS)
     live = row < S
@@ -99,12 +101,13 @@ def _attention_keys_kernel(
     H, S, T, blocks, q_batch, q_row, k_batch, k_row, out_batch, out_row, dk_batch, dk_row, scale,
     factor,
     d: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, SUMS: tl.constexpr, ROWS: tl.constexpr,
-    COLS: tl.constexpr,
+    COLS: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """The second: dk and dv of ROWS keys, COLS queries at a time, and their sums at 1 and 2.
 
     All is the other way up, (keys, queries), so that a matmul's left is what was just computed.
     """
+    wait_for_previous(PDL)
     head, block, sequence = program_index(H, blocks)
     row = block * ROWS + tl.arange(0, ROWS)
     live = row < T
@@ -169,9 +172,9 @@ def ahead_of_time() -> list[Compiled]:
         " backward, queries": _attention_queries_kernel,
         " backward, keys": _attention_keys_kernel,
     }
-    return [
+    return also_dependent(
         compiled(label, kernel, TRITON_NAMES[dtype], d, tile, ROWS=tile.rows, SUMS=True)
         for dtype, d in [(torch.bfloat16, d) for d in WIDTHS] + [(torch.float16, 64)]
         for tile in TWO_PASSES
         for label, kernel in passes.items()
-    ]
+    )

@@ -12,6 +12,11 @@ Bytes that must move: P C 4 and C b, little beside what the programs read.
 
 import torch
 
+from cjepa_fast.kernels.common.dependent_launch import (
+    also_dependent,
+    dependent,
+    wait_for_previous,
+)
 from cjepa_fast.kernels.common.launch import (
     KERNEL_DTYPES,
     TRITON_NAMES,
@@ -34,9 +39,10 @@ def _sum_parts_kernel(
     parts,  # (P, C) fp32
     out,  # (C,)
     P, C,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Programs: tiles of the columns."""
+    wait_for_previous(PDL)
     col = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     total = tl.zeros((ROWS, WIDTH), tl.float32)
     for start in range(0, P, ROWS):
@@ -54,7 +60,8 @@ def sum_parts(parts_PC: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     P, C = parts_PC.shape
     out = torch.empty(C, device=parts_PC.device, dtype=dtype)
     if C:
-        _sum_parts_kernel[(triton.cdiv(C, TILE["WIDTH"]),)](parts_PC, out, P, C, **TILE)
+        grid = (triton.cdiv(C, TILE["WIDTH"]),)
+        _sum_parts_kernel[grid](parts_PC, out, P, C, **TILE, **dependent(out.device))
     return out
 
 
@@ -68,11 +75,11 @@ def share_of(rows: int, programs: int, step: int) -> tuple[int, int]:
 
 
 def ahead_of_time() -> list[Compiled]:
-    return [
+    return also_dependent(
         Compiled(
             f"sum_parts {TRITON_NAMES[dtype]}", _sum_parts_kernel,
             {"parts": "*fp32", "out": f"*{TRITON_NAMES[dtype]}", "P": "i32", "C": "i32"},
             TILE, divisible=("C",),
         )
         for dtype in KERNEL_DTYPES
-    ]  # fmt: skip
+    )  # fmt: skip

@@ -34,7 +34,7 @@ BY_SCRIPT = {
         "graph-tanh": "--config vit_h vit_b vit_l --variant graph_tanh",
         "graph-fp8": "--variant graph_fp8_k78 graph_tanh_fp8_k78",
         "target-fp8": "--variant fp8 fp8_fast",
-        "others": "--variant k78 weight_stream stream batch256",
+        "others": "--variant k78 weight_stream stream batch256 graph_dependent_launch",
         "reference-b": "--against reference", "reference-h": "--batch-size 32",
     },
     "gpu_more.sh": {

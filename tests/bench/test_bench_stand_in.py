@@ -120,18 +120,27 @@ warm_cache.fill(["vit_h"], [], ["graph_tanh_fp8_k78"])
 print(sorted(seen["update_rows"]))
 print(sorted(seen["tanh"]))
 print(warm_cache.overrides_of("vit_b", "graph_fp8_k78"), warm_cache.overrides_of("vit_b", "graph"))
+narrow = [*warm_cache.SHALLOW, *warm_cache.NARROW, "data.micro_batch_size=2"]
+for more in (warm_cache.overrides_of("vit_h", *warm_cache.MORE), []):
+    made = []
+    with stand_in.launches(made.append):
+        warm_cache.step_of("vit_h", narrow + more)
+    print(*sorted({one.name for one in made if "launch_pdl" in one.options}))
 """
 
 
 @pytest.mark.long
 def test_the_cache_has_the_kernels_of_the_variants_too():
-    """FP8's, with the EMA of the target's matrices in their own number and widths, and tanh's."""
+    """FP8's, with the EMA of the target's matrices in their own number and widths, tanh's, and
+    those that begin while the one before ends."""
     done = subprocess.run(
         [sys.executable, "-c", FILL], cwd=tiny.ROOT, capture_output=True, text=True,
         env=os.environ | {"TRITON_INTERPRET": "0"}, timeout=tiny.HANG_S,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    rows, tanh, overrides = done.stdout.splitlines()
+    rows, tanh, overrides, early, ordinary = done.stdout.splitlines()
     assert rows == "[(32, 5120), (96, 1280)]"
     assert tanh == "['gelu', 'gelu_backward', 'quantise']"
     assert overrides == "None ['mask.context=fixed']"
+    backward = "add_norm_backward attention attention_backward gelu gelu_backward sum_parts"
+    assert early == f"add_norm {backward}" and not ordinary

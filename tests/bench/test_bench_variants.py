@@ -54,6 +54,7 @@ def test_a_variant_is_a_configuration(which):
     for part, asked in (
         ("graph", config.run.cuda_graph), ("tanh", config.model.gelu == "tanh"),
         ("fp8", config.model.target_precision == "fp8"), ("k78", config.mask.keep == 78),
+        ("dependent_launch", config.run.dependent_launch),
     ):  # fmt: skip
         assert asked == (part in which or (part, which) == ("graph", "compiled"))
     assert variant.fast_sums == ("fp8" in which and which != "fp8")

@@ -49,10 +49,17 @@ def compiled(one, arch: int):
     signature = {n: one.signature.get(n, "constexpr") for n in names}
     aligned = {n for n, kind in signature.items() if kind.startswith("*")} | set(one.divisible)
     attrs = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in aligned}
-    source = ASTSource(one.kernel, signature, one.constexprs, attrs)
+    defaults = {p.name: p.default for p in one.kernel.params if p.has_default}
+    source = ASTSource(one.kernel, signature, defaults | one.constexprs, attrs)
     options = {"num_warps": one.num_warps, "num_stages": one.num_stages, "debug": one.debug}
+    options |= {"launch_pdl": True} if _waits(one) else {}
     options |= {"maxnreg": one.maxnreg} if one.maxnreg else {}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def _waits(one) -> bool:
+    """Whether it may begin before the kernel before it has ended, and has to wait for it."""
+    return one.constexprs.get("PDL", False)
 
 
 def usage(cubin: bytes) -> dict[str, int]:
@@ -78,6 +85,8 @@ def report(one, arch: int) -> dict:
     # A debug build keeps a stack for the assertion's call.
     kept = row["spills"] <= one.may_spill or one.debug
     spilled = [f"{row['spills']} bytes of spills"] * (not kept)
+    code = machine_code.disassembled(made.asm["cubin"], BIN) if _waits(one) else ""
+    wrong += machine_code.early(made.asm["ptx"], code, _waits(one))
     wrong += [f"{row['shared']} bytes of shared memory"] * (row["shared"] > SHARED[arch])
     wrong += ["too many registers"] * (row["registers"] * 32 * one.num_warps > REGISTER_FILE)
     if arch == READ and one.name in _read_names():

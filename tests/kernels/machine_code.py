@@ -24,6 +24,9 @@ LANES = 32
 ROOM = {80: (164, 64), 90: (228, 64), 100: (228, 64)}
 REGISTERS, PROGRAMS = 65536, 32
 GLOBAL = ("LDG", "STG", "LDGSTS", "RED", "ATOMG", "ATOM")
+# Of device memory, beside GLOBAL: by an address of any kind, and by the tensor memory accelerator.
+OTHERS = ("LD", "ST", "REDG", "UTMALDG", "UTMASTG", "UBLKCP", "UBLKPF", "CCTL", "UTMAPF")
+TOUCHES = re.compile(r"\b(?:ld|st|red|atom|cp|prefetch|prefetchu|discard)\.(?!param|shared)[\w.:]+")
 WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}  # bytes; 4 without one
 HEADS = (
     "kernel, dtype, configuration", "programs", "HGMMA : HMMA", "local", "barriers in loops",
@@ -133,6 +136,23 @@ def read(text: str, fitting: int) -> Code:
         instructions=len(hot),
         bytes=moved(found, hot),
     )
+
+
+def early(ptx: str, text: str, waits: bool) -> list[str]:
+    """What a kernel does too early. waits: it may begin before the kernel before it has ended, and
+    has to wait before it touches device memory, and to let the next begin after that; else it does
+    neither. text: of a disassembly."""
+    if not waits:
+        return ["griddepcontrol in the PTX"] * ("griddepcontrol" in ptx)
+    before, _, after = ptx.partition("griddepcontrol.wait")
+    wrong = [f"{found[0]} before the wait" for found in TOUCHES.finditer(before)]
+    wrong += ["dependents launched before the wait"] * ("launch_dependents" not in after)
+    bases = [one.base for one in parsed(text)[0]]
+    order = [bases.index(name) if name in bases else -1 for name in ("ACQBULK", "PREEXIT")]
+    if not 0 <= order[0] < order[1]:
+        return [*wrong, f"machine code waits at {order[0]}, launches dependents at {order[1]}"]
+    touched = (base for base in bases[: order[0]] if base in (*GLOBAL, *OTHERS))
+    return wrong + [f"{base} before the wait" for base in touched]
 
 
 def worse(before: Code, now: Code) -> list[str]:

@@ -113,3 +113,49 @@ def test_contexts_of_one_length_are_launched_too():
     names = [n for n in shipped._attention(shipped.Chooser(90), stack) if "backward" in n]
     found = machine_code.committed(aot_table.TABLE.read_text(encoding="utf-8"))
     assert [found[name].programs for name in names] == [2]
+
+
+PTX = """
+\tld.param.b64 \t%rd1, [_kernel_param_0];
+\tmov.u32 \t%r1, %ctaid.x;
+\tst.shared.b32 \t[%r2], %r1;
+\tgriddepcontrol.wait; // dummy %r3
+\tgriddepcontrol.launch_dependents; // dummy %r4
+\t@%p1 ld.global.v4.b32 { %r5, %r6, %r7, %r8 }, [ %rd2 + 0 ];
+"""
+WAITS = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/                   ACQBULK ;
+        /*0020*/                   S2R R0, SR_CTAID.X ;
+        /*0030*/                   PREEXIT ;
+        /*0040*/             @!P0  LDG.E.128 R8, desc[UR4][R6.64] ;
+"""
+
+
+def moved(text: str, what: str, before: str) -> str:
+    """The line with `what` before the one with `before`."""
+    lines = text.splitlines(keepends=True)
+    (line,) = (one for one in lines if what in one)
+    lines.remove(line)
+    lines.insert(next(i for i, one in enumerate(lines) if before in one), line)
+    return "".join(lines)
+
+
+def test_what_may_begin_early_waits_before_it_touches_device_memory():
+    assert machine_code.early(PTX, WAITS, True) == []
+    for load in ("ld.global.v4", "cp.async.cg.shared.global", "ld.b32", "red.global.add", "st.v2"):
+        early = moved(PTX.replace("ld.global.v4", load), load, "griddepcontrol.wait")
+        assert machine_code.early(early, WAITS, True)[0].startswith(load)
+    early = moved(WAITS, "LDG", "ACQBULK")
+    assert machine_code.early(PTX, early, True) == ["LDG before the wait"]
+    assert machine_code.early(PTX, early.replace("LDG.E.128", "UTMALDG.4D"), True)
+    early = moved(PTX, "launch_dependents", "griddepcontrol.wait")
+    assert machine_code.early(early, WAITS, True) == ["dependents launched before the wait"]
+    for wrong in (moved(WAITS, "PREEXIT", "ACQBULK"), WAITS.replace("ACQBULK", "NOP")):
+        (told,) = machine_code.early(PTX, wrong, True)
+        assert told.startswith("machine code waits at")
+
+
+def test_what_begins_in_its_turn_neither_waits_nor_lets_the_next_begin():
+    assert machine_code.early(PTX, "", False) == ["griddepcontrol in the PTX"]
+    assert machine_code.early(PTX.replace("griddepcontrol", "bar"), "", False) == []
