@@ -132,12 +132,13 @@ def attention_knobs(
     device: torch.device, shapes: Sequence[tuple[int, int, int, int, bool]]
 ) -> Iterator[Knob]:
     """Of bf16 q, k and v side by side: sequences, tokens, heads, values of a head, trained."""
+    tma = launch.at_least(attention_forward.TMA, device)
     for B, S, H, d, trained in shapes:
         qkv = torch.randn(B, S, 3 * H * d, device=device, dtype=torch.bfloat16)
         q, k, v = qkv.chunk(3, -1)
         out, lse = attention_forward.launch_attention(q, k, v, H)
         yield Knob(
-            *attention_forward.forward_candidates(S, d),
+            *attention_forward.forward_candidates(S, d, tma),
             lambda tile, q=q, k=k, v=v, H=H: attention_forward.launch_attention(q, k, v, H, tile),
         )  # fmt: skip
         if not trained:

@@ -5,6 +5,7 @@ With P the softmax and do the gradient of o:
     dv = P^T do,   dS = P * (do v^T - rowsum(do * o)) / sqrt(d),   dq = dS k,   dk = dS^T q
 
     forward.py    short_attention: the reference, the forward's kernel, the public function
+    descriptor_forward.py  another kernel of the forward, for the tensor memory accelerator
     backward.py   the gradients: the launcher of one_pass_backward.py and two_pass_backward.py
     heads.py      reading, multiplying and writing the values of a head
 

@@ -12,16 +12,24 @@ from typing import NamedTuple
 import torch
 
 from cjepa_fast.kernels.attention.backward import attention_backward_op
+from cjepa_fast.kernels.attention.descriptor_forward import (
+    BY_DESCRIPTORS,
+    TMA,
+    ByDescriptors,
+    _attention_descriptor_kernel,
+    describable,
+    descriptors,
+)
 from cjepa_fast.kernels.attention.heads import (
     LOG2_E,
     WIDTHS,
     compiled,
-    dot_transposed,
     load_parts,
     program_index,
     split,
     store_parts,
     strides,
+    weigh,
 )
 from cjepa_fast.kernels.common.dependent_launch import (
     also_dependent,
@@ -31,6 +39,7 @@ from cjepa_fast.kernels.common.dependent_launch import (
 from cjepa_fast.kernels.common.launch import (
     TRITON_NAMES,
     Compiled,
+    at_least,
     chosen,
     dot,
     last_dim_dense,
@@ -87,13 +96,9 @@ def _attention_kernel(
     for start in range(0, T, COLS):
         col = start + tl.arange(0, COLS)
         k0, k1 = load_parts(k, col, col < T, k_row, d, D0, D1)
-        scores = dot_transposed(q0, q1, k0, k1, D1, ROWS, COLS) * scale
-        scores = tl.where((col < T)[None, :], scores, -float("inf"))
-        new = tl.maximum(most, tl.max(scores, 1))
-        weights = tl.exp2(scores - new[:, None])
-        shrunk = tl.exp2(most - new)
-        total = total * shrunk + tl.sum(weights, 1)
-        most = new
+        weights, shrunk, most, total = weigh(
+            q0, q1, k0, k1, col < T, most, total, scale, D1, ROWS, COLS
+        )  # fmt: skip
         v0, v1 = load_parts(v, col, col < T, k_row, d, D0, D1)
         low = narrow(weights, v.dtype.element_ty)
         out0 = dot(low, v0, out0 * shrunk[:, None])
@@ -119,18 +124,25 @@ class Tile(NamedTuple):
 TILES = (Tile(64, 64, 4), Tile(128, 64, 8), Tile(64, 32, 4), Tile(32, 32, 2))
 
 
-def forward_candidates(S: int, d: int) -> tuple[str, tuple[Tile, ...]]:
-    """tuned.py's key for S queries of d values, and the tiles to choose from."""
-    return f"attention {triton.next_power_of_2(S)}x{d}", TILES
+def forward_candidates(S: int, d: int, tma: bool) -> tuple[str, tuple[Tile | ByDescriptors, ...]]:
+    """tuned.py's key for S queries of d values, and the tiles to choose from. tma: whether the GPU
+    has the tensor memory accelerator."""
+    described = BY_DESCRIPTORS if tma and d % 8 == 0 else ()
+    return f"attention {triton.next_power_of_2(S)}x{d}", TILES + described
 
 
 @on_its_device
 def launch_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, tile: Tile | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    heads: int,
+    tile: Tile | ByDescriptors | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """o (B, S, H d), dense, and lse (B, H, S), of q (B, S, H d) and k, v (B, T, H d).
 
-    Their last dimension must be dense, and the strides of k and v the same.
+    Their last dimension must be dense, and the strides of k and v the same. What no descriptor can
+    hold is read without.
     """
     assert q.stride(-1) == k.stride(-1) == 1, (q.stride(), k.stride())
     assert k.stride() == v.stride(), (k.stride(), v.stride())
@@ -140,14 +152,24 @@ def launch_attention(
     lse = torch.empty(B, heads, S, device=q.device, dtype=torch.float32)
     if out.numel() == 0 or T == 0:
         return out.zero_(), lse.fill_(float("inf"))
-    tile = tile or chosen(*forward_candidates(S, d), q.device)
+    tile = tile or chosen(*forward_candidates(S, d, at_least(TMA, q.device)), q.device)
+    described = isinstance(tile, ByDescriptors) and all(describable(x, d) for x in (q, k, v))
+    if isinstance(tile, ByDescriptors) and not described:
+        tile = TILES[0]
     D0, D1 = split(d)
     blocks = triton.cdiv(S, tile.rows)
-    _attention_kernel[(B * blocks * heads,)](
-        q, k, v, out, lse, heads, S, T, blocks, *strides(q), *strides(k), *strides(out),
-        d**-0.5 * LOG2_E, d=d, D0=D0, D1=D1, ROWS=tile.rows, COLS=tile.cols,
-        num_warps=tile.warps, num_stages=tile.stages, **dependent(q.device),
-    )  # fmt: skip
+    own = {"d": d, "D0": D0, "D1": D1, "ROWS": tile.rows, "COLS": tile.cols}
+    own |= {"num_warps": tile.warps, "num_stages": tile.stages, **dependent(q.device)}
+    if described:
+        _attention_descriptor_kernel[(B * blocks * heads,)](
+            *descriptors(q, k, v, heads, tile), out, lse, heads, S, T, blocks, *strides(out),
+            d**-0.5 * LOG2_E, **own,
+        )  # fmt: skip
+    else:
+        _attention_kernel[(B * blocks * heads,)](
+            q, k, v, out, lse, heads, S, T, blocks, *strides(q), *strides(k), *strides(out),
+            d**-0.5 * LOG2_E, **own,
+        )  # fmt: skip
     return out, lse
 
 

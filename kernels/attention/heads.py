@@ -87,6 +87,21 @@ def dot_transposed(x0, x1, y0, y1, D1: tl.constexpr, ROWS: tl.constexpr, COLS: t
 
 
 @triton.jit
+def weigh(
+    q0, q1, k0, k1, there, most, total, scale,
+    D1: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """Of ROWS queries and COLS keys, those that are `there`: 2^(scores - the new maximum), by what
+    earlier ones shrink, the new maximum and the new sum. scale: log2(e) / sqrt(d)."""
+    scores = dot_transposed(q0, q1, k0, k1, D1, ROWS, COLS) * scale
+    scores = tl.where(there[None, :], scores, -float("inf"))
+    new = tl.maximum(most, tl.max(scores, 1))
+    weights = tl.exp2(scores - new[:, None])
+    shrunk = tl.exp2(most - new)
+    return weights, shrunk, new, total * shrunk + tl.sum(weights, 1)
+
+
+@triton.jit
 def program_index(H, blocks):
     """A program's head, block of rows and sequence.
 

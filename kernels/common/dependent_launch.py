@@ -33,8 +33,7 @@ from collections.abc import Iterable
 
 import torch
 
-from cjepa_fast.kernels.common import launch
-from cjepa_fast.kernels.common.launch import INTERPRET, Compiled
+from cjepa_fast.kernels.common.launch import INTERPRET, Compiled, at_least
 from cjepa_fast.kernels.common.maybe_triton import tl, triton
 
 OLDEST = 90  # sm_90, the first architecture with these instructions
@@ -60,12 +59,7 @@ def use_dependent_launch(on: bool) -> None:
 
 def dependent(device: torch.device) -> dict[str, bool]:
     """A launch's further arguments: empty where it does not begin early."""
-    return {"PDL": True, "launch_pdl": True} if _on and _can_wait(device) else {}
-
-
-def _can_wait(device: torch.device) -> bool:
-    name = launch.architecture(device)
-    return name != "cpu" and int(name.removeprefix("sm_")) >= OLDEST
+    return {"PDL": True, "launch_pdl": True} if _on and at_least(OLDEST, device) else {}
 
 
 def also_dependent(rows: Iterable[Compiled]) -> list[Compiled]:

@@ -179,6 +179,12 @@ def architecture(device: torch.device) -> str:
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
+def at_least(number: int, device: torch.device) -> bool:
+    """Whether it is a GPU of sm_`number` or newer."""
+    name = architecture(device)
+    return name != "cpu" and int(name.removeprefix("sm_")) >= number
+
+
 @functools.cache
 def roomy(device: torch.device) -> bool:
     """Whether a program may have 160 KiB of shared memory, as on an A100, H100 or B200."""

@@ -11,11 +11,15 @@ try:
     import triton
     import triton.language as tl
     from triton.errors import TritonError
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError as error:
     WHY_NOT = str(error)
 
     class TritonError(Exception):
         """A kernel that cannot be compiled, or that the GPU has no room for."""
+
+    class TensorDescriptor:
+        """Of a tensor, for the GPU's tensor memory accelerator: never made without a GPU."""
 
     class _Constexpr:
         def __init__(self, value):
@@ -54,4 +58,4 @@ except ImportError as error:
         knobs=SimpleNamespace(runtime=SimpleNamespace(interpret=False)),
     )
 
-__all__ = ["TritonError", "tl", "triton"]
+__all__ = ["TensorDescriptor", "TritonError", "tl", "triton"]

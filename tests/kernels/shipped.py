@@ -16,6 +16,7 @@ import torch
 from cjepa_fast import config
 from cjepa_fast.kernels import fp8, gelu, norm
 from cjepa_fast.kernels.attention.backward import backward_candidates
+from cjepa_fast.kernels.attention.descriptor_forward import TMA
 from cjepa_fast.kernels.attention.forward import forward_candidates
 from cjepa_fast.kernels.attention.one_pass_backward import OnePass
 from cjepa_fast.kernels.common import launch
@@ -35,7 +36,7 @@ class Chooser:
     """launch.chosen on sm_`arch`. named: the keys of tuned.py whose configuration it gave."""
 
     def __init__(self, arch: int):
-        self.table, self.named = TUNED.get(f"sm_{arch}", {}), set()
+        self.arch, self.table, self.named = arch, TUNED.get(f"sm_{arch}", {}), set()
 
     def __call__(self, key: str, candidates: tuple):
         if self.table.get(key) in candidates:
@@ -169,7 +170,7 @@ def _sigreg() -> Iterator[str]:
 
 
 def _attention(choose: Chooser, stack: Stack) -> Iterator[str]:
-    tile = choose(*forward_candidates(stack.queries, stack.d))
+    tile = choose(*forward_candidates(stack.queries, stack.d, choose.arch >= TMA))
     yield f"attention bf16 {stack.d} {_joined(tile)}"
     if stack.role in ("target", "tuned"):
         return

@@ -14,6 +14,7 @@ from kernel_checks import modules_to_compile
 
 from cjepa_fast import kernels
 from cjepa_fast.kernels.attention.backward import launch_attention_backward
+from cjepa_fast.kernels.attention.descriptor_forward import BY_DESCRIPTORS
 from cjepa_fast.kernels.attention.forward import launch_attention
 from cjepa_fast.kernels.attention.two_pass_backward import TWO_PASSES
 from cjepa_fast.kernels.common import dependent_launch, launch
@@ -50,7 +51,7 @@ def with_the_argument() -> dict[str, ast.FunctionDef]:
 def test_the_wait_is_a_kernel_s_first_statement():
     """In a pipelined loop it comes after the loop's first loads."""
     found = with_the_argument()
-    assert len(found) == 10
+    assert len(found) == 11
     for name, function in found.items():
         body = function.body[1:] if ast.get_docstring(function) else function.body
         assert ast.unparse(body[0]) == "wait_for_previous(PDL)", name
@@ -80,6 +81,7 @@ def launch_all() -> None:
     launch_gelu_backward(launch_gelu(x), x)
     launch_quantise(x)
     q, k, v = torch.ones(1, 8, 3 * 64, dtype=torch.bfloat16).chunk(3, -1)
+    launch_attention(q, k, v, 2, BY_DESCRIPTORS[0])
     out, lse = launch_attention(q, k, v, 2)
     for tile in (None, TWO_PASSES[0]):
         grads = tuple(torch.empty_like(out) for _ in range(3))

@@ -68,7 +68,9 @@ def test_every_kernel_and_every_tuned_choice_is_among_what_is_launched(arch):
     every = [one for module in modules_to_compile().values() for one in module.ahead_of_time()]
     names, named = shipped.shipped(arch)
     kernels = {one.kernel.__name__ for one in every if one.since <= arch}
-    assert kernels == {one.kernel.__name__ for one in every if one.name in names}
+    launched = {one.kernel.__name__ for one in every if one.name in names}
+    assert kernels - launched <= {"_attention_descriptor_kernel"}  # the tuner's candidate alone
+    assert launched <= kernels
     assert TUNED.get(f"sm_{arch}", {}).keys() == named
 
 

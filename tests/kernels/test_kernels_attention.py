@@ -7,10 +7,17 @@ from parameters import crossed
 
 from cjepa_fast.kernels.attention import short_attention, short_attention_reference
 from cjepa_fast.kernels.attention.backward import backward_candidates, launch_attention_backward
-from cjepa_fast.kernels.attention.forward import TILES, attention_op, launch_attention
+from cjepa_fast.kernels.attention.descriptor_forward import BY_DESCRIPTORS, TMA
+from cjepa_fast.kernels.attention.forward import (
+    TILES,
+    attention_op,
+    forward_candidates,
+    launch_attention,
+)
 from cjepa_fast.kernels.attention.heads import split
 from cjepa_fast.kernels.attention.one_pass_backward import one_pass
 from cjepa_fast.kernels.attention.two_pass_backward import TWO_PASSES, TwoPasses
+from cjepa_fast.kernels.common import launch
 
 DTYPES = [torch.bfloat16, torch.float16]
 # Sequences, queries, keys, heads, values of a head.
@@ -106,6 +113,63 @@ def test_outputs_gradients_and_sums_are_within_the_error_budget(seed, kernel_dev
 @pytest.mark.parametrize("tile", TILES, ids=str)
 def test_every_tile(seed, kernel_device, tile):
     check((1, 70, 77, 2, 24), kernel_device, torch.bfloat16, tile)
+
+
+@pytest.fixture
+def with_tma(kernel_device) -> str:
+    """A device whose loads can go by descriptors; the interpreter knows them too."""
+    if kernel_device != "cpu" and not launch.at_least(TMA, torch.device(kernel_device)):
+        pytest.skip("from sm_90 on")
+    return kernel_device
+
+
+LOADED = {
+    name: SHAPES[name]
+    for name in (
+        "aligned", "the predictor of L, H", "the contexts of H", "heads of g", "prime",
+        "fewer queries than keys", "one query", "just above 128",
+    )
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", LOADED.values(), ids=LOADED)
+def test_loads_by_descriptors(seed, with_tma, shape):
+    check(shape, with_tma, torch.bfloat16, BY_DESCRIPTORS[0])
+
+
+@pytest.mark.parametrize("tile", BY_DESCRIPTORS, ids=str)
+def test_every_tile_by_descriptors(seed, with_tma, tile):
+    check((2, 70, 77, 2, 24), with_tma, torch.float16, tile)
+
+
+@pytest.mark.filterwarnings("ignore:.*(NaN|invalid value):RuntimeWarning")  # of the interpreter
+@pytest.mark.parametrize("d", [24, 80])
+def test_a_descriptor_reads_neither_the_next_head_nor_the_next_sequence(seed, with_tma, d):
+    """Beyond a head's values, or a sequence's tokens, it gives zeros: NaN would stay NaN."""
+    q, k, v, _ = tensors((2, 5, 7, 2, d), with_tma, torch.bfloat16)
+    before, _ = launch_attention(q, k, v, 2, BY_DESCRIPTORS[0])
+    for x in (q, k, v):
+        x[1] = torch.nan
+        x[0, :, d:] = torch.nan
+    after, _ = launch_attention(q, k, v, 2, BY_DESCRIPTORS[0])
+    assert torch.equal(after[0, :, :d], before[0, :, :d]) and after[1].isnan().all()
+
+
+def test_what_no_descriptor_holds_is_read_without(seed, with_tma):
+    """Addresses and strides that are no multiples of 16 bytes."""
+    for d, first in ((24, 1), (20, 0)):
+        qkv = torch.randn(1, 9, 6 * d + 8).to(with_tma, torch.bfloat16)[..., first : first + 6 * d]
+        q, k, v = qkv.chunk(3, -1)
+        wanted = launch_attention(q, k, v, 2, TILES[0])
+        for one, other in zip(launch_attention(q, k, v, 2, BY_DESCRIPTORS[0]), wanted, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_descriptors_are_candidates_where_the_gpu_has_tma_and_never_the_first():
+    for d, tma, more in ((24, True, BY_DESCRIPTORS), (24, False, ()), (20, True, ())):
+        key, found = forward_candidates(100, d, tma)
+        assert (key, found) == (f"attention 128x{d}", TILES + more)
+        assert len({tuple(tile) for tile in found}) == len(found)
 
 
 @pytest.mark.parametrize(("S", "d"), [(40, 64), (40, 80), (100, 32), (140, 24), (170, 24)])
