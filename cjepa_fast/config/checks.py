@@ -85,10 +85,12 @@ def impossible(config: Config) -> Iterator[str]:
             f'run.cuda_graph = true: mask.context = "{mask.context}" changes the shapes; '
             'set mask.context to "fixed" or "packed"'
         )
-    if model.target_precision == "fp8" and config.run.precision == "fp32":
-        yield (
-            'model.target_precision = "fp8": not with run.precision = "fp32"; set that to "bf16"'
-        )
+    for key in ("target_precision", "context_precision"):
+        if getattr(model, key) == "fp8" and config.run.precision == "fp32":
+            yield (
+                f'model.{key} = "fp8": not with run.precision = "fp32"; set that to "bf16", or '
+                "leave it out"
+            )
     if config.run.target_stream and config.run.compile == "whole":
         yield (
             'run.target_stream = true: not with run.compile = "whole", which leaves no point '

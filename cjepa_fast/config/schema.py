@@ -240,6 +240,11 @@ class ModelSection(Section):
     target_precision: Literal["bf16", "fp8"] = Field(
         "bf16", description="target encoder's matmuls; fp8 needs run.precision bf16 and sm_89"
     )
+    context_precision: Literal["bf16", "fp8"] = later(
+        "bf16",
+        was="bf16",
+        description="context encoder's matmuls but for weights' gradients; fp8 as the target's",
+    )
     residual: Literal["bf16", "fp32"] = Field(
         "bf16", description="dtype of the residual stream, where run.precision is bf16"
     )

@@ -15,6 +15,7 @@ from cjepa_fast.kernels.gelu import APPROXIMATE
 from cjepa_fast.kernels.norm import takes
 from cjepa_fast.model.attention import attend, attend_by_block, attend_packed, flash_attention
 from cjepa_fast.model.cpu_linear import Linear, linear, linear_gelu
+from cjepa_fast.model.fp8 import trained_linear
 from cjepa_fast.model.fused_mlp import fused_mlp
 from cjepa_fast.model.fused_ops import (
     NONE,
@@ -26,6 +27,7 @@ from cjepa_fast.model.fused_ops import (
     add_norm_fp8,
     attend_heads,
     attend_last,
+    matmuls_of,
 )
 from cjepa_fast.model.packed import Sequences
 from cjepa_fast.model.recompute import RecomputePolicy
@@ -50,7 +52,18 @@ def last_of(x_BSD: torch.Tensor, last: int, layout: Layout) -> torch.Tensor:
     return x_BSD[:, -last:]
 
 
-class QueryKeyValue(Linear):
+class BlockLinear(Linear):
+    """in_fp8: its output and its input's gradient are matmuls in FP8 (fp8.py)."""
+
+    in_fp8 = False
+
+    def forward(self, x_BSC: torch.Tensor) -> torch.Tensor:
+        if self.in_fp8:
+            return trained_linear(x_BSC, self.weight, self.bias)
+        return super().forward(x_BSC)
+
+
+class QueryKeyValue(BlockLinear):
     """The three projections of attention as one Linear of width D -> 3 D."""
 
     def forward(
@@ -74,7 +87,7 @@ class Attention(nn.Module):
         self.heads = heads
         self.backend = backend
         self.qkv = QueryKeyValue(width, 3 * width)
-        self.proj = Linear(width, width)
+        self.proj = BlockLinear(width, width)
 
     def heads_of(
         self, x_BSD: torch.Tensor, last: int | None = None, layout: Layout = None
@@ -109,10 +122,12 @@ class MLP(nn.Module):
     def __init__(self, width: int, hidden: int, gelu: str = "exact"):
         super().__init__()
         self.gelu = gelu
-        self.fc1 = Linear(width, hidden)
-        self.fc2 = Linear(hidden, width)
+        self.fc1 = BlockLinear(width, hidden)
+        self.fc2 = BlockLinear(hidden, width)
 
     def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
+        if self.fc1.in_fp8:
+            return self.output(self.fc1(x_BSD))
         return self.fc2(linear_gelu(x_BSD, self.fc1.weight, self.fc1.bias, self.gelu))
 
     def output(self, hidden_BSX: torch.Tensor) -> torch.Tensor:
@@ -187,12 +202,13 @@ class Block(nn.Module):
         one, two = self.norm1, self.norm2
         args = x, *pending, one.weight, one.bias, one.eps, attn.qkv.weight, attn.qkv.bias
         if last is None:
-            s, qkv = AddNormLinear.apply(*args, "heads" not in self.policy)
+            keep = "heads" not in self.policy
+            s, qkv = AddNormLinear.apply(*args, keep, matmuls_of(attn.qkv))
             a = attend_heads(attn, qkv, trained)
         else:
             s, q, kv = AddNormLast.apply(*args, last)
             a = attend_last(attn, q, kv, trained)
-        y = Matmul.apply(a, attn.proj.weight, attn.proj.bias)
+        y = Matmul.apply(a, attn.proj.weight, attn.proj.bias, matmuls_of(attn.proj))
 
         s, y = self.policy.run("mlp", fused_mlp, s, y, attn.proj.bias, two, mlp, self.policy)
         return s, (y, mlp.fc2.bias)

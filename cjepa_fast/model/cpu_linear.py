@@ -120,6 +120,14 @@ def _widened(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(tensor.float() for tensor in tensors)
 
 
+def weight_gradient(dout: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Of the weight of a Linear, from the gradient of its output and its input: (D, C)."""
+    dtype, rows = dout.dtype, dout.flatten(0, -2)
+    if dout.device.type == "cpu" and not torch.compiler.is_compiling():
+        rows, x = _widened(rows, x)
+    return (rows.t() @ x.flatten(0, -2)).to(dtype)
+
+
 # Of the input, from the output's gradient and the weight; of the weight, from rows of both.
 _gradients = (lambda grad, weight: grad @ weight, lambda rows, x: rows.t() @ x)
 _fused_gradients = (

@@ -1,4 +1,4 @@
-"""The linear layers of an encoder that takes no gradient, in FP8: weights and inputs by row.
+"""The linear layers of an encoder's blocks in FP8: weights and inputs by row.
 
     y = x W^T + b  ~  (x8 W8^T) * (scale of the token) * (scale of the output) + b
 
@@ -8,13 +8,29 @@ The patch embedding, the attention, the residual and the last norm stay bf16.
 
 Each operand is off by 2.4 % of itself in the mean square, so a matmul by 3.4 %, whatever the
 scales: e4m3 has 4 significant bits.
+
+The target encoder takes no gradient and keeps its weights in FP8 (FP8Linear). The context encoder
+is trained (trained_linear): its weights stay in bf16 and are quantised in each call.
+
+    dx = dy W    ~  (dy8 V8^T) * (scale of the token) * (scale of the input),  V = W^T
+    dW = dy^T x  in bf16
+
+dx sums over the outputs, so a scale belongs to a row of V, which is a column of W. dy is in e4m3
+too. e5m2 has a bit less, and is off by 4.8 %; its wider range serves where a whole tensor has one
+scale. Here each row has its own, and e4m3 keeps its precision down to 1 / 28,672 of the row's
+largest value.
+
+Bytes that a trained Linear moves beside its matmuls: 3 a value of x and of dy, 10 a weight (3 for
+its rows; 7 for its columns, which are copied first).
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import Function
 
 from cjepa_fast.kernels.fp8 import Rows, quantise_gelu, quantise_norm, quantise_rows
+from cjepa_fast.model.cpu_linear import weight_gradient
 from cjepa_fast.runtime import hardware
 
 MULTIPLE = 16  # of which every width must be one, for a GPU's matmul
@@ -24,10 +40,10 @@ FAST_SUMS = False  # True: sums of fewer bits than fp32's in the tensor cores; s
 INSTRUCTION, DROPPED_BITS = 32, 10
 
 
-def matmul_reference(x: Rows, weight: Rows, bias: torch.Tensor) -> torch.Tensor:
+def matmul_reference(x: Rows, weight: Rows, bias: torch.Tensor | None) -> torch.Tensor:
     product = short_sums if FAST_SUMS else F.linear
     out = product(x.values.float(), weight.values.float()) * x.scales * weight.scales.T
-    return (out + bias.float()).bfloat16()
+    return (out if bias is None else out + bias.float()).bfloat16()
 
 
 def short_sums(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -47,8 +63,8 @@ def short_sums(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def matmul(x: Rows, weight: Rows, bias: torch.Tensor) -> torch.Tensor:
-    """x (..., C) times weight (O, C), plus bias (O,) in bf16: (..., O) in bf16."""
+def matmul(x: Rows, weight: Rows, bias: torch.Tensor | None) -> torch.Tensor:
+    """x (..., C) times weight (O, C), plus bias (O,) in bf16, if any: (..., O) in bf16."""
     if not x.values.is_cuda:
         return matmul_reference(x, weight, bias)
     out = torch._scaled_mm(
@@ -129,6 +145,65 @@ def linears_to_fp8(encoder: nn.Module) -> dict[str, FP8Linear]:
         name: layer for name, layer in encoder.named_modules() if isinstance(layer, FP8Linear)
     }
     return {f"{name}.weight": layer for name, layer in layers.items()}
+
+
+# --- trained
+
+
+def train_in_fp8(encoder: nn.Module) -> None:
+    """Let the blocks' Linears compute so from here on, those of an encoder in bf16."""
+    for block in encoder.blocks:
+        for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
+            layer.in_fp8 = True
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """x (..., C), weight (O, C) and bias (O,) in bf16: (..., O) in bf16."""
+    return matmul(quantise_rows(x), quantise_rows(weight), bias)
+
+
+def linear_gradients(
+    dout: torch.Tensor, x: torch.Tensor, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of x and of the weight."""
+    dx = matmul(quantise_rows(dout), quantise_rows(weight.t().contiguous()), None)
+    return dx, weight_gradient(dout, x)
+
+
+def trained_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """`linear`, with the gradients above.
+
+    In two steps, since autograd takes what a Function saves when its forward ends. So a part of a
+    block that is recomputed (recompute.py) ends before the matmul, as it does before F.linear.
+    """
+    gradients_to = _LinearGradients.apply(x, weight, bias)
+    return _LinearOutput.apply(gradients_to, x.detach(), weight.detach(), bias.detach())
+
+
+class _LinearGradients(Function):
+    """A placeholder in the shape of the output, whose gradient is that of x, weight and bias."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return x.new_empty(()).expand(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    def backward(ctx, dout):
+        dbias = dout.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        return *linear_gradients(dout, *ctx.saved_tensors), dbias
+
+
+class _LinearOutput(Function):
+    """The Linear, whose gradient goes to the placeholder."""
+
+    @staticmethod
+    def forward(ctx, gradients_to, x, weight, bias):
+        return linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, dout):
+        return dout, None, None, None
 
 
 def check_device(device: torch.device) -> None:

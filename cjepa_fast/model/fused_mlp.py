@@ -10,7 +10,7 @@ compute on their way. Then, where a trial finds it right:
                         backward writes du and the gradient of fc1's bias
 What is recomputed must have the bits that it had. So where gelu(u) is (model.checkpointing
 "norm_gelu"), GELU stays a pass of its own forward; where fc1 is ("selective", "full"), backward
-too.
+too. And it is a pass of its own where the matmuls are in FP8 (model.context_precision).
 
 Shapes: those of fused_ops.py; u (B, S, hidden).
 """
@@ -23,8 +23,8 @@ from torch.autograd.function import once_differentiable
 
 from cjepa_fast.kernels.gelu import launch_gelu, launch_gelu_backward
 from cjepa_fast.kernels.norm import launch_add_norm
-from cjepa_fast.model import cublaslt
-from cjepa_fast.model.fused_ops import AddNormLinear, linear
+from cjepa_fast.model import cublaslt, fp8
+from cjepa_fast.model.fused_ops import BF16, AddNormLinear, linear, matmuls_of
 from cjepa_fast.model.recompute import RecomputePolicy
 from cjepa_fast.model.weight_stream import weight_gradient
 
@@ -40,22 +40,25 @@ def fused_mlp(
     """x + y, and mlp(norm(x + y)); y_bias: of the Linear that made y."""
     fc1, fc2, trained = mlp.fc1, mlp.fc2, torch.is_grad_enabled()
     args = x, y, y_bias, norm.weight, norm.bias, norm.eps, fc1.weight, fc1.bias
-    if not trained and mlp.gelu == "tanh" and gelu_by_torch(x, fc1.weight):
+    tanh = mlp.gelu == "tanh" and not fc1.in_fp8
+    if not trained and tanh and gelu_by_torch(x, fc1.weight):
         s, hidden = add_norm_linear_gelu(*args)
         return s, linear(hidden, fc2.weight, fc2.bias)
     again = policy.recomputes("block") or policy.recomputes("mlp")
     keep_norm, keep = "hidden" not in policy, "output" not in policy
-    by_matmul = trained and not again and mlp.gelu == "tanh" and cublaslt.takes(x, fc1.weight)
+    by_matmul = trained and not again and tanh and cublaslt.takes(x, fc1.weight)
     if by_matmul and keep:
         s, u, hidden = AddNormLinearGelu.apply(*args, keep_norm)
     else:
-        s, u = AddNormLinear.apply(*args, keep_norm)
+        s, u = AddNormLinear.apply(*args, keep_norm, matmuls_of(fc1))
         hidden = None
     if again:
         hidden = Gelu.apply(u, fc1.bias, mlp.gelu)
-        return s, F.linear(hidden, fc2.weight, fc2.bias.detach())
+        last = fp8.trained_linear if fc2.in_fp8 else F.linear
+        return s, last(hidden, fc2.weight, fc2.bias.detach())
     second = fc2.weight, fc2.bias, mlp.gelu
-    return s, GeluLinear.apply(u, hidden, fc1.bias, *second, keep, trained, by_matmul)
+    how = keep, trained, by_matmul, matmuls_of(fc2)
+    return s, GeluLinear.apply(u, hidden, fc1.bias, *second, *how)
 
 
 def told(device: torch.device, dtype: torch.dtype) -> str:
@@ -91,7 +94,7 @@ class AddNormLinearGelu(Function):
 
     @staticmethod
     def forward(ctx, x, y, y_bias, gain, shift, eps, weight, bias, keep):
-        s, h = AddNormLinear.saved(ctx, x, y, gain, shift, eps, weight, keep)
+        s, h = AddNormLinear.saved(ctx, x, y, gain, shift, eps, weight, keep, BF16)
         found = cublaslt.linear_gelu(h, weight, bias)
         if found is None:
             u = linear(h, weight, bias)
@@ -102,7 +105,7 @@ class AddNormLinearGelu(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, ds, du, _):
-        return AddNormLinear.backward(ctx, ds, du)
+        return AddNormLinear.backward(ctx, ds, du)[:-1]
 
 
 class GeluLinear(Function):
@@ -110,24 +113,27 @@ class GeluLinear(Function):
     backward, else recomputed. by_matmul: that of its input writes du."""
 
     @staticmethod
-    def forward(ctx, u, hidden, u_bias, weight, bias, kind, keep, trained, by_matmul):
+    def forward(ctx, u, hidden, u_bias, weight, bias, kind, keep, trained, by_matmul, matmuls):
         if hidden is None:
             hidden = launch_gelu(u, None if trained else u, kind=kind)
-        ctx.kind, ctx.by_matmul = kind, by_matmul
+        ctx.kind, ctx.by_matmul, ctx.matmuls = kind, by_matmul, matmuls
         ctx.save_for_backward(u, hidden if keep else None, weight)
-        return linear(hidden, weight, bias)
+        return matmuls.forward(hidden, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
         u, hidden, weight = ctx.saved_tensors
         hidden = launch_gelu(u, kind=ctx.kind) if hidden is None else hidden
-        rows = dout.reshape(-1, len(weight))
         found = cublaslt.gelu_backward(dout, weight, u) if ctx.by_matmul else None
-        dhidden = (rows @ weight).view(u.shape) if found is None else None
-        dweight = weight_gradient(weight, (rows, hidden.reshape(len(rows), -1)))
-        du, dbias = found or launch_gelu_backward(dhidden, u, kind=ctx.kind)
-        return du, None, dbias, dweight, None, None, None, None, None
+        if found is None:
+            dhidden, dweight = ctx.matmuls.gradients(dout, hidden, weight)
+            du, dbias = launch_gelu_backward(dhidden, u, kind=ctx.kind)
+        else:
+            rows = dout.reshape(-1, len(weight))
+            dweight = weight_gradient(weight, (rows, hidden.reshape(len(rows), -1)))
+            du, dbias = found
+        return du, None, dbias, dweight, *[None] * 6
 
 
 class Gelu(Function):

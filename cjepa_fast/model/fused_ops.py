@@ -23,6 +23,9 @@ Shapes: B sequences, S tokens, D width, H heads; x, y, s (B, S, D), x and s in t
 residual stream, the rest in the weights'.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import nn
 from torch.autograd import Function
@@ -33,6 +36,7 @@ from cjepa_fast.kernels.attention.backward import launch_attention_backward
 from cjepa_fast.kernels.attention.forward import launch_attention
 from cjepa_fast.kernels.fp8 import Rows, quantise_add_norm, quantise_norm
 from cjepa_fast.kernels.norm import launch_add_norm, launch_add_norm_backward
+from cjepa_fast.model import fp8
 from cjepa_fast.model.attention import attend
 from cjepa_fast.model.weight_stream import weight_gradient
 
@@ -51,6 +55,22 @@ def linear_gradients(
     """Of x and of the weight."""
     rows = dout.reshape(-1, len(weight))
     return (rows @ weight).view(x.shape), weight_gradient(weight, (rows, x.reshape(len(rows), -1)))
+
+
+class LinearMatmuls(NamedTuple):
+    """Those of a Linear: its output, and the gradients of its input and weight."""
+
+    forward: Callable
+    gradients: Callable
+
+
+BF16 = LinearMatmuls(linear, linear_gradients)  # or fp16
+FP8 = LinearMatmuls(fp8.linear, fp8.linear_gradients)
+
+
+def matmuls_of(layer: nn.Module) -> LinearMatmuls:
+    """By the `in_fp8` of a block's Linear."""
+    return FP8 if layer.in_fp8 else BF16
 
 
 def branch_gradients(
@@ -84,15 +104,18 @@ class AddNormLinear(Function):
     """x + y, and the Linear of its norm. keep: the norm's output, else recomputed."""
 
     @staticmethod
-    def forward(ctx, x, y, y_bias, gain, shift, eps, weight, bias, keep):
-        s, h = AddNormLinear.saved(ctx, x, y, gain, shift, eps, weight, keep)
-        return s, linear(h, weight, bias)
+    def forward(ctx, x, y, y_bias, gain, shift, eps, weight, bias, keep, matmuls):
+        s, h = AddNormLinear.saved(ctx, x, y, gain, shift, eps, weight, keep, matmuls)
+        return s, matmuls.forward(h, weight, bias)
 
     @staticmethod
-    def saved(ctx, x, y, gain, shift, eps, weight, keep) -> tuple[torch.Tensor, torch.Tensor]:
+    def saved(
+        ctx, x, y, gain, shift, eps, weight, keep, matmuls
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """x + y and its norm, and in ctx what the backward asks for."""
         s, h, stats = launch_add_norm(x, y, gain, shift, eps)
         ctx.y_dtype, ctx.eps = None if y is None else y.dtype, eps
+        ctx.matmuls = matmuls
         ctx.save_for_backward(s, h if keep else None, stats, gain, shift, weight)
         ctx.set_materialize_grads(False)
         return s.view_as(s), h
@@ -103,11 +126,11 @@ class AddNormLinear(Function):
         s, h, stats, gain, shift, weight = ctx.saved_tensors
         if h is None:
             _, h, _ = launch_add_norm(s, None, gain, shift, ctx.eps)
-        dh, dweight = linear_gradients(dout, h, weight)
+        dh, dweight = ctx.matmuls.gradients(dout, h, weight)
         ds = None if ds is None else ds.contiguous()
         d, (dgain, dshift, dy_bias) = launch_add_norm_backward(dh, ds, s, gain, stats)
         branch = branch_gradients(d, dy_bias, ctx.y_dtype)
-        return d, *branch, dgain, dshift, None, dweight, None, None
+        return d, *branch, dgain, dshift, None, dweight, None, None, None
 
 
 class AddNormLast(Function):
@@ -199,14 +222,15 @@ class Matmul(Function):
     """A Linear, its bias's gradient left to who reads it."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias):
+    def forward(ctx, x, weight, bias, matmuls):
+        ctx.matmuls = matmuls
         ctx.save_for_backward(x, weight)
-        return linear(x, weight, bias)
+        return matmuls.forward(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        return *linear_gradients(dout, *ctx.saved_tensors), None
+        return *ctx.matmuls.gradients(dout, *ctx.saved_tensors), None, None
 
 
 def add_norm_fp8(

@@ -59,4 +59,5 @@ class RecomputePolicy:
 def _keep_matmuls():
     """For checkpoint: the contexts in which the outputs of matmuls stay."""
     aten = torch.ops.aten
-    return create_selective_checkpoint_contexts([aten.addmm.default, aten.mm.default])
+    kept = [aten.addmm.default, aten.mm.default, aten._scaled_mm.default]
+    return create_selective_checkpoint_contexts(kept)

@@ -289,28 +289,30 @@ def fuse_networks(networks: JEPA, target: Encoder, config: Config, stage: int) -
     networks.predictor.fused = fuses(config, config.predictor.width)
 
 
-def check_target_precision(config: Config, device: torch.device) -> None:
-    """Raises ConfigError where the target encoder cannot compute in the precision asked for."""
-    if config.model.target_precision != "fp8":
+def check_fp8(config: Config, device: torch.device) -> None:
+    """Raises ConfigError where an encoder is to compute in FP8 and cannot."""
+    keys = [f"model.{part}_precision" for part in ("target", "context")
+            if getattr(config.model, f"{part}_precision") == "fp8"]  # fmt: skip
+    if not keys:
         return
+    asked = f'{" and ".join(keys)} = "fp8"'
     sizes = model_sizes(config)
     hidden = round(sizes["width"] * sizes["mlp_ratio"])
     for key, value in (("width", sizes["width"]), ("width * mlp_ratio", hidden)):
         if value % fp8.MULTIPLE:
             raise ConfigError(
-                f"model.{key} = {value}: must be a multiple of {fp8.MULTIPLE} for "
-                'model.target_precision = "fp8"'
+                f"model.{key} = {value}: must be a multiple of {fp8.MULTIPLE} for {asked}"
             )
     if config.run.precision != "bf16":
         reason = hardware.best_precision(device).reason
         raise ConfigError(
-            f'model.target_precision = "fp8": wants run.precision = "bf16", which is '
+            f'{asked}: wants run.precision = "bf16", which is '
             f'"{config.run.precision}" here ({reason}); set run.precision=bf16, or take "bf16"'
         )
     try:
         fp8.check_device(device)
     except ValueError as error:
-        raise ConfigError(f'model.target_precision = "fp8": {error}; take "bf16"') from None
+        raise ConfigError(f'{asked}: {error}; take "bf16"') from None
 
 
 def model_sizes(config: Config) -> dict:

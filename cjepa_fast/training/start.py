@@ -373,8 +373,9 @@ def _choices(trainer: Trainer) -> Iterator[str]:
             yield f"the {network}'s blocks are not fused: {width} is wider than {WIDEST}"
     if config.model.gelu == "tanh" and fused:
         yield fused_mlp.told(device, dtype)
-    if device.type == "cpu" and config.model.target_precision == "fp8":
-        yield "model.target_precision fp8: right on a CPU, but slower than bf16"
+    for key in ("target_precision", "context_precision") if device.type == "cpu" else ():
+        if getattr(config.model, key) == "fp8":
+            yield f"model.{key} fp8: right on a CPU, but slower than bf16"
     if onednn := [kind for kind, library in trainer.linear.items() if library == "onednn"]:
         yield f"linear layers: {', '.join(onednn)} by oneDNN (faster here)"
 

@@ -14,6 +14,7 @@ from cjepa_fast.data.loader import Batch
 from cjepa_fast.data.masks import Masks
 from cjepa_fast.kernels.common.dependent_launch import use_dependent_launch
 from cjepa_fast.kernels.ema import Number
+from cjepa_fast.model import fp8
 from cjepa_fast.model.vit import count_parameters
 from cjepa_fast.runtime import distributed, hardware
 from cjepa_fast.telemetry import position_share, representation_stats
@@ -21,7 +22,7 @@ from cjepa_fast.training import optim
 from cjepa_fast.training.build import (
     build_engine,
     build_networks,
-    check_target_precision,
+    check_fp8,
     choose_attention,
     choose_linear,
     compile_networks,
@@ -58,7 +59,7 @@ class Trainer:
         will give the weights; linear, attention: its choices (build.choose_linear, ...)."""
         self.config, self.device, self.restoring = config, device, restoring
         use_dependent_launch(config.run.dependent_launch)
-        check_target_precision(config, device)
+        check_fp8(config, device)
         self.steps_per_epoch, self.images, self.decoder = steps_per_epoch, images, decoder
         self.image_count = image_count
         self.total_steps = config.run.epochs * steps_per_epoch
@@ -91,6 +92,8 @@ class Trainer:
         self.ema = self.engine.ema
         self._check_stage()
         self._check_compiler()
+        if config.model.context_precision == "fp8":
+            fp8.train_in_fp8(networks.encoder)
         compile_networks(networks, target, config.run.compile)
         fuse_networks(networks, target, config, self.engine.stage)
         self.target, self.context_encoder = target, networks.encoder

@@ -210,6 +210,7 @@ def test_packed_contexts_want_a_kernel_of_varying_lengths():
     ("one", "other", "said"),
     [
         ("model.target_precision=fp8", "run.precision=fp32", "; set that to"),
+        ("model.context_precision=fp8", "run.precision=fp32", "; set that to"),
         ("run.target_stream=true", "run.compile=whole", '; take "blocks"'),
         ("run.weight_stream=true", "run.compile=blocks", '; set that to "none"'),
         ("run.weight_stream=true", "run.precision=fp32", '; set that to "bf16"'),

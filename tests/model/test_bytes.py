@@ -26,6 +26,9 @@ TOKENS = B * S
 # Values of device memory that a block moves a token, in units of its width.
 FORWARD, BACKWARD = 20, 28
 FP8_FORWARD = 18.5  # of values of 2 bytes; an FP8 value is half of one
+# Of a block trained in FP8 beside it: 7 D inputs and 9 D gradients, each read and written as FP8.
+FP8_INPUTS, FP8_GRADIENTS = 7 * 1.5, 9 * 1.5
+FP8_WEIGHTS = 1.5, 3.5  # of values of 2 bytes a weight: rows; columns, copied first
 MATMULS = {"mm", "addmm"}
 # Arguments of a kernel that it neither reads nor writes, by the constant that says so.
 UNREAD = {"add_norm": ("ADD", "y", "s"), "add_norm_backward": ("LATER", "ds")}
@@ -75,7 +78,9 @@ class Traffic(TorchDispatchMode):
 def blocks(count: int, kind: str) -> list[Block]:
     gelu = "tanh" if "tanh" in kind else "exact"
     made = [Block(D, H, 4.0, backend="triton", gelu=gelu).bfloat16() for _ in range(count)]
-    if "fp8" in kind:
+    if "trained" in kind:
+        fp8.train_in_fp8(SimpleNamespace(blocks=made))
+    elif "fp8" in kind:
         fp8.linears_to_fp8(SimpleNamespace(blocks=made, named_modules=lambda: []))
     return made
 
@@ -120,17 +125,34 @@ def test_a_block_of_tanh_moves_the_same_where_the_matmuls_do_not_compute_it():
     assert a_block(trained=True, kind="tanh") == (FORWARD, BACKWARD)
 
 
-@pytest.mark.parametrize("kind", ["fp8", "fp8 tanh"])
-def test_a_block_of_the_target_in_fp8_moves_less(monkeypatch, kind):
-    """Its two norms write half, its GELU too; the input of proj is read and written once more."""
+@pytest.fixture
+def fp8_matmuls(monkeypatch):
+    """As on a GPU one launch each, and no copies in fp32."""
 
-    def matmul(x, weight, bias):  # on a GPU one launch, and no copy in fp32
-        return bias.new_empty(*x.values.shape[:-1], len(weight.values))
+    def matmul(x, weight, bias):
+        return x.scales.new_empty(*x.values.shape[:-1], len(weight.values), dtype=torch.bfloat16)
 
     monkeypatch.setattr(fp8, "matmul_reference", matmul)
+    monkeypatch.setattr(
+        fp8, "weight_gradient", lambda d, x: d.flatten(0, -2).t() @ x.flatten(0, -2)
+    )
+
+
+@pytest.mark.parametrize("kind", ["fp8", "fp8 tanh"])
+def test_a_block_of_the_target_in_fp8_moves_less(fp8_matmuls, kind):
+    """Its two norms write half, its GELU too; the input of proj is read and written once more."""
     assert a_block(trained=False, kind=kind) == (FP8_FORWARD, 0)
     norms, attention, proj, gelu = 2 * 3.5, 4, 1.5, 6
     assert norms + attention + proj + gelu == FP8_FORWARD
+
+
+@pytest.mark.parametrize("kind", ["trained fp8", "trained fp8 tanh"])
+def test_a_block_trained_in_fp8_moves_what_it_quantises_beside(fp8_matmuls, kind):
+    """Here the weights count too: each has at least as many values as a token's width for each."""
+    weights = 12 * D**2 / (TOKENS * D)
+    rows, columns = (weights * values for values in FP8_WEIGHTS)
+    wanted = FORWARD + FP8_INPUTS + rows, BACKWARD + FP8_GRADIENTS + columns
+    assert a_block(trained=True, kind=kind) == wanted
 
 
 def test_by_kernel():
@@ -168,3 +190,4 @@ def test_the_documentation_says_the_same(name):
     assert f"{FORWARD} values a token and unit of width" in text
     assert f"{FORWARD + BACKWARD} where it is trained" in text
     assert f"{FP8_FORWARD} in FP8" in text
+    assert f"{FP8_INPUTS + FP8_GRADIENTS:.0f} more where it is trained in FP8" in text

@@ -247,34 +247,46 @@ FP8 = {
 }
 
 
-def test_a_gpu_without_fp8_matmuls_is_told(monkeypatch):
+def asking(key: str, run: dict = FP8["run"], **sizes) -> configuration.Config:
+    """tiny's configuration with this key "fp8" and no other."""
+    model = {**tiny.CONFIG["model"], "width": 48, key: "fp8"} | sizes
+    return configuration.validate(tiny.CONFIG | {"run": run, "model": model})
+
+
+KEYS = pytest.mark.parametrize("key", ["target_precision", "context_precision"])
+
+
+@KEYS
+def test_a_gpu_without_fp8_matmuls_is_told(monkeypatch, key):
     hardware.gpu_multiplies_fp8.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
-    config = configuration.validate(tiny.CONFIG | FP8)
-    with pytest.raises(ConfigError, match=r'A100.*sm_80.*sm_89; take "bf16"'):
-        build.check_target_precision(config, torch.device("cuda", 0))
-    build.check_target_precision(config, torch.device("cpu"))
+    config = asking(key)
+    with pytest.raises(ConfigError, match=rf'{key} = "fp8": .*A100.*sm_80.*sm_89; take "bf16"'):
+        build.check_fp8(config, torch.device("cuda", 0))
+    build.check_fp8(config, torch.device("cpu"))
     monkeypatch.setattr(hardware, "gpu_multiplies_fp8", lambda device: True)
-    build.check_target_precision(config, torch.device("cuda", 0))
+    build.check_fp8(config, torch.device("cuda", 0))
 
 
-def test_an_fp8_target_wants_bf16_beside_it():
-    config = configuration.validate(tiny.CONFIG | FP8 | {"run": tiny.CONFIG["run"]})
+@KEYS
+def test_fp8_wants_bf16_beside_it(key):
+    config = asking(key, tiny.CONFIG["run"])
     run = config.run.model_copy(update={"precision": "fp32"})  # as "auto" may become
     resolved = config.model_copy(update={"run": run})
     with pytest.raises(ConfigError, match=r'fp8".*run\.precision = "bf16", which is "fp32" here'):
-        build.check_target_precision(resolved, torch.device("cpu"))
+        build.check_fp8(resolved, torch.device("cpu"))
 
 
+@KEYS
 @pytest.mark.parametrize(
-    ("sizes", "key"),
+    ("sizes", "said"),
     [({"width": 24}, "model.width = 24"), ({"mlp_ratio": 1.1}, "mlp_ratio = 53")],
 )
-def test_widths_without_an_fp8_matmul_are_told(sizes, key):
-    config = configuration.validate(tiny.CONFIG | FP8 | {"model": FP8["model"] | sizes})
-    with pytest.raises(ConfigError, match=rf"{key}: must be a multiple of 16"):
-        build.check_target_precision(config, torch.device("cpu"))
+def test_widths_without_an_fp8_matmul_are_told(sizes, said, key):
+    config = asking(key, **sizes)
+    with pytest.raises(ConfigError, match=rf"{said}: must be a multiple of 16 for model\.{key} ="):
+        build.check_fp8(config, torch.device("cpu"))
 
 
 @pytest.mark.slow
