@@ -8,7 +8,8 @@
 # recorded; GELU in the matmuls, without and with the recording; the target in FP8 with shorter
 # contexts, recorded; the kernels' fastest configurations (kernels/tuned.py is written anew) and the
 # same models with them; the target in FP8 alone; matmuls that GELU follows; other lengths and
-# batches, dependent launches; profiles; the step compiled. The order is that of worth: what comes last is lost first.
+# batches, dependent launches; profiles; the step compiled; both encoders in FP8. The order is that
+# of worth: what comes last is lost first.
 # gate.sh says how results are kept, and what the environment may ask for; gpu_more.sh is the second
 # call. Exits non-zero if any part failed.
 #
@@ -88,5 +89,8 @@ texts_of "$WORK/traces"
 if [[ $gpu ]]; then
   part compiled 60 "$PYTHON" bench/variants.py --config "${models[@]:0:2}" --variant compiled \
     "${steps[@]}" --json "$FOUND/throughput_compiled.json"
+  # The difference is the context encoder's.
+  part context-fp8 40 "$PYTHON" bench/variants.py --config vit_h \
+    --variant graph_fp8 graph_fp8_all "${steps[@]}" --json "$FOUND/throughput_context_fp8.json"
 fi
 summarise

@@ -248,6 +248,7 @@ def check_comparable(config: Config) -> None:
     for key, value, own in (
         ("predictor.mode", config.predictor.mode, "per_target"),
         ("model.target_precision", config.model.target_precision, "bf16"),
+        ("model.context_precision", config.model.context_precision, "bf16"),
     ):
         if value != own:
             raise ValueError(

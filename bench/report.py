@@ -31,7 +31,12 @@ UNTRAINED, TRAINED, PIXELS = "untrained", "trained", "raw pixels"
 PHASES = ("target", "context", "predictor", "loss", "backward", "optimiser", "average", "rest")
 ERRORS = {"error_kw": {"capsize": 2.5, "elinewidth": 1}}
 # Overrides after which a step does less than a run of that configuration, or computes another one.
-LESS = ("model.target_precision=fp8", "model.gelu=tanh", "mask.keep=")
+LESS = (
+    "model.target_precision=fp8",
+    "model.context_precision=fp8",
+    "model.gelu=tanh",
+    "mask.keep=",
+)
 Line = tuple[str, str, str, str]  # what, hardware, figure, where it is from
 # The README's rows: the first line of the table that holds these words.
 SHOWN = (

@@ -44,6 +44,7 @@ class Variant(NamedTuple):
 
 
 FP8 = "model.target_precision=fp8"
+CONTEXT_FP8 = "model.context_precision=fp8"
 TANH = "model.gelu=tanh"
 DEPENDENT = "run.dependent_launch=true"
 VARIANTS = {
@@ -55,6 +56,8 @@ VARIANTS = {
     "graph_tanh_fp8_k78": Variant((*GRAPH, TANH, FP8, "mask.keep=78"), None, True, "vit_h"),
     "fp8": Variant((*FIXED, FP8)),
     "fp8_fast": Variant((*FIXED, FP8), fast_sums=True),
+    "graph_fp8": Variant((*GRAPH, FP8)),
+    "graph_fp8_all": Variant((*GRAPH, FP8, CONTEXT_FP8)),
     "stream": Variant((*FIXED, "run.target_stream=true")),
     "weight_stream": Variant((*FIXED, "run.weight_stream=true")),
     "tanh": Variant((*FIXED, TANH)),

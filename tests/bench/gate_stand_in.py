@@ -16,6 +16,7 @@ GAIN = {
     "fused": 1.0, "graph": 1.05, "compiled": 0.8, "tanh": 1.1, "fp8": 1.15, "fp8_fast": 1.2,
     "k78": 1.3, "stream": 1.02, "weight_stream": 1.02, "batch256": 1.01, "graph_tanh": 1.2,
     "graph_fp8_k78": 1.5, "graph_tanh_fp8_k78": 1.6, "graph_dependent_launch": 1.03,
+    "graph_fp8": 1.25, "graph_fp8_all": 1.3,
 }  # fmt: skip
 FAST = ("fp8_fast", "graph_fp8_k78", "graph_tanh_fp8_k78")
 SETS = {
@@ -24,6 +25,10 @@ SETS = {
     "weight_stream": ["run.weight_stream=true"],
     "compiled": ["run.compile=blocks", "run.cuda_graph=true"], "tanh": ["model.gelu=tanh"],
     "graph_dependent_launch": ["run.cuda_graph=true", "run.dependent_launch=true"],
+    "graph_fp8": ["run.cuda_graph=true", "model.target_precision=fp8"],
+    "graph_fp8_all": [
+        "run.cuda_graph=true", "model.target_precision=fp8", "model.context_precision=fp8",
+    ],
     "k78": ["mask.keep=78"], "graph_tanh": ["run.cuda_graph=true", "model.gelu=tanh"],
     "graph_fp8_k78": ["run.cuda_graph=true", "model.target_precision=fp8", "mask.keep=78"],
     "graph_tanh_fp8_k78": [

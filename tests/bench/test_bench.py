@@ -173,7 +173,10 @@ def test_the_masks_time_is_of_the_calls_asked_for():
 
 @pytest.mark.parametrize(
     "override",
-    ["predictor.mode=one_pass", "model.target_precision=fp8", "mask.context=packed"],
+    [
+        *("predictor.mode=one_pass", "mask.context=packed"),
+        *("model.target_precision=fp8", "model.context_precision=fp8"),
+    ],
 )
 def test_other_maths_are_not_compared_with_the_reference(override):
     from cjepa_fast.config import load

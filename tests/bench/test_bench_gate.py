@@ -34,6 +34,7 @@ BY_SCRIPT = {
         "graph-tanh": "--config vit_h vit_b vit_l --variant graph_tanh",
         "graph-fp8": "--variant graph_fp8_k78 graph_tanh_fp8_k78",
         "target-fp8": "--variant fp8 fp8_fast",
+        "context-fp8": "--config vit_h --variant graph_fp8 graph_fp8_all",
         "others": "--variant k78 weight_stream stream batch256 graph_dependent_launch",
         "reference-b": "--against reference", "reference-h": "--batch-size 32",
     },
@@ -86,7 +87,7 @@ def test_every_part_runs(tmp_path, gate, script, no_gpu):
     parts = {line.split()[0] for line in summary.splitlines() if " passed " in line}
     own = {"compile-ops", "memcheck", "racecheck"} if shutil.which("compute-sanitizer") else set()
     only_gpu = {"kernels", "prepare", "tune", "tuned", "graph", "compiled"}
-    only_gpu |= {"target-fp8", "graph-tanh", "graph-fp8"}
+    only_gpu |= {"target-fp8", "context-fp8", "graph-tanh", "graph-fp8"}
     only_gpu = only_gpu if no_gpu == "1" else set()
     assert parts - own == BY_SCRIPT[script].keys() - only_gpu
     called = calls.read_text()
@@ -106,7 +107,7 @@ def test_every_part_runs(tmp_path, gate, script, no_gpu):
             "variants.py",
             [
                 *("fused", "graph", "tanh", "graph-tanh", "graph-fp8", "tuned", "target-fp8"),
-                *("others", "profile", "compiled"),
+                *("others", "profile", "compiled", "context-fp8"),
             ],
         ),
         ("gpu_more.sh", "--resume", ["resume"]),

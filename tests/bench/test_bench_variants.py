@@ -55,9 +55,11 @@ def test_a_variant_is_a_configuration(which):
         ("graph", config.run.cuda_graph), ("tanh", config.model.gelu == "tanh"),
         ("fp8", config.model.target_precision == "fp8"), ("k78", config.mask.keep == 78),
         ("dependent_launch", config.run.dependent_launch),
+        ("fp8_all", config.model.context_precision == "fp8"),
     ):  # fmt: skip
         assert asked == (part in which or (part, which) == ("graph", "compiled"))
-    assert variant.fast_sums == ("fp8" in which and which != "fp8")
+    exact = "fp8", "graph_fp8", "graph_fp8_all"
+    assert variant.fast_sums == ("fp8" in which and which not in exact)
 
 
 @pytest.mark.parametrize(
