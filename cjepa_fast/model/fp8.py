@@ -162,12 +162,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.T
     return matmul(quantise_rows(x), quantise_rows(weight), bias)
 
 
-def linear_gradients(
-    dout: torch.Tensor, x: torch.Tensor, weight: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of x and of the weight."""
-    dx = matmul(quantise_rows(dout), quantise_rows(weight.t().contiguous()), None)
-    return dx, weight_gradient(dout, x)
+def input_gradient(dout: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Of x, (..., C), from that of the output, (..., O)."""
+    return matmul(quantise_rows(dout), quantise_rows(weight.t().contiguous()), None)
 
 
 def trained_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -190,8 +187,9 @@ class _LinearGradients(Function):
 
     @staticmethod
     def backward(ctx, dout):
+        x, weight = ctx.saved_tensors
         dbias = dout.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
-        return *linear_gradients(dout, *ctx.saved_tensors), dbias
+        return input_gradient(dout, weight), weight_gradient(dout, x), dbias
 
 
 class _LinearOutput(Function):

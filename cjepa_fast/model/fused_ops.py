@@ -57,6 +57,14 @@ def linear_gradients(
     return (rows @ weight).view(x.shape), weight_gradient(weight, (rows, x.reshape(len(rows), -1)))
 
 
+def fp8_gradients(
+    dout: torch.Tensor, x: torch.Tensor, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same, of x in FP8."""
+    dx, rows = fp8.input_gradient(dout, weight), dout.reshape(-1, len(weight))
+    return dx, weight_gradient(weight, (rows, x.reshape(len(rows), -1)))
+
+
 class LinearMatmuls(NamedTuple):
     """Those of a Linear: its output, and the gradients of its input and weight."""
 
@@ -65,7 +73,7 @@ class LinearMatmuls(NamedTuple):
 
 
 BF16 = LinearMatmuls(linear, linear_gradients)  # or fp16
-FP8 = LinearMatmuls(fp8.linear, fp8.linear_gradients)
+FP8 = LinearMatmuls(fp8.linear, fp8_gradients)
 
 
 def matmuls_of(layer: nn.Module) -> LinearMatmuls:

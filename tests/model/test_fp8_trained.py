@@ -77,13 +77,14 @@ def test_each_matmul_is_off_by_what_e4m3_is(seed):
 
 
 def test_each_input_has_a_scale_of_its_own(seed):
-    """A weight's columns of all sizes: by its rows the small ones would be lost."""
+    """A weight's columns of all sizes: by its rows the small ones would be lost. An operand is off
+    by 1/16 at most."""
     x, weight, bias, _ = operands(64, 128, outputs=96)
     dout = torch.randn(64, 96).bfloat16()
     weight *= 10 ** torch.empty(128).uniform_(-8, 0).bfloat16()
     _, dx, *_ = gradients(fp8.trained_linear, x, weight, bias, dout=dout)
     exact = dout.double() @ weight.double()
-    assert ((dx.double() - exact).norm(dim=0) / exact.norm(dim=0)).max() < 0.05
+    assert ((dx.double() - exact).norm(dim=0) / exact.norm(dim=0)).max() < 2 / 16
 
 
 def test_rows_without_a_gradient_get_none(seed):
@@ -276,11 +277,14 @@ def test_a_compiled_block_computes_the_same(seed, policy):
 def test_zero_trains_by_it(tmp_path):
     """Of two ranks, each stage as the others; and not as in bf16."""
     found = {}
-    for stage, precision in ((1, "fp8"), (3, "fp8"), (1, "bf16")):
+    for stage, precision, recomputed in (
+        (1, "fp8", "none"), (3, "fp8", "full"), (1, "bf16", "none"),
+    ):  # fmt: skip
         own = tmp_path / f"{precision}_{stage}"
         own.mkdir()
         sections = SMALL | key(precision)
         sections["model"] = SMALL["model"] | key(precision)["model"]
+        sections["model"]["checkpointing"] = recomputed
         config = tiny.write_config(
             own, **sections, deepspeed={"zero_optimization": {"stage": stage}}
         )

@@ -23,6 +23,9 @@ from cjepa_fast.training.trainer import Trainer
 STEPS = WARM + 4
 
 
+IN_FP8 = {"model": {"width": 48, "context_precision": "fp8"}, "precision": "bf16"}
+
+
 def trainer_of(
     context: str = "fixed",
     attention: str = "sdpa",
@@ -126,15 +129,19 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize("loss", [{}, SIGREG], ids=["vicreg", "sigreg"])
+@pytest.mark.parametrize(
+    ("loss", "how"),
+    [({}, {}), (SIGREG, {}), ({}, IN_FP8)],
+    ids=["vicreg", "sigreg", "fp8"],
+)
 @pytest.mark.parametrize("context", ["fixed", "packed", "random"])
-def test_nothing_in_a_step_waits_for_the_device(monkeypatch, context, loss):
+def test_nothing_in_a_step_waits_for_the_device(monkeypatch, context, loss, how):
     """But for what a CPU alone does: check indices, read the numbers of the optimiser's pass."""
     passes = []
     monkeypatch.setattr(single, "adamw_ema_step", lambda *a, **numbers: passes.append(numbers))
     for module in (tokens, targets, predictor):
         monkeypatch.setattr(module, "check_indices", lambda idx, patches: None)
-    trainer, steps = trainer_of(context, loss=loss)
+    trainer, steps = trainer_of(context, loss=loss, **how)
     with NoReading():
         for index, batches in enumerate(steps):
             _, applied = trainer.step(batches, index)
@@ -187,13 +194,14 @@ def sync_is_an_error():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("how", [{}, IN_FP8], ids=["bf16", "fp8"])
 @pytest.mark.parametrize(
     ("context", "attention"), [("fixed", "sdpa"), ("fixed", "triton"), ("packed", "sdpa")]
 )
-def test_the_recorded_step_is_the_step(context, attention):
+def test_the_recorded_step_is_the_step(context, attention, how):
     found = []
     for graph in (False, True):
-        trainer, steps = trainer_of(context, attention, cuda_graph=graph)
+        trainer, steps = trainer_of(context, attention, cuda_graph=graph, **how)
         losses = [trainer.step(batches, i)[0]["loss"].item() for i, batches in enumerate(steps)]
         weights = torch.cat([s.master.values for s in trainer.engine.state()])
         found.append((losses, weights))
