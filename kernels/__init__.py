@@ -8,7 +8,7 @@ A family is a file or a folder. A file is in this order: docstring (maths, shape
 reference, kernels, launchers, operator, public function, what is compiled ahead of time. A folder
 is split by operation or at forward and backward, each of its files in the same order:
     gather/      tokens by index, the targets and their loss, the predictor's input
-    vicreg/      VICReg's variance and covariance terms
+    vicreg/      VICReg's variance and covariance terms, of all rows or apart at each position
     sigreg/      SIGReg's distance from a Gaussian along random directions
     attention/   attention for short sequences
     ema/         the EMA of weights, alone, with its rows in FP8, or with AdamW
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from cjepa_fast.kernels.gelu import launch_gelu, launch_gelu_backward
     from cjepa_fast.kernels.norm import launch_add_norm, launch_add_norm_backward
     from cjepa_fast.kernels.sigreg import sigreg_statistic
-    from cjepa_fast.kernels.vicreg import vicreg_terms
+    from cjepa_fast.kernels.vicreg import vicreg_position_terms, vicreg_terms
 
 __all__ = [
     "Ranks",
@@ -76,6 +76,7 @@ __all__ = [
     "short_attention",
     "sigreg_statistic",
     "target_gather",
+    "vicreg_position_terms",
     "vicreg_terms",
 ]
 
@@ -91,7 +92,7 @@ _MODULES = {  # the names of __all__, by the module that has them
     "gelu": ("launch_gelu", "launch_gelu_backward"),
     "norm": ("launch_add_norm", "launch_add_norm_backward"),
     "sigreg": ("sigreg_statistic",),
-    "vicreg": ("vicreg_terms",),
+    "vicreg": ("vicreg_position_terms", "vicreg_terms"),
 }  # fmt: skip
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -15,9 +15,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from cjepa_fast.kernels.common.ranks import Ranks, centred, sum_over_ranks, wide
-from cjepa_fast.kernels.vicreg import vicreg_terms
+from cjepa_fast.kernels.vicreg import vicreg_position_terms, vicreg_terms
 from cjepa_fast.model.sigreg import SIGReg
-from cjepa_fast.model.views import Context, mean_over, one_row, pooled_context, projected
+from cjepa_fast.model.views import (
+    Context,
+    mean_over,
+    one_row,
+    pooled_context,
+    projected,
+    rows_by_position,
+)
 
 Terms = dict[str, torch.Tensor]
 
@@ -78,8 +85,8 @@ class CJEPALoss:
     "context_target" the mean-pooled outputs of the two encoders (App. C.2), with std and cov on the
     context's; "tokens" takes std and cov of all predicted tokens, no sim; "positions", ours and not
     the paper's, takes them of the context's tokens apart at each position of the grid, no sim
-    (`position_terms`). positions_weight: of these two, added to those of `views`. weight: of the
-    prediction error, 1 in the papers. sigreg: replaces VICReg, beta and all. ranks: those whose
+    (`vicreg_position_terms`). positions_weight: of these two, added to those of `views`. weight: of
+    the prediction error, 1 in the papers. sigreg: replaces VICReg, beta and all. ranks: those whose
     batches together give the statistics, None for this one alone.
     """
 
@@ -168,50 +175,10 @@ class CJEPALoss:
         context: Context | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """std and cov of the context's tokens, apart at each position of the grid."""
-        tokens_TD, idx_T, live_T = one_row(context_BKD, context)
-        return position_terms(
-            projected(project, tokens_TD, live_T), idx_T, target_tokens_BND.shape[1], live_T,
-            self.gamma, self.eps, self.ranks,
-        )  # fmt: skip
-
-
-def position_terms(
-    x_TD: torch.Tensor,
-    idx_T: torch.Tensor,
-    positions: int,
-    live_T: torch.Tensor | None = None,
-    gamma: float = 1.0,
-    eps: float = 1e-4,
-    ranks: Ranks | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """std and cov of tokens about the mean of their position, so that position explains nothing.
-
-    x: tokens of several images, at positions idx in 0..N-1; live: the others are padding. With c_n
-    tokens at position n, d of them the deviations from its mean and F = sum_n (c_n - 1):
-        std = sum_n (c_n - 1) mean_j max(0, gamma - sqrt(sum d_j^2 / (c_n - 1) + eps)) / F
-        cov = sum_{i != j} (sum d_i d_j / F)^2 / D
-    A position with one token has no variance and counts for nothing. Sums by position are matmuls
-    with a one-hot matrix: no atomics, so the same input gives the same bits.
-    """
-    x, N = wide(x_TD), torch.arange(positions, device=x_TD.device)
-    at_NT = idx_T == N[:, None]
-    if live_T is not None:
-        at_NT = at_NT & live_T
-        x = x.masked_fill(~live_T[:, None], 0.0)
-    at_NT = at_NT.to(x.dtype)
-    with torch.autocast(x.device.type, enabled=False):
-        count_N = sum_over_ranks(at_NT.sum(1), ranks)
-        mean_ND = sum_over_ranks(at_NT @ x, ranks) / count_N.clamp(min=1)[:, None]
-        deviation_TD = x - at_NT.T @ mean_ND
-        squares_ND = sum_over_ranks(at_NT @ deviation_TD.square(), ranks)
-        free_N = (count_N - 1).clamp(min=0)
-        free = free_N.sum().clamp(min=1)
-        variance_ND = squares_ND / free_N.clamp(min=1)[:, None]
-        hinge_N = (gamma - (variance_ND + eps).sqrt()).relu().mean(1)
-        # Deviations sum to zero, so their covariance is vicreg_terms' but for its count of rows.
-        rows = sum_over_ranks(x.new_full((), float(len(x))), ranks)
-        _, cov, _ = vicreg_terms(deviation_TD, gamma, eps, ranks)
-        return (hinge_N * free_N).sum() / free, cov * ((rows - 1) / free).square()
+        tokens_TD, _, live_T = one_row(context_BKD, context)
+        rows_NB = rows_by_position(context, target_tokens_BND.shape[1])
+        z_TD = projected(project, tokens_TD, live_T)
+        return vicreg_position_terms(z_TD, rows_NB, self.gamma, self.eps, self.ranks)
 
 
 def block_terms(

@@ -6,6 +6,8 @@
     forward.py         the symmetric matrix and the terms; backward.py: the gradient
     tiles.py           configurations, saved tensors, centred loads
     plain.py           the same closed forms in plain PyTorch
+    positions.py       vicreg_position_terms: the terms apart at each position, with
+                       position_statistics.py and position_matmuls.py
 
 For z of shape (n, D), Zc = z - mean and C = Zc^T Zc / (n - 1):
     std_loss = mean_j max(0, gamma - s_j),  s_j = sqrt(C_jj + eps)
@@ -36,6 +38,15 @@ n D S (upper half), backward 2 n D S; three times that by the matmuls above.
 n = 25,088, D = 1280, bf16: 41 and 82 GFLOP against 128 MB each.
 """
 
+from cjepa_fast.kernels.vicreg.positions import (
+    vicreg_position_terms,
+    vicreg_position_terms_reference,
+)
 from cjepa_fast.kernels.vicreg.terms import vicreg_terms, vicreg_terms_reference
 
-__all__ = ["vicreg_terms", "vicreg_terms_reference"]
+__all__ = [
+    "vicreg_position_terms",
+    "vicreg_position_terms_reference",
+    "vicreg_terms",
+    "vicreg_terms_reference",
+]

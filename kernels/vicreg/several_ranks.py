@@ -44,7 +44,7 @@ def _about(z: torch.Tensor, count: int, ranks: Ranks) -> tuple[torch.Tensor, tor
     return parts, second[:, 0]
 
 
-def _in_parts(matrix: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+def in_parts(matrix: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     """A matrix (M, D, D) in the form that backward takes for z: (M, parts, D, D)."""
     dtype, parts = MATRIX_FORMS[matmuls_of(z.dtype)] if runs_kernels(z) else (matrix.dtype, 1)
     high = matrix.to(dtype)
@@ -65,7 +65,7 @@ def _reduced_forward(
         mean, second = _about(z, count, ranks)
         covariance = ranks.sum(second).div_(count - 1)
         variance, squares = split_diagonal(covariance)
-        matrix = _in_parts(covariance, z) if need_grad else covariance.new_empty(0)
+        matrix = in_parts(covariance, z) if need_grad else covariance.new_empty(0)
         return plain_terms(squares, variance, gamma, eps), Saved(mean, variance, matrix)
 
 

@@ -8,7 +8,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_checks import FLOOR, check_operator, compiles_whole, same_bits, within_budget
+from kernel_checks import (
+    FLOOR,
+    InTurn,
+    check_operator,
+    compiles_whole,
+    same_bits,
+    within_budget,
+)
 from parameters import crossed
 
 from cjepa_fast.kernels.common import launch
@@ -257,34 +264,7 @@ def test_any_strides(seed, kernel_device):
     check(strided[0], strided[1], strided[2].int())
 
 
-# --- several ranks, by a stand-in: who runs again until all have heard of all
-
-
-class InTurn:
-    """Ranks that run one after another, several rounds: each sum has the others' of the round
-    before. Three rounds make it exact: the sums of the forward, their gradient, the result."""
-
-    ROUNDS = 3
-
-    def __init__(self, world: int):
-        self.heard: list[list[torch.Tensor]] = [[] for _ in range(world)]
-
-    def run(self, call) -> list:
-        for _ in range(self.ROUNDS):
-            self.before, self.heard = self.heard, [[] for _ in self.heard]
-            found = [self._as(index, call) for index in range(len(self.heard))]
-        return found
-
-    def _as(self, index: int, call):
-        self.index = index
-        return call(index)
-
-    def sum(self, x: torch.Tensor) -> torch.Tensor:
-        own = self.heard[self.index]
-        own.append(x.detach().clone())
-        parts = [before[len(own) - 1] if before else 0 * own[-1] for before in self.before]
-        parts[self.index] = own[-1]
-        return torch.stack(parts).sum(0)
+# --- several ranks
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ import torch
 import torch.distributed as dist
 
 from cjepa_fast.data.masks import MaskSampler
+from cjepa_fast.kernels.vicreg import vicreg_position_terms
 from cjepa_fast.model.jepa import JEPA
-from cjepa_fast.model.loss import CJEPALoss, position_terms
+from cjepa_fast.model.loss import CJEPALoss
 from cjepa_fast.model.predictor import Predictor
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime.distributed import AllRanks
@@ -26,6 +27,14 @@ def tokens(seed: int, T: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
     offsets = 3 * torch.randn(N, D, dtype=torch.float64)
     x = offsets[idx_T] + 0.8 * torch.randn(len(idx_T), D, dtype=torch.float64)
     return x.requires_grad_(), idx_T
+
+
+def position_terms(x, idx_T, positions, live_T=None, *args, **options):
+    """The terms of tokens at positions idx, of which those that are not live are padding."""
+    live_T = torch.ones_like(idx_T, dtype=torch.bool) if live_T is None else live_T
+    own = [torch.nonzero((idx_T == n) & live_T).flatten() for n in range(positions)]
+    rows = torch.nn.utils.rnn.pad_sequence(own, batch_first=True, padding_value=-1)
+    return vicreg_position_terms(x, rows, *args, **options)
 
 
 def by_loops(x: torch.Tensor, idx_T: torch.Tensor, gamma: float, eps: float):
