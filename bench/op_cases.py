@@ -59,7 +59,7 @@ def cases(models: list[str], batch: int | None, rows: int, widths: list[int]) ->
         found += quantisations(model, config, images)
         found += blocks(model, config, masks)
         found.append(vicreg_blocks(model, config, masks))
-        found += sigreg_views(model, config, masks)
+        found += position_views(model, config, masks)
     found += [vicreg_tokens(rows, width, torch.bfloat16) for width in widths]
     return found + last
 
@@ -322,14 +322,33 @@ def vicreg_case(label: str, shape: tuple[int, ...], dtype: torch.dtype) -> Case:
     )  # fmt: skip
 
 
-def sigreg_views(model: str, config: Config, masks: Masks) -> list[Case]:
-    """The pooled contexts in fp32, and the contexts' tokens apart at each position."""
+def position_views(model: str, config: Config, masks: Masks) -> list[Case]:
+    """SIGReg of the pooled contexts in fp32; VICReg and SIGReg of the contexts' tokens apart at
+    each position."""
     B, D = len(masks.target_idx_BMP), build.model_sizes(config)["width"]
     N = patches_of(config)
     rows_NB = rows_by_position(masks.context, N)
     T = int(rows_NB.max()) + 1
-    pooled = sigreg_case(f"{model}: {B}x{D}", (B, D), torch.float32, torch.arange(B)[None])
-    return [pooled, sigreg_case(f"{model}: {N} of {T}x{D}", (T, D), torch.bfloat16, rows_NB)]
+    label = f"{model}: {N} of {T}x{D}"
+    return [
+        position_case(label, (T, D), rows_NB),
+        sigreg_case(f"{model}: {B}x{D}", (B, D), torch.float32, torch.arange(B)[None]),
+        sigreg_case(label, (T, D), torch.bfloat16, rows_NB),
+    ]
+
+
+def position_case(label: str, shape: tuple[int, int], rows: torch.Tensor) -> Case:
+    T, D = shape
+    values, matrix, products = T * D * BF16, 4 * D**2, T * D**2
+    return Case(
+        shape=label, dtype=torch.bfloat16,
+        make=lambda device: (wanting(normal(device, *shape)), rows.to(device)),
+        work={
+            "forward": Cost(2 * values + 8 * T * D + matrix, products),
+            "backward": Cost(values + 4 * T * D + matrix, 2 * products),
+        },
+        **pair(vicreg, "vicreg_position_terms"),
+    )  # fmt: skip
 
 
 def sigreg_case(label: str, shape: tuple[int, int], dtype: torch.dtype, rows: torch.Tensor) -> Case:

@@ -35,7 +35,8 @@ def test_every_public_op_is_there_and_ours_is_the_reference(cases):
     assert names == {
         "gather_tokens", "embed_gather", "add_positions", "target_gather", "predictor_input",
         "prediction_loss", "ema_update", "adamw_ema_step", "vicreg_terms", "sigreg_statistic",
-        "quantise_rows", "quantise_norm", "quantise_gelu", "ema_update_rows",
+        "vicreg_position_terms", "quantise_rows", "quantise_norm", "quantise_gelu",
+        "ema_update_rows",
         "add_norm", "add_norm_backward", "gelu", "gelu_backward", "attention",
     }  # fmt: skip
     for case in cases:
@@ -67,6 +68,11 @@ def test_the_work_is_the_docstrings(cases):
     assert wide["backward"].flop == 2 * wide["forward"].flop
     tall = op_cases.vicreg_tokens(100, 16, torch.bfloat16).work
     assert tall["forward"].flop == 100 * 16 * 16
+    (apart,) = (case for case in cases if case.op == "vicreg_position_terms")
+    z, _ = apart.make(CPU)
+    matrix = 4 * z.shape[1] ** 2
+    assert apart.work["forward"].bytes == 2 * z.nbytes + 8 * z.numel() + matrix
+    assert apart.work["backward"].bytes == z.nbytes + 4 * z.numel() + matrix
     drawn = op_cases.sigreg_work(100, 16, 4, torch.bfloat16)
     assert drawn["forward"].bytes == 100 * 16 * 2 + 4 * 2 * 16 * 256 * 4 + 16 * 256 * 4
     assert drawn["backward"].bytes - drawn["forward"].bytes == 100 * 16 * 2 + 2 * 100 * 256 * 4

@@ -24,6 +24,7 @@ from cjepa_fast.kernels.common.tiles import copy_tiles, row_tiles
 from cjepa_fast.kernels.ema.lists import CHUNKS
 from cjepa_fast.kernels.ema.rows_update import ROWS
 from cjepa_fast.kernels.tuned import TUNED
+from cjepa_fast.kernels.vicreg import position_matmuls
 from cjepa_fast.kernels.vicreg import tiles as vicreg_tiles
 from cjepa_fast.training.build import build_masks, model_sizes
 
@@ -80,6 +81,7 @@ def shipped(arch: int) -> tuple[set[str], set[str]]:
     """The names of what is launched on sm_`arch`, and the keys that tuned.py decided."""
     choose = Chooser(arch)
     found = {"sum_parts bf16", *_gelu(choose), *_ema(choose), *_vicreg(choose), *_sigreg()}
+    found |= {*_positions()}
     for stack in stacks() + _tuned(choose):
         found |= {*_attention(choose, stack)}
         if stack.width:
@@ -162,6 +164,17 @@ def _vicreg(choose: Chooser) -> Iterator[str]:
                 yield f"vicreg {kernel} {name}"
                 if kernel == "moment":
                     yield from (f"vicreg reduce bf16 x 2 {tile.block}{k}" for k in ("", " keep"))
+
+
+def _positions() -> Iterator[str]:
+    """VICReg's terms at each position: of bf16 tokens, in small and in large matrices."""
+    yield from (f"vicreg position {part}" for part in ("hinge", "finish"))
+    yield from (f"vicreg position {part} bf16" for part in ("statistics", "deviations"))
+    for kernel, configs in (
+        ("moment", position_matmuls.MOMENTS), ("grad", position_matmuls.GRADS)
+    ):  # fmt: skip
+        for tile in position_matmuls.every(configs, 2):
+            yield f"vicreg position {kernel} bf16 {tile.block}x{tile.block_k}"
 
 
 def _sigreg() -> Iterator[str]:
