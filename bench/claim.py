@@ -16,11 +16,14 @@ import shlex
 import shutil
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from hardware import ROOT, here, provenance
 
+import cjepa_fast
 from cjepa_fast import config as configuration
 from cjepa_fast.checkpoint.encoders import load_encoder
 from cjepa_fast.config import Config
@@ -152,7 +155,10 @@ def command(args: argparse.Namespace, row: str, seed: int | None) -> str:
     return shlex.join(words)
 
 
-def record(args: argparse.Namespace, name: str, seed: int | None, readings: list[dict]) -> dict:
+def record(
+    args: argparse.Namespace, name: str, seed: int | None, readings: list[dict], about: dict
+) -> dict:
+    """A line of the results. about: hardware, versions and commit, read when its work began."""
     return {
         "row": name,
         "set": args.set,
@@ -161,13 +167,14 @@ def record(args: argparse.Namespace, name: str, seed: int | None, readings: list
         "scored_on": "test" if args.final else "held",
         "overrides": args.overrides,
         "readings": readings,
-        "on": {**provenance(here()), "command": command(args, name, seed)},
+        "on": {**about, "command": command(args, name, seed)},
     }
 
 
 def trial_record(args: argparse.Namespace, ablation: ablate.Ablation, trial: ablate.Trial) -> dict:
     """Train, and score the target encoder of each reading."""
-    began = time.monotonic()
+    began, about = time.monotonic(), provenance(here())
+    ablate.check_folders(ablation, [trial])
     ablate.start(ablation, trial, {"OMP_NUM_THREADS": "1"}).wait()
     if not trial.finished:
         raise RuntimeError(f"{trial.folder}: the training failed; see said.txt there")
@@ -178,24 +185,27 @@ def trial_record(args: argparse.Namespace, ablation: ablate.Ablation, trial: abl
         encoder = load_encoder(trial.folder / "checkpoints" / f"step_{step:08d}")
         scored = reading(encoder, splits_of(args), config)
         found.append({"images": step * config.data.batch_size, **scored})
-    line = record(args, trial.row, trial.seed, found)
+    line = record(args, trial.row, trial.seed, found, about)
     line["settings"] = ablation.rows[trial.row]
     return line | {"minutes": (time.monotonic() - began) / 60}
 
 
-def baselines(args: argparse.Namespace, ablation: ablate.Ablation, seed: int) -> list[dict]:
-    """Raw pixels, and the encoder that the first row starts from."""
-    name = next(iter(ablation.rows))
+def pixels_record(args: argparse.Namespace, ablation: ablate.Ablation) -> dict:
+    about, name = provenance(here()), next(iter(ablation.rows))
+    config = configuration.load(ablation.base, ablation.settings(name))
+    found = [{"images": 0, **pixels(splits_of(args), config)}]
+    return record(args, "raw pixels", None, found, about)
+
+
+def untrained_record(args: argparse.Namespace, ablation: ablate.Ablation, seed: int) -> dict:
+    """Of the encoder that the first row's training with this seed starts from."""
+    about, name = provenance(here()), next(iter(ablation.rows))
     config = configuration.load(ablation.base, [*ablation.settings(name), f"run.seed={seed}"])
     torch.manual_seed(seed)
     encoder = build_networks(config).encoder.eval()
     encoder.mean, encoder.std = config.data.mean, config.data.std
-    splits = splits_of(args)
-    untrained = {"images": 0, **reading(encoder, splits, config)}
-    return [
-        record(args, "raw pixels", None, [{"images": 0, **pixels(splits, config)}]),
-        record(args, "untrained", seed, [untrained]),
-    ]
+    found = [{"images": 0, **reading(encoder, splits_of(args), config)}]
+    return record(args, "untrained", seed, found, about)
 
 
 def lines_of(path: Path) -> list[dict]:
@@ -213,27 +223,40 @@ def same(line: dict, args: argparse.Namespace, row: str, seed: int | None) -> bo
 
 
 def train(args: argparse.Namespace) -> None:
+    """Every line that is asked for and not there yet: raw pixels, then seed by seed."""
     ablation = ablate.read("claim", overrides(args))
     args.results.mkdir(parents=True, exist_ok=True)
     path = args.results / f"{args.set}.jsonl"
 
-    def keep(line: dict) -> None:
+    def keep(row: str, seed: int | None, made: Callable[[], dict]) -> bool:
+        """Whether it was not there yet."""
+        if any(same(line, args, row, seed) for line in lines_of(path)):
+            return False
+        line = made()
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         last = line["readings"][-1]
         print(line["row"], line["seed"], {k: round(v, 1) for k, v in last.items()}, flush=True)
+        return True
 
-    if not any(same(line, args, "raw pixels", None) for line in lines_of(path)):
-        for line in baselines(args, ablation, args.seeds[0]):
-            keep(line)
+    keep("raw pixels", None, partial(pixels_record, args, ablation))
     for seed in args.seeds:
+        keep("untrained", seed, partial(untrained_record, args, ablation, seed))
         for row in args.rows or ablation.rows:
-            if any(same(line, args, row, seed) for line in lines_of(path)):
-                continue
             name = f"{args.set}_{args.length}_{ablate.slug(row)}_{seed}"
             trial = ablate.Trial(row, seed, args.work / name)
-            keep(trial_record(args, ablation, trial))
-            shutil.rmtree(trial.folder)
+            if keep(row, seed, partial(trial_record, args, ablation, trial)):
+                shutil.rmtree(trial.folder)
+
+
+def require_own_package(root: Path = ROOT) -> None:
+    """Exits where the package is another checkout's: lines would name a commit that did not run."""
+    imported = Path(cjepa_fast.__file__).resolve().parents[1]
+    if imported != root.resolve():
+        raise SystemExit(
+            f"error: this is {root}, but the cjepa_fast that Python imports is of {imported}: "
+            f"install this one (pip install -e {root}), or set PYTHONPATH={root}"
+        )
 
 
 # ------------------------------------------------------------------------------------ the command
@@ -259,5 +282,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    asked = parse(None)
+    require_own_package()
     torch.set_num_threads(1)
-    sys.exit(train(parse(None)))
+    sys.exit(train(asked))

@@ -9,11 +9,13 @@ import torch
 from cjepa_fast.runtime import hardware
 from cjepa_fast.runtime.distributed import world_size
 
+RESULTS = "bench/results"
 GIT_S = 10  # it looks at every file, perhaps on a network disk
 
 
 def own_commit() -> str | None:
-    """The commit of the code, where it lies in its own git tree; "+changes" where files differ.
+    """The commit of the code, where it lies in its own git tree; "+changes" where files differ,
+    but for recorded results, which a measurement itself adds to.
 
     CJEPA_COMMIT names that of a copy without git.
     """
@@ -22,7 +24,8 @@ def own_commit() -> str | None:
     root = Path(__file__).resolve().parents[2]
     if not (root / "setup.py").is_file():  # installed, perhaps within another project's tree
         return None
-    head, changes = _git(root, "rev-parse", "HEAD"), _git(root, "status", "--porcelain")
+    head = _git(root, "rev-parse", "HEAD")
+    changes = _git(root, "status", "--porcelain", "--", ".", f":(exclude){RESULTS}")
     if not head:
         return None
     return head + ("" if changes == "" else "+changes")

@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 
+import pytest
 import tiny
 import torch
 
@@ -58,33 +59,153 @@ def test_a_penalty_is_chosen_on_the_classes_that_are_fitted(monkeypatch):
 
 
 def test_a_line_names_no_folder_of_this_machine_and_is_found_again():
-    args = asked()
-    line = claim.record(args, "I-JEPA", 2, [])
+    args, about = asked(), {"commit": "of the start"}
+    line = claim.record(args, "I-JEPA", 2, [], about)
     assert "/a/folder" not in json.dumps(line["on"]["command"])
     assert "--rows I-JEPA --seeds 2 --length 3" in line["on"]["command"]
+    assert line["on"]["commit"] == "of the start"
     assert claim.same(line, args, "I-JEPA", 2) and not claim.same(line, args, "I-JEPA", 1)
     assert not claim.same(line, asked(final=True), "I-JEPA", 2)
 
 
-def line_of(row: str, seed: int, *scores: float) -> dict:
-    measures = ("knn", "knn_centred", "ridge", "logistic", "rankme", "by_position")
+def test_each_seed_has_its_untrained_encoder_and_all_share_the_pixels(tmp_path, monkeypatch):
+    made = {"pixels": [], "untrained": [], "trained": []}
+
+    def line(args, row, seed):
+        return claim.record(args, row, seed, [{"images": 0}], {})
+
+    def pixels(args, ablation):
+        made["pixels"].append(None)
+        return line(args, "raw pixels", None)
+
+    def untrained(args, ablation, seed):
+        made["untrained"].append(seed)
+        return line(args, "untrained", seed)
+
+    def trained(args, ablation, trial):
+        made["trained"].append((trial.row, trial.seed))
+        trial.folder.mkdir(parents=True)
+        return line(args, trial.row, trial.seed)
+
+    monkeypatch.setattr(claim, "pixels_record", pixels)
+    monkeypatch.setattr(claim, "untrained_record", untrained)
+    monkeypatch.setattr(claim, "trial_record", trained)
+    own = {"data": tmp_path, "results": tmp_path, "work": tmp_path / "work", "rows": ["I-JEPA"]}
+    for seeds in ([0], [0, 1]):
+        claim.train(asked(**own, seeds=seeds))
+    assert made["pixels"] == [None] and made["untrained"] == [0, 1]
+    assert made["trained"] == [("I-JEPA", 0), ("I-JEPA", 1)]
+    assert len(claim.lines_of(tmp_path / "cifar10.jsonl")) == 5
+    assert not list((tmp_path / "work").iterdir())
+
+
+def test_a_training_is_named_by_the_commit_it_started_from(tmp_path, monkeypatch):
+    """Not by one that was made beside it."""
+    now = ["start"]
+    monkeypatch.setattr(claim, "provenance", lambda _: {"commit": now[0]})
+    monkeypatch.setattr(claim.ablate, "check_folders", lambda *_: None)
+
+    def start(*_):
+        (tmp_path / "encoder.safetensors").touch()
+        now[0] = "end"
+        return argparse.Namespace(wait=lambda: 0)
+
+    monkeypatch.setattr(claim.ablate, "start", start)
+    monkeypatch.setattr(claim.configuration, "read", lambda _: None)
+    monkeypatch.setattr(claim.ablate, "scores_of", lambda _: [{"step": 0}])
+    ablation = argparse.Namespace(rows={"I-JEPA": {}})
+    line = claim.trial_record(asked(), ablation, claim.ablate.Trial("I-JEPA", 0, tmp_path))
+    assert line["on"]["commit"] == "start"
+
+
+def test_another_checkout_s_package_is_refused(tmp_path):
+    claim.require_own_package()
+    with pytest.raises(SystemExit, match=f"this is {tmp_path}, but .* is of {tiny.ROOT}"):
+        claim.require_own_package(tmp_path)
+
+
+MEASURES = ("knn", "knn_centred", "ridge", "logistic", "rankme", "by_position")
+
+
+def line_of(row: str, seed: int, *scores: float, overrides=(), start=1000, **settings) -> dict:
     readings = [
-        {"images": 1000 * (i + 1), **dict.fromkeys(measures, score), "scored": 2400}
+        {"images": start * (i + 1), **dict.fromkeys(MEASURES, score), "scored": 2400}
         for i, score in enumerate(scores)
     ]
     on = {"hardware": {"device": "a processor"}, "versions": {"torch": "2"}, "commit": "0123456789"}
     return {"row": row, "seed": seed, "set": "cifar10", "length": 3, "scored_on": "held",
+            "overrides": list(overrides), "settings": settings or {"loss.vicreg.beta": 0},
             "readings": readings, "on": on}  # fmt: skip
 
 
+def blocks(row: str, seed: int, *scores: float, **how) -> dict:
+    settings = {"loss.vicreg.views": "blocks", "loss.vicreg.beta": 0.001}
+    return line_of(row, seed, *scores, **how, **settings)
+
+
+def page_of(written: list[dict], folder) -> str:
+    (folder / "cifar10.jsonl").write_text("".join(json.dumps(line) + "\n" for line in written))
+    assert claim_report.main() == 0
+    return (folder / "README.md").read_text()
+
+
 def test_the_table_pairs_the_seeds(tmp_path, monkeypatch):
+    """Each with its standard error: the deviation over the root of the number of seeds."""
     monkeypatch.setattr(claim_report, "RESULTS", tmp_path)
     assert claim_report.main() == 1
     written = [line_of("I-JEPA", 0, 20, 30), line_of("I-JEPA", 1, 22, 32)]
-    written += [line_of("blocks 0.001", 0, 21, 34), line_of("blocks 0.001", 1, 25, 38)]
-    (tmp_path / "cifar10.jsonl").write_text("".join(json.dumps(line) + "\n" for line in written))
-    assert claim_report.main() == 0
-    page = (tmp_path / "README.md").read_text()
-    assert "| blocks 0.001 | 2 | 2,000 | 36.0 ± 2.8 (+5.0 ± 1.4) |" in page
-    assert "| I-JEPA | 2 | 1,000 | 21.0 ± 1.4 |" in page and "about 1.0." in page
+    written += [blocks("blocks 0.001", 0, 21, 34), blocks("blocks 0.001", 1, 25, 38)]
+    page = page_of(written, tmp_path)
+    assert "| blocks 0.001 | 2 | 2,000 | 36.0 ± 2.0 (+5.0 ± 1.0) |" in page
+    assert "| I-JEPA | 2 | 1,000 | 21.0 ± 1.0 |" in page
+    assert "error of about 1.0 points" in page and "one of at most 1.4:" in page
     assert (tmp_path / "cifar10_3_held.png").stat().st_size > 5000
+
+
+def test_a_row_with_overrides_is_a_row_of_its_own(tmp_path, monkeypatch):
+    """Beside I-JEPA with the same ones, where that is there."""
+    monkeypatch.setattr(claim_report, "RESULTS", tmp_path)
+    other = {"overrides": ["optim.lr=0.002"]}
+    written = [line_of("I-JEPA", 0, 20, 30), blocks("blocks 0.001", 0, 21, 34)]
+    page = page_of([*written, blocks("blocks 0.001", 0, 41, 44, **other)], tmp_path)
+    assert "| blocks 0.001 | 1 | 2,000 | 34.0 (+4.0) |" in page
+    assert "| blocks 0.001 (optim.lr=0.002) | 1 | 2,000 | 44.0 | 44.0 |" in page
+    written.append(line_of("I-JEPA", 0, 35, 40, **other))
+    page = page_of([*written, blocks("blocks 0.001", 0, 41, 44, **other)], tmp_path)
+    assert "| blocks 0.001 (optim.lr=0.002) | 1 | 2,000 | 44.0 (+4.0) | 44.0 (+4.0) |" in page
+
+
+def test_the_best_row_of_each_kind_is_drawn_from_the_untrained_encoder_on(tmp_path, monkeypatch):
+    lines = [line_of("untrained", 0, 19, start=0), line_of("I-JEPA", 0, 20, 30)]
+    lines += [line_of("I-JEPA, EMA from 0.99", 0, 25, 29), blocks("blocks 0.001", 0, 21, 28)]
+    lines += [blocks("blocks 0.004", 0, 21, 29), blocks("blocks 0.004", 1, 21, 25)]
+    sigreg = {"loss.regulariser": "sigreg", "loss.sigreg.views": "positions"}
+    lines.append(line_of("SIGReg", 0, 1, 2, **sigreg, **{"model.init": "ijepa"}))
+    best = claim_report.best_rows(claim_report.by_row(lines))
+    assert [row for row, _ in best] == ["I-JEPA", "blocks 0.001", "SIGReg"]
+    drawn, draw = {}, claim_report.bands.draw
+
+    def noted(axes, i, of, label, points):
+        drawn.setdefault(label, []).append(points)
+        draw(axes, i, of, label, points)
+
+    monkeypatch.setattr(claim_report.bands, "draw", noted)
+    claim_report.draw(lines, tmp_path / "curves.png")
+    assert {label: len(panels) for label, panels in drawn.items()} == dict.fromkeys(
+        ["I-JEPA", "blocks 0.001", "SIGReg"], 3
+    )
+    assert drawn["I-JEPA"][0] == [([0, 1, 2], [19, 20, 30])]
+    assert drawn["SIGReg"][0] == [([1, 2], [1, 2])]  # from another initialisation
+
+
+def test_position_is_told_in_whole_percents():
+    own = {0: line_of("I-JEPA", 0, 38.8)}
+    assert claim_report.cell(own, own, "by_position", 0) == "39"
+    assert claim_report.cell(own, own, "rankme", 0) == "38.8"
+
+
+def test_every_row_of_the_study_has_a_kind():
+    rows = json.loads((tiny.ROOT / "configs/ablations/claim.json").read_text())["rows"]
+    kinds = {claim_report.family({"settings": settings}) for settings in rows.values()}
+    assert kinds == {"I-JEPA", "positions", "context_target", "blocks", "tokens", "SIGReg",
+                     "VICReg alone", "pooled and positions"}  # fmt: skip

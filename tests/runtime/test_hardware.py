@@ -226,6 +226,26 @@ def test_a_copy_without_git_is_told_its_commit(monkeypatch):
     assert provenance.own_commit() == "abc123"
 
 
+@pytest.mark.parametrize(("changed", "told"), [("bench/results/a.md", ""), ("a.py", "+changes")])
+def test_results_that_are_added_change_no_code(tmp_path, monkeypatch, changed, told):
+    """A measurement's own lines would make each of its later ones look changed."""
+
+    def git(*words):
+        names = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", "-C", str(tmp_path), *names, *words], check=True)
+
+    for name in ("setup.py", "bench/results/kept.md", "cjepa_fast/runtime/provenance.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "all"]):
+        git(*words)
+    monkeypatch.delenv("CJEPA_COMMIT", raising=False)
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "cjepa_fast/runtime/provenance.py"))
+    (tmp_path / changed).write_text("new")
+    commit = provenance.own_commit()
+    assert (commit[:40].isalnum(), commit[40:]) == (True, told)
+
+
 def test_a_git_that_does_not_answer_is_not_waited_for(monkeypatch):
     asked = []
 
