@@ -566,6 +566,10 @@ def source_with(one: Break) -> str:
     return text[:start] + body.replace(one.old, one.new, 1) + text[end:]
 
 
+def tests_of(one: Break) -> str:
+    return TESTS[one.file.partition("/")[0]]
+
+
 def caught_by(one: Break, tree: Path) -> str | None:
     """The first test that fails with this break in the copy, None where none does."""
     target = tree / "kernels" / f"{one.file}.py"
@@ -607,15 +611,17 @@ def copied_tree(folder: Path) -> Path:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", default="", help="functions whose name has this text")
+    parser.add_argument("--only", default="", help="kernels whose name has this text")
     parser.add_argument("--markdown", type=Path, metavar="FILE")
     args = parser.parse_args()
     lines = ["| kernel or its part | break | noticed by |", "|---|---|---|"]
+    chosen = [one for one in BREAKS if args.only in f"{one.file}.{one.function}"]
+    if not chosen:
+        parser.error(f"--only {args.only}: no kernel has that in its name")
     missed = 0
     with tempfile.TemporaryDirectory() as folder:
         tree = copied_tree(Path(folder))
-        chosen = [one for one in BREAKS if args.only in one.function]
-        for tests in {tests_of(one): one for one in chosen}:  # or every break would seem noticed
+        for tests in dict.fromkeys(map(tests_of, chosen)):  # or every break would seem noticed
             if (wrong := first_failure(tests, tree)) is not None:
                 raise SystemExit(f"{tests}: {wrong} fails without a break")
         for one in chosen:
