@@ -96,6 +96,7 @@ def timm_config(source: Source) -> dict:
         "num_classes": 0,
         "num_features": encoder.width,
         "global_pool": "avg",
+        "weights_init": encoder.init,  # ours: timm keeps what it does not know
         "model_args": {
             "img_size": encoder.image_size,
             "patch_size": encoder.patch_size,

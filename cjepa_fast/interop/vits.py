@@ -4,8 +4,9 @@ What such a file holds is told by its names alone (names.py), wherever in the fi
 our encoder lacks is folded into its weights where that is exact: the scale of a branch (LayerScale)
 into the branch's last Linear, absent biases as zeros, q, k and v side by side. Tokens beside the
 patches are left out, each with a line. What would change the features otherwise is refused by name.
-Not in such a file, and taken for granted: norms before the branches, their epsilon of 1e-6; and
-exact GELU, unless a config.json beside it, transformers' or timm's, says tanh's.
+Not in such a file, and taken for granted: norms before the branches, their epsilon of 1e-6; exact
+GELU, unless a config.json beside it, transformers' or timm's, says tanh's; and I-JEPA's
+initialisation, unless that file is of our export and names another.
 """
 
 import re
@@ -53,9 +54,9 @@ def read_vit(path: Path, heads: int) -> tuple[Encoder, list[str]]:
         raise ValueError(f"{path} has two names for one weight among {listed(sorted(names))}")
     description = path.with_name("config.json")
     known = _known(description)
-    gelu = _gelu(known, description)
+    gelu, init = _gelu(known, description), known.get("weights_init", "ijepa")
     try:
-        encoder, told = _encoder_of(state, heads, gelu)
+        encoder, told = _encoder_of(state, heads, gelu, init)
     except (ValueError, RuntimeError, TypeError, IndexError, ArithmeticError) as error:  # by shapes
         raise ValueError(f"{path} cannot be an encoder of ours: {error}") from error
     width, depth, side = encoder.width, encoder.depth, encoder.patch_size
@@ -98,13 +99,13 @@ def _described_beside(known: dict, path: Path, heads: int) -> list[str]:
     return [f"{path}: layer_norm_eps is {printable(eps)}, ours {EPS:g}: features differ a little"]
 
 
-def _encoder_of(state: Named, heads: int, gelu: str) -> tuple[Encoder, list[str]]:
+def _encoder_of(state: Named, heads: int, gelu: str, init: str) -> tuple[Encoder, list[str]]:
     """Of weights under names that are ours where that is possible."""
     told = _norm_of_the_mean(state)
     _refuse(state)
     table_ND, line = _positions(state)
     told += [line, *_drop(state), *_fold(state)]
-    return _built(state, table_ND, heads, gelu), told
+    return _built(state, table_ND, heads, gelu, init), told
 
 
 def _read(path: Path) -> Mapping:
@@ -274,7 +275,7 @@ def _zero_biases(state: Named, blocks: list[str]) -> set[str]:
     return told
 
 
-def _built(state: Named, table_ND: torch.Tensor, heads: int, gelu: str) -> Encoder:
+def _built(state: Named, table_ND: torch.Tensor, heads: int, gelu: str, init: str) -> Encoder:
     """The encoder of weights under our names. Raises ValueError where they are not all there."""
     width, _, patch_size, _ = state["patch_embed.proj.weight"].shape
     hidden = len(state.get("blocks.0.mlp.fc1.weight", table_ND))
@@ -283,7 +284,7 @@ def _built(state: Named, table_ND: torch.Tensor, heads: int, gelu: str) -> Encod
     with torch.device("meta"):
         encoder = Encoder(
             side * patch_size, patch_size, width, len(_blocks(state)), heads, hidden / width,
-            learned_positions=learned, gelu=gelu,
+            init=init, learned_positions=learned, gelu=gelu,
         )  # fmt: skip
     state["pos_embed"] = table_ND[None]
     if problems := mismatches("encoder", encoder.state_dict(), state):

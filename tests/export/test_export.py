@@ -11,7 +11,14 @@ from PIL import Image
 from cjepa_fast import load_encoder
 from cjepa_fast.checkpoint.encoders import crop_of, save_encoder
 from cjepa_fast.export import __main__ as exporting
-from cjepa_fast.export.formats import FORMATS, Format, Source, is_installed, timm_config
+from cjepa_fast.export.formats import (
+    FORMATS,
+    Format,
+    Source,
+    is_installed,
+    timm_config,
+    write_timm,
+)
 from cjepa_fast.interop.vits import read_vit
 from cjepa_fast.model.vit import MODELS, Encoder
 from cjepa_fast.runtime.files import read_tensors
@@ -253,6 +260,16 @@ def test_the_crop_of_evaluation_goes_along(exported, run, form):
     folder, _ = exported(form)
     assert load_encoder(run).crop == load_encoder(folder).crop == 0.75
     assert crop_of(folder) == 0.75
+
+
+@pytest.mark.parametrize("init", ["xavier", "ijepa"])
+def test_timm_s_folder_tells_how_the_encoder_was_initialised(tmp_path, init):
+    """Its untrained encoder is another network with the other one."""
+    encoder = tiny.uneven_encoder(init=init)
+    encoder.mean, encoder.std = (0.5,) * 3, (0.25,) * 3
+    write_timm(Source(encoder, "target", 1.0), tmp_path)
+    back, _ = read_vit(tmp_path / "model.safetensors", encoder.heads)
+    assert back.architecture == encoder.architecture and back.init == init
 
 
 def test_timm_makes_our_width_of_the_mlp():
