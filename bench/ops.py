@@ -191,14 +191,14 @@ def markdown(rows: list[dict], about: dict, rates: Rates) -> str:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    cuda = hardware.has_gpu()
+    full = hardware.has_gpu() or "--predict" in argv  # which runs nothing
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS) if cuda else "T")
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS) if full else "T")
     parser.add_argument(
-        "--batch-size", dest="batch", type=int, default=None if cuda else 16, help="images"
+        "--batch-size", dest="batch", type=int, default=None if full else 16, help="images"
     )
-    parser.add_argument("--rows", type=int, default=ROWS if cuda else 2048, help="of vicreg tokens")
-    parser.add_argument("--widths", type=int, nargs="*", default=WIDTHS if cuda else WIDTHS[:1])
+    parser.add_argument("--rows", type=int, default=ROWS if full else 2048, help="of vicreg tokens")
+    parser.add_argument("--widths", type=int, nargs="*", default=WIDTHS if full else WIDTHS[:1])
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="TEXT", help="ops whose name has one of these"
     )

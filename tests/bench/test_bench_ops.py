@@ -111,6 +111,12 @@ def test_it_measures_and_writes_what_it_saw(tmp_path, capsys, monkeypatch):
     assert text in capsys.readouterr().out and text.count("| vicreg_terms |") == 6
 
 
+def test_a_prediction_is_of_all_models_on_any_machine():
+    asked = ops.parse(["--predict"])
+    assert (asked.model, asked.widths) == (list(ops.MODELS), ops.WIDTHS)
+    assert (asked.batch, asked.rows) == (None, ops.ROWS)
+
+
 def test_what_is_predicted_says_so(capsys):
     assert ops.main(["--predict", "--model", "T", "--batch-size", "2", "--widths", "384"]) == 0
     text = capsys.readouterr().out
