@@ -69,6 +69,13 @@ class RunRecord:
     def finished(self) -> bool:
         return (self.folder / "encoder.safetensors").is_file()
 
+    @property
+    def steps(self) -> int | None:
+        """Of the whole training; None where the log does not tell."""
+        row, epochs = (self.rows or [{}])[-1], self.settings.run.epochs
+        known = row.get("step") and row.get("epoch") and epochs != "auto"
+        return round(epochs * row["step"] / row["epoch"]) if known else None
+
     def last(self, key: str):
         """The last value that was logged, None without one."""
         values = series(self.rows, key)[1]
@@ -149,7 +156,7 @@ def _verdict(run: RunRecord) -> tuple[str, str, list[str]]:
         headline = "Hardly better than untrained" if better else "No better than untrained"
         return "bad", headline, [*_rank(run), advice]
     width = build.model_sizes(run.settings)["width"]
-    if getting_worse(run.rows, run.settings, width):
+    if getting_worse(run.rows, run.settings, width, run.steps):
         return "bad", "The features got worse", [*_rank(run), advice]
     headline = "It trained; what the features are worth is not known yet"
     ask = (
@@ -174,7 +181,7 @@ def _collapsed(run: RunRecord) -> list[str]:
 
 
 def _advice(run: RunRecord) -> str:
-    change = first_change(run.settings, build.model_sizes(run.settings)["width"])
+    change = first_change(run.settings, build.model_sizes(run.settings)["width"], run.steps)
     return f"First change {change}. {CHECK}"
 
 

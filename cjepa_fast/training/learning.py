@@ -12,6 +12,9 @@ EARLY = 0.1  # of a run: when its features are compared with the first ones
 FALLEN = 2.0  # points of kNN: more than one evaluation's standard error
 LESS_SPREAD = 0.8  # of the first RankMe. A run that learns may dip to 0.84 in its first twentieth
 BY_POSITION = 0.5  # of the tokens' variance: more tells where a patch is rather than what is there
+SHARE_NOISE = 0.05  # of a share of position, taken of 32 images
+FEW_STEPS = 10_000  # of a run: so many or more leave the target time at a momentum above SLOW
+SLOW = 0.99
 NAMES = {"knn": "kNN %", "rankme": "RankMe", "by_position": "share of position"}
 
 
@@ -49,17 +52,18 @@ def learnt(rows: list[dict]) -> str | None:
     return line
 
 
-def getting_worse(rows: list[dict], config: Config, width: int) -> str | None:
-    """Of a log so far, a line where its features are worse than the first ones, which are as good
-    as untrained; None where they are not. kNN decides where it was evaluated twice.
+def getting_worse(rows: list[dict], config: Config, width: int, steps: int | None) -> str | None:
+    """Of a log so far, a line where its features are worse than in its first rows; None where they
+    are not. kNN, whose first value is the untrained encoder's, decides where it was evaluated
+    twice.
 
-    width: the encoder's.
+    width: the encoder's. steps: of the whole run, None where they are not known.
     """
     ends = {key: _first_and_last(rows, key) for key in ("knn", "rankme", "by_position")}
     signs = {
         "knn": lambda first, last: last < first - FALLEN,
         "rankme": lambda first, last: last < LESS_SPREAD * first,
-        "by_position": lambda first, last: last > max(first, BY_POSITION),
+        "by_position": lambda first, last: last > max(first + SHARE_NOISE, BY_POSITION),
     }
     deciding = ["knn"] if ends["knn"] else ["rankme", "by_position"]
     if not any(ends[key] and signs[key](*ends[key]) for key in deciding):
@@ -67,8 +71,26 @@ def getting_worse(rows: list[dict], config: Config, width: int) -> str | None:
     said = [f"{NAMES[key]} {pair[0]:.3g} -> {pair[1]:.3g}" for key, pair in ends.items() if pair]
     return (
         f"WARNING: the features get worse than untrained ones ({', '.join(said)}). "
-        f"First change {first_change(config, width)}; see docs/collapse.md"
+        f"First change {first_change(config, width, steps)}; see docs/collapse.md"
     )
+
+
+def began_weak(rows: list[dict], config: Config, width: int) -> str | None:
+    """Of a log so far, a line where an initialisation that does not suit the width left the
+    position to explain most of the tokens, and kNN has not risen since; else None."""
+    share, knn = _first_and_last(rows, "by_position"), _first_and_last(rows, "knn")
+    if not share or share[0] <= BY_POSITION or _suits(config, width) or (knn and knn[1] > knn[0]):
+        return None
+    return (
+        f"WARNING: the first features tell little but where a patch is (share of position "
+        f'{share[0]:.3g} -> {share[1]:.3g}): model.init "{config.model.init}" is too weak for a '
+        f'width of {width}. First change model.init to "auto"; see docs/collapse.md'
+    )
+
+
+def _suits(config: Config, width: int) -> bool:
+    """Whether the initialisation is the one that "auto" takes at this width."""
+    return initialisation(config.model.init, width) == initialisation("auto", width)
 
 
 def _first_and_last(rows: list[dict], key: str) -> tuple[float, float] | None:
@@ -76,13 +98,33 @@ def _first_and_last(rows: list[dict], key: str) -> tuple[float, float] | None:
     return (values[0], values[-1]) if len(values) > 1 else None
 
 
-def first_change(config: Config, width: int) -> str:
-    """What helped most where small runs did not learn (docs/collapse.md), if it is not set yet."""
+def first_change(config: Config, width: int, steps: int | None) -> str:
+    """What helped most where small runs did not learn (docs/collapse.md), if it is not set yet.
+    Arguments as in `getting_worse`."""
     own, optim = config.loss.regularised_by, config.optim
-    if initialisation(config.model.init, width) != initialisation("auto", width):
+    if not _suits(config, width):
         return 'model.init to "auto"'
     if own.beta == 0:
         return f"loss.{config.loss.regulariser}.beta from 0 to 0.001"
     if own.views in ("blocks", "tokens"):
         return f'loss.{config.loss.regulariser}.views to "positions", which acts on the encoder'
+    if holds_back(config, steps):
+        return f"optim.momentum = {optim.momentum:g}, to 0.98: the run is short"
     return f"optim.lr = {optim.lr:g}, to half of it"
+
+
+def holds_back(config: Config, steps: int | None) -> bool:
+    """Whether the EMA keeps the target near its start for too much of a run of few steps."""
+    return steps is not None and steps < FEW_STEPS and config.optim.momentum > SLOW
+
+
+def likely_cause(config: Config, steps: int) -> str:
+    """Of features that all come out alike, in a run of so many steps."""
+    own, optim = config.loss.regularised_by, config.optim
+    key = f"loss.{config.loss.regulariser}.beta"
+    if own.beta == 0:
+        return f"{key} is 0: nothing holds their variance up; {type(own)().beta:g} does"
+    causes = [f"optim.lr = {optim.lr:g} too high"]
+    if steps >= FEW_STEPS:  # in shorter runs a low momentum was better: docs/collapse.md
+        causes.append(f"optim.momentum = {optim.momentum:g} too low")
+    return f"{', '.join(causes)}, or {key} = {own.beta:g} too small or too large"

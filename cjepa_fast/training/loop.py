@@ -27,7 +27,7 @@ from cjepa_fast.telemetry.pace import Pace
 from cjepa_fast.telemetry.progress import shown_clock
 from cjepa_fast.training.anomalies import BadSteps, Outcomes, Spikes, StepOutcome
 from cjepa_fast.training.callbacks import Callbacks
-from cjepa_fast.training.learning import EARLY, ended, getting_worse
+from cjepa_fast.training.learning import EARLY, began_weak, ended, getting_worse, likely_cause
 from cjepa_fast.training.start import Session
 from cjepa_fast.training.trainer import Trainer
 
@@ -107,7 +107,7 @@ class Loop:
         self.first = contextlib.ExitStack()  # left once the first step is made
         self.stop = session.stop or StopRequest()
         self.saved_s = time.monotonic()
-        self.told_of_collapse = False
+        self.told_of_collapse = self.told_of_worse = False
         self.rewinds: Counter[int] = Counter()  # by step
         progress = (state or {}).get("progress", {})
         self.data_offset = progress.get("data_offset", 0)  # steps whose images were passed over
@@ -292,33 +292,34 @@ class Loop:
         low = [f"{k} {row[k]:.3g}, floor {v:g}" for k, v in known.items() if row[k] < v]
         if low:
             self.told_of_collapse = True
-            optim, loss = self.config.optim, self.config.loss
-            key, beta = f"loss.{loss.regulariser}.beta", loss.regularised_by.beta
-            default = type(loss.regularised_by)().beta
-            cause = (
-                f"{key} is 0: nothing holds their variance up; {default:g} does"
-                if beta == 0
-                else f"optim.lr = {optim.lr:g} too high, optim.momentum = {optim.momentum:g} too "
-                f"low, or {key} = {beta:g} too small or too large"
-            )
+            cause = likely_cause(self.config, self.trainer.total_steps)
             self.telemetry.message(
                 f"WARNING: the target's features are collapsing ({'; '.join(low)}; over the last "
                 f"{seen} images at step {row['step']}). Likely: {cause}"
             )
 
     def _compare_with_the_start(self, row: dict | None) -> None:
-        """Once, at a tenth of the run or soon after: whether the features get worse, and what to
-        change first."""
-        early = row is None or row["step"] < EARLY * self.trainer.total_steps
-        if early or self.compared or row["rankme"] is None:
+        """Whether the features get worse, and what to change first: at a tenth of the run or soon
+        after, and by kNN at each evaluation from there on, until it has been told."""
+        total = self.trainer.total_steps
+        if row is None or self.told_of_worse or not EARLY * total <= row["step"]:
+            return
+        evaluated = (
+            row.get("knn") is not None and row["step"] < total
+        )  # at its end it is told anyway
+        if not evaluated and (self.compared or row["rankme"] is None):
             return
         try:
             rows = read_log(self.folder)
         except (OSError, ValueError):  # moved, or damaged: it is but advice
             rows = []
-        self.compared = sum(row.get("rankme") is not None for row in rows) > 1
         width = self.trainer.context_encoder.width
-        if line := getting_worse(rows, self.config, width):
+        line = getting_worse(rows, self.config, width, total)
+        if not self.compared:
+            line = line or began_weak(rows, self.config, width)
+            self.compared = sum(row.get("rankme") is not None for row in rows) > 1
+        if line:
+            self.told_of_worse = True
             self.telemetry.message(line)
 
     def _went_back(self, outcomes: Iterator[StepOutcome]) -> bool:

@@ -19,6 +19,7 @@ from cjepa_fast.data.sources import open_images
 from cjepa_fast.eval import features, online
 from cjepa_fast.eval.probes import knn, linear
 from cjepa_fast.telemetry import read_log
+from cjepa_fast.training import learning
 from cjepa_fast.training.build import build_masks
 
 handlers = test_run.handlers
@@ -55,6 +56,16 @@ def test_the_target_is_evaluated_before_between_and_at_the_end(tmp_path):
     assert rows[6]["knn"] == pytest.approx(knn.top1(*found, k=3), abs=1e-3)
     right = linear.ridge(*found[:3]) == found[3]
     assert rows[6]["linear"] == pytest.approx(100 * right.double().mean().item(), abs=1e-3)
+
+
+def test_a_fall_of_knn_is_told_once_by_the_evaluation_that_finds_it(tmp_path, monkeypatch, capfd):
+    """Also after a tenth of the run, and before RankMe is known, which takes 1,024 images."""
+    monkeypatch.setattr(learning, "FALLEN", -200.0)  # any kNN counts as a fall
+    assert train.main(["--config", str(write_config(tmp_path))]) == 0
+    out = capfd.readouterr().out
+    assert out.count("WARNING: the features get worse than untrained ones (kNN %") == 1
+    told = out.index("WARNING: the features")
+    assert out.index("after step 2:") < told < out.index("after step 4:")
 
 
 def test_nothing_is_drawn_that_nobody_shows(tmp_path, monkeypatch):
