@@ -566,10 +566,6 @@ def source_with(one: Break) -> str:
     return text[:start] + body.replace(one.old, one.new, 1) + text[end:]
 
 
-def tests_of(one: Break) -> str:
-    return TESTS[one.file.partition("/")[0]]
-
-
 def caught_by(one: Break, tree: Path) -> str | None:
     """The first test that fails with this break in the copy, None where none does."""
     target = tree / "kernels" / f"{one.file}.py"
