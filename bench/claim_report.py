@@ -32,6 +32,7 @@ PANELS = {
 }
 CHOICE = "knn"  # at the last reading: by it the row of a family is chosen that is drawn
 BASE = "I-JEPA"
+BETA = "loss.vicreg.beta"  # 0 in I-JEPA
 UNTRAINED = "untrained"
 Group = tuple[str, int, str]  # the set, the length, what is scored on
 Key = tuple[str, tuple[str, ...]]  # of a row: its name and its overrides
@@ -42,8 +43,9 @@ Each row of [claim.json](../../../configs/ablations/claim.json): an encoder 96 w
 36 tokens, fp32, batch 64, Xavier's initialisation but where a row names another, trained and scored
 by `python bench/claim.py`. Probes are fitted on 5,000 training images, their penalties chosen
 inside those. Percent right; "held" are training images that neither encoder nor probe has seen, by
-which rows are chosen; "test" is the test set. In brackets: the difference from I-JEPA with the same
-overrides.
+which rows are chosen; "test" is the test set. In brackets: the difference from I-JEPA at the same
+optimiser and initialisation where there is such a row, else from the first row; and of I-JEPA's own
+other settings the difference from that.
 
 - One seed: a score of m images has a binomial standard error of about {error} points. A difference
   has one of at most {bound}: that of two scores on images of their own. Both encoders are scored on
@@ -114,12 +116,29 @@ def trained(own: dict[int, dict]) -> bool:
     return next(iter(own.values()))["readings"][0]["images"] > 0
 
 
+def base_of(key: Key, rows: Rows) -> dict[int, dict]:
+    """The lines of I-JEPA to compare a trained row with, by seed: those at its own settings but for
+    the loss, else the plain ones. Of I-JEPA itself the plain ones."""
+    own = next(iter(rows[key].values()))
+    if family(own) != BASE:
+        for other, lines in rows.items():
+            line = next(iter(lines.values()))
+            plain = trained(lines) and line["settings"] == beside_loss(own) | {BETA: 0}
+            if plain and other[1] == key[1]:
+                return lines
+    return rows.get((BASE, key[1]), {})
+
+
+def beside_loss(line: dict) -> dict:
+    return {k: v for k, v in line["settings"].items() if not k.startswith("loss.")}
+
+
 def table(group: list[dict]) -> str:
     rows = by_row(group)
     out = [["row", "seeds", "images", *MEASURES.values()]]
     out.append(["---"] * len(out[0]))
     for (name, overrides), own in rows.items():
-        base = rows.get((BASE, overrides), {}) if trained(own) else {}
+        base = base_of((name, overrides), rows) if trained(own) else {}
         for at, found in enumerate(next(iter(own.values()))["readings"]):
             cells = [cell(own, base, key, at) for key in MEASURES]
             images = f"{found['images']:,}" if trained(own) else "-"

@@ -175,6 +175,17 @@ def test_a_row_with_overrides_is_a_row_of_its_own(tmp_path, monkeypatch):
     assert "| blocks 0.001 (optim.lr=0.002) | 1 | 2,000 | 44.0 (+4.0) | 44.0 (+4.0) |" in page
 
 
+def test_a_row_is_compared_with_i_jepa_at_its_own_optimiser(tmp_path, monkeypatch):
+    monkeypatch.setattr(claim_report, "RESULTS", tmp_path)
+    faster = {"optim.lr": 0.002}
+    written = [line_of("I-JEPA", 0, 20), blocks("blocks, faster", 0, 27, **faster)]
+    assert "| blocks, faster | 1 | 1,000 | 27.0 (+7.0) |" in page_of(written, tmp_path)
+    written.append(line_of("I-JEPA, faster", 0, 25, **{claim_report.BETA: 0}, **faster))
+    page = page_of(written, tmp_path)
+    assert "| blocks, faster | 1 | 1,000 | 27.0 (+2.0) |" in page
+    assert "| I-JEPA, faster | 1 | 1,000 | 25.0 (+5.0) |" in page
+
+
 def test_the_best_row_of_each_kind_is_drawn_from_the_untrained_encoder_on(tmp_path, monkeypatch):
     lines = [line_of("untrained", 0, 19, start=0), line_of("I-JEPA", 0, 20, 30)]
     lines += [line_of("I-JEPA, EMA from 0.99", 0, 25, 29), blocks("blocks 0.001", 0, 21, 28)]
