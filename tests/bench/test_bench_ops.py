@@ -105,7 +105,7 @@ def test_it_measures_and_writes_what_it_saw(tmp_path, capsys, monkeypatch):
     assert ops.main([*small, "--no-compile", "--only", "vicreg", *files]) == 0
     saved = json.loads(found["json"].read_text())
     assert saved["commit"] is None or saved["commit"]
-    assert [row["pass"] for row in saved["rows"]] == ["forward", "backward", "both"] * 2
+    assert [row["pass"] for row in saved["rows"]] == ["forward", "backward", "both"] * 3
     assert all(row["us"]["ours"] > 0 and row["turns"] >= 5 for row in saved["rows"])
     text = found["markdown"].read_text()
     assert text in capsys.readouterr().out and text.count("| vicreg_terms |") == 6

@@ -17,7 +17,7 @@ from cjepa_fast.config import ConfigError, validate
 from cjepa_fast.data.loader import Batch
 from cjepa_fast.data.masks import Masks
 from cjepa_fast.model import weight_stream
-from cjepa_fast.model.fused_ops import AddNormLast, Matmul
+from cjepa_fast.model.fused_ops import BF16, AddNormLast, Matmul
 from cjepa_fast.model.weight_stream import WeightStream
 from cjepa_fast.runtime import distributed
 from cjepa_fast.training import build
@@ -124,7 +124,7 @@ def loss_of(weights: list[torch.Tensor], cuda: Cuda, fails: bool = False) -> tor
     """Of Linears one after the other, a norm before each."""
     x = torch.ones(5, 8)
     for weight in weights:
-        x = Matmul.apply(Norm.apply(x.requires_grad_(), cuda, fails), weight, torch.zeros(8))
+        x = Matmul.apply(Norm.apply(x.requires_grad_(), cuda, fails), weight, torch.zeros(8), BF16)
     return x.square().sum()
 
 
@@ -374,7 +374,7 @@ def test_on_a_gpu_it_takes_the_memory_of_one_matmul_more():
     for second in (None, None, WeightStream(device), WeightStream(device)):
         x = torch.randn(8192, 1024, device=device).bfloat16().requires_grad_()
         for w in many:
-            x = Matmul.apply(x, w, torch.zeros(1024, device=device, dtype=x.dtype))
+            x = Matmul.apply(x, w, torch.zeros(1024, device=device, dtype=x.dtype), BF16)
         torch.cuda.reset_peak_memory_stats()
         with second.backward(many) if second else contextlib.nullcontext():
             x.float().square().mean().backward()
