@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import signal
 from pathlib import Path
 
 import fast_interpreter
@@ -54,6 +55,14 @@ def seed() -> int:
     np.random.seed(value)
     random.seed(value)
     return value
+
+
+@pytest.fixture
+def heard_hangup():
+    """SIGHUP is not ignored, here and in processes that the test starts, also under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture

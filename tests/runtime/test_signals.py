@@ -31,8 +31,7 @@ def test_the_program_has_its_signals_back_after_a_training(heard):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_the_first_of_each_is_said_and_a_second_changes_nothing(number, capfd):
-    before = signal.signal(number, signal.default_int_handler)  # SIGHUP is ignored under nohup
+def test_the_first_of_each_is_said_and_a_second_changes_nothing(heard_hangup, number, capfd):
     stop = StopRequest()
     try:
         for _ in range(2):
@@ -40,7 +39,6 @@ def test_the_first_of_each_is_said_and_a_second_changes_nothing(number, capfd):
         assert stop.asked
     finally:
         stop.give_back()
-        signal.signal(number, before)
     assert capfd.readouterr().err == f"{number.name}: stopping after this step\n"
 
 

@@ -195,7 +195,7 @@ def interrupted(config, number, *args) -> subprocess.CompletedProcess:
         *(pytest.param(n, marks=pytest.mark.long) for n in (signal.SIGINT, signal.SIGHUP)),
     ],
 )
-def test_a_signal_saves_and_tells_how_to_go_on(tmp_path, number):
+def test_a_signal_saves_and_tells_how_to_go_on(heard_hangup, tmp_path, number):
     config = tiny.write_config(tmp_path, run={"epochs": 10000}, checkpoint={"every_steps": 0})
     result = interrupted(config, number)
     assert result.returncode == 0, result.stderr
