@@ -120,7 +120,7 @@ def _widened(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(tensor.float() for tensor in tensors)
 
 
-def weight_gradient(dout: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def plain_weight_gradient(dout: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Of the weight of a Linear, from the gradient of its output and its input: (D, C)."""
     dtype, rows = dout.dtype, dout.flatten(0, -2)
     if dout.device.type == "cpu" and not torch.compiler.is_compiling():

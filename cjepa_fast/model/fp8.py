@@ -30,7 +30,7 @@ from torch import nn
 from torch.autograd import Function
 
 from cjepa_fast.kernels.fp8 import Rows, quantise_gelu, quantise_norm, quantise_rows
-from cjepa_fast.model.cpu_linear import weight_gradient
+from cjepa_fast.model.cpu_linear import plain_weight_gradient
 from cjepa_fast.runtime import hardware
 
 MULTIPLE = 16  # of which every width must be one, for a GPU's matmul
@@ -189,7 +189,7 @@ class _LinearGradients(Function):
     def backward(ctx, dout):
         x, weight = ctx.saved_tensors
         dbias = dout.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
-        return input_gradient(dout, weight), weight_gradient(dout, x), dbias
+        return input_gradient(dout, weight), plain_weight_gradient(dout, x), dbias
 
 
 class _LinearOutput(Function):

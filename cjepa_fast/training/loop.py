@@ -302,11 +302,10 @@ class Loop:
         """Whether the features get worse, and what to change first: at a tenth of the run or soon
         after, and by kNN at each evaluation from there on, until it has been told."""
         total = self.trainer.total_steps
-        if row is None or self.told_of_worse or not EARLY * total <= row["step"]:
+        if row is None or self.told_of_worse or row["step"] < EARLY * total:
             return
-        evaluated = (
-            row.get("knn") is not None and row["step"] < total
-        )  # at its end it is told anyway
+        # At the end of the run it is told anyway.
+        evaluated = row.get("knn") is not None and row["step"] < total
         if not evaluated and (self.compared or row["rankme"] is None):
             return
         try:
