@@ -42,6 +42,7 @@ from cjepa_fast.runtime import caches, children, hardware, json_text
 from cjepa_fast.runtime.command_line import Parser
 from cjepa_fast.runtime.printable import in_markdown, printable, printable_lines, say
 from cjepa_fast.telemetry import read_log
+from cjepa_fast.training.learning import start_of
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 MEASURES = {
@@ -267,12 +268,13 @@ def without_scores(trial: Trial) -> str:
 
 
 def table(ablation: Ablation, trials: list[Trial]) -> list[dict]:
-    """A dict a row, and one for the untrained encoder: by measure mean, std, and the paired
+    """A dict a row, and one for the encoder at its start: by measure mean, std, and the paired
     difference from the first row with its own std, over the seeds that both have finished."""
     last = {(t.row, t.seed): scores_of(t)[-1] for t in trials if t.finished}
     base = next(iter(ablation.rows))
     scored = [scores_of(t) for t in trials if t.finished and t.row == base]
-    lines = [_line("untrained", [rows[0] for rows in scored if at_start(rows, "knn")])]
+    start = start_of(configuration.load(ablation.base, ablation.settings(base)))
+    lines = [_line(start, [rows[0] for rows in scored if at_start(rows, "knn")])]
     for name in ablation.rows:
         line = _line(name, [row for (row_name, _), row in last.items() if row_name == name])
         shared = [s for s in ablation.seeds if {(name, s), (base, s)} <= last.keys()]
@@ -349,7 +351,7 @@ def draw(ablation: Ablation, trials: list[Trial], out: Path) -> Path:
         for axes, key in zip(panels, shown, strict=True):
             for i, (row, group) in enumerate(scores.items()):
                 bands.draw(axes, i, len(scores), row, [_points(rows, key) for rows in group])
-            bands.untrained(axes, [rows[0][key] for rows in every if at_start(rows, key)])
+            bands.at_start(axes, [rows[0][key] for rows in every if at_start(rows, key)])
             axes.set_ylabel(PANELS[key].label)
             axes.set_xlabel("epoch")
             axes.grid()

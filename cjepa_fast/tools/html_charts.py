@@ -94,7 +94,7 @@ class Line(NamedTuple):
 
 def chart(title: str, lines: dict[int, Line], logarithmic=False, level: float | None = None) -> str:
     """Lines against the step, by the number of their colour; a single one's last value is beside
-    the title. level: a dotted line at it, what the untrained encoder has."""
+    the title. level: a dotted line at it, what the encoder has before the first step."""
     every = [v for of in lines.values() for v in (*of.values, *(of.low or ()), *(of.high or ()))]
     every += [level] if level is not None else []
     logarithmic = logarithmic and min(every) > 0
@@ -109,7 +109,7 @@ def chart(title: str, lines: dict[int, Line], logarithmic=False, level: float | 
         at = y(scale(level))
         marks.append(f'<path class="level" d="M{LEFT} {at:.1f}H{WIDTH - RIGHT}"/>')
         marks.append(
-            f'<text x="{WIDTH - RIGHT}" y="{at - 3:.1f}" text-anchor="end">untrained</text>'
+            f'<text x="{WIDTH - RIGHT}" y="{at - 3:.1f}" text-anchor="end">at the start</text>'
         )
     held, dots = [], []
     for colour, line in lines.items():

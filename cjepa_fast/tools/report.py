@@ -210,7 +210,7 @@ def _chart(runs: list[RunRecord], name: str) -> str:
 
 
 def _best_and_last(runs: list[RunRecord]) -> str:
-    """kNN while training: untrained, at its best, at the end."""
+    """kNN while training: at the start, at its best, at the end."""
     rows = []
     for run in runs:
         if not (found := run.online):
@@ -218,7 +218,7 @@ def _best_and_last(runs: list[RunRecord]) -> str:
         name = f"{run.name}: " if len(runs) > 1 else ""
         at = {"best": (found.best_step, found.best), "last": (found.last_step, found.last)}
         if found.untrained is not None:
-            at = {"untrained": (0, found.untrained)} | at
+            at = {found.start: (0, found.untrained)} | at
         for which, (step, value) in at.items():
             gain = "" if found.untrained is None else f"{value - found.untrained:+.1f}"
             rows.append([name + which, f"{step:,}", found.told(value), gain])
@@ -228,7 +228,7 @@ def _best_and_last(runs: list[RunRecord]) -> str:
         "kNN while training, with the 95 % interval over the test images. The best was chosen on "
         "them, so on others expect less of it:"
     )
-    return html_page.table(["", "step", "kNN", "minus untrained"], rows, caption)
+    return html_page.table(["", "step", "kNN", "minus the start's"], rows, caption)
 
 
 # ----------------------------------------------------------------------------------- throughput

@@ -12,7 +12,7 @@ from cjepa_fast.eval.figures.curves import series
 from cjepa_fast.telemetry import read_log
 from cjepa_fast.telemetry.pace import rate
 from cjepa_fast.training import build
-from cjepa_fast.training.learning import FALLEN, first_change, getting_worse
+from cjepa_fast.training.learning import FALLEN, first_change, getting_worse, start_of
 
 CHECK = "docs/collapse.md says what to look at."
 
@@ -21,7 +21,8 @@ CHECK = "docs/collapse.md says what to look at."
 class Scores:
     """kNN of a run in percent: untrained, at its best and at the end, with the steps of the two, of
     equal ones the first (its checkpoint is RUN/best);
-    images: tested on, None where that is not known; others: of what needs no learning, by name."""
+    images: tested on, None where that is not known; others: of what needs no learning, by name;
+    start: what the encoder was before the first step."""
 
     untrained: float | None
     best: float
@@ -30,6 +31,7 @@ class Scores:
     last_step: int | None
     images: int | None
     others: dict[str, float]
+    start: str = "untrained"
 
     def told(self, percent: float) -> str:
         return uncertainty.told(percent, self.images) if self.images else f"{percent:.1f} %"
@@ -107,7 +109,8 @@ class RunRecord:
             return None
         untrained = values[0] if steps[0] == 0 else None
         best, step = max(trained, key=lambda score: score[0])
-        return Scores(untrained, best, step, *trained[-1], self.tested_on, {})
+        start = start_of(self.settings)
+        return Scores(untrained, best, step, *trained[-1], self.tested_on, {}, start)
 
     @cached_property
     def after(self) -> Scores | None:
@@ -153,7 +156,7 @@ def _verdict(run: RunRecord) -> tuple[str, str, list[str]]:
         return "good", "It learnt", _rank(run)
     if scores and scores.untrained is not None:
         better = scores.last > scores.untrained
-        headline = "Hardly better than untrained" if better else "No better than untrained"
+        headline = f"{'Hardly' if better else 'No'} better than {scores.start}"
         return "bad", headline, [*_rank(run), advice]
     width = build.model_sizes(run.settings)["width"]
     if getting_worse(run.rows, run.settings, width, run.steps):
@@ -201,7 +204,8 @@ def _knn(run: RunRecord) -> list[str]:
         return []
     others = dict(scores.others)
     if scores.untrained is not None:
-        others = {"an untrained encoder": scores.untrained} | others
+        names = {"untrained": "an untrained encoder"}
+        others = {names.get(scores.start, scores.start): scores.untrained} | others
     text = f"kNN on the features is right for {scores.told(scores.last)} of "
     text += f"{scores.images:,} test images" if scores.images else "the test images"
     if others:

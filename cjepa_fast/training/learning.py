@@ -1,4 +1,4 @@
-"""Whether a training learns: its log against the untrained encoder's rows, in a line of words."""
+"""Whether a training learns: its log against its first rows, in a line of words."""
 
 import shlex
 import statistics
@@ -18,14 +18,14 @@ SLOW = 0.99
 NAMES = {"knn": "kNN %", "rankme": "RankMe", "by_position": "share of position"}
 
 
-def ended(rows: list[dict], run: Path) -> list[str]:
+def ended(rows: list[dict], run: Path, config: Config) -> list[str]:
     """Of a training that is done, from its log: where the encoder is, what it took, and what users
     do next."""
     took = rows[-1].get("time_s", 0.0) if rows else 0.0
     rates = [row["images_per_s"] for row in rows if row.get("images_per_s")]
     speed = f", {rate(statistics.median(rates))}" if rates else ""
     lines = [f"done: {run / 'encoder.safetensors'} ({duration(took)}{speed})"]
-    if line := learnt(rows):
+    if line := learnt(rows, config):
         lines.append(line)
     folder = shlex.quote(str(run))
     return [
@@ -36,29 +36,36 @@ def ended(rows: list[dict], run: Path) -> list[str]:
     ]
 
 
-def learnt(rows: list[dict]) -> str | None:
-    """Of a finished log, whether the features beat the untrained encoder's; None where neither
+def start_of(config: Config) -> str:
+    """What a run's encoder is before the first step, in a word."""
+    return "untrained" if config.run.init_from is None else "at the start"
+
+
+def learnt(rows: list[dict], config: Config) -> str | None:
+    """Of a finished log, whether the features beat those before the first step; None where neither
     was evaluated (eval.online)."""
     scores = [(row["step"], row["knn"]) for row in rows if row.get("knn") is not None]
     if len(scores) < 2 or scores[0][0] != 0:
         return None
     (_, start), (_, end) = scores[0], scores[-1]
     step, best = max(scores[1:], key=lambda score: score[1])
-    line = f"kNN: untrained {start:.1f} %, best {best:.1f} % (step {step}), at the end {end:.1f} %"
-    if end <= start:
-        return f"WARNING: {line}. The features are no better than untrained ones: docs/collapse.md"
+    name = start_of(config)
+    line = f"kNN: {name} {start:.1f} %, best {best:.1f} % (step {step}), at the end {end:.1f} %"
     if end < best - FALLEN:
         line += "; it fell: RUN/best is the better checkpoint"
+    if end <= start:
+        return f"WARNING: {line}. The features are no better than {name}: docs/collapse.md"
     return line
 
 
 def getting_worse(rows: list[dict], config: Config, width: int, steps: int | None) -> str | None:
     """Of a log so far, a line where its features are worse than in its first rows; None where they
-    are not. kNN, whose first value is the untrained encoder's, decides where it was evaluated
-    twice.
+    are not, or the log does not go back to the start. kNN decides where it was evaluated twice.
 
     width: the encoder's. steps: of the whole run, None where they are not known.
     """
+    if not from_the_start(rows, config):
+        return None
     ends = {key: _first_and_last(rows, key) for key in ("knn", "rankme", "by_position")}
     signs = {
         "knn": lambda first, last: last < first - FALLEN,
@@ -70,7 +77,7 @@ def getting_worse(rows: list[dict], config: Config, width: int, steps: int | Non
         return None
     said = [f"{NAMES[key]} {pair[0]:.3g} -> {pair[1]:.3g}" for key, pair in ends.items() if pair]
     return (
-        f"WARNING: the features get worse than untrained ones ({', '.join(said)}). "
+        f"WARNING: the features get worse than {start_of(config)} ({', '.join(said)}). "
         f"First change {first_change(config, width, steps)}; see docs/collapse.md"
     )
 
@@ -79,7 +86,9 @@ def began_weak(rows: list[dict], config: Config, width: int) -> str | None:
     """Of a log so far, a line where an initialisation that does not suit the width left the
     position to explain most of the tokens, and kNN has not risen since; else None."""
     share, knn = _first_and_last(rows, "by_position"), _first_and_last(rows, "knn")
-    if not share or share[0] <= BY_POSITION or _suits(config, width) or (knn and knn[1] > knn[0]):
+    if not from_the_start(rows, config) or not share or share[0] <= BY_POSITION:
+        return None
+    if _suits(config, width) or (knn and knn[1] > knn[0]):
         return None
     return (
         f"WARNING: the first features tell little but where a patch is (share of position "
@@ -89,8 +98,14 @@ def began_weak(rows: list[dict], config: Config, width: int) -> str | None:
 
 
 def _suits(config: Config, width: int) -> bool:
-    """Whether the initialisation is the one that "auto" takes at this width."""
-    return initialisation(config.model.init, width) == initialisation("auto", width)
+    """Whether the initialisation is the one that "auto" takes at this width, or plays no part."""
+    loaded = config.run.init_from is not None
+    return loaded or initialisation(config.model.init, width) == initialisation("auto", width)
+
+
+def from_the_start(rows: list[dict], config: Config) -> bool:
+    """Whether a log has its first rows: that of a run resumed in another folder has not."""
+    return bool(rows) and rows[0]["step"] <= config.telemetry.every_steps
 
 
 def _first_and_last(rows: list[dict], key: str) -> tuple[float, float] | None:
@@ -105,8 +120,8 @@ def first_change(config: Config, width: int, steps: int | None) -> str:
     if not _suits(config, width):
         return 'model.init to "auto"'
     if own.beta == 0:
-        return f"loss.{config.loss.regulariser}.beta from 0 to 0.001"
-    if own.views in ("blocks", "tokens"):
+        return f"loss.{config.loss.regulariser}.beta from 0 to {type(own)().beta:g}"
+    if own.views in ("blocks", "tokens") and not getattr(own, "positions_weight", 0):
         return f'loss.{config.loss.regulariser}.views to "positions", which acts on the encoder'
     if holds_back(config, steps):
         return f"optim.momentum = {optim.momentum:g}, to 0.98: the run is short"

@@ -247,7 +247,9 @@ class Loop:
         remembered."""
         self.watch.mark("evaluating")
         if not self.done:
-            self.telemetry.message("evaluating the untrained encoder on eval.online.data")
+            self.telemetry.message(
+                "evaluating the encoder before the first step on eval.online.data"
+            )
         with self.telemetry.pause(), self.online.counted():
             found = self.online.evaluate(self.trainer.ema.module)
             if found is None:
@@ -471,6 +473,6 @@ class Loop:
             self.watch.mark("writing the second encoder")
             encoders.write_encoder(self.folder / "context_encoder.safetensors", "context", final)
             log = self.folder / "log.jsonl"  # none of a finished training taken to another folder
-            for line in ended(read_log(log) if log.is_file() else [], self.folder):
+            for line in ended(read_log(log) if log.is_file() else [], self.folder, self.config):
                 self.telemetry.message(line)
         return 0 if saved or distributed.rank() else 1

@@ -63,7 +63,7 @@ def test_a_fall_of_knn_is_told_once_by_the_evaluation_that_finds_it(tmp_path, mo
     monkeypatch.setattr(learning, "FALLEN", -200.0)  # any kNN counts as a fall
     assert train.main(["--config", str(write_config(tmp_path))]) == 0
     out = capfd.readouterr().out
-    assert out.count("WARNING: the features get worse than untrained ones (kNN %") == 1
+    assert out.count("WARNING: the features get worse than untrained (kNN %") == 1
     told = out.index("WARNING: the features")
     assert out.index("after step 2:") < told < out.index("after step 4:")
 

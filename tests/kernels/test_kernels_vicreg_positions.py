@@ -52,11 +52,11 @@ SHAPES = {  # (N, B, D)
 
 def table(N: int, B: int) -> torch.Tensor:
     """int64 (N, B): tokens in any order, a share of the entries empty; of several positions the
-    first has no token, the second one."""
+    first has no token, the second one, and the others have two at least."""
     rows = torch.randperm(N * B + PADDING)[: N * B].view(N, B)
     gaps = torch.rand(N, B) < 0.3
     if N > 2:
-        gaps[:2], gaps[1, 0] = True, False
+        gaps[:2], gaps[1, 0], gaps[2:, :2] = True, False, False
     return torch.where(gaps, -1, rows)
 
 

@@ -201,13 +201,13 @@ def test_a_logarithmic_curve_tells_its_values():
     assert line["y"] == pytest.approx([0.01, 100])
 
 
-def test_a_band_and_the_untrained_line_by_hand():
+def test_a_band_and_the_line_of_the_start_by_hand():
     own = html_charts.Line("run", [0, 10], [2.0, 3.0], [1.0, 2.0], [3.0, 5.0])
     svg = html_charts.chart("name", {0: own}, level=1.0)
     top, bottom = html_charts.TOP, html_charts.HEIGHT - html_charts.BOTTOM
     ys = [y for _, y in points(svg, "polygon")]
     assert (min(ys), max(ys)) == pytest.approx((top, bottom), abs=0.06)
-    assert f'class="level" d="M{html_charts.LEFT} {bottom:.1f}H' in svg and "untrained" in svg
+    assert f'class="level" d="M{html_charts.LEFT} {bottom:.1f}H' in svg and "at the start" in svg
     assert held(svg)[0]["high"] == [3.0, 5.0]
 
 

@@ -1,5 +1,6 @@
 """Whether a training learns, told early and at its end."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -14,28 +15,54 @@ def knn_rows(*scores: float) -> list[dict]:
     return [{"step": 10 * i, "knn": score} for i, score in enumerate(scores)]
 
 
-def test_the_end_says_whether_the_features_beat_untrained_ones():
-    assert learning.learnt([{"step": 1}]) is learning.learnt(knn_rows(20.0)) is None
+DEMO = config.load("demo.json")
+CONTINUED = config.load("demo.json", ["run.init_from=encoder.safetensors", "model.init=ijepa"])
+
+
+def test_the_end_says_whether_the_features_beat_those_of_the_start():
+    assert learning.learnt([{"step": 1}], DEMO) is learning.learnt(knn_rows(20.0), DEMO) is None
     resumed_copy = [{"step": 5, "knn": 1.0}, {"step": 6, "knn": 2.0}]
-    assert learning.learnt(resumed_copy) is None
-    said = learning.learnt(knn_rows(20.0, 30.0, 50.04))
+    assert learning.learnt(resumed_copy, DEMO) is None
+    said = learning.learnt(knn_rows(20.0, 30.0, 50.04), DEMO)
     assert said == "kNN: untrained 20.0 %, best 50.0 % (step 20), at the end 50.0 %"
-    fallen = learning.learnt(knn_rows(20.0, 50.0, 45.0))
+    fallen = learning.learnt(knn_rows(20.0, 50.0, 45.0), DEMO)
     assert fallen.endswith("RUN/best is the better checkpoint")
-    assert "fell" not in learning.learnt(knn_rows(20.0, 50.0, 49.0))
-    worse = learning.learnt(knn_rows(20.0, 25.0, 19.0))
-    assert worse.startswith("WARNING: kNN: untrained 20.0 %")
+    assert "fell" not in learning.learnt(knn_rows(20.0, 50.0, 49.0), DEMO)
+    worse = learning.learnt(knn_rows(20.0, 25.0, 19.0), DEMO)
+    assert worse.startswith("WARNING: kNN: untrained 20.0 %") and "RUN/best" in worse
+    assert worse.endswith("The features are no better than untrained: docs/collapse.md")
+
+
+def test_weights_that_come_from_a_file_are_not_called_untrained():
+    ends = {"knn": (60, 50), "by_position": (0.7, 0.8)}
+    said = [
+        learning.learnt(knn_rows(60.0, 50.0), CONTINUED),
+        learning.getting_worse(rows(**ends), CONTINUED, 96, 1152),
+    ]
+    assert all("at the start" in line and "untrained" not in line for line in said)
+    assert "model.init" not in said[1]
+    assert learning.began_weak(rows(**ends), CONTINUED, 96) is None
+
+
+def test_a_log_without_its_first_rows_is_not_compared_with_them():
+    later = [
+        row | {"step": row["step"] + 500} for row in rows(knn=(60, 50), by_position=(0.7, 0.8))
+    ]
+    weak = config.load("demo.json", ["model.init=ijepa"])
+    assert learning.getting_worse(later, weak, 96, 1152) is None
+    assert learning.began_weak(later, weak, 96) is None
+    assert learning.getting_worse([], weak, 96, 1152) is None
 
 
 def test_the_end_says_what_it_took_and_what_comes_next():
     rows = [{"step": 0, "knn": 20.0}, {"step": 1, "images_per_s": 10.0},
             {"step": 2, "images_per_s": 1500.0, "knn": 50.0, "time_s": 3723.4},
             {"step": 3, "images_per_s": 1400.0, "time_s": 3724.4}]  # fmt: skip
-    done, knn, *following = learning.ended(rows, Path("a run"))
+    done, knn, *following = learning.ended(rows, Path("a run"), DEMO)
     assert done == "done: a run/encoder.safetensors (1:02:04, 1,400 images/s)"
     assert knn.startswith("kNN: untrained 20.0 %")
     assert all("'a run'" in line for line in following) and len(following) == 3
-    assert learning.ended([], Path("run"))[0] == "done: run/encoder.safetensors (0:00:00)"
+    assert learning.ended([], Path("run"), DEMO)[0] == "done: run/encoder.safetensors (0:00:00)"
 
 
 def rows(**ends: tuple[float, float]) -> list[dict]:
@@ -64,12 +91,22 @@ def test_features_that_get_worse_are_told_with_their_numbers(ends, said):
     assert (line is None) if said is None else said in line and "docs/collapse.md" in line
 
 
+SIGREG = ["loss.regulariser=sigreg"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "steps", "said"),
     [
         (["model.init=ijepa", "optim.momentum=0.996"], 1152, 'model.init to "auto"'),
-        (["loss.vicreg.beta=0"], 1152, "loss.vicreg.beta from 0"),
-        (["loss.vicreg.views=blocks"], 1152, 'loss.vicreg.views to "positions"'),
+        (["loss.vicreg.beta=0"], 1152, "loss.vicreg.beta from 0 to 0.001"),
+        ([*SIGREG, "loss.sigreg.beta=0"], 1152, "loss.sigreg.beta from 0 to 0.02"),
+        ([*SIGREG, "loss.sigreg.views=blocks"], 1152, 'loss.sigreg.views to "positions"'),
+        (["loss.vicreg.views=blocks"], 1152, "optim.lr"),  # at each position beside it
+        (
+            ["loss.vicreg.views=blocks", "loss.vicreg.positions_weight=0"],
+            1152,
+            'loss.vicreg.views to "positions"',
+        ),
         (["optim.momentum=0.996"], 9999, "optim.momentum = 0.996, to 0.98"),
         (["optim.momentum=0.996"], 10000, "optim.lr = 0.002, to half"),
         (["optim.momentum=0.996"], None, "optim.lr = 0.002, to half"),
@@ -80,6 +117,8 @@ def test_features_that_get_worse_are_told_with_their_numbers(ends, said):
 def test_the_first_change_is_what_is_not_set_yet(overrides, steps, said):
     found = learning.first_change(config.load("demo.json", overrides), 96, steps)
     assert found.startswith(said)
+    if change := re.match(r'(\S+) (?:from 0 )?to "?([^",]+)', found):
+        config.load("demo.json", [*overrides, "=".join(change.groups())])
 
 
 @pytest.mark.parametrize(

@@ -361,7 +361,7 @@ def test_collapse_is_warned_of_once_with_its_numbers(tmp_path, capfd, monkeypatc
     assert run(config) == 0
     out = capfd.readouterr().out
     assert out.count("WARNING: the target's features are collapsing") == 1
-    assert out.count("WARNING: the features get worse than untrained ones (RankMe") == 1
+    assert out.count("WARNING: the features get worse than untrained (RankMe") == 1
     assert "First change loss.vicreg.beta from 0" in out
     assert "floor 100" in out and "feature_std" not in out and "loss.vicreg.beta is 0" in out
 

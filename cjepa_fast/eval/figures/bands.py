@@ -34,13 +34,13 @@ def draw(axes, i: int, of: int, label: str, runs: Sequence[Points]) -> None:
     axes.plot(xs, means, label=label, linewidth=width, markersize=3.5, markevery=marked, **look)
 
 
-def untrained(axes, values: Sequence[float]) -> None:
-    """A level line at what the untrained encoders have."""
+def at_start(axes, values: Sequence[float]) -> None:
+    """A level line at what the encoders have before the first step."""
     if values:
         level = statistics.fmean(values)
         axes.axhline(level, color=style.QUIET, linestyle=(0, (1, 2)), linewidth=1.3)
         axes.annotate(
-            "untrained", (1, level), xycoords=("axes fraction", "data"), xytext=(0, 2),
+            "at the start", (1, level), xycoords=("axes fraction", "data"), xytext=(0, 2),
             textcoords="offset points", ha="right", va="bottom", size=7, color=style.QUIET,
             bbox={"fc": "white", "ec": "none", "pad": 0.3, "alpha": 0.7},
         )  # fmt: skip

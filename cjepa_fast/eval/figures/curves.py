@@ -125,15 +125,15 @@ def _shared(names: list[str]) -> str:
 
 
 def _panel(axes, name: str, logs: Logs) -> None:
-    panel, everything, missing, untrained = PANELS[name], [], [], []
+    panel, everything, missing, starts = PANELS[name], [], [], []
     for i, (run, logged) in enumerate(logs.items()):
         points = [series(rows, name) for rows in logged]
         points = [pair for pair in points if pair[0]]
         bands.draw(axes, i, len(logs), run, points)
         everything += [value for _, values in points for value in values]
         missing += [run] if not points else []
-        untrained += [rows[0][name] for rows in logged if at_start(rows, name)]
-    bands.untrained(axes, untrained)
+        starts += [rows[0][name] for rows in logged if at_start(rows, name)]
+    bands.at_start(axes, starts)
     if panel.logarithmic and 0 < 10 * min(everything) < max(everything):
         axes.set_yscale("log")
     else:
@@ -146,7 +146,7 @@ def _panel(axes, name: str, logs: Logs) -> None:
 
 
 def at_start(rows: list[dict], name: str) -> bool:
-    """Whether the first row is of the untrained encoder and has the quantity."""
+    """Whether the first row is of the encoder before the first step and has the quantity."""
     return bool(rows) and rows[0]["step"] == 0 and rows[0].get(name) is not None
 
 
