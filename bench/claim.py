@@ -46,6 +46,7 @@ READINGS = (1, 3, 11)  # times that: 50,000, 150,000 and 500,000 images
 PENALTIES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 HELD_OUT = 0.2  # share of the fitted images that a probe's penalty is chosen on
 TOKEN_IMAGES = 256
+RAW_PIXELS, UNTRAINED = WITHOUT_TRAINING = ("raw pixels", "untrained")
 Vectors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -98,7 +99,7 @@ def reading(encoder, splits, config: Config) -> dict[str, float]:
         features_nD, index_n = extract(encoder, images, keep=keep, **options)
         vectors += [features_nD, images.labels[index_n]]
     images, keep = splits[1]
-    tokens, _ = extract(encoder, images, keep=keep[:TOKEN_IMAGES], pooled=False, **options)
+    tokens, _ = extract(encoder, images, keep=cli.some(keep, TOKEN_IMAGES), pooled=False, **options)
     return {
         **scores(tuple(vectors), config.eval.k, config.eval.temperature),
         "rankme": representation_stats(vectors[2])["rankme"].item(),
@@ -147,7 +148,7 @@ def splits_of(args: argparse.Namespace):
 def command(args: argparse.Namespace, row: str, seed: int | None) -> str:
     """That repeats a line, without this machine's folders."""
     words = ["python", "bench/claim.py", "--set", args.set, "--data", "FOLDER"]
-    words += ["--rows", row] if seed is not None and row != "untrained" else []
+    words += ["--rows"] if row in WITHOUT_TRAINING else ["--rows", row]
     words += ["--seeds", str(seed or 0), "--length", str(args.length)]
     words += ["--final"] if args.final else []
     for override in args.overrides:
@@ -174,7 +175,7 @@ def record(
 def trial_record(args: argparse.Namespace, ablation: ablate.Ablation, trial: ablate.Trial) -> dict:
     """Train, and score the target encoder of each reading."""
     began, about = time.monotonic(), provenance(here())
-    ablate.check_folders(ablation, [trial])
+    ablate.check_folders(ablation, [trial], "--work")
     ablate.start(ablation, trial, {"OMP_NUM_THREADS": "1"}).wait()
     if not trial.finished:
         raise RuntimeError(f"{trial.folder}: the training failed; see said.txt there")
@@ -194,7 +195,7 @@ def pixels_record(args: argparse.Namespace, ablation: ablate.Ablation) -> dict:
     about, name = provenance(here()), next(iter(ablation.rows))
     config = configuration.load(ablation.base, ablation.settings(name))
     found = [{"images": 0, **pixels(splits_of(args), config)}]
-    return record(args, "raw pixels", None, found, about)
+    return record(args, RAW_PIXELS, None, found, about)
 
 
 def untrained_record(args: argparse.Namespace, ablation: ablate.Ablation, seed: int) -> dict:
@@ -205,7 +206,7 @@ def untrained_record(args: argparse.Namespace, ablation: ablate.Ablation, seed: 
     encoder = build_networks(config).encoder.eval()
     encoder.mean, encoder.std = config.data.mean, config.data.std
     found = [{"images": 0, **reading(encoder, splits_of(args), config)}]
-    return record(args, "untrained", seed, found, about)
+    return record(args, UNTRAINED, seed, found, about)
 
 
 def lines_of(path: Path) -> list[dict]:
@@ -217,6 +218,7 @@ def lines_of(path: Path) -> list[dict]:
 
 
 def same(line: dict, args: argparse.Namespace, row: str, seed: int | None) -> bool:
+    """Whether a line is of this row, seed, length, split and overrides."""
     own = (row, seed, args.length, "test" if args.final else "held", args.overrides)
     keys = ("row", "seed", "length", "scored_on", "overrides")
     return tuple(line[key] for key in keys) == own
@@ -229,9 +231,16 @@ def train(args: argparse.Namespace) -> None:
     path = args.results / f"{args.set}.jsonl"
 
     def keep(row: str, seed: int | None, made: Callable[[], dict]) -> bool:
-        """Whether it was not there yet."""
-        if any(same(line, args, row, seed) for line in lines_of(path)):
-            return False
+        """Whether it was not there yet. Exits where it is there with other settings."""
+        for number, line in enumerate(lines_of(path), 1):
+            if same(line, args, row, seed):
+                if line.get("settings") != ablation.rows.get(row):
+                    raise SystemExit(
+                        f'error: {path}:{number}: "{row}" was trained with {line.get("settings")}, '
+                        f"and claim.json has {ablation.rows.get(row)} now: give the row another "
+                        "name there, or remove the line to train it anew"
+                    )
+                return False
         line = made()
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -239,12 +248,12 @@ def train(args: argparse.Namespace) -> None:
         print(line["row"], line["seed"], {k: round(v, 1) for k, v in last.items()}, flush=True)
         return True
 
-    keep("raw pixels", None, partial(pixels_record, args, ablation))
+    keep(RAW_PIXELS, None, partial(pixels_record, args, ablation))
     for seed in args.seeds:
-        keep("untrained", seed, partial(untrained_record, args, ablation, seed))
-        for row in args.rows or ablation.rows:
-            name = f"{args.set}_{args.length}_{ablate.slug(row)}_{seed}"
-            trial = ablate.Trial(row, seed, args.work / name)
+        keep(UNTRAINED, seed, partial(untrained_record, args, ablation, seed))
+        for row in ablation.rows if args.rows is None else args.rows:
+            words = [args.set, str(args.length), row, *args.overrides, str(seed)]
+            trial = ablate.Trial(row, seed, args.work / ablate.slug("_".join(words)))
             if keep(row, seed, partial(trial_record, args, ablation, trial)):
                 shutil.rmtree(trial.folder)
 
@@ -268,7 +277,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--set", choices=SETS)
     parser.add_argument("--data", type=Path, metavar="FOLDER")
-    parser.add_argument("--rows", nargs="+", help="default: all of claim.json")
+    parser.add_argument(
+        "--rows", nargs="*", help="default: all of claim.json; of none the pixels and the untrained"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--length", type=int, default=3, choices=READINGS, help="last reading")
     parser.add_argument("--final", action="store_true", help="score on test/, not on held/")

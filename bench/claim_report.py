@@ -6,9 +6,10 @@ import math
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from claim import UNTRAINED
 from hardware import ROOT
 
 from cjepa_fast.eval.figures import bands
@@ -33,7 +34,6 @@ PANELS = {
 CHOICE = "knn"  # at the last reading: by it the row of a family is chosen that is drawn
 BASE = "I-JEPA"
 BETA = "loss.vicreg.beta"  # 0 in I-JEPA
-UNTRAINED = "untrained"
 Group = tuple[str, int, str]  # the set, the length, what is scored on
 Key = tuple[str, tuple[str, ...]]  # of a row: its name and its overrides
 Rows = dict[Key, dict[int | None, dict]]  # lines by seed
@@ -69,6 +69,7 @@ commit, hardware and versions.
 DRAWN = f"""Drawn, from the untrained encoder (0 images) on: of each kind of loss the row with the
 highest {MEASURES[CHOICE]} at its last reading. The kinds are I-JEPA, the four views of VICReg,
 pooled and positions together, VICReg alone, and SIGReg."""
+ALL_DRAWN = "Drawn, from the untrained encoder (0 images) on: every row. They were chosen on held."
 
 
 def lines() -> dict[Group, list[dict]]:
@@ -184,13 +185,15 @@ def with_start(line: dict, untrained: dict[int, dict]) -> list[dict]:
     return [*(starts["readings"] if starts else ()), *line["readings"]]
 
 
-def draw(group: list[dict], path: Path) -> None:
-    """PANELS against images for the best row of each family, seeds averaged."""
+def draw(group: list[dict], path: Path, chosen: bool = False) -> None:
+    """PANELS against images, seeds averaged, for the best row of each family, or for all trained
+    rows where they were chosen before, since test scores choose nothing."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     rows = by_row(group)
-    best = best_rows(rows)
+    every = {key: own for key, own in rows.items() if trained(own)}
+    best = every if chosen else best_rows(rows)
     with rc_context(STYLE):
         figure = Figure(figsize=(10.5, 4.2), layout="constrained")
         panels = figure.subplots(1, len(PANELS))
@@ -209,6 +212,10 @@ def draw(group: list[dict], path: Path) -> None:
     save(figure, path)
 
 
+def distinct(values: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(values))
+
+
 def main(argv: Sequence[str] = ()) -> int:
     argparse.ArgumentParser(description=__doc__).parse_args(argv)
     groups = lines()
@@ -221,14 +228,18 @@ def main(argv: Sequence[str] = ()) -> int:
     parts = [HEAD.format(error=error, bound=bound)]
     for (name, length, scored_on), group in groups.items():
         figure = f"{name}_{length}_{scored_on}.png"
-        on = group[0]["on"]
-        commits = ", ".join(dict.fromkeys(line["on"]["commit"][:7] for line in group))
-        where = f"{on['hardware']['device']}; torch {on['versions']['torch']}; commits "
+        on = [line["on"] for line in group]
+        devices = distinct(made["hardware"]["device"] for made in on)
+        torches = distinct(made["versions"]["torch"] for made in on)
+        commits = distinct(made["commit"][:7] for made in on)
+        most = max(line["readings"][-1]["images"] for line in group)
+        chosen = scored_on == "test"
         parts.append(
-            f"## {name}, scored on {scored_on}, up to {group[-1]['readings'][-1]['images']:,} "
-            f"images\n\n{where}{commits}.\n\n{table(group)}\n\n{DRAWN}\n\n![curves]({figure})\n"
+            f"## {name}, scored on {scored_on}, up to {most:,} images\n\n"
+            f"{devices}; torch {torches}; commits {commits}.\n\n{table(group)}\n\n"
+            f"{ALL_DRAWN if chosen else DRAWN}\n\n![curves]({figure})\n"
         )
-        draw(group, RESULTS / figure)
+        draw(group, RESULTS / figure, chosen)
     if (notes := RESULTS / "reading.md").exists():
         parts.insert(1, notes.read_text(encoding="utf-8"))
     (RESULTS / "README.md").write_text("\n".join(parts), encoding="utf-8")

@@ -152,8 +152,9 @@ def trials_of(ablation: Ablation, out: Path) -> list[Trial]:
     ]
 
 
-def check_folders(ablation: Ablation, trials: list[Trial]) -> None:
-    """Raises ConfigError where a folder holds a training with other settings than its row's."""
+def check_folders(ablation: Ablation, trials: list[Trial], option: str = "--out") -> None:
+    """Raises ConfigError where a folder holds a training with other settings than its row's.
+    option: that which names the folders' place."""
     for trial in trials:
         if not (trial.folder / "config.json").is_file():
             continue
@@ -167,8 +168,8 @@ def check_folders(ablation: Ablation, trials: list[Trial]) -> None:
         if changes:
             listed = "\n  ".join(changes)
             raise ConfigError(
-                f"{trial.folder} holds another training:\n  {listed}\ngive another --out, or set "
-                "them back"
+                f"{trial.folder} holds another training:\n  {listed}\ngive another {option}, or "
+                "set them back"
             )
 
 

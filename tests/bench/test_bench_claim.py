@@ -64,12 +64,14 @@ def test_a_line_names_no_folder_of_this_machine_and_is_found_again():
     assert "/a/folder" not in json.dumps(line["on"]["command"])
     assert "--rows I-JEPA --seeds 2 --length 3" in line["on"]["command"]
     assert line["on"]["commit"] == "of the start"
+    pixels = claim.record(args, "raw pixels", None, [], about)["on"]["command"]
+    assert claim.parse(pixels.split()[2:]).rows == []  # they come with any row, so with none
     assert claim.same(line, args, "I-JEPA", 2) and not claim.same(line, args, "I-JEPA", 1)
     assert not claim.same(line, asked(final=True), "I-JEPA", 2)
 
 
 def test_each_seed_has_its_untrained_encoder_and_all_share_the_pixels(tmp_path, monkeypatch):
-    made = {"pixels": [], "untrained": [], "trained": []}
+    made = {"pixels": [], "untrained": [], "trained": [], "folders": set()}
 
     def line(args, row, seed):
         return claim.record(args, row, seed, [{"images": 0}], {})
@@ -85,7 +87,8 @@ def test_each_seed_has_its_untrained_encoder_and_all_share_the_pixels(tmp_path, 
     def trained(args, ablation, trial):
         made["trained"].append((trial.row, trial.seed))
         trial.folder.mkdir(parents=True)
-        return line(args, trial.row, trial.seed)
+        made["folders"].add(trial.folder.name)
+        return line(args, trial.row, trial.seed) | {"settings": ablation.rows[trial.row]}
 
     monkeypatch.setattr(claim, "pixels_record", pixels)
     monkeypatch.setattr(claim, "untrained_record", untrained)
@@ -97,13 +100,28 @@ def test_each_seed_has_its_untrained_encoder_and_all_share_the_pixels(tmp_path, 
     assert made["trained"] == [("I-JEPA", 0), ("I-JEPA", 1)]
     assert len(claim.lines_of(tmp_path / "cifar10.jsonl")) == 5
     assert not list((tmp_path / "work").iterdir())
+    claim.train(asked(**own, overrides=["optim.lr=0.002"]))
+    assert len(made["folders"]) == 3  # other overrides, another folder
+    claim.train(asked(**{**own, "rows": []}, seeds=[2]))
+    assert made["untrained"] == [0, 1, 0, 2] and len(made["trained"]) == 3
+
+
+def test_a_row_that_has_changed_is_not_taken_for_the_one_that_was_trained(tmp_path):
+    args = asked(rows=["I-JEPA"], data=tmp_path, results=tmp_path, work=tmp_path)
+    lines = [claim.record(args, row, seed, [], {}) for row, seed in
+             (("raw pixels", None), ("untrained", 0), ("I-JEPA", 0))]  # fmt: skip
+    lines[-1]["settings"] = {"loss.vicreg.beta": 0.5}
+    (tmp_path / "cifar10.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(SystemExit, match=r"cifar10.jsonl:3: .*0\.5.*claim.json has"):
+        claim.train(args)
 
 
 def test_a_training_is_named_by_the_commit_it_started_from(tmp_path, monkeypatch):
     """Not by one that was made beside it."""
     now = ["start"]
     monkeypatch.setattr(claim, "provenance", lambda _: {"commit": now[0]})
-    monkeypatch.setattr(claim.ablate, "check_folders", lambda *_: None)
+    checked = []
+    monkeypatch.setattr(claim.ablate, "check_folders", lambda *given: checked.append(given[2]))
 
     def start(*_):
         (tmp_path / "encoder.safetensors").touch()
@@ -115,7 +133,7 @@ def test_a_training_is_named_by_the_commit_it_started_from(tmp_path, monkeypatch
     monkeypatch.setattr(claim.ablate, "scores_of", lambda _: [{"step": 0}])
     ablation = argparse.Namespace(rows={"I-JEPA": {}})
     line = claim.trial_record(asked(), ablation, claim.ablate.Trial("I-JEPA", 0, tmp_path))
-    assert line["on"]["commit"] == "start"
+    assert line["on"]["commit"] == "start" and checked == ["--work"]
 
 
 def test_another_checkout_s_package_is_refused(tmp_path):
@@ -160,6 +178,24 @@ def test_the_table_pairs_the_seeds(tmp_path, monkeypatch):
     assert "| I-JEPA | 2 | 1,000 | 21.0 ± 1.0 |" in page
     assert "error of about 1.0 points" in page and "one of at most 1.4:" in page
     assert (tmp_path / "cifar10_3_held.png").stat().st_size > 5000
+
+
+def test_headings_are_of_all_lines(tmp_path, monkeypatch):
+    monkeypatch.setattr(claim_report, "RESULTS", tmp_path)
+    later = line_of("untrained", 1, 19, start=0)
+    later["on"] |= {"hardware": {"device": "another"}, "versions": {"torch": "3"}}
+    page = page_of([line_of("I-JEPA", 0, 20, 30), later], tmp_path)
+    assert "up to 2,000 images\n\na processor, another; torch 2, 3; commits 0123456." in page
+
+
+def test_scores_of_the_test_set_choose_no_row(tmp_path, monkeypatch):
+    lines = [line_of("untrained", 0, 19, start=0), line_of("I-JEPA", 0, 20, 30)]
+    lines += [blocks("blocks 0.001", 0, 21, 28), blocks("blocks 0.004", 0, 21, 29)]
+    drawn = []
+    monkeypatch.setattr(claim_report.bands, "draw", lambda *given: drawn.append(given[3]))
+    monkeypatch.setattr(claim_report.bands, "legend", lambda *_: None)
+    claim_report.draw(lines, tmp_path / "curves.png", chosen=True)
+    assert drawn[:3] == ["I-JEPA", "blocks 0.001", "blocks 0.004"]
 
 
 def test_a_row_with_overrides_is_a_row_of_its_own(tmp_path, monkeypatch):
