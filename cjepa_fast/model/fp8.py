@@ -41,8 +41,8 @@ INSTRUCTION, DROPPED_BITS = 32, 10
 
 
 def matmul_reference(x: Rows, weight: Rows, bias: torch.Tensor | None) -> torch.Tensor:
-    product = short_sums if FAST_SUMS else F.linear
-    out = product(x.values.float(), weight.values.float()) * x.scales * weight.scales.T
+    matmul = short_sums if FAST_SUMS else F.linear
+    out = matmul(x.values.float(), weight.values.float()) * x.scales * weight.scales.T
     return (out if bias is None else out + bias.float()).bfloat16()
 
 

@@ -44,15 +44,15 @@ def fused_mlp(
     if not trained and tanh and gelu_by_torch(x, fc1.weight):
         s, hidden = add_norm_linear_gelu(*args)
         return s, linear(hidden, fc2.weight, fc2.bias)
-    again = policy.recomputes("block") or policy.recomputes("mlp")
+    recomputed = policy.recomputes("block") or policy.recomputes("mlp")
     keep_norm, keep = "hidden" not in policy, "output" not in policy
-    by_matmul = trained and not again and tanh and cublaslt.takes(x, fc1.weight)
+    by_matmul = trained and not recomputed and tanh and cublaslt.takes(x, fc1.weight)
     if by_matmul and keep:
         s, u, hidden = AddNormLinearGelu.apply(*args, keep_norm)
     else:
         s, u = AddNormLinear.apply(*args, keep_norm, matmuls_of(fc1))
         hidden = None
-    if again:
+    if recomputed:
         hidden = Gelu.apply(u, fc1.bias, mlp.gelu)
         last = fp8.trained_linear if fc2.in_fp8 else F.linear
         return s, last(hidden, fc2.weight, fc2.bias.detach())

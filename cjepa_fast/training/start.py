@@ -20,6 +20,8 @@ from cjepa_fast.checkpoint import encoders
 from cjepa_fast.config import Config, ConfigError
 from cjepa_fast.data import left_out as left_out_images
 from cjepa_fast.data.loader import Loader
+from cjepa_fast.kernels.common import launch
+from cjepa_fast.kernels.common.dependent_launch import OLDEST
 from cjepa_fast.kernels.norm import WIDEST
 from cjepa_fast.model import fused_mlp
 from cjepa_fast.model.cpu_linear import LinearBackends
@@ -376,8 +378,20 @@ def _choices(trainer: Trainer) -> Iterator[str]:
     for key in ("target_precision", "context_precision") if device.type == "cpu" else ():
         if getattr(config.model, key) == "fp8":
             yield f"model.{key} fp8: right on a CPU, but slower than bf16"
+    yield from _idle(config, device)
     if onednn := [kind for kind, library in trainer.linear.items() if library == "onednn"]:
         yield f"linear layers: {', '.join(onednn)} by oneDNN (faster here)"
+
+
+def _idle(config: Config, device: torch.device) -> Iterator[str]:
+    """The keys that are set and change nothing on this machine."""
+    for key, oldest in {"weight_stream": 0, "dependent_launch": OLDEST}.items():
+        if not getattr(config.run, key):
+            continue
+        on_gpu = device.type == "cuda" and launch.runs_on(device)
+        if not (on_gpu and launch.at_least(oldest, device)):
+            needs = f" of sm_{oldest} or newer" if oldest else ""
+            yield f"run.{key} changes nothing here: it is for our kernels on a GPU{needs}"
 
 
 def _told_machine(state: dict, device: torch.device) -> Iterator[str]:

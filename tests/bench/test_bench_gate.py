@@ -35,7 +35,7 @@ BY_SCRIPT = {
         "graph-fp8": "--variant graph_fp8_k78 graph_tanh_fp8_k78",
         "target-fp8": "--variant fp8 fp8_fast",
         "context-fp8": "--config vit_h --variant graph_fp8 graph_fp8_all",
-        "others": "--variant k78 weight_stream stream batch256 graph_dependent_launch",
+        "others": "fused k78 weight_stream stream batch256 graph graph_dependent_launch",
         "reference-b": "--against reference", "reference-h": "--batch-size 32",
     },
     "gpu_more.sh": {

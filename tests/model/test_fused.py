@@ -218,9 +218,9 @@ class Counting(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("policy", "again"), [("none", 0), ("norm_gelu", 0), ("selective", 1), ("full", 3)]
+    ("policy", "recomputed"), [("none", 0), ("norm_gelu", 0), ("selective", 1), ("full", 3)]
 )
-def test_how_many_matmuls_run_again_in_the_backward(seed, kernel_device, policy, again):
+def test_how_many_matmuls_are_recomputed_in_the_backward(seed, kernel_device, policy, recomputed):
     """Of a block's four: fc1, or all but fc2, as recompute.py says."""
     encoder = networks(kernel_device, checkpointing=policy)["encoder"].bfloat16()
     encoder.fused = True
@@ -228,7 +228,7 @@ def test_how_many_matmuls_run_again_in_the_backward(seed, kernel_device, policy,
     out = encoder(images.bfloat16(), context)
     with Counting() as matmuls:
         out.sum().backward()
-    assert matmuls.count == again * len(encoder.blocks)
+    assert matmuls.count == recomputed * len(encoder.blocks)
 
 
 @pytest.mark.parametrize("backend", [pytest.param("plain", marks=pytest.mark.long), "sdpa"])

@@ -20,7 +20,7 @@ from cjepa_fast.model import weight_stream
 from cjepa_fast.model.fused_ops import BF16, AddNormLast, Matmul
 from cjepa_fast.model.weight_stream import WeightStream
 from cjepa_fast.runtime import distributed
-from cjepa_fast.training import build
+from cjepa_fast.training import build, start
 
 CPU = torch.device("cpu")
 
@@ -325,6 +325,24 @@ def test_where_no_block_is_fused_on_a_gpu_it_is_refused(sections, refused):
     for device, told in ((CPU, False), (torch.device("cuda"), refused)):
         with pytest.raises(ConfigError, match="leave it out") if told else contextlib.nullcontext():
             build.check_weight_stream(config, "adamw_ema", device)
+
+
+@pytest.mark.parametrize(
+    ("device", "runs", "newest", "idle"),
+    [
+        ("cpu", True, 90, ["weight_stream", "dependent_launch"]),
+        ("cuda", False, 90, ["weight_stream", "dependent_launch"]),
+        ("cuda", True, 80, ["dependent_launch"]),
+        ("cuda", True, 90, []),
+    ],
+)
+def test_a_key_that_changes_nothing_here_is_told(monkeypatch, device, runs, newest, idle):
+    monkeypatch.setattr(start.launch, "runs_on", lambda _: runs)
+    monkeypatch.setattr(start.launch, "at_least", lambda number, _: newest >= number)
+    config = validate({"run": {"weight_stream": True, "dependent_launch": True}})
+    told = list(start._idle(config, torch.device(device)))
+    assert [line.split()[0] for line in told] == [f"run.{key}" for key in idle]
+    assert not list(start._idle(validate({}), torch.device(device)))
 
 
 def test_without_fused_blocks_it_is_refused():
