@@ -19,10 +19,10 @@ CHECK = "docs/collapse.md says what to look at."
 
 @dataclass(frozen=True)
 class Scores:
-    """kNN of a run in percent: untrained, at its best and at the end, with the steps of the two, of
-    equal ones the first (its checkpoint is RUN/best);
+    """kNN of a run in percent: untrained (or as the weights it began with), at its best and at the
+    end, with the steps of the two, of equal ones the first (its checkpoint is RUN/best);
     images: tested on, None where that is not known; others: of what needs no learning, by name;
-    start: what the encoder was before the first step."""
+    start: the first one's name."""
 
     untrained: float | None
     best: float
@@ -204,8 +204,8 @@ def _knn(run: RunRecord) -> list[str]:
         return []
     others = dict(scores.others)
     if scores.untrained is not None:
-        names = {"untrained": "an untrained encoder"}
-        others = {names.get(scores.start, scores.start): scores.untrained} | others
+        name = "an untrained encoder" if scores.start == "untrained" else scores.start
+        others = {name: scores.untrained} | others
     text = f"kNN on the features is right for {scores.told(scores.last)} of "
     text += f"{scores.images:,} test images" if scores.images else "the test images"
     if others:

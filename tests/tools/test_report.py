@@ -1,6 +1,7 @@
 """The page about a run: whole, self-contained, and what it says."""
 
 import base64
+import dataclasses
 import html
 import html.parser
 import json
@@ -310,6 +311,16 @@ def test_the_words_of_a_run_that_collapsed(tmp_path):
 )
 def test_the_headline(tmp_path, made, kind, headline):
     assert report_run.story(record_of(tmp=tmp_path, **made))[:2] == (kind, headline)
+
+
+def test_weights_that_come_from_a_file_are_not_called_untrained(tmp_path):
+    made = record_of(knn=(60.0, 61.0, 50.0), tmp=tmp_path)
+    run = made.settings.run.model_copy(update={"init_from": "encoder.safetensors"})
+    made = dataclasses.replace(made, settings=made.settings.model_copy(update={"run": run}))
+    _, headline, sentences = report_run.story(made)
+    assert headline == "No better than at the start"
+    told = " ".join([*sentences, report._best_and_last([made])])
+    assert "at the start 60.0 %" in told and "untrained" not in told and "model.init" not in told
 
 
 def test_a_run_that_fell_and_one_that_goes_on(tmp_path):
