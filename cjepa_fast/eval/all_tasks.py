@@ -108,7 +108,6 @@ def signs_of_collapse(encoder: Encoder, found: Features, splits, args) -> dict:
 def rows_of(encoders: dict[str, Encoder], splits, args: argparse.Namespace, cache: Path):
     """Chance, raw pixels and each encoder."""
     (train, train_keep), (test, test_keep) = splits
-    counts = {"train_images": len(train_keep), "test_images": len(test_keep)}
     first = next(iter(encoders.values()))
     widest = max(knn.pixel_values(first), first.width)
     cli.require_memory(splits, widest, max(linear.BYTES.values()))
@@ -118,6 +117,7 @@ def rows_of(encoders: dict[str, Encoder], splits, args: argparse.Namespace, cach
         threads=args.threads,
     )  # fmt: skip
     ways = args.k, args.temperature
+    counts = {"train_images": len(pixels[1]), "test_images": len(pixels[3])}
     yield {"encoder": "chance", **counts, **chance(pixels[1], pixels[3])}
     named = distributed.from_rank_0(partial(scores, pixels, *ways))
     yield {"encoder": "raw pixels", **counts, **named}

@@ -256,7 +256,8 @@ def labelled_splits(
 
     Without `test`, what `held_out` says, else 20 % of `data` by a hash of the names; the synthetic
     dataset has its own held-out split. `test` may be `data`, where files of labels divide its
-    images. Raises ValueError where labels are missing, or an image is in both.
+    images. Says how many test images no probe can name. Raises ValueError where labels are missing,
+    or an image is in both.
     """
     test = held_out(data, test)
     same = test is not None and _same_file(data, test)
@@ -285,7 +286,22 @@ def labelled_splits(
             f"{data}: splitting its {len(train_set)} images leaves {len(train_keep)} for training "
             f"and {len(test_keep)} for testing; name a test set with --test"
         )
-    return (train_set, some(train_keep, max_train)), (test_set, some(test_keep, max_test))
+    splits = (train_set, some(train_keep, max_train)), (test_set, some(test_keep, max_test))
+    say_unlearnt(*splits)
+    return splits
+
+
+def say_unlearnt(train: Split, test: Split) -> None:
+    """Say, on the first rank, how many test images are of classes without a training image: no
+    probe can name these."""
+    learnt_n, label_m = (images.labels[keep] for images, keep in (train, test))
+    strange_k = label_m[~torch.isin(label_m, learnt_n)]
+    if len(strange_k) and distributed.rank() == 0:
+        print(
+            f"{len(strange_k.unique())} of the {len(label_m.unique())} classes tested have no "
+            f"training image, so {len(strange_k)} of {len(label_m)} test images cannot be named "
+            "rightly: train on more images"
+        )
 
 
 def held_out(data: str, test: str | None) -> str | None:
@@ -393,9 +409,9 @@ def vectors_of(
     return tuple(found)
 
 
-def require_memory(splits: tuple[Split, Split], width: int, bytes_each: int) -> None:
+def require_memory(splits: Sequence[Split], width: int, bytes_each: int) -> None:
     """Raises ValueError, on all ranks, where the first has not the memory for features of `width`
-    of both splits. bytes_each: what a value takes at the peak, with the copies that a probe makes
+    of all splits. bytes_each: what a value takes at the peak, with the copies that a probe makes
     of it."""
     images = sum(len(keep) for _, keep in splits)
     needed = width * bytes_each * images

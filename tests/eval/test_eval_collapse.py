@@ -132,6 +132,13 @@ def test_an_image_without_all_its_crops_is_left_out(measured, monkeypatch, capsy
     assert "2 of 4 images left out of LiDAR and alignment" in capsys.readouterr().out
 
 
+def test_a_single_view_is_refused_before_any_work(measured, monkeypatch):
+    encoder, images, reading, _ = measured
+    monkeypatch.setattr(collapse, "extract", lambda *args, **how: pytest.fail("computed"))
+    with pytest.raises(ValueError, match="--views 1: LiDAR and alignment need at least 2 crops"):
+        collapse.measure(encoder, images, count=12, views=1, **reading)
+
+
 def test_patches_that_are_all_alike_have_no_shares(measured, tmp_path):
     """null, which any reader of JSON takes, and no bar."""
     encoder, images, reading, _ = measured

@@ -223,6 +223,18 @@ def test_splits_are_no_classes_and_val_is_the_test_set(tmp_path):
         labelled_splits(str(tmp_path / "flat"), None)
 
 
+def test_test_images_of_classes_without_a_training_image_are_counted(data, capsys):
+    (images, keep), (_, test_keep) = labelled_splits(str(data), None, 1)
+    learnt = images.labels[keep].item()
+    strange = sum(label != learnt for label in images.labels[test_keep].tolist())
+    assert capsys.readouterr().out == (
+        f"2 of the 3 classes tested have no training image, so {strange} of {len(test_keep)} test "
+        "images cannot be named rightly: train on more images\n"
+    )
+    labelled_splits(str(data), None)
+    assert not capsys.readouterr().out
+
+
 @pytest.mark.parametrize("words", [["knn", "--pixels"], ["knn", "--linear"], ["linear"], ["all"]])
 def test_too_little_memory_is_said_before_any_work(run, data, monkeypatch, capsys, words):
     monkeypatch.setattr(cli, "free_bytes", lambda: 10_000)

@@ -346,12 +346,52 @@ def test_the_command_learns_colours(data, saved, tmp_path, capsys, monkeypatch, 
     assert "epoch 8 of 8: loss" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "images, batch, micro_batch, ranks, expected",
+    [
+        (5_000, 100, 64, 1, (100, 50)),
+        (50_000, 1_024, 64, 8, (1_024, 64)),
+        (9_469, 189, 64, 1, (189, 63)),
+        (127, 1_024, 64, 1, (126, 63)),  # nearly all of them in each epoch
+        (1_000, 1_024, 64, 1, (992, 62)),
+        (100, 512, 64, 8, (96, 12)),
+    ],
+)
+def test_a_batch_is_as_asked_or_said(
+    images, batch, micro_batch, ranks, expected, monkeypatch, capsys
+):
+    monkeypatch.setattr(classify, "world_size", lambda: ranks)
+    assert classify.batches_of(images, batch, micro_batch) == expected
+    said = f"{expected[0]} images a step, not {batch}: {images} images, in parts of {expected[1]}\n"
+    assert capsys.readouterr().out == ("" if expected[0] == batch else said)
+
+
+def test_more_ranks_than_images_are_refused(monkeypatch):
+    monkeypatch.setattr(classify, "world_size", lambda: 8)
+    with pytest.raises(ValueError, match="a batch of 5 images for 8 ranks: start fewer"):
+        classify.batches_of(5, 16, 64)
+
+
+def test_images_that_cannot_be_read_are_not_among_the_test_images(data, monkeypatch):
+    read = classify.image_vectors
+    monkeypatch.setattr(
+        classify, "image_vectors", lambda *args, **how: [x[1:] for x in read(*args, **how)]
+    )
+    args = options(crop=1.0, batch_size=4)
+    split = open_images(data), torch.arange(10)
+    model = Classifier(small(), 2, False)
+    assert classify.percent(model, small(), split, args, torch.arange(2))["test_images"] == 9
+
+
 def test_what_is_wrong_is_said(data, saved, capsys):
     cases = {
         "a recipe has epochs": ["finetune", "--set", "speed=3"],
         "is not one image of each": ["semi", "--share", "0.01"],
         "--epochs is for semi with --probe": ["semi", "--epochs", "10"],
+        "--probe-batch-size is for semi with --probe": ["semi", "--probe-batch-size", "8"],
+        "--no-cache is for semi with --probe": ["semi", "--no-cache"],
         "--set is for semi without --probe": ["semi", "--probe", "--set", "lr=1"],
+        "--micro-batch-size is for semi without": ["semi", "--probe", "--micro-batch-size", "8"],
         "batch = 0: must be above 0": ["finetune", "--set", "batch=0"],
         "drop_path = 1: must be from 0 to below 1": ["finetune", "--set", "drop_path=1"],
         "lr = high: must be a number": ["finetune", "--set", 'lr="high"'],
@@ -418,6 +458,14 @@ def test_a_list_names_images_by_their_last_part_or_whole(data, tmp_path):
     file.write_text("005.png\nn01440764_10074.JPEG\n")
     with pytest.raises(ValueError, match=r"1 of its 2 names .* n01440764_10074\.JPEG"):
         semi.listed(images, keep, file)
+
+
+def test_a_list_of_one_class_alone_is_said(data, saved, tmp_path, capsys):
+    (file := tmp_path / "few.txt").write_text("000.png\n002.png\n004.png\n")
+    assert main(["semi", str(saved), "--data", str(data), "--list", str(file)]) == 2
+    said = capsys.readouterr()
+    assert "1 of the 2 classes tested have no training image" in said.out
+    assert "needs at least two classes" in said.err
 
 
 def test_few_labels_by_probe(data, saved, tmp_path):

@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
+from cjepa_fast.data.sources import open_images
 from cjepa_fast.eval.probes import knn
 
 
@@ -75,6 +77,18 @@ def test_centring_finds_what_a_common_offset_hides():
     train[:, 0] += label * 2 - 1
     far = train + 1e4 * torch.ones(8)
     assert knn.top1(far, label, far, label, k=5, centre=True) == 100
+
+
+def test_pixels_that_cannot_be_read_are_not_counted(tmp_path, monkeypatch):
+    images = open_images(tiny.write_images(tmp_path / "set", count=24), cache=tmp_path / "cache")
+    read = knn.image_vectors
+    monkeypatch.setattr(
+        knn, "image_vectors", lambda *args, **how: [x[1:] for x in read(*args, **how)]
+    )
+    keep = {"train_keep": torch.arange(20), "test_keep": torch.arange(20, 24)}
+    found = knn.pixel_baselines(images, images, **keep, k=3, threads=1)
+    counts = [(row["train_images"], row["test_images"]) for row in found.values()]
+    assert counts == [(19, 3), (19, 3)]
 
 
 def test_percent():

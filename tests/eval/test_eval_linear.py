@@ -225,8 +225,19 @@ def test_a_small_set_has_as_many_updates_as_the_paper_s():
 
 
 def test_a_value_that_the_optimiser_does_not_know():
-    args = argparse.Namespace(optimizer="lbfgs", sweep=[("lr", (0.1,))])
+    args = argparse.Namespace(optimizer="lbfgs", sweep=[("lr", (0.1,))], epochs=50, batch=None)
     with pytest.raises(ValueError, match="--sweep lr: --optimizer lbfgs has C"):
         linear.complete_sweep(args)
     with pytest.raises(argparse.ArgumentTypeError, match="no list of numbers"):
         linear.values("lr=high")
+
+
+@pytest.mark.parametrize(
+    "given, name", [({"epochs": 10}, "--epochs"), ({"batch": 64}, "--probe-batch-size")]
+)
+def test_lbfgs_has_neither_epochs_nor_batches(given, name):
+    plain = {"optimizer": "lbfgs", "sweep": None, "epochs": 50, "batch": None}
+    linear.complete_sweep(argparse.Namespace(**plain))
+    linear.complete_sweep(argparse.Namespace(**plain | given | {"optimizer": "adamw"}))
+    with pytest.raises(ValueError, match=f"{name}: --optimizer lbfgs solves for all images"):
+        linear.complete_sweep(argparse.Namespace(**plain | given))

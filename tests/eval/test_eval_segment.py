@@ -22,6 +22,7 @@ from cjepa_fast.data.sets.pairs import IGNORE, classes_of, named_classes, open_p
 from cjepa_fast.eval.__main__ import main
 from cjepa_fast.eval.dense import segment, segment_training, segmenter
 from cjepa_fast.eval.dense.confusion import confusion, scores
+from cjepa_fast.eval.dense.resize import fitted
 from cjepa_fast.eval.dense.segmenter import Segmenter, logits_sliding, logits_whole, loss_of
 from cjepa_fast.eval.dense.upernet import UPerHead
 from cjepa_fast.eval.finetuning.layer_decay import layer_decay_groups
@@ -72,6 +73,16 @@ def test_scores_are_scikit_learn_s(seed):
     assert total["aacc"] == pytest.approx(100 * accuracy_score(truth[known], found[known]))
     recall = 100 * recall_score(truth[known], found[known], average="macro")
     assert total["macc"] == pytest.approx(recall)
+
+
+@pytest.mark.parametrize("short_side, patch_size", [(512, 16), (480, 16), (224, 14)])
+def test_no_row_of_patches_is_lost_to_rounding(short_side, patch_size):
+    """428 * (512 / 428) is 511.99..., which rounded down to patches is 496."""
+    sides = range(32, 3000)
+    assert {min(fitted((s, 2 * s), short_side, patch_size)) for s in sides} == {short_side}
+    assert {min(fitted((s + 7, s), short_side, patch_size)) for s in sides} == {short_side}
+    assert fitted((428, 640), 512, 16) == (512, 752)
+    assert fitted((10, 10), 5, 16) == (16, 16)
 
 
 def test_scores_by_hand():
@@ -141,6 +152,8 @@ def test_a_frozen_encoder_drops_no_path(encoder, data, tmp_path, narrow, capsys)
     assert json.loads(out.read_text())["settings"]["drop_path"] == 0
     assert evaluate(encoder, data, "--drop-path", 0.1) == 2
     assert "--drop-path 0.1: a frozen encoder drops none" in capsys.readouterr().err
+    assert evaluate(encoder, data, "--layer-decay", 0.5) == 2
+    assert "--layer-decay 0.5: a frozen encoder trains no block" in capsys.readouterr().err
 
 
 def test_the_loss_must_stay_finite(encoder, data, capsys):

@@ -7,9 +7,11 @@ from cjepa_fast.model.vit import Encoder
 
 
 def fitted(size: tuple[int, int], short_side: int, patch_size: int) -> tuple[int, int]:
-    """(height, width) with that short side, each rounded down to a multiple of the patch."""
-    scale = short_side / min(size)
-    height, width = (max(patch_size, int(side * scale) // patch_size * patch_size) for side in size)
+    """(height, width) with that short side, each rounded down to a multiple of the patch. By whole
+    numbers: in floats 428 * (512 / 428) is below 512, which would cost a row of patches."""
+    height, width = (
+        max(patch_size, side * short_side // min(size) // patch_size * patch_size) for side in size
+    )
     return height, width
 
 

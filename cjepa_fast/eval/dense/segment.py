@@ -222,6 +222,10 @@ def complete(args: argparse.Namespace, patch_size: int) -> None:
     args.frozen = args.frozen or args.head == "linear"
     if args.frozen and args.drop_path:
         raise ValueError(f"--drop-path {args.drop_path}: a frozen encoder drops none; leave it out")
+    if args.frozen and args.layer_decay not in (None, 1.0):
+        raise ValueError(
+            f"--layer-decay {args.layer_decay}: a frozen encoder trains no block; leave it out"
+        )
     if args.head != "linear" and args.layers != 1:
         raise ValueError(
             f"--layers {args.layers}: {args.head} reads a block of each quarter of the encoder; "

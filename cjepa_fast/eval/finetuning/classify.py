@@ -76,13 +76,18 @@ def tune(
 
 
 def batches_of(n: int, batch: int, micro_batch: int) -> tuple[int, int]:
-    """(images a step, images a micro-batch), of this many ranks and no more than there are."""
-    ranks = world_size()
-    batch = min(batch, n)
-    micro_batch = min(micro_batch, batch // ranks)
+    """(images a step, images a micro-batch), the latter at most `micro_batch`: `batch`, or of fewer
+    than so many images `n`, rounded down to parts of one size for all ranks. Says a batch that is
+    not the recipe's. Raises ValueError for more ranks than images."""
+    ranks, images = world_size(), min(batch, n)
+    parts = -(-images // (micro_batch * ranks))
+    micro_batch = images // (parts * ranks)
     if not micro_batch:
-        raise ValueError(f"a batch of {batch} images for {ranks} ranks: start fewer")
-    return batch - batch % (micro_batch * ranks), micro_batch
+        raise ValueError(f"a batch of {images} images for {ranks} ranks: start fewer")
+    found = micro_batch * parts * ranks
+    if found != batch and rank() == 0:
+        print(f"{found} images a step, not {batch}: {n} images, in parts of {micro_batch}")
+    return found, micro_batch
 
 
 def loader_of(
@@ -151,9 +156,9 @@ class Labelled:
 def percent(
     model: Classifier, encoder: Encoder, split: cli.Split, args: argparse.Namespace,
     numbers_C: torch.Tensor,
-) -> dict[str, float]:  # fmt: skip
-    """{"top1", "top5"} on a split; no top 5 where there are not more classes. numbers_C: of the
-    model's classes, in the split's labels."""
+) -> dict[str, int | float]:  # fmt: skip
+    """{"test_images", "top1", "top5"} of the images of a split that could be read; no top 5 where
+    there are not more classes. numbers_C: of the model's classes, in the split's labels."""
     images, keep = split
     model.eval()
 
@@ -167,7 +172,7 @@ def percent(
         title="test",
     )  # fmt: skip
     right_mK = numbers_C[best_mK.long()] == images.labels[index_m][:, None]
-    found = {"top1": 100 * right_mK[:, 0].double().mean().item()}
+    found = {"test_images": len(index_m), "top1": 100 * right_mK[:, 0].double().mean().item()}
     if model.head.out_features > 5:
         found["top5"] = 100 * right_mK.any(1).double().mean().item()
     return found
@@ -183,10 +188,10 @@ def tuned_row(
     label_n = torch.searchsorted(numbers_C, images.labels[keep])
     train = Subset(images, keep)
     model, ema = tune(encoder, train, label_n, len(numbers_C), chosen, args, folder)
-    row = {"encoder": name, "train_images": len(keep), "test_images": len(test[1])}
+    row = {"encoder": name, "train_images": len(keep)}
     row |= percent(model, encoder, test, args, numbers_C)
     of_ema = percent(ema, encoder, test, args, numbers_C)
-    return row | {f"average_{top}": value for top, value in of_ema.items()}
+    return row | {f"average_{top}": of_ema[top] for top in ("top1", "top5") if top in of_ema}
 
 
 # ----------------------------------------------------------------------------------- command line

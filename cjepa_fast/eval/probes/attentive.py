@@ -168,7 +168,7 @@ def probed_row(
     label_n = torch.searchsorted(numbers_C, images.labels[keep])
     folder, subset = classify.folder_of(args) / name, Subset(images, keep)
     probe = train(encoder, subset, label_n, len(numbers_C), chosen, args, folder)
-    row = {"encoder": name, "train_images": len(keep), "test_images": len(test[1])}
+    row = {"encoder": name, "train_images": len(keep)}
     return row | classify.percent(probe, encoder, test, args, numbers_C)
 
 

@@ -133,12 +133,14 @@ def labels_of(train: list[Fact], test: list[Fact]) -> dict[str, tuple[torch.Tens
 def features_of(
     encoder: Encoder, splits: list[cli.Split], layers: list[int], args: argparse.Namespace
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(features, positions) of the training images, of these mirrored, of the test images; the
-    features on the first rank, others may have none.
+    """(features, positions) of the training images, these as they are and then mirrored, and of the
+    test images; the features on the first rank, others may have none.
 
-    Raises ValueError where an image could be read but once.
+    Raises ValueError where an image could be read but once, or there is not the memory.
     """
     (train, keep), (test, test_keep) = splits
+    width, each = encoder.width * len(layers), linear.BYTES[args.optimizer]
+    cli.require_memory([splits[0], *splits], width, each)
     options = {"crop": args.crop, "layers": layers, "device": cli.device(), "bf16": args.bf16}
     options |= {"batch_size": args.batch_size, "threads": args.threads}
     options |= {"cache": cli.cache_of(args), "everywhere": False}
@@ -147,7 +149,9 @@ def features_of(
         raise ValueError(
             "some images of the training set could be read only now and then: try again"
         )
-    return [*both, extract(encoder, test, keep=test_keep, **options)]
+    (x_nD, index_n), (mirrored_nD, _) = both
+    twice = torch.cat([x_nD, mirrored_nD]) if rank() == 0 else x_nD
+    return [(twice, index_n), extract(encoder, test, keep=test_keep, **options)]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -165,10 +169,9 @@ def run(args: argparse.Namespace) -> None:
     rows = []
     for name, encoder in cli.encoders_of(args).items():
         for reading in linear.readings(encoder, args.layers):
-            (x_nD, index_n), (mirrored_nD, _), (y_mD, index_m) = features_of(
+            (features_nD, index_n), (y_mD, index_m) = features_of(
                 encoder, splits, reading.blocks, args
             )
-            features_nD = torch.cat([x_nD, mirrored_nD]) if rank() == 0 else x_nD
             indices = zip(splits, (index_n, index_m), strict=True)
             # an image that could not be read has no features
             at_n, at_m = (torch.searchsorted(keep, index) for (_, keep), index in indices)

@@ -64,8 +64,11 @@ def measure(
 
     crop: of the centre, for all but LiDAR and alignment, which take `views` random crops an image.
     keep: positions instead, and clean_nD: their features, where these are known.
-    reading: device, batch_size, threads, bf16. Raises ValueError for fewer than two images.
+    reading: device, batch_size, threads, bf16. Raises ValueError for fewer than two images, or
+    views.
     """
+    if views < 2:
+        raise ValueError(f"--views {views}: LiDAR and alignment need at least 2 crops of an image")
     keep = spread_over(images, count) if keep is None else keep
     own = {"crop": crop, **reading}
     if clean_nD is None:

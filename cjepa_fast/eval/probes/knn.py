@@ -106,7 +106,8 @@ def pixel_baselines(
     **options,
 ) -> dict[str, dict[str, float]]:
     """kNN in percent from what needs no learning, plain ("top1") and mean-subtracted
-    ("top1_centred"), for "raw pixels" (at image_size) and "mean colour".
+    ("top1_centred"), for "raw pixels" (at image_size) and "mean colour"; with "train_images" and
+    "test_images", those that could be read.
 
     train and test are labelled; train_keep and test_keep choose positions in them; options as in
     `predict`.
@@ -119,7 +120,11 @@ def pixel_baselines(
     def scores() -> dict[str, dict[str, float]]:
         colours = (x.unflatten(1, (channels, -1)).mean(2) for x in (flat_nD, test_mD))
         splits = {"raw pixels": (flat_nD, test_mD), "mean colour": tuple(colours)}
-        return {k: both(x, label_n, y, test_label_m, **options) for k, (x, y) in splits.items()}
+        counts = {"train_images": len(label_n), "test_images": len(test_label_m)}
+        return {
+            name: counts | both(x, label_n, y, test_label_m, **options)
+            for name, (x, y) in splits.items()
+        }
 
     return distributed.from_rank_0(scores)
 
@@ -200,8 +205,7 @@ def run(args: argparse.Namespace) -> None:
             image_size=with_short_side(first.image_size, PIXELS), channels=first.channels,
             threads=args.threads, **options,
         )  # fmt: skip
-        counts = {"train_images": len(train_keep), "test_images": len(test_keep)}
-        rows += [{"encoder": name, **counts, **tops} for name, tops in found.items()]
+        rows += [{"encoder": name, **scores} for name, scores in found.items()]
     each = linear.BYTES["logistic"] if args.linear else 4
     for name, encoder in encoders.items():
         vectors = cli.vectors_of(encoder, splits, args, bytes_each=each)

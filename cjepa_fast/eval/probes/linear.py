@@ -32,6 +32,7 @@ HEADINGS = {
 BEST_ON_TEST = {"top1": "best on test %", "top5": "its top 5 %"}
 SETTINGS = ("data", "labels", "test", "test_labels", "max_train", "crop", "bf16")
 SWEEP_SETTINGS = ("optimizer", "epochs", "batch", "sweep", "layers", "choose")
+EPOCHS = 50
 HELD_OUT = 0.1  # share of the training images that the best probe is chosen on
 # Of memory at the peak, for each value of the features, its own four among them: measured with
 # 60,000 images of 512 values.
@@ -189,9 +190,10 @@ def values(text: str) -> tuple[str, tuple[float, ...]]:
 
 def add_sweep(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--optimizer", choices=GRIDS, default="lars", help="lars: the paper's")
-    parser.add_argument("--epochs", type=cli.positive, default=50)
+    parser.add_argument("--epochs", type=cli.positive, default=EPOCHS)
     parser.add_argument("--probe-batch-size", dest="batch", type=cli.positive, metavar="N",
-                        help="default: 16384, or 1/78 of a small set")  # fmt: skip
+                        help="default: 16384, or 1/78 of a small set. LARS's rates are times "
+                        "16384/256 by default, times N/256 with N")  # fmt: skip
     parser.add_argument("--sweep", type=values, nargs="+", metavar="NAME=LIST",
                         help="such as lr=0.01,0.05 wd=0; of lbfgs C=0.1,1")  # fmt: skip
     parser.add_argument("--layers", type=layer_list, default=[1, 4], metavar="LIST",
@@ -201,7 +203,11 @@ def add_sweep(parser: argparse.ArgumentParser) -> None:
 
 
 def complete_sweep(args: argparse.Namespace) -> None:
-    """Check --sweep against the optimiser, and make it the whole grid."""
+    """Check the options against the optimiser, and make --sweep the whole grid."""
+    given = {"--epochs": args.epochs != EPOCHS, "--probe-batch-size": args.batch is not None}
+    if args.optimizer == "lbfgs" and any(given.values()):
+        name = next(name for name in given if given[name])
+        raise ValueError(f"{name}: --optimizer lbfgs solves for all images at once; leave it out")
     known, given = GRIDS[args.optimizer], dict(args.sweep or ())
     if foreign := sorted(given.keys() - known):
         raise ValueError(

@@ -6,9 +6,11 @@ decay, so each is trained as if it were alone.
 
 The protocol is that of I-JEPA and C-JEPA: LARS, batch 16384, 50 epochs, a tenth of the learning
 rate every 15. For how many images their learning rates are is not said; here for 256, as is common
-with LARS: as they stand they are too small for it. Before a probe each feature is standardised by
-the training images' mean and standard deviation: what BatchNorm without affine does in MAE's linear
-probe (He et al. 2021, arXiv 2111.06377, App. A.1), without its noise. Features are of centre crops.
+with LARS: as they stand they are too small for it. So they are taken times 64, also for the smaller
+batch of a small set; times N / 256 for a batch N that is named. Before a probe each feature is
+standardised by the training images' mean and standard deviation: what BatchNorm without affine does
+in MAE's linear probe (He et al. 2021, arXiv 2111.06377, App. A.1), without its noise. Features are
+of centre crops.
 Shapes: n training images, m test images, B of a batch, P probes, C classes, D width.
 """
 

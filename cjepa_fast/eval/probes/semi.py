@@ -18,6 +18,10 @@ from cjepa_fast.eval.features import name_hashes
 from cjepa_fast.eval.finetuning import classify, recipe
 from cjepa_fast.eval.probes import linear
 
+PROBING = {option: f"--{option}" for option in linear.SWEEP_SETTINGS}
+PROBING |= {"batch": "--probe-batch-size", "no_cache": "--no-cache"}
+TUNING = {option: f"--{option}" for option in ("set", "resume", "out")}
+TUNING |= {"micro_batch_size": "--micro-batch-size"}
 HEADINGS = {"labels": "labels", **linear.HEADINGS, **classify.HEADINGS}
 
 
@@ -100,10 +104,10 @@ def run(args: argparse.Namespace) -> None:
 
     Raises ValueError for an option of the other of the two ways.
     """
-    for option in linear.SWEEP_SETTINGS if not args.probe else ("set", "resume", "out"):
+    for option, name in (TUNING if args.probe else PROBING).items():
         if getattr(args, option) != args.default(option):
             way = "without" if args.probe else "with"
-            raise ValueError(f"--{option} is for semi {way} --probe")
+            raise ValueError(f"{name} is for semi {way} --probe")
     linear.complete_sweep(args)
     (images, keep_n), test = cli.splits_of(args)
     if args.list:
@@ -116,6 +120,7 @@ def run(args: argparse.Namespace) -> None:
     rows = []
     for labels, few_n in few.items():
         splits = (images, few_n), test
+        cli.say_unlearnt(*splits)
         for name, encoder in cli.encoders_of(args).items():
             if args.probe:
                 found = []
