@@ -66,9 +66,16 @@ def _fill(encoder: Encoder, start: Encoder, config: Config) -> list[str]:
         state["pos_embed"] = table[None]
         grids = " to ".join(f"{rows} x {cols}" for rows, cols in (start.grid, encoder.grid))
         told.append(f"interpolated: positions, from {grids} (bicubic, antialiased)")
-    _check_positions(encoder, state["pos_embed"], config)
-    encoder.load_state_dict(state)
+    _put_in_place(encoder, state, config)
     return told
+
+
+def _put_in_place(encoder: Encoder, state: dict[str, torch.Tensor], config: Config) -> None:
+    """Load the weights. Fixed positions stay as they were built: no checkpoint has them, so every
+    resume and export builds them anew."""
+    _check_positions(encoder, state["pos_embed"], config)
+    own = {} if encoder.learned_positions else {"pos_embed": encoder.pos_embed}
+    encoder.load_state_dict({**state, **own})
 
 
 def _another_gelu(config: Config, theirs: str) -> list[str]:
@@ -101,7 +108,7 @@ def _check_sizes(encoder: Encoder, start: Encoder, config: Config) -> None:
 
 def _check_positions(encoder: Encoder, table: torch.Tensor, config: Config) -> None:
     """Raises ConfigError where fixed sin-cos positions would take the place of others."""
-    if encoder.learned_positions or (table - encoder.pos_embed).abs().max() <= vits.SAME:
+    if encoder.learned_positions or _same(table, encoder.pos_embed):
         return
     rows, cols = encoder.grid
     raise ConfigError(
@@ -109,6 +116,21 @@ def _check_positions(encoder: Encoder, table: torch.Tensor, config: Config) -> N
         f"{rows} x {cols} patches, are others, and the features would change; set "
         "model.positions=learned, which starts from them and trains them"
     )
+
+
+def _check_predictor_positions(own: torch.Tensor, table: torch.Tensor, config: Config) -> None:
+    """Raises ConfigError where the predictor's, which are never learned, would be others."""
+    if not _same(table, own):
+        start = config.run.init_from
+        raise ConfigError(
+            f"run.init_from = {start}: its predictor_pos_embed is not sin-cos, and ours always is; "
+            f"start from its encoder alone: cjepa-export {start} --to safetensors --out FOLDER, "
+            "then run.init_from=FOLDER"
+        )
+
+
+def _same(table: torch.Tensor, own: torch.Tensor) -> bool:
+    return bool((table - own).abs().max() <= vits.SAME)
 
 
 def _from_ijepa(path: Path, networks: JEPA, target: Encoder, config: Config) -> list[str]:
@@ -122,9 +144,11 @@ def _from_ijepa(path: Path, networks: JEPA, target: Encoder, config: Config) -> 
         config.predictor.width,
         config.data.channels,
     )
-    networks.encoder.load_state_dict(encoder.state_dict())
-    networks.predictor.load_state_dict(predictor.state_dict())
-    target.load_state_dict(ema.state_dict())
+    own = networks.predictor.predictor_pos_embed
+    _check_predictor_positions(own, predictor.predictor_pos_embed, config)
+    _put_in_place(networks.encoder, encoder.state_dict(), config)
+    _put_in_place(target, ema.state_dict(), config)
+    networks.predictor.load_state_dict({**predictor.state_dict(), "predictor_pos_embed": own})
     told = f"weights of {path}, an I-JEPA checkpoint: encoder, predictor and target encoder"
     return [told, *_another_gelu(config, encoder.gelu)]
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from cjepa_fast import config as configuration
 from cjepa_fast.config import ConfigError
-from cjepa_fast.model.vit import MODELS, Encoder
+from cjepa_fast.model.vit import MODELS, Encoder, sincos_positions
 from cjepa_fast.training import build, initial
 from cjepa_fast.training.ema import Fragment, TargetEMA, fragment_of
 
@@ -208,6 +208,68 @@ def test_the_target_of_an_ijepa_checkpoint_is_the_ema_s_start(tmp_path, monkeypa
     for name, p in trained(networks.encoder).items():
         halfway = (p.detach() + stored.get_parameter(name).detach()) / 2
         torch.testing.assert_close(ema.module.get_parameter(name), halfway)
+
+
+@pytest.fixture
+def ijepa_file(tmp_path, monkeypatch):
+    """Writes an I-JEPA checkpoint in which one part's positions are moved; the configuration that
+    starts from it."""
+    small = {"width": 24, "depth": 1, "heads": 3, "mlp_ratio": 4.0}
+    monkeypatch.setitem(MODELS, "vit_tiny", small)
+    file = tmp_path / "ijepa.pth.tar"
+
+    def write(part: str, move: float, positions: str = "sincos") -> configuration.Config:
+        config = configuration.validate({
+            "data": {"image_size": 32}, "mask": {"min_keep": 1},
+            "model": {"name": "vit_tiny", "patch_size": 16, "positions": positions},
+            "predictor": {"width": 12, "depth": 1}, "run": {"init_from": str(file)},
+        })  # fmt: skip
+        networks = build.build_networks(config)
+        states = {
+            "encoder": networks.encoder.state_dict(),
+            "predictor": networks.predictor.state_dict(),
+            "target_encoder": copy.deepcopy(networks.encoder).state_dict(),
+        }
+        name = "predictor_pos_embed" if part == "predictor" else "pos_embed"
+        states[part][name].add_(move)
+        torch.save(states, file)
+        return config
+
+    return write
+
+
+def started(config: configuration.Config) -> dict[str, torch.nn.Module]:
+    networks = build.build_networks(config)
+    target = copy.deepcopy(networks.encoder)
+    initial.initialise(networks, target, config)
+    return {"encoder": networks.encoder, "predictor": networks.predictor, "target_encoder": target}
+
+
+PARTS = ("encoder", "predictor", "target_encoder")
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_other_positions_of_an_ijepa_checkpoint_are_refused(ijepa_file, part):
+    """Fixed ones are in no checkpoint of ours: a resume would change them in silence."""
+    ways = {"predictor": "start from its encoder alone: cjepa-export .*ijepa.pth.tar"}
+    with pytest.raises(ConfigError, match=ways.get(part, r"set model\.positions=learned")):
+        started(ijepa_file(part, move=0.1))
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_positions_that_differ_by_rounding_stay_as_built(ijepa_file, part):
+    found = started(ijepa_file(part, move=5e-6))
+    for module in found.values():
+        for name, table in module.named_parameters():
+            if "pos_embed" in name:
+                assert torch.equal(table, sincos_positions(2, 2, table.shape[-1])[None])
+
+
+def test_learned_positions_start_from_those_of_an_ijepa_checkpoint(ijepa_file):
+    found = started(ijepa_file("encoder", move=0.1, positions="learned"))
+    wanted = sincos_positions(2, 2, 24)[None]
+    assert torch.equal(found["encoder"].pos_embed, wanted + 0.1)
+    assert torch.equal(found["target_encoder"].pos_embed, wanted)
 
 
 def worker(rank: int, port: int, out: str) -> None:

@@ -94,6 +94,10 @@ def test_learned_positions_do_not_become_sin_cos_in_silence(tmp_path, weights):
     torch.save(weights, tmp_path / "x.pth")
     context, _, _ = networks_of(tmp_path / "x.pth", positions="sincos")
     assert not context.pos_embed.requires_grad
+    weights["pos_embed"] = sincos_positions(6, 6, 24)[None] + 5e-6  # of another precision
+    torch.save(weights, tmp_path / "x.pth")
+    for one in networks_of(tmp_path / "x.pth", positions="sincos")[:2]:  # as a resume builds them
+        assert torch.equal(one.pos_embed, sincos_positions(6, 6, 24)[None])
 
 
 def test_another_gelu_than_the_weights_were_trained_with_is_a_warning(tmp_path, encoder, weights):
