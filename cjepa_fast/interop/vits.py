@@ -10,7 +10,7 @@ initialisation, unless that file is of our export and names another.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -30,6 +30,7 @@ from cjepa_fast.runtime.files import read_tensors
 from cjepa_fast.runtime.printable import printable
 
 Named = dict[str, torch.Tensor]
+Normalisation = tuple[Sequence[float], Sequence[float]]  # mean and std, a number a channel
 
 BETTER = re.compile(r"teacher|ema|momentum|target")  # of several ViTs in a file
 DEEPEST = 50  # dots before a name
@@ -66,8 +67,24 @@ def read_vit(path: Path, heads: int) -> tuple[Encoder, list[str]]:
     return encoder, told + _described_beside(known, description, heads)
 
 
+def normalisation_beside(path: Path) -> Normalisation | None:
+    """Mean and std that a config.json of timm beside a file of weights says, or transformers'
+    preprocessor_config.json; None where neither does."""
+    of_timm = _known(path.with_name("config.json")).get("pretrained_cfg")
+    processor = _known(path.with_name("preprocessor_config.json"))
+    for there, names in ((of_timm, ("mean", "std")), (processor, ("image_mean", "image_std"))):
+        pair = [there.get(name) for name in names] if isinstance(there, dict) else []
+        if pair and all(map(_are_numbers, pair)) and len(pair[0]) == len(pair[1]):
+            return pair[0], pair[1]
+    return None
+
+
+def _are_numbers(values: object) -> bool:
+    return isinstance(values, list) and all(isinstance(value, int | float) for value in values)
+
+
 def _known(path: Path) -> dict:
-    """What config.json says, {} where it is not there or is something else."""
+    """What a JSON file says, {} where it is not there or is something else."""
     try:
         known = json_text.parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -3,6 +3,9 @@
 An encoder alone is both the context encoder and the target's start; the predictor stays fresh.
 """
 
+import itertools
+import json
+import math
 from pathlib import Path
 
 import torch
@@ -10,7 +13,7 @@ import torch
 from cjepa_fast import config as configuration
 from cjepa_fast.checkpoint.encoders import load_encoders
 from cjepa_fast.config import Config, ConfigError
-from cjepa_fast.interop import ijepa, load_ijepa, vits
+from cjepa_fast.interop import huggingface, ijepa, load_ijepa, vits
 from cjepa_fast.interop.resample import resample_patches, resample_positions
 from cjepa_fast.interop.weights import with_channels
 from cjepa_fast.model.jepa import JEPA
@@ -37,12 +40,14 @@ def initialise(networks: JEPA, target: Encoder, config: Config) -> list[str]:
         one = next(iter(found.values()))
         context, ema = found.get("context", one), found.get("target", one)
         told = [f"weights of {path}: {' and '.join(found)} encoder"]
+        trained_with = _normalisation_of(path, context)
     else:
         context, told = vits.read_vit(path, networks.encoder.heads)
         ema = context
+        trained_with = vits.normalisation_beside(path)
     told += _fill(networks.encoder, context, config)
     _fill(target, ema, config)
-    told += _another_gelu(config, context.gelu)
+    told += _another_gelu(config, context.gelu) + _another_normalisation(config, trained_with)
     return [*told, "the predictor starts fresh: only files of I-JEPA's are taken with theirs"]
 
 
@@ -88,6 +93,34 @@ def _another_gelu(config: Config, theirs: str) -> list[str]:
         f'WARNING: model.gelu = "{own}": run.init_from = {start} was trained with "{theirs}", so '
         f"its features change a little; model.gelu={theirs} leaves them as they were"
     ]
+
+
+def _normalisation_of(path: Path, start: Encoder) -> vits.Normalisation | None:
+    """Mean and std that come with an encoder of ours; a Hugging Face folder may have none."""
+    if huggingface.is_folder(path):
+        return vits.normalisation_beside(path / huggingface.WEIGHTS)
+    return start.mean, start.std
+
+
+def _another_normalisation(config: Config, theirs: vits.Normalisation | None) -> list[str]:
+    """A warning where data.mean and data.std are others than those of the weights; None: these are
+    not known. Those of another number of channels cannot be compared."""
+    own = config.data.mean, config.data.std
+    if theirs is None or len(theirs[0]) != len(own[0]) or _close(own, theirs):
+        return []
+    now, then = ([json.dumps(list(values)) for values in pair] for pair in (own, theirs))
+    mean, std = (values.replace(" ", "") for values in then)
+    return [
+        f"WARNING: data.mean = {now[0]}, data.std = {now[1]}: run.init_from = "
+        f"{config.run.init_from} was trained with {then[0]} and {then[1]}; set data.mean={mean} "
+        f"data.std={std}"
+    ]
+
+
+def _close(own: vits.Normalisation, theirs: vits.Normalisation) -> bool:
+    """Up to the digits that a description may leave out."""
+    pairs = zip(itertools.chain(*own), itertools.chain(*theirs), strict=True)
+    return all(math.isclose(a, b, rel_tol=1e-4) for a, b in pairs)
 
 
 def _check_sizes(encoder: Encoder, start: Encoder, config: Config) -> None:

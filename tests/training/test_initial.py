@@ -116,6 +116,53 @@ def test_another_gelu_than_the_weights_were_trained_with_is_a_warning(tmp_path, 
     assert any("model.gelu=tanh leaves" in line for line in networks_of(run)[-1])
 
 
+HALF = {"mean": [0.5] * 3, "std": [0.25] * 3}
+
+
+def told_of_mean(path, data=None) -> list[str]:
+    return [line for line in networks_of(path, data)[-1] if "data.mean" in line]
+
+
+def test_another_normalisation_than_the_weights_were_trained_with_is_a_warning(tmp_path, encoder):
+    run = tiny.write_run(tmp_path, encoder)
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    huggingface.write_encoder(encoder, folder, crop=1.0)
+    for start in (run, run / "encoder.safetensors", folder):
+        assert told_of_mean(start) == []
+        (line,) = told_of_mean(start, HALF)
+        assert line == (
+            "WARNING: data.mean = [0.5, 0.5, 0.5], data.std = [0.25, 0.25, 0.25]: run.init_from = "
+            f"{start} was trained with [0.485, 0.456, 0.406] and [0.229, 0.224, 0.225]; set "
+            "data.mean=[0.485,0.456,0.406] data.std=[0.229,0.224,0.225]"
+        )
+        assert told_of_mean(start, {"channels": 1, "mean": [0.5], "std": [0.5]}) == []
+        ones = configuration.load("demo.json", line.split("; set ")[1].split()).data
+        assert (ones.mean, ones.std) == (encoder.mean, encoder.std)
+    (folder / huggingface.PROCESSOR).unlink()  # then nothing says what it was
+    assert told_of_mean(folder, HALF) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "described"),
+    [
+        ("config.json", {"pretrained_cfg": HALF}),
+        ("preprocessor_config.json", {"image_mean": HALF["mean"], "image_std": HALF["std"]}),
+    ],
+    ids=["timm", "transformers"],
+)
+def test_the_normalisation_beside_another_vit_is_compared(tmp_path, weights, name, described):
+    torch.save(weights, tmp_path / "x.pth")
+    assert told_of_mean(tmp_path / "x.pth", HALF) == []
+    (tmp_path / name).write_text(json.dumps(described))
+    (line,) = told_of_mean(tmp_path / "x.pth")
+    assert line.endswith("set data.mean=[0.5,0.5,0.5] data.std=[0.25,0.25,0.25]")
+    assert told_of_mean(tmp_path / "x.pth", HALF) == []
+    for odd in ("0.5", [0.5, None], {"mean": 0.5}):
+        (tmp_path / name).write_text(json.dumps(dict.fromkeys(described, odd)))
+        assert told_of_mean(tmp_path / "x.pth") == []
+
+
 @pytest.mark.parametrize(
     ("sizes", "said"),
     [
