@@ -9,11 +9,12 @@ from pathlib import PurePath
 
 import torch
 
+from cjepa_fast.data.sources import LIMITS
 from cjepa_fast.eval.features import digest
 from cjepa_fast.export.formats import Source
 from cjepa_fast.export.origin import Origin
 from cjepa_fast.interop import huggingface
-from cjepa_fast.model.vit import count_parameters
+from cjepa_fast.model.vit import Encoder, count_parameters
 from cjepa_fast.runtime.image_size import height_width, shown
 from cjepa_fast.runtime.printable import in_markdown, markdown_code
 from cjepa_fast.runtime.provenance import own_commit
@@ -153,7 +154,7 @@ def _description(source: Source, origin: Origin) -> str:
         "context": "the context encoder, the one that gradients trained",
     }[source.which]
     return (
-        f"A Vision Transformer pretrained without labels{_method(origin.config)}: {kind}. "
+        f"{_pretrained(origin.config)}: {kind}. "
         f"{encoder.depth} blocks of width {encoder.width} with {encoder.heads} heads, "
         f"{count_parameters(encoder):,} parameters. For an image of {shown(encoder.image_size)} "
         f"pixels it gives {encoder.grid[0]} x {encoder.grid[1]} tokens, one a "
@@ -162,9 +163,16 @@ def _description(source: Source, origin: Origin) -> str:
     )
 
 
-def _method(config: dict) -> str:
+def _pretrained(config: dict) -> str:
+    """Starting weights may have been trained with labels, and so may those of unknown origin."""
     if not config:
-        return ""
+        return "A pretrained Vision Transformer"
+    start = " from starting weights (see Training)" if config["run"]["init_from"] else ""
+    now = " in this training" if start else ""
+    return f"A Vision Transformer pretrained{start} without labels{now}{_method(config)}"
+
+
+def _method(config: dict) -> str:
     regulariser = config["loss"]["regulariser"]
     if config["loss"][regulariser]["beta"] == 0:
         return " by I-JEPA (arXiv 2301.08243)"
@@ -190,7 +198,7 @@ def _use(source: Source, form: str, files: Sequence[str]) -> str:
         else f"window of their shape, {source.crop:g} times as long and wide as the largest,"
     )
     kind = KINDS[C] if C in KINDS and not arrays else f"of {C} channel{'s' * (C > 1)}"
-    values = "the numbers of their arrays" if arrays else "values in 0..1"
+    values = "the numbers of their arrays" if arrays else f"values in 0..1{_of_bits(encoder)}"
     numbers = [", ".join(f"{value:g}" for value in pair) for pair in (encoder.mean, encoder.std)]
     return (
         f"```python\n{code}\n```\n\n"
@@ -200,10 +208,22 @@ def _use(source: Source, form: str, files: Sequence[str]) -> str:
     )
 
 
+def _of_bits(encoder: Encoder) -> str:
+    """How values of more than 8 bits a channel become shares, where not all bits are in use."""
+    bits = getattr(encoder, "limits", LIMITS).bit_depth
+    return f" (of more than 8 bits: value / {2**bits - 1})" if bits else ""
+
+
 def _training(origin: Origin) -> str:
     if not origin.config:
         return UNKNOWN
-    facts = {"images": _images(origin), "duration": _duration(origin), **_settings(origin.config)}
+    start = origin.config["run"]["init_from"]
+    facts = {
+        "images": _images(origin),
+        **({"starting weights": PurePath(start).name} if start else {}),
+        "duration": _duration(origin),
+        **_settings(origin.config),
+    }
     table = _table(["", ""], facts.items())
     logged = {word: origin.log.get(key) for key, word in TERMS.items()}
     terms = {word: f"{value:.4g}" for word, value in logged.items() if value is not None}

@@ -91,6 +91,19 @@ def test_sigreg_is_told_with_its_own_settings(tmp_path):
     assert "by I-JEPA with SIGReg (arXiv 2301.08243, 2511.08544)" in text and "C-JEPA" not in text
 
 
+def test_starting_weights_are_named_and_not_said_to_be_without_labels(tmp_path, run):
+    text = card_of(run)
+    assert "pretrained without labels by C-JEPA" in text and "starting weights" not in text
+    start = str(tmp_path / "mine" / "deit_s.pth")
+    started = tiny.write_run(tmp_path / "x", tiny.uneven_encoder(), run={"init_from": start})
+    text = card_of(started)
+    assert rows_of(section(text, "Training"))["starting weights"] == "deit_s.pth"
+    said = "from starting weights (see Training) without labels in this training by C-JEPA"
+    assert said in text and "pretrained without labels" not in text and "mine" not in text
+    (started / "checkpoints").rename(tmp_path / "aside")  # nothing says what it is from
+    assert "A pretrained Vision Transformer: the target" in card_of(started / "encoder.safetensors")
+
+
 def test_a_checkpoint_is_told_as_it_was(run):
     """An earlier one of the run, and one that was taken out of it."""
     earlier = run / "checkpoints" / "step_00000005"
@@ -165,6 +178,13 @@ def test_arrays_in_their_own_units_are_no_shares_of_a_range(tmp_path, seed):
     assert "Image.open" not in used and "0..1" not in used
     huggingface.write_encoder(load_encoder(run), tmp_path, 1.0)
     assert json.loads((tmp_path / huggingface.PROCESSOR).read_text())["do_rescale"] is False
+
+
+def test_bits_in_use_are_told(tmp_path, run):
+    assert "values in 0..1 normalised" in section(card_of(run), "Use")
+    deep = tiny.write_run(tmp_path / "x", tiny.uneven_encoder(), data={"bit_depth": 12})
+    used = section(card_of(deep), "Use")
+    assert "values in 0..1 (of more than 8 bits: value / 4095) normalised" in used
 
 
 def test_the_versions_name_the_code_s_commit(run, monkeypatch):
