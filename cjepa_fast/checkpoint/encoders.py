@@ -65,6 +65,15 @@ def located(path: str | os.PathLike) -> Path:
     return named if not Path(path).exists() and named.is_dir() else Path(path)
 
 
+def held_in(path: str | os.PathLike, which: str) -> str:
+    """Which encoder load_encoder gives: the one that is asked for, or what a .safetensors file's
+    name says (previous_context_encoder too)."""
+    path = located(path)
+    if path.suffix != ".safetensors":
+        return which
+    return "context" if path.stem.endswith(FINAL["context"]) else "target"
+
+
 def run_of(path: str | os.PathLike) -> Path | None:
     """The folder of the run that a run's folder, a checkpoint or an encoder's file belongs to."""
     path = located(path)
@@ -146,7 +155,7 @@ def _limits_in(described: dict, file: Path) -> Limits | None:
 
 def _read(path: Path, which: str) -> Encoder:
     if path.suffix == ".safetensors":
-        if which == "context" and path.stem != FINAL["context"]:
+        if which == "context" and held_in(path, which) != "context":
             raise ValueError(f"{path} holds a target encoder: give the run's folder instead")
         return _build_encoder(_description(path), read_tensors(path), path)
     if path.is_file():
@@ -170,7 +179,7 @@ def load_encoders(path: str | os.PathLike) -> dict[str, Encoder]:
     """All that load_encoder finds at `path`, by "target" and "context": both, or the one there."""
     path = located(path)
     if path.suffix == ".safetensors":
-        which = "context" if path.stem == FINAL["context"] else "target"
+        which = held_in(path, "target")
         return {which: load_encoder(path, which)}
     if huggingface.is_folder(path):
         return {"target": load_encoder(path)}

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from cjepa_fast.checkpoint.encoders import load_encoder
+from cjepa_fast.checkpoint.encoders import held_in, load_encoder
 from cjepa_fast.export import hub
 from cjepa_fast.export.card import card
 from cjepa_fast.export.formats import FORMATS, Format, Source, is_installed
@@ -80,6 +80,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def export(checkpoint: Path, to: str, out: Path, which: str = "target") -> float | None:
     """Write the folder `out`, all of it or nothing.
 
+    which: "target" or "context"; of a .safetensors file, what its name says.
     Returns the largest difference of features, None where the library to open it is missing.
     Raises ValueError or OSError for a checkpoint that cannot be read, a folder that is there, a
     package that is missing to write the form, and features that came out otherwise.
@@ -93,7 +94,7 @@ def export(checkpoint: Path, to: str, out: Path, which: str = "target") -> float
     with shown_clock(f"export to {to}"), new_folder(out) as folder:
         origin = origin_of(checkpoint)
         encoder = load_encoder(checkpoint, which)
-        source = Source(encoder, which, encoder.crop)
+        source = Source(encoder, held_in(checkpoint, which), encoder.crop)
         form.write(source, folder)
         error = difference(source, form, folder)
         files = sorted(path.name for path in folder.iterdir())

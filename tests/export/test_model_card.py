@@ -164,6 +164,20 @@ def test_of_an_encoder_alone_what_is_unknown_is_said(run, tmp_path):
     assert "exported with" in versions and "trained with" not in versions
 
 
+@pytest.mark.parametrize("name", ["context_encoder", "previous_2_context_encoder"])
+def test_a_context_encoder_s_file_leaves_as_the_context_encoder(run, tmp_path, name):
+    for suffix in (".json", ".safetensors"):
+        (run / f"context_encoder{suffix}").rename(run / f"{name}{suffix}")
+    for which in ("target", "context"):  # the default, and what it is
+        export(run / f"{name}.safetensors", "safetensors", tmp_path / which, which)
+        assert (tmp_path / which / "context_encoder.safetensors").is_file()
+        assert not (tmp_path / which / "encoder.safetensors").exists()
+        text = (tmp_path / which / "model_card.md").read_text()
+        assert ": the context encoder, " in text and "the target encoder" not in text
+    with pytest.raises(ValueError, match="holds a target encoder"):
+        export(run / "encoder.safetensors", "safetensors", tmp_path / "other", "context")
+
+
 def test_a_run_is_known_by_its_name_in_runs(tmp_path, monkeypatch, seed):
     tiny.write_run(tmp_path / "runs", tiny.uneven_encoder())
     monkeypatch.chdir(tmp_path)
