@@ -11,6 +11,7 @@ from cjepa_fast.checkpoint import Stored, damage, latest, state_of
 from cjepa_fast.checkpoint.pretrained import CROP, PretrainedEncoder
 from cjepa_fast.data.sources import LIMITS, Limits
 from cjepa_fast.interop import huggingface, ijepa
+from cjepa_fast.interop.weights import mismatches
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime.files import read_json, read_tensors, sha256, write_tensors, write_text
 
@@ -202,7 +203,8 @@ def _description(weights: Path) -> Path:
 def _build_encoder(
     description: Path, weights: dict[str, torch.Tensor], file: Path | None = None
 ) -> Encoder:
-    """file: where the weights are from, if the description may have its checksum."""
+    """file: where the weights are from, in their shapes, if the description may have its checksum;
+    else they are a checkpoint's, flat. Raises ValueError for what does not fit the description."""
     try:
         described = read_json(description)
         checksum = described.pop("sha256", None)
@@ -217,6 +219,10 @@ def _build_encoder(
     own = {name: p for name, p in encoder.named_parameters() if p.requires_grad or name in weights}
     if own.keys() != weights.keys():
         raise ValueError(f"{description.parent}: weights differ: {sorted(own.keys() ^ weights)}")
+    wanted = {name: p if file else p.flatten() for name, p in own.items()}
+    if problems := mismatches("encoder", wanted, weights):
+        source = file or description.parent
+        raise ValueError("\n  ".join([f"{source} does not fit {description.name}:", *problems]))
     with torch.no_grad():
         for name, p in own.items():
             p.copy_(weights[name].view(p.shape))

@@ -148,6 +148,47 @@ def test_load_encoder_says_what_is_wrong(tmp_path, saved_encoder):
         load_encoder(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"width": 48}, r"norm1\.weight \(24,\) where \(48,\) belongs"),
+        ({"image_size": 64}, r"pos_embed \(1, 16, 24\) where \(1, 64, 24\) belongs"),
+    ],
+)
+def test_weights_of_another_shape_are_named(tmp_path, saved_encoder, changed, said):
+    path = tmp_path / "encoder.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    with pytest.raises(ValueError, match=rf"(?s)encoder\.safetensors does not fit.*{said}"):
+        load_encoder(tmp_path)
+
+
+def test_as_many_values_of_another_shape_are_refused(tmp_path, saved_encoder):
+    weights = saved_encoder.state_dict()
+    weights["blocks.0.mlp.fc1.weight"] = weights["blocks.0.mlp.fc1.weight"].t().contiguous()
+    save_file(weights, tmp_path / "encoder.safetensors")
+    with pytest.raises(ValueError, match=r"fc1\.weight \(24, 96\) where \(96, 24\) belongs"):
+        load_encoder(tmp_path)
+
+
+def test_a_checkpoint_s_weights_of_another_size_are_named(tmp_path, saved_encoder):
+    """There they are flat."""
+    step = tmp_path / "run" / "checkpoints" / "step_00000001"
+    step.mkdir(parents=True)
+    trained = {n: p for n, p in saved_encoder.named_parameters() if p.requires_grad}
+    flat = {f"ema/{name}@0": p.detach().flatten() for name, p in trained.items()}
+    save_file(flat, step / "shard_00000_of_00001.safetensors")
+    (step / "state.json").write_text(json.dumps({"step": 1, "world_size": 1, "config": {}}))
+    described = json.loads((tmp_path / "encoder.json").read_text())
+    for width in (24, 48):
+        (step / "encoder.json").write_text(json.dumps(described | {"width": width}))
+        shards = [checkpoint.format.receipt(next(step.glob("shard*")))]
+        checkpoint.format.write_manifest(step, shards)
+        if width == 24:
+            assert torch.equal(encoders._read(step, "target").norm.bias, saved_encoder.norm.bias)
+    with pytest.raises(ValueError, match=r"(?s)step_00000001 does not fit.*\(24,\) where \(48,\)"):
+        encoders._read(step, "target")
+
+
 def test_an_encoder_file_is_not_taken_for_the_other_encoder(tmp_path, saved_encoder):
     with pytest.raises(ValueError, match="holds a target encoder"):
         load_encoder(tmp_path / "encoder.safetensors", "context")
