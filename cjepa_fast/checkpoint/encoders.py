@@ -238,6 +238,26 @@ def is_run(folder: Path) -> bool:
         return False
 
 
+def are_of(checkpoint: Path, run: Path) -> bool:
+    """Whether the final encoders that a run has, if any, are those of this checkpoint."""
+    stored = Stored(checkpoint)
+    return all(
+        _holds(path, stored.encoder_weights(which))
+        for which, name in FINAL.items()
+        if (path := run / f"{name}.safetensors").is_file()
+    )
+
+
+def _holds(path: Path, weights: dict[str, torch.Tensor]) -> bool:
+    """Whether a file has these flat values; one that is damaged has not."""
+    try:
+        there = read_tensors(path)
+    except ValueError:
+        return False
+    none = torch.empty(0)
+    return all(torch.equal(there.get(n, none).flatten(), w) for n, w in weights.items())
+
+
 def set_aside(run: Path) -> None:
     """A run that is resumed has no final encoders yet: those there become previous_*, and those of
     later ends previous_2_*, previous_3_* ..."""

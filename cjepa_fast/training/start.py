@@ -404,12 +404,20 @@ def _told_machine(state: dict, device: torch.device) -> Iterator[str]:
         )
 
 
+def _has_its_encoders(run: Path, trainer: Trainer, step: int) -> bool:
+    """Whether this training is done, and what its end writes is there already."""
+    last = checkpoint.latest(run)
+    is_done = step >= trainer.total_steps and last and checkpoint.step_of(last) == step
+    return bool(is_done) and encoders.are_of(last, run)
+
+
 def _left_behind(run: Path, trainer: Trainer, state: dict | None) -> Iterator[str]:
     """Sets aside what is later than the state, and tells of it and of what has changed since."""
     step = state["step"] if state else 0
     for path in checkpoint.set_aside_later_than(run, step):
         yield f"resuming from step {step}; set aside: {path}"
-    encoders.set_aside(run)
+    if not _has_its_encoders(run, trainer, step):
+        encoders.set_aside(run)
     if state:
         yield from _told_machine(state, trainer.device)
         for line in itertools.chain(*checkpoint.differences(state, trainer.facts())):

@@ -74,6 +74,26 @@ def test_encoders_of_each_end_are_kept(tmp_path):
     assert kept == {f"{p}{name}": end for p, end in prefixes.items() for name in names}
 
 
+def test_final_encoders_are_known_by_their_weights(tmp_path):
+    step, weights = tmp_path / "step_00000001", {"context": torch.ones(4), "target": torch.zeros(4)}
+    step.mkdir()
+    (step / "state.json").write_text(json.dumps({"step": 1, "world_size": 1}))
+    flat = {"master/encoder.x@0": weights["context"], "ema/x@0": weights["target"]}
+    save_file(flat, step / "shard_00000_of_00001.safetensors")
+    assert encoders.are_of(step, tmp_path)  # none is there
+    for which, name in encoders.FINAL.items():
+        path = tmp_path / f"{name}.safetensors"
+        save_file({"x": weights[which].view(2, 2), "pos_embed": torch.ones(1)}, path)
+        assert encoders.are_of(step, tmp_path)
+        whole = path.read_bytes()
+        for other in ({"x": torch.full((2, 2), 0.5)}, {"y": weights[which].view(2, 2)}):
+            save_file(other, path)
+            assert not encoders.are_of(step, tmp_path)
+        path.write_bytes(whole[:50])
+        assert not encoders.are_of(step, tmp_path)
+        path.write_bytes(whole)
+
+
 def test_a_full_disk_is_an_os_error(tmp_path):
     """safetensors raises an error of its own; the limit on a file's size stands in for the disk."""
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -9,6 +9,7 @@ import torch
 
 import cjepa_fast
 from cjepa_fast import config as configuration
+from cjepa_fast.checkpoint.encoders import FINAL
 from cjepa_fast.config import ConfigError
 
 
@@ -31,6 +32,23 @@ def test_it_trains_as_the_command_does_and_resumes(tmp_path, one_thread):  # sum
     assert run.encoder().width == run.encoder("context").width
     again = cjepa_fast.pretrain(config, epochs=2, resume="auto")
     assert again == run
+
+
+@pytest.mark.slow
+def test_a_finished_run_that_is_called_again_keeps_its_encoders(tmp_path):
+    """Under their names, and no second time; those of another end go to previous_*."""
+    config = tiny.write_config(tmp_path, run={"epochs": 1})
+    run = cjepa_fast.pretrain(config).folder
+    names = [f"{name}{s}" for name in FINAL.values() for s in (".safetensors", ".json")]
+    written = {name: (run / name).read_bytes() for name in names}
+    for _ in range(2):
+        assert cjepa_fast.pretrain(config, resume="auto").status == 0
+        assert {name: (run / name).read_bytes() for name in names} == written
+        assert list(run.glob("previous_*")) == []
+    (run / "encoder.safetensors").write_bytes(written["context_encoder.safetensors"])
+    assert cjepa_fast.pretrain(config, resume="auto").status == 0
+    assert {name: (run / name).read_bytes() for name in names} == written
+    assert {path.name for path in run.glob("previous_*")} == {f"previous_{n}" for n in names}
 
 
 class Noting(cjepa_fast.Callback):
