@@ -167,7 +167,7 @@ def _pretrained(config: dict) -> str:
     """Starting weights may have been trained with labels, and so may those of unknown origin."""
     if not config:
         return "A pretrained Vision Transformer"
-    start = " from starting weights (see Training)" if config["run"]["init_from"] else ""
+    start = " from starting weights (see Training)" if config["run"].get("init_from") else ""
     now = " in this training" if start else ""
     return f"A Vision Transformer pretrained{start} without labels{now}{_method(config)}"
 
@@ -217,7 +217,7 @@ def _of_bits(encoder: Encoder) -> str:
 def _training(origin: Origin) -> str:
     if not origin.config:
         return UNKNOWN
-    start = origin.config["run"]["init_from"]
+    start = origin.config["run"].get("init_from")
     facts = {
         "images": _images(origin),
         **({"starting weights": PurePath(start).name} if start else {}),
