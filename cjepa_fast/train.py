@@ -14,6 +14,8 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from cjepa_fast import config as configuration
 from cjepa_fast.config import Config
 from cjepa_fast.config.describe import HelpConfig
@@ -46,7 +48,8 @@ def pretrain(
     config: a file, here or shipped ("vit_s"), or its values; data and epochs: short for data.path
     and run.epochs (a number, or "auto"); overrides: values laid over the file's, {"optim.lr":
     3e-4}; resume: "auto", or the path of a checkpoint; callbacks: see Callback. Writes and prints
-    what `cjepa-train` does.
+    what `cjepa-train` does. A process group that is there stays, and torch's generators are at the
+    end as they were.
     Raises ConfigError for what is wrong with the configuration, and passes on what a step raises.
     """
     over = dict(overrides or {})
@@ -56,10 +59,17 @@ def pretrain(
     options = Options(resume=resume, accept_changes=accept_changes, resume_with=call)
     session = Session(configuration.of(config, over), options)
     try:
-        return Run(session.folder, train(session, callbacks))
+        with _generators_kept():
+            return Run(session.folder, train(session, callbacks))
     finally:
         if session.stop:  # the signals are the program's again
             session.stop.give_back()
+
+
+def _generators_kept() -> contextlib.AbstractContextManager[None]:
+    """torch's generators are at its end as they were; those of GPUs where CUDA was in use."""
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    return torch.random.fork_rng(gpus, device_type="cuda")
 
 
 def train(session: Session, callbacks: Sequence[Callback] = ()) -> int:

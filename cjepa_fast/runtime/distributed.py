@@ -29,6 +29,7 @@ LONG_WAIT = timedelta(days=7)
 # Tested; and its bf16.check_grad_overflow is on by default (pull request 8035, not in 0.19.0).
 OLDEST_DEEPSPEED = (0, 19, 8)
 _group_options: dict[str, timedelta] = {}  # of every process group, by start()
+_callers_group = False  # whether there was one before start()
 
 
 def start(seed: int, timeout_s: float = 0) -> torch.device:
@@ -36,6 +37,8 @@ def start(seed: int, timeout_s: float = 0) -> torch.device:
 
     Without a GPU: the CPU and gloo. timeout_s: of the collectives; 0: none that is ever reached.
     """
+    global _callers_group
+    _callers_group = dist.is_initialized()
     caches.root()
     files.allow_many_open()
     children.end_with_parent()
@@ -100,10 +103,10 @@ def few_threads() -> None:
 
 
 def leave_group() -> None:
-    """Leave the process group, where one was joined."""
+    """Leave the process group, where one was joined; one that was there before `start` stays."""
     _beside_the_gpus.cache_clear()
     _for_long_waits.cache_clear()
-    if dist.is_initialized():
+    if dist.is_initialized() and not _callers_group:
         dist.destroy_process_group()
 
 

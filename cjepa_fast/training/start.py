@@ -112,8 +112,8 @@ def begin(
     each. ending: takes what is to be undone, whatever happens. Raises ConfigError.
     """
     asked = session.config
-    ending.callback(distributed.leave_group)
     configuration.refuse_unset(asked)
+    ending.callback(distributed.leave_group)
     with input_errors():
         device = distributed.start(asked.run.seed, watchdog.START * asked.run.timeout_s)
         session.watchdog = ending.enter_context(watchdog_of(session))

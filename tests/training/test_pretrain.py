@@ -1,16 +1,19 @@
 """`cjepa_fast.pretrain`: the command's training, called from Python."""
 
+import contextlib
 import signal
 
 import matplotlib.pyplot as plt
 import pytest
 import tiny
 import torch
+import torch.distributed as dist
 
 import cjepa_fast
 from cjepa_fast import config as configuration
 from cjepa_fast.checkpoint.encoders import FINAL
 from cjepa_fast.config import ConfigError
+from cjepa_fast.runtime import distributed
 
 
 @pytest.mark.slow
@@ -85,11 +88,42 @@ def test_a_callback_may_ask_to_stop(tmp_path, capsys):
     assert (stopped.folder / "checkpoints" / "step_00000002").is_dir()
 
 
-def test_an_error_of_a_callback_ends_the_training(tmp_path):
-    class Wrong(cjepa_fast.Callback):
-        def on_step(self, step, terms):
-            raise RuntimeError("of mine")
+@pytest.fixture
+def group():
+    """The program's own, of one process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
+
+@pytest.mark.parametrize("error", [None, ConfigError, RuntimeError])
+def test_the_program_keeps_its_process_group_and_its_random_numbers(tmp_path, group, error):
+    config = tiny.write_config(tmp_path)
+    over = {"run.dir": "$NOT_SET_VAR/x"} if error is ConfigError else {}
+    callback = Wrong() if error is RuntimeError else Enough()
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    with contextlib.nullcontext() if error is None else pytest.raises(error):
+        cjepa_fast.pretrain(config, overrides=over, callbacks=[callback])
+    assert dist.is_initialized()
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_a_group_that_the_training_made_is_left():
+    with torch.random.fork_rng():
+        distributed.start(0)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    distributed.leave_group()
+    assert not dist.is_initialized()
+
+
+class Wrong(cjepa_fast.Callback):
+    def on_step(self, step, terms):
+        raise RuntimeError("of mine")
+
+
+def test_an_error_of_a_callback_ends_the_training(tmp_path):
     with pytest.raises(RuntimeError, match="of mine"):
         cjepa_fast.pretrain(tiny.write_config(tmp_path), callbacks=[Wrong()])
 
