@@ -31,16 +31,21 @@ COUNTED = 2  # images on the meta device
 
 
 def fitted(
-    config: Config, device: torch.device, saved: Config | None, accepted: bool = False
+    config: Config,
+    device: torch.device,
+    saved: Config | None,
+    accepted: bool = False,
+    asked_before: int | None = None,
 ) -> Config:
     """The configuration with data.micro_batch_size cut to what fits, on a CPU; the same on all
-    ranks. saved: of the checkpoint that is resumed from: where there is a regulariser, whose
-    statistics are of a micro-batch, its cut stays unless changes are accepted, and nothing is
-    cut that was not. config: its run.precision resolved."""
+    ranks. saved: of the checkpoint that is resumed from: where the micro-batch decides more than
+    rounding (`_decides`), its cut stays unless changes are accepted, and nothing is cut that was
+    not. asked_before: data.micro_batch_size before that cut, None where the checkpoint, an
+    earlier version's, does not say. config: its run.precision resolved."""
     if device.type != "cpu":
         return config
     asked, world_size = config.data.micro_batch_size, distributed.world_size()
-    if saved and config.loss.regularised_by.beta > 0:
+    if saved and _decides(config, asked_before):
         begun = saved.data.micro_batch_size
         if begun >= asked:
             return config
@@ -53,6 +58,18 @@ def fitted(
     smallest = config.loss.smallest_micro_batch(world_size)
     images, _ = configuration.micro_batches(config.data.batch_size, world_size, max(fits, smallest))
     return _with(config, max(images, min(smallest, times[0])))
+
+
+def _decides(config: Config, asked_before: int | None) -> bool:
+    """Whether a resume would train otherwise with another micro-batch than the checkpoint's.
+
+    A regulariser's statistics are of a micro-batch, and all contexts but "fixed" are cut by it. For
+    the contexts alone, who now asks for another micro-batch than before gets it.
+    """
+    if config.loss.regularised_by.beta > 0:
+        return True
+    asks_the_same = asked_before in (None, config.data.micro_batch_size)
+    return config.mask.context != "fixed" and asks_the_same
 
 
 def _with(config: Config, micro_batch: int) -> Config:

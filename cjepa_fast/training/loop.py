@@ -90,7 +90,7 @@ class Loop:
             online.say, online.stopped = telemetry.message, self._stop_is_asked
             online.owed = (state or {}).get("progress", {}).get("evaluation_owed", False)
         self.folder, self.resume_with = session.folder, session.options.resume_with
-        self.config = trainer.config
+        self.config, self.asked_micro_batch = trainer.config, session.asked_micro_batch
         own = self.config.checkpoint
         self.period = own.keep_every_epochs * trainer.steps_per_epoch  # of what is kept for good
         self.saver = Saver(
@@ -419,6 +419,7 @@ class Loop:
         return self.trainer.facts() | {
             "epoch": self.done / self.trainer.steps_per_epoch,
             "machine": machine(self.trainer.device),
+            "asked_micro_batch": self.asked_micro_batch,
             "progress": {
                 "skipped_steps": self.bad.count,
                 "skipped_in_row": self.bad.in_row,

@@ -64,6 +64,7 @@ class Session:
 
     config: Config  # as asked, then with what was resolved and cut for this machine
     options: Options
+    asked_micro_batch: int | None = None  # data.micro_batch_size before it was cut
     watchdog: Watchdog | None = None  # knows the step, and with what the rank is busy
     stop: StopRequest | None = None  # once the run's folder is taken
 
@@ -157,7 +158,10 @@ def _built(session: Session, device: torch.device) -> tuple[Trainer, Loader, dic
         config = configuration.as_begun(config, state["config"])
     config = with_precision(config, device)
     saved = configuration.validate(state["config"]) if state else None
-    config = session.config = cpu_micro_batch.fitted(config, device, saved, options.accept_changes)
+    session.asked_micro_batch = config.data.micro_batch_size
+    config = session.config = cpu_micro_batch.fitted(
+        config, device, saved, options.accept_changes, state.get("asked_micro_batch")
+    )
     # A resume may still be refused: until then the run's own file stays as it is.
     left_out = None if options.dry_run or state else run / left_out_images.FILE
     session.watchdog.mark(watchdog.INDEXING)

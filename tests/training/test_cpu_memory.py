@@ -4,7 +4,8 @@ import pytest
 import tiny
 import torch
 
-from cjepa_fast.config import load, of, validate
+import cjepa_fast
+from cjepa_fast.config import load, of, read, validate
 from cjepa_fast.runtime import cgroups, distributed, memory
 from cjepa_fast.training import cpu_micro_batch
 
@@ -62,12 +63,70 @@ def test_a_resumed_run_may_take_larger_ones_where_that_is_accepted_or_changes_no
     room(config, 1000)
     assert cpu_micro_batch.fitted(config, CPU, begun, accepted=True) is config
     plain = without_regulariser(config)
-    assert cpu_micro_batch.fitted(plain, CPU, without_regulariser(begun)) is plain
+    assert cpu_micro_batch.fitted(plain, CPU, without_regulariser(begun), asked_before=6) is plain
     room(config, 10)
     fits = cpu_micro_batch.fitted(config, CPU, begun, accepted=True)
     assert fits.data.micro_batch_size == 8
     assert "memory" in cpu_micro_batch.told(config, fits, begun=6)[0]
     assert "6 images instead of 48, as the run began;" in cpu_micro_batch.told(config, begun, 6)[0]
+
+
+@pytest.mark.parametrize("images", [1000, 3])
+@pytest.mark.parametrize(
+    ("context", "kept"), [("random", True), ("prefix", True), ("packed", True), ("fixed", False)]
+)
+def test_a_resumed_run_without_a_regulariser_keeps_the_micro_batch_that_cut_its_contexts(
+    room, context, kept, images
+):
+    """Whatever the memory is now; an earlier version's checkpoint does not say what was asked."""
+    config, begun = (
+        of(without_regulariser(one), {"mask.context": context})
+        for one in (configured(), configured(micro_batch_size=6))
+    )
+    room(config, images)
+    anew = 48 if images == 1000 else 3
+    for asked_before in (None, 48):
+        found = cpu_micro_batch.fitted(config, CPU, begun, asked_before=asked_before)
+        assert found.data.micro_batch_size == (6 if kept else anew)
+    for options in ({"asked_before": 6}, {"accepted": True}):
+        found = cpu_micro_batch.fitted(config, CPU, begun, **options)
+        assert found.data.micro_batch_size == anew
+    whole = cpu_micro_batch.fitted(config, CPU, config)
+    assert whole.data.micro_batch_size == (48 if kept else anew)
+
+
+class Enough(cjepa_fast.Callback):
+    def on_step(self, step, terms):
+        return step == 2
+
+
+def unregularised(folder):
+    sizes = tiny.CONFIG["data"] | {"micro_batch_size": 16}
+    loss = {"vicreg": {"beta": 0.0}}
+    return tiny.write_config(folder, data=sizes, loss=loss, run={"precision": "fp32"})
+
+
+def test_a_resume_has_the_same_bits_where_more_memory_is_free(tmp_path, monkeypatch, one_thread):
+    """The contexts of a step's images are cut to the shortest of their micro-batch."""
+    config = unregularised(tmp_path)
+    runs = [{"run.dir": str(tmp_path / name)} for name in ("whole", "stopped")]
+    monkeypatch.setattr(cpu_micro_batch, "most_images", lambda config: 4)
+    whole = cjepa_fast.pretrain(config, overrides=runs[0])
+    cjepa_fast.pretrain(config, overrides=runs[1], callbacks=[Enough()])
+    monkeypatch.setattr(cpu_micro_batch, "most_images", lambda config: 16)
+    resumed = cjepa_fast.pretrain(config, overrides=runs[1], resume="auto")
+    assert [row["context_k"] for row in resumed.log()] == [row["context_k"] for row in whole.log()]
+    name = "encoder.safetensors"
+    assert (resumed.folder / name).read_bytes() == (whole.folder / name).read_bytes()
+
+
+def test_a_resume_takes_another_micro_batch_that_is_asked_for(tmp_path, monkeypatch):
+    config = unregularised(tmp_path)
+    monkeypatch.setattr(cpu_micro_batch, "most_images", lambda config: 4)
+    run = cjepa_fast.pretrain(config, callbacks=[Enough()])
+    monkeypatch.setattr(cpu_micro_batch, "most_images", lambda config: 16)
+    cjepa_fast.pretrain(config, overrides={"data.micro_batch_size": 8}, resume="auto")
+    assert read(run.folder).data.micro_batch_size == 8
 
 
 def test_all_ranks_take_the_smallest(room, monkeypatch):
@@ -147,13 +206,14 @@ def test_the_limits_of_all_groups_around_a_process_count(
 
 
 def test_what_was_saved_whole_is_not_cut(monkeypatch):
-    """The regulariser's statistics are of a micro-batch: of fewer images, another training."""
+    """The regulariser's statistics are of a micro-batch: of fewer images, another training. Without
+    it, and with contexts that no micro-batch cuts, the rounding alone is another."""
     config = load("demo")
     monkeypatch.setattr(cpu_micro_batch, "most_images", lambda config: 4)
     monkeypatch.setattr(cpu_micro_batch.distributed, "from_all", lambda mine: [mine])
     assert cpu_micro_batch.fitted(config, CPU, None).data.micro_batch_size == 4
     assert cpu_micro_batch.fitted(config, CPU, config) == config
-    plain = load("demo", ["loss.vicreg.beta=0"])
+    plain = load("demo", ["loss.vicreg.beta=0", "mask.context=fixed"])
     assert cpu_micro_batch.fitted(plain, CPU, plain).data.micro_batch_size == 4
 
 
