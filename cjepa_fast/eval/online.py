@@ -66,6 +66,7 @@ class OnlineEvaluation:
         self.reading = reading
         self._began_s, self._spent_s = time.monotonic(), 0.0
         self.stopped: Callable[[], bool] = lambda: False  # on all ranks alike
+        self.paused: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
         self.owed = self._told = False
 
     def due(self, step: int) -> bool:
@@ -109,7 +110,8 @@ class OnlineEvaluation:
                 f"{images.root} can be read any more (eval.online.data, eval.online.test)"
             )
             return {}
-        own = [score for probe in self.probes for score in _named(probe, vectors)]
+        with self.paused():
+            own = [score for probe in self.probes for score in _named(probe, vectors)]
         return _scores(*vectors, k=self.k, temperature=self.temperature) | dict(own)
 
     @contextlib.contextmanager

@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -138,6 +138,7 @@ class Watchdog:
         self._changed_s = dict.fromkeys(self.beats, 0.0)
         self._marks, self._marked_s, self._steps = (0, 0, "starting"), 0.0, 0
         self._read = reads()
+        self.alone, self._paused = world_size == 1, False
         self._ending: tuple[str, str] | None = None  # state and error once the main thread leaves
         self.verdict = ""
         self._closed = threading.Event()
@@ -151,6 +152,16 @@ class Watchdog:
         self._steps += step != before
         self._marked_s = self.clock_s
         self._marks = (marks + 1, step, phase)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """The time within it is the user's code's. On one rank it does not count: a debugger may
+        wait there. On several it does, since the others wait."""
+        self._paused = self.alone
+        try:
+            yield
+        finally:
+            self._paused = False
 
     def where(self) -> str:
         """In words: the step, and with what the main thread is busy."""
@@ -184,6 +195,8 @@ class Watchdog:
         self.clock_s += min(elapsed_s, 2 * BEAT_S)
         if self._marks[2] == INDEXING and reads() != self._read:
             self._read, self._marked_s = reads(), self.clock_s
+        if self._paused:
+            self._marked_s = self.clock_s
         self.hear(self.beat())
         if self.beats[0].verdict:
             return self.beats[0].verdict  # rank 0 has decided

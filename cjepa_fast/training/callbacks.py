@@ -1,6 +1,7 @@
 """What a training calls back: `cjepa_fast.pretrain(..., callbacks=[Mine()])`."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -8,7 +9,8 @@ import torch
 
 class Callback:
     """To be derived from; each method does nothing here. What one raises ends the training as an
-    error of a step does."""
+    error of a step does. On one rank a method may take as long as it likes, in a debugger too. On
+    several the others wait for it: after run.timeout_s the run is ended as stuck."""
 
     def on_step(self, step: int, terms: Mapping[str, torch.Tensor]) -> bool | None:
         """After optimiser step `step` (from 1), on every rank; terms: the loss and its parts, 0-d
@@ -24,20 +26,27 @@ class Callback:
 
 
 class Callbacks:
-    """All of a training's, as the loop calls them, in the order they were given."""
+    """All of a training's, as the loop calls them, in the order they were given.
+
+    paused: what each call is made within (Watchdog.paused).
+    """
 
     def __init__(self, callbacks: Sequence[Callback] = ()):
         self._all = tuple(callbacks)
+        self.paused: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
     def on_step(self, step: int, terms: Mapping[str, torch.Tensor]) -> bool:
         """Whether any asks to stop."""
-        answers = [callback.on_step(step, terms) for callback in self._all]
+        with self.paused():
+            answers = [callback.on_step(step, terms) for callback in self._all]
         return any(answers)
 
     def on_evaluate(self, step: int, scores: Mapping[str, float]) -> None:
-        for callback in self._all:
-            callback.on_evaluate(step, scores)
+        with self.paused():
+            for callback in self._all:
+                callback.on_evaluate(step, scores)
 
     def on_save(self, step: int, checkpoint: Path) -> None:
-        for callback in self._all:
-            callback.on_save(step, checkpoint)
+        with self.paused():
+            for callback in self._all:
+                callback.on_save(step, checkpoint)

@@ -50,6 +50,7 @@ class Evaluation(Protocol):
 
     say: Callable[[str], None]
     stopped: Callable[[], bool]  # asked between batches, by all ranks
+    paused: Callable[[], contextlib.AbstractContextManager]  # around own probes (Watchdog.paused)
     owed: bool  # one is due that has not been made
 
     def due(self, step: int) -> bool:
@@ -86,8 +87,10 @@ class Loop:
         self.trainer, self.loader, self.telemetry = trainer, loader, telemetry
         self.watch, self.online, self.snapshots = session.watchdog, online, snapshots
         self.callbacks = callbacks or Callbacks()
+        self.callbacks.paused = self.watch.paused
         if online:
             online.say, online.stopped = telemetry.message, self._stop_is_asked
+            online.paused = self.watch.paused
             online.owed = (state or {}).get("progress", {}).get("evaluation_owed", False)
         self.folder, self.resume_with = session.folder, session.options.resume_with
         self.config, self.asked_micro_batch = trainer.config, session.asked_micro_batch

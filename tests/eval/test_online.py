@@ -1,5 +1,6 @@
 """Evaluation while training: what it finds, when it may, and that the training is the same."""
 
+import contextlib
 import functools
 import itertools
 import json
@@ -13,11 +14,12 @@ import test_run
 import tiny
 import torch
 
-from cjepa_fast import Callback, checkpoint, load_encoder, train
+from cjepa_fast import Callback, checkpoint, load_encoder, pretrain, train
 from cjepa_fast import config as configuration
 from cjepa_fast.data.sources import open_images
 from cjepa_fast.eval import features, online
 from cjepa_fast.eval.probes import knn, linear
+from cjepa_fast.runtime.watchdog import Watchdog
 from cjepa_fast.telemetry import read_log
 from cjepa_fast.training import learning
 from cjepa_fast.training.build import build_masks
@@ -154,6 +156,43 @@ def test_a_probe_with_a_taken_name_is_told_before_the_first_step(tmp_path, monke
     assert train.main(["--config", str(config)]) == 2
     assert "eval.online.probes: linear is a score that is always" in capsys.readouterr().err
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+PAUSED, CALLED = [], set()
+
+
+def paused_probe(*vectors):
+    assert PAUSED
+    CALLED.add("probe")
+    return 0.0
+
+
+class PausedCallback(Callback):
+    def on_step(self, step, terms):
+        self.note("step")
+
+    def on_evaluate(self, step, scores):
+        self.note("evaluate")
+
+    def on_save(self, step, checkpoint):
+        self.note("save")
+
+    def note(self, name):
+        assert PAUSED
+        CALLED.add(name)
+
+
+def test_the_watchdog_is_paused_in_the_users_code(tmp_path, monkeypatch):
+    @contextlib.contextmanager
+    def paused(self):
+        PAUSED.append(self)
+        yield
+        PAUSED.pop()
+
+    monkeypatch.setattr(Watchdog, "paused", paused)
+    config = write_config(tmp_path, probes=[f"{__name__}:paused_probe"])
+    pretrain(config, epochs=1, callbacks=[PausedCallback()])
+    assert sorted(CALLED) == ["evaluate", "probe", "save", "step"] and not PAUSED
 
 
 def test_a_training_goes_on_where_the_evaluation_s_images_are_gone(tmp_path, monkeypatch):

@@ -224,6 +224,18 @@ def test_what_the_loader_reads_is_no_progress_of_a_step():
     assert "got stuck" in found[-1]
 
 
+def test_the_time_of_the_users_code_counts_on_several_ranks_alone():
+    one, two = World(1), World(2)
+    for world in (one, two):
+        world.warm_up()
+    with one.dogs[0].paused():
+        assert not one.go_on(2 * TIMEOUT_S)
+    assert not one.go_on(TIMEOUT_S - 2)
+    assert "got stuck" in one.go_on(4)[0]
+    with two.dogs[0].paused(), two.dogs[1].paused():
+        assert "all at the same line" in two.go_on(TIMEOUT_S + 2)[0].splitlines()[0]
+
+
 def test_a_rank_that_was_stopped_blames_nobody_and_is_not_stuck():
     world = World(2)
     world.warm_up()
