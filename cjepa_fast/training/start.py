@@ -206,7 +206,7 @@ def _refuse_to_overwrite(run: Path, resume: str | None) -> None:
     if resume is None and (run / "config.json").exists():
         raise ConfigError(
             f"run.dir = {run}: already holds a run: resume with --resume auto, or choose another "
-            "with --set run.dir=FOLDER"
+            'with --set run.dir=FOLDER (from Python: resume="auto", overrides={"run.dir": FOLDER})'
         )
 
 
@@ -241,7 +241,8 @@ def check_changes(state: dict, facts: dict, accepted: bool) -> None:
         raise ConfigError(
             "this would be another training than the one that was saved:\n  "
             + "\n  ".join(changes)
-            + "\nset them back, or resume all the same with --accept-changes"
+            + "\nset them back, or resume all the same with --accept-changes (from Python: "
+            "accept_changes=True)"
         )
 
 

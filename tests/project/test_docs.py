@@ -1,14 +1,18 @@
 """The documentation: its links lead somewhere, its commands name what is there."""
 
+import json
 import re
 import shlex
 import subprocess
 import sys
 
 import docs_check
+import matplotlib.pyplot as plt
 import pytest
+import tiny
 from PIL import Image
 
+import cjepa_fast as cj
 from cjepa_fast import train
 from cjepa_fast.data.sources import open_images
 from cjepa_fast.eval.__main__ import TASKS
@@ -22,6 +26,21 @@ def test_commands_are_found_with_their_ends():
     assert len(texts) > 30
     assert "python bench/ops.py" in texts
     assert not any("#" in text or text.endswith("\\") or "the package" in text for text in texts)
+
+
+def test_the_notebooks_training_can_be_run_again(tmp_path, monkeypatch):
+    cells = json.loads((tiny.ROOT / "docs" / "tour.ipynb").read_text(encoding="utf-8"))["cells"]
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    training = next(i for i, source in enumerate(sources) if "cj.pretrain(" in source)
+    config, train_one = tiny.write_config(tmp_path), cj.pretrain
+    monkeypatch.setattr(cj, "pretrain", lambda name, **options: train_one(config, **options))
+    monkeypatch.chdir(tmp_path)
+    names = {"cj": cj, "plt": plt}
+    for steps in (range(1, 7), ()):
+        for source in sources[training : training + 2]:  # and its curves
+            exec(source, names)
+        assert list(names["losses"].found) == list(steps) and names["run"].status == 0
+    plt.close("all")
 
 
 @pytest.mark.parametrize("page", docs_check.PAGES, ids=lambda page: page.name)

@@ -149,6 +149,15 @@ def test_masks_can_be_looked_at():
     plt.close("all")
 
 
+def test_a_refusal_names_what_python_takes(tmp_path):
+    config = tiny.write_config(tmp_path)
+    cjepa_fast.pretrain(config, callbacks=[Enough()])
+    with pytest.raises(ConfigError, match=r'resume="auto", overrides=\{"run\.dir": FOLDER\}'):
+        cjepa_fast.pretrain(config)
+    with pytest.raises(ConfigError, match="accept_changes=True"):
+        cjepa_fast.pretrain(config, overrides={"optim.lr": 1e-5}, resume="auto")
+
+
 def test_what_is_wrong_is_a_ConfigError(tmp_path):
     with pytest.raises(ConfigError, match=r"optim.learning_rate = 1: no such key; nearest is"):
         cjepa_fast.pretrain("vit_s", overrides={"optim.learning_rate": 1})
