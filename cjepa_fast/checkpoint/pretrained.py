@@ -114,14 +114,14 @@ class PretrainedEncoder(Encoder):
 
     def _batches(self, images: Any, batch_size: int) -> Iterator[torch.Tensor]:
         weight, transform = self.norm.weight, self.transform
-        several = iter(_several(images))
+        several = iter(one_by_one(images))
         with ThreadPoolExecutor(min(THREADS, cores())) as pool:
             while batch := list(islice(several, batch_size)):
                 yield torch.stack(list(pool.map(transform, batch))).to(weight)
 
 
-def _several(images: Any) -> Iterable:
-    """One by one. Raises ValueError for none."""
+def one_by_one(images: Any) -> Iterable:
+    """Of one image or many, as in the module's first lines. Raises ValueError for none."""
     if isinstance(images, (str, os.PathLike, Image.Image)):
         return [images]
     if isinstance(images, (np.ndarray, torch.Tensor)):

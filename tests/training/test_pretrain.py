@@ -4,10 +4,12 @@ import contextlib
 import signal
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import tiny
 import torch
 import torch.distributed as dist
+from PIL import Image
 
 import cjepa_fast
 from cjepa_fast import config as configuration
@@ -146,6 +148,23 @@ def test_masks_can_be_looked_at():
     image = torch.rand(3, 80, 90)
     shown = cjepa_fast.masks("demo", [image], overrides=over)
     assert len([a for a in shown.axes if a.images]) == 6
+    plt.close("all")
+
+
+@pytest.mark.parametrize("kind", ["path", "Path", "PIL image", "array", "arrays", "tensor", "list"])
+def test_masks_take_images_as_embed_does(tmp_path, kind):
+    path = tmp_path / "a.png"
+    pixels_HW3 = np.random.default_rng(0).integers(0, 255, (80, 90, 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels_HW3)
+    picture.save(path)
+    images = {
+        "path": str(path), "Path": path, "PIL image": picture, "array": pixels_HW3,
+        "arrays": pixels_HW3[None], "tensor": torch.from_numpy(pixels_HW3).permute(2, 0, 1),
+        "list": [path],
+    }  # fmt: skip
+    figures = [cjepa_fast.masks("demo", given) for given in (images[kind], [picture])]
+    shown, expected = ([a.images[0].get_array() for a in f.axes if a.images] for f in figures)
+    assert len(shown) == len(expected) and np.array_equal(shown[0], expected[0])
     plt.close("all")
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from cjepa_fast import config as configuration
-from cjepa_fast.checkpoint.pretrained import Transform
+from cjepa_fast.checkpoint.pretrained import Transform, one_by_one
 from cjepa_fast.config import Config
 from cjepa_fast.data.masks import Masks
 from cjepa_fast.data.sources import Limits
@@ -72,21 +72,22 @@ def _colour(m: int) -> str:
 
 def masks(
     config: str | Path | dict | Config,
-    images: Sequence = (),
+    images: Any = (),
     count: int = 4,
     overrides: Mapping[str, Any] | None = None,
 ):
     """A matplotlib figure of the masks that a configuration draws, a row an image.
 
-    config, overrides: as of `pretrain`; images: as an encoder's `embed` takes them, else `count`
-    blank ones. Raises ConfigError or ValueError.
+    config, overrides: as of `pretrain`; images: one or many, as an encoder's `embed` takes them,
+    else `count` blank ones. Raises ConfigError or ValueError.
     """
     settings = configuration.of(config, overrides or {})
     data, sampler = settings.data, build_masks(settings)
     limits = Limits.of(data)
     transform = Transform(data.image_size, data.mean, data.std, settings.eval.crop, limits)
     blank = [torch.zeros(data.channels, *height_width(data.image_size))] * count
-    images_B3HW = torch.stack([transform(image) for image in images] or blank)
+    given = () if isinstance(images, Sequence) and not images else one_by_one(images)
+    images_B3HW = torch.stack([transform(image) for image in given] or blank)
     drawn = sampler(epoch=0, step=0, index_B=torch.arange(len(images_B3HW)))
     name = Path(config).stem if isinstance(config, str | Path) else "context and targets"
     return figure(images_B3HW, data.mean, data.std, drawn, sampler.grid, f"Masks: {name}")
