@@ -41,15 +41,21 @@ def markdown_code(text: object) -> str:
 def say(text: str, stream: TextIO | None = None, end: str = "\n") -> None:
     """print, flushed. What a full disk or a closed terminal refuses is lost: it ends no work."""
     stream = stream or sys.stdout
-    if stream is not None and not stream.closed:  # None: the process has none
+    if is_open(stream):
         with contextlib.suppress(OSError):
             stream.write(text + end)
             stream.flush()
 
 
+def is_open(stream: TextIO | None) -> bool:
+    """Not where the process has none, or closed it. What a program puts in place of stdout, to
+    log it as well, may have write and flush alone: it counts as open."""
+    return stream is not None and not getattr(stream, "closed", False)
+
+
 def is_terminal(stream: TextIO | None) -> bool:
-    """Whether it is one that can be drawn on; not where the process has none, or closed it."""
-    return stream is not None and not stream.closed and stream.isatty()
+    """Whether it is one that can be drawn on."""
+    return is_open(stream) and hasattr(stream, "isatty") and stream.isatty()
 
 
 def _escaped(character: str) -> str:

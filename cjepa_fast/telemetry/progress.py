@@ -14,7 +14,7 @@ from typing import TextIO
 from tqdm import tqdm
 
 from cjepa_fast.runtime.distributed import rank
-from cjepa_fast.runtime.printable import is_terminal, say
+from cjepa_fast.runtime.printable import is_open, is_terminal, say
 
 QUIET_S = 2.0  # seconds before anything appears on a terminal
 TICK_S = 1.0  # between two drawings, whether or not a part is done
@@ -40,7 +40,7 @@ def shown_clock(title: str) -> contextlib.AbstractContextManager[tqdm]:
 def _shown(plain: str, **options) -> Iterator[tqdm]:
     """plain: the format where there is no terminal."""
     live, done = is_terminal(sys.stderr), threading.Event()
-    unseen = rank() != 0 or sys.stderr is None or sys.stderr.closed
+    unseen = rank() != 0 or not is_open(sys.stderr)
     if live:  # some terminals say that they have no columns, and tqdm would show nothing
         size = shutil.get_terminal_size()
         options |= {"ncols": size.columns - 1, "nrows": size.lines}

@@ -7,7 +7,17 @@ import sys
 import pytest
 import tiny
 
-from cjepa_fast.runtime.printable import in_markdown, markdown_code, printable, printable_lines
+from cjepa_fast import pretrain
+from cjepa_fast.runtime.printable import (
+    in_markdown,
+    is_open,
+    is_terminal,
+    markdown_code,
+    printable,
+    printable_lines,
+    say,
+)
+from cjepa_fast.telemetry import progress
 
 CASES = {
     "plain name.jpg": "plain name.jpg",
@@ -44,6 +54,38 @@ def test_markdown_shows_it_as_text():
     assert in_markdown("# Owned\n<img onerror=x>|") == r"\# Owned\\n\<img onerror=x\>\|"
     assert in_markdown("[a](b) `c` **d** &lt;") == r"\[a\](b) \`c\` \*\*d\*\* \&lt;"
     assert markdown_code("a`<b>`\n") == "`a'<b>'\\n`"
+
+
+class Tee:
+    """As programs log what is printed: write and flush alone."""
+
+    def __init__(self):
+        self.text = ""
+
+    def write(self, text: str) -> None:
+        self.text += text
+
+    def flush(self) -> None:
+        pass
+
+
+def test_a_stream_with_write_and_flush_alone_takes_what_is_said():
+    tee = Tee()
+    say("a", tee)
+    assert tee.text == "a\n" and is_open(tee) and not is_terminal(tee)
+    closed = io.StringIO()
+    closed.close()
+    for stream in (None, closed):
+        assert not is_open(stream) and not is_terminal(stream)
+
+
+def test_such_streams_end_no_training(tmp_path, monkeypatch):
+    out, err = Tee(), Tee()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    monkeypatch.setattr(progress, "PLAIN_S", 0.0)
+    run = pretrain(tiny.write_config(tmp_path), epochs=1)
+    assert run.status == 0 and "step 2" in out.text and "building the networks" in err.text
 
 
 def test_what_goes_to_stderr_ends_no_command():
