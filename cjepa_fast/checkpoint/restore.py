@@ -42,6 +42,8 @@ HARMLESS = (
         *("run.max_bad_steps", "run.on_spike", "run.spike_z", "run.timeout_s", "data.decoder"),
     )),
 )  # fmt: skip
+# Of the image set: a hash of its files, one of those that are usable, and the number of these.
+OF_IMAGES = ("images", "usable_images", "image_count")
 
 
 def differences(saved: dict, facts: dict) -> tuple[list[str], list[str]]:
@@ -51,15 +53,20 @@ def differences(saved: dict, facts: dict) -> tuple[list[str], list[str]]:
     """
     old, new = flat(saved), flat(facts)
     changed = {key: value for key, value in new.items() if value != old.get(key)}
-    if "images" in changed:  # a hash of the set; its path may be the same and its number too
-        changed.pop("config.data.path", None)
-    changed.pop("image_count", None)
+    # What an earlier version did not save is not another: it had "images" alone, then a count too.
+    saved_keys = [key for key in OF_IMAGES if key == "images" or old.get(key) is not None]
+    told_by = next((key for key in saved_keys if key in changed), None)
+    for key in (*OF_IMAGES, *["config.data.path"] * bool(told_by)):
+        if key != told_by:  # one line tells of all of them, with the path
+            changed.pop(key, None)
     lines: tuple[list[str], list[str]] = [], []
     for key, value in changed.items():
         told = f"{key.removeprefix('config.')}: {value}, saved with {old.get(key)}"
-        if key == "images":
+        if key in OF_IMAGES:
             told = f"data.path: {_images_of(new)}, saved with {_images_of(old)}"
-            if new.get("image_count") == old.get("image_count"):
+            if key != "images":
+                told += "; the files are the same in name and size, but other ones are usable"
+            elif new.get("image_count") == old.get("image_count"):
                 told += "; their names or files differ"
         lines[not key.startswith(HARMLESS)].append(told)
     return lines

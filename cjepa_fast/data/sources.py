@@ -95,7 +95,7 @@ class ImageSet:
     int32 (n, 2) height and width, upright; skipped: (name, reason) of what is left out; unlabelled:
     usable but for a label; found: how many files look like images; has_arrays: all are arrays
     (arrays.py), else none is; fingerprint: hash of names and
-    sizes in bytes, the same wherever the set lies.
+    sizes in bytes, the same wherever the set lies, and whether or not a file is corrupt.
     """
 
     def __init__(self, parts: list[Part], limits: Limits = LIMITS, labelled: bool = False):
@@ -156,12 +156,25 @@ class ImageSet:
         """The shard that image i lies in, None in a folder."""
         return self._parts[self._part_N[i]].shard
 
+    def _used(self) -> Iterator[tuple[Part, np.ndarray]]:
+        """Each part, and its rows that are used."""
+        ends = np.searchsorted(self._part_N, np.arange(1, len(self._parts)))
+        return zip(self._parts, np.split(self._row_N, ends), strict=True)
+
+    @functools.cached_property
+    def usable(self) -> str:
+        """Hash of the usable images' names and sizes in bytes, in order: of two sets with the same,
+        the same number is the same image."""
+        digest = hashlib.sha256()
+        for part, rows in self._used():
+            _hash_rows(digest, part.table, rows)
+        return digest.hexdigest()[:32]
+
     def files(self) -> Iterator[bytes]:
         """Where each image lies, in order: its file, whose folder has no links in it, or its shard
         and its name there. The same for the same, whether a folder or a list names it."""
         real = functools.cache(os.path.realpath)
-        ends = np.searchsorted(self._part_N, np.arange(1, len(self._parts)))
-        for part, rows in zip(self._parts, np.split(self._row_N, ends), strict=True):
+        for part, rows in self._used():
             names, root = part.table.names(), os.path.realpath(os.fsencode(part.shard or part.root))
             for row in rows.tolist():
                 folder, slash, base = names[row].rpartition(b"/")
@@ -330,18 +343,22 @@ def _fingerprint(parts: list[Part], out: list[dict[int, str]]) -> str:
     missing label or a failed read leave out, where there is such."""
     digest = hashlib.sha256()
     for part, why in zip(parts, out, strict=True):
-        table = part.table
-        ours = np.flatnonzero(table.entries_N["kind"] != formats.FOREIGN)
-        if len(ours) < len(table):
-            names = table.names()
-            table = index.Table.of([names[i] for i in ours], table.entries_N[ours], {})
-        for piece in (table.blob, table.ends_N.tobytes(), table.entries_N["length"].tobytes()):
-            digest.update(piece)
+        ours = np.flatnonzero(part.table.entries_N["kind"] != formats.FOREIGN)
+        _hash_rows(digest, part.table, ours)
         beyond = (why.keys() - part.table.reasons.keys()) | set(part.table.unread)
         beyond -= set(np.flatnonzero(part.table.entries_N["kind"] == formats.ARRAY).tolist())
         if beyond:
             digest.update(repr(sorted(beyond)).encode())
     return digest.hexdigest()[:32]
+
+
+def _hash_rows(digest, table: index.Table, rows: np.ndarray) -> None:
+    """The names and sizes in bytes of a table's rows, into a digest of hashlib."""
+    if len(rows) < len(table):
+        names = table.names()
+        table = index.Table.of([names[i] for i in rows], table.entries_N[rows], {})
+    for piece in (table.blob, table.ends_N.tobytes(), table.entries_N["length"].tobytes()):
+        digest.update(piece)
 
 
 def open_images(

@@ -390,15 +390,24 @@ def meta_batch(config: Config, images: int) -> tuple:
 
 
 def check_same_images(paths: list[str], images: sources.ImageSet) -> None:
-    """Raises ConfigError where this rank's image set is not the first's, on another node."""
+    """Raises ConfigError where this rank's image set is not the first's, on another node, or
+    other files of it are usable there."""
     host = socket.gethostname()
-    found = distributed.from_all((images.fingerprint, f"{len(images):,} images on {host}"))
-    for fingerprint, where in found:
-        if fingerprint != found[0][0]:
+    own = images.fingerprint, images.usable, f"{len(images):,} images on {host}"
+    found = distributed.from_all(own)
+    first, first_usable, first_where = found[0]
+    for fingerprint, usable, where in found:
+        if fingerprint != first:
             raise ConfigError(
                 f"data.path = {' and '.join(paths)}: names another set there than here: "
-                f"{found[0][1]}, {where}; give all nodes the same files, by a shared folder or "
+                f"{first_where}, {where}; give all nodes the same files, by a shared folder or "
                 "copies"
+            )
+        if usable != first_usable:
+            raise ConfigError(
+                f"data.path = {' and '.join(paths)}: the files have the same names and sizes there "
+                f"as here, but other ones are usable: {first_where}, {where}; --dry-run on "
+                "each node names what is left out there, such as a corrupt copy"
             )
 
 

@@ -174,6 +174,7 @@ def _built(session: Session, device: torch.device) -> tuple[Trainer, Loader, dic
             device,
             loader.steps_per_epoch,
             images=loader.images.fingerprint,
+            usable_images=loader.images.usable,
             image_count=len(loader.images),
             decoder=loader.decoder,
             restoring=bool(state),

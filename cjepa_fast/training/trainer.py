@@ -48,20 +48,22 @@ class Trainer:
         steps_per_epoch: int,
         *,
         images: str = "",
+        usable_images: str | None = None,
         image_count: int | None = None,
         decoder: str = "",
         restoring: bool = False,
         linear: dict | None = None,
         attention: dict | None = None,
     ):
-        """config: its run.precision resolved (build.with_precision); images, image_count:
-        the image set's fingerprint and number; decoder: who decodes them; restoring: a checkpoint
-        will give the weights; linear, attention: its choices (build.choose_linear, ...)."""
+        """config: its run.precision resolved (build.with_precision); images, usable_images,
+        image_count: the image set's fingerprint, hash of what is usable, and number; decoder: who
+        decodes them; restoring: a checkpoint will give the weights; linear, attention: its choices
+        (build.choose_linear, ...)."""
         self.config, self.device, self.restoring = config, device, restoring
         use_dependent_launch(config.run.dependent_launch)
         check_fp8(config, device)
         self.steps_per_epoch, self.images, self.decoder = steps_per_epoch, images, decoder
-        self.image_count = image_count
+        self.usable_images, self.image_count = usable_images, image_count
         self.total_steps = config.run.epochs * steps_per_epoch
         self.micro_batch, self.accumulation = config.data.micro_batches(distributed.world_size())
         if self.micro_batch < config.loss.smallest_micro_batch(distributed.world_size()):
@@ -249,6 +251,8 @@ class Trainer:
         """What a run that resumes from here must share, or it becomes another training."""
         facts = {"config": self.config.model_dump(mode="json"), "images": self.images}
         facts["decoder"] = self.decoder
+        if self.usable_images is not None:
+            facts["usable_images"] = self.usable_images
         if self.image_count is not None:
             facts["image_count"] = self.image_count
         if self.linear:

@@ -338,6 +338,23 @@ def test_other_images_are_told_by_their_path_and_number_not_by_a_hash():
     assert line == "data.path: 40 images in a, saved with images in ?"
 
 
+def test_other_usable_images_of_the_same_files_are_another_training():
+    """A corrupt file repaired at its size, or one gone bad: all that follow have other numbers."""
+
+    def facts(count, path="a", **usable):
+        return {"images": "x", "image_count": count, **usable, "config": {"data": {"path": path}}}
+
+    saved = facts(40, usable_images="u")
+    for now in (facts(39, usable_images="v"), facts(40, usable_images="v")):
+        harmless, (line,) = checkpoint.differences(saved, now)
+        assert harmless == [] and line.startswith(f"data.path: {now['image_count']} images in a, ")
+        assert line.endswith("same in name and size, but other ones are usable")
+    for earlier in ({"images": "x", "config": saved["config"]}, facts(40)):
+        assert checkpoint.differences(earlier, saved) == ([], [])
+    (line,) = checkpoint.differences(facts(39), facts(40, "b", usable_images="u"))[1]
+    assert line.startswith("data.path: 40 images in b, saved with 39 images in a; the files are")
+
+
 def test_a_checkpoint_that_knows_nothing_of_fused_blocks_goes_on():
     """Keys that came later and change but rounding: as ones that were saved with another value."""
     saved = {"config": {"model": {"patch_size": 4}}}

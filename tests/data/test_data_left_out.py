@@ -397,6 +397,18 @@ def test_shards_in_sub_folders_alone_are_named_in_the_error(tmp_path, opened):
     assert any("a/x-0.tar and 1 more such, which is not read" in line for line in opened.said)
 
 
+@pytest.mark.parametrize("write", [made.good_folder, made.good_shards])
+def test_a_file_that_goes_bad_at_its_size_makes_other_usable_images(tmp_path, opened, write):
+    here, there = (opened(write(tmp_path / name, 9)) for name in ("here", "there"))
+    assert (here.fingerprint, here.usable) == (there.fingerprint, there.usable)
+    file = there.shard(4) or there.root / there.name(4)
+    good = there.read_original(4)
+    file.write_bytes(file.read_bytes().replace(good, bytes(len(good))))
+    there = opened(tmp_path / "there")
+    assert len(there) == 8 and here.fingerprint == there.fingerprint
+    assert here.usable != there.usable
+
+
 # ----------------------------------------------------------------------------------------- folders
 
 

@@ -18,10 +18,11 @@ import tiny
 import torch
 
 from cjepa_fast import checkpoint, train
-from cjepa_fast.config import validate
+from cjepa_fast.config import ConfigError, validate
 from cjepa_fast.data import left_out
+from cjepa_fast.data.sources import open_images
 from cjepa_fast.model.jepa import JEPA
-from cjepa_fast.runtime import files, run_lock
+from cjepa_fast.runtime import distributed, files, run_lock
 from cjepa_fast.runtime.watchdog import INDEXING, Watchdog
 from cjepa_fast.telemetry.rows import drop_rows_after
 from cjepa_fast.training import anomalies, build, learning, start, trainer
@@ -119,6 +120,31 @@ def test_what_failed_while_training_stays_named_after_a_resume_and_a_refused_one
     accepted = "--resume", "auto", "--set", f"data.path={other}", "--accept-changes"
     assert run(config, *accepted) == 0
     assert named() == {"late.jpg": "cannot be decoded", "other.jpg": "empty file"}
+
+
+def test_a_resume_after_an_image_went_bad_at_its_size_is_another_training(finished, capfd):
+    config, _ = finished
+    file = config.parent / "images" / "class_0" / "004.jpg"
+    good = file.read_bytes()
+    file.write_bytes(bytes(len(good)))
+    assert run(config, "--resume", "auto") == 2
+    told = capfd.readouterr().err
+    assert "39 images in" in told and "saved with 40" in told and "other ones are usable" in told
+    file.write_bytes(good)
+    assert run(config, "--resume", "auto") == 0
+
+
+def test_a_rank_whose_copy_of_an_image_is_corrupt_is_refused(tmp_path, monkeypatch):
+    folders = [tiny.write_images(tmp_path / name) for name in ("first", "good", "corrupt")]
+    file = folders[2] / "class_0" / "004.jpg"
+    file.write_bytes(bytes(file.stat().st_size))
+    first, good, corrupt = (open_images(one, cache=tmp_path / "cache") for one in folders)
+    ranks = []
+    monkeypatch.setattr(distributed, "from_all", lambda own: ranks.append(own) or ranks)
+    build.check_same_images(["set"], first)
+    build.check_same_images(["set"], good)
+    with pytest.raises(ConfigError, match=r"other ones are usable: 40 images .*, 39 images"):
+        build.check_same_images(["set"], corrupt)
 
 
 def test_the_watchdog_knows_when_images_are_indexed(tmp_path, monkeypatch):
