@@ -36,6 +36,7 @@ from cjepa_fast.runtime.printable import printable, printable_lines, say
 from cjepa_fast.telemetry.progress import shown_bar
 
 MANIFEST = "manifest.json"
+CLASSES = "classes.txt"
 IMAGES_A_TASK = 16
 RECORD_BYTES = 120  # of an image in a shard's record, beside its name: two of its member, a hash
 SURE_TO_FIT = 10_000  # images a shard: of names of up to 6,000 letters, as JSON has them
@@ -58,8 +59,8 @@ def pack(
 
     short_side: shrink images whose short side is longer to it, as JPEG of `quality`; None keeps
     every byte. bit_depth: as data.bit_depth, of what is shrunk. Raises ValueError if `out` holds
-    shards of other images or settings or another process packs there, if the record of a shard
-    would be too long, or if a shard does not read back as it was written.
+    shards of other images, labels or settings or another process packs there, if the record of a
+    shard would be too long, or if a shard does not read back as it was written.
     """
     images = open_images(folder, limits=_limits(max_pixels, bit_depth), cache=cache, log=log)
     if short_side is not None and images.has_arrays:
@@ -149,10 +150,12 @@ def _pack_into(
         "images": len(images), "fingerprint": images.fingerprint, "shard_size": how.shard_size,
         "short_side": how.short_side, "quality": how.quality if how.short_side else None,
         "bit_depth": images.limits.bit_depth if how.short_side else None,
+        "labels": _digest_of_labels(images),
     }  # fmt: skip
-    _claim(out / MANIFEST, settings)
+    listed = "".join(f"{name}\n" for name in images.class_names or ())
+    _claim(out / MANIFEST, settings, listed)
     if images.class_names and _can_be_listed(images.class_names, log):
-        _write_text(out / "classes.txt", "".join(f"{name}\n" for name in images.class_names))
+        _write_text(out / CLASSES, listed)
     left_out = list(images.skipped)
     with (
         ThreadPoolExecutor(how.workers or cores()) as pool,
@@ -164,6 +167,12 @@ def _pack_into(
     return left_out
 
 
+def _digest_of_labels(images: ImageSet | parquet.ParquetImages) -> str:
+    digest = hashlib.sha256(images.label_N.tobytes())
+    digest.update(repr(images.class_names).encode())
+    return digest.hexdigest()[:32]
+
+
 def _can_be_listed(classes: list[str], log) -> bool:
     """Whether classes.txt, a name a line, can hold them: else a number would change its class."""
     odd = next((c for c in classes if not c.isprintable() or c != c.strip() or not c), None)
@@ -172,15 +181,24 @@ def _can_be_listed(classes: list[str], log) -> bool:
     return odd is None
 
 
-def _claim(manifest: Path, settings: dict) -> None:
-    """Record what is being packed, or check that it is what was being packed before."""
+def _claim(manifest: Path, settings: dict, listed: str) -> None:
+    """Record what is being packed, or check that it is what was being packed before.
+
+    listed: the text of its classes.txt, which is compared where an earlier version wrote the
+    manifest, without the labels. Raises ValueError.
+    """
     if not manifest.exists():
         _write_text(manifest, json.dumps(settings, indent=1))
         return
     before = files.read_json(manifest)
+    classes = manifest.with_name(CLASSES)
+    if "labels" not in before and (not classes.is_file() or files.read_text(classes) == listed):
+        before["labels"] = settings["labels"]
     changed = [key for key in settings if before.get(key) != settings[key]]
     if changed:
-        said = ", ".join(f"{k} {before.get(k)} there, {settings[k]} now" for k in changed)
+        told = {k: f"{k} {before.get(k)} there, {settings[k]} now" for k in changed}
+        told |= {"labels": "other labels or classes"} if "labels" in changed else {}
+        said = ", ".join(told.values())
         raise ValueError(
             f"{manifest.parent} holds shards of another packing ({said}): choose another folder "
             "or remove it"

@@ -138,6 +138,31 @@ def test_other_settings_or_images_are_refused(tmp_path, packed):
         packed(shard_size=0)
 
 
+@pytest.mark.parametrize("earlier", [False, True])
+def test_other_labels_of_the_same_images_are_refused(tmp_path, earlier):
+    """Finished shards keep their numbers, which a new classes.txt would give other names."""
+    made.good_folder(tmp_path / "set", 4, classes=1)
+    out, options = tmp_path / "out", {"shard_size": 2, "cache": tmp_path / "cache"}
+
+    def packed(*labels):
+        lines = [f"set/c0/{i:04d}.jpg,{label}\n" for i, label in enumerate(labels)]
+        (tmp_path / "set.csv").write_text("".join(lines))
+        pack.pack(tmp_path / "set.csv", out, **options)
+        return contents(open_images(out, cache=tmp_path / "cache"))
+
+    first = packed("cat", "dog", "cat", "dog")
+    if earlier:  # a version whose manifest had no labels
+        manifest = json.loads((out / pack.MANIFEST).read_text())
+        del manifest["labels"]
+        (out / pack.MANIFEST).write_text(json.dumps(manifest))
+    (out / "shard-000001.json").unlink()
+    for other in (["ant", "dog", "cat", "dog"], ["dog", "cat", "cat", "dog"])[: 2 - earlier]:
+        with pytest.raises(ValueError, match=r"of another packing \(other labels or classes\)"):
+            packed(*other)
+    assert (out / "classes.txt").read_text() == "cat\ndog\n"
+    assert packed("cat", "dog", "cat", "dog") == first
+
+
 def test_a_shard_whose_record_could_not_be_read_again_is_refused(tmp_path, packed, monkeypatch):
     made.good_folder(tmp_path / "set", 9)
     packed()
