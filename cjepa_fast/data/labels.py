@@ -137,6 +137,20 @@ def listed_beside(path: Path) -> list[str]:
     return [name.strip() for name in names if name.strip()]
 
 
+def listed_beside_all(paths: list[Path]) -> list[str]:
+    """The same of several files, in whose folders it must be the same. Raises ValueError."""
+    named = {path.parent: path for path in paths}
+    first, *others = [(folder, listed_beside(path)) for folder, path in named.items()]
+    for folder, classes in others:
+        if classes != first[1]:
+            raise ValueError(
+                f"{first[0]} and {folder} differ in classes.txt, so a number may mean one "
+                "class here and another there: give the folders as a list, not as one pattern, or "
+                "put the same classes.txt into each"
+            )
+    return first[1]
+
+
 def of_shards(tables: list[index.Table], named: list[str]) -> Classes:
     """Make the words of all shards numbers. named: the names of the numbers, [] if unknown."""
     return _resolve(tables, [table.words for table in tables], named)

@@ -349,7 +349,9 @@ def _damaged(shard: Path, why: str) -> str:
 
 
 def index_shards(shards: list[Path], cache, pool: ThreadPoolExecutor, log):
-    """([Table a shard], classes from classes.txt beside the first, else those that words name)."""
+    """([Table a shard], classes from classes.txt beside them, else those that words name). Raises
+    ValueError where their folders have others."""
+    named = labels.listed_beside_all(shards)
     stamps = [index.stamp(s.stat()) for s in progressing(shards)]
     files = [index.cache_file(s, cache, stamp) for s, stamp in zip(shards, stamps, strict=True)]
 
@@ -363,7 +365,7 @@ def index_shards(shards: list[Path], cache, pool: ThreadPoolExecutor, log):
         with index.lock(files[0]):
             tables, stale = remembered()  # another process may have listed them meanwhile
             _list_and_check(shards, stamps, files, stale, tables, pool, log)
-    return tables, labels.of_shards(tables, labels.listed_beside(shards[0]))
+    return tables, labels.of_shards(tables, named)
 
 
 def _list_and_check(shards, stamps, files, stale, tables, pool: ThreadPoolExecutor, log) -> None:

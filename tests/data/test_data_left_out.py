@@ -343,6 +343,24 @@ def test_words_by_classes_txt(tmp_path, opened):
     assert "not below 2 classes" in reasons(images)["3.jpg"]
 
 
+def test_one_pattern_over_folders_of_other_classes_is_refused(tmp_path, opened):
+    classes = {"a": "cat\ndog\n", "b": "ant\ncat\n"}
+    for k, (name, text) in enumerate(classes.items()):
+        (tmp_path / name).mkdir()
+        made.write_shard(tmp_path / name / "x-0.tar", {"0.jpg": jpeg(k), "0.cls": b"0"})
+        (tmp_path / name / "classes.txt").write_text(text)
+    pattern = tmp_path / "{a,b}" / "x-0.tar"
+    with pytest.raises(ValueError, match=r"/a and .*/b differ in classes.txt.* as a list"):
+        opened(pattern)
+    images = opened([tmp_path / "a", tmp_path / "b"])
+    assert [images.classes[k] for k in images.labels] == ["cat", "ant"]
+    (tmp_path / "b" / "classes.txt").unlink()
+    with pytest.raises(ValueError, match="differ in classes"):
+        opened(pattern)
+    (tmp_path / "b" / "classes.txt").write_text(classes["a"])
+    assert opened(pattern).classes == ["cat", "dog"]
+
+
 def test_classes_txt_is_utf_8_with_or_without_a_mark(tmp_path, opened):
     made.write_shard(tmp_path / "x.tar", {"0.jpg": jpeg(), "0.cls": "caf\u00e9".encode()})
     listed = tmp_path / "classes.txt"
