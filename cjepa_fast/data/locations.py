@@ -48,6 +48,8 @@ def find(path: str, log: Callable[[str], None] = print) -> Location:
     if other := split_beside(root):
         log(f"{root} holds splits: {TRAINING}/ is taken, {other.name}/ is left for evaluation")
         root = root / TRAINING
+    elif warning := _taken_together(root):
+        log(warning)
     return Location(root, _shards_in(root, log))
 
 
@@ -60,6 +62,35 @@ def split_beside(root: Path) -> Path | None:
         if (held_out and held_out <= classes) or (shards and _holds_shards(root / name)):
             return root / name
     return None
+
+
+def _taken_together(root: Path) -> str:
+    """A warning where a folder holds splits, by their names in any case, that `split_beside` does
+    not take for such; "" where it holds none."""
+    names = [os.fsdecode(entry.name) for entry in _entries(root) if _is_split(entry)]
+    training = [name for name in names if name.lower() == TRAINING]
+    others = [name for name in names if name not in training and _entries(root / name)]
+    if not training or not others:
+        return ""
+    train, other = training[0], others[0]
+    strange = sorted(_folders(root / other) - _folders(root / train))
+    if any(name != name.lower() for name in (train, other)):
+        why = "their names are not in lower case"
+    elif strange:
+        why = f"{other}/ has {printable(strange[0])}/, and {train}/ has not"
+    else:
+        why = f"{other}/ has no folders of classes, nor shards as {train}/ has"
+    both = " and ".join(f"{name}/" for name in (train, *others))
+    return (
+        f"WARNING: {root} holds {both}, and the images of all are taken, so that a training sees "
+        f"those that are held out ({why}): to train on {train}/ alone, name it: data.path = "
+        f"{root / train}"
+    )
+
+
+def _is_split(entry: os.DirEntry) -> bool:
+    name = os.fsdecode(entry.name).lower()
+    return name in (TRAINING, *OTHER_SPLITS) and listing.is_folder(entry)
 
 
 def _holds_shards(folder: Path) -> bool:

@@ -234,7 +234,7 @@ def labelled(
         raise ValueError(
             f"{path}: {without} of {without + len(images)} images have no label: {LABELLED}"
         )
-    if images.classes and set(images.classes) <= SPLITS:
+    if images.classes and {name.lower() for name in images.classes} <= SPLITS:
         raise ValueError(
             f"{path} holds splits, not classes ({', '.join(images.classes)}): name one of these "
             "folders, and another as the test set"

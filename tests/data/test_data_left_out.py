@@ -516,6 +516,34 @@ def test_a_folder_of_splits_trains_on_train(tmp_path, opened):
     assert locations.split_beside(root / "train") is None
 
 
+UNMATCHED = {
+    "val/ has extra/, and train/ has not": ["train/a", "train/b", "val/a", "val/extra"],
+    "test/ has no folders of classes, nor shards": ["train/a", "test"],
+    "names are not in lower case": ["Train/a", "Val/a"],
+}
+
+
+@pytest.mark.parametrize("why", UNMATCHED)
+def test_splits_that_do_not_match_are_trained_on_and_warned_of(tmp_path, opened, why):
+    root = tmp_path / "set"
+    for i, folder in enumerate(UNMATCHED[why]):
+        made.write(root / folder / "0.jpg", jpeg(i))
+    assert len(opened(root)) == len(UNMATCHED[why])
+    (said,) = opened.said
+    train = UNMATCHED[why][0].partition("/")[0]
+    assert said.startswith(f"WARNING: {root} holds {train}/ and ") and why in said
+    assert said.endswith(f"to train on {train}/ alone, name it: data.path = {root / train}")
+    opened.said.clear()
+    opened(root / train)
+    assert opened.said == []
+
+
+def test_an_empty_folder_beside_train_is_not_warned_of(tmp_path, opened):
+    made.good_folder(tmp_path / "set" / "train", 4)
+    (tmp_path / "set" / "val").mkdir()
+    assert len(opened(tmp_path / "set")) == 4 and opened.said == []
+
+
 def test_only_regular_files_are_opened(tmp_path, opened):
     """A pipe named as an image would never answer."""
     root = made.good_folder(tmp_path / "set", 3)

@@ -217,10 +217,11 @@ def test_splits_are_no_classes_and_val_is_the_test_set(tmp_path):
     args = argparse.Namespace(data=str(tmp_path / "set"), limits=LIMITS, **named)
     cli.splits_of(args)
     assert args.test == str(tmp_path / "set" / "val")  # for the record
-    for split in ("train", "val"):
-        made.write(tmp_path / "flat" / split / "a.jpg", made.encoded(made.picture(1)))
-    with pytest.raises(ValueError, match="holds splits, not classes"):
-        labelled_splits(str(tmp_path / "flat"), None)
+    for name, splits in (("flat", ("train", "val")), ("other", ("Train", "Val"))):
+        for split in splits:
+            made.write(tmp_path / name / split / "a.jpg", made.encoded(made.picture(1)))
+        with pytest.raises(ValueError, match="holds splits, not classes"):
+            labelled_splits(str(tmp_path / name), None)
 
 
 def test_test_images_of_classes_without_a_training_image_are_counted(data, capsys):
