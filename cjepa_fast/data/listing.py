@@ -289,8 +289,9 @@ class Members(NamedTuple):
 
 
 def members(shard: Path) -> dict[str, tuple[int, int]]:
-    """{name: (offset, size)} of a shard's regular members. Raises ValueError on a damaged tar."""
-    return _walk(shard).found
+    """{name: (offset, size)} of a shard's regular members. Raises ValueError on a damaged tar, and
+    OSError for an error of the machine."""
+    return faults.patiently(lambda: _walk(shard), shard).found
 
 
 def _walk(shard: Path) -> Members:
@@ -352,7 +353,7 @@ def index_shards(shards: list[Path], cache, pool: ThreadPoolExecutor, log):
     """([Table a shard], classes from classes.txt beside them, else those that words name). Raises
     ValueError where their folders have others."""
     named = labels.listed_beside_all(shards)
-    stamps = [index.stamp(s.stat()) for s in progressing(shards)]
+    stamps = [index.stamp(faults.patiently(s.stat, s)) for s in progressing(shards)]
     files = [index.cache_file(s, cache, stamp) for s, stamp in zip(shards, stamps, strict=True)]
 
     def remembered() -> tuple[list[index.Table | None], list[int]]:
@@ -388,7 +389,7 @@ def _list_and_check_some(shards, stamps, files, some, tables, pool, log) -> list
 
     def listed_or_error(k: int) -> index.Table | ValueError:
         try:
-            return _list_shard(shards[k])
+            return faults.patiently(lambda: _list_shard(shards[k]), shards[k])
         except ValueError as error:
             return error
 

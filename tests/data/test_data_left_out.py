@@ -5,9 +5,11 @@ import errno
 import json
 import os
 import resource
+import tarfile
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import corrupt_images as made
 import numpy as np
@@ -631,9 +633,11 @@ def test_names_and_numbers_are_not_mixed(tmp_path, opened):
 # --------------------------------------------------------------------------- errors of the machine
 
 
-def failing(monkeypatch, code: int, times: float = float("inf"), name: bytes = b"0000.jpg"):
-    """os.open fails for that name, so many times."""
-    real, left = os.open, [times]
+def failing(
+    monkeypatch, code: int, times: float = float("inf"), name: bytes = b"0000.jpg", of=(os, "open")
+):
+    """os.open, or another function of a path, fails for that name, so many times."""
+    real, left = getattr(*of), [times]
 
     def open_(path, *args, **options):
         if os.fsencode(path).endswith(name) and left[0] > 0:
@@ -641,7 +645,7 @@ def failing(monkeypatch, code: int, times: float = float("inf"), name: bytes = b
             raise OSError(code, os.strerror(code))
         return real(path, *args, **options)
 
-    monkeypatch.setattr(os, "open", open_)
+    monkeypatch.setattr(*of, open_)
     monkeypatch.setattr(faults, "PAUSES_S", (0.0, 0.0))
 
 
@@ -661,6 +665,26 @@ def test_an_error_of_the_machine_is_no_bad_image(tmp_path, opened, monkeypatch, 
         read_one(images, 0, 3)
     monkeypatch.undo()
     assert len(opened(root)) == 4
+
+
+LISTING = [(Path, "stat"), (tarfile, "open"), (os, "open")]
+
+
+@pytest.mark.parametrize("of", LISTING, ids=["stat", "tarfile", "open"])
+def test_an_error_of_the_machine_while_a_shard_is_listed_is_waited_for(tmp_path, monkeypatch, of):
+    shard = made.write_shard(tmp_path / "x.tar", {"0.jpg": jpeg(), "0.cls": b"3"})
+
+    def listed():
+        with ThreadPoolExecutor(1) as pool:
+            return listing.index_shards([shard], tmp_path / "cache", pool, print)
+
+    failing(monkeypatch, errno.EIO, name=b"x.tar", of=of)
+    with pytest.raises(faults.MachineFailed, match=r"x\.tar cannot be read \(Input/output"):
+        listed()
+    monkeypatch.undo()
+    failing(monkeypatch, errno.EIO, times=2, name=b"x.tar", of=of)
+    ((table,), _) = listed()
+    assert table.names() == [b"0.jpg"] and table.entries_N["label"].tolist() == [3]
 
 
 def test_a_file_that_was_out_of_rights_is_looked_at_again(tmp_path, opened, monkeypatch):
