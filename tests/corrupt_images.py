@@ -40,6 +40,19 @@ def chunk(name: bytes, body: bytes) -> bytes:
     return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
 
+def two_exif(kind: str, first: int, second: int) -> bytes:
+    """A JPEG or PNG with two EXIF blocks, which say different orientations."""
+    data, blocks = encoded(picture(11, 90, 130), kind), (exif(first), exif(second))
+    if kind == "PNG":
+        at = data.find(b"IDAT") - 4
+        more = b"".join(chunk(b"eXIf", block.removeprefix(b"Exif\0\0")) for block in blocks)
+    else:
+        at = 2
+        sizes = [struct.pack(">H", 2 + len(block)) for block in blocks]
+        more = b"".join(b"\xff\xe1" + s + block for s, block in zip(sizes, blocks, strict=True))
+    return data[:at] + more + data[at:]
+
+
 def png(pixels: np.ndarray) -> bytes:
     """A PNG of uint8 or uint16 (H, W), (H, W, 3) or (H, W, 4): Pillow writes no 16-bit colour."""
     bits = 8 * pixels.dtype.itemsize

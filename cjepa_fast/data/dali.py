@@ -226,8 +226,12 @@ class DaliWholeDecoder:
     def __call__(self, encoded: list[bytes]) -> list[np.ndarray]:
         self._pipe = self._pipe or _build_whole(self._batch_size, self._threads)
         try:
+            plain = [formats.as_plain(data) for data in encoded]
+        except OSError as error:
+            raise DecodeFailed(str(error)) from error
+        try:
             with _failures():
-                self._pipe.feed_input("encoded", [np.frombuffer(d, np.uint8) for d in encoded])
+                self._pipe.feed_input("encoded", [np.frombuffer(d, np.uint8) for d in plain])
                 (images,) = self._pipe.run()
         except DecodeFailed:
             self._pipe = None  # a failure ends a pipeline

@@ -8,7 +8,7 @@ Measured with DALI 2.4 on the CPU against Pillow: JPEG (grayscale, 4:2:0 to 4:4:
 eight EXIF orientations) and PNG (grayscale, palette, alpha, 1 to 16 bits) come out as the same
 upright RGB within rounding; alpha is dropped by both. What differs or fails there, or is known to
 differ between CPU and GPU decoders, is CONVERTed here by Pillow, so that every device agrees:
-CMYK and RGB-coded JPEG, damaged EXIF, and other formats under a .jpg or .png name.
+CMYK and RGB-coded JPEG, damaged or repeated EXIF, and other formats under a .jpg or .png name.
 """
 
 import io
@@ -125,7 +125,7 @@ def _inspect_head(head: bytes, read, length: int) -> Look:
         header = png_header(read(0, length))
         turn, sound = orientation(header.exif_block)
         shape = _upright(*_checked(header.height, header.width), turn)
-        treat = PLAIN if sound else CONVERT
+        treat = PLAIN if sound and header.plain else CONVERT
         return Look(*shape, treat, header.bits, channels=header.channels)
     file = io.BufferedReader(_File(read, length))
     if head.startswith(arrays.NPY_MAGIC):
@@ -222,7 +222,9 @@ def _there_pct(data: bytes) -> int:
 
 def _without_exif(data: bytes, header: JpegHeader) -> bytes:
     """Pillow would parse it, and warn of damage."""
-    return data[: header.exif[0]] + data[header.exif[1] :] if header.exif else data
+    for start, end in reversed(header.exif):
+        data = data[:start] + data[end:]
+    return data
 
 
 def _checked(height: int, width: int) -> tuple[int, int]:
@@ -360,6 +362,20 @@ def _other_order(tile: tuple):
     order = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}[coding[-1]]
     coding = coding[:-1] + order
     return getattr(type(tile), "_make", tuple)([*where, (coding, *more) if more else coding])
+
+
+def as_plain(data: bytes) -> bytes:
+    """The bytes of an image, or Pillow's pixels of a JPEG or PNG that DALI reads otherwise than
+    Pillow, or ends the process by. Raises OSError if these cannot be had."""
+    if data.startswith(JPEG_MAGIC):
+        try:
+            header = jpeg_header(data)
+            plain = header.plain and orientation(header.exif_block)[1]
+        except (HeaderDamaged, Unusable):
+            plain = False
+    else:
+        plain = not data.startswith(PNG_MAGIC) or data.count(b"eXIf") < 2
+    return data if plain else as_ppm(decode_rgb(data))
 
 
 def as_ppm(image: Image.Image) -> bytes:

@@ -6,7 +6,7 @@ orientation in XMP too, which DALI does not.
 
 import struct
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 JPEG_MAGIC = b"\xff\xd8"
@@ -29,23 +29,25 @@ class HeaderDamaged(Exception):
 
 @dataclass
 class JpegHeader:
-    """What the segments before the pixels say. exif: where its segment starts and ends, or None."""
+    """What the segments before the pixels say. exif: where each of its segments starts and ends;
+    exif_block: of the first, which counts."""
 
     height: int = 0
     width: int = 0
     frame: int = -1  # 0 baseline, 1 extended, 2 progressive; others few decoders read
     components: bytes = b""  # their identifiers
     adobe_transform: int | None = None
-    exif: tuple[int, int] | None = None
+    exif: list[tuple[int, int]] = field(default_factory=list)
     exif_block: bytes | None = None
     scan: int = 0  # where the pixels begin
 
     @property
     def plain(self) -> bool:
-        """Gray or YCbCr, in a coding that every decoder reads."""
+        """Gray or YCbCr, in a coding that every decoder reads, and turned by at most one segment:
+        of two DALI 2.4 takes the orientation of either, or ends with SIGSEGV (6, then 3)."""
         rgb_coded = self.adobe_transform == 0 or self.components == b"RGB"
         gray_or_ycc = len(self.components) == 1 or (len(self.components) == 3 and not rgb_coded)
-        return gray_or_ycc and self.frame in (0, 1, 2)
+        return gray_or_ycc and self.frame in (0, 1, 2) and len(self.exif) < 2
 
 
 def jpeg_header(head: bytes) -> JpegHeader:
@@ -80,8 +82,9 @@ def _read_segment(found: JpegHeader, marker: int, body: bytes, span: tuple[int, 
         if bits != 8:
             raise Unusable(f"a JPEG of {bits} bits")
         found.frame, found.components = marker - 0xC0, body[6 : 6 + 3 * count : 3]
-    elif marker == 0xE1 and body.startswith(b"Exif\0\0") and found.exif is None:
-        found.exif, found.exif_block = span, body
+    elif marker == 0xE1 and body.startswith(b"Exif\0\0"):
+        found.exif.append(span)
+        found.exif_block = found.exif_block or body
     elif marker == 0xEE and body.startswith(b"Adobe") and len(body) >= 12:
         found.adobe_transform = body[11]
 
@@ -89,18 +92,21 @@ def _read_segment(found: JpegHeader, marker: int, body: bytes, span: tuple[int, 
 class PngHeader(NamedTuple):
     """bits: of a channel, if more than 8, else 8 (of gray with alpha always); exif_block: None
     where there is none; channels: as decoded, a palette's three, or four where some of its colours
-    are clear."""
+    are clear; plain: not with a second EXIF chunk, of which DALI 2.4 takes the other orientation,
+    or writes where it must not."""
 
     height: int
     width: int
     bits: int
     exif_block: bytes | None
     channels: int
+    plain: bool
 
 
 def png_header(data: bytes) -> PngHeader:
     """Walk the chunks and verify every checksum, up to IEND. Raises Unusable."""
     offset, exif, shape, pixels, bits, channels, colour = len(PNG_MAGIC), None, None, False, 8, 3, 2
+    plain = True
     while True:
         if offset + 12 > len(data):
             raise Unusable("truncated: no IEND chunk")
@@ -118,6 +124,7 @@ def png_header(data: bytes) -> PngHeader:
         elif name == b"tRNS" and colour == 3:
             channels = 4
         elif name == b"eXIf":
+            plain = exif is None
             exif = data[offset + 8 : body_end]
         elif name == b"IDAT":
             pixels = True
@@ -126,7 +133,7 @@ def png_header(data: bytes) -> PngHeader:
         offset = body_end + 4
     if shape is None or not pixels:
         raise Unusable("damaged: a PNG without header or pixels")
-    return PngHeader(*shape, bits, exif, channels)
+    return PngHeader(*shape, bits, exif, channels, plain)
 
 
 def orientation(exif: bytes | None) -> tuple[int, bool]:

@@ -29,7 +29,7 @@ from cjepa_fast.runtime.oom import is_out_of_memory
 from cjepa_fast.runtime.watched import progressed, watched
 from cjepa_fast.telemetry.progress import shown_clock
 
-VERSION = 5  # of the cached file; raise it when the check or the layout changes
+VERSION = 6  # of the cached file; raise it when the check or the layout changes
 CHUNK = 256  # images a task
 KEEP_S, KEEP_SHARE = 60.0, 20  # between two savings: at least this, and so many times one's time
 KEPT = 1024  # indexes of one path, of the copies of so many nodes

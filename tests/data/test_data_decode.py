@@ -79,6 +79,11 @@ KINDS = {
     for kind in ("JPEG", "PNG")
     for turn in range(1, 9)
 }
+KINDS |= {
+    f"{kind} exif {first} and {second}": made.two_exif(kind, first, second)
+    for kind in ("JPEG", "PNG")
+    for first, second in ((3, 1), (1, 6), (6, 3))
+}
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -356,6 +361,18 @@ def test_what_pillow_alone_reads_costs_one_rebuild_each_not_one_an_epoch(unread,
     assert len(said) == 2 and not source.skipped.reasons
     assert len(calls["restart"]) <= 2 + 2  # two iterations' first builds, and one each
     assert 0 < asked == len(calls["alone"])
+
+
+@pytest.mark.parametrize("turns", [(3, 1), (1, 6), (6, 3)])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_whole_images_with_two_exif_blocks_are_pillows(kind, turns):
+    """DALI itself turns them otherwise, or ends the process."""
+    data = made.two_exif(kind, *turns)
+    (image_3HW,) = WholeImages(1, 1)([data], ["a"])
+    assert np.array_equal(image_3HW.permute(1, 2, 0).numpy(), formats.decode_rgb(data))
+    counts = turns[0] if kind == "JPEG" else turns[1]
+    turned = {1: SMOOTH, 3: SMOOTH[::-1, ::-1], 6: np.rot90(SMOOTH, -1)}[counts].astype(int)
+    assert np.abs(turned - formats.decode_rgb(data)).mean() < 2
 
 
 def test_whole_images_that_dali_cannot_read(tmp_path):
