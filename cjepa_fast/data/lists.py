@@ -4,7 +4,8 @@
     val/ILSVRC2012_val_00000001.JPEG 65     scans/1.png,cat
 
 Paths are relative to the list's folder, or absolute. What is named twice is refused. In a .txt a
-line that begins with # is a comment, unless a file of that name is there.
+line that begins with # is a comment, unless a file of that name is there. A .csv of more columns
+has a heading, which names the label's (LABELS), and the file's unless it is the first (FILES).
 """
 
 import csv
@@ -15,11 +16,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cjepa_fast.data import kinds
+from cjepa_fast.data.labels import JSON_KEYS
 from cjepa_fast.runtime.printable import printable
 from cjepa_fast.runtime.watched import progressing
 
 ENDINGS = (".txt", ".csv")
-HEADING = ("path", "file", "filename", "image", "name")  # of a .csv's first column
+# In the heading of a .csv; of several words the first counts.
+FILES = (
+    "path", "file", "filename", "file_name", "filepath", "image_path", "image", "name", "image_id",
+)  # fmt: skip
+LABELS = (*JSON_KEYS, "labels", "target", "class_id")
 
 
 class Listed(NamedTuple):
@@ -32,7 +38,10 @@ class Listed(NamedTuple):
 def read(path: Path) -> Listed:
     """Raises ValueError, naming the line, for what is no list."""
     text = _text(path)
-    rows = _of_csv(path, text) if path.suffix.lower() == ".csv" else list(_of_lines(path, text))
+    if path.suffix.lower() == ".csv":
+        rows = _of_csv(path, text, lambda name: os.path.isfile(os.fsencode(path.parent / name)))
+    else:
+        rows = list(_of_lines(path, text))
     first: dict[str, int] = {}
     for number, name, _ in rows:
         if "\0" in name:
@@ -54,14 +63,15 @@ def labels_for(path: Path, names: list[bytes], log: Callable[[str], None]) -> li
     neither, and for what `read` refuses.
     """
     text = _text(path)
+    known = [(name, os.path.splitext(name)[0]) for name in map(os.fsdecode, names)]
+    known_names = set(itertools.chain(*known))
     if path.suffix.lower() == ".csv":
-        rows = _of_csv(path, text)
+        rows = _of_csv(path, text, known_names.__contains__)
         lines = [cell for _, cell, _ in rows]
     else:
         rows = [(number, *_pair(line)) for number, line in _lines(text)]
         lines = [line for _, line in _lines(text)]
-    known = [(name, os.path.splitext(name)[0]) for name in map(os.fsdecode, names)]
-    given = _by_name(path, rows, set(itertools.chain(*known)))
+    given = _by_name(path, rows, known_names)
     if given:
         if odd := [name for _, name, label in rows if label and name not in given]:
             log(f"{path}: {len(odd)} lines name no image of the set, such as {printable(odd[0])}")
@@ -102,17 +112,50 @@ def _text(path: Path) -> str:
     return path.read_bytes().decode("utf-8-sig", "surrogateescape")
 
 
-def _of_csv(path: Path, text: str) -> list[tuple[int, str, str]]:
-    lines, found = csv.reader(text.splitlines()), []
+def _of_csv(path: Path, text: str, is_image: Callable[[str], bool]) -> list[tuple[int, str, str]]:
+    """(line, name, label) of each row. Raises ValueError for more than two columns without a
+    heading that names the label's."""
+    lines, rows = csv.reader(text.splitlines()), []
     try:
         for row in lines:
-            cells = [cell.strip() for cell in row]
-            if not any(cells) or (lines.line_num == 1 and cells[0].lower() in HEADING):
-                continue
-            found.append((lines.line_num, cells[0], cells[1] if len(cells) > 1 else ""))
+            if any(cells := [cell.strip() for cell in row]):
+                rows.append((lines.line_num, cells))
     except csv.Error as error:
         raise ValueError(f"{path} is no CSV: {error}") from error
-    return found
+    heading = rows[0][1] if rows and _is_heading(rows[0][1], is_image) else []
+    rows = rows[1:] if heading else rows
+    columns = _named_columns(heading)
+    if columns is None and (wide := next((n for n, cells in rows if any(cells[2:])), None)):
+        raise ValueError(
+            f"{path}, line {wide}: more than two columns, and no heading that names the label's: "
+            "begin the file with one, such as path,width,label; or keep a path and a label alone "
+            "(in quotes what holds a comma)"
+        )
+    return [(n, *(_cell(cells, k) for k in columns or (0, 1))) for n, cells in rows]
+
+
+def _is_heading(cells: list[str], is_image: Callable[[str], bool]) -> bool:
+    """Whether a first row begins with one of FILES, or has one of LABELS and begins with nothing
+    that is an image, or is named like one."""
+    words = [cell.lower() for cell in cells]
+    if words[0] in FILES:
+        return True
+    labelled = len(words) > 1 and any(word in LABELS for word in words)
+    return labelled and not kinds.extension(cells[0]) and not is_image(cells[0])
+
+
+def _named_columns(heading: list[str]) -> tuple[int, int] | None:
+    """Those of the file and the label; None where no label is named."""
+    words = [cell.lower() for cell in heading]
+    label = next((words.index(word) for word in LABELS if word in words), None)
+    if label is None:
+        return None
+    first = 1 if label == 0 else 0
+    return next((words.index(word) for word in FILES if word in words), first), label
+
+
+def _cell(cells: list[str], column: int) -> str:
+    return cells[column] if column < len(cells) else ""
 
 
 def _of_lines(path: Path, text: str) -> Iterator[tuple[int, str, str]]:

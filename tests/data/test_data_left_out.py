@@ -592,6 +592,40 @@ def test_a_list_names_files_and_labels(tmp_path, opened):
     assert reasons(images) == {"a b 1.jpg": "no label"}
 
 
+@pytest.mark.parametrize(
+    "rows",
+    [
+        "path,label\na.jpg,dog\nb.jpg,cat",
+        "image,width,label\na.jpg,640,dog\nb.jpg,512,cat",
+        "image_id,label\na.jpg,dog\nb.jpg,cat",
+        "Class,Number,Filename\ndog,1,a.jpg\ncat,2,b.jpg",
+        "id,target\na.jpg,dog\nb.jpg,cat",
+        ",image,label\n0,a.jpg,dog\n1,b.jpg,cat",  # as pandas writes its index
+        "\na.jpg,dog,\nb.jpg,cat,",
+        "path,kind\na.jpg,dog\nb.jpg,cat",
+    ],
+)
+def test_a_heading_of_a_csv_names_its_columns(tmp_path, rows):
+    listed = lists.read(made.write(tmp_path / "list.csv", rows.encode()))
+    assert listed == ([b"a.jpg", b"b.jpg"], ["dog", "cat"])
+
+
+def test_a_first_row_that_is_an_image_is_no_heading(tmp_path):
+    made.write(tmp_path / "a", jpeg())
+    for first in ("a", "none.jpg"):
+        path = made.write(tmp_path / "list.csv", f"{first},target\nb.jpg,cat".encode())
+        assert lists.read(path) == ([first.encode(), b"b.jpg"], ["target", "cat"])
+
+
+@pytest.mark.parametrize(
+    "rows", ["a.jpg,640,dog", "path,width,height\na.jpg,640,480", "a.jpg,1\nb.jpg,,cat"]
+)
+def test_a_csv_of_columns_that_nothing_names_is_refused(tmp_path, rows):
+    line = len(rows.split("\n"))
+    with pytest.raises(ValueError, match=f"line {line}: more than two .* such as path,width,label"):
+        lists.read(made.write(tmp_path / "list.csv", rows.encode()))
+
+
 def test_a_file_whose_name_begins_as_a_comment_is_named(tmp_path, opened):
     for name in ("#7.jpg", "# 8.jpg", "a.jpg"):
         made.write(tmp_path / "set" / name, jpeg())

@@ -32,6 +32,8 @@ def flat(root):
     ("l.txt", "a.jpg 2\nb b.jpg 0\nc.png 9\nd.jpg\t1\n", [2, 0, 1]),
     ("l.txt", "d.jpg dog\na.jpg cat\nb b.jpg dog\n", ["cat", "dog", "dog"]),
     ("l.csv", "path,label\nd,a dog\na,a cat\nb b,a dog\n", ["a cat", "a dog", "a dog"]),
+    ("l.csv", "id,width,class\nd,9,a dog\na,8,a cat\nb b,7,a dog\n", ["a cat", "a dog", "a dog"]),
+    ("l.csv", "a,class\nd,dog\nb b,dog\n", ["class", "dog", "dog"]),  # that is an image
     ("l.txt", "7\n3\n0\n5\n", [7, 3, 5]),  # in the order of the files, the unusable one too
     ("l.txt", "# of val\nn07\nn03\nn00\nn07\n\n", ["n07", "n03", "n07"]),
     ("l.csv", "golden retriever\ntabby cat\nx\ntabby cat\n",
