@@ -73,7 +73,7 @@ def in_shard(fd: int, members: dict[str, tuple[int, int]], name: str) -> Given |
 
 def _text(data: bytes) -> Given | Odd:
     try:
-        return parsed(data.decode("utf-8"))
+        return parsed(data.decode("utf-8-sig"))
     except UnicodeDecodeError:
         return Odd("its label is no text")
 

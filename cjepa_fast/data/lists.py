@@ -181,6 +181,6 @@ def _names_a_file(line: str, folder: Path) -> bool:
 
 
 def _pair(line: str) -> tuple[str, str]:
-    """(name, label); a line of one word has no label."""
-    name, *label = line.rsplit(None, 1)
+    """(name, label); a line of one word, or that ends as an image's name, has no label."""
+    name, *label = [line] if kinds.extension(line) else line.rsplit(None, 1)
     return name, label[0] if label else ""

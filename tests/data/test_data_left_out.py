@@ -334,6 +334,13 @@ def test_json_of_any_depth_is_an_odd_label(tmp_path, opened, text):
     assert images.labels.tolist() == [3] and "1.jpg" in reasons(images)
 
 
+def test_a_label_is_utf_8_with_or_without_a_mark(tmp_path, opened):
+    files = {f"{i}.jpg": jpeg(i) for i in range(3)}
+    files |= {"0.cls": b"\xef\xbb\xbf1", "1.cls": b"0", "2.cls": b"\xef\xbb\xbf2\r\n"}
+    images = opened(made.write_shard(tmp_path / "x.tar", files), labelled=True)
+    assert images.labels.tolist() == [1, 0, 2] and not images.skipped
+
+
 def test_words_by_classes_txt(tmp_path, opened):
     files = {f"{i}.jpg": jpeg(i) for i in range(4)}
     files |= {"0.cls": b"b", "1.cls": b"0", "2.cls": b"zebra", "3.cls": b"9"}
@@ -590,6 +597,14 @@ def test_a_list_names_files_and_labels(tmp_path, opened):
     images = opened(path, labelled=True)
     assert names(images) == ["c0/0000.jpg", "c1/0001.jpg"] and images.labels.tolist() == [7, 3]
     assert reasons(images) == {"a b 1.jpg": "no label"}
+
+
+def test_a_line_that_ends_as_an_image_has_no_label(tmp_path):
+    """Also where no file of that name is there."""
+    text = b"my pic 1.jpg\nmy pic 2.jpg\nmy pic 3.jpg cat\na.jpg dog\n"
+    listed = [b"my pic 1.jpg", b"my pic 2.jpg", b"my pic 3.jpg", b"a.jpg"]
+    path = made.write(tmp_path / "list.txt", text)
+    assert lists.read(path) == (listed, ["", "", "cat", "dog"])
 
 
 @pytest.mark.parametrize(
