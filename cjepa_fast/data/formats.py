@@ -290,16 +290,18 @@ def over(height: int, width: int, most_pixels: int) -> str:
 
 
 def decode_rgb(
-    data: bytes, most_pixels: int = MAX_PIXELS, bits: int | None = None, channels: int = 3
+    data: bytes, most_pixels: int = MAX_PIXELS, bits: int | None = None, channels: int | None = 3
 ) -> Image.Image:
     """Upright RGB by Pillow, or a picture of so many channels. Raises OSError if the bytes cannot
     be decoded.
 
-    bits: of a channel that has more than 8, if fewer than its format says are in use.
+    bits: of a channel that has more than 8, if fewer than its format says are in use. channels:
+    None for as many as the file has (channels_of).
     """
     try:
         image, exif = _opened(data, most_pixels)
         _limited(image, most_pixels)
+        channels = channels or channels_of(image)
         if bits and (colour_HWC := _deep_colour(data)) is not None:
             image = Image.fromarray(_eight_bits(colour_HWC, bits))
         image.load()

@@ -57,10 +57,11 @@ def pack(
 ) -> list[tuple[str, str]]:
     """Write the shards and return (name, reason) of the images left out.
 
-    short_side: shrink images whose short side is longer to it, as JPEG of `quality`; None keeps
-    every byte. bit_depth: as data.bit_depth, of what is shrunk. Raises ValueError if `out` holds
-    shards of other images, labels or settings or another process packs there, if the record of a
-    shard would be too long, or if a shard does not read back as it was written.
+    short_side: shrink images whose short side is longer to it, in the channels that they have, as
+    JPEG of `quality`, those with alpha as PNG; None keeps every byte. bit_depth: as data.bit_depth,
+    of what is shrunk. Raises ValueError if `out` holds shards of other images, labels or settings
+    or another process packs there, if the record of a shard would be too long, or if a shard does
+    not read back as it was written.
     """
     images = open_images(folder, limits=_limits(max_pixels, bit_depth), cache=cache, log=log)
     if short_side is not None and images.has_arrays:
@@ -260,7 +261,8 @@ def _prepare(images: ImageSet, i: int, how: Packing) -> tuple[int, bytes, str]:
         if images.has_arrays:
             arrays.pixels(data)  # that it can be read
             return i, data, ""
-        picture = formats.decode_rgb(data, images.limits.max_pixels, images.limits.bit_depth)
+        limits = images.limits
+        picture = formats.decode_rgb(data, limits.max_pixels, limits.bit_depth, channels=None)
     except faults.MachineFailed:
         raise
     except OSError as error:
@@ -271,9 +273,19 @@ def _prepare(images: ImageSet, i: int, how: Packing) -> tuple[int, bytes, str]:
         return i, data, ""
     scale = how.short_side / min(picture.size)
     size = [max(1, round(side * scale)) for side in picture.size]
+    return i, _shrunk(picture, size, how.quality), ""
+
+
+def _shrunk(picture: Image.Image, size: list[int], quality: int) -> bytes:
+    """As JPEG; as PNG with alpha, whose channels are each by itself, where Pillow would weigh
+    colours by their alpha."""
     buffer = io.BytesIO()
-    picture.resize(size, Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=how.quality)
-    return i, buffer.getvalue(), ""
+    if picture.mode in ("LA", "RGBA"):
+        bands = [band.resize(size, Image.Resampling.LANCZOS) for band in picture.split()]
+        Image.merge(picture.mode, bands).save(buffer, "PNG")
+    else:
+        picture.resize(size, Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
 
 
 def _ending(data: bytes) -> str:

@@ -200,6 +200,33 @@ def test_short_side_shrinks_large_images_alone(tmp_path, packed):
         assert image.getexif().get(0x0112, 1) == 1 and image.size == tuple(after.sizes_N2[i][::-1])
 
 
+def test_short_side_keeps_the_channels(tmp_path, packed):
+    """What is clear keeps its colour, too."""
+    rgba = np.concatenate([made.picture(3, 64, 64), made.picture(4, 64, 64)[..., :1]], axis=2)
+    rgba[:32, :, 3] = 0
+    stored = {"1 L": rgba[..., :1], "2 LA": rgba[..., [0, 3]], "3 CMYK": rgba, "4 RGBA": rgba}
+    for name, levels in stored.items():
+        kind = "JPEG" if "CMYK" in name else "PNG"
+        for side in (16, 64):
+            data = levels[:side, :side].tobytes()
+            image = Image.frombytes(name[2:], (side, side), data)
+            made.write(tmp_path / "set" / name / f"{side}.png", made.encoded(image, kind))
+    deep = rgba[..., 0].astype(np.uint16) * 257
+    made.write(tmp_path / "set" / "1 L" / "deep.png", made.png(deep))
+    packed(short_side=32)
+    images = open_images(tmp_path / "out", cache=tmp_path / "cache")
+    assert images.sizes_N2.max() == 32 and len(images) == 9
+    for i, label in enumerate(images.labels.tolist()):
+        name, image = images.classes[label], Image.open(io.BytesIO(images.read_original(i)))
+        assert images._entries_N["channels"][i] == int(name[0])
+        if image.width == 32:
+            assert image.format == ("PNG" if "A" in name else "JPEG")
+        for band, levels in zip(image.split(), stored[name].transpose(2, 0, 1), strict=False):
+            want = Image.fromarray(levels).resize((32, 32), Image.Resampling.LANCZOS)
+            want = np.asarray(want if image.width == 32 else levels[:16, :16]).astype(int)
+            assert "CMYK" in name or np.abs(np.asarray(band) - want).mean() < 3
+
+
 def test_what_does_not_read_back_is_refused(tmp_path, packed, monkeypatch):
     made.good_folder(tmp_path / "set", 5)
     members = listing.members
