@@ -52,7 +52,7 @@ def inspect(file, head: bytes, length: int) -> Shape:
         height, width, channels = _height_width_channels(shape)
     else:
         bands = tiff_bands.header(file, length)
-        dtype, (height, width, channels) = bands.dtype, bands.shape
+        dtype, (height, width, channels) = bands.dtype, bands.upright
     if not 1 <= channels <= MOST_CHANNELS:
         raise Unusable(f"of {channels} channels, more than {MOST_CHANNELS} or none")
     return Shape(height, width, channels, _bits(dtype))
@@ -63,16 +63,18 @@ def pixels(data: bytes, bits: int | None = None) -> np.ndarray:
 
     bits: in use, if fewer than the type has. Raises OSError.
     """
+    white_is_zero = False
     try:
         if data.startswith(NPY_MAGIC):
             shape, columns_first, dtype, start = _npy_header(io.BytesIO(data))
             values = np.frombuffer(data, dtype, math.prod(shape), start)
             values = _channels_last(values.reshape(shape, order="F" if columns_first else "C"))
         else:
-            values = tiff_bands.read(data)
+            values, white_is_zero = tiff_bands.read(data)
     except (*NPY_ERRORS, EOFError, Unusable, HeaderDamaged) as error:
         raise OSError(f"cannot be decoded ({error})") from error
-    return levels(values, bits)
+    shares = levels(values, bits)
+    return 255 - shares if white_is_zero else shares
 
 
 def levels(values: np.ndarray, bits: int | None = None) -> np.ndarray:

@@ -143,6 +143,8 @@ def _inspect_head(head: bytes, read, length: int) -> Look:
         return _of_array(arrays.inspect(file, head, length))
     if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
         raise Unusable("of 32-bit numbers, whose black and white nobody knows")
+    if image.format == "TIFF" and 2 in image.tag_v2.get(339, ()):  # SampleFormat
+        raise Unusable("a TIFF of signed numbers: store uint8, uint16 or floats")
     turn, _ = orientation(image.info.get("exif"))  # none of a TIFF, which Pillow itself turns
     bits = _depth(image) if image.mode in DEEP_MODES or _deep_tiles(image) else 8
     shape = _upright(*_checked(image.height, image.width), turn)
@@ -306,7 +308,10 @@ def decode_rgb(
             image = Image.fromarray(_eight_bits(colour_HWC, bits))
         image.load()
         if image.mode in DEEP_MODES:
-            image = Image.fromarray(_eight_bits(np.asarray(image), bits or _depth(image)))
+            levels_HW = _eight_bits(np.asarray(image), bits or _depth(image))
+            # Of 8 bits Pillow does so itself: tag PhotometricInterpretation, WhiteIsZero.
+            white_is_zero = getattr(image, "tag_v2", {}).get(262) == 0
+            image = Image.fromarray(255 - levels_HW if white_is_zero else levels_HW)
         if image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")  # straight to RGB warns; alpha is dropped either way
         if image.mode == "RGBX" and channels == 4:

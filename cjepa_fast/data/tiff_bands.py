@@ -1,9 +1,9 @@
 """TIFFs of any number of bands, for which Pillow has no mode: satellite and multi-spectral images.
 
 The first picture of a file; strips or tiles, bands beside each other or one after the other,
-uncompressed or by deflate, with or without horizontal differences; uint8, uint16 or floats. What
-else there is (LZW, JPEG, ...) is refused by name. Pillow parses the tags (TIFF 6.0, sections 2, 14
-and 15).
+uncompressed or by deflate, with or without horizontal differences; uint8, uint16 or floats; of any
+orientation. What else there is (LZW, JPEG, ...) is refused by name. Pillow parses the tags (TIFF
+6.0, sections 2, 8, 14 and 15).
 """
 
 import io
@@ -22,18 +22,21 @@ from cjepa_fast.data.headers import HeaderDamaged, Unusable
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0")
 MOST_DEFLATED = 1032  # bytes that one byte can become
 WIDTH, HEIGHT, BITS, COMPRESSION, SAMPLES = 256, 257, 258, 259, 277
+PHOTOMETRIC, ORIENTATION, WHITE_IS_ZERO = 262, 274, 0
 ROWS_A_STRIP, PLANAR, PREDICTOR, FORMAT = 278, 284, 317, 339
 STRIPS, TILES = (273, 279), (324, 325)  # offsets and lengths
 TILE_WIDTH, TILE_HEIGHT = 322, 323
 PLAIN, DEFLATE = 1, (8, 32946)
 COMPRESSIONS = {2: "CCITT", 5: "LZW", 6: "JPEG", 7: "JPEG", 32773: "PackBits", 50000: "Zstandard"}
+BACKWARDS = (3, 4, 7, 8), (2, 3, 6, 7)  # orientations whose rows, whose columns run so, upright
 TYPES = {(1, 8): "u1", (1, 16): "u2", (3, 16): "f2", (3, 32): "f4", (3, 64): "f8"}
 
 
 class Bands(NamedTuple):
-    """shape: (height, width, bands). block: height and width of a strip, which ends with the image,
-    or of a tile (tiled), which does not; planes: whether each band has blocks of its own; spans:
-    (offset, length) of each block, in the file's order."""
+    """shape: (height, width, bands) as stored. block: height and width of a strip, which ends with
+    the image, or of a tile (tiled), which does not; planes: whether each band has blocks of its
+    own; spans: (offset, length) of each block, in the file's order. turn: the orientation, 1..8;
+    white_is_zero: whether 0 is white, which floats and several bands have none of."""
 
     shape: tuple[int, int, int]
     dtype: np.dtype
@@ -43,6 +46,13 @@ class Bands(NamedTuple):
     deflated: bool
     differences: bool
     spans: list[tuple[int, int]]
+    turn: int
+    white_is_zero: bool
+
+    @property
+    def upright(self) -> tuple[int, int, int]:
+        height, width, samples = self.shape
+        return (width, height, samples) if self.turn >= 5 else self.shape
 
     @property
     def places(self) -> Iterator[tuple[int, int, int]]:
@@ -68,6 +78,7 @@ def header(file, length: int) -> Bands:
         spans = list(zip(_numbers(tags, offsets), _numbers(tags, lengths), strict=True))
         planes, predictor = _number(tags, PLANAR, 1) == 2, _number(tags, PREDICTOR, 1)
         compression = _number(tags, COMPRESSION, PLAIN)
+        turn, photometric = _number(tags, ORIENTATION, 1), _number(tags, PHOTOMETRIC, 1)
     except (
         KeyError,
         ValueError,
@@ -100,7 +111,11 @@ def header(file, length: int) -> Bands:
     if len(spans) != blocks or math.prod(shape) * dtype.itemsize > most:
         raise Unusable(f"truncated: {shape[1]} x {shape[0]} pixels of {samples} bands in {blocks} "
                        f"blocks, of which it has {len(spans)}")  # fmt: skip
-    return Bands(shape, dtype, block, tiled, planes, deflated, predictor == 2, spans)
+    return Bands(
+        shape, dtype, block, tiled, planes, deflated, predictor == 2, spans,
+        turn=turn if 1 <= turn <= 8 else 1,
+        white_is_zero=photometric == WHITE_IS_ZERO and samples == 1 and dtype.kind == "u",
+    )  # fmt: skip
 
 
 def _tags(file) -> tuple[ImageFileDirectory_v2, str]:
@@ -123,8 +138,9 @@ def _number(tags: ImageFileDirectory_v2, tag: int, *default: int) -> int:
     return _numbers(tags, tag, *default)[0]
 
 
-def read(data: bytes) -> np.ndarray:
-    """(H, W, bands) in the file's type. Raises Unusable, HeaderDamaged or ValueError."""
+def read(data: bytes) -> tuple[np.ndarray, bool]:
+    """(upright (H, W, bands) in the file's type, whether 0 is white). Raises Unusable,
+    HeaderDamaged or ValueError."""
     bands = header(io.BytesIO(data), len(data))
     height = bands.shape[0]
     values = np.zeros(bands.shape, bands.dtype.newbyteorder("="))
@@ -134,7 +150,14 @@ def read(data: bytes) -> np.ndarray:
         room = values[top : top + bands.block[0], left : left + bands.block[1]]
         part = room[..., band : band + 1] if bands.planes else room
         part[:] = block[: room.shape[0], : room.shape[1]]
-    return values
+    return _turned(values, bands.turn), bands.white_is_zero
+
+
+def _turned(values: np.ndarray, turn: int) -> np.ndarray:
+    """Upright, from rows and columns that begin where an orientation says (TIFF 6.0, section 8)."""
+    values = values.swapaxes(0, 1) if turn >= 5 else values
+    rows, columns = (slice(None, None, -1 if turn in those else 1) for those in BACKWARDS)
+    return values[rows, columns]
 
 
 def _block(bands: Bands, data: bytes, rows: int) -> np.ndarray:

@@ -177,8 +177,47 @@ def test_tiffs_of_bands_are_read_as_written(layout, dtype):
     np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-4)
 
 
+@pytest.mark.parametrize("turn", range(1, 9))
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_tiffs_of_any_depth_are_upright(turn, dtype):
+    """As Pillow has them of 8 bits."""
+    gray = SMOOTH[..., :1]
+    want = np.asarray(formats.decode_rgb(tiff(gray, more={274: [turn]}), channels=1))
+    values = gray.astype(dtype) * dtype(257 if dtype == np.uint16 else 1)
+    for data in (tiff(values, more={274: [turn]}), tiff(values.repeat(5, 2), more={274: [turn]})):
+        look = looked(data)
+        assert (look.height, look.width) == want.shape == ((80, 60) if turn >= 5 else (60, 80))
+        if look.treat == formats.ARRAY:
+            found = arrays.pixels(data)[..., -1] / (255 if dtype == np.float32 else 1)
+        else:
+            found = np.asarray(formats.decode_rgb(data, channels=1)).astype(float)
+        assert np.abs(found - want).max() < 0.51
+
+
+@pytest.mark.parametrize("bits", [8, 12, 16])
+@pytest.mark.parametrize("options", [{}, {"deflated": True}, {"order": ">"}])
+def test_where_zero_is_white_it_is_so_at_every_depth(bits, options):
+    """Pillow opens none of 16 bits with the big end first: that is an array."""
+    gray = SMOOTH[..., :1]
+    values = (gray / 255 * (2**bits - 1) + 0.5).astype(np.uint8 if bits == 8 else np.uint16)
+    data, deep = tiff(values, more={262: [0]}, **options), bits if bits == 12 else None
+    if looked(data).treat == formats.ARRAY:
+        found = arrays.pixels(data, deep)
+    else:
+        found = np.atleast_3d(formats.decode_rgb(data, bits=deep, channels=1)).astype(float)
+    assert np.abs(found - (255 - gray.astype(float))).max() < 1.01
+
+
+def test_floats_and_bands_have_no_white():
+    for values in (SMOOTH[..., :1].astype(np.float32), BANDS):
+        same = [arrays.pixels(tiff(values, more={262: [k]})) for k in (0, 1)]
+        assert np.array_equal(*same)
+
+
 CUT = {
     "LZW": (lambda: tiff(BANDS, compression=5), "5 bands compressed by LZW: store it uncompressed"),
+    "signed": (lambda: tiff(SMOOTH[..., :1], more={339: [2]}), "a TIFF of signed numbers: store"),
+    "signed bands": (lambda: tiff(BANDS, more={339: [2] * 5}), "of 5 bands of .* store uint8"),
     "tags cut": (lambda: tiff(BANDS)[:-40], "damaged header"),
     "no tags": (lambda: tiff(BANDS)[:4000], "damaged header"),
     "blocks cut": (
