@@ -372,8 +372,8 @@ def _other_order(tile: tuple):
 
 
 def as_plain(data: bytes) -> bytes:
-    """The bytes of an image, or Pillow's pixels of a JPEG or PNG that DALI reads otherwise than
-    Pillow, or ends the process by. Raises OSError if these cannot be had."""
+    """The bytes of an image, or Pillow's pixels of a JPEG or PNG that DALI decodes differently, or
+    that ends its process. Raises OSError if Pillow cannot decode it."""
     if data.startswith(JPEG_MAGIC):
         try:
             header = jpeg_header(data)
