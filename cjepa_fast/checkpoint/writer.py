@@ -96,6 +96,7 @@ class Saver:
         self._again = False
         self._saved: int | None = None  # the last step that came through, on rank 0
         self.best: int | None = None  # a step whose checkpoint is kept, and named RUN/best
+        self.best_saved: int | None = None  # on rank 0: the last best whose checkpoint is there
 
     @property
     def pending(self) -> bool:
@@ -152,12 +153,12 @@ class Saver:
     def point_at_best(self, step: int | None) -> bool:
         """From now on this step's checkpoint is the best, and named so. False where it is not in
         this folder (any more): then none is. The first rank's answer counts."""
-        self.best = None
+        self.best = self.best_saved = None
         if rank() != 0:
             return False
         name, there = self.folder.parent / "best", self.folder / f"step_{step or 0:08d}"
         if step is not None and there.is_dir():
-            self.best = step
+            self.best = self.best_saved = step
             try:
                 files.point(name, there)
             except OSError as error:  # the file system has no links
@@ -221,6 +222,7 @@ class Saver:
             return
         try:
             if self._step == self.best:
+                self.best_saved = self._step
                 files.point(self.folder.parent / "best", final)
             self._prune()
         except OSError as error:
@@ -254,7 +256,7 @@ class Saver:
         for old in stored.newest_first(self.folder.parent)[self.keep :]:
             step = stored.step_of(old)
             for_good = self.keep_period and step % self.keep_period == 0
-            if not for_good and step != self.best:
+            if not for_good and step not in (self.best, self.best_saved):
                 # No longer a checkpoint, whatever comes between: the next save clears it away.
                 gone = old.rename(self.folder / f".{old.name}.partial")
                 shutil.rmtree(gone, ignore_errors=True)

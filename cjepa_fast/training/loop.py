@@ -134,6 +134,7 @@ class Loop:
         self.best: dict = progress.get("best") or NONE_BEST
         if not distributed.from_rank_0(lambda: self.saver.point_at_best(self.best["step"])):
             self.best = NONE_BEST
+        self.best_before = NONE_BEST
         self.limits: list[float] = []  # of the next step's loss and gradient norm, where they count
         self._limit(progress.get("limits"))
 
@@ -263,12 +264,24 @@ class Loop:
             self.telemetry.message(f"target encoder after step {self.done}: {scores}")
             self.callbacks.on_evaluate(self.done, found)
         if self.done:
+            with self.telemetry.pause():
+                self._settle_best()
             score = {"knn": found.get("knn", NONE_BEST["knn"]), "step": self.done}
+            self.best_before = self.best
             self.best = distributed.from_rank_0(
                 lambda: max(self.best, score, key=lambda score: score["knn"])
             )
             self.saver.best = self.best["step"]
         return found
+
+    def _settle_best(self) -> None:
+        """Wait for a save under way. Where the best one's failed, the best before it is again."""
+        self.watch.mark("saving")
+        self.saver.finish()
+        saved = self.best["step"] in (self.saver.best_saved, self.done)
+        if distributed.rank() == 0 and not saved:  # the others take its best at an evaluation
+            self.best = self.best_before
+            self.saver.best = self.best["step"]
 
     def _best_is_named(self) -> None:
         """Of an evaluation that no save follows."""
@@ -408,9 +421,9 @@ class Loop:
         return 0 < minutes * 60 <= time.monotonic() - self.saved_s
 
     def _save(self, again: bool = False) -> None:
-        self.watch.mark("saving")
         with self.telemetry.pause():
             self.saved_s = time.monotonic()
+            self._settle_best()
             self.saver.begin(self.done, self._facts(), again)
 
     def _is_saved(self) -> bool:

@@ -209,6 +209,31 @@ def test_without_links_the_best_one_is_kept_and_that_said_once(tmp_path, saved, 
     assert f"{tmp_path / 'best'} cannot be made" in at_start
 
 
+def test_the_best_one_stays_until_its_successor_is_saved(tmp_path, made, monkeypatch):
+    """Where the save of that fails, and where an older one is named while the score comes in."""
+    _, save, said = made
+    save.keep, save.best = 1, 1
+    full = OSError(errno.ENOSPC, "No space left on device")
+    link = tmp_path / "best"
+    save.begin(1, {})
+    assert save.finish()
+    save.best = 2
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_tensors", lambda *args: (_ for _ in ()).throw(full))
+        save.begin(2, {})
+        assert not save.finish() and len(said) == 1
+    for step in (3, 4):
+        save.begin(step, {})
+        assert save.finish() and checkpoint.damage(link.resolve()) == []
+    save.best = 1
+    save.begin(5, {})
+    save.best = 6
+    assert save.finish() and link.resolve().name == "step_00000001"
+    save.begin(6, {})
+    assert save.finish() and link.resolve().name == "step_00000006"
+    assert [checkpoint.step_of(path) for path in checkpoint.newest_first(tmp_path)] == [6]
+
+
 def test_folders_that_cannot_be_synced_are_passed_over(tmp_path, monkeypatch):
     def invalid(descriptor):
         raise OSError(errno.EINVAL, "Invalid argument")

@@ -1,6 +1,7 @@
 """Evaluation while training: what it finds, when it may, and that the training is the same."""
 
 import contextlib
+import errno
 import functools
 import itertools
 import json
@@ -19,6 +20,7 @@ from cjepa_fast import config as configuration
 from cjepa_fast.data.sources import open_images
 from cjepa_fast.eval import features, online
 from cjepa_fast.eval.probes import knn, linear
+from cjepa_fast.runtime import files
 from cjepa_fast.runtime.watchdog import Watchdog
 from cjepa_fast.telemetry import read_log
 from cjepa_fast.training import learning
@@ -255,6 +257,27 @@ def test_the_best_is_found_again_when_a_run_goes_back(tmp_path, monkeypatch):
     away = [*back, "--set", f"run.dir={tmp_path / 'away'}", "--set", "run.epochs=3"]
     assert train.main(["--config", str(config), *sets, "--accept-changes", *away]) == 0
     assert (tmp_path / "away" / "best").resolve().name == "step_00000004"
+
+
+@pytest.mark.parametrize(("last", "best"), [(5.0, 2), (40.0, 6)])
+def test_a_best_one_that_could_not_be_saved_is_none(tmp_path, monkeypatch, last, best):
+    """Of step 4. What is best is sought among those before and after it."""
+    scores = iter([90.0, 30.0, 50.0, last])
+    monkeypatch.setattr(online, "_scores", lambda *args, **options: {"knn": next(scores)})
+    written = files.write_tensors
+
+    def full(tensors, path, *more):
+        if "step_00000004" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written(tensors, path, *more)
+
+    monkeypatch.setattr(files, "write_tensors", full)
+    sets = ["--set", "checkpoint.keep=1", "--set", "checkpoint.every_steps=1"]
+    assert train.main(["--config", str(write_config(tmp_path)), *sets]) == 0
+    run = tmp_path / "run"
+    assert checkpoint.damage(run / "best") == []
+    progress = checkpoint.state_of(checkpoint.latest(run))["progress"]
+    assert (run / "best").resolve().name == f"step_{best:08d}" and progress["best"]["step"] == best
 
 
 @pytest.mark.parametrize("step", [0, 2, 6])
