@@ -82,14 +82,15 @@ class Telemetry:
         self._said = Lines(self._line.message, folder / "events.jsonl")
         self._before_s, self._start_s = 0.0, time.perf_counter()
         fresh = not (folder / "log.jsonl").exists()
-        kept = drop_rows_after(folder / "log.jsonl", start_step, self.message)
+        last_kept = start_step or -1  # a start at step 0 evaluates that step again
+        kept = drop_rows_after(folder / "log.jsonl", last_kept, self.message)
         drop_rows_after(folder / BAD_STEPS, start_step, self.message)
         self._before_s = kept[-1].get("time_s", 0.0) if kept else 0.0
         self._log = Lines(self.message, folder / "log.jsonl")
         self._events: dict[str, Lines] = {}
         self._sinks: list[Sink | AsyncSink] = []
         if tensorboard:
-            self._sinks.append(TensorBoardSink(self.message, folder / "tensorboard", start_step))
+            self._sinks.append(TensorBoardSink(self.message, folder / "tensorboard", last_kept))
         services = [(kind, of) for kind, of in ((WandbSink, wandb), (MLflowSink, mlflow)) if of]
         own = self._service_id(fresh or start_step == 0)
         for kind, of in services:

@@ -50,8 +50,9 @@ def _counted(broken: dict[int, str]) -> str:
 
 
 def drop_rows_after(path: Path, step: int, say: Callable[[str], None]) -> list[dict]:
-    """Cut a log back to the rows up to `step`, and those of spikes that a run went back from;
-    returns them. The others and broken lines are set aside in files beside it; say is told."""
+    """Cut a log back to the rows up to `step` (-1: none), and those of spikes that a run went back
+    from; returns them. The others and broken lines are set aside in files beside it; say is told.
+    """
     if not path.exists():
         return []
     rows, broken = _parsed(path)
@@ -64,7 +65,8 @@ def drop_rows_after(path: Path, step: int, say: Callable[[str], None]) -> list[d
     if later:
         aside = _add(later, path.with_name(f"{path.name}.abandoned"))
         rows_later = "1 row" if len(later) == 1 else f"{len(later)} rows"
-        say(f"{path}: {rows_later} after step {step} moved to {aside}")
+        which = f"after step {step}" if step >= 0 else "of an earlier start"
+        say(f"{path}: {rows_later} {which} moved to {aside}")
     write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
     return kept
 

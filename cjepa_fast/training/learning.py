@@ -45,10 +45,11 @@ def learnt(rows: list[dict], config: Config) -> str | None:
     """Of a finished log, whether the features beat those before the first step; None where neither
     was evaluated (eval.online)."""
     scores = [(row["step"], row["knn"]) for row in rows if row.get("knn") is not None]
-    if len(scores) < 2 or scores[0][0] != 0:
+    later = [score for score in scores if score[0] > 0]
+    if not later or scores[0][0] != 0:
         return None
-    (_, start), (_, end) = scores[0], scores[-1]
-    step, best = max(scores[1:], key=lambda score: score[1])
+    (_, start), (_, end) = scores[0], later[-1]
+    step, best = max(later, key=lambda score: score[1])
     name = start_of(config)
     line = f"kNN: {name} {start:.1f} %, best {best:.1f} % (step {step}), at the end {end:.1f} %"
     if end < best - FALLEN:

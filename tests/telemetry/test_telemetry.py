@@ -204,6 +204,21 @@ def test_a_resumed_log_has_each_step_once(tmp_path, started, clock):
     assert read_log(tmp_path) == []
 
 
+def test_a_start_at_step_0_keeps_no_row_of_an_earlier_one(tmp_path, started):
+    """Its encoder is evaluated again. A rewind to step 0 keeps that row."""
+    out = started(tmp_path, tensorboard=True)
+    out.row(0, {"knn": 27.1})
+    out.close()
+    again = started(tmp_path, tensorboard=True)
+    said = [row["text"] for row in read_log(tmp_path / "events.jsonl")]
+    assert said[-1].endswith("1 row of an earlier start moved to log.jsonl.abandoned")
+    again.row(0, {"knn": 24.0})
+    again.back_to(0)
+    again.close()
+    assert [(row["step"], row["knn"]) for row in read_log(tmp_path)] == [(0, 24.0)]
+    assert scalars_of(tmp_path / "tensorboard")["knn"] == [(0, 24.0)]
+
+
 def test_broken_lines_are_left_out_aloud(tmp_path, capsys):
     text = '{"step": 1}\n{"st\n[]\n{"step": "x"}\n' + "[" * 100_000 + '\n{"step": 3}\n{"torn'
     (tmp_path / "log.jsonl").write_text(text)

@@ -25,6 +25,9 @@ def test_the_end_says_whether_the_features_beat_those_of_the_start():
     assert learning.learnt(resumed_copy, DEMO) is None
     said = learning.learnt(knn_rows(20.0, 30.0, 50.04), DEMO)
     assert said == "kNN: untrained 20.0 %, best 50.0 % (step 20), at the end 50.0 %"
+    twice = [{"step": 0, "knn": 27.1}, *knn_rows(27.1, 24.0, 24.5)]  # two starts at step 0
+    assert "best 24.5 % (step 20), at the end 24.5 %." in learning.learnt(twice, DEMO)
+    assert learning.learnt(twice[:2], DEMO) is None
     fallen = learning.learnt(knn_rows(20.0, 50.0, 45.0), DEMO)
     assert fallen.endswith("RUN/best is the better checkpoint")
     assert "fell" not in learning.learnt(knn_rows(20.0, 50.0, 49.0), DEMO)
