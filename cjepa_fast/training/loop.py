@@ -118,11 +118,6 @@ class Loop:
         self.compared = self.done >= EARLY * trainer.total_steps  # with the start
         left = trainer.total_steps - self.done
         self.pace = Pace(left * loader.accumulation, trainer.micro_batch * distributed.world_size())
-        self.bad = BadSteps(
-            self.config.run.max_bad_steps,
-            progress.get("skipped_steps", 0),
-            progress.get("skipped_in_row", 0),
-        )
         self.skipped_before: int = progress.get("skipped_images", 0)  # images, by all ranks
         self.skipped_here = 0  # by this rank, since this start
 
@@ -130,6 +125,11 @@ class Loop:
         self.done = state["step"]
         self.outcomes = Outcomes()
         progress = state.get("progress", {})
+        self.bad = BadSteps(
+            self.config.run.max_bad_steps,
+            progress.get("skipped_steps", 0),
+            progress.get("skipped_in_row", 0),
+        )
         self.spikes = Spikes(self.config.run.spike_z, progress.get("spikes"))
         self.best: dict = progress.get("best") or NONE_BEST
         if not distributed.from_rank_0(lambda: self.saver.point_at_best(self.best["step"])):

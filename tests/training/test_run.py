@@ -366,6 +366,38 @@ def test_a_spike_is_gone_back_from_and_its_images_passed_over(tmp_path, spike, c
     assert [row["step"] for row in kept] == [SPIKE]
 
 
+@pytest.fixture
+def early_spike(tmp_path, monkeypatch):
+    """Runs of 8 steps, which go back from a spike. The loss of step `at`, where it is made first,
+    is a thousand times what it is, its gradient not finite; a checkpoint comes every `saves`."""
+    monkeypatch.setattr(anomalies, "LEAST", 2)
+    whole = Trainer.step
+
+    def trained(at: int, saves: int):
+        steps = []
+
+        def spiking(self, batches, index, *more):
+            terms, applied = whole(self, batches, index, *more)
+            steps.append(index + 1)
+            if len(steps) == at:
+                terms["loss"], applied = terms["loss"] * 1000, False
+            return terms, applied
+
+        monkeypatch.setattr(Trainer, "step", spiking)
+        own = {"epochs": 4, "on_spike": "rewind", "spike_z": 50.0}
+        assert run(tiny.write_config(tmp_path, run=own, checkpoint={"every_steps": saves})) == 0
+        return steps, tmp_path / "run"
+
+    return trained
+
+
+def test_a_rewind_restores_the_counts_of_bad_steps(early_spike):
+    steps, folder = early_spike(at=5, saves=4)
+    assert steps == [1, 2, 3, 4, 5, 5, 6, 7, 8]
+    progress = checkpoint.state_of(checkpoint.latest(folder))["progress"]
+    assert (progress["skipped_steps"], progress["skipped_in_row"]) == (0, 0)
+
+
 def test_features_that_are_not_finite_are_no_collapse(tmp_path, capfd, monkeypatch):
     stats = {"feature_std": torch.tensor(math.nan), "rankme": torch.tensor(math.nan)}
     monkeypatch.setattr(trainer, "representation_stats", lambda features: stats)
