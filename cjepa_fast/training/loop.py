@@ -341,17 +341,21 @@ class Loop:
 
     def _went_back(self, outcomes: Iterator[StepOutcome]) -> bool:
         """Whether one of them was a spike that the run has gone back from."""
-        return any(self._is_anomaly(one) and self._rewound(one.step) for one in outcomes)
+        for one in outcomes:
+            if good := self._anomaly(one):
+                self._rewind(good)
+                return True
+        return False
 
-    def _is_anomaly(self, outcome: StepOutcome) -> bool:
+    def _anomaly(self, outcome: StepOutcome) -> Path | None:
         """Tell and write down, with its images, a step that was not applied or stands out.
 
-        Returns whether it is a spike to go back from.
+        Returns the checkpoint to go back to, where it is a spike to go back from.
         """
         spike = self.spikes.check(outcome)
         self.bad.note(outcome.applied)
         if outcome.applied and not spike:
-            return False
+            return None
         if spike:
             text = f"step {outcome.step} is a spike: {spike}"
         elif math.isfinite(outcome.loss) and math.isfinite(outcome.grad_norm):
@@ -366,10 +370,17 @@ class Loop:
             "applied": outcome.applied,
             "images": list(itertools.chain(*distributed.from_all(names))),
         }
-        if rewinding := spike is not None and self.config.run.on_spike == "rewind":
+        rewinding = spike is not None and self.config.run.on_spike == "rewind"
+        good = self._newest_before(outcome.step) if rewinding else None
+        if good:
             row["rewound"] = True  # its images are passed over: no later step tells of them
         self.telemetry.event(BAD_STEPS, row, text)
-        return rewinding
+        if rewinding and not good:
+            self.telemetry.message(
+                f"no checkpoint before step {outcome.step} that has not been gone back to "
+                f"{MOST_REWINDS} times: resuming"
+            )
+        return good
 
     def _limit(self, saved: list[float | None] | None = None) -> None:
         """saved: a checkpoint's, null for infinity."""
@@ -378,17 +389,8 @@ class Loop:
             self.limits = own or list(self.spikes.limits())
             self.trainer.engine.limit(*self.limits)
 
-    def _rewound(self, spike: int) -> bool:
-        """Go back to the newest checkpoint before step `spike`; its images are passed over."""
-        self.watch.mark("rewinding")
-        self.saver.finish()
-        good = distributed.from_rank_0(lambda: self._newest_before(spike))
-        if good is None:
-            self.telemetry.message(
-                f"no checkpoint before step {spike} that has not been gone back to {MOST_REWINDS} "
-                "times: resuming"
-            )
-            return False
+    def _rewind(self, good: Path) -> None:
+        """Go back to a checkpoint; the images of the steps after it are passed over."""
         step = checkpoint.step_of(good)
         self.rewinds[step] += 1
         if distributed.rank() == 0:
@@ -404,9 +406,14 @@ class Loop:
             f"rewound to step {step}; the images of the {passed_over} steps after it are passed "
             "over"
         )
-        return True
 
     def _newest_before(self, step: int) -> Path | None:
+        """The newest checkpoint before `step`, None where it has been gone back to often enough."""
+        self.watch.mark("rewinding")
+        self.saver.finish()
+        return distributed.from_rank_0(lambda: self._good_before(step))
+
+    def _good_before(self, step: int) -> Path | None:
         for path in checkpoint.newest_first(self.folder):
             if checkpoint.step_of(path) < step and not checkpoint.damage(path):
                 return path if self.rewinds[checkpoint.step_of(path)] < MOST_REWINDS else None

@@ -24,7 +24,7 @@ from cjepa_fast.data.sources import open_images
 from cjepa_fast.model.jepa import JEPA
 from cjepa_fast.runtime import distributed, files, run_lock
 from cjepa_fast.runtime.watchdog import INDEXING, Watchdog
-from cjepa_fast.telemetry.rows import drop_rows_after
+from cjepa_fast.telemetry.rows import drop_rows_after, read_log
 from cjepa_fast.training import anomalies, build, learning, start, trainer
 from cjepa_fast.training.callbacks import Callback
 from cjepa_fast.training.loop import Loop
@@ -396,6 +396,15 @@ def test_a_rewind_restores_the_counts_of_bad_steps(early_spike):
     assert steps == [1, 2, 3, 4, 5, 5, 6, 7, 8]
     progress = checkpoint.state_of(checkpoint.latest(folder))["progress"]
     assert (progress["skipped_steps"], progress["skipped_in_row"]) == (0, 0)
+
+
+@pytest.mark.parametrize(("saves", "rewound"), [(4, True), (0, False)])
+def test_a_spike_says_whether_it_was_gone_back_from(early_spike, capfd, saves, rewound):
+    """Before the first checkpoint it cannot be: a resume makes such a step anew."""
+    steps, folder = early_spike(at=5, saves=saves)
+    (row,) = read_log(folder / "bad_steps.jsonl")
+    assert row["step"] == 5 and ("rewound" in row) == rewound and len(steps) == 8 + rewound
+    assert ("no checkpoint before step 5" in capfd.readouterr().out) != rewound
 
 
 def test_features_that_are_not_finite_are_no_collapse(tmp_path, capfd, monkeypatch):
