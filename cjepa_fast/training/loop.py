@@ -143,13 +143,14 @@ class Loop:
         finished = self.done >= self.trainer.total_steps
         if self.online and (not self.done or (finished and self.online.owed)):
             found = self._evaluate()
-            if found is None:
+            if found is not None:
+                self.telemetry.row(self.done, found)
+                self._best_is_named()
+                if finished:
+                    self._save(again=True)
+            elif not finished:
                 self.telemetry.message("stopped in an evaluation, which is made after a resume")
                 return 0
-            self.telemetry.row(self.done, found)
-            self._best_is_named()
-            if finished:
-                self._save(again=True)
         if finished:
             return self._end()
         compiling = ", and its compilation" * (self.config.run.compile != "none")

@@ -300,6 +300,11 @@ def test_a_stop_is_heard_between_its_batches_and_it_is_made_up_for(tmp_path, mon
     run = tmp_path / "run"
     newest = checkpoint.latest(run)
     assert newest is None if step == 0 else checkpoint.step_of(newest) == step
+    if step == 6:  # stopped again
+        seen.clear()
+        evaluations = itertools.count(step)
+        assert train.main(["--config", str(config), "--resume", "auto"]) == 0
+        assert seen == [step] and load_encoder(run / "encoder.safetensors").width == 24
     monkeypatch.setattr(online.OnlineEvaluation, "_batches", batches)
     assert train.main(["--config", str(config), "--resume", "auto"]) == 0
     marked = [row["step"] for row in read_log(run) if row.keys() >= MARKS]
