@@ -390,5 +390,8 @@ def complete_config(
             f"deepspeed.zero_optimization.zero_hpz_partition_size = {within_nodes}: must divide "
             f"the {world_size()} ranks; take the GPUs of a node"
         )
+    if precision == "bf16" and accumulation > 1 and zero.get("stage", 0) >= 2:
+        # As one rank does. Stage 0 refuses it, and stage 1 takes another of its optimisers for it.
+        config.setdefault("data_types", {"grad_accum_dtype": "fp32"})
     config["zero_optimization"] = zero
     return config
