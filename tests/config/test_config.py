@@ -524,7 +524,9 @@ TABLE = {
     "vit_g.json": (1408, 40, 16, 16, 300, 16, 224),
     "ijepa_h.json": (1280, 32, 16, 12, 300, 14, 224),
 }
-SMALL = {"demo.json", "cifar10_vit_t.json", "imagenette128_vit_s.json"}
+SMALL = {
+    "demo.json", "cifar10_vit_t.json", "cifar10_vit_t_long.json", "imagenette128_vit_s.json",
+}  # fmt: skip
 # Encoders of the known ViTs at patch 16: published counts minus class token, positions and head.
 MILLIONS = {"vit_t.json": 5.486, "vit_s.json": 21.590, "vit_b.json": 85.647, "vit_l.json": 303.099}
 
@@ -692,7 +694,8 @@ def test_the_table_of_rates_is_that_of_the_files():
     rows = re.findall(r"\| `(\w+\.json)`[^|]*\| ([\d.]+) \| (\d+) \| ([\d.]+) \| ([\d,]+) \|", text)
     assert {name for name, *_ in rows} == {*SMALL, "vit_b.json", "vit_h.json"}
     images = {"vit_b.json": 1_281_167, "vit_h.json": 1_281_167, "imagenette128_vit_s.json": 9_469,
-              "cifar10_vit_t.json": 50_000, "demo.json": 8_192}  # fmt: skip
+              "cifar10_vit_t.json": 50_000, "cifar10_vit_t_long.json": 50_000,
+              "demo.json": 8_192}  # fmt: skip
     for name, lr, batch, per_256, steps in rows:
         made = load(name)
         assert (made.optim.lr, made.data.batch_size) == (float(lr), int(batch))

@@ -30,7 +30,7 @@ from cjepa_fast.training.build import build_masks, model_sizes
 
 CPU = torch.device("cpu")
 CONTEXTS = ((), ("mask.context=fixed",))
-FOR_A_CPU = {"demo.json", "cifar10_vit_t.json"}
+FOR_A_CPU = {"demo.json", "cifar10_vit_t.json", "cifar10_vit_t_long.json"}
 
 
 class Chooser:
