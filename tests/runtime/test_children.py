@@ -17,8 +17,9 @@ print("ready", flush=True)
 time.sleep(600)
 """
 PARENT = f"""
-import subprocess, sys
+import signal, subprocess, sys
 from cjepa_fast.runtime import children
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
 command = [sys.executable, "-c", {CHILD!r}]
 child = subprocess.Popen(command, env=children.environment(), stdout=subprocess.PIPE)
 child.stdout.readline()

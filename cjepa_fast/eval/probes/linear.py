@@ -192,8 +192,8 @@ def add_sweep(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--optimizer", choices=GRIDS, default="lars", help="lars: the paper's")
     parser.add_argument("--epochs", type=cli.positive, default=EPOCHS)
     parser.add_argument("--probe-batch-size", dest="batch", type=cli.positive, metavar="N",
-                        help="default: 16384, or 1/78 of a small set. LARS's rates are times "
-                        "16384/256 by default, times N/256 with N")  # fmt: skip
+                        help="default: 16384, or 1/78 of a small set, with LARS's learning rates "
+                        "times 64; with N they are times N/256")  # fmt: skip
     parser.add_argument("--sweep", type=values, nargs="+", metavar="NAME=LIST",
                         help="such as lr=0.01,0.05 wd=0; of lbfgs C=0.1,1")  # fmt: skip
     parser.add_argument("--layers", type=layer_list, default=[1, 4], metavar="LIST",
