@@ -21,7 +21,14 @@ from pathlib import Path
 import torch
 
 from cjepa_fast import config
-from cjepa_fast.checkpoint.encoders import crop_of, limits_of, load_encoder, located, run_of
+from cjepa_fast.checkpoint.encoders import (
+    crop_of,
+    held_in,
+    limits_of,
+    load_encoder,
+    located,
+    run_of,
+)
 from cjepa_fast.data import locations, rng
 from cjepa_fast.data.sources import LIMITS, ImageSet, Limits, NothingUsable, open_images
 from cjepa_fast.eval.features import digest, extract, split_by_name
@@ -178,9 +185,11 @@ def inside(checkpoint: str | Path) -> str | None:
 def encoders_of(args: argparse.Namespace) -> dict[str, Encoder]:
     """By the name of their row: the untrained one first, where it is asked for.
 
-    args.weights becomes the digest of the trained one's, for `report`: CHECKPOINT may move on.
+    For `report`, args.weights becomes the digest of the trained one's, as CHECKPOINT may move on,
+    and args.which the one that CHECKPOINT holds, where that is a file of one encoder.
     """
     trained = load_encoder(args.checkpoint, args.which)
+    args.which = held_in(args.checkpoint, args.which)
     args.weights = digest(trained)
     fresh = {"untrained": fresh_like(trained, args.seed)} if args.untrained else {}
     return {**fresh, "trained": trained}

@@ -450,6 +450,12 @@ def test_an_export_shows_the_encoder_that_it_holds(run, data, tmp_path):
         assert drawn.startswith(f"{which} encoder\n")
 
 
+def test_a_file_of_the_context_encoder_is_recorded_as_such(run, data):
+    for name in ("encoder", "context_encoder"):
+        assert main(["knn", str(run / f"{name}.safetensors"), "--data", str(data)]) == 0
+    assert [record["which"] for record in cli.records(run)] == ["target", "context"]
+
+
 def test_what_is_written_is_of_the_weights_that_were_read(run, data, monkeypatch):
     """Though the folder holds others by the time that the figures are there."""
     read = features.digest(load_encoder(run))
