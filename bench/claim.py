@@ -179,7 +179,7 @@ def trial_record(args: argparse.Namespace, ablation: ablate.Ablation, trial: abl
     ablate.start(ablation, trial, {"OMP_NUM_THREADS": "1"}).wait()
     if not trial.finished:
         raise RuntimeError(f"{trial.folder}: the training failed; see said.txt there")
-    config = configuration.read(trial.folder)
+    config = configuration.load_run(trial.folder)
     evaluated = [row["step"] for row in ablate.scores_of(trial)]  # untrained, then once a unit
     found = []
     for step in (evaluated[times] for times in READINGS if times < len(evaluated)):

@@ -80,7 +80,7 @@ def on_torch(tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
 def ours_batches(loader: Loader) -> Iterator[torch.Tensor]:
     with contextlib.closing(loader):
         for batch in loader.iterate(0):
-            yield batch.images_B3HW
+            yield batch.images_BCHW
 
 
 def timed_turn(

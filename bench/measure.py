@@ -230,7 +230,7 @@ def decoding_row(loader: Loader, device: torch.device, steps: int, warmup: int) 
     clock.mark()
     images, began = 0, time.perf_counter()
     for _ in range(steps):
-        images += len(next(batches).images_B3HW)
+        images += len(next(batches).images_BCHW)
         clock.mark()
     step_ms = clock.step_ms()
     took_s = time.perf_counter() - began

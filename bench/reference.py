@@ -144,7 +144,7 @@ class ReferenceTrainer:
         self.optimizer = torch.optim.AdamW(groups, betas=config.betas, eps=config.eps)
 
     def loss(self, batch: Batch) -> torch.Tensor:
-        images, masks = batch.images_B3HW.float(), batch.masks
+        images, masks = batch.images_BCHW.float(), batch.masks
         context_idx, target_idx = masks.context_idx_BK.long(), masks.target_idx_BMP.long()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             with torch.no_grad():

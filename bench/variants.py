@@ -148,7 +148,7 @@ def main(argv: list[str]) -> int:
         if VARIANTS[which].only not in ("", Path(name).stem):
             continue
         rows += measured(name, which, args)
-        print(f"{name}, {told(rows[-1])}", file=sys.stderr, flush=True)
+        print(f"{name}, {describe(rows[-1])}", file=sys.stderr, flush=True)
         if args.json:
             write(rows, args.json)
         if recording_is_open():
@@ -164,7 +164,7 @@ def main(argv: list[str]) -> int:
     return int(any("failed" in row for row in rows))
 
 
-def told(row: dict) -> str:
+def describe(row: dict) -> str:
     figures = "{variant}: {images_per_s:.0f} images/s, {step_ms:.1f} ms"
     return row.get("failed") or figures.format_map(row)
 

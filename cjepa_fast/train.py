@@ -57,7 +57,7 @@ def pretrain(
     over |= {"run.epochs": epochs} if epochs is not None else {}
     call = 'cjepa_fast.pretrain(..., resume="auto")'
     options = Options(resume=resume, accept_changes=accept_changes, resume_with=call)
-    session = Session(configuration.of(config, over), options)
+    session = Session(configuration.from_values(config, over), options)
     try:
         with _generators_kept():
             return Run(session.folder, train(session, callbacks))
@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
         resume=args.resume, accept_changes=args.accept_changes, dry_run=args.dry_run,
         masks=args.masks, quiet=args.quiet, command_line=given, resume_with=resume_command(),
     )  # fmt: skip
-    with failures.told(options) as told:
+    with failures.report_failures(options) as told:
         with start.input_errors():
             told.session = Session(configuration.load(args.config, args.overrides), options)
         if args.print_config:

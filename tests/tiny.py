@@ -121,12 +121,12 @@ def free_port(low: int = 20000, high: int = 30000) -> int:
 def save(folder: Path, engine, step: int, encoder_json: str = "{}") -> Path:
     """An engine's checkpoint in a run's folder, written at once; every rank calls it."""
     from cjepa_fast.checkpoint.writer import Saver
-    from cjepa_fast.runtime.distributed import from_all
+    from cjepa_fast.runtime.distributed import all_gather_objects
 
     saver = Saver(folder / "checkpoints", engine, encoder_json, keep=9)
     saver.begin(step, {})
     saver.finish()
-    from_all(None)  # rank 0 has named it
+    all_gather_objects(None)  # rank 0 has named it
     return folder / "checkpoints" / f"step_{step:08d}"
 
 

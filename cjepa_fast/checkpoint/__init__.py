@@ -1,11 +1,11 @@
 """A training's state on disk: written, verified, restored; and the encoders taken from it."""
 
 from cjepa_fast.checkpoint.format import (
-    Stored,
-    candidates,
+    StoredCheckpoint,
     damage,
     latest,
     newest_first,
+    resume_candidates,
     set_aside_later_than,
     state_of,
     step_of,
@@ -13,6 +13,14 @@ from cjepa_fast.checkpoint.format import (
 from cjepa_fast.checkpoint.restore import differences, restore
 
 __all__ = [
-    "Stored", "candidates", "damage", "differences", "latest", "newest_first", "restore",
-    "set_aside_later_than", "state_of", "step_of",
+    "StoredCheckpoint",
+    "damage",
+    "differences",
+    "latest",
+    "newest_first",
+    "restore",
+    "resume_candidates",
+    "set_aside_later_than",
+    "state_of",
+    "step_of",
 ]  # fmt: skip

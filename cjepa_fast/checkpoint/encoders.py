@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from cjepa_fast.checkpoint import Stored, damage, latest, state_of
+from cjepa_fast.checkpoint import StoredCheckpoint, damage, latest, state_of
 from cjepa_fast.checkpoint.pretrained import CROP, PretrainedEncoder
 from cjepa_fast.data.sources import LIMITS, Limits
 from cjepa_fast.interop import huggingface, ijepa
@@ -173,7 +173,9 @@ def _read(path: Path, which: str) -> Encoder:
         raise FileNotFoundError(f"{path}: neither a checkpoint nor {final.name} is there")
     if damaged := damage(checkpoint):
         raise ValueError("\n".join([*damaged, "give another checkpoint of the run instead"]))
-    return _build_encoder(checkpoint / "encoder.json", Stored(checkpoint).encoder_weights(which))
+    return _build_encoder(
+        checkpoint / "encoder.json", StoredCheckpoint(checkpoint).encoder_weights(which)
+    )
 
 
 def load_encoders(path: str | os.PathLike) -> dict[str, Encoder]:
@@ -240,7 +242,7 @@ def is_run(folder: Path) -> bool:
 
 def are_of(checkpoint: Path, run: Path) -> bool:
     """Whether the final encoders that a run has, if any, are those of this checkpoint."""
-    stored = Stored(checkpoint)
+    stored = StoredCheckpoint(checkpoint)
     return all(
         _holds(path, stored.encoder_weights(which))
         for which, name in FINAL.items()

@@ -143,38 +143,38 @@ def state_of(path: Path) -> dict:
         raise FileNotFoundError(f"{path} is not a checkpoint: it has no state.json") from None
 
 
-class Stored:
+class StoredCheckpoint:
     """A checkpoint on disk: its state and its fragments, read by range."""
 
     def __init__(self, path: Path):
         self.path, self.state = path, state_of(path)
-        # Each shard is opened once: under ZeRO-3 every rank has a run of every parameter.
+        # Each shard is opened once: under ZeRO-3 every rank has a slice of every parameter.
         self._shards: dict[Path, Any] = {}
-        self.runs: dict[tuple[str, str], list[tuple[int, Path, str]]] = {}
+        self.slices: dict[tuple[str, str], list[tuple[int, Path, str]]] = {}
         for shard in sorted(path.glob("shard_*.safetensors")):
             with reading(shard):
                 self._shards[shard] = safe_open(shard, "pt")
                 for key in self._shards[shard].keys():  # noqa: SIM118 (not a dict)
                     kind, _, rest = key.partition("/")
                     name, _, start = rest.rpartition("@")
-                    self.runs.setdefault((kind, name), []).append((int(start), shard, key))
+                    self.slices.setdefault((kind, name), []).append((int(start), shard, key))
 
-    def _stored_runs(self, kind: str, name: str) -> Iterator[tuple[int, Any]]:
+    def _stored_slices(self, kind: str, name: str) -> Iterator[tuple[int, Any]]:
         """The first value's number and the values, of which only what is cut out is read."""
-        if (kind, name) not in self.runs:
+        if (kind, name) not in self.slices:
             raise ValueError(f"{self.path} holds no {kind} of {name}: was it saved by this model?")
-        for start, shard, key in sorted(self.runs[kind, name]):
+        for start, shard, key in sorted(self.slices[kind, name]):
             with reading(shard):
                 yield start, self._shards[shard].get_slice(key)
 
     def whole(self, kind: str, name: str) -> torch.Tensor:
         """A parameter's flattened values, all of them."""
-        return torch.cat([values[:] for _, values in self._stored_runs(kind, name)])
+        return torch.cat([values[:] for _, values in self._stored_slices(kind, name)])
 
     def read_into(self, kind: str, fragment) -> None:
-        """Fill a fragment from whatever runs of the parameter were stored."""
+        """Fill a fragment from whatever slices of the parameter were stored."""
         end, filled = fragment.start + len(fragment.values), 0
-        for start, values in self._stored_runs(kind, fragment.name):
+        for start, values in self._stored_slices(kind, fragment.name):
             size = values.get_shape()[0]
             low, high = max(start, fragment.start), min(start + size, end)
             if low < high:
@@ -192,7 +192,7 @@ class Stored:
         if self.state["world_size"] != world_size():
             return
         for device, setter in (("cpu", torch.set_rng_state), ("cuda", torch.cuda.set_rng_state)):
-            for start, shard, key in self.runs.get(("generator", device), []):
+            for start, shard, key in self.slices.get(("generator", device), []):
                 if start == rank() and (device == "cpu" or hardware.has_gpu()):
                     with reading(shard):
                         setter(self._shards[shard].get_tensor(key))
@@ -202,14 +202,14 @@ class Stored:
         kind, prefix = {"target": ("ema", ""), "context": ("master", "encoder.")}[which]
         return {
             name[len(prefix) :]: self.whole(kind, name)
-            for stored_kind, name in self.runs
+            for stored_kind, name in self.slices
             if stored_kind == kind and name.startswith(prefix)
         }
 
 
-def candidates(run: Path, resume: str | None) -> list[Path]:
+def resume_candidates(run: Path, resume: str | None) -> list[Path]:
     """Checkpoints to resume from, the first that is complete: "auto" is the run's, newest first;
-    else a path, to one or to another run. None where nothing is to be resumed, or nothing there.
+    else a path, to one or to another run. Empty where nothing is to be resumed or nothing is there.
 
     Raises FileNotFoundError for a path that holds none.
     """

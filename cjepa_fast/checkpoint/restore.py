@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from cjepa_fast.checkpoint.format import Stored
+from cjepa_fast.checkpoint.format import StoredCheckpoint
 from cjepa_fast.checkpoint.owned import SavedEngine
 
 
@@ -11,7 +11,7 @@ def restore(path: Path, engine: SavedEngine) -> dict:
 
     Raises ValueError naming the first parameter that is missing or of another size.
     """
-    stored = Stored(path)
+    stored = StoredCheckpoint(path)
     for owned in engine.state():
         stored.read_into("master", owned.master)
         for moment, values in owned.moments.items():

@@ -25,7 +25,7 @@ from cjepa_fast.checkpoint import format as stored
 from cjepa_fast.checkpoint.format import Receipt
 from cjepa_fast.checkpoint.owned import SavedEngine
 from cjepa_fast.runtime import files
-from cjepa_fast.runtime.distributed import from_all, rank, world_size
+from cjepa_fast.runtime.distributed import all_gather_objects, rank, world_size
 
 
 class Worker:
@@ -132,7 +132,7 @@ class Saver:
             return
         self._worker.wait()
         self._writing = False
-        outcomes = from_all(self._outcome)
+        outcomes = all_gather_objects(self._outcome)
         if rank() != 0:
             return
         failures = [outcome for outcome in outcomes if isinstance(outcome, str)]

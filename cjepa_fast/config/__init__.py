@@ -1,24 +1,24 @@
 """The configuration of a training: its schema, how it is read, and what is checked."""
 
 from cjepa_fast.config.load import (
-    as_begun,
-    completed,
+    check_path_set,
+    check_paths_set,
     configs_folder,
-    expanded,
+    expand_path,
     find,
+    from_values,
     image_paths,
+    keep_saved_values,
     load,
-    of,
-    read,
-    refuse_unset,
-    refuse_unset_in,
+    load_run,
     validate,
+    with_saved_defaults,
 )
 from cjepa_fast.config.resolve import (
-    told_epochs,
-    told_micro_batch,
-    told_rate,
-    told_start,
+    epochs_message,
+    lr_message,
+    micro_batch_message,
+    warmup_message,
     with_epochs,
 )
 from cjepa_fast.config.schema import (
@@ -31,8 +31,27 @@ from cjepa_fast.config.schema import (
 )
 
 __all__ = [
-    "MODEL_NAMES", "Config", "ConfigError", "DataSection", "Section", "as_begun", "completed",
-    "configs_folder", "expanded", "find", "image_paths", "load", "micro_batches", "of", "read",
-    "refuse_unset", "refuse_unset_in", "told_epochs", "told_micro_batch", "told_rate", "told_start",
-    "validate", "with_epochs",
-]  # fmt: skip
+    "MODEL_NAMES",
+    "Config",
+    "ConfigError",
+    "DataSection",
+    "Section",
+    "check_path_set",
+    "check_paths_set",
+    "configs_folder",
+    "epochs_message",
+    "expand_path",
+    "find",
+    "from_values",
+    "image_paths",
+    "keep_saved_values",
+    "load",
+    "load_run",
+    "lr_message",
+    "micro_batch_message",
+    "micro_batches",
+    "validate",
+    "warmup_message",
+    "with_epochs",
+    "with_saved_defaults",
+]

@@ -49,7 +49,7 @@ REFUSED_OF_DEEPSPEED: dict[str, tuple[tuple, str]] = {
 }
 
 
-def impossible(config: Config) -> Iterator[str]:
+def find_problems(config: Config) -> Iterator[str]:
     """What no single key shows to be wrong."""
     data, mask, model, optim = config.data, config.mask, config.model, config.optim
     yield from _impossible_grid(config)
@@ -102,7 +102,7 @@ def impossible(config: Config) -> Iterator[str]:
             'predictor.mode = "one_pass": not with mask.context = "packed", which cuts '
             'its sequences another way; take "fixed" or "random"'
         )
-    if not config.loss.prediction_weight and not config.loss.regularised_by.beta:
+    if not config.loss.prediction_weight and not config.loss.active_regulariser.beta:
         yield (
             f"loss.prediction_weight = 0: with loss.{config.loss.regulariser}.beta = 0 nothing is "
             "left to train on; set one of them above 0"

@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from cjepa_fast.config.checks import impossible
+from cjepa_fast.config.checks import find_problems
 from cjepa_fast.config.resolve import refuse_both, with_rate, without_rival
 from cjepa_fast.config.schema import Config, ConfigError, DataSection, Section
 from cjepa_fast.runtime import json_text
@@ -25,7 +25,7 @@ from cjepa_fast.runtime.printable import printable
 
 # pydantic's names of what data.path, data.image_size and run.epochs may be
 FORMS = ("str", "tuple[str, ...]", "side", "height, width", "epochs-number", "word")
-NOT_EXPANDED = re.compile(r"\$(?:\w+|\{\w+\})|^~[^/]*")  # of a path: what `expanded` left
+NOT_EXPANDED = re.compile(r"\$(?:\w+|\{\w+\})|^~[^/]*")  # of a path: what `expand_path` left
 MOST_SHOWN = 160  # characters of a value in a message
 
 
@@ -42,7 +42,7 @@ def load(name: str, overrides: Sequence[str] = ()) -> Config:
     return validate(values, file.stem)
 
 
-def of(source: str | Path | dict | Config, overrides: Mapping[str, Any]) -> Config:
+def from_values(source: str | Path | dict | Config, overrides: Mapping[str, Any]) -> Config:
     """The configuration of a file (as in `load`) or of values, with {"key.path": value} laid over
     it; a value may be a dict of keys below. Raises ConfigError."""
     if isinstance(source, Config):
@@ -92,7 +92,7 @@ def validate(values: dict, name: str = "run") -> Config:
         raise ConfigError("\n".join(lines)) from None
     except RecursionError:
         raise ConfigError("the configuration is nested too deeply") from None
-    problems = list(impossible(config))
+    problems = list(find_problems(config))
     if problems:
         raise ConfigError("\n".join(problems))
     run = config.run.model_copy(update={"dir": config.run.dir.replace("{config}", name)})
@@ -112,19 +112,19 @@ def _refuse_other_bytes(key: str, value: Any) -> None:
         )
 
 
-def read(run: Path) -> Config:
+def load_run(run: Path) -> Config:
     """The configuration a run was made with, from its folder. Raises ConfigError."""
-    return validate(completed(_read(run / "config.json")))
+    return validate(with_saved_defaults(_read(run / "config.json")))
 
 
-def completed(saved: dict, section: type[Section] = Config) -> dict:
+def with_saved_defaults(saved: dict, section: type[Section] = Config) -> dict:
     """A saved configuration with the keys that came later, each at what the code did before."""
     values = dict(saved)
     for key, field in section.model_fields.items():
         inner = field.annotation
         if isinstance(inner, type) and issubclass(inner, Section):
             part = values.get(key, {})
-            values[key] = completed(part, inner) if isinstance(part, dict) else part
+            values[key] = with_saved_defaults(part, inner) if isinstance(part, dict) else part
         elif key not in values:
             values[key] = _was(field, field.get_default(call_default_factory=True))
     return values
@@ -135,8 +135,8 @@ def _was(field: FieldInfo, otherwise: Any) -> Any:
     return extra.get("was", otherwise) if isinstance(extra, dict) else otherwise
 
 
-def as_begun(config: Config, saved: dict) -> Config:
-    """The configuration of a resumed run; `saved`: the one of its checkpoint, completed.
+def keep_saved_values(config: Config, saved: dict) -> Config:
+    """The configuration of a resumed run; `saved`: the one of its checkpoint, with its defaults.
 
     A key that the user has not set, and whose default is another than when the run began, keeps
     the value of then; and what "auto" became stays as it is.
@@ -274,12 +274,12 @@ def _nearest_word(error: dict) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def expanded(path: str) -> str:
+def expand_path(path: str) -> str:
     """A path with ~ and environment variables put in."""
     return os.path.expandvars(os.path.expanduser(path))
 
 
-def refuse_unset(config: Config) -> None:
+def check_paths_set(config: Config) -> None:
     """Raises ConfigError for a path in which a variable that is not set, or the home of a user who
     is not there, would become the name of a folder."""
     online = config.eval.online
@@ -288,18 +288,18 @@ def refuse_unset(config: Config) -> None:
     keys = ("data", "test", "labels", "test_labels")
     named += [(f"eval.online.{key}", getattr(online, key) or "") for key in keys]
     for key, path in named:
-        refuse_unset_in(key, path)
+        check_path_set(key, path)
 
 
-def refuse_unset_in(key: str, path: str) -> None:
+def check_path_set(key: str, path: str) -> None:
     """The same of one path. What is there under such a name is taken."""
-    left = NOT_EXPANDED.search(expanded(path))
-    if left and not os.path.lexists(expanded(path)):
+    left = NOT_EXPANDED.search(expand_path(path))
+    if left and not os.path.lexists(expand_path(path)):
         what = "no such user" if left[0].startswith("~") else "this variable is not set"
         raise ConfigError(f"{key} = {json.dumps(path)}: {left[0]}: {what}")
 
 
 def image_paths(data: DataSection) -> list[str]:
-    """data.path, one or several, each `expanded`."""
+    """data.path, one or several, each `expand_path`."""
     paths = [data.path] if isinstance(data.path, str) else data.path
-    return list(map(expanded, paths))
+    return list(map(expand_path, paths))

@@ -34,7 +34,7 @@ def with_rate(config: Config) -> Config:
     return config.model_copy(update={"optim": optim.model_copy(update={"lr": rate})})
 
 
-def told_rate(config: Config) -> str | None:
+def lr_message(config: Config) -> str | None:
     """For the start of a training; None where the rate was given as it is."""
     optim = config.optim
     if optim.lr_per_256 is None:
@@ -45,7 +45,7 @@ def told_rate(config: Config) -> str | None:
     )
 
 
-def told_start(config: Config) -> str | None:
+def warmup_message(config: Config) -> str | None:
     """A warning where the warm-up goes down."""
     optim = config.optim
     if optim.start_lr <= optim.lr or not optim.warmup_epochs:
@@ -56,7 +56,7 @@ def told_start(config: Config) -> str | None:
     )
 
 
-def told_micro_batch(config: Config, world_size: int) -> str | None:
+def micro_batch_message(config: Config, world_size: int) -> str | None:
     """A warning where the ranks' shares of the batch divide into far smaller micro-batches than
     they may be: a step is slow then, and the regulariser's statistics are of few images."""
     data = config.data
@@ -90,7 +90,7 @@ def auto_epochs(steps_per_epoch: int) -> int:
     return min(max(math.ceil(AUTO_STEPS / steps_per_epoch), LEAST_EPOCHS), MOST_EPOCHS)
 
 
-def told_epochs(epochs: int, steps_per_epoch: int) -> str:
+def epochs_message(epochs: int, steps_per_epoch: int) -> str:
     """Of what "auto" became."""
     return f"run.epochs {epochs}: auto, {epochs * steps_per_epoch:,} steps"
 

@@ -48,7 +48,7 @@ def later(default: Any, *, was: Any, **described: Any) -> Any:
     """A field whose key, or whose default, came later than some saved run.
 
     was: what the code did before: a run that lacks the key did that, and one that has it by an
-    earlier default keeps it. See load.as_begun.
+    earlier default keeps it. See load.keep_saved_values.
     """
     return Field(default, json_schema_extra={"was": was}, **described)
 
@@ -322,10 +322,10 @@ class LossSection(Section):
 
     def smallest_micro_batch(self, world_size: int) -> int:
         """Images a rank: a regulariser's statistic is of 2 or more, over all ranks."""
-        return 2 if self.regularised_by.beta > 0 and world_size == 1 else 1
+        return 2 if self.active_regulariser.beta > 0 and world_size == 1 else 1
 
     @property
-    def regularised_by(self) -> VICRegSection | SIGRegSection:
+    def active_regulariser(self) -> VICRegSection | SIGRegSection:
         """The section that `regulariser` names."""
         return self.sigreg if self.regulariser == "sigreg" else self.vicreg
 

@@ -6,7 +6,7 @@ __all__, __getattr__, __dir__ = exports(
     __name__,
     {
         "evaluation": "eval_batches",
-        "loader": "Batch Loader Share",
+        "loader": "Batch Loader BatchSplit",
         "masks": "MaskSampler Masks",
         "sources": "ImageSet open_images",
     },

@@ -154,7 +154,7 @@ def decode(
     mend: Mend,
     readers: int = 4,
 ) -> Iterator[tuple[torch.Tensor, BatchRequest]]:
-    """(images_B3HW, work) in the order of `works`; bad images replaced or dropped by `mend`.
+    """(images_BCHW, work) in the order of `works`; bad images replaced or dropped by `mend`.
 
     readers: threads that read files.
     """

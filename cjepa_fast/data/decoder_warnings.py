@@ -78,7 +78,7 @@ class DecoderWarnings:
         return kind if kind in self.count or len(self.count) < KINDS else OTHERS
 
 
-def told(count: Counter[str]) -> str:
+def summary(count: Counter[str]) -> str:
     """The count of each kind, in a sentence; "" where there is none."""
     if not count:
         return ""

@@ -117,13 +117,13 @@ class EarlyEnds:
         return found.why
 
     def seen(
-        self, images_B3HW: torch.Tensor, index_B: np.ndarray, feed: DecodeRequest
+        self, images_BCHW: torch.Tensor, index_B: np.ndarray, feed: DecodeRequest
     ) -> dict[int, str]:
         """{b: why} of the bad ones among images that have come out of the decoder."""
         if self._most >= 1:
             return {}
         with torch.cuda.stream(self._stream):
-            suspects = gray_edged(images_B3HW, self._look, feed)
+            suspects = gray_edged(images_BCHW, self._look, feed)
         found = {}
         for b in suspects:
             i = int(index_B[b])

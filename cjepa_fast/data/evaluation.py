@@ -9,7 +9,7 @@ import torch
 from cjepa_fast.data import crops
 from cjepa_fast.data.batches import BatchRequest, Skipped, decode
 from cjepa_fast.data.decode import DecodeRequest, DecodeSettings
-from cjepa_fast.data.decoder_warnings import told
+from cjepa_fast.data.decoder_warnings import summary
 from cjepa_fast.data.decoders import chosen, open_decoder
 from cjepa_fast.data.sources import ImageSet
 from cjepa_fast.runtime.image_size import ImageSize
@@ -62,7 +62,7 @@ def eval_batches(
     skipped = Skipped(images, log, look)
     decoded = decode(works, images, made, skipped, drop)
     with contextlib.closing(decoded):
-        for images_B3HW, work in decoded:
-            yield images_B3HW, torch.from_numpy(work.index_B)
-    if line := told(skipped.warnings.count):
+        for images_BCHW, work in decoded:
+            yield images_BCHW, torch.from_numpy(work.index_B)
+    if line := summary(skipped.warnings.count):
         log(line)

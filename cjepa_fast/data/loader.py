@@ -33,13 +33,13 @@ POLL_S = 0.1  # how soon the thread notices that nobody wants its batches any mo
 
 @dataclass(frozen=True)
 class Batch:
-    """images_B3HW on the device in the compute dtype; index_B: positions in the ImageSet (CPU).
+    """images_BCHW on the device in the compute dtype; index_B: positions in the ImageSet (CPU).
 
     step counts from the start of the epoch; micro is the number of the accumulation step; holes
     says how many images of it are stand-ins.
     """
 
-    images_B3HW: torch.Tensor
+    images_BCHW: torch.Tensor
     masks: Masks | None
     index_B: torch.Tensor
     epoch: int
@@ -58,7 +58,7 @@ class _MicroBatch:
     epoch_index_B: torch.Tensor
 
 
-class Share(NamedTuple):
+class BatchSplit(NamedTuple):
     """One rank's part of a step: global_batch images over all ranks, micro_batch at a time."""
 
     global_batch: int
@@ -104,7 +104,7 @@ class Loader:
         self,
         images: ImageSet,
         data: DataSection,
-        share: Share,
+        share: BatchSplit,
         *,
         seed: int,
         device: torch.device | str,
@@ -237,14 +237,14 @@ class Loader:
             works, self.images, decoder, self.skipped, self._stand_in, self._data.readers
         )
         with contextlib.closing(decoded):  # or an error below would leave its reading threads
-            for images_B3HW, work in decoded:
+            for images_BCHW, work in decoded:
                 part: _MicroBatch = work.tag
                 masks = self._masks and self._masks(part.epoch, part.step, part.epoch_index_B)
                 if masks is not None and self._device.type == "cuda":
                     masks = masks.pin_memory().to(self._device, non_blocking=True)
                 index_B = torch.from_numpy(work.index_B)
                 yield Batch(
-                    images_B3HW,
+                    images_BCHW,
                     masks,
                     index_B,
                     part.epoch,
@@ -351,6 +351,6 @@ class _Iteration:
 
 def _claim(batch: Batch, stream) -> None:
     """Tell the allocator that a CUDA stream uses memory which the loader's allocated."""
-    batch.images_B3HW.record_stream(stream)
+    batch.images_BCHW.record_stream(stream)
     if batch.masks is not None:
         batch.masks.record_stream(stream)

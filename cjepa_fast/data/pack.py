@@ -97,7 +97,7 @@ def pack_parquet(
     for name, own in chosen.items():
         folder = Path(out) / name if len(chosen) > 1 else Path(out)
         images = parquet.ParquetImages(own, image_column, label_column, limits)
-        log(f"{printable(name or path)} goes to {printable(folder)}: {images.told}")
+        log(f"{printable(name or path)} goes to {printable(folder)}: {images.summary}")
         left_out += _pack_set(images, list(range(len(images))), folder, how, log)
     return left_out
 

@@ -206,15 +206,15 @@ class ParquetImages:
         return label_N.clip(index.UNLABELLED), words or classes
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         """How much there is, in words."""
         without = int((self.label_N == index.UNLABELLED).sum())
         if without == len(self):
-            labels_told = "no labels"
+            of_labels = "no labels"
         else:
             known = f" of {len(self.class_names)} classes with names" if self.class_names else ""
-            labels_told = f"labels{known}" + (f", {without:,} rows without" if without else "")
-        return f"{len(self):,} rows of {len(self._files)} files, {labels_told}"
+            of_labels = f"labels{known}" + (f", {without:,} rows without" if without else "")
+        return f"{len(self):,} rows of {len(self._files)} files, {of_labels}"
 
     def __len__(self) -> int:
         return self._starts[-1]

@@ -162,7 +162,7 @@ class ImageSet:
         return zip(self._parts, np.split(self._row_N, ends), strict=True)
 
     @functools.cached_property
-    def usable(self) -> str:
+    def usable_fingerprint(self) -> str:
         """Hash of the usable images' names and sizes in bytes, in order: of two sets with the same,
         the same number is the same image."""
         digest = hashlib.sha256()
@@ -333,8 +333,8 @@ def _merged(label_by_part, parts: list[Part]) -> tuple[list[np.ndarray], labels.
     number = {name: i for i, name in enumerate(classes)}
     found = []
     for label_N, part in zip(label_by_part, parts, strict=True):
-        to_all = np.array([*(number[name] for name in part.classes or ()), index.UNLABELLED])
-        found.append(to_all[np.where(label_N < len(to_all) - 1, label_N, index.UNLABELLED)])
+        number_of = np.array([*(number[name] for name in part.classes or ()), index.UNLABELLED])
+        found.append(number_of[np.where(label_N < len(number_of) - 1, label_N, index.UNLABELLED)])
     return found, classes
 
 

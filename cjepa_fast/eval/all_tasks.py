@@ -119,14 +119,14 @@ def rows_of(encoders: dict[str, Encoder], splits, args: argparse.Namespace, cach
     ways = args.k, args.temperature
     counts = {"train_images": len(pixels[1]), "test_images": len(pixels[3])}
     yield {"encoder": "chance", **counts, **chance(pixels[1], pixels[3])}
-    named = distributed.from_rank_0(partial(scores, pixels, *ways))
+    named = distributed.broadcast_from_rank_0(partial(scores, pixels, *ways))
     yield {"encoder": "raw pixels", **counts, **named}
     for name, encoder in encoders.items():
         found = features_of(encoder, splits, args, cache)
         counts = {"train_images": len(found.label_n), "test_images": len(found.test_label_m)}
         signs = signs_of_collapse(encoder, found, splits, args)
         encoder.cpu()
-        named = distributed.from_rank_0(partial(scores, found.vectors, *ways))
+        named = distributed.broadcast_from_rank_0(partial(scores, found.vectors, *ways))
         yield {"encoder": name, **counts, **named, **signs}
 
 

@@ -151,7 +151,7 @@ def complete(args: argparse.Namespace) -> None:
     first, *_ = getattr(args, "checkpoints", None) or [None]
     checkpoint = getattr(args, "checkpoint", first)
     run = run_of(checkpoint) if checkpoint else None
-    made_with = config.read(run) if run else config.Config()
+    made_with = config.load_run(run) if run else config.Config()
     crop = crop_of(checkpoint) if checkpoint else None
     if getattr(args, "config", None):
         made_with, crop = config.load(args.config), None
@@ -163,7 +163,7 @@ def complete(args: argparse.Namespace) -> None:
             setattr(args, name, known[name])
     for name in PATHS:
         if getattr(args, name, None):
-            setattr(args, name, config.expanded(getattr(args, name)))
+            setattr(args, name, config.expand_path(getattr(args, name)))
 
 
 # --------------------------------------------------------------------------- encoders and images
@@ -433,7 +433,7 @@ def require_memory(splits: Sequence[Split], width: int, bytes_each: int) -> None
                 f"memory at once, of {free / 2**30:.1f} free: use fewer, --max-train N"
             )
 
-    distributed.from_rank_0(check)
+    distributed.broadcast_from_rank_0(check)
 
 
 def cache_of(args: argparse.Namespace) -> Path | None:

@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
     facts["part"] = max(1, min(PART, PART_BYTES // (4 * math.prod(_shape(encoder, args.pool)))))
     parts = args.out.with_name(f"{args.out.name}.parts")
     newest_ns = int(images.times_ns.max())
-    size = distributed.from_rank_0(lambda: _begin(parts, facts, newest_ns))
+    size = distributed.broadcast_from_rank_0(lambda: _begin(parts, facts, newest_ns))
     files = [*_extracted(encoder, images, parts, size, args)]
     if distributed.rank() != 0:
         return
@@ -140,7 +140,7 @@ def _extracted(encoder, images: ImageSet, parts: Path, size: int, args) -> Itera
     count = -(-len(images) // size)
     for number in range(count):
         path = parts / f"part_{number:06d}.safetensors"
-        if not distributed.from_rank_0(path.is_file):
+        if not distributed.broadcast_from_rank_0(path.is_file):
             try:
                 features, index = extract(
                     encoder, images, keep=torch.arange(number * size, len(images))[:size],

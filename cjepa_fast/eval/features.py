@@ -22,11 +22,11 @@ from cjepa_fast.data.evaluation import eval_batches
 from cjepa_fast.data.sources import ImageSet, Limits
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime.distributed import (
-    from_all,
-    from_rank_0,
+    all_gather_objects,
+    broadcast_from_rank_0,
+    broadcast_tensor,
+    gather_rows,
     rank,
-    rows_on_first,
-    to_all,
     world_size,
 )
 from cjepa_fast.runtime.files import read_tensors, write_tensors
@@ -100,25 +100,28 @@ def extract(
     if found is None:
         features, index = make(everywhere=False)
         whole = len(index) == len(images if keep is None else keep)
-        if from_rank_0(lambda: whole and _keep(path, features, index)) and world_size() > 1:
+        if (
+            broadcast_from_rank_0(lambda: whole and _keep(path, features, index))
+            and world_size() > 1
+        ):
             found = _kept_for_all(path)  # one copy for the ranks of a node: it is mapped
         if found is None:
-            return to_all(features) if everywhere else features, index
+            return broadcast_tensor(features) if everywhere else features, index
     return found["features"], found["places"]
 
 
 def _compute(encoder: Encoder, images: ImageSet, *, flip, layers, pooled, device, bf16, **options):
-    def function(images_B3HW: torch.Tensor) -> torch.Tensor:
-        images_B3HW = images_B3HW.flip(-1) if flip else images_B3HW
+    def function(images_BCHW: torch.Tensor) -> torch.Tensor:
+        images_BCHW = images_BCHW.flip(-1) if flip else images_BCHW
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
-            found = encoder.layers(images_B3HW, layers)
+            found = encoder.layers(images_BCHW, layers)
         return torch.cat([x.float().mean(1) if pooled else x.float() for x in found], -1)
 
     features, index = image_vectors(
         images, function, image_size=encoder.image_size, mean=encoder.mean, std=encoder.std,
         device=device, **options,
     )  # fmt: skip
-    if not from_rank_0(lambda: all(x.isfinite().all() for x in features.split(4096))):
+    if not broadcast_from_rank_0(lambda: all(x.isfinite().all() for x in features.split(4096))):
         raise ValueError("the encoder's features are not finite: its weights are of no use")
     return features, index
 
@@ -148,7 +151,7 @@ def _kept_for_all(path: Path, since_ns: int = 0) -> dict[str, torch.Tensor] | No
         found = read_tensors(path) if path.stat().st_mtime_ns > since_ns else None
     except (ValueError, OSError):
         found = None
-    return found if all(from_all(found is not None)) else None
+    return found if all(all_gather_objects(found is not None)) else None
 
 
 def _keep(path: Path, features: torch.Tensor, index: torch.Tensor) -> bool:
@@ -200,17 +203,17 @@ def image_vectors(
     )  # fmt: skip
     vectors, read = torch.empty(0), torch.zeros(len(share), dtype=torch.bool)
     with shown_bar(len(chosen), title) as bar:
-        for images_B3HW, index_B in batches:
-            found = function(images_B3HW).float().cpu()
+        for images_BCHW, index_B in batches:
+            found = function(images_BCHW).float().cpu()
             if not read.any():
                 vectors = found.new_empty(len(share), *found.shape[1:])
             vectors[index_B], read[index_B] = found, True
             bar.update(len(index_B))
     mine = vectors if read.all() else vectors[read[: len(vectors)]]
-    vectors, rows = rows_on_first(mine, share[read])
+    vectors, rows = gather_rows(mine, share[read])
     if not len(rows):
         raise NoneRead(f"{images.root}: none of the {len(keep)} images could be read")
-    return to_all(vectors) if everywhere else vectors, keep[rows]
+    return broadcast_tensor(vectors) if everywhere else vectors, keep[rows]
 
 
 class Subset:

@@ -26,7 +26,7 @@ from cjepa_fast.eval.figures.sheets import load_images
 from cjepa_fast.eval.probes import knn, linear
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime import distributed
-from cjepa_fast.runtime.distributed import rank, rows_on_first, world_size
+from cjepa_fast.runtime.distributed import gather_rows, rank, world_size
 from cjepa_fast.runtime.image_size import height_width
 from cjepa_fast.telemetry.progress import shown_bar
 
@@ -128,14 +128,14 @@ class OnlineEvaluation:
         share = keep_n[rank() :: world_size()]
         found = []
         with shown_bar(len(share), "evaluation") as bar:
-            for images_B3HW, index_B in self._batches(images, share, len(keep_n)):
+            for images_BCHW, index_B in self._batches(images, share, len(keep_n)):
                 if self.stopped():
                     raise _Stopped
-                tokens_BND = encoder(images_B3HW)
+                tokens_BND = encoder(images_BCHW)
                 found.append((tokens_BND[: len(index_B)].float().mean(1).cpu(), index_B))
                 bar.update(len(index_B))
         features, indices = zip(*found, strict=True)
-        return rows_on_first(torch.cat(features), torch.cat(indices))
+        return gather_rows(torch.cat(features), torch.cat(indices))
 
     def _batches(
         self, images: ImageSet, share: torch.Tensor, total: int
@@ -145,36 +145,36 @@ class OnlineEvaluation:
         read = eval_batches(Subset(images, share), batch_size=B, **self.reading)
         with contextlib.closing(read):
             for _ in range(math.ceil(math.ceil(total / world_size()) / B)):
-                images_B3HW, index_B = next(read, (None, torch.empty(0, dtype=torch.int64)))
-                yield self._filled(images_B3HW), share[index_B]
+                images_BCHW, index_B = next(read, (None, torch.empty(0, dtype=torch.int64)))
+                yield self._filled(images_BCHW), share[index_B]
 
-    def _filled(self, images_B3HW: torch.Tensor | None) -> torch.Tensor:
+    def _filled(self, images_BCHW: torch.Tensor | None) -> torch.Tensor:
         """To a whole batch; of what is added nothing is read."""
         whole = torch.zeros(
             (self.batch_size, len(self.reading["mean"]), *height_width(self.reading["image_size"])),
             dtype=self.reading["dtype"],
             device=self.reading["device"],
         )
-        if images_B3HW is not None:
-            whole[: len(images_B3HW)] = images_B3HW
+        if images_BCHW is not None:
+            whole[: len(images_BCHW)] = images_BCHW
         return whole
 
 
 class SnapshotImages:
     """A few images with their masks, as the encoders of the moment see them.
 
-    images_B3HW: fp32 on the CPU, normalised by mean and std; masks: of these images.
+    images_BCHW: fp32 on the CPU, normalised by mean and std; masks: of these images.
     """
 
-    def __init__(self, images_B3HW: torch.Tensor, masks: Masks, mean: tuple, std: tuple):
-        self._images_B3HW, self._masks, self._look = images_B3HW, masks, (mean, std)
+    def __init__(self, images_BCHW: torch.Tensor, masks: Masks, mean: tuple, std: tuple):
+        self._images_B3HW, self._masks, self._look = images_BCHW, masks, (mean, std)
 
     def draw(self, target: Encoder, context: Encoder) -> dict[str, np.ndarray]:
         """By name, each (height, width, 3) uint8. Compiled encoders run uncompiled here."""
         weight = next(target.parameters())
-        images_B3HW = self._images_B3HW.to(weight.device, weight.dtype)
+        images_BCHW = self._images_B3HW.to(weight.device, weight.dtype)
         with torch.compiler.set_stance("force_eager"):
-            return snapshots.figures(target, context, images_B3HW, self._masks, *self._look)
+            return snapshots.figures(target, context, images_BCHW, self._masks, *self._look)
 
 
 def build_online(
@@ -185,8 +185,8 @@ def build_online(
     if own.data is None:
         return None
     paths = (own.data, own.test, own.labels, own.test_labels)
-    train, test, *labels = (path and configuration.expanded(path) for path in paths)
-    splits = distributed.first_on_each_node(
+    train, test, *labels = (path and configuration.expand_path(path) for path in paths)
+    splits = distributed.local_rank_0_first(
         lambda: labelled_splits(
             train, test, own.max_train, own.max_test, *labels, limits=Limits.of(data)
         )
@@ -232,7 +232,7 @@ def build_snapshots(
             "them, and so does `cjepa-eval attention` of a checkpoint"
         )
         return None
-    images_B3HW = load_images(
+    images_BCHW = load_images(
         images,
         count,
         image_size=data.image_size,
@@ -240,8 +240,8 @@ def build_snapshots(
         std=data.std,
         decoder=data.decoder,
     )
-    drawn = masks(0, 0, torch.arange(len(images_B3HW)))
-    return SnapshotImages(images_B3HW, drawn, data.mean, data.std)
+    drawn = masks(0, 0, torch.arange(len(images_BCHW)))
+    return SnapshotImages(images_BCHW, drawn, data.mean, data.std)
 
 
 def probe_at(path: str) -> Probe:

@@ -51,7 +51,7 @@ def groups_of(checkpoints: Sequence[str | Path], names: Sequence[str]) -> list[G
     for i, checkpoint in enumerate(checkpoints):
         run, made = run_of(checkpoint), None
         with contextlib.suppress(configuration.ConfigError):
-            made = configuration.read(run) if run else None
+            made = configuration.load_run(run) if run else None
         own = deciding(made.model_dump(mode="json")) if made else {}
         settings.append(own)
         key = (json.dumps(own), cli.inside(checkpoint)) if made else (str(i), "")

@@ -38,7 +38,7 @@ def of_row(row: dict, key: str) -> tuple[float, float] | None:
     return interval(value, images)
 
 
-def told(percent: float, images: int) -> str:
+def with_interval(percent: float, images: int) -> str:
     """ "76.0 ± 1.9 %": half the interval behind the value."""
     low, high = interval(percent, images)
     return f"{percent:.1f} ± {(high - low) / 2:.1f} %"

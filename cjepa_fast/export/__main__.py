@@ -130,9 +130,9 @@ def difference(source: Source, form: Format, folder: Path) -> float | None:
     if not is_installed(form.opened_by):
         return None
     shape = source.encoder.channels, *height_width(source.encoder.image_size)
-    images_B3HW = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
-    exported_BND = form.open(folder)(images_B3HW)
-    error = (exported_BND - source.encoder(images_B3HW)).abs().max().item()
+    images_BCHW = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    exported_BND = form.open(folder)(images_BCHW)
+    error = (exported_BND - source.encoder(images_BCHW)).abs().max().item()
     if not error <= LARGEST_ERROR:
         raise ValueError(
             f"the export's features differ from the encoder's by {error:.2g}: nothing was written. "

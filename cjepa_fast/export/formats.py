@@ -63,7 +63,7 @@ def open_huggingface(folder: Path) -> Tokens:
     from transformers import AutoModel
 
     model = AutoModel.from_pretrained(folder, local_files_only=True)
-    return lambda images_B3HW: model(images_B3HW).last_hidden_state
+    return lambda images_BCHW: model(images_BCHW).last_hidden_state
 
 
 def write_safetensors(source: Source, folder: Path) -> None:
@@ -185,8 +185,8 @@ def open_onnx(folder: Path) -> Tokens:
 
     providers = ["CPUExecutionProvider"]
     session = onnxruntime.InferenceSession(folder / ONNX, providers=providers)
-    return lambda images_B3HW: torch.from_numpy(
-        session.run(["tokens"], {"images": images_B3HW.numpy()})[0]
+    return lambda images_BCHW: torch.from_numpy(
+        session.run(["tokens"], {"images": images_BCHW.numpy()})[0]
     )
 
 

@@ -21,7 +21,7 @@ class Origin(NamedTuple):
     @property
     def config(self) -> dict:
         """As it was trained, with the keys that came later."""
-        return config.completed(self.state["config"]) if self.state else {}
+        return config.with_saved_defaults(self.state["config"]) if self.state else {}
 
 
 def origin_of(path: Path) -> Origin:

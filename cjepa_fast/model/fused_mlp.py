@@ -61,7 +61,7 @@ def fused_mlp(
     return s, GeluLinear.apply(u, hidden, fc1.bias, *second, *how)
 
 
-def told(device: torch.device, dtype: torch.dtype) -> str:
+def describe_gelu(device: torch.device, dtype: torch.dtype) -> str:
     """Where fused blocks compute tanh's GELU on this GPU, in words."""
     if why := cublaslt.problem(device, dtype):
         return f"GELU: in training a pass of its own, not inside cuBLASLt's matmuls ({why})"

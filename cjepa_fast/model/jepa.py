@@ -26,7 +26,7 @@ class JEPA(nn.Module):
 
     def forward(
         self,
-        images_B3HW: torch.Tensor,
+        images_BCHW: torch.Tensor,
         context: torch.Tensor | PackedContext,
         target_idx_BMP: torch.Tensor,
         target_tokens_BND: torch.Tensor,
@@ -34,7 +34,7 @@ class JEPA(nn.Module):
     ) -> Terms:
         """The loss and its terms, 0-d by name. target_tokens: the target encoder's output;
         directions: of the step, for SIGReg."""
-        tokens = self.encoder(images_B3HW, context)
+        tokens = self.encoder(images_BCHW, context)
         predicted = self.predictor(tokens, context, target_idx_BMP)
         jepa = prediction_loss(predicted, target_tokens_BND, target_idx_BMP, self.loss.prediction)
         return self.loss(

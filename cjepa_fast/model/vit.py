@@ -198,15 +198,15 @@ class Encoder(nn.Module):
         return table.permute(0, 2, 3, 1).reshape(rows * cols, self.width).to(self.pos_embed.dtype)
 
     def embedded(
-        self, images_B3HW: torch.Tensor, context: torch.Tensor | PackedContext | None
+        self, images_BCHW: torch.Tensor, context: torch.Tensor | PackedContext | None
     ) -> torch.Tensor:
         """Patch tokens with their positions, before the blocks, in the shape of `forward`."""
-        if images_B3HW.shape[1] != self.channels:
+        if images_BCHW.shape[1] != self.channels:
             raise ValueError(
-                f"images of {images_B3HW.shape[1]} channels for an encoder of {self.channels}"
+                f"images of {images_BCHW.shape[1]} channels for an encoder of {self.channels}"
             )
-        patches = patchify(images_B3HW, self.patch_size)
-        positions = self.positions(*(size // self.patch_size for size in images_B3HW.shape[-2:]))
+        patches = patchify(images_BCHW, self.patch_size)
+        positions = self.positions(*(size // self.patch_size for size in images_BCHW.shape[-2:]))
         positions = stream_of(positions, self.residual)
         if context is None:
             return self.patch_embed(patches) + positions
@@ -224,7 +224,7 @@ class Encoder(nn.Module):
 
     def forward(
         self,
-        images_B3HW: torch.Tensor,
+        images_BCHW: torch.Tensor,
         context: torch.Tensor | PackedContext | None = None,
     ) -> torch.Tensor:
         """Tokens of all patches (B, N, D), or of the context's, after the last norm.
@@ -232,21 +232,21 @@ class Encoder(nn.Module):
         context: int64 (B, K), for (B, K, D), or packed, for (1, T, D).
         """
         packed = context.sequences if isinstance(context, PackedContext) else None
-        x = self.embedded(images_B3HW, context)
+        x = self.embedded(images_BCHW, context)
         if self.fused and packed is None and supports(self.blocks, x):
             return run_fused(self.blocks, self.norm, x)
         for block in self.blocks:
             x = block(x, layout=packed)
         return self.norm(x)
 
-    def layers(self, images_B3HW: torch.Tensor, wanted: Collection[int]) -> list[torch.Tensor]:
+    def layers(self, images_BCHW: torch.Tensor, wanted: Collection[int]) -> list[torch.Tensor]:
         """Tokens of all patches after each wanted block, counted from 1, normed: each (B, N, D).
 
         Raises ValueError for a block that is not there.
         """
         if not wanted or min(wanted) < 1 or max(wanted) > self.depth:
             raise ValueError(f"blocks {sorted(wanted)} of an encoder that has 1 to {self.depth}")
-        x = self.embedded(images_B3HW, None)
+        x = self.embedded(images_BCHW, None)
         found = []
         for number, block in enumerate(self.blocks[: max(wanted)], 1):
             x = block(x)
@@ -261,20 +261,20 @@ class Encoder(nn.Module):
         return range(self.depth - count + 1, self.depth + 1)
 
     @torch.no_grad()
-    def attention_maps(self, images_B3HW: torch.Tensor) -> torch.Tensor:
+    def attention_maps(self, images_BCHW: torch.Tensor) -> torch.Tensor:
         """The last block's attention over the whole image: (B, H, N, N), rows summing to one."""
-        x = self.embedded(images_B3HW, None)
+        x = self.embedded(images_BCHW, None)
         for block in self.blocks[:-1]:
             x = block(x)
         last = self.blocks[-1]
         q, k, _ = last.attn.heads_of(last.norm1(x))
         return attention_map(q, k)
 
-    def attention_received(self, images_B3HW: torch.Tensor) -> torch.Tensor:
+    def attention_received(self, images_BCHW: torch.Tensor) -> torch.Tensor:
         """What each patch receives there, over all queries: (B, H, rows, cols), each map summing
         to one, fp32."""
-        grid = tuple(size // self.patch_size for size in images_B3HW.shape[-2:])
-        return self.attention_maps(images_B3HW).float().mean(2).unflatten(-1, grid)
+        grid = tuple(size // self.patch_size for size in images_BCHW.shape[-2:])
+        return self.attention_maps(images_BCHW).float().mean(2).unflatten(-1, grid)
 
 
 def trained_positions(positions_ND: torch.Tensor, idx_BK: torch.Tensor) -> torch.Tensor:

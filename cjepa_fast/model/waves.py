@@ -21,7 +21,7 @@ ATTENTION_SLOWER = 10
 TOLERANCE = 0.1  # of K, within which a better one is looked for
 
 
-class Product(NamedTuple):
+class Matmul(NamedTuple):
     """A matmul (rows, inner) x (inner, columns), done `times` over."""
 
     rows: int
@@ -81,7 +81,7 @@ def parts(
     targets_m: int,
     targets_p: int,
     **_,
-) -> Iterator[Product | Attention]:
+) -> Iterator[Matmul | Attention]:
     """What of a step's blocks follows K: linear layers, forward and their inputs' gradients, and
     attention, its backward counted as twice its forward.
 
@@ -97,8 +97,8 @@ def parts(
     ):
         hidden = round(D * ratio)
         for inner, columns in ((D, 3 * D), (D, D), (D, hidden), (hidden, D)):
-            yield Product(count * tokens, inner, columns, blocks)
-            yield Product(count * tokens, columns, inner, blocks)
+            yield Matmul(count * tokens, inner, columns, blocks)
+            yield Matmul(count * tokens, columns, inner, blocks)
         yield Attention(count, tokens, D, 3 * blocks)
 
 
@@ -128,7 +128,7 @@ def best_keep(images: int, K: int, multiprocessors: int, fewest: int, **sizes) -
     return max(fills, key=lambda one: one.share)
 
 
-def told(images: int, K: int, multiprocessors: int, fewest: int, **sizes) -> str:
+def describe(images: int, K: int, multiprocessors: int, fewest: int, **sizes) -> str:
     """One line for people."""
     now = fill(images, K, multiprocessors, **sizes)
     best = best_keep(images, K, multiprocessors, fewest, **sizes)

@@ -104,8 +104,8 @@ def few_threads() -> None:
 
 def leave_group() -> None:
     """Leave the process group, where one was joined; one that was there before `start` stays."""
-    _beside_the_gpus.cache_clear()
-    _for_long_waits.cache_clear()
+    _gloo_group.cache_clear()
+    _long_timeout_group.cache_clear()
     if dist.is_initialized() and not _callers_group:
         dist.destroy_process_group()
 
@@ -205,16 +205,16 @@ def mean_over_ranks(terms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return dict(zip(terms, values / world_size(), strict=True))
 
 
-def from_all(mine: T, group: dist.ProcessGroup | None = None) -> list[T]:
+def all_gather_objects(mine: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """Every rank's object, in their order."""
     if world_size() == 1:
         return [mine]
     gathered: list = [None] * world_size()
-    dist.all_gather_object(gathered, mine, group=group or _beside_the_gpus())
+    dist.all_gather_object(gathered, mine, group=group or _gloo_group())
     return gathered
 
 
-def rows_on_first(mine_nD: torch.Tensor, row_n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def gather_rows(mine_nD: torch.Tensor, row_n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of one tensor that each rank has some of, put together by their ascending numbers.
 
     mine_nD (n, ...) on the CPU, of one dtype everywhere, and its rows' numbers (n,), ascending.
@@ -223,11 +223,11 @@ def rows_on_first(mine_nD: torch.Tensor, row_n: torch.Tensor) -> tuple[torch.Ten
     """
     if world_size() == 1:
         return mine_nD, row_n
-    shares = from_all((row_n, mine_nD.shape[1:]))
+    shares = all_gather_objects((row_n, mine_nD.shape[1:]))
     row_N = torch.cat([row for row, _ in shares]).sort().values
     if rank() != 0:
         for piece in mine_nD.split(PIECE_ROWS) if len(row_n) else ():
-            dist.send(piece.contiguous(), 0, group=_beside_the_gpus())
+            dist.send(piece.contiguous(), 0, group=_gloo_group())
         return mine_nD.new_empty(0), row_N
     shape = next((shape for row, shape in shares if len(row)), ())
     whole_ND = mine_nD.new_empty(len(row_N), *shape)
@@ -236,39 +236,39 @@ def rows_on_first(mine_nD: torch.Tensor, row_n: torch.Tensor) -> tuple[torch.Ten
     for source, (row, _) in enumerate(shares[1:], 1):
         for part in row.split(PIECE_ROWS) if len(row) else ():
             piece = mine_nD.new_empty(len(part), *shape)
-            dist.recv(piece, source, group=_beside_the_gpus())
+            dist.recv(piece, source, group=_gloo_group())
             whole_ND[torch.searchsorted(row_N, part)] = piece
     return whole_ND, row_N
 
 
-def to_all(tensor: torch.Tensor) -> torch.Tensor:
+def broadcast_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """Rank 0's tensor, on the CPU, on every rank."""
     if world_size() == 1:
         return tensor
-    shape, dtype = from_rank_0(lambda: (tensor.shape, tensor.dtype))
+    shape, dtype = broadcast_from_rank_0(lambda: (tensor.shape, tensor.dtype))
     tensor = tensor if rank() == 0 else torch.empty(shape, dtype=dtype)
     for piece in tensor.split(PIECE_ROWS):
-        dist.broadcast(piece, src=0, group=_beside_the_gpus())
+        dist.broadcast(piece, src=0, group=_gloo_group())
     return tensor
 
 
-def any_of(*flags: bool) -> tuple[bool, ...]:
+def any_rank(*flags: bool) -> tuple[bool, ...]:
     """Of each flag, whether it is set on any rank; no GPU waits for it."""
     if world_size() == 1:
         return flags
     set_anywhere = torch.tensor(flags, dtype=torch.int32)
-    dist.all_reduce(set_anywhere, dist.ReduceOp.MAX, group=_beside_the_gpus())
+    dist.all_reduce(set_anywhere, dist.ReduceOp.MAX, group=_gloo_group())
     return tuple(map(bool, set_anywhere))
 
 
 @functools.cache
-def _beside_the_gpus() -> dist.ProcessGroup:
+def _gloo_group() -> dist.ProcessGroup:
     """All ranks, for small matters on the CPU."""
     return dist.new_group(backend="gloo", **_group_options)
 
 
 @functools.cache
-def _for_long_waits() -> dist.ProcessGroup | None:
+def _long_timeout_group() -> dist.ProcessGroup | None:
     """All ranks, where one may take hours, as to index a large set: that it gets on is for the
     watchdog to see, where there is one (start()'s timeout_s); None where there is none."""
     if world_size() == 1 or not _group_options:
@@ -276,7 +276,7 @@ def _for_long_waits() -> dist.ProcessGroup | None:
     return dist.new_group(backend="gloo", timeout=LONG_WAIT)
 
 
-def from_rank_0(make: Callable[[], T]) -> T:
+def broadcast_from_rank_0(make: Callable[[], T]) -> T:
     """What make() returns on rank 0, on all; a ValueError or OSError of it is raised on all."""
     made: list = [None, None]
     if rank() == 0:
@@ -285,40 +285,40 @@ def from_rank_0(make: Callable[[], T]) -> T:
         except (ValueError, OSError) as error:
             made[1] = error
     if world_size() > 1:
-        dist.broadcast_object_list(made, src=0, group=_beside_the_gpus())
+        dist.broadcast_object_list(made, src=0, group=_gloo_group())
     if made[1] is not None:
         raise made[1]
     return made[0]
 
 
-def from_each(make: Callable[[], T]) -> list[T]:
+def all_gather_results(make: Callable[[], T]) -> list[T]:
     """What make() returns on every rank, in their order; a ValueError or OSError of one is raised
     on all."""
     try:
         mine = make()
     except (ValueError, OSError) as error:
         mine = error
-    found = from_all(mine)
+    found = all_gather_objects(mine)
     for one in found:
         if isinstance(one, Exception):
             raise one
     return found
 
 
-def first_on_each_node(make: Callable[[], T]) -> T:
+def local_rank_0_first(make: Callable[[], T]) -> T:
     """make() on rank 0 of each node, then on the others, which find its caches.
 
     An error on any rank is raised on all, so that none waits for one that has gone.
     """
     first = os.environ.get("LOCAL_RANK", "0") == "0"
-    made, error, group = None, None, _for_long_waits()
+    made, error, group = None, None, _long_timeout_group()
     for turn in (True, False):
         if first is turn:
             try:
                 made = make()
             except (ValueError, OSError) as caught:
                 error = caught
-        for found in from_all(error, group):
+        for found in all_gather_objects(error, group):
             if found is not None:
                 raise found
     return made

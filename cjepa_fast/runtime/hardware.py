@@ -272,7 +272,7 @@ def slow_precision(precision: str, device: torch.device) -> str:
     return f"bf16 is slower than fp32 here: {best.reason}"
 
 
-def told_precision(precision: str, device: torch.device, resumed: bool) -> str:
+def precision_message(precision: str, device: torch.device, resumed: bool) -> str:
     """What run.precision became, and why; a warning where it is slow here."""
     best = best_precision(device)
     if precision == best.precision:

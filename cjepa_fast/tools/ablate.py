@@ -42,7 +42,7 @@ from cjepa_fast.runtime import caches, children, hardware, json_text
 from cjepa_fast.runtime.command_line import Parser
 from cjepa_fast.runtime.printable import in_markdown, printable, printable_lines, say
 from cjepa_fast.telemetry import read_log
-from cjepa_fast.training.learning import start_of
+from cjepa_fast.training.diagnosis import start_name
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 MEASURES = {
@@ -158,9 +158,9 @@ def check_folders(ablation: Ablation, trials: list[Trial], option: str = "--out"
     for trial in trials:
         if not (trial.folder / "config.json").is_file():
             continue
-        saved = configuration.read(trial.folder)
+        saved = configuration.load_run(trial.folder)
         wanted = configuration.load(ablation.base, ablation.settings_of(trial))
-        wanted = configuration.as_begun(wanted, saved.model_dump(mode="json"))
+        wanted = configuration.keep_saved_values(wanted, saved.model_dump(mode="json"))
         harmless, changes = checkpoint.differences(
             *({"config": made.model_dump(mode="json")} for made in (saved, wanted))
         )
@@ -274,7 +274,7 @@ def table(ablation: Ablation, trials: list[Trial]) -> list[dict]:
     last = {(t.row, t.seed): scores_of(t)[-1] for t in trials if t.finished}
     base = next(iter(ablation.rows))
     scored = [scores_of(t) for t in trials if t.finished and t.row == base]
-    start = start_of(configuration.load(ablation.base, ablation.settings(base)))
+    start = start_name(configuration.load(ablation.base, ablation.settings(base)))
     lines = [_line(start, [rows[0] for rows in scored if at_start(rows, "knn")])]
     for name in ablation.rows:
         line = _line(name, [row for (row_name, _), row in last.items() if row_name == name])

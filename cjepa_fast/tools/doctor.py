@@ -345,7 +345,7 @@ def choice_lines(config: Config, decoders: dict[str, PartState]) -> Iterator[tup
         ways = cpu_linear.fastest(uses)._asdict().items()
         yield "linear layers", ", ".join(f"{kind} by {library}" for kind, library in ways)
     yield "decoder", decoder_choice(config, decoders["DALI" if device.type == "cpu" else NVJPEG])
-    for line in cpu_micro_batch.told(asked, config):
+    for line in cpu_micro_batch.messages(asked, config):
         yield "memory", line
 
 

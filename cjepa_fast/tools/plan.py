@@ -361,7 +361,7 @@ def cost(
     return [
         line("MFU, %", shares, 1, found.source),
         f"{'recomputed':15s}{again:12.1f}  {'':22s}GFLOP an image, by model.checkpointing",
-        *told_waves(config, gpu, args.count),
+        *wave_messages(config, gpu, args.count),
         line("images/s", rate, 0, several),
         line("hours", hours, 1, f"{images // args.images} epochs of {args.images:,} images"),
         line("GPU-hours", [h * args.count for h in hours], 0),
@@ -369,7 +369,7 @@ def cost(
     ]
 
 
-def told_waves(config: Config, gpu: GPU, count: int = 1) -> list[str]:
+def wave_messages(config: Config, gpu: GPU, count: int = 1) -> list[str]:
     """How the lengths of "fixed" fill the multiprocessors in a micro-batch of one of `count` GPUs;
     nothing of what varies by the batch."""
     if config.mask.context != "fixed":
@@ -378,7 +378,7 @@ def told_waves(config: Config, gpu: GPU, count: int = 1) -> list[str]:
     masks = build.build_masks(config)(0, 0, torch.arange(1))
     K, (M, P) = int(masks.context_k), masks.target_idx_BMP.shape[1:]
     sizes = build.counted_sizes(config, K, M, P)
-    said = waves.told(images, K, gpu.multiprocessors, config.mask.min_keep, **sizes)
+    said = waves.describe(images, K, gpu.multiprocessors, config.mask.min_keep, **sizes)
     return [f"{'waves':15s}{said}"]
 
 

@@ -138,7 +138,7 @@ def _facts(run: RunRecord) -> dict[str, str]:
         "State": _state(run),
     }
     if run.after:
-        found["kNN after training"] = run.after.told(run.after.last)
+        found["kNN after training"] = run.after.with_interval(run.after.last)
     if run.online:
         found["kNN while training"] = (
             f"best {run.online.best:.1f} % (step {run.online.best_step:,}), last "
@@ -151,7 +151,7 @@ def _facts(run: RunRecord) -> dict[str, str]:
 
 
 def _method(settings: config.Config) -> str:
-    beta = settings.loss.regularised_by.beta
+    beta = settings.loss.active_regulariser.beta
     if beta == 0:
         return "I-JEPA"
     if settings.loss.regulariser == "sigreg":
@@ -221,7 +221,7 @@ def _best_and_last(runs: list[RunRecord]) -> str:
             at = {found.start: (0, found.untrained)} | at
         for which, (step, value) in at.items():
             gain = "" if found.untrained is None else f"{value - found.untrained:+.1f}"
-            rows.append([name + which, f"{step:,}", found.told(value), gain])
+            rows.append([name + which, f"{step:,}", found.with_interval(value), gain])
     if not rows:
         return ""
     caption = (

@@ -22,7 +22,7 @@ SEARCHED = 500  # images that neighbours are looked for among
 def sections(runs: list[RunRecord], named: str | None) -> list[tuple[str, str]]:
     """(heading, HTML) of each, or why they are not there. named: images instead of the first
     run's."""
-    paths = [config.expanded(named)] if named else config.image_paths(runs[0].settings.data)
+    paths = [config.expand_path(named)] if named else config.image_paths(runs[0].settings.data)
     try:
         limits = Limits.of(runs[0].settings.data)
         images = open_images(paths, limits=limits, log=lambda text: None)
@@ -39,12 +39,12 @@ def sections(runs: list[RunRecord], named: str | None) -> list[tuple[str, str]]:
 def _masks(run: RunRecord, runs: list[RunRecord], images: ImageSet) -> str:
     data, sampler = run.settings.data, build.build_masks(run.settings)
     count = SHOWN if len(runs) == 1 else SHOWN // 2
-    images_B3HW = load_images(
+    images_BCHW = load_images(
         images, count, image_size=data.image_size, mean=data.mean, std=data.std
     )
-    masks = sampler(epoch=0, step=0, index_B=torch.arange(len(images_B3HW)))
+    masks = sampler(epoch=0, step=0, index_B=torch.arange(len(images_BCHW)))
     title = run.name if len(runs) > 1 else ""
-    figure = mask_columns.figure(images_B3HW, data.mean, data.std, masks, sampler.grid, title)
+    figure = mask_columns.figure(images_BCHW, data.mean, data.std, masks, sampler.grid, title)
     return html_page.figure_image(figure, "images with their context and target blocks")
 
 
@@ -59,11 +59,11 @@ def _of_features(
     )  # fmt: skip
     heads = attention.SINGLE_HEADS if len(runs) == 1 else 0
 
-    def maps(encoders, images_B3HW):
+    def maps(encoders, images_BCHW):
         first = next(iter(encoders.values()))
-        return attention.maps(encoders, images_B3HW, first.mean, first.std, heads)
+        return attention.maps(encoders, images_BCHW, first.mean, first.std, heads)
 
-    def nothing(encoder, images_B3HW) -> dict:
+    def nothing(encoder, images_BCHW) -> dict:
         return {}
 
     column, found, *_ = side_by_side.gather(asked, maps, nothing)

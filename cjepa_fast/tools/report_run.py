@@ -12,7 +12,7 @@ from cjepa_fast.eval.figures.curves import series
 from cjepa_fast.telemetry import read_log
 from cjepa_fast.telemetry.pace import rate
 from cjepa_fast.training import build
-from cjepa_fast.training.learning import FALLEN, first_change, getting_worse, start_of
+from cjepa_fast.training.diagnosis import KNN_DROP, degradation_warning, first_change, start_name
 
 CHECK = "docs/collapse.md says what to look at."
 
@@ -33,8 +33,10 @@ class Scores:
     others: dict[str, float]
     start: str = "untrained"
 
-    def told(self, percent: float) -> str:
-        return uncertainty.told(percent, self.images) if self.images else f"{percent:.1f} %"
+    def with_interval(self, percent: float) -> str:
+        return (
+            uncertainty.with_interval(percent, self.images) if self.images else f"{percent:.1f} %"
+        )
 
     @property
     def learnt(self) -> bool | None:
@@ -43,7 +45,7 @@ class Scores:
         if self.untrained is None:
             return None
         if not self.images:
-            return self.last > self.untrained + FALLEN
+            return self.last > self.untrained + KNN_DROP
         low, _ = uncertainty.interval(self.last, self.images)
         _, high = uncertainty.interval(self.untrained, self.images)
         return low > high
@@ -65,7 +67,7 @@ class RunRecord:
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"{folder}: no config.json there, so it is no run's folder")
         rows = read_log(folder) if (folder / "log.jsonl").is_file() else []
-        return cls(name, folder, config.read(folder), rows, cli.records(folder))
+        return cls(name, folder, config.load_run(folder), rows, cli.records(folder))
 
     @property
     def finished(self) -> bool:
@@ -90,7 +92,7 @@ class RunRecord:
         if own.data is None:
             return None
         paths = (own.data, own.test, own.labels, own.test_labels)
-        train, test, *labels = (path and config.expanded(path) for path in paths)
+        train, test, *labels = (path and config.expand_path(path) for path in paths)
         try:
             _, (_, keep) = cli.labelled_splits(
                 train, test, own.max_train, own.max_test, *labels,
@@ -109,7 +111,7 @@ class RunRecord:
             return None
         untrained = values[0] if steps[0] == 0 else None
         best, step = max(trained, key=lambda score: score[0])
-        start = start_of(self.settings)
+        start = start_name(self.settings)
         return Scores(untrained, best, step, *trained[-1], self.tested_on, {}, start)
 
     @cached_property
@@ -159,7 +161,7 @@ def _verdict(run: RunRecord) -> tuple[str, str, list[str]]:
         headline = f"{'Hardly' if better else 'No'} better than {scores.start}"
         return "bad", headline, [*_rank(run), advice]
     width = build.model_sizes(run.settings)["width"]
-    if getting_worse(run.rows, run.settings, width, run.steps):
+    if degradation_warning(run.rows, run.settings, width, run.steps):
         return "bad", "The features got worse", [*_rank(run), advice]
     headline = "It trained; what the features are worth is not known yet"
     ask = (
@@ -206,15 +208,17 @@ def _knn(run: RunRecord) -> list[str]:
     if scores.untrained is not None:
         name = "an untrained encoder" if scores.start == "untrained" else scores.start
         others = {name: scores.untrained} | others
-    text = f"kNN on the features is right for {scores.told(scores.last)} of "
+    text = f"kNN on the features is right for {scores.with_interval(scores.last)} of "
     text += f"{scores.images:,} test images" if scores.images else "the test images"
     if others:
-        text += "; " + ", ".join(f"{name} {scores.told(of)}" for name, of in others.items())
+        text += "; " + ", ".join(
+            f"{name} {scores.with_interval(of)}" for name, of in others.items()
+        )
     return [f"{text}."]
 
 
 def _fell(run: RunRecord) -> list[str]:
-    if not (found := run.online) or found.last >= found.best - FALLEN:
+    if not (found := run.online) or found.last >= found.best - KNN_DROP:
         return []
     return [
         f"While training kNN was best at step {found.best_step:,} ({found.best:.1f} %) and fell to "

@@ -1,4 +1,5 @@
-"""What became of each step: read a step late where the device decides, so that it is never idle."""
+"""Whether each step was applied, and its loss: read one step late where the device decides, so that
+it is never idle."""
 
 import math
 from collections import deque
@@ -7,8 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-LEAST, MOST = 32, 128  # steps that a spike is held against
-NARROWEST = 0.01  # of the mean: a standard deviation below it is taken for it
+MIN_HISTORY, MAX_HISTORY = 32, 128  # steps that a spike is held against
+MIN_RELATIVE_STD = 0.01  # of the mean: a standard deviation below it is taken for it
 
 
 class StepOutcome(NamedTuple):
@@ -21,7 +22,7 @@ class StepOutcome(NamedTuple):
     grad_norm: float
 
 
-class Values:
+class DeferredScalars:
     """0-d tensors and numbers. CUDA tensors are copied to the host and not waited for."""
 
     def __init__(self, *values: bool | float | torch.Tensor):
@@ -35,7 +36,7 @@ class Values:
             self._arrived.record()
 
     @property
-    def late(self) -> bool:
+    def on_device(self) -> bool:
         return bool(self._there)
 
     def read(self) -> list[float]:
@@ -46,13 +47,13 @@ class Values:
         return [float(value) for value in self._values]
 
 
-class Outcomes:
-    """Outcomes on their way from the device."""
+class PendingOutcomes:
+    """PendingOutcomes on their way from the device."""
 
     def __init__(self):
-        self._waiting: deque[tuple[int, Any, Values]] = deque()
+        self._waiting: deque[tuple[int, Any, DeferredScalars]] = deque()
 
-    def after(
+    def push(
         self,
         step: int,
         batches: Any,
@@ -62,13 +63,13 @@ class Outcomes:
     ) -> Iterator[StepOutcome]:
         """Take note of a step, and yield what has come to be known, in order: what is on its way
         from the device is left until after the next step."""
-        values = Values(applied, loss, grad_norm)
+        values = DeferredScalars(applied, loss, grad_norm)
         self._waiting.append((step, batches, values))
-        yield from self.rest(but=values.late)
+        yield from self.drain(keep=values.on_device)
 
-    def rest(self, but: int = 0) -> Iterator[StepOutcome]:
-        """Those not known yet, waited for, but for the last few."""
-        while len(self._waiting) > but:
+    def drain(self, keep: int = 0) -> Iterator[StepOutcome]:
+        """Those not known yet, waited for, but for the last `keep`."""
+        while len(self._waiting) > keep:
             step, batches, values = self._waiting.popleft()
             applied, loss, grad_norm = values.read()
             yield StepOutcome(step, batches, bool(applied), loss, grad_norm)
@@ -84,22 +85,22 @@ class BadSteps:
     def too_many(self) -> bool:
         return self.in_row >= self.most_in_row
 
-    def note(self, applied: bool) -> None:
+    def record(self, applied: bool) -> None:
         self.in_row = 0 if applied else self.in_row + 1
         self.count += not applied
 
 
-class Spikes:
+class SpikeDetector:
     """Steps whose loss or gradient norm stands out from the latest ones before it, upwards.
 
-    z: how many standard deviations above the mean of the last MOST values make a spike.
+    z: how many standard deviations above the mean of the last MAX_HISTORY values make a spike.
     """
 
     def __init__(self, z: float, history: dict[str, list[float]] | None = None):
         self.z = z
         history = history or {}
         self._seen = {
-            name: deque(history.get(name, ()), maxlen=MOST) for name in ("loss", "grad_norm")
+            name: deque(history.get(name, ()), maxlen=MAX_HISTORY) for name in ("loss", "grad_norm")
         }
 
     @property
@@ -112,7 +113,7 @@ class Spikes:
         return tuple(self._limit(values) for values in self._seen.values())
 
     def _limit(self, values: deque[float]) -> float:
-        if len(values) < LEAST:
+        if len(values) < MIN_HISTORY:
             return math.inf
         mean, std = _mean_and_std(values)
         return mean + self.z * std
@@ -137,4 +138,4 @@ def _mean_and_std(values: Iterable[float]) -> tuple[float, float]:
     values = list(values)
     mean = math.fsum(values) / len(values)
     std = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / len(values))
-    return mean, max(std, NARROWEST * abs(mean), 1e-12)
+    return mean, max(std, MIN_RELATIVE_STD * abs(mean), 1e-12)

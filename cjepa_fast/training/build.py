@@ -10,7 +10,7 @@ import torch
 from cjepa_fast import config as configuration
 from cjepa_fast.config import Config, ConfigError
 from cjepa_fast.data import sources
-from cjepa_fast.data.loader import Loader, Share
+from cjepa_fast.data.loader import BatchSplit, Loader
 from cjepa_fast.data.masks import MaskSampler
 from cjepa_fast.kernels.common.ranks import Ranks
 from cjepa_fast.kernels.norm import WIDEST
@@ -63,7 +63,7 @@ def build_networks(config: Config, ranks: Ranks | None = None) -> JEPA:
 
 def projector_widths(config: Config) -> tuple[int, ...] | None:
     """None too where nothing would train it."""
-    own = config.loss.regularised_by
+    own = config.loss.active_regulariser
     return own.projector if own.beta else None
 
 
@@ -194,12 +194,12 @@ def choose_attention(
             choices[name] = kernel_for(shape, device, dtype, given)
             continue
         before = (saved or {}).get(name)
-        choices[name] = distributed.from_rank_0(
+        choices[name] = distributed.broadcast_from_rank_0(
             lambda shape=shape, before=before: _saved_or_fastest(before, shape, device, dtype)
         )
         for block in blocks:
             block.attn.backend = choices[name]
-        if last != shape and distributed.from_rank_0(
+        if last != shape and distributed.broadcast_from_rank_0(
             lambda last=last, name=name: unusable(last, device, dtype, choices[name])
         ):
             blocks[-1].attn.backend = "plain" if packed else "sdpa"
@@ -233,7 +233,7 @@ def choose_linear(
         "of": "linear", "uses": uses, "processor": hardware.processor_name(),
         "tier": hardware.tier(), "torch": torch.__version__, "threads": torch.get_num_threads(),
     }  # fmt: skip
-    ways = saved or distributed.from_rank_0(
+    ways = saved or distributed.broadcast_from_rank_0(
         lambda: trials.remembered(facts, lambda: cpu_linear.fastest(uses)._asdict(), otherwise)
     )
     cpu_linear.use(
@@ -362,7 +362,7 @@ def with_precision(config: Config, device: torch.device) -> Config:
     device is best at, the same on all."""
     if config.run.precision != "auto":
         return config
-    best = distributed.from_all(hardware.best_precision(device).precision)
+    best = distributed.all_gather_objects(hardware.best_precision(device).precision)
     precision = min(best, key=hardware.PRECISIONS.index)
     run = config.run.model_copy(update={"precision": precision})
     return config.model_copy(update={"run": run})
@@ -383,18 +383,18 @@ def meta_batch(config: Config, images: int) -> tuple:
     size, width = config.data.image_size, model_sizes(config)["width"]
     N = math.prod(patch_grid(size, config.model.patch_size))
     shapes = (images, config.data.channels, *height_width(size)), (images, N, width)
-    images_B3HW, tokens = (
+    images_BCHW, tokens = (
         torch.empty(shape, dtype=compute_dtype(config), device="meta") for shape in shapes
     )
-    return images_B3HW, masks.context.to("meta"), masks.target_idx_BMP.to("meta"), tokens
+    return images_BCHW, masks.context.to("meta"), masks.target_idx_BMP.to("meta"), tokens
 
 
 def check_same_images(paths: list[str], images: sources.ImageSet) -> None:
     """Raises ConfigError where this rank's image set is not the first's, on another node, or
     other files of it are usable there."""
     host = socket.gethostname()
-    own = images.fingerprint, images.usable, f"{len(images):,} images on {host}"
-    found = distributed.from_all(own)
+    own = images.fingerprint, images.usable_fingerprint, f"{len(images):,} images on {host}"
+    found = distributed.all_gather_objects(own)
     first, first_usable, first_where = found[0]
     for fingerprint, usable, where in found:
         if fingerprint != first:
@@ -417,7 +417,7 @@ def build_loader(
     """left_out: the file that will name the images that are not used; None: one in the cache."""
     data, paths = config.data, configuration.image_paths(config.data)
     first = distributed.rank() == 0
-    images = distributed.first_on_each_node(
+    images = distributed.local_rank_0_first(
         lambda: sources.open_images(
             paths[0] if len(paths) == 1 else paths,
             limits=sources.Limits.of(data),
@@ -431,7 +431,7 @@ def build_loader(
     return Loader(
         images,
         data,
-        Share(data.batch_size, micro_batch, distributed.rank(), world_size),
+        BatchSplit(data.batch_size, micro_batch, distributed.rank(), world_size),
         seed=config.run.seed,
         device=device,
         dtype=compute_dtype(config),

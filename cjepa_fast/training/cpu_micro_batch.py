@@ -51,7 +51,7 @@ def fitted(
             return config
         if not accepted:
             return _with(config, begun)
-    fits = min(distributed.from_all(most_images(config)))
+    fits = min(distributed.all_gather_objects(most_images(config)))
     times = configuration.micro_batches(config.data.batch_size, world_size, asked)
     if times[0] <= fits:
         return config
@@ -66,7 +66,7 @@ def _decides(config: Config, asked_before: int | None) -> bool:
     A regulariser's statistics are of a micro-batch, and all contexts but "fixed" are cut by it. For
     the contexts alone, who now asks for another micro-batch than before gets it.
     """
-    if config.loss.regularised_by.beta > 0:
+    if config.loss.active_regulariser.beta > 0:
         return True
     asks_the_same = asked_before in (None, config.data.micro_batch_size)
     return config.mask.context != "fixed" and asks_the_same
@@ -122,7 +122,7 @@ def needed(config: Config) -> tuple[float, float]:
     return float(PARAMETER_BYTES * trained), MOMENTARY * saved.bytes / COUNTED
 
 
-def told(asked: Config, config: Config, begun: int | None = None) -> list[str]:
+def messages(asked: Config, config: Config, begun: int | None = None) -> list[str]:
     """What the user must know of a cut, one line each; asked: the configuration before it; begun:
     the micro-batch of the checkpoint that is resumed from."""
     before, now = asked.data.micro_batch_size, config.data.micro_batch_size

@@ -43,7 +43,7 @@ def dry_run(trainer: Trainer, loader: Loader, told: list[str]) -> int:
             finite &= bool(applied) and math.isfinite(loss)
             step_s = time.perf_counter() - began
             bar.update()
-    (broken,) = distributed.any_of(not finite)
+    (broken,) = distributed.any_rank(not finite)
     if distributed.rank() != 0:
         return int(broken)
     print(*told, sep="\n", end="\n" * bool(told))
@@ -64,14 +64,14 @@ def dry_run(trainer: Trainer, loader: Loader, told: list[str]) -> int:
         f"learning rate from {optim.start_lr:g} to {optim.lr:g} in {optim.warmup_epochs:g} epochs, "
         f"to {optim.final_lr:g} at the end"
     )
-    print(hardware.told_precision(trainer.config.run.precision, trainer.device, False))
+    print(hardware.precision_message(trainer.config.run.precision, trainer.device, False))
     print(f"parameters   encoder {parameters['encoder']:,}, predictor {parameters['predictor']:,}")
     print(f"tokens       {rows} x {cols} patches, context {K:g}, targets {M} x {P}")
     if config.mask.context == "fixed" and trainer.device.type == "cuda":
         count = torch.cuda.get_device_properties(trainer.device).multi_processor_count
         sizes = counted_sizes(config, K, M, P)
         fewest = config.mask.min_keep
-        print("waves        " + waves.told(trainer.micro_batch, int(K), count, fewest, **sizes))
+        print("waves        " + waves.describe(trainer.micro_batch, int(K), count, fewest, **sizes))
     print("GFLOP/image  " + ", ".join(f"{name} {value:.1f}" for name, value in gflop.items()))
     print(f"memory       {peak_gib(trainer.device):.2f} GiB at the peak, {trainer.device}")
     print(

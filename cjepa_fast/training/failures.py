@@ -31,7 +31,7 @@ class ExitStatus:
 
 
 @contextlib.contextmanager
-def told(options: Options) -> Iterator[ExitStatus]:
+def report_failures(options: Options) -> Iterator[ExitStatus]:
     """Within it, whatever goes wrong is told on stderr, and decides the exit status."""
     outcome = ExitStatus()
     try:
@@ -67,7 +67,7 @@ def _memory_advice(error: Exception, session: Session) -> str:
     micro_batch, _ = config.data.micro_batches(ranks)
     resumed = not options.dry_run and checkpoint.latest(session.folder) is not None
     smallest = config.loss.smallest_micro_batch(ranks)
-    if resumed and config.loss.regularised_by.beta > 0:
+    if resumed and config.loss.active_regulariser.beta > 0:
         smallest = micro_batch  # of fewer the statistics are others: another training
     advice = oom.advice(
         error,

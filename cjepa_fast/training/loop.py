@@ -25,9 +25,15 @@ from cjepa_fast.telemetry import Telemetry, read_log
 from cjepa_fast.telemetry.log import BAD_STEPS
 from cjepa_fast.telemetry.pace import Pace
 from cjepa_fast.telemetry.progress import shown_clock
-from cjepa_fast.training.anomalies import BadSteps, Outcomes, Spikes, StepOutcome
+from cjepa_fast.training.anomalies import BadSteps, PendingOutcomes, SpikeDetector, StepOutcome
 from cjepa_fast.training.callbacks import Callbacks
-from cjepa_fast.training.learning import EARLY, began_weak, ended, getting_worse, likely_cause
+from cjepa_fast.training.diagnosis import (
+    EARLY,
+    degradation_warning,
+    end_messages,
+    likely_cause,
+    weak_init_warning,
+)
 from cjepa_fast.training.start import Session
 from cjepa_fast.training.trainer import Trainer
 
@@ -107,32 +113,34 @@ class Loop:
         )
         self.micro_batches = 0  # of the step under way
         self.waited_s = 0.0  # for data, since the last row of the log
-        self.first = contextlib.ExitStack()  # left once the first step is made
+        self.first_step_clock = contextlib.ExitStack()  # left once the first step is made
         self.stop = session.stop or StopRequest()
         self.saved_s = time.monotonic()
         self.told_of_collapse = self.told_of_worse = False
         self.rewinds: Counter[int] = Counter()  # by step
         progress = (state or {}).get("progress", {})
         self.data_offset = progress.get("data_offset", 0)  # steps whose images were passed over
-        self._go_on_from(state or {"step": 0})
+        self._load_progress(state or {"step": 0})
         self.compared = self.done >= EARLY * trainer.total_steps  # with the start
         left = trainer.total_steps - self.done
         self.pace = Pace(left * loader.accumulation, trainer.micro_batch * distributed.world_size())
         self.skipped_before: int = progress.get("skipped_images", 0)  # images, by all ranks
         self.skipped_here = 0  # by this rank, since this start
 
-    def _go_on_from(self, state: dict) -> None:
+    def _load_progress(self, state: dict) -> None:
         self.done = state["step"]
-        self.outcomes = Outcomes()
+        self.outcomes = PendingOutcomes()
         progress = state.get("progress", {})
         self.bad = BadSteps(
             self.config.run.max_bad_steps,
             progress.get("skipped_steps", 0),
             progress.get("skipped_in_row", 0),
         )
-        self.spikes = Spikes(self.config.run.spike_z, progress.get("spikes"))
+        self.spikes = SpikeDetector(self.config.run.spike_z, progress.get("spikes"))
         self.best: dict = progress.get("best") or NONE_BEST
-        if not distributed.from_rank_0(lambda: self.saver.point_at_best(self.best["step"])):
+        if not distributed.broadcast_from_rank_0(
+            lambda: self.saver.point_at_best(self.best["step"])
+        ):
             self.best = NONE_BEST
         self.best_before = NONE_BEST
         self.limits: list[float] = []  # of the next step's loss and gradient norm, where they count
@@ -145,7 +153,7 @@ class Loop:
             found = self._evaluate()
             if found is not None:
                 self.telemetry.row(self.done, found)
-                self._best_is_named()
+                self._link_best()
                 if finished:
                     self._save(again=True)
             elif not finished:
@@ -154,21 +162,21 @@ class Loop:
         if finished:
             return self._end()
         compiling = ", and its compilation" * (self.config.run.compile != "none")
-        self.first.enter_context(shown_clock(f"first step{compiling}"))
+        self.first_step_clock.enter_context(shown_clock(f"first step{compiling}"))
         status = None
         try:
             while status is None:
                 steps = steps_of(self.loader, self.done + self.data_offset)
                 with contextlib.closing(steps):
-                    status = self._stretch(steps)
+                    status = self._train_until_rewind(steps)
         except Exception:
             self.saver.leave()
             raise
         finally:
-            self.first.close()
+            self.first_step_clock.close()
         return status
 
-    def _stretch(self, steps: Iterator[tuple[list[Batch], float]]) -> int | None:
+    def _train_until_rewind(self, steps: Iterator[tuple[list[Batch], float]]) -> int | None:
         """Steps up to the end of the run, or until it has gone back: then None."""
         trainer, telemetry = self.trainer, self.telemetry
         self.watch.mark("waiting for data", self.done + 1)
@@ -178,22 +186,22 @@ class Loop:
             terms, applied = trainer.step(batches, self.done, self._after_micro_batch)
             self.done += 1
             self.skipped_here += sum(batch.holes for batch in batches)
-            self.first.close()
+            self.first_step_clock.close()
             asked = self.callbacks.on_step(self.done, terms) or self.stop.asked
-            stopping, writing, minutes_up, evaluating = distributed.any_of(
+            stopping, writing, minutes_up, evaluating = distributed.any_rank(
                 asked, self.saver.busy, self._minutes_are_up(), self._evaluation_is_due()
             )
             if not writing:
                 self.saver.settle()
             last = self.done == trainer.total_steps or stopping
             saving = last or minutes_up or self._save_is_due() or evaluating
-            new = self.outcomes.after(
+            new = self.outcomes.push(
                 self.done, batches, applied, terms["loss"], trainer.engine.grad_norm
             )
-            if self._went_back(new):
+            if self._handle_outcomes(new):
                 return None
             self._limit()  # by what is known now: a save knows more, and must change no step
-            if self._went_back(self._rest(saving)):
+            if self._handle_outcomes(self._rest(saving)):
                 return None
             if self.bad.too_many:
                 return self._give_up()
@@ -205,7 +213,7 @@ class Loop:
             if found is None:  # made after a resume
                 found, last = {}, True
             if telemetry.due(self.done) or stopping or evaluating:
-                longest_wait_s = max(distributed.from_all(self.waited_s))
+                longest_wait_s = max(distributed.all_gather_objects(self.waited_s))
                 row = telemetry.log_row({**self._details(), **found}, longest_wait_s)
                 self.waited_s = 0.0
                 self._warn_of_collapse(row)
@@ -229,13 +237,13 @@ class Loop:
     def _rest(self, wanted: bool) -> Iterator[StepOutcome]:
         """The outcomes still on their way, where they are wanted: in a save, or for an end."""
         if wanted or self.bad.too_many:
-            yield from self.outcomes.rest()
+            yield from self.outcomes.drain()
 
     def _details(self) -> dict:
         return self.trainer.details(self.done - 1, self.bad.count, self._all_skipped_images())
 
     def _all_skipped_images(self) -> int:
-        return self.skipped_before + sum(distributed.from_all(self.skipped_here))
+        return self.skipped_before + sum(distributed.all_gather_objects(self.skipped_here))
 
     def _evaluation_is_due(self) -> bool:
         if self.online is None:
@@ -245,7 +253,7 @@ class Loop:
     def _stop_is_asked(self) -> bool:
         """Asked again and again within an evaluation, by all ranks alike."""
         self.watch.mark("evaluating")
-        return distributed.any_of(self.stop.asked)[0]
+        return distributed.any_rank(self.stop.asked)[0]
 
     def _evaluate(self) -> dict[str, float] | None:
         """The target encoder's scores, on rank 0, {} where there are none; the best by kNN is
@@ -269,7 +277,7 @@ class Loop:
                 self._settle_best()
             score = {"knn": found.get("knn", NONE_BEST["knn"]), "step": self.done}
             self.best_before = self.best
-            self.best = distributed.from_rank_0(
+            self.best = distributed.broadcast_from_rank_0(
                 lambda: max(self.best, score, key=lambda score: score["knn"])
             )
             self.saver.best = self.best["step"]
@@ -284,10 +292,10 @@ class Loop:
             self.best = self.best_before
             self.saver.best = self.best["step"]
 
-    def _best_is_named(self) -> None:
+    def _link_best(self) -> None:
         """Of an evaluation that no save follows."""
         if self.best["step"] is not None:
-            distributed.from_rank_0(lambda: self.saver.point_at_best(self.best["step"]))
+            distributed.broadcast_from_rank_0(lambda: self.saver.point_at_best(self.best["step"]))
 
     def _draw(self) -> None:
         """Masks, attention and patch features to TensorBoard: worth a message, never a run."""
@@ -332,29 +340,29 @@ class Loop:
         except (OSError, ValueError):  # moved, or damaged: it is but advice
             rows = []
         width = self.trainer.context_encoder.width
-        line = getting_worse(rows, self.config, width, total)
+        line = degradation_warning(rows, self.config, width, total)
         if not self.compared:
-            line = line or began_weak(rows, self.config, width)
+            line = line or weak_init_warning(rows, self.config, width)
             self.compared = sum(row.get("rankme") is not None for row in rows) > 1
         if line:
             self.told_of_worse = True
             self.telemetry.message(line)
 
-    def _went_back(self, outcomes: Iterator[StepOutcome]) -> bool:
+    def _handle_outcomes(self, outcomes: Iterator[StepOutcome]) -> bool:
         """Whether one of them was a spike that the run has gone back from."""
         for one in outcomes:
-            if good := self._anomaly(one):
+            if good := self._record_anomaly(one):
                 self._rewind(good)
                 return True
         return False
 
-    def _anomaly(self, outcome: StepOutcome) -> Path | None:
+    def _record_anomaly(self, outcome: StepOutcome) -> Path | None:
         """Tell and write down, with its images, a step that was not applied or stands out.
 
         Returns the checkpoint to go back to, where it is a spike to go back from.
         """
         spike = self.spikes.check(outcome)
-        self.bad.note(outcome.applied)
+        self.bad.record(outcome.applied)
         if outcome.applied and not spike:
             return None
         if spike:
@@ -369,7 +377,7 @@ class Loop:
         row = {
             "step": outcome.step,
             "applied": outcome.applied,
-            "images": list(itertools.chain(*distributed.from_all(names))),
+            "images": list(itertools.chain(*distributed.all_gather_objects(names))),
         }
         rewinding = spike is not None and self.config.run.on_spike == "rewind"
         good = self._newest_before(outcome.step) if rewinding else None
@@ -401,7 +409,7 @@ class Loop:
         self.trainer.features.clear()  # of weights that are gone
         self.waited_s = 0.0
         self.data_offset += passed_over
-        self._go_on_from(state)
+        self._load_progress(state)
         self.telemetry.back_to(step)
         self.telemetry.message(
             f"rewound to step {step}; the images of the {passed_over} steps after it are passed "
@@ -412,9 +420,9 @@ class Loop:
         """The newest checkpoint before `step`, None where it has been gone back to often enough."""
         self.watch.mark("rewinding")
         self.saver.finish()
-        return distributed.from_rank_0(lambda: self._good_before(step))
+        return distributed.broadcast_from_rank_0(lambda: self._newest_undamaged_before(step))
 
-    def _good_before(self, step: int) -> Path | None:
+    def _newest_undamaged_before(self, step: int) -> Path | None:
         for path in checkpoint.newest_first(self.folder):
             if checkpoint.step_of(path) < step and not checkpoint.damage(path):
                 return path if self.rewinds[checkpoint.step_of(path)] < MOST_REWINDS else None
@@ -464,7 +472,7 @@ class Loop:
         if distributed.rank() == 0:
             checkpoint.set_aside_later_than(self.folder, self.done)
         saved = self._is_saved()
-        if not distributed.any_of(saved)[0]:
+        if not distributed.any_rank(saved)[0]:
             self._save()
             saved = self.saver.finish()
         state = f"The last good state is saved as step {self.done}" if saved else "See above"
@@ -477,12 +485,12 @@ class Loop:
     def _end(self) -> int:
         """Of a run that is done, or was asked to stop."""
         self.watch.mark("writing the last checkpoint and the encoders")
-        if not distributed.any_of(self.saver.pending or self._is_saved())[0]:
+        if not distributed.any_rank(self.saver.pending or self._is_saved())[0]:
             self._save()  # a finished run's checkpoint, in another folder
         with shown_clock("the last checkpoint"):
             saved = self.saver.finish()
-        counts = distributed.from_all(dict(self.loader.skipped.warnings.count))
-        if line := decoder_warnings.told(sum(map(Counter, counts), Counter())):
+        counts = distributed.all_gather_objects(dict(self.loader.skipped.warnings.count))
+        if line := decoder_warnings.summary(sum(map(Counter, counts), Counter())):
             self.telemetry.message(line)
         if self.done < self.trainer.total_steps:
             self.telemetry.message(
@@ -498,6 +506,8 @@ class Loop:
             self.watch.mark("writing the second encoder")
             encoders.write_encoder(self.folder / "context_encoder.safetensors", "context", final)
             log = self.folder / "log.jsonl"  # none of a finished training taken to another folder
-            for line in ended(read_log(log) if log.is_file() else [], self.folder, self.config):
+            for line in end_messages(
+                read_log(log) if log.is_file() else [], self.folder, self.config
+            ):
                 self.telemetry.message(line)
         return 0 if saved or distributed.rank() else 1

@@ -71,7 +71,7 @@ class Session:
     @property
     def folder(self) -> Path:
         """Of the run."""
-        return Path(configuration.expanded(self.config.run.dir))
+        return Path(configuration.expand_path(self.config.run.dir))
 
 
 @contextlib.contextmanager
@@ -113,7 +113,7 @@ def begin(
     each. ending: takes what is to be undone, whatever happens. Raises ConfigError.
     """
     asked = session.config
-    configuration.refuse_unset(asked)
+    configuration.check_paths_set(asked)
     ending.callback(distributed.leave_group)
     with input_errors():
         device = distributed.start(asked.run.seed, watchdog.START * asked.run.timeout_s)
@@ -122,21 +122,21 @@ def begin(
         trainer, loader, state = _built(session, device)
         ending.callback(loader.close)
         begun = state["config"]["data"]["micro_batch_size"] if state else None
-        told = trainer.started_from + cpu_micro_batch.told(asked, session.config, begun)
-        told += _told_resolved(asked, session.config, loader.steps_per_epoch)
+        told = trainer.started_from + cpu_micro_batch.messages(asked, session.config, begun)
+        told += _resolved_messages(asked, session.config, loader.steps_per_epoch)
         return trainer, loader, state, told
 
 
-def _told_resolved(asked: Config, config: Config, steps_per_epoch: int) -> Iterator[str]:
+def _resolved_messages(asked: Config, config: Config, steps_per_epoch: int) -> Iterator[str]:
     """What followed from the batch and the number of images."""
-    if line := configuration.told_rate(config):
+    if line := configuration.lr_message(config):
         yield line
-    if line := configuration.told_start(config):
+    if line := configuration.warmup_message(config):
         yield line
-    if line := configuration.told_micro_batch(config, distributed.world_size()):
+    if line := configuration.micro_batch_message(config, distributed.world_size()):
         yield line
     if asked.run.epochs == "auto":
-        yield configuration.told_epochs(config.run.epochs, steps_per_epoch)
+        yield configuration.epochs_message(config.run.epochs, steps_per_epoch)
 
 
 def _built(session: Session, device: torch.device) -> tuple[Trainer, Loader, dict | None]:
@@ -149,13 +149,13 @@ def _built(session: Session, device: torch.device) -> tuple[Trainer, Loader, dic
             run_lock.take(run)
         return starting_points(run, options.resume)
 
-    checkpointed = first_whole(distributed.from_rank_0(found), options.resume)
+    checkpointed = first_whole(distributed.broadcast_from_rank_0(found), options.resume)
     state = checkpoint.state_of(checkpointed) if checkpointed else {}
     if state:
-        state["config"] = configuration.completed(state["config"])
+        state["config"] = configuration.with_saved_defaults(state["config"])
         state.setdefault("linear", LinearBackends()._asdict())
         state.setdefault("decoder", "dali")
-        config = configuration.as_begun(config, state["config"])
+        config = configuration.keep_saved_values(config, state["config"])
     config = with_precision(config, device)
     saved = configuration.validate(state["config"]) if state else None
     session.asked_micro_batch = config.data.micro_batch_size
@@ -174,7 +174,7 @@ def _built(session: Session, device: torch.device) -> tuple[Trainer, Loader, dic
             device,
             loader.steps_per_epoch,
             images=loader.images.fingerprint,
-            usable_images=loader.images.usable,
+            usable_images=loader.images.usable_fingerprint,
             image_count=len(loader.images),
             decoder=loader.decoder,
             restoring=bool(state),
@@ -200,7 +200,7 @@ def starting_points(run: Path, resume: str | None) -> list[Path]:
     nearest = next(path for path in (run, *run.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise ConfigError(f"run.dir = {run}: {nearest} is no folder that can be written to")
-    return checkpoint.candidates(run, resume)
+    return checkpoint.resume_candidates(run, resume)
 
 
 def _refuse_to_overwrite(run: Path, resume: str | None) -> None:
@@ -220,7 +220,9 @@ def first_whole(found: list[Path], resume: str | None) -> Path | None:
     damaged, own = [], (distributed.rank(), distributed.world_size())
     for path in found:
         with shown_clock(f"checking {path.name}"):
-            shares = distributed.from_each(functools.partial(checkpoint.damage, path, *own))
+            shares = distributed.all_gather_results(
+                functools.partial(checkpoint.damage, path, *own)
+            )
         damaged += dict.fromkeys(line for share in shares for line in share)
         if not any(shares):
             if damaged and distributed.rank() == 0:
@@ -262,7 +264,7 @@ def open_telemetry(
     config, run, rank = session.config, session.folder, distributed.rank()
     session.stop = StopRequest()  # from here on a signal ends the run after a step, saved
     with input_errors():
-        not_written = distributed.from_rank_0(
+        not_written = distributed.broadcast_from_rank_0(
             lambda: _taken(run, loader, session.options.resume, resumed=bool(state))
         )
         begun = (run / "log.jsonl").exists()
@@ -363,7 +365,7 @@ def _choices(trainer: Trainer) -> Iterator[str]:
     """What was chosen for this machine."""
     config, device = trainer.config, trainer.device
     yield f"on {machine(device)}; torch {torch.__version__}"
-    yield hardware.told_precision(config.run.precision, device, trainer.restoring)
+    yield hardware.precision_message(config.run.precision, device, trainer.restoring)
     asked = config.model.attention
     kernels = set(trainer.attention.values())
     another = asked != "auto" and kernels != {asked}
@@ -380,7 +382,7 @@ def _choices(trainer: Trainer) -> Iterator[str]:
         if width > WIDEST:
             yield f"the {network}'s blocks are not fused: {width} is wider than {WIDEST}"
     if config.model.gelu == "tanh" and fused:
-        yield fused_mlp.told(device, dtype)
+        yield fused_mlp.describe_gelu(device, dtype)
     for key in ("target_precision", "context_precision") if device.type == "cpu" else ():
         if getattr(config.model, key) == "fp8":
             yield f"model.{key} fp8: right on a CPU, but slower than bf16"
@@ -400,7 +402,7 @@ def _idle(config: Config, device: torch.device) -> Iterator[str]:
             yield f"run.{key} changes nothing here: it is for our kernels on a GPU{needs}"
 
 
-def _told_machine(state: dict, device: torch.device) -> Iterator[str]:
+def _machine_message(state: dict, device: torch.device) -> Iterator[str]:
     """Where the promise of the same bits does not hold: the same kernels are needed for it."""
     saved = state.get("machine"), state.get("versions", {}).get("torch")
     if None not in saved and saved != (machine(device), torch.__version__):
@@ -425,6 +427,6 @@ def _left_behind(run: Path, trainer: Trainer, state: dict | None) -> Iterator[st
     if not _has_its_encoders(run, trainer, step):
         encoders.set_aside(run)
     if state:
-        yield from _told_machine(state, trainer.device)
+        yield from _machine_message(state, trainer.device)
         for line in itertools.chain(*checkpoint.differences(state, trainer.facts())):
             yield f"resumed with another {line}"

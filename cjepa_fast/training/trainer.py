@@ -32,7 +32,7 @@ from cjepa_fast.training.build import (
 from cjepa_fast.training.engines.cuda_graph import Graphed
 from cjepa_fast.training.engines.single import SingleEngine
 from cjepa_fast.training.engines.target_stream import TargetStream
-from cjepa_fast.training.initial import initialise
+from cjepa_fast.training.init_from import initialise
 
 SHARE_IMAGES = 32  # of a micro-batch, whose target tokens tell what position explains
 FEATURE_ROWS = 1024  # pooled target features that RankMe and the per-dimension std are taken over
@@ -163,7 +163,7 @@ class Trainer:
             self.engine.snapshot.wait()
         for batch in batches:
             terms, features_BD, tokens_bND, applied = self._run(
-                batch.images_B3HW, batch.masks, *schedules, *drawn
+                batch.images_BCHW, batch.masks, *schedules, *drawn
             )
             self.features.append(features_BD.clone())
             self.tokens_bND = tokens_bND.clone()  # else the whole target's output stays
@@ -174,7 +174,7 @@ class Trainer:
 
     def micro_step(
         self,
-        images_B3HW: torch.Tensor,
+        images_BCHW: torch.Tensor,
         masks: Masks,
         lr: Number,
         weight_decay: Number,
@@ -187,8 +187,8 @@ class Trainer:
         (b, N, D), and what the engine's step returns.
         """
         with torch.no_grad():
-            target_BND = self.target(images_B3HW)
-        terms = self.engine(images_B3HW, masks.context, masks.target_idx_BMP, target_BND, *drawn)
+            target_BND = self.target(images_BCHW)
+        terms = self.engine(images_BCHW, masks.context, masks.target_idx_BMP, target_BND, *drawn)
         self.engine.backward(terms["loss"])
         applied = self.engine.step(lr, weight_decay, momentum)
         told = {name: term.detach() for name, term in terms.items()}
@@ -259,7 +259,7 @@ class Trainer:
             facts["linear"] = self.linear
         if self.config.model.attention == "auto" and self.device.type == "cuda":
             facts["attention"] = self.attention
-        if self.config.loss.regularised_by.beta > 0:
+        if self.config.loss.active_regulariser.beta > 0:
             name = {"vicreg": "VICReg", "sigreg": "SIGReg"}[self.config.loss.regulariser]
             facts[f"images a {name} statistic"] = self.micro_batch * distributed.world_size()
         return facts

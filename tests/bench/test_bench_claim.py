@@ -129,7 +129,7 @@ def test_a_training_is_named_by_the_commit_it_started_from(tmp_path, monkeypatch
         return argparse.Namespace(wait=lambda: 0)
 
     monkeypatch.setattr(claim.ablate, "start", start)
-    monkeypatch.setattr(claim.configuration, "read", lambda _: None)
+    monkeypatch.setattr(claim.configuration, "load_run", lambda _: None)
     monkeypatch.setattr(claim.ablate, "scores_of", lambda _: [{"step": 0}])
     ablation = argparse.Namespace(rows={"I-JEPA": {}})
     line = claim.trial_record(asked(), ablation, claim.ablate.Trial("I-JEPA", 0, tmp_path))

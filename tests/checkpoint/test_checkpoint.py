@@ -16,7 +16,7 @@ from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime import files
 
 
-def stored_in_pieces(folder, weight: torch.Tensor, cuts: list[int]) -> checkpoint.Stored:
+def stored_in_pieces(folder, weight: torch.Tensor, cuts: list[int]) -> checkpoint.StoredCheckpoint:
     """A checkpoint of one parameter, cut as ranks would cut it."""
     folder.mkdir()
     (folder / "state.json").write_text(json.dumps({"step": 1, "world_size": len(cuts) - 1}))
@@ -24,7 +24,7 @@ def stored_in_pieces(folder, weight: torch.Tensor, cuts: list[int]) -> checkpoin
     for rank, (a, b) in enumerate(pieces):
         name = f"shard_{rank:05d}_of_{len(pieces):05d}.safetensors"
         save_file({f"master/x@{a}": weight[a:b].clone()}, folder / name)
-    return checkpoint.Stored(folder)
+    return checkpoint.StoredCheckpoint(folder)
 
 
 @pytest.mark.parametrize("cuts", [[0, 10], [0, 3, 10], [0, 1, 2, 9, 10]])
@@ -122,13 +122,13 @@ def test_what_was_not_renamed_does_not_exist(tmp_path):
         (folder / "state.json").write_text("{}")
         (folder / "manifest.json").write_text("{}")
     assert checkpoint.latest(tmp_path) == five
-    assert checkpoint.candidates(tmp_path, None) == []
-    assert checkpoint.candidates(tmp_path, "auto") == [five]
-    assert checkpoint.candidates(tmp_path / "other", str(tmp_path)) == [five]
-    assert checkpoint.candidates(tmp_path, str(five)) == [five]
-    assert checkpoint.candidates(tmp_path / "new", "auto") == []
+    assert checkpoint.resume_candidates(tmp_path, None) == []
+    assert checkpoint.resume_candidates(tmp_path, "auto") == [five]
+    assert checkpoint.resume_candidates(tmp_path / "other", str(tmp_path)) == [five]
+    assert checkpoint.resume_candidates(tmp_path, str(five)) == [five]
+    assert checkpoint.resume_candidates(tmp_path / "new", "auto") == []
     with pytest.raises(FileNotFoundError, match="new"):
-        checkpoint.candidates(tmp_path, str(tmp_path / "new"))
+        checkpoint.resume_candidates(tmp_path, str(tmp_path / "new"))
 
 
 def test_write_text_is_whole_or_absent(tmp_path):

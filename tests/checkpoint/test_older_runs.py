@@ -93,14 +93,14 @@ def test_each_key_says_what_the_code_did_before_it_and_before_its_default(unpack
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_the_restored_state_is_bit_for_bit_the_saved_one(unpacked, precision):
     path = unpacked / precision / "checkpoints" / STEP_FOLDER
-    saved = configuration.completed(saved_config(unpacked, precision))
-    config = configuration.as_begun(
+    saved = configuration.with_saved_defaults(saved_config(unpacked, precision))
+    config = configuration.keep_saved_values(
         configuration.load(str(user_config(unpacked, precision))), saved
     )
     assert config.run.precision == precision
     trainer = Trainer(config, distributed.start(0), 2, restoring=True, linear={})
     checkpoint.restore(path, trainer.engine)
-    stored = checkpoint.Stored(path)
+    stored = checkpoint.StoredCheckpoint(path)
     owned = owned_tensors(trainer.engine)
     kinds = {key.partition("/")[0] for key in owned}
     assert kinds == {"master", "exp_avg", "exp_avg_sq", "ema"}
@@ -125,7 +125,7 @@ def test_it_resumes_to_the_steps_of_then(unpacked, precision):
     assert found.keys() == expected.keys() == set(range(1, 9))
     for step in range(STEP + 1, 9):
         assert found[step] == pytest.approx(expected[step], rel=AGREE[precision], abs=1e-6)
-    assert configuration.read(unpacked / precision).run.precision == precision
+    assert configuration.load_run(unpacked / precision).run.precision == precision
     another = [line for line in done.stdout.splitlines() if "resumed with another" in line]
     assert all("dir" in line or "path" in line for line in another), another
 

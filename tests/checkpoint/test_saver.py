@@ -55,7 +55,7 @@ def made(tmp_path):
 def stored(folder, step: int) -> torch.Tensor:
     path = folder / "checkpoints" / f"step_{step:08d}"
     assert checkpoint.damage(path) == []
-    return checkpoint.Stored(path).whole("master", "x")
+    return checkpoint.StoredCheckpoint(path).whole("master", "x")
 
 
 def test_what_is_saved_is_the_state_of_its_step_while_updates_go_on(tmp_path, made, monkeypatch):
@@ -248,7 +248,7 @@ def test_folders_that_cannot_be_synced_are_passed_over(tmp_path, monkeypatch):
 def test_ranks_that_do_not_share_a_folder_are_told(tmp_path, made, monkeypatch):
     _, save, said = made
     elsewhere = checkpoint_format.Receipt("shard_00001_of_00002.safetensors", 9, "")
-    monkeypatch.setattr(writer, "from_all", lambda mine: [mine, elsewhere])
+    monkeypatch.setattr(writer, "all_gather_objects", lambda mine: [mine, elsewhere])
     save.begin(1, {})
     assert not save.finish() and "run.dir must be a folder that all nodes share" in said[0]
 

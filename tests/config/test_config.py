@@ -407,7 +407,7 @@ def test_values_from_python_are_taken_as_json_has_them():
         "optim.lr": np.float32(0.5), "optim.betas": (0.5, torch.tensor(0.25)),
         "data.flip": np.bool_(True),
     }  # fmt: skip
-    made = configuration.of("demo", over | {"optim.warmup_epochs": 1})
+    made = configuration.from_values("demo", over | {"optim.warmup_epochs": 1})
     assert (made.data.path, made.run.dir, made.run.epochs) == (("/a", "b"), "/runs/x", 3)
     assert (made.optim.lr, made.optim.betas, made.data.flip) == (0.5, (0.5, 0.25), True)
 
@@ -415,12 +415,14 @@ def test_values_from_python_are_taken_as_json_has_them():
 @pytest.mark.parametrize("value", [object(), b"x", np.ones(3), {"a", "b"}])
 def test_a_value_that_json_has_none_of_is_named(value):
     with pytest.raises(ConfigError, match=r"^data.path = .*: of type \w+; give a number, a text"):
-        configuration.of("demo", {"data.path": value})
+        configuration.from_values("demo", {"data.path": value})
 
 
 def test_a_configuration_with_a_rate_by_the_batch_alone_can_be_laid_over():
     given = Config(optim={"lr_per_256": 1e-3})
-    assert configuration.of(given, {"data.batch_size": 512}).optim.lr == pytest.approx(2e-3)
+    assert configuration.from_values(given, {"data.batch_size": 512}).optim.lr == pytest.approx(
+        2e-3
+    )
 
 
 def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path):
@@ -438,7 +440,7 @@ def test_a_number_for_a_text_and_bytes_that_are_no_text_name_the_way_out():
 def test_paths_expand(monkeypatch):
     monkeypatch.setenv("IMAGES", "/images")
     monkeypatch.setenv("HOME", "/home/me")
-    assert configuration.expanded("~/$IMAGES/${IMAGES}") == "/home/me//images//images"
+    assert configuration.expand_path("~/$IMAGES/${IMAGES}") == "/home/me//images//images"
 
 
 @pytest.mark.parametrize("key", ["run.dir", "data.path", "eval.online.test"])
@@ -449,18 +451,22 @@ def test_paths_expand(monkeypatch):
 )  # fmt: skip
 def test_what_stays_in_a_path_is_refused(key, path, named, monkeypatch):
     monkeypatch.delenv("NO_SUCH", raising=False)
-    config = configuration.of({}, {key: path})  # it can be read
+    config = configuration.from_values({}, {key: path})  # it can be read
     with pytest.raises(ConfigError) as refused:
-        configuration.refuse_unset(config)
+        configuration.check_paths_set(config)
     assert str(refused.value).startswith(f'{key} = "{path}": {named}')
 
 
 def test_a_path_that_is_there_under_such_a_name_is_taken(tmp_path, monkeypatch):
     monkeypatch.delenv("NO_SUCH", raising=False)
     (tmp_path / "$NO_SUCH").mkdir()
-    configuration.refuse_unset(configuration.of({}, {"data.path": [str(tmp_path / "$NO_SUCH")]}))
+    configuration.check_paths_set(
+        configuration.from_values({}, {"data.path": [str(tmp_path / "$NO_SUCH")]})
+    )
     with pytest.raises(ConfigError):
-        configuration.refuse_unset(configuration.of({}, {"data.path": ["x", "$NO_SUCH"]}))
+        configuration.check_paths_set(
+            configuration.from_values({}, {"data.path": ["x", "$NO_SUCH"]})
+        )
 
 
 # --- micro-batches
@@ -491,7 +497,7 @@ def test_a_batch_that_does_not_divide(batch, world, near):
 def test_shares_that_divide_into_small_micro_batches_alone_are_told():
     def told(batch: int, ranks: int, limit: int = 128) -> str | None:
         data = {"batch_size": batch, "micro_batch_size": limit}
-        return configuration.told_micro_batch(configuration.validate({"data": data}), ranks)
+        return configuration.micro_batch_message(configuration.validate({"data": data}), ranks)
 
     line = told(2045, 5)  # 409 is a prime
     assert line.startswith("WARNING: micro-batches of 1: the 409 images a rank takes of data.")
@@ -506,7 +512,7 @@ def test_shares_that_divide_into_small_micro_batches_alone_are_told():
                                                          (1e-3, 5, False)])  # fmt: skip
 def test_a_warm_up_that_falls_is_told_and_not_refused(start_lr, warmup, told):
     optim = {"lr": 1e-3, "start_lr": start_lr, "warmup_epochs": warmup}
-    line = configuration.told_start(configuration.validate({"optim": optim}))
+    line = configuration.warmup_message(configuration.validate({"optim": optim}))
     assert (line is not None) == told
     assert not told or line.startswith("WARNING: optim.start_lr = 0.002 is above optim.lr = 0.001")
 
@@ -631,12 +637,12 @@ def test_a_rate_for_256_images_follows_the_batch():
         kept = json.loads(made.to_json())
         assert (kept["optim"]["lr"], kept["optim"]["lr_per_256"]) == (rate, 0.001)
         assert configuration.validate(kept) == made  # as config.json is read again
-        assert configuration.of(made, {"data.batch_size": 2 * batch}).optim.lr == 2 * rate
+        assert configuration.from_values(made, {"data.batch_size": 2 * batch}).optim.lr == 2 * rate
     assert load("vit_b").optim.lr_per_256 is None
-    assert "0.000125 for a batch of 2048" in configuration.told_rate(
+    assert "0.000125 for a batch of 2048" in configuration.lr_message(
         load("vit_b", ["optim.lr_per_256=0.000125"])
     )
-    assert configuration.told_rate(load("vit_b")) is None
+    assert configuration.lr_message(load("vit_b")) is None
 
 
 def test_of_two_files_the_later_rate_counts(write):
@@ -647,7 +653,7 @@ def test_of_two_files_the_later_rate_counts(write):
     assert load("c.json").optim.lr == 0.5 and load("c.json").optim.lr_per_256 is None
     assert load("b.json", ["optim.lr=0.25"]).optim.lr == 0.25
     assert load("c.json", ["optim.lr_per_256=0.002"]).optim.lr == 0.004
-    assert configuration.of("c.json", {"optim.lr_per_256": 0.002}).optim.lr == 0.004
+    assert configuration.from_values("c.json", {"optim.lr_per_256": 0.002}).optim.lr == 0.004
 
 
 def test_two_rates_at_one_place_are_refused(write):
@@ -655,7 +661,9 @@ def test_two_rates_at_one_place_are_refused(write):
     for make in (
         lambda: load("a.json"),
         lambda: load("vit_b", ["optim.lr=0.5", "optim.lr_per_256=0.001"]),
-        lambda: configuration.of("vit_b", {"optim.lr": 0.5, "optim": {"lr_per_256": 0.001}}),
+        lambda: configuration.from_values(
+            "vit_b", {"optim.lr": 0.5, "optim": {"lr_per_256": 0.001}}
+        ),
     ):
         with pytest.raises(ConfigError, match=r"optim.lr = 0.5.*give one of the two keys"):
             make()
@@ -685,7 +693,7 @@ def test_a_warm_up_longer_than_the_automatic_epochs_is_refused():
 def test_a_resumed_run_keeps_the_epochs_that_auto_became():
     saved = load("vit_b", ["run.epochs=77"]).model_dump(mode="json")
     asked = load("vit_b", ["run.epochs=auto"])
-    assert configuration.as_begun(asked, saved).run.epochs == 77
+    assert configuration.keep_saved_values(asked, saved).run.epochs == 77
 
 
 def test_the_table_of_rates_is_that_of_the_files():

@@ -18,7 +18,7 @@ from cjepa_fast.data.decode import DecodeRequest, DecodeSettings
 from cjepa_fast.data.decoders import DALI, PILLOW, open_decoder
 from cjepa_fast.data.evaluation import eval_batches
 from cjepa_fast.data.headers import Unusable
-from cjepa_fast.data.loader import Loader, Share
+from cjepa_fast.data.loader import BatchSplit, Loader
 from cjepa_fast.data.pack import pack
 from cjepa_fast.data.sources import Limits, open_images
 
@@ -301,13 +301,13 @@ def test_arrays_train_at_full_depth(tmp_path, in_shards):
         image_size=(16, 24), channels=6, mean=(0.5,) * 6, std=(0.25,) * 6, threads=1, flip=True,
         crop_scale=(1.0, 1.0), crop_ratio=(0.9, 1.0), max_skipped=0.5,
     )  # fmt: skip
-    loader = Loader(images, data, Share(6, 3), seed=0, device="cpu", dtype=torch.float32,
+    loader = Loader(images, data, BatchSplit(6, 3), seed=0, device="cpu", dtype=torch.float32,
                     log=said.append)  # fmt: skip
     batches = iter(loader.iterate(0))
     for _ in range(2):
         batch = next(batches)
-        assert batch.images_B3HW.shape == (3, 6, 16, 24)
-        assert batch.images_B3HW.isfinite().all()
+        assert batch.images_BCHW.shape == (3, 6, 16, 24)
+        assert batch.images_BCHW.isfinite().all()
     loader.close()
     if not in_shards:
         images = open_images(write(tmp_path / "good", files[:6]), cache=tmp_path / "cache")
@@ -327,7 +327,7 @@ def test_the_first_file_that_disagrees_is_named(tmp_path):
             images.require_channels(channels)
     data = DataSection(channels=1, mean=(0.5,), std=(0.5,), image_size=24)
     with pytest.raises(ValueError, match=r"data.channels = 1: c0/2.jpg has 3"):
-        Loader(images, data, Share(2, 2), seed=0, device="cpu", dtype=torch.float32)
+        Loader(images, data, BatchSplit(2, 2), seed=0, device="cpu", dtype=torch.float32)
     bands = open_images(write(tmp_path / "bands", [("tif", tiff(BANDS))]), cache=tmp_path / "cache")
     with pytest.raises(ValueError, match=r"data.channels = 3: c0/0.tif has 5; all images"):
         shown(bands, 3, "auto")

@@ -16,7 +16,7 @@ from cjepa_fast.data import dali, decoders, formats
 from cjepa_fast.data.decode import DecodeRequest, DecodeSettings
 from cjepa_fast.data.decoders import DALI, PILLOW, open_decoder
 from cjepa_fast.data.evaluation import eval_batches
-from cjepa_fast.data.loader import Loader, Share
+from cjepa_fast.data.loader import BatchSplit, Loader
 from cjepa_fast.data.sources import ImageSet, open_images
 from cjepa_fast.data.whole import WholeImages
 
@@ -36,10 +36,10 @@ def kind_of_decoder(request):
     return request.param
 
 
-def in_levels(images_B3HW):
+def in_levels(images_BCHW):
     """Undo the normalisation: (B, H, W, 3) in 0..255."""
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
-    return (255 * (images_B3HW.float().cpu() * std + mean)).permute(0, 2, 3, 1).numpy()
+    return (255 * (images_BCHW.float().cpu() * std + mean)).permute(0, 2, 3, 1).numpy()
 
 
 def by_pillow(upright: Image.Image, window, size=(48, 48)) -> np.ndarray:
@@ -145,9 +145,9 @@ def test_an_oblong_is_height_by_width(size, kind_of_decoder):
         nothing = np.zeros((2, 0)) if options else None
         flip_B = np.array([0, 1], np.int32)
         decoder.submit(DecodeRequest([data] * 2, window_B4, flip_B, augment_BC=nothing))
-        images_B3HW = decoder.collect()
-        assert images_B3HW.shape == (2, 3, *size)
-        plain, mirrored = in_levels(images_B3HW)
+        images_BCHW = decoder.collect()
+        assert images_BCHW.shape == (2, 3, *size)
+        plain, mirrored = in_levels(images_BCHW)
         assert np.abs(plain - by_pillow(IMAGE, window_B4[0], size)).mean() < 1.5
         assert np.abs(mirrored[:, ::-1] - by_pillow(IMAGE, window_B4[1], size)).mean() < 1.5
 
@@ -348,7 +348,7 @@ def test_what_pillow_alone_reads_costs_one_rebuild_each_not_one_an_epoch(unread,
     said = []
     data = DataSection(image_size=48, mean=MEAN, std=STD, threads=1, prefetch=1)
     options = {"seed": 0, "device": "cpu", "dtype": torch.float32}
-    source = Loader(unread, data, Share(6, 6), log=said.append, **options)
+    source = Loader(unread, data, BatchSplit(6, 6), log=said.append, **options)
     batches = source.iterate(0)
     epochs = [sorted(i for _ in range(3) for i in next(batches).index_B.tolist())]
     batches.close()

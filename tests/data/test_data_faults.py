@@ -79,7 +79,7 @@ def test_a_shard_that_changes_feeds_no_wrong_image(tmp_path, shards, fault, open
     for got, want in zip(batches, whole, strict=True):
         same_B = got.index_B == want.index_B
         holes += int((~same_B).sum())
-        assert torch.equal(got.images_B3HW[same_B], want.images_B3HW[same_B])
+        assert torch.equal(got.images_BCHW[same_B], want.images_BCHW[same_B])
     harmless = opened == "opened" and fault in ("replaced", "deleted")
     assert (holes == 0) == harmless == (said == [])
     if not harmless:

@@ -427,13 +427,16 @@ def test_shards_in_sub_folders_alone_are_named_in_the_error(tmp_path, opened):
 @pytest.mark.parametrize("write", [made.good_folder, made.good_shards])
 def test_a_file_that_goes_bad_at_its_size_makes_other_usable_images(tmp_path, opened, write):
     here, there = (opened(write(tmp_path / name, 9)) for name in ("here", "there"))
-    assert (here.fingerprint, here.usable) == (there.fingerprint, there.usable)
+    assert (here.fingerprint, here.usable_fingerprint) == (
+        there.fingerprint,
+        there.usable_fingerprint,
+    )
     file = there.shard(4) or there.root / there.name(4)
     good = there.read_original(4)
     file.write_bytes(file.read_bytes().replace(good, bytes(len(good))))
     there = opened(tmp_path / "there")
     assert len(there) == 8 and here.fingerprint == there.fingerprint
-    assert here.usable != there.usable
+    assert here.usable_fingerprint != there.usable_fingerprint
 
 
 # ----------------------------------------------------------------------------------------- folders

@@ -14,7 +14,7 @@ import torch
 from cjepa_fast.config import DataSection
 from cjepa_fast.data import loader as loader_module
 from cjepa_fast.data.batches import ImagesGone, Skipped
-from cjepa_fast.data.loader import Loader, Share, _Iteration
+from cjepa_fast.data.loader import BatchSplit, Loader, _Iteration
 from cjepa_fast.data.masks import MaskSampler
 from cjepa_fast.data.sources import open_images
 
@@ -36,7 +36,9 @@ def loader(images, global_batch=12, micro_batch=2, said=None, **options):
     said = [] if said is None else said
     options = OPTIONS | options
     own = ("seed", "device", "dtype", "rand_augment", "masks")
-    share = Share(global_batch, micro_batch, options.pop("rank", 0), options.pop("world_size", 1))
+    share = BatchSplit(
+        global_batch, micro_batch, options.pop("rank", 0), options.pop("world_size", 1)
+    )
     others = {name: options.pop(name) for name in own if name in options}
     return Loader(images, DataSection(**options), share, log=said.append, **others)
 
@@ -72,7 +74,7 @@ def test_world_sizes_share_one_global_order(images):
             parts = [r[k * accumulation : (k + 1) * accumulation] for r in ranks]
             joined = [batch for micro in zip(*parts, strict=True) for batch in micro]
             assert indices(joined) == want.index_B.tolist()
-            assert torch.equal(torch.cat([b.images_B3HW for b in joined]), want.images_B3HW)
+            assert torch.equal(torch.cat([b.images_BCHW for b in joined]), want.images_BCHW)
             assert (
                 {(b.epoch, b.step) for b in joined} == {(want.epoch, want.step)} == {divmod(k, 3)}
             )
@@ -98,7 +100,7 @@ def test_resume_at_any_step_is_exact(images, start, decoder):
     whole = take(loader(images, **options), 7)
     resumed = take(loader(images, **options), 7 - start, start)
     for got, want in zip(resumed, whole[start * 6 :], strict=True):
-        assert torch.equal(got.images_B3HW, want.images_B3HW)
+        assert torch.equal(got.images_BCHW, want.images_BCHW)
         assert torch.equal(got.index_B, want.index_B)
         assert (got.epoch, got.step, got.micro) == (want.epoch, want.step, want.micro)
 
@@ -110,10 +112,10 @@ def test_each_index_and_epoch_has_its_own_look(tmp_path, options):
         made.write(tmp_path / "set" / f"{i:02d}.jpg", made.encoded(made.picture(1)))
     images = open_images(tmp_path / "set", cache=tmp_path / "cache")
     source = loader(images, micro_batch=12, **options)
-    looks = torch.cat([batch.images_B3HW for batch in take(source, 3)]).flatten(1)
+    looks = torch.cat([batch.images_BCHW for batch in take(source, 3)]).flatten(1)
     assert len(torch.unique(looks, dim=0)) == 36
     other = take(loader(images, micro_batch=12, **options, seed=6), 1)[0]
-    assert len(torch.unique(torch.cat([looks, other.images_B3HW.flatten(1)]), dim=0)) == 48
+    assert len(torch.unique(torch.cat([looks, other.images_BCHW.flatten(1)]), dim=0)) == 48
     assert other.index_B.tolist() != source.order(0).tolist()
 
 
@@ -126,7 +128,7 @@ def test_values_are_normalised_crops(images):
 
     whole = loader(images, crop_scale=(1.0, 1.0), crop_ratio=(1e-3, 1e3), micro_batch=12)
     batch = take(whole, 1)[0]
-    for image, i in zip(batch.images_B3HW, batch.index_B.tolist(), strict=True):
+    for image, i in zip(batch.images_BCHW, batch.index_B.tolist(), strict=True):
         pixels = np.asarray(Image.open(io.BytesIO(images.read(i)))) / 255
         got = (image * 0.25 + 0.5).mean((1, 2)).numpy()
         np.testing.assert_allclose(got, pixels.mean((0, 1)), atol=0.02)
@@ -217,12 +219,12 @@ def test_stand_ins_come_from_the_dropped_tail_on_any_rank_and_after_resume(corru
     for step in range(24):
         micros = zip(*(rank[step * 3 : step * 3 + 3] for rank in ranks), strict=True)
         parts = [batch for micro in micros for batch in micro]
-        joined = torch.cat([part.images_B3HW for part in parts])
-        assert torch.equal(joined, batches[step].images_B3HW)
+        joined = torch.cat([part.images_BCHW for part in parts])
+        assert torch.equal(joined, batches[step].images_BCHW)
     for start in (1, 7, 13, 20):
         for got, want in zip(take(loader(images, 18, 18, **options), 4, start),
                              batches[start : start + 4], strict=True):  # fmt: skip
-            assert torch.equal(got.images_B3HW, want.images_B3HW)
+            assert torch.equal(got.images_BCHW, want.images_BCHW)
 
 
 def test_a_bad_image_costs_one_rebuild_not_one_an_epoch(corrupt, monkeypatch):
@@ -319,14 +321,14 @@ def test_the_interpreter_exits_with_a_loader_running(tmp_path, ending, decoder):
     script = textwrap.dedent(f"""
         import torch
         from cjepa_fast.config import DataSection
-        from cjepa_fast.data.loader import Loader, Share
+        from cjepa_fast.data.loader import Loader, BatchSplit
         from cjepa_fast.data.sources import open_images
         images = open_images({str(root)!r}, cache={str(tmp_path / "cache")!r})
         data = DataSection(image_size=16, mean=(0.5,) * 3, std=(0.25,) * 3, threads=1,
                            decoder={decoder!r})
-        source = Loader(images, data, Share(4, 4), seed=0, device="cpu", dtype=torch.bfloat16)
+        source = Loader(images, data, BatchSplit(4, 4), seed=0, device="cpu", dtype=torch.bfloat16)
         iterator = source.iterate(0)
-        assert next(iterator).images_B3HW.dtype == torch.bfloat16
+        assert next(iterator).images_BCHW.dtype == torch.bfloat16
     """)
     script += f"\n{ending}\n"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=tiny.HANG_S)

@@ -110,7 +110,7 @@ def test_the_order_the_crops_and_the_masks_are_those_with_dali(tmp_path):
     assert indices(by_dali) == indices(by_pillow)
     for one, other in zip(by_dali, by_pillow, strict=True):
         assert torch.equal(one.masks.context_idx_BK, other.masks.context_idx_BK)
-        far = 0.25 * 255 * (one.images_B3HW - other.images_B3HW).abs()
+        far = 0.25 * 255 * (one.images_BCHW - other.images_BCHW).abs()
         assert far.max() < 1.01
 
 

@@ -93,13 +93,13 @@ def test_it_is_a_pure_function_of_the_index(tmp_path):
     options = {"rand_augment": (2, 9), "decoder": PILLOW, "micro_batch": 12, "image_size": 32}
     whole = take(loader(images, **options), 3)
     (resumed,) = take(loader(images, **options, threads=3), 1, start=2)
-    assert torch.equal(resumed.images_B3HW, whole[2].images_B3HW)
+    assert torch.equal(resumed.images_BCHW, whole[2].images_BCHW)
     plain = take(loader(images, **(options | {"rand_augment": None})), 1)[0]
-    changed_B = (plain.images_B3HW != whole[0].images_B3HW).flatten(1).any(1)
+    changed_B = (plain.images_BCHW != whole[0].images_BCHW).flatten(1).any(1)
     assert changed_B.sum() >= 6
     halves = [
         take(loader(images, **(options | {"micro_batch": 6}), rank=r, world_size=2), 1)[0]
         for r in range(2)
     ]
-    joined = torch.cat([half.images_B3HW for half in halves])
-    assert torch.equal(joined, whole[0].images_B3HW)
+    joined = torch.cat([half.images_BCHW for half in halves])
+    assert torch.equal(joined, whole[0].images_BCHW)

@@ -10,8 +10,8 @@ import torch
 
 from cjepa_fast.config import DataSection
 from cjepa_fast.data import dali
-from cjepa_fast.data.decoder_warnings import KINDS, LOOKS, OTHERS, DecoderWarnings, told
-from cjepa_fast.data.loader import Loader, Share
+from cjepa_fast.data.decoder_warnings import KINDS, LOOKS, OTHERS, DecoderWarnings, summary
+from cjepa_fast.data.loader import BatchSplit, Loader
 from cjepa_fast.data.sources import open_images
 from cjepa_fast.data.whole import WholeImages
 from cjepa_fast.runtime import library_stderr
@@ -31,7 +31,7 @@ def loader_of(root, cache, said, noted, batch=4):
     images = open_images(root, cache=cache, log=lambda line: None)
     data = DataSection(image_size=32, batch_size=batch, micro_batch_size=batch, threads=2)
     loader = Loader(
-        images, data, Share(batch, batch), seed=0, device="cpu", dtype=torch.float32,
+        images, data, BatchSplit(batch, batch), seed=0, device="cpu", dtype=torch.float32,
         log=said.append,
     )  # fmt: skip
     loader.skipped.warnings.note = noted.append
@@ -60,7 +60,7 @@ def test_each_file_is_named_once_and_every_line_counted(tmp_path, dali_decodes, 
         "libpng warning: sRGB: invalid",
     }
     assert min(count.values()) >= 2  # in six epochs, some of whose lines come during a look
-    assert told(count).startswith(f"the decoder warned {count.total()} times (")
+    assert summary(count).startswith(f"the decoder warned {count.total()} times (")
     out, err = capfd.readouterr()
     assert "JFIF" not in out + err and "libpng" not in err and "ERROR" not in err
 
@@ -116,7 +116,7 @@ def test_a_file_that_does_not_decode_is_not_counted():
     decoder = Decoder({"bad": ["broken at 7"]}, bad={"bad"})
     decoder.lines = ["broken at 7"]
     warnings.hear(decoder, decoder.suspects("good", "bad"))
-    assert not said and not noted and not told(warnings.count)
+    assert not said and not noted and not summary(warnings.count)
 
 
 def test_a_line_of_another_image_names_no_file():

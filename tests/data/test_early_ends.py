@@ -13,7 +13,7 @@ from cjepa_fast.data import formats
 from cjepa_fast.data.decoders import DALI, PILLOW
 from cjepa_fast.data.early_ends import gap
 from cjepa_fast.data.evaluation import eval_batches
-from cjepa_fast.data.loader import Loader, Share
+from cjepa_fast.data.loader import BatchSplit, Loader
 from cjepa_fast.data.pack import pack
 from cjepa_fast.data.sources import Limits, open_images
 
@@ -101,13 +101,13 @@ def shown(images, decoder, said, steps=12, start=0, **options):
     """{(step, index): name} of what a loader shows."""
     data = DataSection(image_size=32, batch_size=4, micro_batch_size=4, threads=1, decoder=decoder,
                        max_skipped=0.5, **options)  # fmt: skip
-    loader = Loader(images, data, Share(4, 4), seed=0, device="cpu", dtype=torch.float32,
+    loader = Loader(images, data, BatchSplit(4, 4), seed=0, device="cpu", dtype=torch.float32,
                     log=said.append)  # fmt: skip
     batches = loader.iterate(start)
     found = {}
     for step in range(start, steps):
         batch = next(batches)
-        gray = (batch.images_B3HW[:, :, -1].std(-1) < 1e-6).all(1)
+        gray = (batch.images_BCHW[:, :, -1].std(-1) < 1e-6).all(1)
         for b, i in enumerate(batch.index_B.tolist()):
             found[step, b] = images.name(i), bool(gray[b])
     loader.close()

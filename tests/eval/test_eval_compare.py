@@ -187,7 +187,9 @@ def run_of(folder, seed: int, top1: float, **changes):
     kept = record(top1=top1, seed=seed)
     kept["rows"][1]["test_images"] = 400
     run = write(folder, kept)
-    made = configuration.of(Config(), {"run.seed": seed, "run.dir": str(folder), **changes})
+    made = configuration.from_values(
+        Config(), {"run.seed": seed, "run.dir": str(folder), **changes}
+    )
     (run / "config.json").write_text(made.to_json())
     return run
 
@@ -289,4 +291,4 @@ def test_an_interval_stays_within_0_and_100():
         assert 0 <= low < high <= 100
     with pytest.raises(ValueError, match="0 test images"):
         uncertainty.interval(50.0, 0)
-    assert uncertainty.told(76.0, 2048) == "76.0 ± 1.8 %"
+    assert uncertainty.with_interval(76.0, 2048) == "76.0 ± 1.8 %"

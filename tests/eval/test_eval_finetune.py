@@ -79,8 +79,8 @@ def test_classes_without_names_may_have_large_numbers(
 
         head = answered
 
-        def forward(self, images_B3HW):
-            return torch.tensor([[0.0, 1.0]]).expand(len(images_B3HW), -1)
+        def forward(self, images_BCHW):
+            return torch.tensor([[0.0, 1.0]]).expand(len(images_BCHW), -1)
 
     seen = []
 

@@ -96,7 +96,7 @@ def test_segment_reads_by_the_run_s_bit_depth(made, seen, tmp_path):
 
 def test_so_do_the_evaluation_while_training_and_the_report(made, seen):
     run, _ = made
-    config = cj.config.read(run)
+    config = cj.config.load_run(run)
     with pytest.raises(ValueError, match="seen"):
         online.build_online(config, torch.device("cpu"), torch.float32, 2)
     record = report_run.RunRecord("run", run, config, [], [])

@@ -25,11 +25,11 @@ def encoder(seed):
 
 
 def test_components_are_scikit_learn_s_within_images(encoder):
-    images_B3HW = torch.randn(3, 3, 24, 24)
-    found = pca.components(encoder, images_B3HW)
+    images_BCHW = torch.randn(3, 3, 24, 24)
+    found = pca.components(encoder, images_BCHW)
     assert found.shape == (3, 6, 6, 3)
     with torch.no_grad():
-        tokens = encoder(images_B3HW).double()
+        tokens = encoder(images_BCHW).double()
     within = (tokens - tokens.mean(1, keepdim=True)).flatten(0, 1).numpy()
     expected = PCA(3, svd_solver="full").fit_transform(within)
     ours = found.flatten(0, 2).numpy()
@@ -51,18 +51,18 @@ def test_colours_fill_their_range_and_nothing_gives_no_nan():
 
 def test_one_basis_serves_both_encoders_of_a_checkpoint(encoder):
     """The context's scores are along the target's components, whatever its own would be."""
-    images_B3HW = torch.randn(2, 3, 24, 24)
+    images_BCHW = torch.randn(2, 3, 24, 24)
     other = encoder_of(1)
-    found = pca.scores({"target": encoder, "context": other}, images_B3HW)
+    found = pca.scores({"target": encoder, "context": other}, images_BCHW)
     with torch.no_grad():
-        both = [pca._centred(x, images_B3HW) for x in (encoder, other)]
+        both = [pca._centred(x, images_BCHW) for x in (encoder, other)]
     axes_D3 = pca._loadings(both[0][0])
     for of, (centred_BND, length) in zip(found.values(), both, strict=True):
         expected = (centred_BND @ axes_D3 / length).unflatten(1, (6, 6))
         torch.testing.assert_close(of.scores_Brc3, expected)
-    own = pca.explained(encoder, images_B3HW)
+    own = pca.explained(encoder, images_BCHW)
     assert found["target encoder"].shares_3.tolist() == pytest.approx(list(own.values()))
-    assert found["context encoder"].shares_3.sum() < sum(pca.explained(other, images_B3HW).values())
+    assert found["context encoder"].shares_3.sum() < sum(pca.explained(other, images_BCHW).values())
     assert "7, 5, 5 %" in pca._told(
         pca.Scores(torch.tensor([7, 5.2, 4.8]).double().sqrt().expand(1, 2, 2, 3), 100.0, axes_D3)
     )
@@ -75,9 +75,9 @@ def test_another_checkpoint_s_colours_agree_with_the_first_s(encoder):
     with torch.no_grad():
         turned.norm.weight.copy_(-turned.norm.weight)
         turned.norm.bias.copy_(-turned.norm.bias)
-    images_B3HW = torch.randn(2, 3, 24, 24)
-    first = pca.scores({"target": encoder}, images_B3HW)
-    second = pca.scores({"target": turned}, images_B3HW)
+    images_BCHW = torch.randn(2, 3, 24, 24)
+    first = pca.scores({"target": encoder}, images_BCHW)
+    second = pca.scores({"target": turned}, images_BCHW)
     mixed = second["target encoder"]
     turn = torch.linalg.qr(torch.randn(3, 3).double()).Q
     second = mixed._replace(scores_Brc3=mixed.scores_Brc3[..., [2, 0, 1]] @ turn)
@@ -125,8 +125,8 @@ def test_one_scale_serves_all_maps_and_noise_stays_dark():
 
 
 def test_the_scale_is_on_the_figure(encoder):
-    images_B3HW = torch.randn(2, 3, 24, 24)
-    found = attention.maps({"target": encoder}, images_B3HW, encoder.mean, encoder.std)
+    images_BCHW = torch.randn(2, 3, 24, 24)
+    found = attention.maps({"target": encoder}, images_BCHW, encoder.mean, encoder.std)
     image = sheets.Column("image", list(found["target encoder"].images_BHW3))
     *_, bar = attention.figure(image, found, "title").axes
     assert bar.get_ylabel() == "attention a patch receives (1 = an even share)"
@@ -175,9 +175,9 @@ def test_chance_and_any_two_by_hand():
 
 
 def test_snapshots_are_arrays_for_tensorboard(encoder):
-    images_B3HW = torch.randn(2, 3, 24, 24)
+    images_BCHW = torch.randn(2, 3, 24, 24)
     masks = MaskSampler(grid=(6, 6), min_keep=4)(0, 0, torch.arange(2))
-    found = snapshots.figures(encoder, encoder_of(1), images_B3HW, masks, encoder.mean, encoder.std)
+    found = snapshots.figures(encoder, encoder_of(1), images_BCHW, masks, encoder.mean, encoder.std)
     assert list(found) == ["masks", "attention", "pca"]
     for shown in found.values():
         assert shown.dtype == np.uint8 and shown.shape[2] == 3 and min(shown.shape[:2]) > 200

@@ -264,9 +264,9 @@ class ByPixel(torch.nn.Module):
         super().__init__()
         self.windows = []
 
-    def forward(self, images_B3HW):
-        self.windows.append(tuple(images_B3HW.shape[-2:]))
-        return [images_B3HW]
+    def forward(self, images_BCHW):
+        self.windows.append(tuple(images_BCHW.shape[-2:]))
+        return [images_BCHW]
 
 
 def test_sliding_windows_cover_the_image(seed):

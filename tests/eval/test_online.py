@@ -23,7 +23,7 @@ from cjepa_fast.eval.probes import knn, linear
 from cjepa_fast.runtime import files
 from cjepa_fast.runtime.watchdog import Watchdog
 from cjepa_fast.telemetry import read_log
-from cjepa_fast.training import learning
+from cjepa_fast.training import diagnosis
 from cjepa_fast.training.build import build_masks
 
 handlers = test_run.handlers
@@ -64,7 +64,7 @@ def test_the_target_is_evaluated_before_between_and_at_the_end(tmp_path):
 
 def test_a_fall_of_knn_is_told_once_by_the_evaluation_that_finds_it(tmp_path, monkeypatch, capfd):
     """Also after a tenth of the run, and before RankMe is known, which takes 1,024 images."""
-    monkeypatch.setattr(learning, "FALLEN", -200.0)  # any kNN counts as a fall
+    monkeypatch.setattr(diagnosis, "KNN_DROP", -200.0)  # any kNN counts as a fall
     assert train.main(["--config", str(write_config(tmp_path))]) == 0
     out = capfd.readouterr().out
     assert out.count("WARNING: the features get worse than untrained (kNN %") == 1
@@ -124,7 +124,9 @@ def test_training_is_the_same_with_and_without(tmp_path, monkeypatch):
     assert one == other and len(one) == 6
     last = read_log(tmp_path / "a" / "run")[-1]
     assert (last["classes"], last["several_one"], last["several_two"]) == (3, 1, 2)
-    both = [checkpoint.Stored(checkpoint.latest(c.parent / "run")) for c in (with_it, without)]
+    both = [
+        checkpoint.StoredCheckpoint(checkpoint.latest(c.parent / "run")) for c in (with_it, without)
+    ]
     weights = [stored.encoder_weights("target") for stored in both]
     assert all(torch.equal(p, weights[1][name]) for name, p in weights[0].items())
 

@@ -79,7 +79,7 @@ def row_of(step: int, batches: list, terms: dict, images: ImageSet) -> dict:
         "step": step,
         "images": [[images.name(i) for i in batch.index_B.tolist()] for batch in batches],
         "masks": digest(masks),
-        "pixels": digest([batch.images_B3HW for batch in batches]),
+        "pixels": digest([batch.images_BCHW for batch in batches]),
         "loss": float(terms["loss"]).hex(),
     }
 

@@ -141,11 +141,13 @@ def test_why_it_is_not_taken_is_told(monkeypatch):
     monkeypatch.setattr(cublaslt, "matmuls", lambda device: ctypes.CDLL(os.devnull))
     assert problem(CPU, torch.bfloat16).startswith("OSError: ")
     monkeypatch.setattr(cublaslt, "problem", problem)
-    assert "not inside cuBLASLt's matmuls (OSError: " in fused_mlp.told(CPU, torch.bfloat16)
+    assert "not inside cuBLASLt's matmuls (OSError: " in fused_mlp.describe_gelu(
+        CPU, torch.bfloat16
+    )
     monkeypatch.setattr(cublaslt, "fault", lambda *given: "of 512 rows" * (given[2][0] == 512))
     assert problem(CPU, torch.bfloat16) == "of 512 rows"
     monkeypatch.setattr(cublaslt, "fault", lambda *_: "")
-    assert fused_mlp.told(CPU, torch.bfloat16) == "GELU: inside the matmuls, by cuBLASLt"
+    assert fused_mlp.describe_gelu(CPU, torch.bfloat16) == "GELU: inside the matmuls, by cuBLASLt"
     x, weight = torch.zeros(2, 8), torch.zeros(8, 8)
     assert not cublaslt.takes(x, weight)  # on a CPU
 

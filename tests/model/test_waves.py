@@ -26,7 +26,7 @@ SIZES = {
     ],
 )
 def test_whole_waves_of_full_tiles(rows, columns, multiprocessors, tiles):
-    product = waves.Product(rows, 7, columns, 3)
+    product = waves.Matmul(rows, 7, columns, 3)
     assert product.work == rows * 7 * columns * 3
     assert product.room(multiprocessors) == tiles * 128 * 256 * 7 * 3
 
@@ -44,8 +44,8 @@ def test_a_context_that_spills_over_is_found_out():
     assert best.keep == 100 and best.share > spilling.share
     assert best.attention == ((100 / 128) ** 2, 1.0)
     assert waves.best_keep(1, 101, 1, 101, **SIZES).keep == 101  # not fewer than min_keep
-    assert "mask.keep=100" in waves.told(1, 101, 1, 1, **SIZES)
-    assert "mask.keep" not in waves.told(1, 100, 1, 1, **SIZES)
+    assert "mask.keep=100" in waves.describe(1, 101, 1, 1, **SIZES)
+    assert "mask.keep" not in waves.describe(1, 100, 1, 1, **SIZES)
 
 
 @pytest.mark.parametrize("mode", ["per_target", "one_pass"])
@@ -56,7 +56,7 @@ def test_the_work_is_what_is_counted(mode):
     sizes = build.counted_sizes(config, 60, 4, 36)
     gflop = step_gflop(**sizes)
     found = list(waves.parts(1, 60, **sizes))
-    linear = 2 * sum(p.work for p in found if isinstance(p, waves.Product)) / 1e9
+    linear = 2 * sum(p.work for p in found if isinstance(p, waves.Matmul)) / 1e9
     attention = 2 * sum(p.work for p in found if isinstance(p, waves.Attention)) / 1e9
     total = 1.5 * linear + attention / waves.ATTENTION_SLOWER
     counted = gflop["context"] + gflop["predictor"]

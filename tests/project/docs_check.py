@@ -43,7 +43,7 @@ ELSEWHERE = {
     r"cjepa-eval clevr .*CLEVR": "tests/eval/test_eval_clevr.py",
     r"cjepa-ablate beta": "it wants four GPUs; the other is run",
     r".*data.channels=1": "tests/training/test_channels_run.py: the images here are RGB",
-    r"cjepa-train .*run.init_from=FILE": "tests/training/test_initial.py",
+    r"cjepa-train .*run.init_from=FILE": "tests/training/test_init_from.py",
     r"cjepa-export .*--push": "tests/export/test_hub.py: it needs an account",
     r"pip (install|download)": "by hand: it changes the environment",
     r"bench/gpu_gate.sh": "by hand, at toy size: minutes on a CPU",

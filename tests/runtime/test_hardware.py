@@ -140,7 +140,7 @@ def test_a_rank_beyond_the_gpus_that_it_sees_is_told(flags, monkeypatch, capsys)
 def test_all_ranks_take_the_lowest_precision(monkeypatch):
     config = configuration.validate({})
     for mine, others in (("bf16", ["bf16", "bf16"]), ("bf16", ["bf16", "fp32"])):
-        monkeypatch.setattr(distributed, "from_all", lambda found, others=others: others)
+        monkeypatch.setattr(distributed, "all_gather_objects", lambda found, others=others: others)
         monkeypatch.setattr(
             hardware, "best_precision", lambda device, mine=mine: hardware.Choice(mine, "")
         )

@@ -202,14 +202,16 @@ def test_the_ranks_of_a_node_wait_for_its_first_longer_than_for_a_collective(mon
     made = []
     monkeypatch.setattr(distributed.dist, "new_group", lambda **how: made.append(how) or "a group")
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    monkeypatch.setattr(distributed, "from_all", lambda mine, group: made.append(group) or [mine])
+    monkeypatch.setattr(
+        distributed, "all_gather_objects", lambda mine, group: made.append(group) or [mine]
+    )
     for options, group in (({}, None), ({"timeout": timedelta(seconds=60)}, "a group")):
         monkeypatch.setattr(distributed, "_group_options", options)
-        distributed._for_long_waits.cache_clear()
+        distributed._long_timeout_group.cache_clear()
         made.clear()
-        assert distributed.first_on_each_node(lambda: "the index") == "the index"
+        assert distributed.local_rank_0_first(lambda: "the index") == "the index"
         assert made[-2:] == [group, group]
-    distributed._for_long_waits.cache_clear()
+    distributed._long_timeout_group.cache_clear()
     assert made[0] == {"backend": "gloo", "timeout": distributed.LONG_WAIT}
     assert distributed.LONG_WAIT.days >= 1
 

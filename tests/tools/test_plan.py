@@ -285,7 +285,7 @@ def test_the_shipped_table_is_of_rows_that_are_found_again():
 
 def test_the_waves_of_fixed_lengths_are_told():
     def told(*overrides: str) -> list[str]:
-        return plan.told_waves(load("vit_h", overrides), plan.GPUS["h200"])
+        return plan.wave_messages(load("vit_h", overrides), plan.GPUS["h200"])
 
     fixed = "mask.context=fixed"
     assert "K = 91" in told(fixed)[0] and "K = 85" in told(fixed, "mask.keep=85")[0]
@@ -307,10 +307,10 @@ def test_a_measured_share_is_of_the_counted_work(measured, monkeypatch, capsys):
 
 def test_waves_are_of_the_micro_batch_that_a_rank_has(monkeypatch):
     seen = []
-    monkeypatch.setattr(plan.waves, "told", lambda images, *_, **__: seen.append(images))
+    monkeypatch.setattr(plan.waves, "describe", lambda images, *_, **__: seen.append(images))
     config = load("vit_b", ["mask.context=fixed", "data.batch_size=512"])
     for count in (1, 8):
-        plan.told_waves(config, plan.GPUS["h200"], count)
+        plan.wave_messages(config, plan.GPUS["h200"], count)
     assert seen == [config.data.micro_batches(1)[0], 64]
 
 

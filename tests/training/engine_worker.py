@@ -76,7 +76,7 @@ def whole(fragments: list[Fragment]) -> dict[str, torch.Tensor]:
     """Every parameter's values, put together from all ranks' fragments."""
     pieces: dict[str, dict[int, torch.Tensor]] = {}
     own = [(f.name, f.start, f.values.cpu()) for f in fragments]
-    for name, start, values in itertools.chain(*distributed.from_all(own)):
+    for name, start, values in itertools.chain(*distributed.all_gather_objects(own)):
         pieces.setdefault(name, {})[start] = values
     return {name: torch.cat([found[at] for at in sorted(found)]) for name, found in pieces.items()}
 
@@ -153,7 +153,7 @@ def train(stage: str, precision: str, steps: int, folder: Path, options: dict) -
             for name, values in ema.items():
                 values.lerp_(online[name], 1 - 0.9)
         if options.get("save") == str(step + 1):
-            stored = checkpoint.Stored(tiny.save(folder, made, step + 1))
+            stored = checkpoint.StoredCheckpoint(tiny.save(folder, made, step + 1))
             exact &= all(torch.equal(stored.whole("ema", n), v) for n, v in ema.items())
     found = kinds(made)
     copies = working_copy(target)

@@ -80,7 +80,7 @@ def test_what_works_on_rgb_alone_refuses_it_by_name(trained, tmp_path, capsys):
         classify.loader_of(images, encoder, recipe.BASE, args, 8, 8)
     plain = classify.changed(recipe.BASE, [("rand_augment", None)])
     loader = classify.loader_of(images, encoder, plain, args, 8, 8)
-    assert next(loader.iterate(0)).images_B3HW.shape == (8, BANDS, 24, 24)
+    assert next(loader.iterate(0)).images_BCHW.shape == (8, BANDS, 24, 24)
     loader.close()
     assert evaluate(["segment", str(run), "--data", str(tmp_path)]) != 0
     assert "segment reads RGB images" in capsys.readouterr().err

@@ -5,7 +5,7 @@ import tiny
 import torch
 
 import cjepa_fast
-from cjepa_fast.config import load, of, read, validate
+from cjepa_fast.config import from_values, load, load_run, validate
 from cjepa_fast.runtime import cgroups, distributed, memory
 from cjepa_fast.training import cpu_micro_batch
 
@@ -35,7 +35,7 @@ def test_the_largest_even_share_that_fits(room, images, micro_batch):
     room(config, images)
     found = cpu_micro_batch.fitted(config, CPU, None)
     assert found.data.micro_batch_size == micro_batch and found.data.batch_size == 48
-    assert bool(cpu_micro_batch.told(config, found)) == (micro_batch < 48)
+    assert bool(cpu_micro_batch.messages(config, found)) == (micro_batch < 48)
 
 
 def test_a_gpu_is_left_to_its_own_messages(room):
@@ -45,7 +45,7 @@ def test_a_gpu_is_left_to_its_own_messages(room):
 
 
 def without_regulariser(config):
-    return of(config, {"loss.vicreg.beta": 0.0})
+    return from_values(config, {"loss.vicreg.beta": 0.0})
 
 
 def test_a_resumed_run_keeps_its_cut(room):
@@ -67,8 +67,10 @@ def test_a_resumed_run_may_take_larger_ones_where_that_is_accepted_or_changes_no
     room(config, 10)
     fits = cpu_micro_batch.fitted(config, CPU, begun, accepted=True)
     assert fits.data.micro_batch_size == 8
-    assert "memory" in cpu_micro_batch.told(config, fits, begun=6)[0]
-    assert "6 images instead of 48, as the run began;" in cpu_micro_batch.told(config, begun, 6)[0]
+    assert "memory" in cpu_micro_batch.messages(config, fits, begun=6)[0]
+    assert (
+        "6 images instead of 48, as the run began;" in cpu_micro_batch.messages(config, begun, 6)[0]
+    )
 
 
 @pytest.mark.parametrize("images", [1000, 3])
@@ -80,7 +82,7 @@ def test_a_resumed_run_without_a_regulariser_keeps_the_micro_batch_that_cut_its_
 ):
     """Whatever the memory is now; an earlier version's checkpoint does not say what was asked."""
     config, begun = (
-        of(without_regulariser(one), {"mask.context": context})
+        from_values(without_regulariser(one), {"mask.context": context})
         for one in (configured(), configured(micro_batch_size=6))
     )
     room(config, images)
@@ -126,13 +128,13 @@ def test_a_resume_takes_another_micro_batch_that_is_asked_for(tmp_path, monkeypa
     run = cjepa_fast.pretrain(config, callbacks=[Enough()])
     monkeypatch.setattr(cpu_micro_batch, "most_images", lambda config: 16)
     cjepa_fast.pretrain(config, overrides={"data.micro_batch_size": 8}, resume="auto")
-    assert read(run.folder).data.micro_batch_size == 8
+    assert load_run(run.folder).data.micro_batch_size == 8
 
 
 def test_all_ranks_take_the_smallest(room, monkeypatch):
     config = configured()
     room(config, 1000)
-    monkeypatch.setattr(distributed, "from_all", lambda mine: [mine, 5])
+    monkeypatch.setattr(distributed, "all_gather_objects", lambda mine: [mine, 5])
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     assert cpu_micro_batch.fitted(config, CPU, None).data.micro_batch_size == 4
 
@@ -141,10 +143,10 @@ def test_what_is_told_names_both_sizes_and_a_model_that_is_too_large(room, monke
     config = configured()
     room(config, 6)
     found = cpu_micro_batch.fitted(config, CPU, None)
-    (line,) = cpu_micro_batch.told(config, found)
+    (line,) = cpu_micro_batch.messages(config, found)
     assert "6 images instead of 48" in line and "still takes 48 images" in line
     monkeypatch.setattr(memory, "free_bytes", lambda: 1000)
-    assert "WARNING: weights and optimiser alone" in cpu_micro_batch.told(config, found)[1]
+    assert "WARNING: weights and optimiser alone" in cpu_micro_batch.messages(config, found)[1]
 
 
 def test_a_step_saves_no_more_than_is_counted():
@@ -210,7 +212,7 @@ def test_what_was_saved_whole_is_not_cut(monkeypatch):
     it, and with contexts that no micro-batch cuts, the rounding alone is another."""
     config = load("demo")
     monkeypatch.setattr(cpu_micro_batch, "most_images", lambda config: 4)
-    monkeypatch.setattr(cpu_micro_batch.distributed, "from_all", lambda mine: [mine])
+    monkeypatch.setattr(cpu_micro_batch.distributed, "all_gather_objects", lambda mine: [mine])
     assert cpu_micro_batch.fitted(config, CPU, None).data.micro_batch_size == 4
     assert cpu_micro_batch.fitted(config, CPU, config) == config
     plain = load("demo", ["loss.vicreg.beta=0", "mask.context=fixed"])

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from cjepa_fast import config as configuration
 from cjepa_fast.config import ConfigError
 from cjepa_fast.model.vit import MODELS, Encoder, sincos_positions
-from cjepa_fast.training import build, initial
+from cjepa_fast.training import build, init_from
 from cjepa_fast.training.ema import Fragment, TargetEMA, fragment_of
 
 STEPS = 20
@@ -180,7 +180,7 @@ def test_the_target_of_an_ijepa_checkpoint_is_the_ema_s_start(tmp_path, monkeypa
             p.mul_(2)
     parts = {"encoder": other.encoder, "predictor": other.predictor, "target_encoder": stored}
     torch.save({part: module.state_dict() for part, module in parts.items()}, file)
-    told = initial.initialise(networks, target, config)
+    told = init_from.initialise(networks, target, config)
     assert told == [
         f"weights of {file}, an I-JEPA checkpoint: encoder, predictor and target encoder"
     ]
@@ -197,11 +197,11 @@ def test_the_target_of_an_ijepa_checkpoint_is_the_ema_s_start(tmp_path, monkeypa
             {**sizes, section: {**sizes[section], name: 3}, "run": {"init_from": str(file)}}
         )
         with pytest.raises(ConfigError, match=f"{key} = 3.*leave it out.*run.init_from"):
-            initial.initialise(networks, target, other)
+            init_from.initialise(networks, target, other)
     by_tanh = {**sizes, "model": {**sizes["model"], "gelu": "tanh"}}
     warned = configuration.validate({**by_tanh, "run": {"init_from": str(file)}})
     anew = build.build_networks(warned)
-    *_, line = initial.initialise(anew, copy.deepcopy(anew.encoder), warned)
+    *_, line = init_from.initialise(anew, copy.deepcopy(anew.encoder), warned)
     assert line.startswith('WARNING: model.gelu = "tanh"') and anew.encoder.gelu == "tanh"
     ema = TargetEMA(target, whole(trained(networks.encoder)), torch.float32)
     ema.update(0.5)
@@ -241,7 +241,7 @@ def ijepa_file(tmp_path, monkeypatch):
 def started(config: configuration.Config) -> dict[str, torch.nn.Module]:
     networks = build.build_networks(config)
     target = copy.deepcopy(networks.encoder)
-    initial.initialise(networks, target, config)
+    init_from.initialise(networks, target, config)
     return {"encoder": networks.encoder, "predictor": networks.predictor, "target_encoder": target}
 
 

@@ -69,8 +69,8 @@ def test_what_continues_from_it_keeps_it(trained, tmp_path):
 def test_where_it_is_computed_is_told_only_of_fused_blocks_on_a_gpu(trained, monkeypatch):
     config = start.configuration.load(str(trained[0]))
     monkeypatch.setattr(start, "machine", lambda device: "a GPU")
-    monkeypatch.setattr(start.hardware, "told_precision", lambda *_: "precision")
-    monkeypatch.setattr(fused_mlp, "told", lambda device, dtype: f"GELU in {dtype}")
+    monkeypatch.setattr(start.hardware, "precision_message", lambda *_: "precision")
+    monkeypatch.setattr(fused_mlp, "describe_gelu", lambda device, dtype: f"GELU in {dtype}")
 
     def told(precision="bf16", fused=True, device="cuda", gelu="tanh", width=32) -> list[str]:
         changes = {

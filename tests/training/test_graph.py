@@ -224,6 +224,6 @@ def test_a_save_beside_gpu_steps_has_the_state_of_its_step(tmp_path, cuda_graph)
     assert saver.finish()
     names = [owned.master.name for owned in trainer.engine.state()]
     for done, values in wanted.items():
-        stored = checkpoint.Stored(tmp_path / "checkpoints" / f"step_{done:08d}")
+        stored = checkpoint.StoredCheckpoint(tmp_path / "checkpoints" / f"step_{done:08d}")
         for name, value in zip(names, values, strict=True):
             assert torch.equal(stored.whole("master", name), value.cpu())

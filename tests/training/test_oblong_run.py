@@ -89,9 +89,9 @@ def test_its_figures_are_of_oblongs(trained, tmp_path, monkeypatch, task):
     sizes, load = [], sheets.load_images
 
     def noted(*args, **options):
-        images_B3HW = load(*args, **options)
-        sizes.append(tuple(images_B3HW.shape[2:]))
-        return images_B3HW
+        images_BCHW = load(*args, **options)
+        sizes.append(tuple(images_BCHW.shape[2:]))
+        return images_BCHW
 
     for module in ("masks", "retrieve", "side_by_side"):
         monkeypatch.setattr(f"cjepa_fast.eval.figures.{module}.load_images", noted)
@@ -112,13 +112,13 @@ def test_fine_tuning_crops_to_its_shape(trained, tmp_path):
     loader = classify.loader_of(images, encoder, recipe.BASE, args, 8, 8)
     batch = next(loader.iterate(0))
     loader.close()
-    assert batch.images_B3HW.shape == (8, 3, *SIZE)
+    assert batch.images_BCHW.shape == (8, 3, *SIZE)
     work = next(loader._works(0))
     height_B, width_B = work.show(work.index_B).window_B4[:, 2:].T
     stretched_B = width_B / height_B / 2
     assert stretched_B.min() > 0.6 and stretched_B.max() < 1.6  # 3/4 to 4/3, in whole pixels
     model = recipe.Classifier(encoder, 3)
-    assert model(batch.images_B3HW).shape == (8, 3)
+    assert model(batch.images_BCHW).shape == (8, 3)
 
 
 def test_it_is_planned_and_counted_as_what_it_is(trained):

@@ -135,7 +135,7 @@ def test_overrides_are_keys_or_sections():
     with pytest.raises(ConfigError, match=r"loss.vicreg.beta.*no such key"):
         cjepa_fast.pretrain("demo", overrides=over)
     over["loss"] = {"vicreg": {"beta": 0.5}}
-    config = configuration.of("demo", over)
+    config = configuration.from_values("demo", over)
     assert (config.optim.lr, config.loss.vicreg.beta) == (3e-4, 0.5)
     assert config.loss.vicreg.std == configuration.load("demo").loss.vicreg.std
 

@@ -25,7 +25,7 @@ from cjepa_fast.model.jepa import JEPA
 from cjepa_fast.runtime import distributed, files, run_lock
 from cjepa_fast.runtime.watchdog import INDEXING, Watchdog
 from cjepa_fast.telemetry.rows import drop_rows_after, read_log
-from cjepa_fast.training import anomalies, build, learning, start, trainer
+from cjepa_fast.training import anomalies, build, diagnosis, start, trainer
 from cjepa_fast.training.callbacks import Callback
 from cjepa_fast.training.loop import Loop
 from cjepa_fast.training.trainer import Trainer
@@ -140,7 +140,7 @@ def test_a_rank_whose_copy_of_an_image_is_corrupt_is_refused(tmp_path, monkeypat
     file.write_bytes(bytes(file.stat().st_size))
     first, good, corrupt = (open_images(one, cache=tmp_path / "cache") for one in folders)
     ranks = []
-    monkeypatch.setattr(distributed, "from_all", lambda own: ranks.append(own) or ranks)
+    monkeypatch.setattr(distributed, "all_gather_objects", lambda own: ranks.append(own) or ranks)
     build.check_same_images(["set"], first)
     build.check_same_images(["set"], good)
     with pytest.raises(ConfigError, match=r"other ones are usable: 40 images .*, 39 images"):
@@ -239,7 +239,7 @@ def test_a_run_that_gave_up_gives_up_again_at_the_same_step(tmp_path, capfd, mon
     def poisoned(self, batches, index, *more):
         if index >= 2:
             batches = [
-                dataclasses.replace(b, images_B3HW=b.images_B3HW * math.nan) for b in batches
+                dataclasses.replace(b, images_BCHW=b.images_BCHW * math.nan) for b in batches
             ]
         return whole(self, batches, index, *more)
 
@@ -318,8 +318,8 @@ def test_a_stop_changes_no_limit_of_spikes(tmp_path, monkeypatch):
             return step == 4
 
     monkeypatch.setattr(Trainer, "step", record)
-    monkeypatch.setattr(anomalies, "Values", test_outcomes.Late)
-    monkeypatch.setattr(anomalies, "LEAST", 2)
+    monkeypatch.setattr(anomalies, "DeferredScalars", test_outcomes.Late)
+    monkeypatch.setattr(anomalies, "MIN_HISTORY", 2)
     found = []
     for name, stops in (("whole", []), ("stopped", [Stop()])):
         config = tiny.write_config(
@@ -344,14 +344,14 @@ def test_a_spike_is_gone_back_from_and_its_images_passed_over(tmp_path, spike, c
         shown.append((index + 1, batches[0].epoch * 2 + batches[0].step + 1))
         return step(self, batches, index, *more)
 
-    left, go_on = [], Loop._go_on_from
+    left, go_on = [], Loop._load_progress
 
     def remains(self, state):
         left.append((len(self.trainer.features), self.waited_s))
         go_on(self, state)
 
     monkeypatch.setattr(Trainer, "step", record)
-    monkeypatch.setattr(Loop, "_go_on_from", remains)
+    monkeypatch.setattr(Loop, "_load_progress", remains)
     losses = spiky_run(tmp_path, "rewind")
     assert left == [(0, 0.0)] * 2  # at the start, and after the spike nothing of the steps undone
     assert f"rewound to step 40; the images of the {SPIKE - 40} steps" in capfd.readouterr().out
@@ -370,7 +370,7 @@ def test_a_spike_is_gone_back_from_and_its_images_passed_over(tmp_path, spike, c
 def early_spike(tmp_path, monkeypatch):
     """Runs of 8 steps, which go back from a spike. The loss of step `at`, where it is made first,
     is a thousand times what it is, its gradient not finite; a checkpoint comes every `saves`."""
-    monkeypatch.setattr(anomalies, "LEAST", 2)
+    monkeypatch.setattr(anomalies, "MIN_HISTORY", 2)
     whole = Trainer.step
 
     def trained(at: int, saves: int):
@@ -416,7 +416,7 @@ def test_features_that_are_not_finite_are_no_collapse(tmp_path, capfd, monkeypat
 
 
 def test_collapse_is_warned_of_once_with_its_numbers(tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(learning, "LESS_SPREAD", 100.0)  # any RankMe counts as a fall
+    monkeypatch.setattr(diagnosis, "RANKME_DROP", 100.0)  # any RankMe counts as a fall
     monkeypatch.setattr(trainer, "FEATURE_ROWS", 64)  # as four of the eight steps have
     config = tiny.write_config(
         tmp_path,

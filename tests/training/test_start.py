@@ -86,9 +86,9 @@ def test_another_machine_than_the_checkpoints_is_told_once():
     """Only where the kernels are the same are the bits of a resumed run those of one in one go."""
     cpu = torch.device("cpu")
     same = {"machine": machine(cpu), "versions": {"torch": torch.__version__}}
-    assert not list(start._told_machine(same, cpu))
-    assert not list(start._told_machine({}, cpu))  # of an earlier version
+    assert not list(start._machine_message(same, cpu))
+    assert not list(start._machine_message({}, cpu))  # of an earlier version
     for other in ({"machine": "2 x another"}, {"versions": {"torch": "1.0"}}):
-        (line,) = start._told_machine(same | other, cpu)
+        (line,) = start._machine_message(same | other, cpu)
         assert "the bits that follow may differ" in line
         assert ("2 x another" in line) == ("machine" in other)

@@ -288,9 +288,9 @@ def test_a_step_has_the_same_bits(cuda, kernel_device, policy, micro_batch, gelu
 
 def halves(batch: Batch) -> list[Batch]:
     """Two micro-batches of a batch of eight."""
-    parts = batch.images_B3HW, batch.masks.context, batch.masks.target_idx_BMP
+    parts = batch.images_BCHW, batch.masks.context, batch.masks.target_idx_BMP
     return [
-        dataclasses.replace(batch, images_B3HW=images, masks=Masks(context, targets))
+        dataclasses.replace(batch, images_BCHW=images, masks=Masks(context, targets))
         for images, context, targets in zip(*(part.split(4) for part in parts), strict=True)
     ]
 

@@ -22,7 +22,12 @@ from cjepa_fast.eval.features import digest
 from cjepa_fast.eval.finetuning.layer_decay import add_drop_path
 from cjepa_fast.eval.finetuning.saved import SavedTraining
 from cjepa_fast.model.vit import Encoder
-from cjepa_fast.runtime.distributed import from_all, from_rank_0, rank, world_size
+from cjepa_fast.runtime.distributed import (
+    all_gather_objects,
+    broadcast_from_rank_0,
+    rank,
+    world_size,
+)
 from cjepa_fast.runtime.files import sha256
 from cjepa_fast.telemetry.progress import shown_bar, shown_clock
 
@@ -80,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
         model = trained(encoder, train, recipe, out / name, "mask" in kinds, args.threads)
         results = detections(model, val, cli.device(), args.threads)
         counts = {"train_images": len(train), "val_images": len(val)}
-        scores = from_rank_0(lambda found=results: scored(val, found, kinds))
+        scores = broadcast_from_rank_0(lambda found=results: scored(val, found, kinds))
         rows.append({"encoder": name, **counts, **scores})
     drawn = None
     if rank() == 0:
@@ -182,7 +187,7 @@ def detections(model: nn.Module, val: Coco, device: torch.device, threads: int) 
             (found,) = model([as_input(image, device) for image in images])
             results += as_results(val, index, found)
             bar.update()
-    return [result for share in from_all(results) for result in share]
+    return [result for share in all_gather_objects(results) for result in share]
 
 
 def scored(val: Coco, results: list[dict], kinds: list[str]) -> dict[str, float | None]:

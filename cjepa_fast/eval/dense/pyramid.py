@@ -43,11 +43,11 @@ class Pyramid(nn.Module):
             nn.Sequential(*resize, *_smooth(width, channels)) for resize, width in branches
         )
 
-    def forward(self, images_B3HW: torch.Tensor) -> OrderedDict[str, torch.Tensor]:
+    def forward(self, images_BCHW: torch.Tensor) -> OrderedDict[str, torch.Tensor]:
         """The maps by level, "0" (the finest) to "4"."""
-        grid = [size // self.encoder.patch_size for size in images_B3HW.shape[-2:]]
-        with torch.autocast(images_B3HW.device.type, torch.bfloat16, enabled=self.bf16):
-            tokens_BND = self.encoder(images_B3HW)
+        grid = [size // self.encoder.patch_size for size in images_BCHW.shape[-2:]]
+        with torch.autocast(images_BCHW.device.type, torch.bfloat16, enabled=self.bf16):
+            tokens_BND = self.encoder(images_BCHW)
             map_BDhw = tokens_BND.transpose(1, 2).unflatten(-1, grid)
             maps = [branch(map_BDhw) for branch in self.branches]
         maps.append(maps[-1][..., ::2, ::2])

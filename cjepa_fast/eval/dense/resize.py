@@ -20,10 +20,10 @@ def resized(image_3HW: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return F.interpolate(image_3HW[None].float(), size, mode="bilinear", antialias=True)[0]
 
 
-def normalised(images_B3HW: torch.Tensor, encoder: Encoder) -> torch.Tensor:
+def normalised(images_BCHW: torch.Tensor, encoder: Encoder) -> torch.Tensor:
     """Pictures of 0..255 as the encoder was shown its images."""
     mean, std = (
-        255 * torch.tensor(x, device=images_B3HW.device)[:, None, None]
+        255 * torch.tensor(x, device=images_BCHW.device)[:, None, None]
         for x in (encoder.mean, encoder.std)
     )
-    return (images_B3HW.float() - mean) / std
+    return (images_BCHW.float() - mean) / std

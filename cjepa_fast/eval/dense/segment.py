@@ -32,7 +32,7 @@ from cjepa_fast.eval.dense.resize import fitted, normalised, resized
 from cjepa_fast.eval.dense.segment_training import Recipe, train
 from cjepa_fast.eval.dense.segmenter import Segmenter, logits_sliding, logits_whole
 from cjepa_fast.eval.figures.style import STYLE, save
-from cjepa_fast.runtime.distributed import from_all, rank, world_size
+from cjepa_fast.runtime.distributed import all_gather_objects, rank, world_size
 from cjepa_fast.telemetry.progress import shown_bar
 
 HEADINGS = {
@@ -80,19 +80,19 @@ def evaluate(
     with shown_bar(len(share), "evaluation") as bar:
         for i, image, labels_HW in ahead(_read(pairs, classes, share, threads)):
             size = fitted(labels_HW.shape, short_side, model.encoder.patch_size)
-            images_B3HW = normalised(resized(image.to(device), size)[None], model.encoder)
+            images_BCHW = normalised(resized(image.to(device), size)[None], model.encoder)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 if stride:
-                    logits = logits_sliding(model, images_B3HW, window, stride)
+                    logits = logits_sliding(model, images_BCHW, window, stride)
                 else:
-                    logits = logits_whole(model, images_B3HW)
+                    logits = logits_whole(model, images_BCHW)
             fine = F.interpolate(logits, labels_HW.shape, mode="bilinear")
             found_HW = fine[0].argmax(0).to(torch.uint8).cpu().numpy()
             matrix_CC += confusion(labels_HW, found_HW, len(classes), IGNORE)
             if i in keep:
                 kept[i] = found_HW
             bar.update()
-    shares = from_all((matrix_CC, kept))
+    shares = all_gather_objects((matrix_CC, kept))
     return sum(matrix for matrix, _ in shares), {
         i: x for _, part in shares for i, x in part.items()
     }

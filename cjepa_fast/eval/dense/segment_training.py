@@ -23,7 +23,7 @@ from cjepa_fast.eval.finetuning import loop
 from cjepa_fast.eval.finetuning.layer_decay import add_drop_path
 from cjepa_fast.eval.finetuning.saved import Learner, SavedTraining
 from cjepa_fast.model.vit import Encoder
-from cjepa_fast.runtime.distributed import from_rank_0, rank, world_size
+from cjepa_fast.runtime.distributed import broadcast_from_rank_0, rank, world_size
 from cjepa_fast.runtime.files import sha256
 
 
@@ -78,7 +78,7 @@ def train(
     add_drop_path(model.encoder, recipe.drop_path)
     facts = _facts(model, pairs, classes, recipe)
     if save_to:
-        facts["label_maps_sha256"] = from_rank_0(lambda: digest_of_files(pairs.masks))
+        facts["label_maps_sha256"] = broadcast_from_rank_0(lambda: digest_of_files(pairs.masks))
     plan = loop.TrainingPlan(
         title,
         steps=recipe.steps,

@@ -53,17 +53,17 @@ class Segmenter(nn.Module):
             self.encoder.eval()
         return self
 
-    def forward(self, images_B3HW: torch.Tensor) -> list[torch.Tensor]:
+    def forward(self, images_BCHW: torch.Tensor) -> list[torch.Tensor]:
         """Logits (B, C, h, w), coarser than the images: the head's, then auxiliary ones if any."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            tokens = self._tokens(images_B3HW)
-        rows = images_B3HW.shape[-2] // self.encoder.patch_size
+            tokens = self._tokens(images_BCHW)
+        rows = images_BCHW.shape[-2] // self.encoder.patch_size
         return self.head([x.transpose(1, 2).unflatten(2, (rows, -1)) for x in tokens])
 
-    def _tokens(self, images_B3HW: torch.Tensor) -> list[torch.Tensor]:
+    def _tokens(self, images_BCHW: torch.Tensor) -> list[torch.Tensor]:
         if self.quarters is None:
-            return self.encoder.layers(images_B3HW, self.encoder.last(self.layers))
-        x = self.encoder.embedded(images_B3HW, None)
+            return self.encoder.layers(images_BCHW, self.encoder.last(self.layers))
+        x = self.encoder.embedded(images_BCHW, None)
         after = []
         for block in self.encoder.blocks:
             x = block(x)
@@ -82,23 +82,23 @@ def loss_of(logits: Sequence[torch.Tensor], labels_BHW: torch.Tensor, ignore: in
     return total
 
 
-def logits_whole(model: nn.Module, images_B3HW: torch.Tensor) -> torch.Tensor:
+def logits_whole(model: nn.Module, images_BCHW: torch.Tensor) -> torch.Tensor:
     """Logits in the images' size: (B, C, H, W) fp32."""
-    return F.interpolate(model(images_B3HW)[0].float(), images_B3HW.shape[-2:], mode="bilinear")
+    return F.interpolate(model(images_BCHW)[0].float(), images_BCHW.shape[-2:], mode="bilinear")
 
 
 def logits_sliding(
-    model: nn.Module, images_B3HW: torch.Tensor, window: int, stride: int
+    model: nn.Module, images_BCHW: torch.Tensor, window: int, stride: int
 ) -> torch.Tensor:
     """The same, averaged over square windows of that side, `stride` pixels apart; the last of a row
     or column ends with the image. The image's sides are multiples of the patch, as is `window`."""
-    spans = [_spans(size, window, stride) for size in images_B3HW.shape[-2:]]
-    total, count = 0, torch.zeros(images_B3HW.shape[-2:], device=images_B3HW.device)
+    spans = [_spans(size, window, stride) for size in images_BCHW.shape[-2:]]
+    total, count = 0, torch.zeros(images_BCHW.shape[-2:], device=images_BCHW.device)
     for rows in spans[0]:
         for cols in spans[1]:
-            part = logits_whole(model, images_B3HW[..., rows, cols])
+            part = logits_whole(model, images_BCHW[..., rows, cols])
             if not torch.is_tensor(total):
-                total = part.new_zeros((*part.shape[:2], *images_B3HW.shape[-2:]))
+                total = part.new_zeros((*part.shape[:2], *images_BCHW.shape[-2:]))
             total[..., rows, cols] += part
             count[rows, cols] += 1
     return total / count

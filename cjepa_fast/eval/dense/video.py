@@ -20,7 +20,7 @@ from cjepa_fast.eval.dense.propagate import frame_labels, patch_labels, propagat
 from cjepa_fast.eval.dense.resize import fitted, normalised, resized
 from cjepa_fast.eval.figures.style import STYLE, save
 from cjepa_fast.model.vit import Encoder
-from cjepa_fast.runtime.distributed import from_all, rank, world_size
+from cjepa_fast.runtime.distributed import all_gather_objects, rank, world_size
 from cjepa_fast.telemetry.progress import shown_bar
 
 FRAMES_AT_ONCE = 4  # decoded and encoded together
@@ -62,9 +62,9 @@ def follow(
 
     def features() -> Iterator[torch.Tensor]:
         for images in (first, *batches):
-            images_B3HW = torch.stack([resized(image.to(device), size) for image in images])
+            images_BCHW = torch.stack([resized(image.to(device), size) for image in images])
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                tokens_BND = encoder(normalised(images_B3HW, encoder))
+                tokens_BND = encoder(normalised(images_BCHW, encoder))
             yield from tokens_BND.float()
 
     labels_NK = patch_labels(given_HW, grid, clip.objects + 1).to(device)
@@ -134,7 +134,7 @@ def evaluate(encoder: Encoder, clips: list[Clip], save_to: Path | None, **option
                 for path, labels_HW in zip(clip.masks, found, strict=True):
                     write_label_map(save_to / clip.name / path.name, labels_HW)
             bar.update()
-    shares = from_all((measured, maps))
+    shares = all_gather_objects((measured, maps))
     objects = {clip.name: next(m[clip.name] for m, _ in shares if clip.name in m) for clip in clips}
     return objects, {name: found for _, share in shares for name, found in share.items()}
 

@@ -35,14 +35,14 @@ class Maps(NamedTuple):
     images_BHW3: np.ndarray
 
 
-def received(encoder: Encoder, images_B3HW: torch.Tensor) -> torch.Tensor:
+def received(encoder: Encoder, images_BCHW: torch.Tensor) -> torch.Tensor:
     """Attention each patch receives, by head: (B, H, rows, cols); a head's map sums to one."""
-    return encoder.attention_received(images_B3HW).cpu()
+    return encoder.attention_received(images_BCHW).cpu()
 
 
-def evenness(encoder: Encoder, images_B3HW: torch.Tensor) -> dict[str, float]:
+def evenness(encoder: Encoder, images_BCHW: torch.Tensor) -> dict[str, float]:
     """Entropy of the heads' maps as a share of an even map's, in percent, averaged."""
-    return {"evenness": _evenness(received(encoder, images_B3HW))}
+    return {"evenness": _evenness(received(encoder, images_BCHW))}
 
 
 def _evenness(maps_BHrc: torch.Tensor) -> float:
@@ -57,18 +57,18 @@ def most_different(maps_BHrc: torch.Tensor, count: int) -> list[int]:
 
 
 def maps(
-    encoders: Encoders, images_B3HW: torch.Tensor, mean, std, single_heads: int = 0
+    encoders: Encoders, images_BCHW: torch.Tensor, mean, std, single_heads: int = 0
 ) -> dict[str, Maps]:
     """Of each encoder, and of the first one's most different heads, by name.
 
-    images_B3HW: normalised by mean and std.
+    images_BCHW: normalised by mean and std.
     """
-    by_head = {which: received(encoder, images_B3HW) for which, encoder in encoders.items()}
+    by_head = {which: received(encoder, images_BCHW) for which, encoder in encoders.items()}
     chosen = {f"{which} encoder": maps_BHrc for which, maps_BHrc in by_head.items()}
     first, first_BHrc = next(iter(by_head.items()))
     for head in most_different(first_BHrc, single_heads):
         chosen[f"{first}, head {head + 1}"] = first_BHrc[:, head : head + 1]
-    images = as_arrays(images_B3HW, mean, std)
+    images = as_arrays(images_BCHW, mean, std)
     return {
         name: Maps(maps_BHrc.mean(1) * maps_BHrc[0, 0].numel(), _evenness(maps_BHrc), images)
         for name, maps_BHrc in chosen.items()
@@ -126,9 +126,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     single = SINGLE_HEADS if len(args.checkpoints) == 1 else 0
 
-    def of(encoders: Encoders, images_B3HW: torch.Tensor) -> dict[str, Maps]:
+    def of(encoders: Encoders, images_BCHW: torch.Tensor) -> dict[str, Maps]:
         first = next(iter(encoders.values()))
-        return maps(encoders, images_B3HW, first.mean, first.std, single)
+        return maps(encoders, images_BCHW, first.mean, first.std, single)
 
     images, found, names, rows = side_by_side.gather(args, of, evenness)
     cli.tell(args, rows, {"evenness": "evenness of the attention received %"}, "encoder")

@@ -33,14 +33,14 @@ def covered(idx_K: torch.Tensor, grid: tuple[int, int], shape: tuple[int, int]) 
 
 
 def columns(
-    images_B3HW: torch.Tensor, mean, std, masks: Masks, grid: tuple[int, int]
+    images_BCHW: torch.Tensor, mean, std, masks: Masks, grid: tuple[int, int]
 ) -> list[Column]:
     """The image, what the context encoder sees, the blocks, each block alone; a row an image.
 
     What is hidden is transparent, which a sheet hatches. A block has its colour and number in the
     overlay, and in the heading and the frames of its own column.
     """
-    images = as_arrays(images_B3HW, mean, std)
+    images = as_arrays(images_BCHW, mean, std)
     M = masks.target_idx_BMP.shape[1]
     views = zip(*(_views(image, masks, b, grid) for b, image in enumerate(images)), strict=True)
     image, context, both, *alone = (list(shown) for shown in views)
@@ -81,20 +81,20 @@ def masks(
     config, overrides: as of `pretrain`; images: one or many, as an encoder's `embed` takes them,
     else `count` blank ones. Raises ConfigError or ValueError.
     """
-    settings = configuration.of(config, overrides or {})
+    settings = configuration.from_values(config, overrides or {})
     data, sampler = settings.data, build_masks(settings)
     limits = Limits.of(data)
     transform = Transform(data.image_size, data.mean, data.std, settings.eval.crop, limits)
     blank = [torch.zeros(data.channels, *height_width(data.image_size))] * count
     given = () if isinstance(images, Sequence) and not images else one_by_one(images)
-    images_B3HW = torch.stack([transform(image) for image in given] or blank)
-    drawn = sampler(epoch=0, step=0, index_B=torch.arange(len(images_B3HW)))
+    images_BCHW = torch.stack([transform(image) for image in given] or blank)
+    drawn = sampler(epoch=0, step=0, index_B=torch.arange(len(images_BCHW)))
     name = Path(config).stem if isinstance(config, str | Path) else "context and targets"
-    return figure(images_B3HW, data.mean, data.std, drawn, sampler.grid, f"Masks: {name}")
+    return figure(images_BCHW, data.mean, data.std, drawn, sampler.grid, f"Masks: {name}")
 
 
-def figure(images_B3HW: torch.Tensor, mean, std, masks: Masks, grid: tuple[int, int], title: str):
-    return sheet(columns(images_B3HW, mean, std, masks, grid), title, side=1.7)
+def figure(images_BCHW: torch.Tensor, mean, std, masks: Masks, grid: tuple[int, int], title: str):
+    return sheet(columns(images_BCHW, mean, std, masks, grid), title, side=1.7)
 
 
 def _views(image_HW3: np.ndarray, masks: Masks, b: int, grid) -> list[np.ndarray]:

@@ -76,13 +76,13 @@ def _of_run(path: str) -> Config:
     folder = run_of(path)
     if folder is None:
         raise FileNotFoundError(f"{path}: no config.json there, so it is no run's folder")
-    return config.read(folder)
+    return config.load_run(folder)
 
 
 def _drawn(settings: Config, images: ImageSet, count: int) -> tuple[list[Column], Masks]:
     data, sampler = settings.data, build.build_masks(settings)
-    images_B3HW = load_images(
+    images_BCHW = load_images(
         images, count, image_size=data.image_size, mean=data.mean, std=data.std
     )
-    masks = sampler(epoch=0, step=0, index_B=torch.arange(len(images_B3HW)))
-    return columns(images_B3HW, data.mean, data.std, masks, sampler.grid), masks
+    masks = sampler(epoch=0, step=0, index_B=torch.arange(len(images_BCHW)))
+    return columns(images_BCHW, data.mean, data.std, masks, sampler.grid), masks

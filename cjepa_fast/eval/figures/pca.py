@@ -44,28 +44,28 @@ class Scores(NamedTuple):
 
 
 @torch.inference_mode()
-def components(encoder: Encoder, images_B3HW: torch.Tensor) -> torch.Tensor:
+def components(encoder: Encoder, images_BCHW: torch.Tensor) -> torch.Tensor:
     """Each patch's first three principal components: (B, rows, cols, 3) fp64 on the CPU.
 
     Image by image, for a grid may be larger than trained. A component's sign is such that its
     largest loading is positive.
     """
-    centred_BND = _centred(encoder, images_B3HW)[0]
-    return _on_grid(centred_BND @ _loadings(centred_BND), encoder, images_B3HW)
+    centred_BND = _centred(encoder, images_BCHW)[0]
+    return _on_grid(centred_BND @ _loadings(centred_BND), encoder, images_BCHW)
 
 
 @torch.inference_mode()
-def explained(encoder: Encoder, images_B3HW: torch.Tensor) -> dict[str, float]:
+def explained(encoder: Encoder, images_BCHW: torch.Tensor) -> dict[str, float]:
     """The share of the patches' variance, in percent, of the encoder's own first components."""
-    squares = torch.linalg.svdvals(_centred(encoder, images_B3HW)[0].flatten(0, 1)) ** 2
+    squares = torch.linalg.svdvals(_centred(encoder, images_BCHW)[0].flatten(0, 1)) ** 2
     shares = 100 * squares[:3] / squares.sum()
     return dict(zip(COMPONENTS, shares.tolist(), strict=True))
 
 
-def _centred(encoder: Encoder, images_B3HW: torch.Tensor) -> tuple[torch.Tensor, float]:
+def _centred(encoder: Encoder, images_BCHW: torch.Tensor) -> tuple[torch.Tensor, float]:
     """Tokens of all patches minus the mean of their image: (B, N, D) fp64 on the CPU; and the root
     mean square length of the tokens."""
-    tokens_BND = torch.cat([encoder(image[None]).double().cpu() for image in images_B3HW])
+    tokens_BND = torch.cat([encoder(image[None]).double().cpu() for image in images_BCHW])
     length = tokens_BND.square().sum(-1).mean().sqrt().item()
     return tokens_BND - tokens_BND.mean(1, keepdim=True), length
 
@@ -78,21 +78,21 @@ def _loadings(centred_BND: torch.Tensor) -> torch.Tensor:
     return loadings_D3 * largest.sign()
 
 
-def _on_grid(scores_BN3: torch.Tensor, encoder: Encoder, images_B3HW: torch.Tensor):
-    grid = [side // encoder.patch_size for side in images_B3HW.shape[-2:]]
+def _on_grid(scores_BN3: torch.Tensor, encoder: Encoder, images_BCHW: torch.Tensor):
+    grid = [side // encoder.patch_size for side in images_BCHW.shape[-2:]]
     return scores_BN3.unflatten(1, grid)
 
 
 @torch.inference_mode()
-def scores(encoders: Encoders, images_B3HW: torch.Tensor) -> dict[str, Scores]:
+def scores(encoders: Encoders, images_BCHW: torch.Tensor) -> dict[str, Scores]:
     """Of each encoder of a checkpoint, along the components of the first."""
     found, loadings_D3 = {}, None
     for which, encoder in encoders.items():
-        centred_BND, length = _centred(encoder, images_B3HW)
+        centred_BND, length = _centred(encoder, images_BCHW)
         loadings_D3 = _loadings(centred_BND) if loadings_D3 is None else loadings_D3
         scores_BN3 = centred_BND @ loadings_D3 / length
         variance = centred_BND.square().sum(-1).mean().item() / length**2
-        on_grid = _on_grid(scores_BN3, encoder, images_B3HW)
+        on_grid = _on_grid(scores_BN3, encoder, images_BCHW)
         found[f"{which} encoder"] = Scores(on_grid, variance, loadings_D3)
     return found
 

@@ -134,7 +134,7 @@ def sheet_of(
             rows[-1]["chance"] = chance(images.labels[index_n], query_q)
     if not all(torch.equal(index_n, indices[0]) for index_n in indices):
         raise ValueError(f"{images.root}: some images could be read only now and then: try again")
-    title = "\n".join(["Nearest neighbours by cosine similarity", *map(told, rows)])
+    title = "\n".join(["Nearest neighbours by cosine similarity", *map(describe, rows)])
     if images.labels is not None:
         title += "\nframe: solid blue the query's class, dashed orange another"
     first = next(iter(encoders.values()))
@@ -142,7 +142,7 @@ def sheet_of(
     return figure(images, indices[0], query_q, found, title, crop, *seen), rows
 
 
-def told(row: cli.Row) -> str:
+def describe(row: cli.Row) -> str:
     """A row of HEADINGS in words."""
     text = f"{row['encoder']}: similarity {row['similarity']:.2f}, of any two images "
     text += f"{row['any_two']:.2f}"

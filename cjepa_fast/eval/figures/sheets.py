@@ -53,7 +53,7 @@ def load_images(
         device="cpu", dtype=torch.float32, mean=mean, std=std, threads=1,
         decoder=decoder,
     )  # fmt: skip
-    return torch.cat([images_B3HW.clone() for images_B3HW, _ in batches])
+    return torch.cat([images_BCHW.clone() for images_BCHW, _ in batches])
 
 
 def as_arrays(images_BCHW: torch.Tensor, mean, std) -> np.ndarray:

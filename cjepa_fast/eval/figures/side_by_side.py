@@ -49,16 +49,16 @@ def gather(
         pixels = first.image_size
         if size:
             pixels = with_short_side(pixels, size, first.patch_size)
-        images_B3HW = load_images(
+        images_BCHW = load_images(
             images, args.count, image_size=pixels, mean=first.mean, std=first.std, crop=args.crop
         )
-        column = column or Column("image", as_arrays(images_B3HW, first.mean, first.std))
+        column = column or Column("image", as_arrays(images_BCHW, first.mean, first.std))
         over = f"{name}\n" if len(names) > 1 else ""
-        images_B3HW = images_B3HW.to(cli.device())
+        images_BCHW = images_BCHW.to(cli.device())
         with shown_clock(f"figures of {name}"):
-            shown |= {over + key: x for key, x in found(encoders, images_B3HW).items()}
+            shown |= {over + key: x for key, x in found(encoders, images_BCHW).items()}
             rows += [
-                {"encoder": f"{name}, {which}", **measured(encoder, images_B3HW)}
+                {"encoder": f"{name}, {which}", **measured(encoder, images_BCHW)}
                 for which, encoder in encoders.items()
             ]
     return column, shown, ", ".join(names), rows

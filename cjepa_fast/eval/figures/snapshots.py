@@ -13,22 +13,22 @@ from cjepa_fast.model.vit import Encoder
 def figures(
     target: Encoder,
     context: Encoder,
-    images_B3HW: torch.Tensor,
+    images_BCHW: torch.Tensor,
     masks: Masks,
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
 ) -> dict[str, np.ndarray]:
     """Each (height, width, 3) uint8: "masks", "attention" and "pca", a row an image.
 
-    images_B3HW: normalised by mean and std, where the encoders are and in their dtype; masks: of
+    images_BCHW: normalised by mean and std, where the encoders are and in their dtype; masks: of
     these images. Both encoders run over them twice.
     """
     both = {"target": target, "context": context}
-    image = Column("image", as_arrays(images_B3HW, mean, std))
-    maps = attention.maps(both, images_B3HW, mean, std)
+    image = Column("image", as_arrays(images_BCHW, mean, std))
+    maps = attention.maps(both, images_BCHW, mean, std)
     drawn = {
-        "masks": mask_columns.figure(images_B3HW, mean, std, masks, target.grid, "Masks"),
+        "masks": mask_columns.figure(images_BCHW, mean, std, masks, target.grid, "Masks"),
         "attention": attention.figure(image, maps, "Attention"),
-        "pca": pca.figure(image, pca.scores(both, images_B3HW), "Patch features"),
+        "pca": pca.figure(image, pca.scores(both, images_BCHW), "Patch features"),
     }
     return {name: as_array(figure) for name, figure in drawn.items()}

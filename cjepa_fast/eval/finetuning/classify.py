@@ -15,7 +15,7 @@ from torch import nn
 
 from cjepa_fast.checkpoint.encoders import load_encoder, run_of
 from cjepa_fast.config import DataSection
-from cjepa_fast.data.loader import Batch, Loader, Share
+from cjepa_fast.data.loader import Batch, BatchSplit, Loader
 from cjepa_fast.eval import cli
 from cjepa_fast.eval.features import Subset, digest, image_vectors
 from cjepa_fast.eval.finetuning import loop, recipe
@@ -100,7 +100,7 @@ def loader_of(
         flip=True, max_skipped=train.limits.max_skipped,
     )  # fmt: skip
     return Loader(
-        train, data, Share(batch, micro_batch, rank(), world_size()), seed=args.seed,
+        train, data, BatchSplit(batch, micro_batch, rank(), world_size()), seed=args.seed,
         device=cli.device(), dtype=torch.float32, rand_augment=chosen.rand_augment,
     )  # fmt: skip
 
@@ -142,11 +142,11 @@ class Labelled:
         return self._loader.iterate(start)
 
     def loss(self, model: Callable, batch: Batch) -> torch.Tensor:
-        images_B3HW = recipe.erase(batch.images_B3HW, self._recipe.erasing, self._random)
-        label_B = self._label_n[batch.index_B].to(images_B3HW.device)
+        images_BCHW = recipe.erase(batch.images_BCHW, self._recipe.erasing, self._random)
+        label_B = self._label_n[batch.index_B].to(images_BCHW.device)
         target_BC = recipe.soft_targets(label_B, self._classes, self._recipe.smoothing)
-        images_B3HW, target_BC = recipe.mix(images_B3HW, target_BC, self._recipe, self._random)
-        return nn.functional.cross_entropy(model(images_B3HW), target_BC)
+        images_BCHW, target_BC = recipe.mix(images_BCHW, target_BC, self._recipe, self._random)
+        return nn.functional.cross_entropy(model(images_BCHW), target_BC)
 
 
 # ------------------------------------------------------------------------------------------- test
@@ -162,8 +162,8 @@ def percent(
     images, keep = split
     model.eval()
 
-    def best(images_B3HW: torch.Tensor) -> torch.Tensor:
-        logits_BC = model(images_B3HW)
+    def best(images_BCHW: torch.Tensor) -> torch.Tensor:
+        logits_BC = model(images_BCHW)
         return logits_BC.topk(min(5, logits_BC.shape[1]), 1).indices
 
     best_mK, index_m = image_vectors(

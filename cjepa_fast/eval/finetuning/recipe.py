@@ -91,9 +91,9 @@ class Classifier(nn.Module):
         nn.init.normal_(self.head.weight, std=2e-5)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, images_B3HW: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(images_B3HW.device.type, torch.bfloat16, enabled=self.bf16):
-            tokens_BND = self.encoder(images_B3HW)
+    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(images_BCHW.device.type, torch.bfloat16, enabled=self.bf16):
+            tokens_BND = self.encoder(images_BCHW)
         return self.head(self.norm(tokens_BND.float().mean(1)))
 
 
@@ -116,20 +116,20 @@ def soft_targets(label_B: torch.Tensor, classes: int, smoothing: float) -> torch
 
 
 def mix(
-    images_B3HW: torch.Tensor, target_BC: torch.Tensor, recipe: Recipe, random: torch.Generator
+    images_BCHW: torch.Tensor, target_BC: torch.Tensor, recipe: Recipe, random: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mixup or cutmix, each half of the time where both are on, of a batch with itself reversed.
 
     random: of the CPU.
     """
     if not recipe.mixup and not recipe.cutmix:
-        return images_B3HW, target_BC
+        return images_BCHW, target_BC
     pick = float(torch.rand((), generator=random))
     if recipe.cutmix and (pick < 0.5 or not recipe.mixup):
         share = beta(recipe.cutmix, random)
         middle = torch.rand(2, generator=random).tolist()
-        return cutmix(images_B3HW, target_BC, share, middle)
-    return mixup(images_B3HW, target_BC, beta(recipe.mixup, random))
+        return cutmix(images_BCHW, target_BC, share, middle)
+    return mixup(images_BCHW, target_BC, beta(recipe.mixup, random))
 
 
 def beta(alpha: float, random: torch.Generator) -> float:
@@ -138,35 +138,35 @@ def beta(alpha: float, random: torch.Generator) -> float:
     return a / (a + b) if a + b else 0.5
 
 
-def mixup(images_B3HW: torch.Tensor, target_BC: torch.Tensor, share: float):
+def mixup(images_BCHW: torch.Tensor, target_BC: torch.Tensor, share: float):
     """share of each image and target, and 1 - share of the one at its index from the end."""
-    return tuple(share * x + (1 - share) * x.flip(0) for x in (images_B3HW, target_BC))
+    return tuple(share * x + (1 - share) * x.flip(0) for x in (images_BCHW, target_BC))
 
 
-def cutmix(images_B3HW: torch.Tensor, target_BC: torch.Tensor, share: float, middle: list[float]):
+def cutmix(images_BCHW: torch.Tensor, target_BC: torch.Tensor, share: float, middle: list[float]):
     """A box of 1 - share of the area, about `middle` (of 1), from the image at the index from the
     end. What of the box lies in the image decides the targets."""
-    height, width = images_B3HW.shape[-2:]
+    height, width = images_BCHW.shape[-2:]
     half = (1 - share) ** 0.5 / 2
     top, bottom = (_within(middle[0] + side, height) for side in (-half, half))
     left, right = (_within(middle[1] + side, width) for side in (-half, half))
-    images_B3HW = images_B3HW.clone()
-    box = images_B3HW.flip(0)[..., top:bottom, left:right]
-    images_B3HW[..., top:bottom, left:right] = box
+    images_BCHW = images_BCHW.clone()
+    box = images_BCHW.flip(0)[..., top:bottom, left:right]
+    images_BCHW[..., top:bottom, left:right] = box
     area = (bottom - top) * (right - left) / (height * width)
-    return images_B3HW, (1 - area) * target_BC + area * target_BC.flip(0)
+    return images_BCHW, (1 - area) * target_BC + area * target_BC.flip(0)
 
 
 def _within(position: float, length: int) -> int:
     return min(max(round(position * length), 0), length)
 
 
-def erase(images_B3HW: torch.Tensor, chance: float, random: torch.Generator) -> torch.Tensor:
+def erase(images_BCHW: torch.Tensor, chance: float, random: torch.Generator) -> torch.Tensor:
     """In `chance` of the images, in place, a box of 2 to 33 % of the area becomes noise.
 
     Its aspect is log-uniform in 0.3 to 3.3. random: of the CPU.
     """
-    B, _, height, width = images_B3HW.shape
+    B, _, height, width = images_BCHW.shape
     for b, (hit, size, aspect, y, x) in enumerate(torch.rand(B, 5, generator=random).tolist()):
         if hit >= chance:
             continue
@@ -175,5 +175,5 @@ def erase(images_B3HW: torch.Tensor, chance: float, random: torch.Generator) -> 
         h, w = (min(round((area * r) ** 0.5), side)
                 for r, side in ((ratio, height), (1 / ratio, width)))  # fmt: skip
         top, left = int(y * (height - h + 1)), int(x * (width - w + 1))
-        images_B3HW[b, :, top : top + h, left : left + w].normal_()
-    return images_B3HW
+        images_BCHW[b, :, top : top + h, left : left + w].normal_()
+    return images_BCHW

@@ -25,7 +25,7 @@ from cjepa_fast.checkpoint.owned import Fragment, OwnedState, Snapshot
 from cjepa_fast.checkpoint.writer import Saver
 from cjepa_fast.eval.finetuning.layer_decay import layer_decay_groups
 from cjepa_fast.model.vit import Encoder
-from cjepa_fast.runtime.distributed import first_on_each_node, from_all
+from cjepa_fast.runtime.distributed import all_gather_objects, local_rank_0_first
 from cjepa_fast.runtime.printable import say
 
 ADAM = ("exp_avg", "exp_avg_sq", "step")  # its state of a weight
@@ -166,8 +166,8 @@ class SavedTraining:
         """
         if self.folder is None:
             return 0
-        done = first_on_each_node(lambda: self._restored(learner))
-        if len(set(from_all(done))) > 1:
+        done = local_rank_0_first(lambda: self._restored(learner))
+        if len(set(all_gather_objects(done))) > 1:
             raise ValueError(f"{self.folder} must be in a folder that all ranks share")
         self._saver = Saver(
             self.folder / "checkpoints", learner, learner.encoder_json, keep=1, say=_warn
@@ -182,7 +182,7 @@ class SavedTraining:
         if self._saver is not None:
             self._saver.begin(done, {"facts": self.facts})
             self._saver.finish()
-            from_all(None)  # rank 0 has named it
+            all_gather_objects(None)  # rank 0 has named it
 
     def _restored(self, learner: Learner) -> int:
         self._refuse_earlier_versions()

@@ -86,11 +86,11 @@ class AttentiveProbe(nn.Module):
         for layer in (self.proj, self.mlp.fc2):
             layer.weight.data.div_(math.sqrt(2))
 
-    def forward(self, images_B3HW: torch.Tensor) -> torch.Tensor:
+    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
         with torch.no_grad(), torch.autocast(
-            images_B3HW.device.type, torch.bfloat16, enabled=self.bf16
+            images_BCHW.device.type, torch.bfloat16, enabled=self.bf16
         ):  # fmt: skip
-            tokens_BND = self.encoder(images_B3HW)
+            tokens_BND = self.encoder(images_BCHW)
         return self.head(self.pool(tokens_BND.float()))
 
     def pool(self, tokens_BND: torch.Tensor) -> torch.Tensor:
@@ -109,9 +109,9 @@ class Probing(classify.Labelled):
     """loop.Task of labelled images, erased as the recipe has it."""
 
     def loss(self, model: Callable, batch: Batch) -> torch.Tensor:
-        images_B3HW = recipe.erase(batch.images_B3HW, self._recipe.erasing, self._random)
-        label_B = self._label_n[batch.index_B].to(images_B3HW.device)
-        return F.cross_entropy(model(images_B3HW), label_B)
+        images_BCHW = recipe.erase(batch.images_BCHW, self._recipe.erasing, self._random)
+        label_B = self._label_n[batch.index_B].to(images_BCHW.device)
+        return F.cross_entropy(model(images_BCHW), label_B)
 
 
 def train(

@@ -24,7 +24,7 @@ from cjepa_fast.eval.features import extract, split_by_name
 from cjepa_fast.eval.probes import linear
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime import json_text
-from cjepa_fast.runtime.distributed import from_rank_0, rank
+from cjepa_fast.runtime.distributed import broadcast_from_rank_0, rank
 
 DISTANCES = (8.0, 8.5, 9.0, 9.5, 10.0)  # between VTAB's bins
 HEADINGS = {"question": "question", "commonest": "commonest %"}
@@ -180,7 +180,7 @@ def run(args: argparse.Namespace) -> None:
                 vectors = features_nD, train, y_mD, label_m
                 commonest = 100 * label_m.bincount().max().item() / len(label_m)
                 own = partial(linear.rows_of, name, encoder, vectors, reading, args, copies=2)
-                found = from_rank_0(own)
+                found = broadcast_from_rank_0(own)
                 rows += [{**row, "question": question, "commonest": commonest} for row in found]
     cli.report(
         args, rows, HEADINGS | linear.headings(args), (*linear.SETTINGS, *linear.SWEEP_SETTINGS)

@@ -114,9 +114,9 @@ def _views(encoder, images, keep, views, seed, *, device, bf16=False, **reading)
     )
     encoder = encoder.to(device)
 
-    def pooled(images_B3HW: torch.Tensor) -> torch.Tensor:
+    def pooled(images_BCHW: torch.Tensor) -> torch.Tensor:
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
-            return encoder(images_B3HW).float().mean(1)
+            return encoder(images_BCHW).float().mean(1)
 
     features, index = image_vectors(
         images, pooled, image_size=encoder.image_size, mean=encoder.mean, std=encoder.std,

@@ -126,7 +126,7 @@ def pixel_baselines(
             for name, (x, y) in splits.items()
         }
 
-    return distributed.from_rank_0(scores)
+    return distributed.broadcast_from_rank_0(scores)
 
 
 def pixel_vectors(
@@ -209,7 +209,7 @@ def run(args: argparse.Namespace) -> None:
     each = linear.BYTES["logistic"] if args.linear else 4
     for name, encoder in encoders.items():
         vectors = cli.vectors_of(encoder, splits, args, bytes_each=each)
-        found = distributed.from_rank_0(partial(_scores, vectors, args))
+        found = distributed.broadcast_from_rank_0(partial(_scores, vectors, args))
         counts = {"train_images": len(vectors[1]), "test_images": len(vectors[3])}
         rows.append({"encoder": name, **counts, **found})
         del vectors  # before the next are read

@@ -17,7 +17,7 @@ from cjepa_fast.data import rng
 from cjepa_fast.eval import cli
 from cjepa_fast.eval.probes.probe_sweep import GRIDS, ProbePlan, fit
 from cjepa_fast.model.vit import Encoder
-from cjepa_fast.runtime.distributed import from_rank_0
+from cjepa_fast.runtime.distributed import broadcast_from_rank_0
 from cjepa_fast.telemetry.progress import shown_clock
 
 HEADINGS = {
@@ -222,7 +222,7 @@ def probed(
 ) -> list[cli.Row]:  # fmt: skip
     """`rows_of` by the first rank, of features that are gone when the next are read."""
     vectors = cli.vectors_of(encoder, splits, args, reading.blocks, BYTES[args.optimizer])
-    return from_rank_0(partial(rows_of, name, encoder, vectors, reading, args))
+    return broadcast_from_rank_0(partial(rows_of, name, encoder, vectors, reading, args))
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

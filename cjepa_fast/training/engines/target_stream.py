@@ -17,13 +17,13 @@ class TargetStream:
         self.stream = torch.cuda.Stream(device)
         predictor.register_forward_hook(self._join)
 
-    def __call__(self, images_B3HW: torch.Tensor) -> torch.Tensor:
+    def __call__(self, images_BCHW: torch.Tensor) -> torch.Tensor:
         """The target's tokens, not to be read before the predictor has run."""
         main = torch.cuda.current_stream()
         self.stream.wait_stream(main)
         with torch.cuda.stream(self.stream):
-            tokens = self.target(images_B3HW)
-        images_B3HW.record_stream(self.stream)
+            tokens = self.target(images_BCHW)
+        images_BCHW.record_stream(self.stream)
         tokens.record_stream(main)
         return tokens
 

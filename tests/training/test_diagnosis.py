@@ -8,7 +8,7 @@ import tiny
 
 from cjepa_fast import config
 from cjepa_fast.data.sets import scenes
-from cjepa_fast.training import learning
+from cjepa_fast.training import diagnosis
 
 
 def knn_rows(*scores: float) -> list[dict]:
@@ -20,18 +20,22 @@ CONTINUED = config.load("demo.json", ["run.init_from=encoder.safetensors", "mode
 
 
 def test_the_end_says_whether_the_features_beat_those_of_the_start():
-    assert learning.learnt([{"step": 1}], DEMO) is learning.learnt(knn_rows(20.0), DEMO) is None
+    assert (
+        diagnosis.knn_summary([{"step": 1}], DEMO)
+        is diagnosis.knn_summary(knn_rows(20.0), DEMO)
+        is None
+    )
     resumed_copy = [{"step": 5, "knn": 1.0}, {"step": 6, "knn": 2.0}]
-    assert learning.learnt(resumed_copy, DEMO) is None
-    said = learning.learnt(knn_rows(20.0, 30.0, 50.04), DEMO)
+    assert diagnosis.knn_summary(resumed_copy, DEMO) is None
+    said = diagnosis.knn_summary(knn_rows(20.0, 30.0, 50.04), DEMO)
     assert said == "kNN: untrained 20.0 %, best 50.0 % (step 20), at the end 50.0 %"
     twice = [{"step": 0, "knn": 27.1}, *knn_rows(27.1, 24.0, 24.5)]  # two starts at step 0
-    assert "best 24.5 % (step 20), at the end 24.5 %." in learning.learnt(twice, DEMO)
-    assert learning.learnt(twice[:2], DEMO) is None
-    fallen = learning.learnt(knn_rows(20.0, 50.0, 45.0), DEMO)
+    assert "best 24.5 % (step 20), at the end 24.5 %." in diagnosis.knn_summary(twice, DEMO)
+    assert diagnosis.knn_summary(twice[:2], DEMO) is None
+    fallen = diagnosis.knn_summary(knn_rows(20.0, 50.0, 45.0), DEMO)
     assert fallen.endswith("RUN/best is the better checkpoint")
-    assert "fell" not in learning.learnt(knn_rows(20.0, 50.0, 49.0), DEMO)
-    worse = learning.learnt(knn_rows(20.0, 25.0, 19.0), DEMO)
+    assert "fell" not in diagnosis.knn_summary(knn_rows(20.0, 50.0, 49.0), DEMO)
+    worse = diagnosis.knn_summary(knn_rows(20.0, 25.0, 19.0), DEMO)
     assert worse.startswith("WARNING: kNN: untrained 20.0 %") and "RUN/best" in worse
     assert worse.endswith("The features are no better than untrained: docs/collapse.md")
 
@@ -39,12 +43,12 @@ def test_the_end_says_whether_the_features_beat_those_of_the_start():
 def test_weights_that_come_from_a_file_are_not_called_untrained():
     ends = {"knn": (60, 50), "by_position": (0.7, 0.8)}
     said = [
-        learning.learnt(knn_rows(60.0, 50.0), CONTINUED),
-        learning.getting_worse(rows(**ends), CONTINUED, 96, 1152),
+        diagnosis.knn_summary(knn_rows(60.0, 50.0), CONTINUED),
+        diagnosis.degradation_warning(rows(**ends), CONTINUED, 96, 1152),
     ]
     assert all("at the start" in line and "untrained" not in line for line in said)
     assert "model.init" not in said[1]
-    assert learning.began_weak(rows(**ends), CONTINUED, 96) is None
+    assert diagnosis.weak_init_warning(rows(**ends), CONTINUED, 96) is None
 
 
 def test_a_log_without_its_first_rows_is_not_compared_with_them():
@@ -52,20 +56,23 @@ def test_a_log_without_its_first_rows_is_not_compared_with_them():
         row | {"step": row["step"] + 500} for row in rows(knn=(60, 50), by_position=(0.7, 0.8))
     ]
     weak = config.load("demo.json", ["model.init=ijepa"])
-    assert learning.getting_worse(later, weak, 96, 1152) is None
-    assert learning.began_weak(later, weak, 96) is None
-    assert learning.getting_worse([], weak, 96, 1152) is None
+    assert diagnosis.degradation_warning(later, weak, 96, 1152) is None
+    assert diagnosis.weak_init_warning(later, weak, 96) is None
+    assert diagnosis.degradation_warning([], weak, 96, 1152) is None
 
 
 def test_the_end_says_what_it_took_and_what_comes_next():
     rows = [{"step": 0, "knn": 20.0}, {"step": 1, "images_per_s": 10.0},
             {"step": 2, "images_per_s": 1500.0, "knn": 50.0, "time_s": 3723.4},
             {"step": 3, "images_per_s": 1400.0, "time_s": 3724.4}]  # fmt: skip
-    done, knn, *following = learning.ended(rows, Path("a run"), DEMO)
+    done, knn, *following = diagnosis.end_messages(rows, Path("a run"), DEMO)
     assert done == "done: a run/encoder.safetensors (1:02:04, 1,400 images/s)"
     assert knn.startswith("kNN: untrained 20.0 %")
     assert all("'a run'" in line for line in following) and len(following) == 3
-    assert learning.ended([], Path("run"), DEMO)[0] == "done: run/encoder.safetensors (0:00:00)"
+    assert (
+        diagnosis.end_messages([], Path("run"), DEMO)[0]
+        == "done: run/encoder.safetensors (0:00:00)"
+    )
 
 
 def rows(**ends: tuple[float, float]) -> list[dict]:
@@ -90,7 +97,7 @@ def rows(**ends: tuple[float, float]) -> list[dict]:
     ],
 )
 def test_features_that_get_worse_are_told_with_their_numbers(ends, said):
-    line = learning.getting_worse(rows(**ends), config.load("demo.json"), 96, 1152)
+    line = diagnosis.degradation_warning(rows(**ends), config.load("demo.json"), 96, 1152)
     assert (line is None) if said is None else said in line and "docs/collapse.md" in line
 
 
@@ -118,7 +125,7 @@ SIGREG = ["loss.regulariser=sigreg"]
     ],
 )
 def test_the_first_change_is_what_is_not_set_yet(overrides, steps, said):
-    found = learning.first_change(config.load("demo.json", overrides), 96, steps)
+    found = diagnosis.first_change(config.load("demo.json", overrides), 96, steps)
     assert found.startswith(said)
     if change := re.match(r'(\S+) (?:from 0 )?to "?([^",]+)', found):
         config.load("demo.json", [*overrides, "=".join(change.groups())])
@@ -136,7 +143,7 @@ def test_the_first_change_is_what_is_not_set_yet(overrides, steps, said):
     ],
 )
 def test_a_start_that_tells_positions_alone_is_told(ends, overrides, width, told):
-    line = learning.began_weak(rows(**ends), config.load("demo.json", overrides), width)
+    line = diagnosis.weak_init_warning(rows(**ends), config.load("demo.json", overrides), width)
     assert (line is not None) == told
     assert line is None or ("share of position 0.66 -> " in line and 'to "auto"' in line)
 
@@ -145,10 +152,10 @@ def test_a_start_that_tells_positions_alone_is_told(ends, overrides, width, told
     ("steps", "momentum"), [(9999, ""), (10000, "optim.momentum = 0.98 too low, ")]
 )
 def test_a_low_momentum_is_a_cause_of_collapse_in_long_runs_alone(steps, momentum):
-    said = learning.likely_cause(config.load("demo.json"), steps)
+    said = diagnosis.likely_cause(config.load("demo.json"), steps)
     beta = "or loss.vicreg.beta = 0.01 too small or too large"
     assert said == f"optim.lr = 0.002 too high, {momentum}{beta}"
-    none = learning.likely_cause(config.load("demo.json", ["loss.vicreg.beta=0"]), steps)
+    none = diagnosis.likely_cause(config.load("demo.json", ["loss.vicreg.beta=0"]), steps)
     assert none.startswith("loss.vicreg.beta is 0")
 
 

@@ -29,8 +29,8 @@ def initialise(networks: JEPA, target: Encoder, config: Config) -> list[str]:
     Raises ConfigError where the configuration's sizes are not those of the weights, ValueError for
     what cannot be read or cannot be an encoder of ours.
     """
-    configuration.refuse_unset_in("run.init_from", config.run.init_from)
-    path = Path(configuration.expanded(config.run.init_from))
+    configuration.check_path_set("run.init_from", config.run.init_from)
+    path = Path(configuration.expand_path(config.run.init_from))
     tensors = path.suffix == ".safetensors"
     ours = path.is_dir() or (tensors and path.with_suffix(".json").is_file())
     if not ours and not tensors and path.is_file() and ijepa.is_checkpoint(path):

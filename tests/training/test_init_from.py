@@ -15,7 +15,7 @@ from cjepa_fast.interop import huggingface
 from cjepa_fast.interop.resample import resample_patches, resample_positions
 from cjepa_fast.model.vit import Encoder, sincos_positions
 from cjepa_fast.training import build
-from cjepa_fast.training.initial import initialise
+from cjepa_fast.training.init_from import initialise
 
 
 @pytest.fixture
