@@ -49,6 +49,13 @@ Every figure comes from a run; `python bench/report.py` writes this page from `b
 which has the versions and commits. Times of a shared CPU say little, so of a CPU ratios are shown,
 between steps that took turns in one process.
 
+- MFU: the counted work over the GPU's peak. K: context patches an image.
+- kNN: 20 neighbours by cosine similarity. Mean-subtracted: after the training images' mean is taken away.
+- Logistic and ridge probe: linear classifiers on the frozen features, as `cjepa-eval knn --linear`
+  and `eval.online` fit them.
+- VICReg at each position (ours): variance and covariance taken apart at each patch position, where the
+  paper takes them of means over patches. "Begun for 44": the schedule was for 44 epochs and was cut to 40 on a resume.
+
 """
 
 
@@ -122,7 +129,7 @@ def cifar_lines(found: dict) -> Iterator[Line]:
 
     fresh = figure(rows, "untrained", UNTRAINED)
     both = (figure(rows, n, TRAINED, beta=b) for n, b in (("C-JEPA", 0.001), ("I-JEPA", 0.0)))
-    what = "kNN and linear probe, %, one seed"
+    what = "kNN and logistic probe, %, one seed"
     yield f"CIFAR-10, {found['epochs']} epochs: {what}", device, "; ".join([*both, fresh]), where
     recipe = "VICReg at each position (ours)"
     for key, name, trained in (
@@ -144,7 +151,7 @@ def ablation_lines(found: dict) -> Iterator[Line]:
             continue
         gaps = [
             f"{name} {row[f'{key}_gain']:+.1f} ± {row[f'{key}_gain_std']:.1f}"
-            for key, name in (("knn", "kNN"), ("linear", "linear"))
+            for key, name in (("knn", "kNN"), ("linear", "ridge probe"))
         ]
         what = f"{found['what']}: C-JEPA minus I-JEPA over {row['seeds']} seeds, points"
         where = "[bench/results/ablations](bench/results/ablations/README.md)"
@@ -155,7 +162,7 @@ def demo_lines(found: dict) -> Iterator[Line]:
     rows, where = found["rows"], "[bench/results/demo](bench/results/demo/demo.json)"
     ours, fresh, raw = (encoder_of(rows, name) for name in (TRAINED, UNTRAINED, PIXELS))
     device = found["hardware"]["device"]
-    kinds = {"top1": "kNN", "top1_centred": "kNN, mean-subtracted", "linear": "linear probe"}
+    kinds = {"top1": "kNN", "top1_centred": "kNN, mean-subtracted", "linear": "logistic probe"}
     for key, name in kinds.items():
         figure = f"trained {ours[key]:.1f}; untrained {fresh[key]:.1f}"
         if key in raw:

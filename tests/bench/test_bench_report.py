@@ -143,5 +143,5 @@ def test_an_ablation_s_line_is_the_gap_with_its_spread():
     found = {"what": "X", "hardware": "H", "rows": rows}
     ((what, hardware, figure, _),) = report.ablation_lines(found)
     assert what == "X: C-JEPA minus I-JEPA over 3 seeds, points" and hardware == "H"
-    assert figure == "kNN +0.5 ± 0.7, linear -0.9 ± 0.6"
+    assert figure == "kNN +0.5 ± 0.7, ridge probe -0.9 ± 0.6"
     assert not list(report.ablation_lines(found | {"rows": [{"row": "as shipped"}]}))

@@ -54,9 +54,11 @@ for pid in open("pids").read().split():
     os.kill(int(pid), 15)
 """
 SCONTROL = """
-import sys
+import os, sys
 if sys.argv[1:3] == ["show", "hostnames"]:
     print(*sys.argv[3].split(","), sep="\\n")
+elif sys.argv[1:3] == ["show", "job"]:
+    print("PreemptEligibleTime=2026-01-01 PreemptTime=" + os.environ.get("PREEMPTED", "None"))
 else:
     print(*sys.argv[1:], file=open("scontrol.log", "a"))
 """
@@ -125,6 +127,15 @@ def test_a_slurm_job_saves_before_its_limit_is_requeued_and_finishes(
         assert list(tiny.losses(tmp_path / "run")) == list(range(1, steps + 1))
         assert (tmp_path / "run" / "encoder.safetensors").exists()
     assert len(queue.read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("preempted", ["None", "2026-01-01T12:00:00"])
+def test_a_slurm_job_that_ends_while_it_is_preempted_is_requeued(cluster, tmp_path, preempted):
+    cluster |= {"PREEMPTED": preempted}
+    job = submitted(tmp_path, cluster, "--config", tiny.write_config(tmp_path), "--print-config")
+    _, err = job.communicate(timeout=tiny.HANG_S)
+    assert job.returncode == 0, err
+    assert (tmp_path / "scontrol.log").exists() == (preempted != "None")
 
 
 def test_a_slurm_job_that_fails_is_not_requeued(cluster, tmp_path):
