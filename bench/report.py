@@ -50,11 +50,13 @@ which has the versions and commits. Times of a shared CPU say little, so of a CP
 between steps that took turns in one process.
 
 - MFU: the counted work over the GPU's peak. K: context patches an image.
-- kNN: 20 neighbours by cosine similarity. Mean-subtracted: after the training images' mean is taken away.
+- kNN: 20 neighbours by cosine similarity. Mean-subtracted: after the training images' mean is taken
+  away.
 - Logistic and ridge probe: linear classifiers on the frozen features, as `cjepa-eval knn --linear`
   and `eval.online` fit them.
-- VICReg at each position (ours): variance and covariance taken apart at each patch position, where the
-  paper takes them of means over patches. "Begun for 44": the schedule was for 44 epochs and was cut to 40 on a resume.
+- VICReg at each position (ours): variance and covariance taken apart at each patch position, where
+  the paper takes them of means over patches. "Begun for 44": the schedule was for 44 epochs and was
+  cut to 40 on a resume.
 
 """
 
