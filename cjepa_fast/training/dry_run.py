@@ -14,9 +14,9 @@ from cjepa_fast.runtime.memory import peak_resident_gib
 from cjepa_fast.runtime.printable import say
 from cjepa_fast.telemetry.pace import duration
 from cjepa_fast.telemetry.progress import shown_bar
-from cjepa_fast.training.build import counted_sizes, gflop_of
 from cjepa_fast.training.engines.cuda_graph import WARM
 from cjepa_fast.training.loop import steps_of
+from cjepa_fast.training.sizes import counted_sizes, gflop_of
 from cjepa_fast.training.trainer import Trainer
 
 STEPS = 3

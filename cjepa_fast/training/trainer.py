@@ -19,12 +19,11 @@ from cjepa_fast.model.vit import count_parameters
 from cjepa_fast.runtime import distributed, hardware
 from cjepa_fast.telemetry import position_share, representation_stats
 from cjepa_fast.training import optim
+from cjepa_fast.training.backends import choose_attention, choose_linear
 from cjepa_fast.training.build import (
     build_engine,
     build_networks,
     check_fp8,
-    choose_attention,
-    choose_linear,
     compile_networks,
     fuse_networks,
     projector_widths,
@@ -58,7 +57,7 @@ class Trainer:
         """config: its run.precision resolved (build.with_precision); images, usable_images,
         image_count: the image set's fingerprint, hash of what is usable, and number; decoder: who
         decodes them; restoring: a checkpoint will give the weights; linear, attention: its choices
-        (build.choose_linear, ...)."""
+        (backends.choose_linear, ...)."""
         self.config, self.device, self.restoring = config, device, restoring
         use_dependent_launch(config.run.dependent_launch)
         check_fp8(config, device)

@@ -8,6 +8,7 @@ from cjepa_fast.config import load
 from cjepa_fast.model import waves
 from cjepa_fast.model.flops import step_gflop
 from cjepa_fast.training import build
+from cjepa_fast.training.sizes import counted_sizes
 
 SIZES = {
     "width": 256, "depth": 1, "mlp_ratio": 1.0, "predictor_width": 256, "predictor_depth": 1,
@@ -53,7 +54,7 @@ def test_the_work_is_what_is_counted(mode):
     """Forward and the inputs' gradients: two thirds of the linear layers' count, all of
     attention's; but for the last block of the predictor, which the count cuts short."""
     config = load("vit_s.json", [f"predictor.mode={mode}", "predictor.depth=30"])
-    sizes = build.counted_sizes(config, 60, 4, 36)
+    sizes = counted_sizes(config, 60, 4, 36)
     gflop = step_gflop(**sizes)
     found = list(waves.parts(1, 60, **sizes))
     linear = 2 * sum(p.work for p in found if isinstance(p, waves.Matmul)) / 1e9
