@@ -92,7 +92,7 @@ def train(session: Session, callbacks: Sequence[Callback] = ()) -> int:
             return status
         telemetry = start.open_telemetry(session, trainer, loader, state, told, ending)
         parts = trainer, loader, telemetry, state, online, snapshots, Callbacks(callbacks)
-        return Loop(session, *parts).go()
+        return Loop(session, *parts).run()
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
