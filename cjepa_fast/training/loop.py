@@ -141,7 +141,7 @@ class Loop:
         if self.online and (not self.done or (finished and self.online.owed)):
             found = self._evaluate()
             if found is not None:
-                self.telemetry.row(self.done, found)
+                self.telemetry.write_row(self.done, found)
                 self.best.link()
                 if finished:
                     self._save(again=True)
@@ -218,8 +218,9 @@ class Loop:
         """A step may be longer than run.timeout_s where its micro-batches are not."""
         self.watch.mark("in the step")
         self.micro_batches += 1
-        if self.loader.accumulation > 1:
-            self.telemetry.within(f"micro-batch {self.micro_batches}/{self.loader.accumulation}")
+        count = self.loader.accumulation
+        if count > 1:
+            self.telemetry.show_progress(f"micro-batch {self.micro_batches}/{count}")
         if line := self.pace.tick():
             self.telemetry.message(line)
 
@@ -341,7 +342,7 @@ class Loop:
         self.waited_s = 0.0
         self.data_offset += passed_over
         self._load_progress(state)
-        self.telemetry.back_to(step)
+        self.telemetry.rewind_to(step)
         self.telemetry.message(
             f"rewound to step {step}; the images of the {passed_over} steps after it are passed "
             "over"

@@ -31,7 +31,7 @@ from cjepa_fast.runtime.provenance import machine
 from cjepa_fast.runtime.signals import StopRequest
 from cjepa_fast.runtime.watchdog import Watchdog
 from cjepa_fast.telemetry import Telemetry
-from cjepa_fast.telemetry.log import Lines
+from cjepa_fast.telemetry.jsonl import JsonlWriter
 from cjepa_fast.telemetry.progress import shown_clock
 from cjepa_fast.training import cpu_micro_batch
 from cjepa_fast.training.build import (
@@ -283,7 +283,7 @@ def open_telemetry(
         ending.callback(telemetry.close)
         loader.skipped.log = telemetry.message if rank == 0 else say
         failed = left_out_images.of_rank(run / left_out_images.FILE, rank)
-        lines = Lines(loader.skipped.log, failed)
+        lines = JsonlWriter(loader.skipped.log, failed)
         ending.callback(lines.close)
         loader.skipped.record = lambda row: lines.write(row | left_out_images.WHILE_TRAINING)
         _note_warnings(loader, telemetry, run)
@@ -341,7 +341,7 @@ def _remove(*folders: Path) -> None:
 def _note_warnings(loader: Loader, telemetry: Telemetry, run: Path) -> None:
     """What the decoder says of a file goes to events.jsonl, once for all ranks and resumes."""
     rank, warnings = distributed.rank(), loader.skipped.warnings
-    lines = Lines(say, left_out_images.of_rank(run / "events.jsonl", rank))
+    lines = JsonlWriter(say, left_out_images.of_rank(run / "events.jsonl", rank))
     write = telemetry.note if rank == 0 else lambda text: lines.write({"text": text})
 
     def note(text: str) -> None:

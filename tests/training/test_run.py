@@ -24,7 +24,7 @@ from cjepa_fast.data.sources import open_images
 from cjepa_fast.model.jepa import JEPA
 from cjepa_fast.runtime import distributed, files, run_lock
 from cjepa_fast.runtime.watchdog import INDEXING, Watchdog
-from cjepa_fast.telemetry.rows import drop_rows_after, read_log
+from cjepa_fast.telemetry.jsonl import drop_rows_after, read_log
 from cjepa_fast.training import anomalies, build, diagnosis, start, trainer
 from cjepa_fast.training.callbacks import Callback
 from cjepa_fast.training.loop import Loop
