@@ -169,8 +169,8 @@ def gflop_per_image(config: Config) -> tuple[float, float]:
     masks = build.first_masks(config, config.data.micro_batch_size)
     M, P = masks.target_idx_BMP.shape[1:]
     sizes = counted_sizes(config, masks.context_k, M, P)
-    again = recomputed_gflop(config.model.checkpointing, **sizes)
-    return step_gflop(**sizes)["total"], again
+    again = recomputed_gflop(config.model.checkpointing, sizes)
+    return step_gflop(sizes)["total"], again
 
 
 class Speed(NamedTuple):
@@ -380,7 +380,7 @@ def wave_messages(config: Config, gpu: GPU, count: int = 1) -> list[str]:
     masks = build.first_masks(config, 1)
     K, (M, P) = int(masks.context_k), masks.target_idx_BMP.shape[1:]
     sizes = counted_sizes(config, K, M, P)
-    said = waves.describe(images, K, gpu.multiprocessors, config.mask.min_keep, **sizes)
+    said = waves.describe(images, sizes, gpu.multiprocessors, config.mask.min_keep)
     return [f"{'waves':15s}{said}"]
 
 

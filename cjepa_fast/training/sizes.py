@@ -6,7 +6,7 @@ import torch
 
 from cjepa_fast.config import Config
 from cjepa_fast.data.masks import Masks
-from cjepa_fast.model.flops import step_gflop
+from cjepa_fast.model.flops import StepSizes, step_gflop
 from cjepa_fast.model.vit import MODELS
 from cjepa_fast.runtime.image_size import height_width, patch_grid
 from cjepa_fast.training.engines.base import DTYPES
@@ -19,28 +19,31 @@ def model_sizes(config: Config) -> dict:
     return sizes | {key: value for key, value in own.items() if value is not None}
 
 
+def counted_sizes(config: Config, context_k: float, targets_m: int, targets_p: float) -> StepSizes:
+    """What the work of a step follows from, at the masks' sizes given (they may be means)."""
+    encoder, predictor = model_sizes(config), config.predictor
+    return StepSizes(
+        image_size=config.data.image_size,
+        patch_size=config.model.patch_size,
+        channels=config.data.channels,
+        width=encoder["width"],
+        depth=encoder["depth"],
+        mlp_ratio=encoder["mlp_ratio"],
+        predictor_width=predictor.width,
+        predictor_depth=predictor.depth,
+        predictor_mlp_ratio=predictor.mlp_ratio,
+        predictor_mode=predictor.mode,
+        context_k=context_k,
+        targets_m=targets_m,
+        targets_p=targets_p,
+    )
+
+
 def gflop_of(
     config: Config, context_k: float, targets_m: int, targets_p: float
 ) -> dict[str, float]:
-    """flops.step_gflop of a configuration, at the masks' sizes given (they may be means)."""
-    return step_gflop(**counted_sizes(config, context_k, targets_m, targets_p))
-
-
-def counted_sizes(config: Config, context_k: float, targets_m: int, targets_p: float) -> dict:
-    """What the functions of flops.py ask for."""
-    part = config.predictor
-    return model_sizes(config) | {
-        "image_size": config.data.image_size,
-        "patch_size": config.model.patch_size,
-        "channels": config.data.channels,
-        "predictor_width": part.width,
-        "predictor_depth": part.depth,
-        "predictor_mlp_ratio": part.mlp_ratio,
-        "predictor_mode": part.mode,
-        "context_k": context_k,
-        "targets_m": targets_m,
-        "targets_p": targets_p,
-    }
+    """flops.step_gflop of a configuration; arguments as in `counted_sizes`."""
+    return step_gflop(counted_sizes(config, context_k, targets_m, targets_p))
 
 
 def meta_batch(config: Config, masks: Masks) -> tuple:

@@ -94,7 +94,7 @@ def test_a_batch_without_values_has_its_channels(trained):
     settings = configuration.load(str(trained[0]))
     images_BCHW, *_ = meta_batch(settings, build.first_masks(settings, 2))
     assert images_BCHW.shape == (2, BANDS, 24, 24)
-    assert counted_sizes(settings, 9, 4, 6)["channels"] == BANDS
+    assert counted_sizes(settings, 9, 4, 6).channels == BANDS
 
 
 @pytest.mark.parametrize("decoder", ["dali", "pillow"])
