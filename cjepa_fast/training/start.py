@@ -40,7 +40,7 @@ from cjepa_fast.training.build import (
     compute_dtype,
     with_precision,
 )
-from cjepa_fast.training.trainer import Trainer
+from cjepa_fast.training.trainer import DataFacts, Trainer
 
 TRIAL_BYTES = 8192  # so many are written: a file without any has room on a full disk
 
@@ -173,10 +173,12 @@ def _built(session: Session, device: torch.device) -> tuple[Trainer, Loader, dic
             config,
             device,
             loader.steps_per_epoch,
-            images=loader.images.fingerprint,
-            usable_images=loader.images.usable_fingerprint,
-            image_count=len(loader.images),
-            decoder=loader.decoder,
+            data=DataFacts(
+                loader.images.fingerprint,
+                loader.images.usable_fingerprint,
+                len(loader.images),
+                loader.decoder,
+            ),
             restoring=bool(state),
             linear=state.get("linear"),
             attention=state.get("attention"),
