@@ -48,10 +48,18 @@ def steps_of(loader: Loader, start: int) -> Iterator[tuple[list[Batch], float]]:
 class Evaluation(Protocol):
     """What evaluates the target encoder now and then (eval/online.py)."""
 
-    say: Callable[[str], None]
-    stopped: Callable[[], bool]  # asked between batches, by all ranks
-    paused: Callable[[], contextlib.AbstractContextManager]  # around own probes (Watchdog.paused)
     owed: bool  # one is due that has not been made
+
+    def attach(
+        self,
+        say: Callable[[str], None],
+        stopped: Callable[[], bool],
+        paused: Callable[[], contextlib.AbstractContextManager],
+        owed: bool = False,
+    ) -> None:
+        """To a training, before its first evaluation. say: takes a line for the user; stopped: is
+        asked between batches, by all ranks alike; paused: what the user's probes run within
+        (Watchdog.paused); owed: whether a checkpoint owes one."""
 
     def due(self, step: int) -> bool:
         """Whether to evaluate after this step; on rank 0 alone the answer counts."""
@@ -89,9 +97,8 @@ class Loop:
         self.callbacks = callbacks or Callbacks()
         self.callbacks.paused = self.watch.paused
         if online:
-            online.say, online.stopped = telemetry.message, self._stop_is_asked
-            online.paused = self.watch.paused
-            online.owed = (state or {}).get("progress", {}).get("evaluation_owed", False)
+            owed = (state or {}).get("progress", {}).get("evaluation_owed", False)
+            online.attach(telemetry.message, self._stop_is_asked, self.watch.paused, owed)
         self.folder, self.resume_with = session.folder, session.options.resume_with
         self.config, self.asked_micro_batch = trainer.config, session.asked_micro_batch
         own = self.config.checkpoint

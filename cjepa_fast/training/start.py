@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -283,12 +283,7 @@ def open_telemetry(
             quiet=session.options.quiet,
         )
         ending.callback(telemetry.close)
-        loader.skipped.log = telemetry.message if rank == 0 else say
-        failed = left_out_images.of_rank(run / left_out_images.FILE, rank)
-        lines = JsonlWriter(loader.skipped.log, failed)
-        ending.callback(lines.close)
-        loader.skipped.record = lambda row: lines.write(row | left_out_images.WHILE_TRAINING)
-        _note_warnings(loader, telemetry, run)
+        _tell_of_skipped(loader, telemetry, run, ending)
         if rank == 0:
             if skipped := loader.images.skipped:
                 told_before = left_out_images.counted(skipped)
@@ -340,9 +335,25 @@ def _remove(*folders: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _note_warnings(loader: Loader, telemetry: Telemetry, run: Path) -> None:
+def _tell_of_skipped(
+    loader: Loader, telemetry: Telemetry, run: Path, ending: contextlib.ExitStack
+) -> None:
+    """Images that fail while training are told, and named in the run's folder."""
+    rank = distributed.rank()
+    log, note = telemetry.message if rank == 0 else say, _noting(telemetry, run)
+    failed = JsonlWriter(log, left_out_images.of_rank(run / left_out_images.FILE, rank))
+    ending.callback(failed.close)
+    loader.skipped.attach(
+        log,
+        record=lambda row: failed.write(row | left_out_images.WHILE_TRAINING),
+        note=note,
+        warn=None if rank == 0 else note,
+    )
+
+
+def _noting(telemetry: Telemetry, run: Path) -> Callable[[str], None]:
     """What the decoder says of a file goes to events.jsonl, once for all ranks and resumes."""
-    rank, warnings = distributed.rank(), loader.skipped.warnings
+    rank = distributed.rank()
     lines = JsonlWriter(say, left_out_images.of_rank(run / "events.jsonl", rank))
     write = telemetry.note if rank == 0 else lambda text: lines.write({"text": text})
 
@@ -350,9 +361,7 @@ def _note_warnings(loader: Loader, telemetry: Telemetry, run: Path) -> None:
         if not _is_noted(text, run):
             write(text)
 
-    warnings.note = note
-    if rank != 0:
-        warnings.say = note
+    return note
 
 
 def _is_noted(text: str, run: Path) -> bool:
