@@ -30,7 +30,7 @@ from cjepa_fast.training.best import BestCheckpoint
 from cjepa_fast.training.callbacks import Callbacks
 from cjepa_fast.training.collapse_monitor import CollapseMonitor
 from cjepa_fast.training.diagnosis import end_messages
-from cjepa_fast.training.start import Session
+from cjepa_fast.training.session import Session
 from cjepa_fast.training.trainer import Trainer
 
 MOST_REWINDS = 3  # to one checkpoint
