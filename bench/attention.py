@@ -19,7 +19,7 @@ from hardware import ROOT, here, provenance
 
 from cjepa_fast import config as configuration
 from cjepa_fast.model import attention, attention_trial
-from cjepa_fast.training import build
+from cjepa_fast.training import backends, build
 
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.json"))
 
@@ -38,12 +38,12 @@ def measure(name: str, batch: int | None, overrides: list[str], device: torch.de
         return tried[-1][1:]
 
     with (
-        mock.patch.object(build, "fastest", trial),
+        mock.patch.object(backends, "fastest", trial),
         mock.patch.object(
             attention_trial, "candidates", lambda device: attention_trial.installed()
         ),
     ):
-        parts = build.choose_attention(networks, networks.encoder, config, device, images)
+        parts = backends.choose_attention(networks, networks.encoder, config, device, images)
     return [
         {
             "config": Path(name).stem, "part": part, "images": images, **shape._asdict(),

@@ -35,6 +35,7 @@ from torch.utils._pytree import tree_leaves
 from cjepa_fast import config as configuration
 from cjepa_fast.config import Config
 from cjepa_fast.training import build
+from cjepa_fast.training.sizes import gflop_of, model_sizes
 from cjepa_fast.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -71,7 +72,7 @@ def tensors(found) -> list[torch.Tensor]:
 def narrow(name: str, overrides: list[str]) -> Config:
     """The configuration with all its layers, two images, and heads of HEAD values."""
     fixed = ["mask.context=fixed", "model.attention=triton", "run.precision=bf16", *overrides]
-    heads = build.model_sizes(configuration.load(name, fixed))["heads"]
+    heads = model_sizes(configuration.load(name, fixed))["heads"]
     widths = [f"{part}.width={HEAD * heads}" for part in ("model", "predictor")]
     batch = ["data.batch_size=2", "data.micro_batch_size=2"]
     return configuration.load(name, [*fixed, *widths, *batch])
@@ -89,7 +90,7 @@ def least_device_ms(config: Config) -> float:
     moved = encoder.depth * encoder.width * (FORWARD_BYTES * N + TRAINED_BYTES * K)
     moved += predictor.depth * predictor.width * TRAINED_BYTES * M * (K + P)
     parameters = sum(p.numel() for p in networks.parameters() if p.requires_grad)
-    matmuls_s = B * build.gflop_of(config, K, M, P)["total"] / MATMUL_TFLOPS / 1e3
+    matmuls_s = B * gflop_of(config, K, M, P)["total"] / MATMUL_TFLOPS / 1e3
     return 1e3 * matmuls_s + (B * moved + PARAMETER_BYTES * parameters) / COPY_GB_PER_S / 1e6
 
 

@@ -30,6 +30,7 @@ from cjepa_fast.runtime.image_size import height_width
 from cjepa_fast.runtime.memory import SavedActivations, peak_bytes
 from cjepa_fast.training import build, dry_run, loop
 from cjepa_fast.training import trainer as trainer_module
+from cjepa_fast.training.sizes import gflop_of
 from cjepa_fast.training.trainer import Trainer
 
 WARM_REFERENCE = 3  # of the reference's steps, each some times as long as ours
@@ -331,7 +332,7 @@ def row_of(config: Config, data: str, trainer: Trainer, timed: dict) -> dict:
     step_ms, images = timed["step_ms"], trainer.micro_batch * distributed.world_size()
     images_per_s = images * len(step_ms) / timed["total_s"]
     sizes = (timed[name] for name in ("context_k", "targets_m", "targets_p"))
-    gflop = build.gflop_of(config, *sizes)
+    gflop = gflop_of(config, *sizes)
     return {
         "data": data,
         "attention": trainer.attention,

@@ -19,6 +19,7 @@ from cjepa_fast.kernels import attention, ema, fp8, gather, gelu, norm, sigreg, 
 from cjepa_fast.model.views import rows_by_position
 from cjepa_fast.runtime.image_size import patch_grid
 from cjepa_fast.training import build
+from cjepa_fast.training.sizes import model_sizes
 
 MODELS = {"T": "vit_t", "B": "vit_b", "L": "vit_l", "H": "vit_h"}
 ROWS, WIDTHS = 25_088, (384, 768, 1024, 1280, 2048, 4096, 8192)
@@ -86,7 +87,7 @@ def gathers(model: str, config: Config, masks: Masks) -> list[Case]:
     context, targets = masks.context_idx_BK, masks.target_idx_BMP
     (B, K), (_, M, P) = context.shape, targets.shape
     N = patches_of(config)
-    D, W = build.model_sizes(config)["width"], config.predictor.width
+    D, W = model_sizes(config)["width"], config.predictor.width
     S, tokens, rows = M * P, f"{model}: {B}x{N}x{D}", B * D * BF16
     copied = {"forward": Cost(2 * K * rows), "backward": Cost((K + N) * rows)}
     sequences = Cost((K + M * (K + P)) * B * W * BF16)
@@ -164,7 +165,7 @@ def blocks(model: str, config: Config, masks: Masks) -> list[Case]:
     context's and the predictor's backward."""
     (B, K), (_, M, P) = masks.context_idx_BK.shape, masks.target_idx_BMP.shape
     N = patches_of(config)
-    sizes, W = build.model_sizes(config), config.predictor.width
+    sizes, W = model_sizes(config), config.predictor.width
     D, hidden, heads = sizes["width"], round(sizes["width"] * sizes["mlp_ratio"]), sizes["heads"]
     L = K + P
 
@@ -248,7 +249,7 @@ def _plain_gelu_gradients(dg, u):
 
 def quantisations(model: str, config: Config, images: int) -> list[Case]:
     """What the target's forward in fp8 does beside its matmuls: of all tokens, from bf16."""
-    sizes = build.model_sizes(config)
+    sizes = model_sizes(config)
     tokens, D = images * patches_of(config), sizes["width"]
     hidden = round(D * sizes["mlp_ratio"])
 
@@ -305,7 +306,7 @@ def vicreg_work(M: int, n: int, D: int, dtype: torch.dtype) -> dict[str, Cost]:
 def vicreg_blocks(model: str, config: Config, masks: Masks) -> Case:
     """The default views: the predicted blocks' mean tokens, in fp32."""
     M, B = masks.target_idx_BMP.shape[1], len(masks.target_idx_BMP)
-    D = build.model_sizes(config)["width"]
+    D = model_sizes(config)["width"]
     return vicreg_case(f"{model}: {M}x{B}x{D}", (M, B, D), torch.float32)
 
 
@@ -325,7 +326,7 @@ def vicreg_case(label: str, shape: tuple[int, ...], dtype: torch.dtype) -> Case:
 def position_views(model: str, config: Config, masks: Masks) -> list[Case]:
     """SIGReg of the pooled contexts in fp32; VICReg and SIGReg of the contexts' tokens apart at
     each position."""
-    B, D = len(masks.target_idx_BMP), build.model_sizes(config)["width"]
+    B, D = len(masks.target_idx_BMP), model_sizes(config)["width"]
     N = patches_of(config)
     rows_NB = rows_by_position(masks.context, N)
     T = int(rows_NB.max()) + 1

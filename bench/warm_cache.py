@@ -41,6 +41,7 @@ from cjepa_fast.kernels.common import launch
 from cjepa_fast.kernels.ema.rows_update import launch_ema_rows
 from cjepa_fast.training import build
 from cjepa_fast.training import trainer as trainer_module
+from cjepa_fast.training.sizes import model_sizes
 
 ABOUT = "about.json"
 MOST_BYTES = 20 * 2**20
@@ -77,7 +78,7 @@ def of_narrow_lists(launched: stand_in.Launch) -> bool:
 def update_rows(name: str, overrides: list[str]) -> None:
     """The EMA of a target's matrices in FP8, in the number and widths of a configuration: one row
     stands for a matrix, since a launch is of their number."""
-    sizes = build.model_sizes(configuration.load(name, overrides))
+    sizes = model_sizes(configuration.load(name, overrides))
     depth, width = sizes["depth"], sizes["width"]
     for count, size in ((3 * depth, width), (depth, round(width * sizes["mlp_ratio"]))):
         rows = [torch.zeros(1, size)] * count

@@ -30,7 +30,7 @@ from cjepa_fast.training.callbacks import Callback, Callbacks
 from cjepa_fast.training.dry_run import dry_run
 from cjepa_fast.training.loop import Loop
 from cjepa_fast.training.run import Run
-from cjepa_fast.training.start import Options, Session
+from cjepa_fast.training.session import Options, Session, input_errors
 
 
 def pretrain(
@@ -77,7 +77,7 @@ def train(session: Session, callbacks: Sequence[Callback] = ()) -> int:
     with contextlib.ExitStack() as ending:
         trainer, loader, state, told = start.begin(session, ending)
         config, dtype = session.config, compute_dtype(session.config)
-        with start.input_errors():
+        with input_errors():
             session.watchdog.mark(INDEXING)
             online = build_online(config, trainer.device, dtype, loader.steps_per_epoch)
             snapshots = build_snapshots(
@@ -92,7 +92,7 @@ def train(session: Session, callbacks: Sequence[Callback] = ()) -> int:
             return status
         telemetry = start.open_telemetry(session, trainer, loader, state, told, ending)
         parts = trainer, loader, telemetry, state, online, snapshots, Callbacks(callbacks)
-        return Loop(session, *parts).go()
+        return Loop(session, *parts).run()
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
         masks=args.masks, quiet=args.quiet, command_line=given, resume_with=resume_command(),
     )  # fmt: skip
     with failures.report_failures(options) as told:
-        with start.input_errors():
+        with input_errors():
             told.session = Session(configuration.load(args.config, args.overrides), options)
         if args.print_config:
             print(told.session.config.to_json(), end="")

@@ -35,11 +35,11 @@ class ImagesGone(RuntimeError):
 class Skipped:
     """Images that turned out bad while reading or decoding, each name once.
 
-    most: more different ones raise ImagesGone; the caller may raise it on the way. record: takes
-    each name and reason; of those told by log, beyond NAMED, there is only the first of a shard, so
-    that no shard goes bad unsaid. warnings: of images that the decoder reads all the same. ends:
-    those that end early, of images that are shown by `look`. rescued: those that the decoder cannot
-    read and Pillow can: they count as good, and from then on Pillow reads them at once.
+    most: more different ones raise ImagesGone; the caller may raise it on the way. log: takes a
+    line for the terminal; beyond NAMED images there is only the first of a shard, so that no shard
+    goes bad unsaid. warnings: of images that the decoder reads all the same. ends: those that end
+    early, of images that are shown by `look`. rescued: those that the decoder cannot read and
+    Pillow can: they count as good, and from then on Pillow reads them at once.
     """
 
     def __init__(
@@ -49,26 +49,38 @@ class Skipped:
         look: DecodeSettings | None = None,
         most: float = math.inf,
     ):
-        self._images, self.log, self.most = images, log, most
-        self.record: Callable[[dict], None] = lambda row: None
-        self.warnings = DecoderWarnings(lambda line: self.log(line), lambda line: None)
+        self._images, self.most = images, most
+        self.warnings = DecoderWarnings(log, lambda line: None)
+        self.attach(log, record=lambda row: None, note=lambda line: None)
         self.ends = EarlyEnds(images, look)
         self.reasons: dict[int, str] = {}
         self.rescued: set[int] = set()
         self._shards: set[Path | None] = {None}
         self._all_named = True
 
+    def attach(
+        self,
+        log: Callable[[str], None],
+        record: Callable[[dict], None],
+        note: Callable[[str], None],
+        warn: Callable[[str], None] | None = None,
+    ) -> None:
+        """Where to tell of them from now on. record: takes the name and reason of each; warn, note:
+        as say and note of DecoderWarnings, warn None: log."""
+        self._log, self._record = log, record
+        self.warnings.say, self.warnings.note = warn or log, note
+
     def note(self, i: int, reason: str) -> None:
         if i in self.reasons:
             return
         self.reasons[i] = reason
         shard, name = self._images.shard(i), self._images.name(i)
-        self.record({"name": name, "why": reason})
+        self._record({"name": name, "why": reason})
         if len(self.reasons) <= NAMED or shard not in self._shards:
-            self.log(f"bad image skipped: {printable(name)}: {printable(reason)}")
+            self._log(f"bad image skipped: {printable(name)}: {printable(reason)}")
         elif self._all_named:
             self._all_named = False
-            self.log("more bad images are skipped without being named here")
+            self._log("more bad images are skipped without being named here")
         self._shards.add(shard)
         if len(self.reasons) > (most := max(1, self.most)):
             raise ImagesGone(
@@ -81,7 +93,7 @@ class Skipped:
     def note_rescued(self, i: int) -> None:
         if i not in self.rescued and len(self.rescued) < NAMED:
             name = printable(self._images.name(i))
-            self.log(f"image decoded by Pillow, since DALI cannot: {name}")
+            self._log(f"image decoded by Pillow, since DALI cannot: {name}")
         self.rescued.add(i)
 
     @property

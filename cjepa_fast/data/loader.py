@@ -95,9 +95,10 @@ class Loader:
 
     data: the configuration's section, of which path and the batch sizes are not read. share: this
     rank's part of a step, which is share.accumulation Batches. rand_augment: how many changes an
-    image gets, their magnitude in 0..30; DALI draws them itself. masks: called as masks(epoch,
-    step, index_B), for the CPU, in the loader's thread. skipped: what turned out corrupt
-    (batches.Skipped); log: called once a corrupt image. decoder: the one that was chosen.
+    image gets, their magnitude in 0..30; DALI draws by its own generator, Pillow by rng.AUGMENT.
+    masks: called as masks(epoch, step, index_B), for the CPU, in the loader's thread. skipped: what
+    turned out corrupt (batches.Skipped); log: called once a corrupt image. decoder: the one that
+    was chosen.
     """
 
     def __init__(

@@ -62,12 +62,20 @@ class OnlineEvaluation:
         self.probes = probes
         self.splits, self.every, self.share = splits, every, share
         self.batch_size, self.k, self.temperature = batch_size, k, temperature
-        self.say: Callable[[str], None] = print
         self.reading = reading
         self._began_s, self._spent_s = time.monotonic(), 0.0
-        self.stopped: Callable[[], bool] = lambda: False  # on all ranks alike
-        self.paused: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
-        self.owed = self._told = False
+        self._told = False
+        self.attach(print, stopped=lambda: False, paused=contextlib.nullcontext)
+
+    def attach(
+        self,
+        say: Callable[[str], None],
+        stopped: Callable[[], bool],
+        paused: Callable[[], contextlib.AbstractContextManager],
+        owed: bool = False,
+    ) -> None:
+        """To a training: see training.loop.Evaluation."""
+        self._say, self._stopped, self._paused, self.owed = say, stopped, paused, owed
 
     def due(self, step: int) -> bool:
         """Whether to evaluate after this step; of rank 0 alone the answer counts."""
@@ -79,7 +87,7 @@ class OnlineEvaluation:
             return True
         if not self._told:
             self._told = True
-            self.say(
+            self._say(
                 f"evaluation waits: {self._spent_s:.1f} s of {passed_s:.0f} s went into it, more "
                 f"than eval.online.share = {self.share:g}"
             )
@@ -90,7 +98,7 @@ class OnlineEvaluation:
 
         encoder: (B, 3, H, W) -> (B, N, D). Every rank calls it; the first has the answer, the
         others an empty dict, and so has the first, with a warning, where no image of a split can be
-        read any more. None where `stopped` said so between two batches: it stays owed.
+        read any more. None where attach's `stopped` said so between two batches: it stays owed.
         """
         vectors = []
         try:
@@ -105,12 +113,12 @@ class OnlineEvaluation:
             return {}
         if gone := [s for s, n in zip(self.splits, map(len, vectors[1::2]), strict=True) if not n]:
             images, keep = gone[0]
-            self.say(
+            self._say(
                 f"WARNING: no scores of the target encoder: none of the {len(keep)} images in "
                 f"{images.root} can be read any more (eval.online.data, eval.online.test)"
             )
             return {}
-        with self.paused():
+        with self._paused():
             own = [score for probe in self.probes for score in _named(probe, vectors)]
         return _scores(*vectors, k=self.k, temperature=self.temperature) | dict(own)
 
@@ -129,7 +137,7 @@ class OnlineEvaluation:
         found = []
         with shown_bar(len(share), "evaluation") as bar:
             for images_BCHW, index_B in self._batches(images, share, len(keep_n)):
-                if self.stopped():
+                if self._stopped():
                     raise _Stopped
                 tokens_BND = encoder(images_BCHW)
                 found.append((tokens_BND[: len(index_B)].float().mean(1).cpu(), index_B))

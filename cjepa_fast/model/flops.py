@@ -12,8 +12,32 @@ a sequence, D width.
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from cjepa_fast.runtime.image_size import ImageSize, patch_grid
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSizes:
+    """What a training step's work follows from: the encoder, the predictor and the masks.
+
+    image_size and patch_size are in pixels. context_k and targets_p may be means over batches, and
+    context_k over images ("packed"; padding is no work). The heads of attention change nothing.
+    """
+
+    image_size: ImageSize
+    patch_size: int
+    channels: int = 3
+    width: int
+    depth: int
+    mlp_ratio: float
+    predictor_width: int
+    predictor_depth: int
+    predictor_mlp_ratio: float = 4.0
+    predictor_mode: str = "per_target"
+    context_k: float
+    targets_m: int
+    targets_p: float
 
 
 def block_flop(
@@ -51,22 +75,14 @@ def recomputed_block_flop(
     return {"none": 0, "norm_gelu": 0, "selective": fc1, "full": whole - fc2}[checkpointing]
 
 
-def predictor_blocks_flop(
-    flop: Callable[..., float],
-    mode: str,
-    width: int,
-    mlp_ratio: float,
-    depth: int,
-    context_k: float,
-    targets_m: int,
-    targets_p: float,
-) -> float:
+def predictor_blocks_flop(flop: Callable[..., float], sizes: StepSizes) -> float:
     """`flop`, block_flop or the like, over the predictor's blocks and the sequences of an image."""
-    K, M, P = context_k, targets_m, targets_p
-    if mode == "per_target":
-        block = functools.partial(flop, K + P, width, mlp_ratio)
+    K, M, P = sizes.context_k, sizes.targets_m, sizes.targets_p
+    depth, narrow = sizes.predictor_depth, (sizes.predictor_width, sizes.predictor_mlp_ratio)
+    if sizes.predictor_mode == "per_target":
+        block = functools.partial(flop, K + P, *narrow)
         return M * ((depth - 1) * block() + block(outputs=P))
-    block, pairs = functools.partial(flop, K + M * P, width, mlp_ratio), M * P * (K + P)
+    block, pairs = functools.partial(flop, K + M * P, *narrow), M * P * (K + P)
     return (depth - 1) * block(pairs=K**2 + pairs) + block(outputs=M * P, pairs=pairs)
 
 
@@ -75,70 +91,30 @@ def patch_embedding_flop(patches: float, patch_size: int, width: int, channels: 
     return patches * 2 * channels * patch_size**2 * width
 
 
-def step_gflop(
-    *,
-    image_size: ImageSize,
-    patch_size: int,
-    width: int,
-    depth: int,
-    heads: int,
-    mlp_ratio: float,
-    predictor_width: int,
-    predictor_depth: int,
-    context_k: float,
-    targets_m: int,
-    targets_p: float,
-    predictor_mlp_ratio: float = 4.0,
-    predictor_mode: str = "per_target",
-    init: str = "ijepa",
-    channels: int = 3,
-    learned_positions: bool = False,
-    gelu: str = "exact",
-) -> dict[str, float]:
+def step_gflop(sizes: StepSizes) -> dict[str, float]:
     """GFLOP of one image in one training step: target, context, predictor and their total.
 
-    image_size and patch_size are in pixels. context_k and targets_p may be means over batches, and
-    context_k over images ("packed"; padding is no work): attention's quadratic part is then that of
-    the mean length, too low by the share var(K) / K^2 of it, 2 % or so.
-    The backward is twice the forward, but for the context's patch embedding, whose input needs no
-    gradient. `heads`, `init`, `learned_positions` and `gelu` change nothing; they are taken so
-    that Encoder.architecture can be passed whole.
+    Of a context_k that is a mean, attention's quadratic part is that of the mean length, too low by
+    the share var(K) / K^2 of it, 2 % or so. The backward is twice the forward, but for the
+    context's patch embedding, whose input needs no gradient.
     """
-    del heads, init, learned_positions, gelu
-    patches_n = math.prod(patch_grid(image_size, patch_size))
+    width, depth, mlp_ratio, K = sizes.width, sizes.depth, sizes.mlp_ratio, sizes.context_k
+    patches_n = math.prod(patch_grid(sizes.image_size, sizes.patch_size))
     target = depth * block_flop(patches_n, width, mlp_ratio)
-    target += patch_embedding_flop(patches_n, patch_size, width, channels)
-    context = 3 * depth * block_flop(context_k, width, mlp_ratio)
-    context += 2 * patch_embedding_flop(context_k, patch_size, width, channels)
-    narrow = predictor_width, predictor_mlp_ratio, predictor_depth
-    masks = context_k, targets_m, targets_p
-    predictor = predictor_blocks_flop(block_flop, predictor_mode, *narrow, *masks)
-    predictor += 2 * width * predictor_width * (context_k + targets_m * targets_p)
+    target += patch_embedding_flop(patches_n, sizes.patch_size, width, sizes.channels)
+    context = 3 * depth * block_flop(K, width, mlp_ratio)
+    context += 2 * patch_embedding_flop(K, sizes.patch_size, width, sizes.channels)
+    predictor = predictor_blocks_flop(block_flop, sizes)
+    predictor += 2 * width * sizes.predictor_width * (K + sizes.targets_m * sizes.targets_p)
     parts = {"target": target, "context": context, "predictor": 3 * predictor}
     return {name: flop / 1e9 for name, flop in (parts | {"total": sum(parts.values())}).items()}
 
 
-def recomputed_gflop(
-    checkpointing: str,
-    *,
-    width: int,
-    depth: int,
-    mlp_ratio: float,
-    predictor_width: int,
-    predictor_depth: int,
-    context_k: float,
-    targets_m: int,
-    targets_p: float,
-    predictor_mlp_ratio: float = 4.0,
-    predictor_mode: str = "per_target",
-    **_,
-) -> float:
+def recomputed_gflop(checkpointing: str, sizes: StepSizes) -> float:
     """GFLOP of one image in one training step beyond step_gflop's, of the same sizes.
 
     They are run, but not counted as useful: see recompute.py.
     """
     again = functools.partial(recomputed_block_flop, checkpointing)
-    narrow = predictor_width, predictor_mlp_ratio, predictor_depth
-    masks = context_k, targets_m, targets_p
-    predictor = predictor_blocks_flop(again, predictor_mode, *narrow, *masks)
-    return (depth * again(context_k, width, mlp_ratio) + predictor) / 1e9
+    encoder = sizes.depth * again(sizes.context_k, sizes.width, sizes.mlp_ratio)
+    return (encoder + predictor_blocks_flop(again, sizes)) / 1e9

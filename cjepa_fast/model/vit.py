@@ -1,4 +1,4 @@
-"""The Vision Transformer: patch embedding, attention, block, encoder.
+"""The Vision Transformer: patch embedding, positions, encoder; block.py has attention and block.
 
 Parameter names and maths are I-JEPA's (Assran et al. 2023, arXiv 2301.08243), so that its
 checkpoints load: no class token, fixed 2-D sin-cos positions, pre-norm blocks, exact GELU.
@@ -75,7 +75,8 @@ class PatchProjection(nn.Conv2d):
 
 def aligned(rows: torch.Tensor) -> torch.Tensor:
     """Rows with zeros behind them up to a multiple of 16 bytes, below which a GPU's fast matmuls
-    do not go: a patch of 14 x 14 x 3 values has 588, in bf16 73.5 times that. The product stays."""
+    do not go: a patch of 14 x 14 x 3 values has 588, in bf16 73.5 times that. The result is
+    unchanged."""
     values = 16 // rows.itemsize
     return F.pad(rows, (0, -rows.shape[-1] % values))
 

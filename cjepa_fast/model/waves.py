@@ -1,17 +1,20 @@
 """How well a length fills a GPU: waves of the matmuls' tiles, and attention's padded tiles.
 
-A GPU computes a matmul in tiles, one a multiprocessor at a time. A product of 1.05 waves of tiles
+A GPU computes a matmul in tiles, one a multiprocessor at a time. A matmul of 1.05 waves of tiles
 takes as long as one of 2. Attention pads queries and keys to whole tiles. With mask.context "fixed"
 the lengths of a step are constants, so that mask.keep can be chosen to waste little. Predicted from
-the sizes alone, of TILE_ROWS x TILE_COLS tiles, as the library takes for products of this size on
+the sizes alone, of TILE_ROWS x TILE_COLS tiles, as the library takes for matmuls of this size on
 sm_90; another tile moves the figures (docs/performance.md says what has been measured).
 
 Work is in multiply-adds. K context patches, M target blocks, P patches a block, D width.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
+
+from cjepa_fast.model.flops import StepSizes
 
 TILE_ROWS, TILE_COLS = 128, 256
 ATTENTION_TILE = 64  # queries, and keys, that kernels/attention/ takes at a time on most shapes
@@ -33,14 +36,14 @@ class Matmul(NamedTuple):
     def work(self) -> int:
         return self.rows * self.inner * self.columns * self.times
 
-    def room(self, multiprocessors: int) -> int:
+    def capacity(self, multiprocessors: int) -> int:
         """The work that whole waves of full tiles would have done meanwhile."""
         tiles = math.ceil(self.rows / TILE_ROWS) * math.ceil(self.columns / TILE_COLS)
         tiles = math.ceil(tiles / multiprocessors) * multiprocessors
         return tiles * TILE_ROWS * TILE_COLS * self.inner * self.times
 
 
-class Attention(NamedTuple):
+class AttentionWork(NamedTuple):
     """softmax(q k^T) v of `sequences` of one length, over all heads, done `times` over."""
 
     sequences: int
@@ -58,8 +61,8 @@ class Attention(NamedTuple):
         pairs = self.sequences * self.length**2
         return ATTENTION_SLOWER * 2 * pairs * self.width * self.times
 
-    def room(self, multiprocessors: int) -> float:
-        """As of a product; its programs are many and small, so that waves do not count."""
+    def capacity(self, multiprocessors: int) -> float:
+        """As of a matmul; its programs are many and small, so that waves do not count."""
         return self.work / self.share
 
 
@@ -67,39 +70,25 @@ def _padded(length: int) -> int:
     return math.ceil(length / ATTENTION_TILE) * ATTENTION_TILE
 
 
-def parts(
-    images: int,
-    K: int,
-    *,
-    width: int,
-    depth: int,
-    mlp_ratio: float,
-    predictor_width: int,
-    predictor_depth: int,
-    predictor_mlp_ratio: float,
-    predictor_mode: str,
-    targets_m: int,
-    targets_p: int,
-    **_,
-) -> Iterator[Matmul | Attention]:
+def step_work(images: int, sizes: StepSizes) -> Iterator[Matmul | AttentionWork]:
     """What of a step's blocks follows K: linear layers, forward and their inputs' gradients, and
-    attention, its backward counted as twice its forward.
+    attention, its backward counted as twice its forward. images: of a micro-batch.
 
-    Takes what flops.step_gflop takes. The gradients of the weights sum over the rows, so their
-    tiles do not follow K.
+    The gradients of the weights sum over the rows, so their tiles do not follow K.
     """
-    per_target = predictor_mode == "per_target"
-    sequences = images * (targets_m if per_target else 1)
-    length = K + targets_p * (1 if per_target else targets_m)
+    K, M, P = sizes.context_k, sizes.targets_m, sizes.targets_p
+    per_target = sizes.predictor_mode == "per_target"
+    sequences, length = (images * M, K + P) if per_target else (images, K + P * M)
+    narrow = sizes.predictor_width, sizes.predictor_mlp_ratio, sizes.predictor_depth
     for count, tokens, D, ratio, blocks in (
-        (images, K, width, mlp_ratio, depth),
-        (sequences, length, predictor_width, predictor_mlp_ratio, predictor_depth),
+        (images, K, sizes.width, sizes.mlp_ratio, sizes.depth),
+        (sequences, length, *narrow),
     ):
         hidden = round(D * ratio)
         for inner, columns in ((D, 3 * D), (D, D), (D, hidden), (hidden, D)):
             yield Matmul(count * tokens, inner, columns, blocks)
             yield Matmul(count * tokens, columns, inner, blocks)
-        yield Attention(count, tokens, D, 3 * blocks)
+        yield AttentionWork(count, tokens, D, 3 * blocks)
 
 
 class Fill(NamedTuple):
@@ -111,29 +100,32 @@ class Fill(NamedTuple):
     attention: tuple[float, float]
 
 
-def fill(images: int, K: int, multiprocessors: int, **sizes) -> Fill:
-    """sizes: as `parts` takes them."""
-    found = list(parts(images, K, **sizes))
-    share = sum(p.work for p in found) / sum(p.room(multiprocessors) for p in found)
-    return Fill(K, share, tuple(p.share for p in found if isinstance(p, Attention)))
+def fill(images: int, sizes: StepSizes, multiprocessors: int) -> Fill:
+    """Of a micro-batch of so many images; sizes.context_k, K, is a whole number."""
+    found = list(step_work(images, sizes))
+    share = sum(p.work for p in found) / sum(p.capacity(multiprocessors) for p in found)
+    attention = tuple(p.share for p in found if isinstance(p, AttentionWork))
+    return Fill(sizes.context_k, share, attention)
 
 
-def best_keep(images: int, K: int, multiprocessors: int, fewest: int, **sizes) -> Fill:
+def best_keep(images: int, sizes: StepSizes, multiprocessors: int, fewest: int) -> Fill:
     """Of the K from 10 % below this one up to it, the one with the greatest share; `fewest`: least.
 
     Not above it: each patch more is one that more layouts must be redrawn for.
     """
+    K = sizes.context_k
     lowest = min(K, max(fewest, math.ceil(K * (1 - TOLERANCE))))
-    fills = (fill(images, keep, multiprocessors, **sizes) for keep in range(K, lowest - 1, -1))
+    others = (dataclasses.replace(sizes, context_k=keep) for keep in range(K, lowest - 1, -1))
+    fills = (fill(images, other, multiprocessors) for other in others)
     return max(fills, key=lambda one: one.share)
 
 
-def describe(images: int, K: int, multiprocessors: int, fewest: int, **sizes) -> str:
+def describe(images: int, sizes: StepSizes, multiprocessors: int, fewest: int) -> str:
     """One line for people."""
-    now = fill(images, K, multiprocessors, **sizes)
-    best = best_keep(images, K, multiprocessors, fewest, **sizes)
-    said = f"{now.share:.0%} of the time is work at K = {K}"
-    if best.keep != K:
+    now = fill(images, sizes, multiprocessors)
+    best = best_keep(images, sizes, multiprocessors, fewest)
+    said = f"{now.share:.0%} of the time is work at K = {now.keep}"
+    if best.keep != now.keep:
         said += f", {best.share:.0%} at mask.keep={best.keep}"
     encoder, predictor = now.attention
     return (

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from cjepa_fast.runtime import cgroups
 from cjepa_fast.runtime.printable import say
 
-PRECISIONS = ("fp32", "bf16")  # the lower first: what fewer machines multiply comes last
+PRECISIONS = ("fp32", "bf16")  # "auto" is fp32 if any rank's device is better at fp32, else bf16
 OLDEST_BF16 = (8, 0)  # compute capability of GPUs that multiply bf16
 OLDEST_FP8 = (8, 9)
 # Tiers that oneDNN can be told to stop at (ONEDNN_MAX_CPU_ISA): below the first with bf16 matmuls,

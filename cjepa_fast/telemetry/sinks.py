@@ -109,7 +109,7 @@ class TensorBoardSink(Sink):
             self._writer.add_scalar(name, value, step)
         self._writer.flush()  # its writer thread hands any error of the disk on to here
 
-    def back_to(self, step: int) -> None:
+    def rewind_to(self, step: int) -> None:
         """Events beyond that step are hidden, as after a resume."""
         from torch.utils.tensorboard import SummaryWriter
 

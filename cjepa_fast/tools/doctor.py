@@ -32,6 +32,7 @@ from cjepa_fast.runtime.printable import printable_lines, say
 from cjepa_fast.runtime.provenance import own_commit
 from cjepa_fast.runtime.version import VERSION
 from cjepa_fast.training import build, cpu_micro_batch
+from cjepa_fast.training.sizes import model_sizes
 
 TRIAL_S = 180  # of a part; torch.compile may take a minute the first time
 GIB = 2**30
@@ -333,7 +334,7 @@ def choice_lines(config: Config, decoders: dict[str, PartState]) -> Iterator[tup
     yield "precision", f"{best.precision}: {best.reason}" if given == "auto" else as_given
     config = cpu_micro_batch.fitted(build.with_precision(config, device), device, None)
     yield "attention", attention_choice(config, device)
-    fused = build.fuses(config, build.model_sizes(config)["width"])
+    fused = build.fuses(config, model_sizes(config)["width"])
     fused = fused and device.type == "cuda" and config.run.precision == "bf16"
     yield "blocks", "our fused kernels" if fused else "PyTorch's operators"
     yield "optimiser", build.optimizer_implementation(config)

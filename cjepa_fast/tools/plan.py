@@ -34,6 +34,7 @@ from cjepa_fast.runtime.command_line import Parser
 from cjepa_fast.runtime.memory import SavedActivations
 from cjepa_fast.runtime.printable import printable_lines, say
 from cjepa_fast.training import build
+from cjepa_fast.training.sizes import counted_sizes, meta_batch
 
 MEASURED = Path(__file__).with_name("measured.json")
 IMAGENET = 1_281_167
@@ -150,7 +151,8 @@ def plan(config: Config, stage: int, count: int) -> Plan:
 def kept_per_image(networks: JEPA, config: Config) -> float:
     """Bytes an image, at the masks of a micro-batch as the configuration has it."""
     images = config.data.micro_batch_size
-    return kept_bytes(networks, build.meta_batch(config, images), fused_attention=True) / images
+    batch = meta_batch(config, build.first_masks(config, images))
+    return kept_bytes(networks, batch, fused_attention=True) / images
 
 
 def largest_batch(found: Plan, gpu: GPU) -> int:
@@ -164,11 +166,11 @@ def largest_batch(found: Plan, gpu: GPU) -> int:
 
 def gflop_per_image(config: Config) -> tuple[float, float]:
     """What is counted, and what the backward recomputes beside."""
-    masks = build.build_masks(config)(0, 0, torch.arange(config.data.micro_batch_size))
+    masks = build.first_masks(config, config.data.micro_batch_size)
     M, P = masks.target_idx_BMP.shape[1:]
-    sizes = build.counted_sizes(config, masks.context_k, M, P)
-    again = recomputed_gflop(config.model.checkpointing, **sizes)
-    return step_gflop(**sizes)["total"], again
+    sizes = counted_sizes(config, masks.context_k, M, P)
+    again = recomputed_gflop(config.model.checkpointing, sizes)
+    return step_gflop(sizes)["total"], again
 
 
 class Speed(NamedTuple):
@@ -375,10 +377,10 @@ def wave_messages(config: Config, gpu: GPU, count: int = 1) -> list[str]:
     if config.mask.context != "fixed":
         return []
     images, _ = config.data.micro_batches(count)
-    masks = build.build_masks(config)(0, 0, torch.arange(1))
+    masks = build.first_masks(config, 1)
     K, (M, P) = int(masks.context_k), masks.target_idx_BMP.shape[1:]
-    sizes = build.counted_sizes(config, K, M, P)
-    said = waves.describe(images, K, gpu.multiprocessors, config.mask.min_keep, **sizes)
+    sizes = counted_sizes(config, K, M, P)
+    said = waves.describe(images, sizes, gpu.multiprocessors, config.mask.min_keep)
     return [f"{'waves':15s}{said}"]
 
 

@@ -20,7 +20,7 @@ from cjepa_fast.runtime.printable import printable_lines, say
 from cjepa_fast.telemetry.progress import shown_clock
 from cjepa_fast.tools import html_charts, html_page, report_events, report_figures
 from cjepa_fast.tools.report_run import RunRecord, hours, story
-from cjepa_fast.training import build
+from cjepa_fast.training.sizes import model_sizes
 
 SPEED = {  # the throughput's curves; all others of the log are of the training
     "images_per_s": PANELS["images_per_s"],
@@ -124,7 +124,7 @@ def _beside(columns: dict[str, dict[str, str]]) -> str:
 def _facts(run: RunRecord) -> dict[str, str]:
     settings = run.settings
     model, data = settings.model, settings.data
-    sizes = build.model_sizes(settings)
+    sizes = model_sizes(settings)
     last = run.rows[-1] if run.rows else {"step": 0}
     shape = f"{sizes['width']} wide, {sizes['depth']} blocks, {sizes['heads']} heads"
     paths = " and ".join(config.image_paths(data))

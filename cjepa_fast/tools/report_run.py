@@ -11,8 +11,8 @@ from cjepa_fast.eval import cli, uncertainty
 from cjepa_fast.eval.figures.curves import series
 from cjepa_fast.telemetry import read_log
 from cjepa_fast.telemetry.pace import rate
-from cjepa_fast.training import build
 from cjepa_fast.training.diagnosis import KNN_DROP, degradation_warning, first_change, start_name
+from cjepa_fast.training.sizes import model_sizes
 
 CHECK = "docs/collapse.md says what to look at."
 
@@ -160,7 +160,7 @@ def _verdict(run: RunRecord) -> tuple[str, str, list[str]]:
         better = scores.last > scores.untrained
         headline = f"{'Hardly' if better else 'No'} better than {scores.start}"
         return "bad", headline, [*_rank(run), advice]
-    width = build.model_sizes(run.settings)["width"]
+    width = model_sizes(run.settings)["width"]
     if degradation_warning(run.rows, run.settings, width, run.steps):
         return "bad", "The features got worse", [*_rank(run), advice]
     headline = "It trained; what the features are worth is not known yet"
@@ -186,7 +186,7 @@ def _collapsed(run: RunRecord) -> list[str]:
 
 
 def _advice(run: RunRecord) -> str:
-    change = first_change(run.settings, build.model_sizes(run.settings)["width"], run.steps)
+    change = first_change(run.settings, model_sizes(run.settings)["width"], run.steps)
     return f"First change {change}. {CHECK}"
 
 

@@ -1,7 +1,6 @@
-"""From the configuration to the parts: networks, masks, loader."""
+"""From the configuration to the parts: networks, engine, masks, loader."""
 
 import json
-import math
 import socket
 from pathlib import Path
 
@@ -11,24 +10,23 @@ from cjepa_fast import config as configuration
 from cjepa_fast.config import Config, ConfigError
 from cjepa_fast.data import sources
 from cjepa_fast.data.loader import BatchSplit, Loader
-from cjepa_fast.data.masks import MaskSampler
+from cjepa_fast.data.masks import Masks, MaskSampler
 from cjepa_fast.kernels.common.ranks import Ranks
 from cjepa_fast.kernels.norm import WIDEST
-from cjepa_fast.model import cpu_linear, fp8
-from cjepa_fast.model.attention_trial import Shape, candidates, fastest, kernel_for
-from cjepa_fast.model.attention_trial import problem as unusable
-from cjepa_fast.model.flops import step_gflop
+from cjepa_fast.model import fp8
 from cjepa_fast.model.jepa import JEPA
 from cjepa_fast.model.loss import CJEPALoss, build_projector
 from cjepa_fast.model.predictor import Predictor
 from cjepa_fast.model.sigreg import SIGReg
-from cjepa_fast.model.vit import MODELS, Encoder, initialisation
-from cjepa_fast.runtime import distributed, hardware, trials
-from cjepa_fast.runtime.image_size import height_width, patch_grid
+from cjepa_fast.model.vit import Encoder, initialisation
+from cjepa_fast.runtime import distributed, hardware
+from cjepa_fast.runtime.image_size import patch_grid
 from cjepa_fast.runtime.printable import say
+from cjepa_fast.training.engines.base import DTYPES
 from cjepa_fast.training.engines.single import SingleEngine
-from cjepa_fast.training.engines.zero import DTYPES, ZeroEngine
+from cjepa_fast.training.engines.zero import ZeroEngine
 from cjepa_fast.training.optim import parameter_groups
+from cjepa_fast.training.sizes import model_sizes
 
 
 def build_networks(config: Config, ranks: Ranks | None = None) -> JEPA:
@@ -150,113 +148,6 @@ def check_weight_stream(config: Config, implementation: str, device: torch.devic
         )
 
 
-def choose_attention(
-    networks: JEPA,
-    target: Encoder,
-    config: Config,
-    device: torch.device,
-    micro_batch: int,
-    saved: dict | None = None,
-) -> dict[str, str]:
-    """For attention "auto": the fastest kernel for each network at its own lengths, set in it.
-
-    Timed on rank 0 and the same on all. On a CPU nothing is timed. saved: a checkpoint's choices,
-    which a resumed run keeps where they work here, so that its bits are those of before. Another
-    backend is tried once: raises ConfigError where it has no kernel here. The predictor's last
-    block has fewer queries than keys, and takes torch's choice where the kernel of the others
-    refuses that. Returns which kernel runs in each.
-    """
-    dtype, given = compute_dtype(config), config.model.attention
-    masks = build_masks(config)(0, 0, torch.arange(micro_batch))
-    K, (M, P) = round(masks.context_k), masks.target_idx_BMP.shape[1:]
-    N, L = target.grid[0] * target.grid[1], K + P
-    own = P if config.predictor.mode == "one_pass" else L  # queries of a call
-    uses = {
-        "target": (target.blocks, micro_batch, N, N, False),
-        "context": (networks.encoder.blocks, micro_batch, K, K, True),
-        "predictor": (networks.predictor.predictor_blocks, micro_batch * M, own, L, True),
-    }
-    choices = {}
-    for name, (blocks, sequences, queries, keys, trained) in uses.items():
-        part = blocks[0].attn
-        width = part.proj.in_features // part.heads
-        packed = trained and config.mask.context == "packed"
-        fused = fuses(config, part.proj.in_features) and dtype.itemsize == 2
-        fused = fused and not packed and queries == keys
-        shape = Shape(sequences, part.heads, queries, keys, width, trained, packed, fused)
-        last = shape._replace(queries=P) if name == "predictor" else shape
-        if given != "auto":
-            tried = (unusable(one, device, dtype, given) for one in dict.fromkeys((shape, last)))
-            if problem := next(filter(None, tried), ""):
-                raise ConfigError(
-                    f'model.attention = "{given}": not for the {name} here ({problem}); take "auto"'
-                )
-            choices[name] = kernel_for(shape, device, dtype, given)
-            continue
-        before = (saved or {}).get(name)
-        choices[name] = distributed.broadcast_from_rank_0(
-            lambda shape=shape, before=before: _saved_or_fastest(before, shape, device, dtype)
-        )
-        for block in blocks:
-            block.attn.backend = choices[name]
-        if last != shape and distributed.broadcast_from_rank_0(
-            lambda last=last, name=name: unusable(last, device, dtype, choices[name])
-        ):
-            blocks[-1].attn.backend = "plain" if packed else "sdpa"
-    return choices
-
-
-def _saved_or_fastest(
-    saved: str | None, shape: Shape, device: torch.device, dtype: torch.dtype
-) -> str:
-    if saved in candidates(device) and not unusable(shape, device, dtype, saved):
-        return saved
-    return fastest(shape, device, dtype)[0]
-
-
-TRIED_ROWS = 2048  # of a Linear, in the trial of CPU libraries
-
-
-def choose_linear(
-    networks: JEPA, config: Config, device: torch.device, micro_batch: int, saved: dict | None
-) -> dict:
-    """For fp32 on a CPU: the library of each kind of Linear call (cpu_linear), set for all.
-
-    saved: a checkpoint's, which a resumed run keeps, so that its bits are those of before.
-    Tried on rank 0, once a machine (trials.py), and the same on all. {} elsewhere.
-    """
-    if device.type != "cpu" or config.run.precision != "fp32":
-        return {}
-    otherwise = cpu_linear.LinearBackends()._asdict()
-    uses = linear_uses(networks, micro_batch)
-    facts = {
-        "of": "linear", "uses": uses, "processor": hardware.processor_name(),
-        "tier": hardware.tier(), "torch": torch.__version__, "threads": torch.get_num_threads(),
-    }  # fmt: skip
-    ways = saved or distributed.broadcast_from_rank_0(
-        lambda: trials.remembered(facts, lambda: cpu_linear.fastest(uses)._asdict(), otherwise)
-    )
-    cpu_linear.use(
-        cpu_linear.LinearBackends(
-            **{kind: ways.get(kind, "torch") for kind in cpu_linear.LinearBackends._fields}
-        )
-    )
-    return cpu_linear.in_use()._asdict()
-
-
-def linear_uses(networks: JEPA, micro_batch: int) -> list[cpu_linear.LinearUse]:
-    """One block's Linears of the encoder, trained and as target, and of the predictor."""
-    encoder, predictor = networks.encoder, networks.predictor
-    rows = min(TRIED_ROWS, micro_batch * encoder.grid[0] * encoder.grid[1])
-    parts = ((encoder.blocks[0], True), (encoder.blocks[0], False),
-             (predictor.predictor_blocks[0], True))  # fmt: skip
-    return [
-        cpu_linear.LinearUse(rows, layer.in_features, layer.out_features, trained)
-        for block, trained in parts
-        for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
-    ]
-
-
 def compile_networks(networks: JEPA, target: Encoder, how: str, backend: str = "inductor") -> None:
     """torch.compile, in place: of each block, or of the target encoder and of the rest "whole".
 
@@ -315,37 +206,6 @@ def check_fp8(config: Config, device: torch.device) -> None:
         raise ConfigError(f'{asked}: {error}; take "bf16"') from None
 
 
-def model_sizes(config: Config) -> dict:
-    """The encoder's width, depth, heads and mlp_ratio: its name's, but for what the file sets."""
-    sizes = {**MODELS[config.model.name]}
-    own = {key: getattr(config.model, key) for key in sizes}
-    return sizes | {key: value for key, value in own.items() if value is not None}
-
-
-def gflop_of(
-    config: Config, context_k: float, targets_m: int, targets_p: float
-) -> dict[str, float]:
-    """flops.step_gflop of a configuration, at the masks' sizes given (they may be means)."""
-    return step_gflop(**counted_sizes(config, context_k, targets_m, targets_p))
-
-
-def counted_sizes(config: Config, context_k: float, targets_m: int, targets_p: float) -> dict:
-    """What the functions of flops.py ask for."""
-    part = config.predictor
-    return model_sizes(config) | {
-        "image_size": config.data.image_size,
-        "patch_size": config.model.patch_size,
-        "channels": config.data.channels,
-        "predictor_width": part.width,
-        "predictor_depth": part.depth,
-        "predictor_mlp_ratio": part.mlp_ratio,
-        "predictor_mode": part.mode,
-        "context_k": context_k,
-        "targets_m": targets_m,
-        "targets_p": targets_p,
-    }
-
-
 def check_heads(section: str, width: int, heads: int) -> None:
     """Of sizes that the model's name decides: config/checks.py has checked those in the file."""
     if width % heads:
@@ -358,8 +218,8 @@ def compute_dtype(config: Config) -> torch.dtype:
 
 
 def with_precision(config: Config, device: torch.device) -> Config:
-    """The configuration with run.precision "auto" resolved: to the lowest that any rank's
-    device is best at, the same on all."""
+    """The configuration with run.precision "auto" resolved, the same on all ranks: fp32 if any
+    rank's device is better at fp32, else bf16."""
     if config.run.precision != "auto":
         return config
     best = distributed.all_gather_objects(hardware.best_precision(device).precision)
@@ -377,16 +237,9 @@ def build_masks(config: Config) -> MaskSampler:
         raise ConfigError(f"mask.{error}") from None
 
 
-def meta_batch(config: Config, images: int) -> tuple:
-    """One micro-batch without values, with the masks' sizes that a run would draw."""
-    masks = build_masks(config)(0, 0, torch.arange(images))
-    size, width = config.data.image_size, model_sizes(config)["width"]
-    N = math.prod(patch_grid(size, config.model.patch_size))
-    shapes = (images, config.data.channels, *height_width(size)), (images, N, width)
-    images_BCHW, tokens = (
-        torch.empty(shape, dtype=compute_dtype(config), device="meta") for shape in shapes
-    )
-    return images_BCHW, masks.context.to("meta"), masks.target_idx_BMP.to("meta"), tokens
+def first_masks(config: Config, images: int) -> Masks:
+    """Those that a run draws for its first images: their sizes are like any others'."""
+    return build_masks(config)(0, 0, torch.arange(images))
 
 
 def check_same_images(paths: list[str], images: sources.ImageSet) -> None:

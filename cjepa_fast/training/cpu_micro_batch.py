@@ -13,13 +13,8 @@ from cjepa_fast import config as configuration
 from cjepa_fast.config import Config
 from cjepa_fast.runtime import distributed, launchers, memory
 from cjepa_fast.runtime.image_size import patch_grid
-from cjepa_fast.training.build import (
-    build_networks,
-    compute_dtype,
-    gflop_of,
-    meta_batch,
-    model_sizes,
-)
+from cjepa_fast.training.build import build_networks, compute_dtype, first_masks
+from cjepa_fast.training.sizes import gflop_of, meta_batch, model_sizes
 
 SHARE = 0.8  # of what is free: the rest is for batches made ahead and for what else runs here
 # What lives for a moment within a step, beside what is saved for the backward, as a factor.
@@ -115,7 +110,7 @@ def needed(config: Config) -> tuple[float, float]:
         networks = build_networks(config)
     trained = sum(p.numel() for p in networks.parameters() if p.requires_grad)
     networks.to(compute_dtype(config))
-    images, context, target_idx, _ = meta_batch(config, COUNTED)
+    images, context, target_idx, _ = meta_batch(config, first_masks(config, COUNTED))
     saved = memory.SavedActivations(networks)
     with saved.counting():  # what the loss saves is little
         networks.predictor(networks.encoder(images, context), context, target_idx)

@@ -14,9 +14,9 @@ from cjepa_fast.runtime.memory import peak_resident_gib
 from cjepa_fast.runtime.printable import say
 from cjepa_fast.telemetry.pace import duration
 from cjepa_fast.telemetry.progress import shown_bar
-from cjepa_fast.training.build import counted_sizes, gflop_of
 from cjepa_fast.training.engines.cuda_graph import WARM
 from cjepa_fast.training.loop import steps_of
+from cjepa_fast.training.sizes import counted_sizes, gflop_of
 from cjepa_fast.training.trainer import Trainer
 
 STEPS = 3
@@ -69,9 +69,8 @@ def dry_run(trainer: Trainer, loader: Loader, told: list[str]) -> int:
     print(f"tokens       {rows} x {cols} patches, context {K:g}, targets {M} x {P}")
     if config.mask.context == "fixed" and trainer.device.type == "cuda":
         count = torch.cuda.get_device_properties(trainer.device).multi_processor_count
-        sizes = counted_sizes(config, K, M, P)
-        fewest = config.mask.min_keep
-        print("waves        " + waves.describe(trainer.micro_batch, int(K), count, fewest, **sizes))
+        sizes, fewest = counted_sizes(config, int(K), M, P), config.mask.min_keep
+        print("waves        " + waves.describe(trainer.micro_batch, sizes, count, fewest))
     print("GFLOP/image  " + ", ".join(f"{name} {value:.1f}" for name, value in gflop.items()))
     print(f"memory       {peak_gib(trainer.device):.2f} GiB at the peak, {trainer.device}")
     print(

@@ -17,7 +17,7 @@ from cjepa_fast.runtime import error_report, hardware, oom
 from cjepa_fast.runtime.printable import printable, printable_lines, say
 from cjepa_fast.runtime.provenance import machine, own_commit
 from cjepa_fast.runtime.version import VERSION
-from cjepa_fast.training.start import Options, Session, how_to_resume
+from cjepa_fast.training.session import Options, Session, how_to_resume
 
 TIME_TO_SPEAK_S = 30  # at most: the launcher ends this wait as rank 0 exits
 

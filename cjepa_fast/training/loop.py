@@ -26,20 +26,14 @@ from cjepa_fast.telemetry.log import BAD_STEPS
 from cjepa_fast.telemetry.pace import Pace
 from cjepa_fast.telemetry.progress import shown_clock
 from cjepa_fast.training.anomalies import BadSteps, PendingOutcomes, SpikeDetector, StepOutcome
+from cjepa_fast.training.best import BestCheckpoint
 from cjepa_fast.training.callbacks import Callbacks
-from cjepa_fast.training.diagnosis import (
-    EARLY,
-    degradation_warning,
-    end_messages,
-    likely_cause,
-    weak_init_warning,
-)
-from cjepa_fast.training.start import Session
+from cjepa_fast.training.collapse_monitor import CollapseMonitor
+from cjepa_fast.training.diagnosis import end_messages
+from cjepa_fast.training.session import Session
 from cjepa_fast.training.trainer import Trainer
 
-NONE_BEST = {"knn": -1.0, "step": None}
 MOST_REWINDS = 3  # to one checkpoint
-LEAST_FEATURES = 64  # images, before a collapse is believed
 
 
 def steps_of(loader: Loader, start: int) -> Iterator[tuple[list[Batch], float]]:
@@ -54,10 +48,18 @@ def steps_of(loader: Loader, start: int) -> Iterator[tuple[list[Batch], float]]:
 class Evaluation(Protocol):
     """What evaluates the target encoder now and then (eval/online.py)."""
 
-    say: Callable[[str], None]
-    stopped: Callable[[], bool]  # asked between batches, by all ranks
-    paused: Callable[[], contextlib.AbstractContextManager]  # around own probes (Watchdog.paused)
     owed: bool  # one is due that has not been made
+
+    def attach(
+        self,
+        say: Callable[[str], None],
+        stopped: Callable[[], bool],
+        paused: Callable[[], contextlib.AbstractContextManager],
+        owed: bool = False,
+    ) -> None:
+        """To a training, before its first evaluation. say: takes a line for the user; stopped: is
+        asked between batches, by all ranks alike; paused: what the user's probes run within
+        (Watchdog.paused); owed: whether a checkpoint owes one."""
 
     def due(self, step: int) -> bool:
         """Whether to evaluate after this step; on rank 0 alone the answer counts."""
@@ -95,9 +97,8 @@ class Loop:
         self.callbacks = callbacks or Callbacks()
         self.callbacks.paused = self.watch.paused
         if online:
-            online.say, online.stopped = telemetry.message, self._stop_is_asked
-            online.paused = self.watch.paused
-            online.owed = (state or {}).get("progress", {}).get("evaluation_owed", False)
+            owed = (state or {}).get("progress", {}).get("evaluation_owed", False)
+            online.attach(telemetry.message, self._stop_is_asked, self.watch.paused, owed)
         self.folder, self.resume_with = session.folder, session.options.resume_with
         self.config, self.asked_micro_batch = trainer.config, session.asked_micro_batch
         own = self.config.checkpoint
@@ -116,12 +117,12 @@ class Loop:
         self.first_step_clock = contextlib.ExitStack()  # left once the first step is made
         self.stop = session.stop or StopRequest()
         self.saved_s = time.monotonic()
-        self.told_of_collapse = self.told_of_worse = False
         self.rewinds: Counter[int] = Counter()  # by step
         progress = (state or {}).get("progress", {})
         self.data_offset = progress.get("data_offset", 0)  # steps whose images were passed over
         self._load_progress(state or {"step": 0})
-        self.compared = self.done >= EARLY * trainer.total_steps  # with the start
+        width, total = trainer.context_encoder.width, trainer.total_steps
+        self.collapse = CollapseMonitor(self.config, self.folder, width, total, self.done)
         left = trainer.total_steps - self.done
         self.pace = Pace(left * loader.accumulation, trainer.micro_batch * distributed.world_size())
         self.skipped_before: int = progress.get("skipped_images", 0)  # images, by all ranks
@@ -137,23 +138,18 @@ class Loop:
             progress.get("skipped_in_row", 0),
         )
         self.spikes = SpikeDetector(self.config.run.spike_z, progress.get("spikes"))
-        self.best: dict = progress.get("best") or NONE_BEST
-        if not distributed.broadcast_from_rank_0(
-            lambda: self.saver.point_at_best(self.best["step"])
-        ):
-            self.best = NONE_BEST
-        self.best_before = NONE_BEST
+        self.best = BestCheckpoint(self.saver, progress.get("best"))
         self.limits: list[float] = []  # of the next step's loss and gradient norm, where they count
         self._limit(progress.get("limits"))
 
-    def go(self) -> int:
+    def run(self) -> int:
         """Train to the end, or until asked to stop. Returns the exit status."""
         finished = self.done >= self.trainer.total_steps
         if self.online and (not self.done or (finished and self.online.owed)):
             found = self._evaluate()
             if found is not None:
-                self.telemetry.row(self.done, found)
-                self._link_best()
+                self.telemetry.write_row(self.done, found)
+                self.best.link()
                 if finished:
                     self._save(again=True)
             elif not finished:
@@ -216,8 +212,8 @@ class Loop:
                 longest_wait_s = max(distributed.all_gather_objects(self.waited_s))
                 row = telemetry.log_row({**self._details(), **found}, longest_wait_s)
                 self.waited_s = 0.0
-                self._warn_of_collapse(row)
-                self._compare_with_the_start(row)
+                for line in self.collapse.warnings(row, sum(map(len, trainer.features))):
+                    telemetry.message(line)
             if saving:
                 self._save()
             if last:
@@ -229,8 +225,9 @@ class Loop:
         """A step may be longer than run.timeout_s where its micro-batches are not."""
         self.watch.mark("in the step")
         self.micro_batches += 1
-        if self.loader.accumulation > 1:
-            self.telemetry.within(f"micro-batch {self.micro_batches}/{self.loader.accumulation}")
+        count = self.loader.accumulation
+        if count > 1:
+            self.telemetry.show_progress(f"micro-batch {self.micro_batches}/{count}")
         if line := self.pace.tick():
             self.telemetry.message(line)
 
@@ -256,8 +253,8 @@ class Loop:
         return distributed.any_rank(self.stop.asked)[0]
 
     def _evaluate(self) -> dict[str, float] | None:
-        """The target encoder's scores, on rank 0, {} where there are none; the best by kNN is
-        remembered."""
+        """The target encoder's scores, on rank 0, {} where there are none; None where it was left.
+        The best by kNN is remembered."""
         self.watch.mark("evaluating")
         if not self.done:
             self.telemetry.message(
@@ -274,28 +271,10 @@ class Loop:
             self.callbacks.on_evaluate(self.done, found)
         if self.done:
             with self.telemetry.pause():
-                self._settle_best()
-            score = {"knn": found.get("knn", NONE_BEST["knn"]), "step": self.done}
-            self.best_before = self.best
-            self.best = distributed.broadcast_from_rank_0(
-                lambda: max(self.best, score, key=lambda score: score["knn"])
-            )
-            self.saver.best = self.best["step"]
+                self.watch.mark("saving")
+                self.best.settle(self.done)
+            self.best.offer(self.done, found)
         return found
-
-    def _settle_best(self) -> None:
-        """Wait for a save under way. Where the best one's failed, the best before it is again."""
-        self.watch.mark("saving")
-        self.saver.finish()
-        saved = self.best["step"] in (self.saver.best_saved, self.done)
-        if distributed.rank() == 0 and not saved:  # the others take its best at an evaluation
-            self.best = self.best_before
-            self.saver.best = self.best["step"]
-
-    def _link_best(self) -> None:
-        """Of an evaluation that no save follows."""
-        if self.best["step"] is not None:
-            distributed.broadcast_from_rank_0(lambda: self.saver.point_at_best(self.best["step"]))
 
     def _draw(self) -> None:
         """Masks, attention and patch features to TensorBoard: worth a message, never a run."""
@@ -307,46 +286,6 @@ class Loop:
         except Exception as error:
             self.snapshots = None
             self.telemetry.message(f"no more figures of this run: {error!r}")
-
-    def _warn_of_collapse(self, row: dict | None) -> None:
-        """Once, where the target's features of many images come out nearly alike."""
-        own = self.config.telemetry
-        seen = sum(map(len, self.trainer.features))
-        if row is None or self.told_of_collapse or seen < LEAST_FEATURES:
-            return
-        floors = {"rankme": own.rankme_floor, "feature_std": own.feature_std_floor}
-        known = {name: floor for name, floor in floors.items() if row[name] is not None}
-        low = [f"{k} {row[k]:.3g}, floor {v:g}" for k, v in known.items() if row[k] < v]
-        if low:
-            self.told_of_collapse = True
-            cause = likely_cause(self.config, self.trainer.total_steps)
-            self.telemetry.message(
-                f"WARNING: the target's features are collapsing ({'; '.join(low)}; over the last "
-                f"{seen} images at step {row['step']}). Likely: {cause}"
-            )
-
-    def _compare_with_the_start(self, row: dict | None) -> None:
-        """Whether the features get worse, and what to change first: at a tenth of the run or soon
-        after, and by kNN at each evaluation from there on, until it has been told."""
-        total = self.trainer.total_steps
-        if row is None or self.told_of_worse or row["step"] < EARLY * total:
-            return
-        # At the end of the run it is told anyway.
-        evaluated = row.get("knn") is not None and row["step"] < total
-        if not evaluated and (self.compared or row["rankme"] is None):
-            return
-        try:
-            rows = read_log(self.folder)
-        except (OSError, ValueError):  # moved, or damaged: it is but advice
-            rows = []
-        width = self.trainer.context_encoder.width
-        line = degradation_warning(rows, self.config, width, total)
-        if not self.compared:
-            line = line or weak_init_warning(rows, self.config, width)
-            self.compared = sum(row.get("rankme") is not None for row in rows) > 1
-        if line:
-            self.told_of_worse = True
-            self.telemetry.message(line)
 
     def _handle_outcomes(self, outcomes: Iterator[StepOutcome]) -> bool:
         """Whether one of them was a spike that the run has gone back from."""
@@ -410,7 +349,7 @@ class Loop:
         self.waited_s = 0.0
         self.data_offset += passed_over
         self._load_progress(state)
-        self.telemetry.back_to(step)
+        self.telemetry.rewind_to(step)
         self.telemetry.message(
             f"rewound to step {step}; the images of the {passed_over} steps after it are passed "
             "over"
@@ -439,7 +378,8 @@ class Loop:
     def _save(self, again: bool = False) -> None:
         with self.telemetry.pause():
             self.saved_s = time.monotonic()
-            self._settle_best()
+            self.watch.mark("saving")
+            self.best.settle(self.done)
             self.saver.begin(self.done, self._facts(), again)
 
     def _is_saved(self) -> bool:
@@ -459,7 +399,7 @@ class Loop:
                 "data_offset": self.data_offset,
                 "spikes": self.spikes.history,
                 "limits": [one if math.isfinite(one) else None for one in self.limits],
-                "best": self.best,
+                "best": self.best.score,
                 "evaluation_owed": self.online is not None and self.online.owed,
             },
         }

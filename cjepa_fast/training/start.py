@@ -1,15 +1,11 @@
-"""The start of a training: what to resume from, everything built, the run's folder taken."""
+"""The start of a training: everything built, the checkpoint restored, the run's folder taken."""
 
 import contextlib
-import dataclasses
 import errno
-import functools
 import itertools
 import json
-import os
 import shutil
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -29,9 +25,8 @@ from cjepa_fast.runtime import distributed, files, hardware, run_lock, watchdog
 from cjepa_fast.runtime.printable import printable, say
 from cjepa_fast.runtime.provenance import machine
 from cjepa_fast.runtime.signals import StopRequest
-from cjepa_fast.runtime.watchdog import Watchdog
 from cjepa_fast.telemetry import Telemetry
-from cjepa_fast.telemetry.log import Lines
+from cjepa_fast.telemetry.jsonl import JsonlWriter
 from cjepa_fast.telemetry.progress import shown_clock
 from cjepa_fast.training import cpu_micro_batch
 from cjepa_fast.training.build import (
@@ -40,68 +35,16 @@ from cjepa_fast.training.build import (
     compute_dtype,
     with_precision,
 )
-from cjepa_fast.training.trainer import Trainer
+from cjepa_fast.training.resume import (
+    _refuse_to_overwrite,
+    check_changes,
+    first_whole,
+    starting_points,
+)
+from cjepa_fast.training.session import Session, input_errors, watchdog_of
+from cjepa_fast.training.trainer import DataFacts, Trainer
 
 TRIAL_BYTES = 8192  # so many are written: a file without any has room on a full disk
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """What is asked of a training beside its configuration."""
-
-    resume: str | None = None  # "auto", or the path of a checkpoint or of another run
-    accept_changes: bool = False  # resume although the configuration makes it another training
-    dry_run: bool = False
-    masks: Path | None = None  # a picture of the first ones, of a dry run
-    quiet: bool = False  # messages alone, no progress line
-    command_line: tuple[str, ...] = ()  # --config and --set, as they were given
-    resume_with: str = ""  # the command, or the call, that resumes this training
-
-
-@dataclasses.dataclass
-class Session:
-    """How far a training has come, for whoever has to tell of its end."""
-
-    config: Config  # as asked, then with what was resolved and cut for this machine
-    options: Options
-    asked_micro_batch: int | None = None  # data.micro_batch_size before it was cut
-    watchdog: Watchdog | None = None  # knows the step, and with what the rank is busy
-    stop: StopRequest | None = None  # once the run's folder is taken
-
-    @property
-    def folder(self) -> Path:
-        """Of the run."""
-        return Path(configuration.expand_path(self.config.run.dir))
-
-
-@contextlib.contextmanager
-def input_errors() -> Iterator[None]:
-    """What is wrong with the user's input becomes a ConfigError: said, without a traceback."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise ConfigError(str(error)) from error
-
-
-def how_to_resume(session: Session) -> str:
-    """For the end of a training that failed: the checkpoint, if any, and the command."""
-    last = checkpoint.latest(session.folder)
-    if last is None:
-        return "no checkpoint is there yet"
-    return f"resume from {last} with: {session.options.resume_with}"
-
-
-def watchdog_of(session: Session) -> Watchdog:
-    rank, world_size = distributed.rank(), distributed.world_size()
-    stacks = session.folder / "stacks_rank_*.txt"
-    return Watchdog(
-        session.config.run.timeout_s,
-        advice=lambda: f"stacks of all threads: {stacks}; {how_to_resume(session)}",
-        stacks=session.folder / f"stacks_rank_{rank}.txt",
-        rank=rank,
-        world_size=world_size,
-        connect=watchdog.meeting_point if world_size > 1 else None,
-    )
 
 
 def begin(
@@ -173,10 +116,12 @@ def _built(session: Session, device: torch.device) -> tuple[Trainer, Loader, dic
             config,
             device,
             loader.steps_per_epoch,
-            images=loader.images.fingerprint,
-            usable_images=loader.images.usable_fingerprint,
-            image_count=len(loader.images),
-            decoder=loader.decoder,
+            data=DataFacts(
+                loader.images.fingerprint,
+                loader.images.usable_fingerprint,
+                len(loader.images),
+                loader.decoder,
+            ),
             restoring=bool(state),
             linear=state.get("linear"),
             attention=state.get("attention"),
@@ -188,65 +133,6 @@ def _built(session: Session, device: torch.device) -> tuple[Trainer, Loader, dic
     with shown_clock(f"reading {checkpointed.name}"):
         checkpoint.restore(checkpointed, trainer.engine)
     return trainer, loader, state
-
-
-def starting_points(run: Path, resume: str | None) -> list[Path]:
-    """The checkpoints to resume from, the first that is complete.
-
-    A run that is there already is never overwritten. Raises ConfigError for such a run,
-    and for a folder that cannot be made.
-    """
-    _refuse_to_overwrite(run, resume)
-    nearest = next(path for path in (run, *run.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise ConfigError(f"run.dir = {run}: {nearest} is no folder that can be written to")
-    return checkpoint.resume_candidates(run, resume)
-
-
-def _refuse_to_overwrite(run: Path, resume: str | None) -> None:
-    if resume is None and (run / "config.json").exists():
-        raise ConfigError(
-            f"run.dir = {run}: already holds a run: resume with --resume auto, or choose another "
-            'with --set run.dir=FOLDER (from Python: resume="auto", overrides={"run.dir": FOLDER})'
-        )
-
-
-def first_whole(found: list[Path], resume: str | None) -> Path | None:
-    """The first of the checkpoints that its manifest bears out; each rank reads its share.
-
-    What is damaged is named. Raises ValueError where that is all there is, or what was asked for,
-    and OSError on all ranks where one of them cannot read its share.
-    """
-    damaged, own = [], (distributed.rank(), distributed.world_size())
-    for path in found:
-        with shown_clock(f"checking {path.name}"):
-            shares = distributed.all_gather_results(
-                functools.partial(checkpoint.damage, path, *own)
-            )
-        damaged += dict.fromkeys(line for share in shares for line in share)
-        if not any(shares):
-            if damaged and distributed.rank() == 0:
-                lines = "\n".join(damaged)
-                say(f"WARNING: resuming from the earlier {path}, since\n{lines}", sys.stderr)
-            return path
-    if damaged:
-        raise ValueError(
-            "\n".join(damaged) + f"\n--resume {resume}: nothing else is left to resume from there; "
-            "name another checkpoint or run with --resume PATH, or begin anew in another run.dir"
-        )
-    return None
-
-
-def check_changes(state: dict, facts: dict, accepted: bool) -> None:
-    """Raises ConfigError listing what would make it another training, unless that is accepted."""
-    _, changes = checkpoint.differences(state, facts)
-    if changes and not accepted:
-        raise ConfigError(
-            "this would be another training than the one that was saved:\n  "
-            + "\n  ".join(changes)
-            + "\nset them back, or resume all the same with --accept-changes (from Python: "
-            "accept_changes=True)"
-        )
 
 
 def open_telemetry(
@@ -281,12 +167,7 @@ def open_telemetry(
             quiet=session.options.quiet,
         )
         ending.callback(telemetry.close)
-        loader.skipped.log = telemetry.message if rank == 0 else say
-        failed = left_out_images.of_rank(run / left_out_images.FILE, rank)
-        lines = Lines(loader.skipped.log, failed)
-        ending.callback(lines.close)
-        loader.skipped.record = lambda row: lines.write(row | left_out_images.WHILE_TRAINING)
-        _note_warnings(loader, telemetry, run)
+        _tell_of_skipped(loader, telemetry, run, ending)
         if rank == 0:
             if skipped := loader.images.skipped:
                 told_before = left_out_images.counted(skipped)
@@ -338,19 +219,33 @@ def _remove(*folders: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _note_warnings(loader: Loader, telemetry: Telemetry, run: Path) -> None:
+def _tell_of_skipped(
+    loader: Loader, telemetry: Telemetry, run: Path, ending: contextlib.ExitStack
+) -> None:
+    """Images that fail while training are told, and named in the run's folder."""
+    rank = distributed.rank()
+    log, note = telemetry.message if rank == 0 else say, _noting(telemetry, run)
+    failed = JsonlWriter(log, left_out_images.of_rank(run / left_out_images.FILE, rank))
+    ending.callback(failed.close)
+    loader.skipped.attach(
+        log,
+        record=lambda row: failed.write(row | left_out_images.WHILE_TRAINING),
+        note=note,
+        warn=None if rank == 0 else note,
+    )
+
+
+def _noting(telemetry: Telemetry, run: Path) -> Callable[[str], None]:
     """What the decoder says of a file goes to events.jsonl, once for all ranks and resumes."""
-    rank, warnings = distributed.rank(), loader.skipped.warnings
-    lines = Lines(say, left_out_images.of_rank(run / "events.jsonl", rank))
+    rank = distributed.rank()
+    lines = JsonlWriter(say, left_out_images.of_rank(run / "events.jsonl", rank))
     write = telemetry.note if rank == 0 else lambda text: lines.write({"text": text})
 
     def note(text: str) -> None:
         if not _is_noted(text, run):
             write(text)
 
-    warnings.note = note
-    if rank != 0:
-        warnings.say = note
+    return note
 
 
 def _is_noted(text: str, run: Path) -> bool:

@@ -5,6 +5,7 @@ import json
 import math
 from collections import deque
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -15,16 +16,16 @@ from cjepa_fast.data.masks import Masks
 from cjepa_fast.kernels.common.dependent_launch import use_dependent_launch
 from cjepa_fast.kernels.ema import Number
 from cjepa_fast.model import fp8
-from cjepa_fast.model.vit import count_parameters
+from cjepa_fast.model.jepa import JEPA
+from cjepa_fast.model.vit import Encoder, count_parameters
 from cjepa_fast.runtime import distributed, hardware
 from cjepa_fast.telemetry import position_share, representation_stats
 from cjepa_fast.training import optim
+from cjepa_fast.training.backends import choose_attention, choose_linear
 from cjepa_fast.training.build import (
     build_engine,
     build_networks,
     check_fp8,
-    choose_attention,
-    choose_linear,
     compile_networks,
     fuse_networks,
     projector_widths,
@@ -38,6 +39,18 @@ SHARE_IMAGES = 32  # of a micro-batch, whose target tokens tell what position ex
 FEATURE_ROWS = 1024  # pooled target features that RankMe and the per-dimension std are taken over
 
 
+class DataFacts(NamedTuple):
+    """What a checkpoint says of the images, so that a resume on others is told apart."""
+
+    fingerprint: str = ""  # of the image set
+    usable_fingerprint: str | None = None  # of the images in it that are usable
+    count: int | None = None  # of them
+    decoder: str = ""  # who decodes them
+
+
+NO_DATA = DataFacts()  # of a trainer whose batches come from elsewhere
+
+
 class Trainer:
     """One training: the networks under their engine, the target encoder, and the step."""
 
@@ -47,45 +60,22 @@ class Trainer:
         device: torch.device,
         steps_per_epoch: int,
         *,
-        images: str = "",
-        usable_images: str | None = None,
-        image_count: int | None = None,
-        decoder: str = "",
+        data: DataFacts = NO_DATA,
         restoring: bool = False,
         linear: dict | None = None,
         attention: dict | None = None,
     ):
-        """config: its run.precision resolved (build.with_precision); images, usable_images,
-        image_count: the image set's fingerprint, hash of what is usable, and number; decoder: who
-        decodes them; restoring: a checkpoint will give the weights; linear, attention: its choices
-        (build.choose_linear, ...)."""
+        """config: its run.precision resolved (build.with_precision); data: for `facts`;
+        restoring: a checkpoint will give the weights; linear, attention: its choices
+        (backends.choose_linear, ...)."""
         self.config, self.device, self.restoring = config, device, restoring
         use_dependent_launch(config.run.dependent_launch)
         check_fp8(config, device)
-        self.steps_per_epoch, self.images, self.decoder = steps_per_epoch, images, decoder
-        self.usable_images, self.image_count = usable_images, image_count
+        self.steps_per_epoch, self.data = steps_per_epoch, data
         self.total_steps = config.run.epochs * steps_per_epoch
         self.micro_batch, self.accumulation = config.data.micro_batches(distributed.world_size())
-        if self.micro_batch < config.loss.smallest_micro_batch(distributed.world_size()):
-            statistics = {"vicreg": "VICReg's variance", "sigreg": "SIGReg's statistic"}
-            raise ConfigError(
-                f"data.batch_size or data.micro_batch_size = 1: "
-                f"{statistics[config.loss.regulariser]} needs at least 2 images at a time; or set "
-                f"loss.{config.loss.regulariser}.beta=0"
-            )
-        networks = build_networks(
-            config, distributed.AllRanks() if distributed.world_size() > 1 else None
-        )
-        target = copy.deepcopy(networks.encoder)
-        self.started_from: list[str] = []  # what there is to say of it
-        if config.run.init_from and not restoring:
-            self.started_from = initialise(networks, target, config)
-        self.encoder_json = json.dumps(
-            {**target.architecture, "mean": config.data.mean, "std": config.data.std}, indent=2
-        )
-        self.parameters = {name: count_parameters(part) for name, part in networks.named_children()}
-        networks.to(device)
-        target.to(device)
+        self._check_micro_batch()
+        networks, target = self._build_networks()
         self.attention = choose_attention(
             networks, target, config, device, self.micro_batch, attention
         )
@@ -107,6 +97,37 @@ class Trainer:
         if config.run.cuda_graph:
             self._check_graph()
             self._run = Graphed(self.micro_step, device)
+
+    def _check_micro_batch(self) -> None:
+        """Raises ConfigError where it has too few images for the regulariser's statistics."""
+        loss = self.config.loss
+        if self.micro_batch >= loss.smallest_micro_batch(distributed.world_size()):
+            return
+        statistics = {"vicreg": "VICReg's variance", "sigreg": "SIGReg's statistic"}
+        raise ConfigError(
+            f"data.batch_size or data.micro_batch_size = 1: "
+            f"{statistics[loss.regulariser]} needs at least 2 images at a time; or set "
+            f"loss.{loss.regulariser}.beta=0"
+        )
+
+    def _build_networks(self) -> tuple[JEPA, Encoder]:
+        """The networks and the target encoder in fp32, on the device, and what there is to say of
+        them: started_from, encoder_json, parameters."""
+        config = self.config
+        networks = build_networks(
+            config, distributed.AllRanks() if distributed.world_size() > 1 else None
+        )
+        target = copy.deepcopy(networks.encoder)
+        self.started_from: list[str] = []  # what the user should know of it, a line each
+        if config.run.init_from and not self.restoring:
+            self.started_from = initialise(networks, target, config)
+        self.encoder_json = json.dumps(
+            {**target.architecture, "mean": config.data.mean, "std": config.data.std}, indent=2
+        )
+        self.parameters = {name: count_parameters(part) for name, part in networks.named_children()}
+        networks.to(self.device)
+        target.to(self.device)
+        return networks, target
 
     def _check_stage(self) -> None:
         """Raises ConfigError for what ZeRO-3 leaves no room: it gathers weights between modules."""
@@ -249,12 +270,12 @@ class Trainer:
 
     def facts(self) -> dict:
         """What a run that resumes from here must share, or it becomes another training."""
-        facts = {"config": self.config.model_dump(mode="json"), "images": self.images}
-        facts["decoder"] = self.decoder
-        if self.usable_images is not None:
-            facts["usable_images"] = self.usable_images
-        if self.image_count is not None:
-            facts["image_count"] = self.image_count
+        facts = {"config": self.config.model_dump(mode="json"), "images": self.data.fingerprint}
+        facts["decoder"] = self.data.decoder
+        if self.data.usable_fingerprint is not None:
+            facts["usable_images"] = self.data.usable_fingerprint
+        if self.data.count is not None:
+            facts["image_count"] = self.data.count
         if self.linear:
             facts["linear"] = self.linear
         if self.config.model.attention == "auto" and self.device.type == "cuda":

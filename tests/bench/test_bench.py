@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 
-from cjepa_fast.model.flops import step_gflop
+from cjepa_fast.model.flops import StepSizes, step_gflop
 from cjepa_fast.runtime import memory
 from cjepa_fast.training.trainer import Trainer
 
@@ -68,10 +68,11 @@ def test_a_rows_figures():
     assert row["images_per_s"] == pytest.approx(8 * 5 / 2.0)
     assert (row["step_ms"], row["step_ms_p10"], row["step_ms_p90"]) == (300, 140, 460)
     assert row["data_wait_pct"] == pytest.approx(25)
-    work = step_gflop(
-        image_size=24, patch_size=4, width=24, depth=2, heads=3, mlp_ratio=4.0,
+    sizes = StepSizes(
+        image_size=24, patch_size=4, width=24, depth=2, mlp_ratio=4.0,
         predictor_width=12, predictor_depth=1, context_k=9.5, targets_m=4, targets_p=6.0,
     )  # fmt: skip
+    work = step_gflop(sizes)
     assert row["gflop_per_image"] == pytest.approx(work["total"])
     assert row["tflops"] == pytest.approx(work["total"] * 20 / 1000)
 

@@ -19,7 +19,7 @@ from cjepa_fast.checkpoint.owned import Fragment, OwnedState, Snapshot
 from cjepa_fast.checkpoint.writer import Saver
 from cjepa_fast.data import faults
 from cjepa_fast.runtime import files
-from cjepa_fast.training import start
+from cjepa_fast.training import resume
 
 
 class Engine:
@@ -312,7 +312,7 @@ def test_an_error_of_the_machine_is_no_damage(tmp_path, made, monkeypatch, file,
     assert checkpoint.damage(path) == []
     left[0] = 99
     with pytest.raises(faults.MachineFailed, match=file):
-        start.first_whole([path], "auto")
+        resume.first_whole([path], "auto")
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"files": 3}', "{}", "[" * 100_000])

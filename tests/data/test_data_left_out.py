@@ -964,8 +964,8 @@ def test_an_indexing_that_was_stopped_goes_on_where_it_was(tmp_path, opened, mon
 def test_past_its_limit_what_is_skipped_ends_the_run(tmp_path, opened):
     images = opened(made.good_folder(tmp_path / "set", 40))
     said, rows = [], []
-    skipped = Skipped(images, said.append, most=0.05 * 40)
-    skipped.record = rows.append
+    skipped = Skipped(images, print, most=0.05 * 40)
+    skipped.attach(said.append, record=rows.append, note=print)
     for i in (0, 1, 1):
         skipped.note(i, "bad")
     with pytest.raises(ImagesGone, match=rf"c0/0004.jpg cannot be used.*{images.root}: more than"):

@@ -34,7 +34,7 @@ def loader_of(root, cache, said, noted, batch=4):
         images, data, BatchSplit(batch, batch), seed=0, device="cpu", dtype=torch.float32,
         log=said.append,
     )  # fmt: skip
-    loader.skipped.warnings.note = noted.append
+    loader.skipped.attach(said.append, record=lambda row: None, note=noted.append)
     return loader
 
 

@@ -342,7 +342,7 @@ def test_it_takes_no_more_than_its_share(monkeypatch):
     now, said = [0.0], []
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     evaluation = online.OnlineEvaluation((), every=10, share=0.1, batch_size=1, k=1, temperature=1)
-    evaluation.say = said.append
+    evaluation.attach(said.append, stopped=lambda: False, paused=contextlib.nullcontext)
     monkeypatch.setattr(
         online, "_scores", lambda *args, **options: now.__setitem__(0, now[0] + 7) or {}
     )

@@ -26,7 +26,8 @@ from cjepa_fast.kernels.ema.rows_update import ROWS
 from cjepa_fast.kernels.tuned import TUNED
 from cjepa_fast.kernels.vicreg import position_matmuls
 from cjepa_fast.kernels.vicreg import tiles as vicreg_tiles
-from cjepa_fast.training.build import build_masks, model_sizes
+from cjepa_fast.training.build import build_masks
+from cjepa_fast.training.sizes import model_sizes
 
 CPU = torch.device("cpu")
 CONTEXTS = ((), ("mask.context=fixed",))
@@ -57,7 +58,7 @@ class Stack(NamedTuple):
 
 @functools.cache
 def stacks() -> tuple[Stack, ...]:
-    """Of all trainings, each once, with the lengths that build.choose_attention tells them."""
+    """Of all trainings, each once, with the lengths that backends.choose_attention tells them."""
     found = set()
     for path, sets in itertools.product(config.configs_folder().glob("*.json"), CONTEXTS):
         if path.name in FOR_A_CPU:

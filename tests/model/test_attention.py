@@ -14,7 +14,7 @@ from cjepa_fast.model import attention, attention_trial
 from cjepa_fast.model.attention import attend, attend_packed
 from cjepa_fast.model.attention_trial import TRIED, Shape, candidates, fastest
 from cjepa_fast.model.packed import evenly
-from cjepa_fast.training import build
+from cjepa_fast.training import backends, build
 
 CPU = torch.device("cpu")
 
@@ -184,7 +184,7 @@ def test_each_network_gets_the_kernel_of_its_own_lengths(monkeypatch, context, m
         lengths = f"{shape.queries} x {shape.keys}"
         return f"for {lengths} in {shape.sequences}, trained {shape.trained}", {}
 
-    monkeypatch.setattr(build, "fastest", by_length)
+    monkeypatch.setattr(backends, "fastest", by_length)
     predictor = tiny.CONFIG["predictor"] | {"mode": mode}
     mask = {"min_keep": 4, "context": context}
     config = validate(tiny.CONFIG | {"predictor": predictor, "mask": mask})
@@ -192,7 +192,7 @@ def test_each_network_gets_the_kernel_of_its_own_lengths(monkeypatch, context, m
     networks, target = build.build_networks(config), build.build_networks(config).encoder
     heads = networks.predictor.predictor_blocks[0].attn
     monkeypatch.setattr(heads.proj, "in_features", 24)
-    choices = build.choose_attention(networks, target, config, CPU, 8)
+    choices = backends.choose_attention(networks, target, config, CPU, 8)
     masks = build.build_masks(config)(0, 0, torch.arange(8))
     K, (M, P) = round(masks.context_k), masks.target_idx_BMP.shape[1:]
     own = P if mode == "one_pass" else K + P
@@ -208,16 +208,16 @@ def test_each_network_gets_the_kernel_of_its_own_lengths(monkeypatch, context, m
 @pytest.mark.parametrize("takes_it", [True, False])
 def test_the_last_block_of_the_predictor_has_a_kernel_for_fewer_queries(monkeypatch, takes_it):
     """Else a kernel chosen for the others ends the first step."""
-    monkeypatch.setattr(build, "fastest", lambda *_: ("sdpa_flash", {}))
+    monkeypatch.setattr(backends, "fastest", lambda *_: ("sdpa_flash", {}))
 
     def refused(shape, *_):
         return "" if takes_it or shape.queries == shape.keys else "no kernel"
 
-    monkeypatch.setattr(build, "unusable", refused)
+    monkeypatch.setattr(backends, "unusable", refused)
     sections = {"predictor": tiny.CONFIG["predictor"] | {"depth": 2}}
     config = build.with_precision(validate(tiny.CONFIG | sections), CPU)
     networks, target = build.build_networks(config), build.build_networks(config).encoder
-    assert build.choose_attention(networks, target, config, CPU, 8)["predictor"] == "sdpa_flash"
+    assert backends.choose_attention(networks, target, config, CPU, 8)["predictor"] == "sdpa_flash"
     *others, last = (block.attn.backend for block in networks.predictor.predictor_blocks)
     assert others == ["sdpa_flash"]
     assert last == ("sdpa_flash" if takes_it else "sdpa")
@@ -226,12 +226,12 @@ def test_the_last_block_of_the_predictor_has_a_kernel_for_fewer_queries(monkeypa
 
 def test_a_resumed_run_keeps_its_kernels_where_they_work(monkeypatch):
     """Timed anew, another could win by chance, and the bits that follow would be others."""
-    monkeypatch.setattr(build, "fastest", lambda *_: ("plain", {}))
-    monkeypatch.setattr(build, "candidates", lambda device: ["plain", "sdpa", "sdpa_cudnn"])
+    monkeypatch.setattr(backends, "fastest", lambda *_: ("plain", {}))
+    monkeypatch.setattr(backends, "candidates", lambda device: ["plain", "sdpa", "sdpa_cudnn"])
     config = build.with_precision(validate(tiny.CONFIG), CPU)
     networks, target = build.build_networks(config), build.build_networks(config).encoder
     saved = {"target": "sdpa", "context": "sdpa_cudnn", "predictor": "flash_attn"}
-    found = build.choose_attention(networks, target, config, CPU, 8, saved)
+    found = backends.choose_attention(networks, target, config, CPU, 8, saved)
     assert found == {"target": "sdpa", "context": "plain", "predictor": "plain"}
     assert {block.attn.backend for block in target.blocks} == {"sdpa"}
 
@@ -249,7 +249,7 @@ def test_what_runs_in_the_place_of_a_backend_that_does_not_take_a_shape_is_told(
     config = validate({name: tiny.CONFIG.get(name, {}) | own for name, own in sections.items()})
     config = build.with_precision(config, CPU)
     networks, target = build.build_networks(config), build.build_networks(config).encoder
-    found = build.choose_attention(networks, target, config, CPU, 8)
+    found = backends.choose_attention(networks, target, config, CPU, 8)
     assert tuple(found.values()) == runs
 
 
@@ -258,7 +258,7 @@ def test_a_backend_without_a_kernel_here_is_told_before_the_first_step():
     config = build.with_precision(validate(tiny.CONFIG | {"model": model}), CPU)
     networks, target = build.build_networks(config), build.build_networks(config).encoder
     with pytest.raises(ConfigError, match=r'attention = "sdpa_cudnn".*target here.*take "auto"'):
-        build.choose_attention(networks, target, config, CPU, 8)
+        backends.choose_attention(networks, target, config, CPU, 8)
 
 
 def test_flash_attention_is_found_by_version_or_named(monkeypatch):

@@ -1,10 +1,18 @@
 """The counted work against published figures, and against torch's own counter."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from cjepa_fast.model.flops import block_flop, patch_embedding_flop, recomputed_gflop, step_gflop
+from cjepa_fast.model.flops import (
+    StepSizes,
+    block_flop,
+    patch_embedding_flop,
+    recomputed_gflop,
+    step_gflop,
+)
 from cjepa_fast.model.predictor import Predictor
 from cjepa_fast.model.vit import MODELS, Encoder
 
@@ -21,6 +29,11 @@ COUNTED = [
 ]
 
 
+def sizes_of(model: str, **others) -> StepSizes:
+    own = {name: MODELS[model][name] for name in ("width", "depth", "mlp_ratio")}
+    return StepSizes(**own, predictor_width=384, **others)
+
+
 def unread_gflop(k: float, p: float) -> float:
     """What I-JEPA's last predictor block computes of the context, forward and backward."""
     block = k + p, 384, 4.0
@@ -30,16 +43,16 @@ def unread_gflop(k: float, p: float) -> float:
 @pytest.mark.parametrize("row", COUNTED, ids=lambda row: f"{row[0]}_{row[1]}")
 def test_work_of_the_standard_models(row):
     model, image_size, patch, depth, k, p, target, context, predictor, total = row
-    work = step_gflop(
+    sizes = sizes_of(
+        model,
         image_size=image_size,
         patch_size=patch,
-        **MODELS[model],
-        predictor_width=384,
         predictor_depth=depth,
         context_k=k,
         targets_m=4,
         targets_p=p,
     )
+    work = step_gflop(sizes)
     # I-JEPA embeds all N patches of the context image and then gathers; here only K are embedded.
     spared = (image_size // patch) ** 2 - k
     work["context"] += 2 * patch_embedding_flop(spared, patch, MODELS[model]["width"]) / 1e9
@@ -54,16 +67,16 @@ def test_work_of_the_standard_models(row):
     [("vit_base", 224, 16, 81.8, 33.4, 109), ("vit_huge", 224, 14, 110.1, 44.2, 841)],
 )
 def test_work_with_the_whole_context(model, image_size, patch, k, p, total):
-    work = step_gflop(
+    sizes = sizes_of(
+        model,
         image_size=image_size,
         patch_size=patch,
-        **MODELS[model],
-        predictor_width=384,
         predictor_depth=6 if model == "vit_base" else 12,
         context_k=k,
         targets_m=4,
         targets_p=p,
     )
+    work = step_gflop(sizes)
     assert work["total"] + unread_gflop(k, p) == pytest.approx(total, rel=0.01)
 
 
@@ -75,9 +88,10 @@ def test_the_unread_part_is_that_of_the_published_shares():
 
 def test_one_pass_spares_45_percent_of_the_predictor():
     """Of H/14 at the context and targets of batch 128 (the output's projection is not spared)."""
-    sizes = {"predictor_width": 384, "predictor_depth": 12, "context_k": 68.4, "targets_m": 4}
-    sizes |= {"image_size": 224, "patch_size": 14, **MODELS["vit_huge"], "targets_p": 44.2}
-    modes = [step_gflop(**sizes, predictor_mode=m)["predictor"] for m in ("per_target", "one_pass")]
+    masks = {"context_k": 68.4, "targets_m": 4, "targets_p": 44.2}
+    per_target = sizes_of("vit_huge", image_size=224, patch_size=14, predictor_depth=12, **masks)
+    one_pass = dataclasses.replace(per_target, predictor_mode="one_pass")
+    modes = [step_gflop(sizes)["predictor"] for sizes in (per_target, one_pass)]
     assert 1 - modes[1] / modes[0] == pytest.approx(0.45, abs=0.02)
 
 
@@ -116,21 +130,27 @@ def test_agrees_with_torchs_counter(mlp_ratio, mode, policy, image):
     with FlopCounterMode(display=False) as counter:
         predictor(leaf, context_idx, target_idx).square().sum().backward()
     counts["predictor"] = counter.get_total_flops()
-    sizes = encoder.architecture | {
-        "predictor_width": 24,
-        "predictor_depth": 2,
-        "context_k": k,
-        "targets_m": m,
-        "targets_p": p,
-        "predictor_mlp_ratio": 3.0,
-        "predictor_mode": mode,
-    }
-    work = step_gflop(**sizes)
+    counted = StepSizes(
+        image_size=image[1:],
+        patch_size=5,
+        channels=image[0],
+        width=44,
+        depth=3,
+        mlp_ratio=mlp_ratio,
+        predictor_width=24,
+        predictor_depth=2,
+        predictor_mlp_ratio=3.0,
+        predictor_mode=mode,
+        context_k=k,
+        targets_m=m,
+        targets_p=p,
+    )
+    work = step_gflop(counted)
     assert work["total"] == pytest.approx(work["target"] + work["context"] + work["predictor"])
     if policy == "none":
         for part, count in counts.items():
             assert work[part] * 1e9 * batch == pytest.approx(count, rel=1e-9), part
-    again = recomputed_gflop(policy, **sizes) * 1e9
+    again = recomputed_gflop(policy, counted) * 1e9
     if policy in ("norm_gelu", "selective"):
         again += m * p * 2 * 24**2  # the last block's queries, as recompute.py says: not counted
     assert work["total"] * 1e9 + again == pytest.approx(sum(counts.values()) / batch, rel=1e-9)

@@ -471,7 +471,8 @@ def test_an_error_on_one_of_two_is_told_by_the_other(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "module", ["runtime/watchdog", "telemetry/log", "training/loop", "runtime/signals"]
+    "module",
+    ["runtime/watchdog", "telemetry/log", "telemetry/progress", "training/loop", "runtime/signals"],
 )
 def test_what_measures_and_decides_never_asks_for_the_time_of_day(module):
     source = (tiny.ROOT / "cjepa_fast" / f"{module}.py").read_text()

@@ -22,10 +22,12 @@ from cjepa_fast.telemetry import (
     Telemetry,
     log,
     position_share,
+    progress,
     read_log,
     representation_stats,
     sinks,
 )
+from cjepa_fast.telemetry.jsonl import JsonlWriter
 from cjepa_fast.telemetry.nvml import GpuCounters
 
 
@@ -47,7 +49,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(log, "time", clock)
+    for module in (log, progress):
+        monkeypatch.setattr(module, "time", clock)
     return clock
 
 
@@ -106,7 +109,7 @@ def test_the_wait_is_that_of_the_rank_that_waited_longest(tmp_path, started, clo
 
 
 def test_what_an_own_probe_has_no_number_for_is_null(tmp_path, started):
-    started(tmp_path).row(0, {"knn": 10.0, "auc": math.nan})
+    started(tmp_path).write_row(0, {"knn": 10.0, "auc": math.nan})
     (row,) = read_log(tmp_path)
     assert (row["knn"], row["auc"]) == (10.0, None)
 
@@ -166,7 +169,7 @@ def test_a_step_reads_nothing_from_the_device(tmp_path, started, monkeypatch):
     with monkeypatch.context() as patched:
         for name in reads:
             patched.setattr(torch.Tensor, name, waits)
-        patched.setattr(log, "REFRESH_S", 0.0)  # draws the line each step, too
+        patched.setattr(progress, "REFRESH_S", 0.0)  # draws the line each step, too
         for step in range(2, 8):
             out.step(step, {"loss": torch.tensor(1.0, requires_grad=True), "k": 3}, 0.1)
     assert out.log_row()["loss"] == 1.0
@@ -207,13 +210,13 @@ def test_a_resumed_log_has_each_step_once(tmp_path, started, clock):
 def test_a_start_at_step_0_keeps_no_row_of_an_earlier_one(tmp_path, started):
     """Its encoder is evaluated again. A rewind to step 0 keeps that row."""
     out = started(tmp_path, tensorboard=True)
-    out.row(0, {"knn": 27.1})
+    out.write_row(0, {"knn": 27.1})
     out.close()
     again = started(tmp_path, tensorboard=True)
     said = [row["text"] for row in read_log(tmp_path / "events.jsonl")]
     assert said[-1].endswith("1 row of an earlier start moved to log.jsonl.abandoned")
-    again.row(0, {"knn": 24.0})
-    again.back_to(0)
+    again.write_row(0, {"knn": 24.0})
+    again.rewind_to(0)
     again.close()
     assert [(row["step"], row["knn"]) for row in read_log(tmp_path)] == [(0, 24.0)]
     assert scalars_of(tmp_path / "tensorboard")["knn"] == [(0, 24.0)]
@@ -248,7 +251,7 @@ def test_rows_that_a_resume_or_a_rewind_drops_are_kept_beside_the_log(
     )
     (tmp_path / "log.jsonl").write_text("".join(f'{{"step": {n}}}\n' for n in (10, 20, 30, 40)))
     out = started(tmp_path, start_step=30)
-    out.back_to(10)
+    out.rewind_to(10)
     assert (tmp_path / "log.jsonl").read_text() == '{"step": 10}\n'
     kept = (tmp_path / "log.jsonl.abandoned").read_text().splitlines()
     assert [json.loads(line)["step"] for line in kept] == [40, 20, 30]
@@ -263,10 +266,10 @@ def test_rows_that_a_resume_or_a_rewind_drops_are_kept_beside_the_log(
 def test_a_bad_step_that_is_made_anew_is_in_the_file_once(tmp_path, started):
     """What a rewind goes back from stays: its images are passed over."""
     for step in (7, 20, 31):
-        log.Lines(print, tmp_path / "bad_steps.jsonl").write({"step": step})
+        JsonlWriter(print, tmp_path / "bad_steps.jsonl").write({"step": step})
     out = started(tmp_path, start_step=20)
     out.event("bad_steps.jsonl", {"step": 31}, "again")
-    out.back_to(20)
+    out.rewind_to(20)
     assert [row["step"] for row in read_log(tmp_path / "bad_steps.jsonl")] == [7, 20, 31]
     assert read_log(tmp_path / "bad_steps.jsonl.abandoned") == [{"step": 31}]
 
@@ -274,7 +277,7 @@ def test_a_bad_step_that_is_made_anew_is_in_the_file_once(tmp_path, started):
 def test_a_row_that_does_not_fit_leaves_no_torn_line(tmp_path):
     """The file may grow by a few bytes, as on a disk that is nearly full."""
     path, said = tmp_path / "log.jsonl", []
-    lines = log.Lines(said.append, path)
+    lines = JsonlWriter(said.append, path)
     lines.write({"step": 1})
     whole = path.read_bytes()
     with tiny.files_of_at_most(len(whole) + 5):
@@ -287,7 +290,7 @@ def test_a_row_that_does_not_fit_leaves_no_torn_line(tmp_path):
 
 def test_rows_that_a_full_disk_refused_are_tried_at_the_end_and_what_is_lost_is_counted(tmp_path):
     path, said = tmp_path / "log.jsonl", []
-    lines = log.Lines(said.append, path)
+    lines = JsonlWriter(said.append, path)
     with tiny.files_of_at_most(0):
         lines.write({"step": 1})
     lines.close()
@@ -326,7 +329,7 @@ def test_a_plain_line_a_minute_where_there_is_no_terminal(tmp_path, started, clo
     """And the first step's, and the last; all rows are in the log."""
     stream = io.StringIO()
     out = started(tmp_path, stream=stream)
-    out.row(0, {"knn": 25.0})
+    out.write_row(0, {"knn": 25.0})
     for step in range(1, 41):
         clock.now_s += step_s
         out.step(step, {"loss": torch.tensor(0.25), "sim": torch.tensor(0.5)})
@@ -448,11 +451,11 @@ def test_a_long_step_shows_its_micro_batches(tmp_path, started, clock):
     """On a terminal twice a second, elsewhere once a minute."""
     for stream, each_s, wanted in ((Terminal(), 1.0, 5), (io.StringIO(), 20.0, 2)):
         out = started(tmp_path, stream=stream)
-        out.within("micro-batch 1/5")  # before the first step nothing is known yet
+        out.show_progress("micro-batch 1/5")  # before the first step nothing is known yet
         out.step(1, {"loss": torch.tensor(0.25)})
         for i in range(1, 6 if each_s == 1.0 else 8):
             clock.now_s += each_s
-            out.within(f"micro-batch {i}/5")
+            out.show_progress(f"micro-batch {i}/5")
         assert stream.getvalue().count("micro-batch ") == wanted
         assert "step 1/40  micro-batch " in stream.getvalue()
 
@@ -665,7 +668,7 @@ def test_what_a_rewind_leaves_elsewhere_is_hidden_or_said(tmp_path, started, mon
             out.step(step, {"loss": torch.tensor(loss)})
             out.log_row()
         if loss == 1:
-            out.back_to(2)
+            out.rewind_to(2)
     out.close()
     shown = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
     assert [(event.step, event.value) for event in shown] == [(1, 1), (2, 1), (3, 2), (4, 2)]

@@ -12,6 +12,7 @@ from cjepa_fast.config import load, validate
 from cjepa_fast.runtime import distributed
 from cjepa_fast.tools import plan
 from cjepa_fast.training import build
+from cjepa_fast.training.sizes import meta_batch
 from cjepa_fast.training.trainer import Trainer
 
 DATA = tiny.CONFIG["data"] | {"batch_size": 8}
@@ -22,8 +23,8 @@ def configured(precision: str = "fp32", **sections):
 
 
 def real_batch(config, images: int) -> tuple[torch.Tensor, ...]:
-    pictures, _, _, tokens = build.meta_batch(config, images)
-    masks = build.build_masks(config)(0, 0, torch.arange(images))
+    masks = build.first_masks(config, images)
+    pictures, _, _, tokens = meta_batch(config, masks)
     filled = (torch.randn(x.shape, dtype=x.dtype) for x in (pictures, tokens))
     pictures, tokens = filled
     return pictures, masks.context, masks.target_idx_BMP, tokens
@@ -51,7 +52,8 @@ def test_what_is_kept_for_the_backward(precision, model, predictor, context):
     with torch.device("meta"):
         meta = build.build_networks(config)
     meta.to(build.compute_dtype(config))
-    counted = plan.kept_bytes(meta, build.meta_batch(config, 8), fused_attention=False)
+    batch = meta_batch(config, build.first_masks(config, 8))
+    counted = plan.kept_bytes(meta, batch, fused_attention=False)
     networks = build.build_networks(config).to(build.compute_dtype(config))
     batch = real_batch(config, 8)
     networks(*batch)  # what is made once is made
@@ -86,7 +88,7 @@ def test_a_fused_attention_keeps_no_map():
     config = configured()
     with torch.device("meta"):
         networks = build.build_networks(config)
-    batch = build.meta_batch(config, 8)
+    batch = meta_batch(config, build.first_masks(config, 8))
     plain, fused = (plan.kept_bytes(networks, batch, fused_attention=f) for f in (False, True))
     (B, K), (_, M, P) = batch[1].shape, batch[2].shape
     heads = 3
@@ -124,7 +126,7 @@ def test_packed_contexts_keep_no_maps_either():
     config = configured("bf16", mask={"min_keep": 4, "context": "packed"})
     with torch.device("meta"):
         networks = build.build_networks(config).bfloat16()
-    batch = build.meta_batch(config, 8)
+    batch = meta_batch(config, build.first_masks(config, 8))
     fused, plain = (plan.kept_bytes(networks, batch, fused_attention=f) for f in (True, False))
     sequences, heads = batch[1].sequences, networks.encoder.heads
     maps = 2 * heads * (len(sequences.starts) - 1) * sequences.longest**2  # of one block, bf16

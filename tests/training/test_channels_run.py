@@ -18,6 +18,7 @@ from cjepa_fast.eval.__main__ import main as evaluate
 from cjepa_fast.eval.finetuning import classify, recipe
 from cjepa_fast.telemetry import read_log
 from cjepa_fast.training import build
+from cjepa_fast.training.sizes import counted_sizes, meta_batch
 
 handlers = test_run.handlers
 BANDS = 5
@@ -91,8 +92,9 @@ def test_what_works_on_rgb_alone_refuses_it_by_name(trained, tmp_path, capsys):
 
 def test_a_batch_without_values_has_its_channels(trained):
     settings = configuration.load(str(trained[0]))
-    assert build.meta_batch(settings, 2)[0].shape == (2, BANDS, 24, 24)
-    assert build.counted_sizes(settings, 9, 4, 6)["channels"] == BANDS
+    images_BCHW, *_ = meta_batch(settings, build.first_masks(settings, 2))
+    assert images_BCHW.shape == (2, BANDS, 24, 24)
+    assert counted_sizes(settings, 9, 4, 6).channels == BANDS
 
 
 @pytest.mark.parametrize("decoder", ["dali", "pillow"])

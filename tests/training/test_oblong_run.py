@@ -21,6 +21,7 @@ from cjepa_fast.model.vit import Encoder
 from cjepa_fast.telemetry import read_log
 from cjepa_fast.tools import plan
 from cjepa_fast.training import build
+from cjepa_fast.training.sizes import counted_sizes, meta_batch
 
 handlers = test_run.handlers
 SIZE = [16, 32]
@@ -125,13 +126,13 @@ def test_it_is_planned_and_counted_as_what_it_is(trained):
     settings = configuration.load(str(trained[0]))
     masks = build.build_masks(settings)
     assert masks.grid == (4, 8)
-    images, _, _, tokens = build.meta_batch(settings, 2)
+    images, _, _, tokens = meta_batch(settings, build.first_masks(settings, 2))
     assert images.shape == (2, 3, *SIZE) and tokens.shape[1] == PATCHES
     assert int(masks(0, 0, torch.arange(64)).target_idx_BMP.max()) > PATCHES // 2
     square = settings.data.model_copy(update={"image_size": 16})
-    half = build.counted_sizes(settings.model_copy(update={"data": square}), 9, 4, 6)
-    whole = build.counted_sizes(settings, 9, 4, 6)
-    assert plan.step_gflop(**half)["target"] < plan.step_gflop(**whole)["target"] / 2
+    half = counted_sizes(settings.model_copy(update={"data": square}), 9, 4, 6)
+    whole = counted_sizes(settings, 9, 4, 6)
+    assert plan.step_gflop(half)["target"] < plan.step_gflop(whole)["target"] / 2
     found = plan.plan(settings.model_copy(
         update={"run": settings.run.model_copy(update={"precision": "bf16"})}), 0, 1)  # fmt: skip
     assert found.per_image > 0

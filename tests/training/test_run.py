@@ -24,7 +24,7 @@ from cjepa_fast.data.sources import open_images
 from cjepa_fast.model.jepa import JEPA
 from cjepa_fast.runtime import distributed, files, run_lock
 from cjepa_fast.runtime.watchdog import INDEXING, Watchdog
-from cjepa_fast.telemetry.rows import drop_rows_after, read_log
+from cjepa_fast.telemetry.jsonl import drop_rows_after, read_log
 from cjepa_fast.training import anomalies, build, diagnosis, start, trainer
 from cjepa_fast.training.callbacks import Callback
 from cjepa_fast.training.loop import Loop
@@ -410,7 +410,7 @@ def test_a_spike_says_whether_it_was_gone_back_from(early_spike, capfd, saves, r
 def test_features_that_are_not_finite_are_no_collapse(tmp_path, capfd, monkeypatch):
     stats = {"feature_std": torch.tensor(math.nan), "rankme": torch.tensor(math.nan)}
     monkeypatch.setattr(trainer, "representation_stats", lambda features: stats)
-    monkeypatch.setattr("cjepa_fast.training.loop.LEAST_FEATURES", 1)
+    monkeypatch.setattr("cjepa_fast.training.collapse_monitor.LEAST_FEATURES", 1)
     assert run(tiny.write_config(tmp_path)) == 0
     assert "collapsing" not in capfd.readouterr().out
 

@@ -67,17 +67,16 @@ def test_what_a_decoder_says_is_noted_once_and_by_each_rank_in_its_own_file(tmp_
     """Rank 0 has noted a, rank 1 notes b; what cannot be read is noted again."""
     monkeypatch.setattr(start.distributed, "rank", lambda: 1)
     (tmp_path / "events.jsonl").write_text('{"text": "a"}\n')
-    loader = SimpleNamespace(skipped=SimpleNamespace(warnings=SimpleNamespace()))
-    start._note_warnings(loader, None, tmp_path)
+    note = start._noting(None, tmp_path)
     for text in ("a", "b", "b"):
-        loader.skipped.warnings.note(text)
+        note(text)
     assert (tmp_path / "events_rank_1.jsonl").read_text() == '{"text": "b"}\n'
 
     def lost(*args, **options):
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(Path, "read_text", lost)
-    loader.skipped.warnings.note("b")
+    note("b")
     monkeypatch.undo()
     assert (tmp_path / "events_rank_1.jsonl").read_text() == '{"text": "b"}\n' * 2
 

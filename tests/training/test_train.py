@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import cjepa_fast
 from cjepa_fast import checkpoint
-from cjepa_fast.telemetry.rows import read_log
+from cjepa_fast.telemetry.jsonl import read_log
 
 TRAIN = tiny.ROOT / "cjepa_fast" / "train.py"
 

@@ -5,6 +5,7 @@ from typing import Protocol
 import torch
 
 from cjepa_fast.checkpoint.owned import Fragment, OwnedState, SavedEngine
+from cjepa_fast.kernels.ema import Number
 from cjepa_fast.training.ema import TargetEMA
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -28,7 +29,7 @@ class Engine(SavedEngine, Protocol):
     def limit(self, loss: float, grad_norm: float) -> None:
         """From now on, a step above either is not applied."""
 
-    def step(self, lr: float, weight_decay: float, momentum: float) -> bool | torch.Tensor:
+    def step(self, lr: Number, weight_decay: Number, momentum: Number) -> bool | torch.Tensor:
         """Call after each micro-batch; at the last of a step, update weights and EMA. Returns
         whether it was applied: a 0-d tensor where the device decides."""
 

@@ -1,7 +1,10 @@
-"""The rows of a JSONL file, read back, whatever a crash or a disk has done to some of them."""
+"""JSONL files: rows added whatever the disk refuses, and read back whatever a crash did to some."""
 
+import errno
 import json
+import os
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -76,3 +79,49 @@ def _add(lines: Iterable[str], path: Path) -> str:
     with open(path, "a", encoding="utf-8") as file:
         file.writelines(f"{line}\n" for line in lines)
     return path.name
+
+
+class JsonlWriter:
+    """A JSONL file that is added to. What a full disk refuses is said, kept, and written later, at
+    the latest by close()."""
+
+    def __init__(self, say: Callable[[str], None], path: Path):
+        self._say, self._path = say, path
+        self._waiting: list[str] = []
+        self._lock = threading.Lock()  # the loader's thread writes some of them
+
+    def write(self, row: dict) -> None:
+        with self._lock:
+            self._add(json.dumps(row, allow_nan=False) + "\n")
+
+    def _add(self, line: str) -> None:
+        self._waiting.append(line)
+        try:
+            _append(self._path, "".join(self._waiting).encode())
+        except OSError as error:
+            if len(self._waiting) == 1:
+                self._say(f"WARNING: {self._path} cannot be written ({error}); trying again later")
+        else:
+            self._waiting.clear()
+
+    def close(self) -> None:
+        """Try once more what is still kept; what is refused again is lost, and counted."""
+        with self._lock:
+            waiting, self._waiting = self._waiting, []
+        try:
+            if waiting:
+                _append(self._path, "".join(waiting).encode())
+        except OSError as error:
+            rows = f"{len(waiting)} row{'s' * (len(waiting) > 1)}"
+            self._say(
+                f"WARNING: {rows} of {self._path} could not be written, and are lost: {error}"
+            )
+
+
+def _append(path: Path, data: bytes) -> None:
+    """All of it or nothing. Unbuffered: what a buffer still holds is written when it is closed."""
+    with open(path, "ab", buffering=0) as file:
+        whole = file.tell()
+        if file.write(data) < len(data):
+            file.truncate(whole)  # no torn line stays
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
