@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 
 from cjepa_fast.checkpoint.bands import bands_of, is_of_bands
 from cjepa_fast.data import crops, formats
-from cjepa_fast.data.pillow_decode import resized, resized_array, window_of
+from cjepa_fast.data.pillow_decoder import resized, resized_array, window_of
 from cjepa_fast.data.sources import LIMITS, Limits
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime.hardware import cores

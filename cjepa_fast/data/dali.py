@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from cjepa_fast.data import formats
-from cjepa_fast.data.decode import DEPTH, DecodeFailed, DecodeRequest, DecodeSettings
+from cjepa_fast.data.decoder import DEPTH, DecodeFailed, DecodeRequest, DecodeSettings
 from cjepa_fast.runtime import oom
 from cjepa_fast.runtime.library_stderr import LibraryStderr
 
@@ -133,7 +133,7 @@ def _feed(pipe, look: DecodeSettings, feed: DecodeRequest) -> None:
 
 
 class DaliDecoder:
-    """decode.Decoder by the pipeline above, on the device of the tensors."""
+    """decoder.Decoder by the pipeline above, on the device of the tensors."""
 
     def __init__(self, look: DecodeSettings, batch_size: int):
         self._look, self._batch_size, self.channels = look, batch_size, look.channels
@@ -217,7 +217,7 @@ class DaliDecoder:
 
 
 class DaliWholeDecoder:
-    """decode.WholeDecoder."""
+    """decoder.WholeDecoder."""
 
     def __init__(self, batch_size: int, threads: int):
         self._batch_size, self._threads = batch_size, threads

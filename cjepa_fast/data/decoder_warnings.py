@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 
-from cjepa_fast.data.decode import Decoder, WholeDecoder
+from cjepa_fast.data.decoder import Decoder, WholeDecoder
 from cjepa_fast.runtime.printable import printable
 
 KINDS = 20  # of lines, told apart

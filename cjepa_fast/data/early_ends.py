@@ -20,7 +20,7 @@ import torch
 from PIL.JpegImagePlugin import JpegImageFile
 
 from cjepa_fast.data import formats
-from cjepa_fast.data.decode import DecodeRequest, DecodeSettings
+from cjepa_fast.data.decoder import DecodeRequest, DecodeSettings
 from cjepa_fast.data.headers import (
     JPEG_END,
     JPEG_MAGIC,

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 
 from cjepa_fast.data import crops
-from cjepa_fast.data.batches import BatchRequest, Skipped, decode
-from cjepa_fast.data.decode import DecodeRequest, DecodeSettings
+from cjepa_fast.data.decode_pipeline import BatchRequest, Skipped, decode
+from cjepa_fast.data.decoder import DecodeRequest, DecodeSettings
+from cjepa_fast.data.decoder_choice import choose_decoder, open_decoder
 from cjepa_fast.data.decoder_warnings import summary
-from cjepa_fast.data.decoders import chosen, open_decoder
 from cjepa_fast.data.sources import ImageSet
 from cjepa_fast.runtime.image_size import ImageSize
 
@@ -34,7 +34,7 @@ def eval_batches(
 
     Each image is cropped to the centred window of image_size's aspect with `resize` times the sides
     of the largest, then resized to it. windows_N4: of each image (crops.py), instead. decoder:
-    decoders.CHOICES. index_B: int64 positions in the set, on the CPU.
+    decoder_choice.CHOICES. index_B: int64 positions in the set, on the CPU.
     """
     if not 0 < resize <= 1:
         raise ValueError(
@@ -46,7 +46,7 @@ def eval_batches(
         bit_depth=images.limits.bit_depth,
     )  # fmt: skip
     images.require_channels(look.channels)
-    kind = chosen(decoder, look.device, log, channels=look.channels, arrays=look.arrays)
+    kind = choose_decoder(decoder, look.device, log, channels=look.channels, arrays=look.arrays)
     made = open_decoder(kind, look, batch_size)
     if windows_N4 is None:
         windows_N4 = crops.centre(images.sizes_N2, resize, image_size)

@@ -26,7 +26,7 @@ import numpy as np
 from cjepa_fast.data import arrays, faults, formats
 from cjepa_fast.runtime import caches, json_text
 from cjepa_fast.runtime.oom import is_out_of_memory
-from cjepa_fast.runtime.watched import progressed, watched
+from cjepa_fast.runtime.reads_in_progress import progressed, watched
 from cjepa_fast.telemetry.progress import shown_clock
 
 VERSION = 6  # of the cached file; raise it when the check or the layout changes

@@ -14,7 +14,7 @@ import numpy as np
 
 from cjepa_fast.data import faults, formats, index, kinds, labels, lists
 from cjepa_fast.runtime.printable import printable
-from cjepa_fast.runtime.watched import progressed, progressing, watched
+from cjepa_fast.runtime.reads_in_progress import progressed, progressing, watched
 from cjepa_fast.telemetry.progress import shown_bar
 
 Found = tuple[bytes, int, int, str]  # path, size, mtime_ns, why it cannot be used or ""

@@ -21,9 +21,16 @@ from threadpoolctl import threadpool_limits
 
 from cjepa_fast.config import DataSection
 from cjepa_fast.data import crops, rng
-from cjepa_fast.data.batches import BatchRequest, ImagesGone, Skipped, decode, flaw, read_one
-from cjepa_fast.data.decode import Decoder, DecodeRequest, DecodeSettings
-from cjepa_fast.data.decoders import chosen, open_decoder
+from cjepa_fast.data.decode_pipeline import (
+    BatchRequest,
+    ImagesGone,
+    Skipped,
+    decode,
+    flaw,
+    read_one,
+)
+from cjepa_fast.data.decoder import Decoder, DecodeRequest, DecodeSettings
+from cjepa_fast.data.decoder_choice import choose_decoder, open_decoder
 from cjepa_fast.data.masks import Masks
 from cjepa_fast.data.sources import ImageSet
 
@@ -97,7 +104,7 @@ class Loader:
     rank's part of a step, which is share.accumulation Batches. rand_augment: how many changes an
     image gets, their magnitude in 0..30; DALI draws them itself. masks: called as masks(epoch,
     step, index_B), for the CPU, in the loader's thread. skipped: what turned out corrupt
-    (batches.Skipped); log: called once a corrupt image. decoder: the one that was chosen.
+    (decode_pipeline.Skipped); log: called once a corrupt image. decoder: the one that was chosen.
     """
 
     def __init__(
@@ -121,7 +128,7 @@ class Loader:
         self._device = _with_index(torch.device(device))
         first = share.rank == 0
         images.require_channels(len(data.mean))
-        self.decoder = chosen(
+        self.decoder = choose_decoder(
             data.decoder, self._device, log if first else lambda line: None,
             channels=len(data.mean), arrays=images.has_arrays,
         )  # fmt: skip

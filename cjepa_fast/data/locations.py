@@ -10,7 +10,7 @@ from typing import NamedTuple
 from cjepa_fast.data import kinds, listing, lists
 from cjepa_fast.data.listing import PACKED, some
 from cjepa_fast.runtime.printable import printable
-from cjepa_fast.runtime.watched import progressing
+from cjepa_fast.runtime.reads_in_progress import progressing
 
 TRAINING = "train"
 OTHER_SPLITS = ("val", "valid", "validation", "test")

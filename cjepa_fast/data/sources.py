@@ -38,7 +38,7 @@ from cjepa_fast.data.headers import JPEG_END
 from cjepa_fast.data.left_out import tell
 from cjepa_fast.runtime.hardware import cores
 from cjepa_fast.runtime.printable import printable
-from cjepa_fast.runtime.watched import watched
+from cjepa_fast.runtime.reads_in_progress import watched
 
 TRIED_DEEP = 8  # images of more than 8 bits, whose brightness is looked at
 OPEN_SHARDS = 4096  # shards kept open at most

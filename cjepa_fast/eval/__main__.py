@@ -8,7 +8,7 @@ import argparse
 import importlib
 import sys
 
-from cjepa_fast.data.batches import ImagesGone
+from cjepa_fast.data.decode_pipeline import ImagesGone
 from cjepa_fast.eval import cli
 from cjepa_fast.runtime import distributed, hardware
 from cjepa_fast.runtime.command_line import Parser

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from cjepa_fast.config import DataSection
-from cjepa_fast.data import arrays, dali, decoders, formats, index
-from cjepa_fast.data.decode import DecodeRequest, DecodeSettings
-from cjepa_fast.data.decoders import DALI, PILLOW, open_decoder
+from cjepa_fast.data import arrays, dali, formats, index
+from cjepa_fast.data.decoder import DecodeRequest, DecodeSettings
+from cjepa_fast.data.decoder_choice import DALI, PILLOW, choose_decoder, open_decoder
 from cjepa_fast.data.evaluation import eval_batches
 from cjepa_fast.data.headers import Unusable
 from cjepa_fast.data.loader import BatchSplit, Loader
@@ -363,9 +363,9 @@ def test_what_dali_makes_of_a_channel_is_tried(monkeypatch):
     monkeypatch.setattr(formats, "as_ppm", lambda image: full)  # as if the decoder made it so
     assert "(40, 90, 140, 190) in 4 channels it makes" in dali.problem(torch.device("cpu"), 4)
     device = torch.device("cpu")
-    assert decoders.chosen("auto", device, channels=9, arrays=True) == PILLOW
+    assert choose_decoder("auto", device, channels=9, arrays=True) == PILLOW
     with pytest.raises(ValueError, match="does not decode arrays"):
-        decoders.chosen(DALI, device, channels=9, arrays=True)
+        choose_decoder(DALI, device, channels=9, arrays=True)
 
 
 def test_colours_are_changed_of_rgb_alone():

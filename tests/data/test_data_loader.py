@@ -13,7 +13,7 @@ import torch
 
 from cjepa_fast.config import DataSection
 from cjepa_fast.data import loader as loader_module
-from cjepa_fast.data.batches import ImagesGone, Skipped
+from cjepa_fast.data.decode_pipeline import ImagesGone, Skipped
 from cjepa_fast.data.loader import BatchSplit, Loader, _Iteration
 from cjepa_fast.data.masks import MaskSampler
 from cjepa_fast.data.sources import open_images
@@ -301,7 +301,7 @@ def test_an_error_in_the_thread_reaches_the_consumer(images):
 
 def test_an_error_of_dali_that_no_image_explains_is_raised(images, monkeypatch):
     from cjepa_fast.data.dali import DaliDecoder
-    from cjepa_fast.data.decode import DecodeFailed
+    from cjepa_fast.data.decoder import DecodeFailed
 
     def collect(self):
         raise DecodeFailed("out of memory")

@@ -6,13 +6,13 @@ import corrupt_images as made
 import numpy as np
 import pytest
 import torch
-from test_data_decode import look
+from test_data_decoder import look
 from test_data_loader import loader, take
 
 from cjepa_fast.data import rand_augment
-from cjepa_fast.data.decode import MOST_MAGNITUDE, DecodeRequest
-from cjepa_fast.data.decoders import PILLOW
-from cjepa_fast.data.pillow_decode import PillowDecoder
+from cjepa_fast.data.decoder import MOST_MAGNITUDE, DecodeRequest
+from cjepa_fast.data.decoder_choice import PILLOW
+from cjepa_fast.data.pillow_decoder import PillowDecoder
 from cjepa_fast.data.sources import open_images
 
 SIDE = 64

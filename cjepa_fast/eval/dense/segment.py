@@ -25,7 +25,7 @@ from cjepa_fast.data.sets.pairs import (
     open_pairs,
 )
 from cjepa_fast.data.sources import LIMITS
-from cjepa_fast.data.whole import WholeImages, ahead
+from cjepa_fast.data.whole_images import WholeImages, ahead
 from cjepa_fast.eval import cli
 from cjepa_fast.eval.dense.confusion import confusion, scores
 from cjepa_fast.eval.dense.resize import fitted, normalised, resized

@@ -13,7 +13,7 @@ import torch
 
 from cjepa_fast.data.sets.davis import Clip, open_davis
 from cjepa_fast.data.sets.labelmaps import colours, write_label_map
-from cjepa_fast.data.whole import WholeImages, ahead
+from cjepa_fast.data.whole_images import WholeImages, ahead
 from cjepa_fast.eval import cli
 from cjepa_fast.eval.dense import jf_score
 from cjepa_fast.eval.dense.propagate import frame_labels, patch_labels, propagate

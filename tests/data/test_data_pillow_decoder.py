@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_data_decode import IMAGE, KINDS, MEAN, SMOOTH, STD, in_levels, look
+from test_data_decoder import IMAGE, KINDS, MEAN, SMOOTH, STD, in_levels, look
 from test_data_loader import indices, loader, take
 
-from cjepa_fast.data import crops, formats, pillow_decode
+from cjepa_fast.data import crops, formats, pillow_decoder
 from cjepa_fast.data.dali import DaliWholeDecoder
-from cjepa_fast.data.decode import DecodeFailed, DecodeRequest, DecodeSettings
-from cjepa_fast.data.decoders import DALI, PILLOW, open_decoder
+from cjepa_fast.data.decoder import DecodeFailed, DecodeRequest, DecodeSettings
+from cjepa_fast.data.decoder_choice import DALI, PILLOW, open_decoder
 from cjepa_fast.data.masks import MaskSampler
-from cjepa_fast.data.pillow_decode import PillowDecoder, PillowWholeDecoder
+from cjepa_fast.data.pillow_decoder import PillowDecoder, PillowWholeDecoder
 from cjepa_fast.data.sources import open_images
-from cjepa_fast.data.whole import WholeImages
+from cjepa_fast.data.whole_images import WholeImages
 
 NOISE = np.random.default_rng(0).integers(0, 256, (97, 131, 3), dtype=np.uint8)
 BOTH = {kind: data for kind, data in KINDS.items() if kind != "gif"}  # DALI reads no GIF
@@ -216,7 +216,7 @@ GREY = {
 
 @pytest.mark.parametrize("kind", [*EXACT, *GREY])
 def test_other_formats_are_read(kind, recwarn):
-    got = pillow_decode.pixels((EXACT | GREY)[kind])
+    got = pillow_decoder.pixels((EXACT | GREY)[kind])
     want = SMOOTH if kind in EXACT else SMOOTH[..., :1].repeat(3, -1)
     assert np.array_equal(got, want) and not recwarn.list
 
@@ -236,4 +236,4 @@ def test_other_formats_are_upright_and_of_the_first_frame(kind, recwarn):
             SMOOTH, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {})
         )
         want = np.rot90(SMOOTH, -1)
-    assert np.array_equal(pillow_decode.pixels(data), want) and not recwarn.list
+    assert np.array_equal(pillow_decoder.pixels(data), want) and not recwarn.list

@@ -1,6 +1,6 @@
 """What each decoder puts out, against plain Pillow; who is chosen; images that only Pillow reads.
 
-test_data_pillow_decode.py sets the two decoders side by side.
+test_data_pillow_decoder.py sets the two decoders side by side.
 """
 
 import io
@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 
 from cjepa_fast.config import DataSection
-from cjepa_fast.data import dali, decoders, formats
-from cjepa_fast.data.decode import DecodeRequest, DecodeSettings
-from cjepa_fast.data.decoders import DALI, PILLOW, open_decoder
+from cjepa_fast.data import dali, decoder_choice, formats
+from cjepa_fast.data.decoder import DecodeRequest, DecodeSettings
+from cjepa_fast.data.decoder_choice import DALI, PILLOW, choose_decoder, open_decoder
 from cjepa_fast.data.evaluation import eval_batches
 from cjepa_fast.data.loader import BatchSplit, Loader
 from cjepa_fast.data.sources import ImageSet, open_images
-from cjepa_fast.data.whole import WholeImages
+from cjepa_fast.data.whole_images import WholeImages
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DECODERS = [DALI, PILLOW]
@@ -245,27 +245,28 @@ def test_a_batch_that_goes_as_a_whole_shifts_none_of_those_after_it(
 @pytest.fixture
 def broken_dali(monkeypatch):
     """As on a machine for which there is no DALI."""
-    monkeypatch.setattr(decoders, "_problem_of_dali", lambda *_: "No module named 'nvidia.dali'")
-    monkeypatch.setattr(decoders, "_said", set())
+    missing = "No module named 'nvidia.dali'"
+    monkeypatch.setattr(decoder_choice, "_problem_of_dali", lambda *_: missing)
+    monkeypatch.setattr(decoder_choice, "_said", set())
 
 
 CPU = torch.device("cpu")
 
 
 def test_dali_is_chosen_where_it_works_and_what_is_demanded_elsewhere(monkeypatch):
-    monkeypatch.delenv(decoders.VARIABLE, raising=False)
+    monkeypatch.delenv(decoder_choice.VARIABLE, raising=False)
     said = []
-    assert decoders.chosen("auto", CPU, said.append) == decoders.chosen(DALI, CPU) == DALI
-    assert decoders.chosen(PILLOW, CPU, said.append) == PILLOW
-    monkeypatch.setenv(decoders.VARIABLE, PILLOW)
-    assert decoders.chosen("auto", CPU, said.append) == PILLOW
-    assert decoders.chosen(DALI, CPU, said.append) == DALI  # the configuration's word is the last
+    assert choose_decoder("auto", CPU, said.append) == choose_decoder(DALI, CPU) == DALI
+    assert choose_decoder(PILLOW, CPU, said.append) == PILLOW
+    monkeypatch.setenv(decoder_choice.VARIABLE, PILLOW)
+    assert choose_decoder("auto", CPU, said.append) == PILLOW
+    assert choose_decoder(DALI, CPU, said.append) == DALI  # the configuration's word is the last
     assert said == []
 
 
 def test_pillow_is_chosen_where_dali_does_not_work_and_that_is_said_once(broken_dali):
     said = []
-    assert [decoders.chosen("auto", CPU, said.append) for _ in range(3)] == [PILLOW] * 3
+    assert [choose_decoder("auto", CPU, said.append) for _ in range(3)] == [PILLOW] * 3
     assert said == [
         "Pillow decodes the images, since DALI does not work here: No module named 'nvidia.dali'"
     ]
@@ -273,10 +274,10 @@ def test_pillow_is_chosen_where_dali_does_not_work_and_that_is_said_once(broken_
 
 def test_what_cannot_be_had_is_told(broken_dali, monkeypatch):
     with pytest.raises(ValueError, match=r"decoder = 'dali': DALI does not work here \(No module"):
-        decoders.chosen(DALI, CPU)
-    monkeypatch.setenv(decoders.VARIABLE, "opencv")
+        choose_decoder(DALI, CPU)
+    monkeypatch.setenv(decoder_choice.VARIABLE, "opencv")
     with pytest.raises(ValueError, match=r"CJEPA_DECODER = 'opencv': must be auto, dali, pillow"):
-        decoders.chosen("auto", CPU)
+        choose_decoder("auto", CPU)
 
 
 @pytest.mark.parametrize(

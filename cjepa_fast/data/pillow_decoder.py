@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from cjepa_fast.data import arrays, formats, rand_augment
-from cjepa_fast.data.decode import DecodeFailed, DecodeRequest, DecodeSettings
+from cjepa_fast.data.decoder import DecodeFailed, DecodeRequest, DecodeSettings
 
 # DALI's, of R, G, B: luma, and two differences of colour that a saturation scales.
 YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
@@ -24,7 +24,7 @@ HALF_RANGE = 128.0  # the level that a contrast leaves as it is
 
 
 class PillowDecoder:
-    """decode.Decoder: each image is a task of a pool of look.threads threads."""
+    """decoder.Decoder: each image is a task of a pool of look.threads threads."""
 
     def __init__(self, look: DecodeSettings):
         self._look, self.channels = look, look.channels
@@ -79,7 +79,7 @@ class PillowDecoder:
 
 
 class PillowWholeDecoder:
-    """decode.WholeDecoder."""
+    """decoder.WholeDecoder."""
 
     def __init__(self, threads: int):
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")

@@ -1,6 +1,6 @@
 """Reading and decoding batches of an ImageSet, and what happens to images that fail.
 
-A request goes through three hands: a small pool of threads reads bytes, a decoder (decode.py)
+A request goes through three hands: a small pool of threads reads bytes, a decoder (decoder.py)
 makes tensors of them, the caller gets these in order. Threads rather than DALI's parallel external
 source: its worker processes cost seconds at the start and at each rebuild, and signals meant for
 the run reach them.
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from cjepa_fast.data import faults, formats
-from cjepa_fast.data.decode import DEPTH, DecodeFailed, Decoder, DecodeRequest, DecodeSettings
+from cjepa_fast.data.decoder import DEPTH, DecodeFailed, Decoder, DecodeRequest, DecodeSettings
 from cjepa_fast.data.decoder_warnings import DecoderWarnings, Suspect
 from cjepa_fast.data.early_ends import EarlyEnds
 from cjepa_fast.data.left_out import NAMED
