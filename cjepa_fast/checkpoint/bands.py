@@ -58,10 +58,10 @@ def _levels(image: Any, limits: Limits) -> np.ndarray:
 
 
 def _of_file(data: bytes, limits: Limits) -> np.ndarray:
-    look = formats.inspect(lambda at, count: data[at : at + count], len(data))
-    if look.treat == formats.ARRAY:
+    header = formats.inspect(lambda at, count: data[at : at + count], len(data))
+    if header.kind == formats.ARRAY:
         return arrays.pixels(data, limits.bit_depth)
-    picture = formats.decode_rgb(data, limits.max_pixels, limits.bit_depth, look.channels)
+    picture = formats.decode_rgb(data, limits.max_pixels, limits.bit_depth, header.channels)
     return _of_picture(picture, limits.bit_depth)
 
 

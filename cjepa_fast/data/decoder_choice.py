@@ -20,11 +20,11 @@ CHOICES = ("auto", DALI, PILLOW)  # of data.decoder
 VARIABLE = "CJEPA_DECODER"  # what "auto" means, for the evaluations too
 
 
-def open_decoder(kind: str, look: DecodeSettings, batch_size: int) -> Decoder:
+def open_decoder(kind: str, settings: DecodeSettings, batch_size: int) -> Decoder:
     """kind: what choose_decoder() answered."""
     if kind == PILLOW:
-        return PillowDecoder(look)
-    return DaliDecoder(look, batch_size)
+        return PillowDecoder(settings)
+    return DaliDecoder(settings, batch_size)
 
 
 def open_whole_decoder(kind: str, batch_size: int, threads: int) -> WholeDecoder:

@@ -40,14 +40,16 @@ def eval_batches(
         raise ValueError(
             f"resize is the share of the largest centred window to keep, in (0, 1], not {resize}"
         )
-    look = DecodeSettings(
+    settings = DecodeSettings(
         image_size, tuple(mean), tuple(std), torch.device(device), dtype, threads,
         max_pixels=images.limits.max_pixels, arrays=images.has_arrays,
         bit_depth=images.limits.bit_depth,
     )  # fmt: skip
-    images.require_channels(look.channels)
-    kind = choose_decoder(decoder, look.device, log, channels=look.channels, arrays=look.arrays)
-    made = open_decoder(kind, look, batch_size)
+    images.require_channels(settings.channels)
+    kind = choose_decoder(
+        decoder, settings.device, log, channels=settings.channels, arrays=settings.arrays
+    )
+    made = open_decoder(kind, settings, batch_size)
     if windows_N4 is None:
         windows_N4 = crops.centre(images.sizes_N2, resize, image_size)
 
@@ -55,14 +57,14 @@ def eval_batches(
         return DecodeRequest([], windows_N4[index_B])
 
     every_N = np.arange(len(images))
-    works = (
+    batch_requests = (
         BatchRequest(every_N[a : a + batch_size], show) for a in range(0, len(images), batch_size)
     )
-    drop = lambda work, b, decoder: False  # noqa: E731
-    skipped = Skipped(images, log, look)
-    decoded = decode(works, images, made, skipped, drop)
+    drop = lambda batch_request, b, decoder: False  # noqa: E731
+    skipped = Skipped(images, log, settings)
+    decoded = decode(batch_requests, images, made, skipped, drop)
     with contextlib.closing(decoded):
-        for images_BCHW, work in decoded:
-            yield images_BCHW, torch.from_numpy(work.index_B)
+        for images_BCHW, batch_request in decoded:
+            yield images_BCHW, torch.from_numpy(batch_request.index_B)
     if line := summary(skipped.warnings.count):
         log(line)

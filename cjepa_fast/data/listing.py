@@ -231,7 +231,7 @@ def _reuse(old: index.Table, names: list[bytes], entries_N, fresh_N) -> dict[int
     for field in ("length", "mtime_ns"):
         same_N[same_N] = old.entries_N[field][row_N[same_N]] == entries_N[field][same_N]
     rows = row_N[same_N]
-    for field in index.LOOK:
+    for field in formats.ImageHeader._fields:
         entries_N[field][same_N] = old.entries_N[field][rows]
     fresh_N[same_N] = False
     known = np.flatnonzero(same_N).tolist()

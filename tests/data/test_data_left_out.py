@@ -96,10 +96,10 @@ def test_kinds_that_nobody_reads_do_not_make_another_set(tmp_path, opened):
 @pytest.mark.parametrize("kind", ["TIFF", "WEBP"])
 def test_other_kinds_are_upright_too(turn, kind):
     data = made.encoded(made.picture(1, 30, 50), kind, exif=made.exif(turn))
-    look = formats.inspect(lambda at, count: data[at : at + count], len(data))
+    header = formats.inspect(lambda at, count: data[at : at + count], len(data))
     image = formats.decode_rgb(data)
-    assert (look.height, look.width) == (image.height, image.width)
-    assert (look.height, look.width) == ((50, 30) if turn >= 5 else (30, 50))
+    assert (header.height, header.width) == (image.height, image.width)
+    assert (header.height, header.width) == ((50, 30) if turn >= 5 else (30, 50))
 
 
 def segment(marker: int, body: bytes, size: int | None = None) -> bytes:

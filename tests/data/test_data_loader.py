@@ -397,9 +397,9 @@ def test_the_loader_s_thread_is_on_its_rank_s_gpu(monkeypatch):
 def epochs_of_rank_0(images, bad: range, epochs: int, max_skipped: float) -> Skipped:
     """What the loader of one of four ranks counts, after the bad images of its batches."""
     source = loader(images, 20, 5, rank=0, world_size=4, max_skipped=max_skipped)
-    works = source._works(0)
+    requests = source._batch_requests(0)
     for _ in range(epochs * source.steps_per_epoch):
-        for i in next(works).index_B.tolist():
+        for i in next(requests).index_B.tolist():
             if i in bad:
                 source.skipped.note(i, "bad")
     return source.skipped

@@ -134,8 +134,8 @@ def test_end_marker_of_a_preview_is_no_end_marker():
     whole = made.encoded(made.picture(5), comment=made.encoded(made.picture(3, 20, 20)))
     cut = whole[:-200]
     assert b"\xff\xd9" in cut
-    look = formats.inspect(lambda at, count: cut[at : at + count], len(cut))
-    assert 50 < look.there_pct < 100
+    header = formats.inspect(lambda at, count: cut[at : at + count], len(cut))
+    assert 50 < header.there_pct < 100
 
 
 @pytest.mark.parametrize("orientation", range(9))

@@ -93,7 +93,7 @@ class Decoder:
     def __init__(self, writes, bad=()):
         self.writes, self.bad, self.lines, self.looks = writes, bad, [], 0
 
-    def written(self):
+    def library_messages(self):
         lines, self.lines = self.lines, []
         return lines
 
