@@ -71,7 +71,7 @@ def is_tar(name: bytes) -> bool:
     return os.fsdecode(name).endswith((TAR, *PACKED))
 
 
-def some(names: list[bytes]) -> str:
+def first_of(names: list[bytes]) -> str:
     """In words: the first of them, and how many more there are."""
     more = f" and {len(names) - 1} more such" if len(names) > 1 else ""
     return f"{printable(names[0])}{more}"
@@ -133,7 +133,7 @@ def index_folder(root: Path, cache, pool: ThreadPoolExecutor, log) -> tuple[inde
         found = sorted(_counted(images_below(os.fsencode(root), tars), bar))
     if found and (deeper := [name for name in tars if b"/" in name]):
         log(
-            f"{printable(root)} holds images, and in sub-folders {some(deeper)}, which is not "
+            f"{printable(root)} holds images, and in sub-folders {first_of(deeper)}, which is not "
             "read: name their folder to read them"
         )
     found = kinds.without_arrays(found, lambda one: one[0])

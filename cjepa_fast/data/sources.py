@@ -480,6 +480,6 @@ def _nothing_usable(path: str, images: ImageSet, tars: list[bytes]) -> str:
     return (
         f"no usable image in {path} ({images.found} files with the endings "
         f"{', '.join((*kinds.READ, *kinds.ARRAYS))} found{why}). "
-        + (f"It holds {listing.some(tars)}: name the folder that these lie in." if tars else
+        + (f"It holds {listing.first_of(tars)}: name the folder that these lie in." if tars else
            "Name a folder of images, of .tar shards with such members, or a list of images.")
     )  # fmt: skip

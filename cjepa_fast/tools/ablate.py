@@ -34,10 +34,11 @@ from typing import NamedTuple
 from cjepa_fast import checkpoint
 from cjepa_fast import config as configuration
 from cjepa_fast.config import ConfigError
-from cjepa_fast.eval.cli import positive, print_table
 from cjepa_fast.eval.figures import bands
 from cjepa_fast.eval.figures.curves import PANELS, at_start
 from cjepa_fast.eval.figures.style import STYLE, save
+from cjepa_fast.eval.options import positive
+from cjepa_fast.eval.records import print_table
 from cjepa_fast.runtime import caches, children, hardware, json_text
 from cjepa_fast.runtime.command_line import Parser
 from cjepa_fast.runtime.printable import in_markdown, printable, printable_lines, say

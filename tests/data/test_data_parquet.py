@@ -10,7 +10,7 @@ import pytest
 
 from cjepa_fast.data import faults, pack, parquet
 from cjepa_fast.data.sources import open_images
-from cjepa_fast.eval.cli import labelled_splits
+from cjepa_fast.eval.splits import labelled_splits
 
 TRAIN = "data/train-{:05d}-of-{:05d}.parquet"
 

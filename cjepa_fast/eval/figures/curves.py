@@ -8,9 +8,11 @@ import itertools
 from pathlib import Path
 from typing import NamedTuple
 
-from cjepa_fast.eval import cli, seeds
+from cjepa_fast.eval import seeds
 from cjepa_fast.eval.figures import bands
 from cjepa_fast.eval.figures.style import QUIET, STYLE, save
+from cjepa_fast.eval.options import add_out
+from cjepa_fast.eval.records import print_numbers
 from cjepa_fast.telemetry import read_log
 
 
@@ -174,7 +176,7 @@ def short_names(runs: list[Path | str]) -> list[str]:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN")
-    cli.add_out(parser)
+    add_out(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -186,5 +188,5 @@ def run(args: argparse.Namespace) -> None:
         step = max(steps[-1] for steps, _ in ends.values() if steps)
         rows.append({"run": name, "step": step, **last})
     headings = {"step": "step", **{key: panel.axis for key, panel in PANELS.items()}}
-    cli.tell(args, rows, headings, "run")
+    print_numbers(args, rows, headings, "run")
     print(drawn)
