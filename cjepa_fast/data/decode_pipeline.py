@@ -1,4 +1,4 @@
-"""Reading and decoding batches of an ImageSet, and what happens to images that fail.
+"""Reading and decoding batches of images, and what happens to images that fail.
 
 A request goes through three hands: a small pool of threads reads bytes, a decoder (decoder.py)
 makes tensors of them, the caller gets these in order. Threads rather than DALI's parallel external
@@ -22,7 +22,7 @@ from cjepa_fast.data.decoder import DEPTH, DecodeFailed, Decoder, DecodeRequest,
 from cjepa_fast.data.decoder_warnings import DecoderWarnings, Suspect
 from cjepa_fast.data.early_ends import EarlyEnds
 from cjepa_fast.data.left_out import NAMED
-from cjepa_fast.data.sources import ImageSet
+from cjepa_fast.data.sources import DecodableImages
 from cjepa_fast.runtime.printable import printable
 
 READ_AHEAD = 2  # batches whose bytes are being read beside those inside the decoder
@@ -44,7 +44,7 @@ class Skipped:
 
     def __init__(
         self,
-        images: ImageSet,
+        images: DecodableImages,
         log: Callable[[str], None],
         settings: DecodeSettings | None = None,
         most: float = math.inf,
@@ -113,7 +113,7 @@ class BatchRequest:
 ReplaceImage = Callable[[BatchRequest, int, Decoder], bool]
 
 
-def read_one(images: ImageSet, i: int, channels: int) -> bytes | OSError:
+def read_one(images: DecodableImages, i: int, channels: int) -> bytes | OSError:
     """What images.read gives. Raises ImagesGone for what is not the file's fault: no other file is
     to take its place."""
     try:
@@ -125,7 +125,7 @@ def read_one(images: ImageSet, i: int, channels: int) -> bytes | OSError:
 
 
 def _read_some(
-    images: ImageSet, indexes: np.ndarray, skipped: Skipped, channels: int
+    images: DecodableImages, indexes: np.ndarray, skipped: Skipped, channels: int
 ) -> list[bytes | OSError]:
     most_pixels, rescued = images.limits.max_pixels, skipped.rescued
     return [
@@ -148,7 +148,7 @@ def _as_decoded(
 
 def decode(
     batch_requests: Iterator[BatchRequest],
-    images: ImageSet,
+    images: DecodableImages,
     decoder: Decoder,
     skipped: Skipped,
     replace: ReplaceImage,
@@ -183,7 +183,7 @@ def decode(
 
 def _top_up(
     batch_requests,
-    images: ImageSet,
+    images: DecodableImages,
     pool,
     readers: int,
     reading: deque,
@@ -262,7 +262,11 @@ def _submit(inside: deque, decoder: Decoder, skipped: Skipped, replace: ReplaceI
 
 
 def _collect(
-    inside: deque, images: ImageSet, decoder: Decoder, skipped: Skipped, replace: ReplaceImage
+    inside: deque,
+    images: DecodableImages,
+    decoder: Decoder,
+    skipped: Skipped,
+    replace: ReplaceImage,
 ) -> tuple[torch.Tensor, BatchRequest] | None:
     while inside:
         try:
@@ -280,7 +284,7 @@ def _collect(
     return None  # every image that was inside turned out bad and was dropped
 
 
-def _suspects(inside: deque, images: ImageSet, decoder: Decoder) -> list[Suspect]:
+def _suspects(inside: deque, images: DecodableImages, decoder: Decoder) -> list[Suspect]:
     """What is inside the decoder, each image to be decoded alone."""
     alone = decoder.decode_alone
     return [

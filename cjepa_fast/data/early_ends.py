@@ -29,7 +29,7 @@ from cjepa_fast.data.headers import (
     jpeg_header,
     orientation,
 )
-from cjepa_fast.data.sources import ImageSet
+from cjepa_fast.data.sources import ReadableImages
 
 GRAY = 128.0  # the level of what is missing, in all channels
 CLOSE = 2.0  # levels
@@ -102,7 +102,7 @@ class EarlyEnds:
     settings: with None it looks at nothing, nor with RandAugment, which moves edges about.
     """
 
-    def __init__(self, images: ImageSet, settings: DecodeSettings | None):
+    def __init__(self, images: ReadableImages, settings: DecodeSettings | None):
         self._images, self._settings = images, settings
         blind = settings is None or settings.rand_augment
         self._most = 1.0 if blind else 1 - images.limits.min_shown

@@ -11,12 +11,12 @@ from cjepa_fast.data.decode_pipeline import BatchRequest, Skipped, decode
 from cjepa_fast.data.decoder import DecodeRequest, DecodeSettings
 from cjepa_fast.data.decoder_choice import choose_decoder, open_decoder
 from cjepa_fast.data.decoder_warnings import summary
-from cjepa_fast.data.sources import ImageSet
+from cjepa_fast.data.sources import DecodableImages
 from cjepa_fast.runtime.image_size import ImageSize
 
 
 def eval_batches(
-    images: ImageSet,
+    images: DecodableImages,
     *,
     image_size: ImageSize,
     mean: tuple[float, ...],

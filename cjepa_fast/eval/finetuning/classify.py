@@ -16,7 +16,8 @@ from torch import nn
 from cjepa_fast.checkpoint.encoders import load_encoder, run_of
 from cjepa_fast.config import DataSection
 from cjepa_fast.data.loader import Batch, BatchSplit, Loader
-from cjepa_fast.eval.features import Subset, digest, image_vectors
+from cjepa_fast.data.sources import Subset
+from cjepa_fast.eval.features import digest, image_vectors
 from cjepa_fast.eval.finetuning import loop, recipe
 from cjepa_fast.eval.finetuning.layer_decay import add_drop_path
 from cjepa_fast.eval.finetuning.recipe import Classifier, Recipe

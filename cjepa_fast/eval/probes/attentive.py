@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from cjepa_fast.data.loader import Batch, Loader
-from cjepa_fast.eval.features import Subset, digest
+from cjepa_fast.data.sources import Subset
+from cjepa_fast.eval.features import digest
 from cjepa_fast.eval.finetuning import classify, loop, recipe
 from cjepa_fast.eval.finetuning.saved import Learner, SavedTraining, digest_of_labels
 from cjepa_fast.eval.options import add_checkpoint, add_sets, encoders_of
