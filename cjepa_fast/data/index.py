@@ -238,7 +238,7 @@ def read_unchanged(fd: int, indexed: tuple[int, int], count: int, offset: int) -
     return data
 
 
-def open_regular(path: str | bytes | os.PathLike, name: object = None) -> int:
+def open_regular(path: str | bytes | os.PathLike) -> int:
     """A descriptor for reading. Raises OSError for a pipe or a device, which might never answer."""
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(fd).st_mode):

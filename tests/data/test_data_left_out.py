@@ -795,11 +795,11 @@ def test_the_shard_unused_for_longest_is_closed(three_shards, monkeypatch):
 def test_a_slow_shard_holds_up_no_other(three_shards, monkeypatch):
     real, opening, go_on = index.open_regular, threading.Event(), threading.Event()
 
-    def slowly(path, *args):
+    def slowly(path):
         if path.name == "x-0.tar":
             opening.set()
             assert go_on.wait(60)
-        return real(path, *args)
+        return real(path)
 
     monkeypatch.setattr(index, "open_regular", slowly)
     with ThreadPoolExecutor(2) as pool:
