@@ -28,9 +28,9 @@ from cjepa_fast import config as configuration
 from cjepa_fast.checkpoint.encoders import load_encoder
 from cjepa_fast.config import Config
 from cjepa_fast.data import rng
-from cjepa_fast.eval import cli
 from cjepa_fast.eval.features import extract, image_vectors
 from cjepa_fast.eval.probes import knn, linear, spread
+from cjepa_fast.eval.splits import labelled_splits, subsample
 from cjepa_fast.telemetry import representation_stats
 from cjepa_fast.tools import ablate
 from cjepa_fast.training.build import build_networks
@@ -99,7 +99,9 @@ def reading(encoder, splits, config: Config) -> dict[str, float]:
         features_nD, index_n = extract(encoder, images, keep=keep, **options)
         vectors += [features_nD, images.labels[index_n]]
     images, keep = splits[1]
-    tokens, _ = extract(encoder, images, keep=cli.some(keep, TOKEN_IMAGES), pooled=False, **options)
+    tokens, _ = extract(
+        encoder, images, keep=subsample(keep, TOKEN_IMAGES), pooled=False, **options
+    )
     return {
         **scores(tuple(vectors), config.eval.k, config.eval.temperature),
         "rankme": representation_stats(vectors[2])["rankme"].item(),
@@ -142,7 +144,7 @@ def overrides(args: argparse.Namespace) -> list[str]:
 
 def splits_of(args: argparse.Namespace):
     split = "test" if args.final else "held"
-    return cli.labelled_splits(str(args.data / "train"), str(args.data / split), 5000, None)
+    return labelled_splits(str(args.data / "train"), str(args.data / split), 5000, None)
 
 
 def command(args: argparse.Namespace, row: str, seed: int | None) -> str:

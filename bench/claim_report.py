@@ -12,7 +12,7 @@ from pathlib import Path
 from claim import UNTRAINED
 from hardware import ROOT
 
-from cjepa_fast.eval.figures import bands
+from cjepa_fast.eval.figures import seed_bands
 from cjepa_fast.eval.figures.style import STYLE, save
 from cjepa_fast.runtime.printable import in_markdown
 
@@ -204,11 +204,11 @@ def draw(group: list[dict], path: Path, chosen: bool = False) -> None:
                 points = [
                     ([r["images"] / 1000 for r in run], [r[key] for r in run]) for run in runs
                 ]
-                bands.draw(axes, i, len(best), name_of((name, overrides)), points)
+                seed_bands.draw(axes, i, len(best), name_of((name, overrides)), points)
             axes.set_xlabel("images (thousands)")
             axes.set_ylabel(label)
             axes.grid()
-        bands.legend(figure, panels)
+        seed_bands.legend(figure, panels)
     save(figure, path)
 
 

@@ -24,9 +24,9 @@ from stopwatch import Stopwatch
 
 from cjepa_fast import config as configuration
 from cjepa_fast import load_encoder
-from cjepa_fast.eval import cli
 from cjepa_fast.eval.features import image_vectors
 from cjepa_fast.eval.probes import knn
+from cjepa_fast.eval.splits import labelled_splits
 from cjepa_fast.model import fp8
 from cjepa_fast.model.attention_trial import Shape, fastest
 from cjepa_fast.model.flops import block_flop
@@ -84,7 +84,7 @@ def knn_of(tokens_of: Callable, encoder: Encoder, splits: list, device: torch.de
 def row_of(
     name: str, encoder: Encoder, batch: int, device: torch.device, seconds: float, splits: list = ()
 ) -> dict:
-    """splits: the images to fit kNN on and to score, as cli.labelled_splits gives them."""
+    """splits: the images to fit kNN on and to score, as labelled_splits gives them."""
     encoder = encoder.to(device).eval()
     images = pictures(batch, encoder, device).bfloat16()
     some = images[:CHECKED]
@@ -167,9 +167,7 @@ def main(argv: list[str]) -> int:
     try:
         fp8.check_device(device)
         found = encoders(args.config, args.encoder, device)
-        splits = (
-            cli.labelled_splits(args.data, args.test, args.most, args.most) if args.data else ()
-        )
+        splits = labelled_splits(args.data, args.test, args.most, args.most) if args.data else ()
         about, rows = hardware.provenance(device), []
         for one in found:
             rows.append(row_of(*one, device, args.seconds, splits))

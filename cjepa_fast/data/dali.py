@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from cjepa_fast.data import formats
-from cjepa_fast.data.decode import DEPTH, DecodeFailed, DecodeRequest, DecodeSettings
+from cjepa_fast.data.decoder import DEPTH, DecodeFailed, DecodeRequest, DecodeSettings
 from cjepa_fast.runtime import oom
 from cjepa_fast.runtime.library_stderr import LibraryStderr
 
@@ -36,11 +36,11 @@ def problem(device: torch.device, channels: int = 3) -> str | None:
     """
     levels = TRIED_LEVELS[:channels]
     image = Image.new(formats.MODES[channels], (16, 16), levels if channels > 1 else levels[0])
-    look = DecodeSettings(8, (0.0,) * channels, (1.0,) * channels, device, torch.float32, 1)
+    settings = DecodeSettings(8, (0.0,) * channels, (1.0,) * channels, device, torch.float32, 1)
     try:
-        pipe = build(look, 1, 1, 1)
+        pipe = build(settings, 1, 1, 1)
         window_14 = np.array([[0, 0, 16, 16]], np.int32)
-        _feed(pipe, look, DecodeRequest([formats.as_ppm(image)], window_14))
+        _feed(pipe, settings, DecodeRequest([formats.as_ppm(image)], window_14))
         (made,) = pipe.run()
         made = made.as_cpu() if device.type == "cuda" else made
         found_C = 255 * np.asarray(made.as_tensor())[0].mean((1, 2))
@@ -63,15 +63,15 @@ def _failures():
         raise DecodeFailed(str(error)) from error
 
 
-def build(look: DecodeSettings, batch_size: int, threads: int, depth: int):
+def build(settings: DecodeSettings, batch_size: int, threads: int, depth: int):
     """A built DALI pipeline with the inputs of DecodeRequest. On the CPU it needs no GPU at all."""
     import nvidia.dali.fn as fn
     from nvidia.dali import pipeline_def, types
     from nvidia.dali.auto_aug.rand_augment import rand_augment
 
-    on_gpu = look.device.type == "cuda"
-    kind = {1: types.GRAY, 3: types.RGB}.get(look.channels, types.ANY_DATA)
-    device_id = (look.device.index or 0) if on_gpu else None
+    on_gpu = settings.device.type == "cuda"
+    kind = {1: types.GRAY, 3: types.RGB}.get(settings.channels, types.ANY_DATA)
+    device_id = (settings.device.index or 0) if on_gpu else None
 
     def given(name, dtype, ndim):
         return fn.external_source(name=name, dtype=dtype, ndim=ndim)
@@ -84,7 +84,7 @@ def build(look: DecodeSettings, batch_size: int, threads: int, depth: int):
             # nvImageCodec 0.9 (its issue 55), which DALI 2.4 requires, and the CPU's region decode
             # below is its way to save work, which the hardware JPEG engine does not need.
             images = fn.decoders.image(
-                encoded, device="mixed", output_type=kind, hw_decoder_load=look.hw_decoder_load
+                encoded, device="mixed", output_type=kind, hw_decoder_load=settings.hw_decoder_load
             )
             images = fn.slice(images, start=start, shape=shape, axes=(0, 1))
         else:
@@ -92,24 +92,24 @@ def build(look: DecodeSettings, batch_size: int, threads: int, depth: int):
                 encoded, device="cpu", output_type=kind, start=start, shape=shape,
                 axis_names="HW",
             )  # fmt: skip
-        size = look.height_width
+        size = settings.height_width
         images = fn.resize(images, size=size, interp_type=types.INTERP_LINEAR, antialias=True)
-        if look.colour:
+        if settings.colour:
             b, c, s = (given(n, types.FLOAT, 0) for n in ("brightness", "contrast", "saturation"))
             images = fn.color_twist(images, brightness=b, contrast=c, saturation=s)
-        if look.rand_augment:
-            n, magnitude, seed = look.rand_augment
+        if settings.rand_augment:
+            n, magnitude, seed = settings.rand_augment
             images = rand_augment(images, n, magnitude, shape=size, seed=seed)
         return fn.crop_mirror_normalize(
             images,
-            dtype=types.FLOAT16 if look.dtype == torch.float16 else types.FLOAT,
+            dtype=types.FLOAT16 if settings.dtype == torch.float16 else types.FLOAT,
             output_layout="CHW",
-            mean=[255.0 * m for m in look.mean],
-            std=[255.0 * s for s in look.std],
-            mirror=given("flip", types.INT32, 0) if look.flip else 0,
+            mean=[255.0 * m for m in settings.mean],
+            std=[255.0 * s for s in settings.std],
+            mirror=given("flip", types.INT32, 0) if settings.flip else 0,
         )
 
-    conditional = look.rand_augment is not None
+    conditional = settings.rand_augment is not None
     # In RandAugment DALI warns of its own names, whatever is ignored: so it is kept and dropped.
     with warnings.catch_warnings(record=conditional):
         pipe = pipeline_def(shown, enable_conditionals=conditional)(
@@ -121,42 +121,43 @@ def build(look: DecodeSettings, batch_size: int, threads: int, depth: int):
     return pipe
 
 
-def _feed(pipe, look: DecodeSettings, feed: DecodeRequest) -> None:
-    pipe.feed_input("encoded", [np.frombuffer(data, np.uint8) for data in feed.encoded])
-    pipe.feed_input("start", np.ascontiguousarray(feed.window_B4[:, :2]))
-    pipe.feed_input("shape", np.ascontiguousarray(feed.window_B4[:, 2:]))
-    if look.flip:
-        pipe.feed_input("flip", feed.flip_B)
-    if look.colour:
+def _feed(pipe, settings: DecodeSettings, request: DecodeRequest) -> None:
+    pipe.feed_input("encoded", [np.frombuffer(data, np.uint8) for data in request.encoded])
+    pipe.feed_input("start", np.ascontiguousarray(request.window_B4[:, :2]))
+    pipe.feed_input("shape", np.ascontiguousarray(request.window_B4[:, 2:]))
+    if settings.flip:
+        pipe.feed_input("flip", request.flip_B)
+    if settings.colour:
         for column, name in enumerate(("brightness", "contrast", "saturation")):
-            pipe.feed_input(name, np.ascontiguousarray(feed.colour_B3[:, column]))
+            pipe.feed_input(name, np.ascontiguousarray(request.colour_B3[:, column]))
 
 
 class DaliDecoder:
-    """decode.Decoder by the pipeline above, on the device of the tensors."""
+    """decoder.Decoder by the pipeline above, on the device of the tensors."""
 
-    def __init__(self, look: DecodeSettings, batch_size: int):
-        self._look, self._batch_size, self.channels = look, batch_size, look.channels
-        self._stream = torch.cuda.Stream(look.device) if look.device.type == "cuda" else None
+    def __init__(self, settings: DecodeSettings, batch_size: int):
+        self._settings, self._batch_size, self.channels = settings, batch_size, settings.channels
+        on_gpu = settings.device.type == "cuda"
+        self._stream = torch.cuda.Stream(settings.device) if on_gpu else None
         self._probe = None
         self.restart()
 
     def restart(self) -> None:
         self._pipe = None  # first, so that two are never alive at once
-        self._pipe = build(self._look, self._batch_size, self._look.threads, DEPTH)
+        self._pipe = build(self._settings, self._batch_size, self._settings.threads, DEPTH)
         self._fed = self._repeats = 0
 
-    def submit(self, feed: DecodeRequest) -> None:
+    def submit(self, request: DecodeRequest) -> None:
         with _failures():
             while self._repeats:  # come out before the next batch, and nobody asked for them
                 self._pipe.share_outputs()
                 self._pipe.release_outputs()
                 self._repeats -= 1
-            self._put_in(feed)
+            self._put_in(request)
 
-    def _put_in(self, feed: DecodeRequest) -> None:
-        _feed(self._pipe, self._look, feed)
-        self._last = feed
+    def _put_in(self, request: DecodeRequest) -> None:
+        _feed(self._pipe, self._settings, request)
+        self._last = request
         self._fed += 1
         if self._fed >= DEPTH:  # the first call starts DEPTH runs, and each run needs its input
             self._pipe.schedule_run()
@@ -174,39 +175,39 @@ class DaliDecoder:
 
     def _copied(self, images) -> torch.Tensor:
         if self._stream is None:
-            return torch.from_numpy(np.asarray(images)).to(self._look.dtype, copy=True)
+            return torch.from_numpy(np.asarray(images)).to(self._settings.dtype, copy=True)
         from nvidia.dali.plugin.pytorch import feed_ndarray
 
-        native = torch.float16 if self._look.dtype == torch.float16 else torch.float32
+        native = torch.float16 if self._settings.dtype == torch.float16 else torch.float32
         with torch.cuda.stream(self._stream):
-            copy = torch.empty(images.shape(), dtype=native, device=self._look.device)
+            copy = torch.empty(images.shape(), dtype=native, device=self._settings.device)
             feed_ndarray(images, copy, cuda_stream=self._stream)
-            copy = copy.to(self._look.dtype)
+            copy = copy.to(self._settings.dtype)
         self._stream.synchronize()  # the loader's own thread waits, the training does not
         return copy
 
-    def alone(self, feed: DecodeRequest, b: int) -> bytes | None:
-        one = feed.rows([b])
+    def decode_alone(self, request: DecodeRequest, b: int) -> bytes | None:
+        one = request.rows([b])
         if self._decodes(one):
-            return feed.encoded[b]
+            return request.encoded[b]
         try:
             image = formats.decode_rgb(
-                feed.encoded[b], self._look.max_pixels, channels=self.channels
+                request.encoded[b], self._settings.max_pixels, channels=self.channels
             )
             one.encoded = [formats.as_ppm(image)]
         except OSError:
             return None
         return one.encoded[0] if self._decodes(one) else None
 
-    def written(self) -> list[str]:
+    def library_messages(self) -> list[str]:
         return WRITTEN.lines()
 
     def _decodes(self, one: DecodeRequest) -> bool:
         """DALI's own verdict, on its own device, about a batch of one."""
         if self._probe is None:
-            self._probe = build(self._look, 1, 1, 1)
+            self._probe = build(self._settings, 1, 1, 1)
         try:
-            _feed(self._probe, self._look, one)
+            _feed(self._probe, self._settings, one)
             self._probe.schedule_run()
             self._probe.share_outputs()
             self._probe.release_outputs()
@@ -217,7 +218,7 @@ class DaliDecoder:
 
 
 class DaliWholeDecoder:
-    """decode.WholeDecoder."""
+    """decoder.WholeDecoder."""
 
     def __init__(self, batch_size: int, threads: int):
         self._batch_size, self._threads = batch_size, threads
@@ -238,7 +239,7 @@ class DaliWholeDecoder:
             raise
         return [np.array(images.at(b)) for b in range(len(encoded))]  # DALI uses its memory again
 
-    def written(self) -> list[str]:
+    def library_messages(self) -> list[str]:
         return WRITTEN.lines()
 
 

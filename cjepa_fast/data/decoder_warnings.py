@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 
-from cjepa_fast.data.decode import Decoder, WholeDecoder
+from cjepa_fast.data.decoder import Decoder, WholeDecoder
 from cjepa_fast.runtime.printable import printable
 
 KINDS = 20  # of lines, told apart
@@ -34,7 +34,7 @@ class DecoderWarnings:
         self, decoder: Decoder | WholeDecoder, suspects: Callable[[], list[Suspect]] = list
     ) -> None:
         """Count what has been written since the last call, of one of `suspects`."""
-        new = Counter(map(self._kind, decoder.written()))
+        new = Counter(map(self._kind, decoder.library_messages()))
         if not new:
             return
         self.count += new
@@ -57,10 +57,10 @@ class DecoderWarnings:
         """The kinds of what is written of an image, twice: once, it may be of another."""
         name, decode = suspect
         readable = decode() is not None
-        if not (found := decoder.written()):
+        if not (found := decoder.library_messages()):
             return set()
         decode()
-        again = set(map(self._kind, decoder.written()))
+        again = set(map(self._kind, decoder.library_messages()))
         kinds = {kind: line for line in found if (kind := self._kind(line)) in again}
         self.count += Counter(kind for line in found if (kind := self._kind(line)) not in again)
         if not readable:  # it is found, and named as such, when its batch comes

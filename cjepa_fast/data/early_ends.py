@@ -20,7 +20,7 @@ import torch
 from PIL.JpegImagePlugin import JpegImageFile
 
 from cjepa_fast.data import formats
-from cjepa_fast.data.decode import DecodeRequest, DecodeSettings
+from cjepa_fast.data.decoder import DecodeRequest, DecodeSettings
 from cjepa_fast.data.headers import (
     JPEG_END,
     JPEG_MAGIC,
@@ -29,7 +29,7 @@ from cjepa_fast.data.headers import (
     jpeg_header,
     orientation,
 )
-from cjepa_fast.data.sources import ImageSet
+from cjepa_fast.data.sources import ReadableImages
 
 GRAY = 128.0  # the level of what is missing, in all channels
 CLOSE = 2.0  # levels
@@ -99,15 +99,16 @@ def _small(data: bytes) -> np.ndarray:
 class EarlyEnds:
     """Looks for them among the images that a decoder shows; what it finds of a file is kept.
 
-    look: None looks at nothing, nor does a look with RandAugment, which moves edges about.
+    settings: with None it looks at nothing, nor with RandAugment, which moves edges about.
     """
 
-    def __init__(self, images: ImageSet, look: DecodeSettings | None):
-        self._images, self._look = images, look
-        self._most = 1.0 if look is None or look.rand_augment else 1 - images.limits.min_shown
+    def __init__(self, images: ReadableImages, settings: DecodeSettings | None):
+        self._images, self._settings = images, settings
+        blind = settings is None or settings.rand_augment
+        self._most = 1.0 if blind else 1 - images.limits.min_shown
         self._gaps: dict[int, Gap | None] = {}
-        on_gpu = look is not None and look.device.type == "cuda"
-        self._stream = torch.cuda.Stream(look.device) if on_gpu else None
+        on_gpu = settings is not None and settings.device.type == "cuda"
+        self._stream = torch.cuda.Stream(settings.device) if on_gpu else None
 
     def known(self, i: int, window_4: np.ndarray) -> str:
         """Why image i is bad, as far as is known of its file; "" if nothing is."""
@@ -117,19 +118,19 @@ class EarlyEnds:
         return found.why
 
     def seen(
-        self, images_BCHW: torch.Tensor, index_B: np.ndarray, feed: DecodeRequest
+        self, images_BCHW: torch.Tensor, index_B: np.ndarray, request: DecodeRequest
     ) -> dict[int, str]:
         """{b: why} of the bad ones among images that have come out of the decoder."""
         if self._most >= 1:
             return {}
         with torch.cuda.stream(self._stream):
-            suspects = gray_edged(images_BCHW, self._look, feed)
+            suspects = gray_edged(images_BCHW, self._settings, request)
         found = {}
         for b in suspects:
             i = int(index_B[b])
             if i not in self._gaps:
                 self._gaps[i] = self._gap_of(i)
-            if why := self.known(i, feed.window_B4[b]):
+            if why := self.known(i, request.window_B4[b]):
                 found[b] = why
         return found
 
@@ -140,15 +141,17 @@ class EarlyEnds:
             return None
 
 
-def gray_edged(images_BCHW: torch.Tensor, look: DecodeSettings, feed: DecodeRequest) -> list[int]:
+def gray_edged(
+    images_BCHW: torch.Tensor, settings: DecodeSettings, request: DecodeRequest
+) -> list[int]:
     """The images that have an edge of the gray that decoders paint where pixels are missing."""
     edges = [images_BCHW[:, :, at, ::EVERY] for at in (0, -1)]
     edges += [images_BCHW[:, :, ::EVERY, at] for at in (0, -1)]
     device = images_BCHW.device
-    mean, std = (torch.tensor(v, device=device).view(-1, 1) for v in (look.mean, look.std))
+    mean, std = (torch.tensor(v, device=device).view(-1, 1) for v in (settings.mean, settings.std))
     gray_B = np.full(len(images_BCHW), GRAY, np.float32)
-    if look.colour:  # of gray, brightness alone changes the level
-        gray_B = (gray_B * feed.colour_B3[:, 0]).clip(0, 255)
+    if settings.colour:  # of gray, brightness alone changes the level
+        gray_B = (gray_B * request.colour_B3[:, 0]).clip(0, 255)
     gray_B11 = torch.from_numpy(gray_B).to(device, torch.float32).view(-1, 1, 1)
     far = [((x.float() * std + mean) * 255 - gray_B11).abs().amax((1, 2)) for x in edges]
     return (torch.stack(far, 1) < CLOSE).any(1).nonzero().flatten().tolist()

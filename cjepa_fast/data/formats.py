@@ -70,20 +70,20 @@ PILLOW_ERRORS = (
 )  # fmt: skip
 
 
-class Look(NamedTuple):
-    """What a header says. Upright; treat: PLAIN, CONVERT or ARRAY; bits: of a channel or of a
+class ImageHeader(NamedTuple):
+    """What a header says. Upright; kind: PLAIN, CONVERT or ARRAY; bits: of a channel or of a
     number in an array, if more than 8, else 8; there_pct: how much of a JPEG that was cut short is
     there, of its rows; channels: as stored, but three for CMYK and for a palette without alpha."""
 
     height: int
     width: int
-    treat: int
+    kind: int
     bits: int = 8
     there_pct: int = 100
     channels: int = 3
 
 
-def inspect(read, length: int) -> Look:
+def inspect(read, length: int) -> ImageHeader:
     """What there is to know of an image without decoding it. Raises Unusable or OSError.
 
     read(offset, count) -> bytes of the file, which is `length` bytes long.
@@ -108,25 +108,25 @@ def inspect(read, length: int) -> Look:
         return _tried(whole, damage)
 
 
-def _tried(data: bytes, damage: Exception) -> Look:
+def _tried(data: bytes, damage: Exception) -> ImageHeader:
     """Of a damaged header Pillow may read more than we do: decoded once, it is known to."""
     try:
         image = decode_rgb(data)
         channels = channels_of(_opened(data, MAX_PIXELS)[0])
     except OSError:
         raise Unusable(str(damage)) from damage
-    return Look(image.height, image.width, CONVERT, channels=channels)
+    return ImageHeader(image.height, image.width, CONVERT, channels=channels)
 
 
-def _inspect_head(head: bytes, read, length: int) -> Look:
+def _inspect_head(head: bytes, read, length: int) -> ImageHeader:
     if head.startswith(JPEG_MAGIC):
         return _inspect_jpeg(jpeg_header(head), read, length)
     if head.startswith(PNG_MAGIC):
         header = png_header(read(0, length))
         turn, sound = orientation(header.exif_block)
         shape = _upright(*_checked(header.height, header.width), turn)
-        treat = PLAIN if sound and header.plain else CONVERT
-        return Look(*shape, treat, header.bits, channels=header.channels)
+        kind = PLAIN if sound and header.plain else CONVERT
+        return ImageHeader(*shape, kind, header.bits, channels=header.channels)
     file = io.BufferedReader(_File(read, length))
     if head.startswith(arrays.NPY_MAGIC):
         return _of_array(arrays.inspect(file, head, length))
@@ -148,11 +148,13 @@ def _inspect_head(head: bytes, read, length: int) -> Look:
     turn, _ = orientation(image.info.get("exif"))  # none of a TIFF, which Pillow itself turns
     bits = _depth(image) if image.mode in DEEP_MODES or _deep_tiles(image) else 8
     shape = _upright(*_checked(image.height, image.width), turn)
-    return Look(*shape, CONVERT, bits, channels=channels_of(image))
+    return ImageHeader(*shape, CONVERT, bits, channels=channels_of(image))
 
 
-def _of_array(shape: arrays.Shape) -> Look:
-    return Look(*_checked(shape.height, shape.width), ARRAY, shape.bits, channels=shape.channels)
+def _of_array(shape: arrays.Shape) -> ImageHeader:
+    return ImageHeader(
+        *_checked(shape.height, shape.width), ARRAY, shape.bits, channels=shape.channels
+    )
 
 
 def channels_of(image: Image.Image) -> int:
@@ -191,7 +193,7 @@ def _depth(image: Image.Image) -> int:
     return int(tag[0])
 
 
-def _inspect_jpeg(header: JpegHeader, read, length: int) -> Look:
+def _inspect_jpeg(header: JpegHeader, read, length: int) -> ImageHeader:
     # Searched from the pixels on: previews inside the header have end markers of their own.
     start = max(header.scan, length - TAIL_BYTES)
     channels = 1 if len(header.components) == 1 else 3
@@ -199,12 +201,12 @@ def _inspect_jpeg(header: JpegHeader, read, length: int) -> Look:
     turn, sound = orientation(header.exif_block)
     height, width = _upright(*_checked(header.height, header.width), turn)
     if ended or JPEG_END in read(header.scan, length - header.scan):
-        treat = PLAIN if sound and header.plain else CONVERT
-        return Look(height, width, treat, channels=channels)
+        kind = PLAIN if sound and header.plain else CONVERT
+        return ImageHeader(height, width, kind, channels=channels)
     there_pct = _there_pct(read(0, length))
     if not there_pct:
         raise Unusable("truncated: no end marker")
-    return Look(height, width, CONVERT, there_pct=there_pct, channels=channels)
+    return ImageHeader(height, width, CONVERT, there_pct=there_pct, channels=channels)
 
 
 def _there_pct(data: bytes) -> int:

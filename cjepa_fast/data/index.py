@@ -26,7 +26,7 @@ import numpy as np
 from cjepa_fast.data import arrays, faults, formats
 from cjepa_fast.runtime import caches, json_text
 from cjepa_fast.runtime.oom import is_out_of_memory
-from cjepa_fast.runtime.watched import progressed, watched
+from cjepa_fast.runtime.reads_in_progress import progressed, watched
 from cjepa_fast.telemetry.progress import shown_clock
 
 VERSION = 6  # of the cached file; raise it when the check or the layout changes
@@ -39,7 +39,6 @@ LOCK_S = 0.2  # between two tries to take a lock
 UNLABELLED = -1
 UNREAD = "cannot be read"  # so begins the reason of a file that may be sound
 NEVER_NS = -1  # a time at which no file was changed
-LOOK = ("height", "width", "kind", "bits", "there_pct", "channels")  # formats.Look, in an entry
 ENTRY = np.dtype(
     [("offset", "<i8"), ("length", "<i8"), ("mtime_ns", "<i8"), ("height", "<i4"),
      ("width", "<i4"), ("label", "<i4"), ("kind", "u1"), ("bits", "u1"), ("there_pct", "u1"),
@@ -239,7 +238,7 @@ def read_unchanged(fd: int, indexed: tuple[int, int], count: int, offset: int) -
     return data
 
 
-def open_regular(path: str | bytes | os.PathLike, name: object = None) -> int:
+def open_regular(path: str | bytes | os.PathLike) -> int:
     """A descriptor for reading. Raises OSError for a pipe or a device, which might never answer."""
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -249,7 +248,7 @@ def open_regular(path: str | bytes | os.PathLike, name: object = None) -> int:
 
 
 def check(open_fd: Callable[[int], int], entries_N: np.ndarray, todo: Iterable[int], name) -> dict:
-    """Fill what formats.Look has of entries_N[todo] in place; returns {i: why unusable}.
+    """Fill what formats.ImageHeader has of entries_N[todo] in place; returns {i: why unusable}.
 
     name(i): of the file. Raises faults.MachineFailed.
     """
@@ -258,8 +257,8 @@ def check(open_fd: Callable[[int], int], entries_N: np.ndarray, todo: Iterable[i
         entry = entries_N[i]
         try:
             with watched(name(i)):
-                look = faults.patiently(lambda i=i: _look(open_fd, entries_N[i], i), name(i))
-            for part, value in zip(LOOK, look, strict=True):
+                header = faults.patiently(lambda i=i: _header(open_fd, entries_N[i], i), name(i))
+            for part, value in zip(header._fields, header, strict=True):
                 entry[part] = value
         except formats.Unusable as error:
             reasons[i] = str(error)
@@ -278,7 +277,7 @@ def check(open_fd: Callable[[int], int], entries_N: np.ndarray, todo: Iterable[i
     return reasons
 
 
-def _look(open_fd: Callable[[int], int], entry: np.void, i: int) -> formats.Look:
+def _header(open_fd: Callable[[int], int], entry: np.void, i: int) -> formats.ImageHeader:
     fd = open_fd(i)
     try:
         start = int(entry["offset"])

@@ -14,7 +14,7 @@ import numpy as np
 
 from cjepa_fast.data import faults, formats, index, kinds, labels, lists
 from cjepa_fast.runtime.printable import printable
-from cjepa_fast.runtime.watched import progressed, progressing, watched
+from cjepa_fast.runtime.reads_in_progress import progressed, progressing, watched
 from cjepa_fast.telemetry.progress import shown_bar
 
 Found = tuple[bytes, int, int, str]  # path, size, mtime_ns, why it cannot be used or ""
@@ -71,7 +71,7 @@ def is_tar(name: bytes) -> bool:
     return os.fsdecode(name).endswith((TAR, *PACKED))
 
 
-def some(names: list[bytes]) -> str:
+def first_of(names: list[bytes]) -> str:
     """In words: the first of them, and how many more there are."""
     more = f" and {len(names) - 1} more such" if len(names) > 1 else ""
     return f"{printable(names[0])}{more}"
@@ -133,7 +133,7 @@ def index_folder(root: Path, cache, pool: ThreadPoolExecutor, log) -> tuple[inde
         found = sorted(_counted(images_below(os.fsencode(root), tars), bar))
     if found and (deeper := [name for name in tars if b"/" in name]):
         log(
-            f"{printable(root)} holds images, and in sub-folders {some(deeper)}, which is not "
+            f"{printable(root)} holds images, and in sub-folders {first_of(deeper)}, which is not "
             "read: name their folder to read them"
         )
     found = kinds.without_arrays(found, lambda one: one[0])
@@ -231,7 +231,7 @@ def _reuse(old: index.Table, names: list[bytes], entries_N, fresh_N) -> dict[int
     for field in ("length", "mtime_ns"):
         same_N[same_N] = old.entries_N[field][row_N[same_N]] == entries_N[field][same_N]
     rows = row_N[same_N]
-    for field in index.LOOK:
+    for field in formats.ImageHeader._fields:
         entries_N[field][same_N] = old.entries_N[field][rows]
     fresh_N[same_N] = False
     known = np.flatnonzero(same_N).tolist()

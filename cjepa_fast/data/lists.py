@@ -18,7 +18,7 @@ from typing import NamedTuple
 from cjepa_fast.data import kinds
 from cjepa_fast.data.labels import JSON_KEYS
 from cjepa_fast.runtime.printable import printable
-from cjepa_fast.runtime.watched import progressing
+from cjepa_fast.runtime.reads_in_progress import progressing
 
 ENDINGS = (".txt", ".csv")
 # In the heading of a .csv; of several words the first counts.

@@ -1,7 +1,7 @@
 """The training loader: an endless, resumable sequence of batches, made ahead by a thread.
 
 Which image stands at index i of epoch e, its crop, its flip, its colours and its masks are pure
-functions of (seed, e, i). A rank takes its share of the indices, so the data state of a run is its
+functions of (seed, e, i). A rank takes its part of the indices, so the data state of a run is its
 step, on any number of ranks.
 """
 
@@ -21,9 +21,16 @@ from threadpoolctl import threadpool_limits
 
 from cjepa_fast.config import DataSection
 from cjepa_fast.data import crops, rng
-from cjepa_fast.data.batches import BatchRequest, ImagesGone, Skipped, decode, flaw, read_one
-from cjepa_fast.data.decode import Decoder, DecodeRequest, DecodeSettings
-from cjepa_fast.data.decoders import chosen, open_decoder
+from cjepa_fast.data.decode_pipeline import (
+    BatchRequest,
+    ImagesGone,
+    Skipped,
+    decode,
+    decode_problem,
+    read_one,
+)
+from cjepa_fast.data.decoder import Decoder, DecodeRequest, DecodeSettings
+from cjepa_fast.data.decoder_choice import choose_decoder, open_decoder
 from cjepa_fast.data.masks import Masks
 from cjepa_fast.data.sources import ImageSet
 
@@ -93,19 +100,19 @@ class BatchSplit(NamedTuple):
 class Loader:
     """Batches of an ImageSet for one rank. Raises ValueError for impossible sizes.
 
-    data: the configuration's section, of which path and the batch sizes are not read. share: this
-    rank's part of a step, which is share.accumulation Batches. rand_augment: how many changes an
+    data: the configuration's section, of which path and the batch sizes are not read. split: this
+    rank's part of a step, which is split.accumulation Batches. rand_augment: how many changes an
     image gets, their magnitude in 0..30; DALI draws by its own generator, Pillow by rng.AUGMENT.
     masks: called as masks(epoch, step, index_B), for the CPU, in the loader's thread. skipped: what
-    turned out corrupt (batches.Skipped); log: called once a corrupt image. decoder: the one that
-    was chosen.
+    turned out corrupt (decode_pipeline.Skipped); log: called once a corrupt image. decoder: the one
+    that was chosen.
     """
 
     def __init__(
         self,
         images: ImageSet,
         data: DataSection,
-        share: BatchSplit,
+        split: BatchSplit,
         *,
         seed: int,
         device: torch.device | str,
@@ -114,26 +121,26 @@ class Loader:
         masks: Callable[[int, int, torch.Tensor], Masks] | None = None,
         log: Callable[[str], None] = print,
     ):
-        share.check(len(images))
-        self.images, self.share = images, share
-        self.steps_per_epoch = len(images) // share.global_batch
-        self.accumulation = share.accumulation
+        split.check(len(images))
+        self.images, self.split = images, split
+        self.steps_per_epoch = len(images) // split.global_batch
+        self.accumulation = split.accumulation
         self._data, self._seed, self._masks = data, seed, masks
         self._device = _with_index(torch.device(device))
-        first = share.rank == 0
+        first = split.rank == 0
         images.require_channels(len(data.mean))
-        self.decoder = chosen(
+        self.decoder = choose_decoder(
             data.decoder, self._device, log if first else lambda line: None,
             channels=len(data.mean), arrays=images.has_arrays,
         )  # fmt: skip
-        self._look = DecodeSettings(
+        self._settings = DecodeSettings(
             data.image_size, data.mean, data.std, self._device, dtype, data.threads, data.flip,
             data.colour > 0, data.hw_decoder_load,
-            rand_augment and (*rand_augment, seed + share.rank), images.limits.max_pixels,
+            rand_augment and (*rand_augment, seed + split.rank), images.limits.max_pixels,
             images.has_arrays, images.limits.bit_depth,
         )  # fmt: skip
-        most = data.max_skipped * len(images) / share.world_size  # of the first epoch: see _begin
-        self.skipped = Skipped(images, log, self._look, most)
+        most = data.max_skipped * len(images) / split.world_size  # of the first epoch: see _begin
+        self.skipped = Skipped(images, log, self._settings, most)
         self._epochs_begun: set[int] = set()
         # Two epochs: batches read ahead may belong to the next one while a hole is filled in this.
         self.order = functools.lru_cache(2)(functools.partial(_order, seed, len(images)))
@@ -153,25 +160,25 @@ class Loader:
         for iteration in list(self._running):
             iteration.close()
 
-    def _works(self, start_step: int) -> Iterator[BatchRequest]:
+    def _batch_requests(self, start_step: int) -> Iterator[BatchRequest]:
         for overall in itertools.count(start_step):
             epoch, step = divmod(overall, self.steps_per_epoch)
             self._begin(epoch)
             for micro in range(self.accumulation):
-                # All ranks' shares lie side by side, so that the images which share VICReg's
+                # All ranks' slots lie side by side, so that the images which share VICReg's
                 # statistics are the same on any number of ranks.
-                share = micro * self.share.world_size + self.share.rank
-                first = step * self.share.global_batch + share * self.share.micro_batch
-                epoch_index_B = torch.arange(first, first + self.share.micro_batch)
+                slot = micro * self.split.world_size + self.split.rank
+                first = step * self.split.global_batch + slot * self.split.micro_batch
+                epoch_index_B = torch.arange(first, first + self.split.micro_batch)
                 index_B = self.order(epoch)[epoch_index_B].numpy()
                 part = _MicroBatch(epoch, step, micro, epoch_index_B)
                 yield BatchRequest(index_B, functools.partial(self._show, part), part)
 
     def _begin(self, epoch: int) -> None:
-        """Allow a rank's share of data.max_skipped for each epoch that this process has begun: in
+        """Allow a rank's part of data.max_skipped for each epoch that this process has begun: in
         each it meets another part of the set, in time all of it."""
         self._epochs_begun.add(epoch)
-        met = min(1.0, len(self._epochs_begun) / self.share.world_size)
+        met = min(1.0, len(self._epochs_begun) / self.split.world_size)
         self.skipped.most = self._data.max_skipped * len(self.images) * met
 
     def _show(self, part: _MicroBatch, index_B: np.ndarray) -> DecodeRequest:
@@ -189,41 +196,42 @@ class Loader:
                 self._data.crop_ratio,
                 self._data.image_size,
             ),
-            crops.flips(uniforms(rng.FLIP, 1)) if self._look.flip else None,
+            crops.flips(uniforms(rng.FLIP, 1)) if self._settings.flip else None,
             crops.colour_factors(uniforms(rng.COLOUR, 3), self._data.colour)
-            if self._look.colour
+            if self._settings.colour
             else None,
-            uniforms(rng.AUGMENT, 2 * self._look.rand_augment[0])
-            if self._look.rand_augment
+            uniforms(rng.AUGMENT, 2 * self._settings.rand_augment[0])
+            if self._settings.rand_augment
             else None,
         )
 
-    def _stand_in(self, work: BatchRequest, b: int, decoder: Decoder) -> bool:
+    def _stand_in(self, batch_request: BatchRequest, b: int, decoder: Decoder) -> bool:
         """Fill the hole at b: with an image of the epoch's dropped tail, else of the whole epoch.
 
         Candidates are drawn by (seed, epoch, index) and the first good one stays, so any rank and
         any restart choose the same. Raises ImagesGone if none is good.
         """
-        part: _MicroBatch = work.tag
+        part: _MicroBatch = batch_request.tag
         draw_1T = rng.uniforms(self._seed, rng.SUBSTITUTE, part.epoch,
                                  part.epoch_index_B[b : b + 1], STAND_IN_TRIES)  # fmt: skip
         order_N = self.order(part.epoch)
-        tail = order_N[self.steps_per_epoch * self.share.global_batch :]
+        tail = order_N[self.steps_per_epoch * self.split.global_batch :]
         pools = (tail if len(tail) else order_N), order_N  # a short tail may be bad itself
         halves = zip(pools, draw_1T[0].chunk(2), strict=True)
         drawn_T = torch.cat([pool[(draw * len(pool)).long()] for pool, draw in halves])
-        hole = self.images.name(int(work.index_B[b]))
+        hole = self.images.name(int(batch_request.index_B[b]))
         for candidate in drawn_T.tolist():
-            data = read_one(self.images, candidate, self._look.channels)
+            data = read_one(self.images, candidate, self._settings.channels)
             if isinstance(data, OSError):
                 self.skipped.note(candidate, f"cannot be read ({data.strerror or data})")
                 continue
-            work.index_B = work.index_B.copy()
-            work.index_B[b] = candidate
-            encoded = [*work.feed.encoded[:b], data, *work.feed.encoded[b + 1 :]]
-            work.feed = self._show(part, work.index_B)
-            work.feed.encoded = encoded
-            if not (why := flaw(work, b, decoder, self.skipped)):
+            batch_request.index_B = batch_request.index_B.copy()
+            batch_request.index_B[b] = candidate
+            encoded = list(batch_request.decode_request.encoded)
+            encoded[b] = data
+            batch_request.decode_request = self._show(part, batch_request.index_B)
+            batch_request.decode_request.encoded = encoded
+            if not (why := decode_problem(batch_request, b, decoder, self.skipped)):
                 return True
             self.skipped.note(candidate, why)
         raise ImagesGone(
@@ -232,18 +240,18 @@ class Loader:
         )
 
     def _batches(self, start_step: int) -> Iterator[Batch]:
-        decoder = open_decoder(self.decoder, self._look, self.share.micro_batch)
-        works = self._works(start_step)
+        decoder = open_decoder(self.decoder, self._settings, self.split.micro_batch)
+        batch_requests = self._batch_requests(start_step)
         decoded = decode(
-            works, self.images, decoder, self.skipped, self._stand_in, self._data.readers
+            batch_requests, self.images, decoder, self.skipped, self._stand_in, self._data.readers
         )
         with contextlib.closing(decoded):  # or an error below would leave its reading threads
-            for images_BCHW, work in decoded:
-                part: _MicroBatch = work.tag
+            for images_BCHW, batch_request in decoded:
+                part: _MicroBatch = batch_request.tag
                 masks = self._masks and self._masks(part.epoch, part.step, part.epoch_index_B)
                 if masks is not None and self._device.type == "cuda":
                     masks = masks.pin_memory().to(self._device, non_blocking=True)
-                index_B = torch.from_numpy(work.index_B)
+                index_B = torch.from_numpy(batch_request.index_B)
                 yield Batch(
                     images_BCHW,
                     masks,
@@ -251,7 +259,7 @@ class Loader:
                     part.epoch,
                     part.step,
                     part.micro,
-                    work.holes,
+                    batch_request.holes,
                 )
 
 

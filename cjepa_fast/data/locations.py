@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cjepa_fast.data import kinds, listing, lists
-from cjepa_fast.data.listing import PACKED, some
+from cjepa_fast.data.listing import PACKED, first_of
 from cjepa_fast.runtime.printable import printable
-from cjepa_fast.runtime.watched import progressing
+from cjepa_fast.runtime.reads_in_progress import progressing
 
 TRAINING = "train"
 OTHER_SPLITS = ("val", "valid", "validation", "test")
@@ -143,22 +143,23 @@ def _shards_in(root: Path, log: Callable[[str], None]) -> list[Path]:
     if first is None and not tars:
         return [_plain_tar(root / os.fsdecode(packed[0]))]
     if not tars:
-        log(f"{root} holds images, and {some(packed)}, which is not read")
+        log(f"{root} holds images, and {first_of(packed)}, which is not read")
         return []
     here = [os.fsencode(p.name) for p in tars]
     every = [first, *images] if first else []
     in_folders = any(b"/" in name for name, *_ in every)
     if in_folders or sum(size for _, size, *_ in every) > sum(p.stat().st_size for p in tars):
-        unread = some(here + packed)
+        unread = first_of(here + packed)
         log(f"{root} holds images, and {unread}, which is not read: name it to read it")
         return []
     if every:
         names = [name for name, *_ in every]
-        log(f"{root} holds shards, and {some(names)} beside them, which is not read")
+        log(f"{root} holds shards, and {first_of(names)} beside them, which is not read")
     if others := sorted(set(others) - set(here)):
         log(
-            f"WARNING: {root} holds {len(tars):,} shards, and {some(others)}, which is not read: "
-            "unpack what is packed, mend what is a broken link, name what lies in a sub-folder"
+            f"WARNING: {root} holds {len(tars):,} shards, and {first_of(others)}, which is not "
+            "read: unpack what is packed, mend what is a broken link, name what lies in a "
+            "sub-folder"
         )
     return tars
 

@@ -17,18 +17,19 @@ import json
 import os
 import sys
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 from PIL import Image
 
 from cjepa_fast.data import arrays, faults, formats, listing, parquet, rng
 from cjepa_fast.data.early_ends import gap
 from cjepa_fast.data.headers import PNG_MAGIC
 from cjepa_fast.data.locations import parquet_files
-from cjepa_fast.data.sources import ImageSet, Limits, open_images
+from cjepa_fast.data.sources import Limits, ReadableImages, open_images
 from cjepa_fast.runtime import files, run_lock
 from cjepa_fast.runtime.command_line import Parser
 from cjepa_fast.runtime.hardware import cores
@@ -63,11 +64,11 @@ def pack(
     or another process packs there, if the record of a shard would be too long, or if a shard does
     not read back as it was written.
     """
-    images = open_images(folder, limits=_limits(max_pixels, bit_depth), cache=cache, log=log)
+    how = Packing(shard_size, short_side, quality, workers, max_pixels, bit_depth)
+    images = open_images(folder, limits=how.limits, cache=cache, log=log)
     if short_side is not None and images.has_arrays:
         raise ValueError(f"short_side {short_side}: arrays are packed as they are; leave it out")
     order = rng.permutation(0, 0, len(images)).tolist()
-    how = Packing(shard_size, short_side, quality, workers)
     return _pack_set(images, order, Path(out), how, log)
 
 
@@ -78,21 +79,16 @@ def pack_parquet(
     split: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
-    shard_size: int = 10_000,
-    short_side: int | None = None,
-    quality: int = 90,
-    workers: int | None = None,
-    max_pixels: int = formats.MAX_PIXELS,
-    bit_depth: int | None = None,
     log=print,
+    **options,
 ) -> list[tuple[str, str]]:
     """`pack` of Parquet files (parquet.py). split: only that one, else each in its own folder,
-    where there are several. label_column: "" takes no labels."""
+    where there are several. label_column: "" takes no labels. options: those of Packing."""
+    how = Packing(**options)
     splits = parquet.by_split(parquet_files(Path(path)), log)
     if split is not None and split not in splits:
         raise ValueError(f"{path} has no split {split!r}: it has {', '.join(map(repr, splits))}")
-    how = Packing(shard_size, short_side, quality, workers)
-    limits, left_out = _limits(max_pixels, bit_depth), []
+    limits, left_out = how.limits, []
     chosen = splits if split is None else {split: splits[split]}
     for name, own in chosen.items():
         folder = Path(out) / name if len(chosen) > 1 else Path(out)
@@ -102,23 +98,36 @@ def pack_parquet(
     return left_out
 
 
-def _limits(max_pixels: int, bit_depth: int | None) -> Limits:
-    if bit_depth is not None and not 9 <= bit_depth <= 16:
-        raise ValueError(f"bit_depth {bit_depth} must be from 9 to 16")
-    return Limits(max_pixels, bit_depth=bit_depth)
+@runtime_checkable
+class PackableImages(ReadableImages, Protocol):
+    """skipped: (name, reason) of what is left out already; label_N: int64 (n,), below 0 where there
+    is none; class_names: of its numbers, or None."""
+
+    skipped: Sequence[tuple[str, str]]
+    label_N: np.ndarray
+    class_names: list[str] | None
 
 
 class Packing(NamedTuple):
     """How images are packed, as in `pack`."""
 
-    shard_size: int
-    short_side: int | None
-    quality: int
-    workers: int | None
+    shard_size: int = 10_000
+    short_side: int | None = None
+    quality: int = 90
+    workers: int | None = None
+    max_pixels: int = formats.MAX_PIXELS
+    bit_depth: int | None = None
+
+    @property
+    def limits(self) -> Limits:
+        """Raises ValueError for a bit_depth that there is none of."""
+        if self.bit_depth is not None and not 9 <= self.bit_depth <= 16:
+            raise ValueError(f"bit_depth {self.bit_depth} must be from 9 to 16")
+        return Limits(self.max_pixels, bit_depth=self.bit_depth)
 
 
 def _pack_set(
-    images: ImageSet | parquet.ParquetImages, order: list[int], out: Path, how: Packing, log
+    images: PackableImages, order: list[int], out: Path, how: Packing, log
 ) -> list[tuple[str, str]]:
     if how.shard_size < 1 or (how.short_side is not None and how.short_side < 1):
         raise ValueError(
@@ -129,9 +138,7 @@ def _pack_set(
         return _pack_into(out, images, order, how, log)
 
 
-def _check_records(
-    images: ImageSet | parquet.ParquetImages, order: list[int], shard_size: int
-) -> None:
+def _check_records(images: PackableImages, order: list[int], shard_size: int) -> None:
     """Raises ValueError where the record of a shard would be too long to be read again."""
     if shard_size <= SURE_TO_FIT:
         return
@@ -145,7 +152,7 @@ def _check_records(
 
 
 def _pack_into(
-    out: Path, images: ImageSet | parquet.ParquetImages, order: list[int], how: Packing, log
+    out: Path, images: PackableImages, order: list[int], how: Packing, log
 ) -> list[tuple[str, str]]:
     settings = {
         "images": len(images), "fingerprint": images.fingerprint, "shard_size": how.shard_size,
@@ -168,7 +175,7 @@ def _pack_into(
     return left_out
 
 
-def _digest_of_labels(images: ImageSet | parquet.ParquetImages) -> str:
+def _digest_of_labels(images: PackableImages) -> str:
     digest = hashlib.sha256(images.label_N.tobytes())
     digest.update(repr(images.class_names).encode())
     return digest.hexdigest()[:32]
@@ -207,7 +214,7 @@ def _claim(manifest: Path, settings: dict, listed: str) -> None:
 
 
 def _pack_shard(
-    images: ImageSet, chosen: list[int], out: Path, k: int, pool, how: Packing, bar, log
+    images: PackableImages, chosen: list[int], out: Path, k: int, pool, how: Packing, bar, log
 ) -> list[tuple[str, str]]:
     """Shard k, unless it is finished: the tar first, then its .json, which marks it as such."""
     tar, record = out / f"shard-{k:06d}.tar", out / f"shard-{k:06d}.json"
@@ -246,7 +253,7 @@ def _pack_shard(
 
 
 def _prepared(
-    images: ImageSet, chosen: list[int], pool, how: Packing
+    images: PackableImages, chosen: list[int], pool, how: Packing
 ) -> Iterator[tuple[int, bytes, str]]:
     """(i, bytes, "") or (i, b"", why it is left out), in order, a bounded number at a time."""
     ahead = IMAGES_A_TASK * max(2, cores())
@@ -255,7 +262,7 @@ def _prepared(
         yield from pool.map(lambda i: _prepare(images, i, how), some)
 
 
-def _prepare(images: ImageSet, i: int, how: Packing) -> tuple[int, bytes, str]:
+def _prepare(images: PackableImages, i: int, how: Packing) -> tuple[int, bytes, str]:
     try:
         data = images.read_original(i)
         if images.has_arrays:

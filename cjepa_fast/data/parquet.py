@@ -158,7 +158,7 @@ def _is_image_struct(kind) -> bool:
 
 
 class ParquetImages:
-    """The rows of some files, with what packing reads of a sources.ImageSet.
+    """The rows of some files: pack.PackableImages.
 
     label_N: int64, index.UNLABELLED where there is none; class_names: of its numbers, or None. No
     row is left out here: one without bytes fails when it is read. Raises ValueError, naming the

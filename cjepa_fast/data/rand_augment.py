@@ -14,7 +14,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageOps
 
-from cjepa_fast.data.decode import MOST_MAGNITUDE
+from cjepa_fast.data.decoder import MOST_MAGNITUDE
 
 FILL = (128, 128, 128)  # what comes in from outside the image
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ from cjepa_fast.data.headers import JPEG_END
 from cjepa_fast.data.left_out import tell
 from cjepa_fast.runtime.hardware import cores
 from cjepa_fast.runtime.printable import printable
-from cjepa_fast.runtime.watched import watched
+from cjepa_fast.runtime.reads_in_progress import watched
 
 TRIED_DEEP = 8  # images of more than 8 bits, whose brightness is looked at
 OPEN_SHARDS = 4096  # shards kept open at most
@@ -87,8 +87,45 @@ class Part:
         return f"{self.prefix}{self.shard.name}/{name}" if self.shard else f"{self.prefix}{name}"
 
 
+@runtime_checkable
+class ReadableImages(Protocol):
+    """Images by their position from 0 on. fingerprint: the same for the same images in the same
+    order; limits: how they are read; has_arrays: all are arrays (arrays.py), else none is."""
+
+    limits: Limits
+    has_arrays: bool
+    fingerprint: str
+
+    def __len__(self) -> int: ...
+
+    def name(self, i: int) -> str: ...
+
+    def read_original(self, i: int) -> bytes:
+        """The file's bytes as they are. Raises OSError if they cannot be had, MachineFailed for
+        what is not the file's fault."""
+
+
+@runtime_checkable
+class DecodableImages(ReadableImages, Protocol):
+    """What decode_pipeline.py reads. root: where they lie; sizes_N2: int32 (n, 2) height and width,
+    upright."""
+
+    root: Path
+    sizes_N2: np.ndarray
+
+    def shard(self, i: int) -> Path | None:
+        """The shard that image i lies in, None in a folder."""
+
+    def read(self, i: int, channels: int = 3) -> bytes:
+        """Bytes that a decoder makes an upright picture of so many channels of, or an array's own.
+        Raises OSError if they cannot be had."""
+
+    def require_channels(self, channels: int) -> None:
+        """Raises ValueError, naming the first image that has another number."""
+
+
 class ImageSet:
-    """The usable images of a set, in a fixed order. Reading is thread-safe.
+    """The usable images of a set, in a fixed order: DecodableImages. Reading is thread-safe.
 
     labelled: images without a label are left out. labels: int64 (n,), None where one is missing;
     classes: their names or None; label_N, class_names: the same where some are missing; sizes_N2:
@@ -268,6 +305,36 @@ class ImageSet:
         siblings = (self._members[number].get(f"{key}.{ext}") for key in keys)
         where = next(filter(None, siblings), None)
         return None if where is None else self._read_shard(number, where[1], where[0])
+
+
+class Subset:
+    """Some images of a set, by position: DecodableImages. keep_n: int64 (n,) positions."""
+
+    def __init__(self, images: DecodableImages, keep_n: torch.Tensor):
+        self.images, self.keep_n = images, keep_n
+        self.root, self.limits, self.has_arrays = images.root, images.limits, images.has_arrays
+        self.sizes_N2 = images.sizes_N2[keep_n.numpy()]
+        self.require_channels = images.require_channels
+
+    def __len__(self) -> int:
+        return len(self.keep_n)
+
+    @property
+    def fingerprint(self) -> str:
+        kept = hashlib.sha256(self.keep_n.numpy().tobytes()).hexdigest()
+        return f"{self.images.fingerprint}-{kept[:16]}"
+
+    def name(self, i: int) -> str:
+        return self.images.name(int(self.keep_n[i]))
+
+    def shard(self, i: int) -> Path | None:
+        return self.images.shard(int(self.keep_n[i]))
+
+    def read(self, i: int, channels: int = 3) -> bytes:
+        return self.images.read(int(self.keep_n[i]), channels)
+
+    def read_original(self, i: int) -> bytes:
+        return self.images.read_original(int(self.keep_n[i]))
 
 
 class _Handle:
@@ -480,6 +547,6 @@ def _nothing_usable(path: str, images: ImageSet, tars: list[bytes]) -> str:
     return (
         f"no usable image in {path} ({images.found} files with the endings "
         f"{', '.join((*kinds.READ, *kinds.ARRAYS))} found{why}). "
-        + (f"It holds {listing.some(tars)}: name the folder that these lie in." if tars else
+        + (f"It holds {listing.first_of(tars)}: name the folder that these lie in." if tars else
            "Name a folder of images, of .tar shards with such members, or a list of images.")
     )  # fmt: skip

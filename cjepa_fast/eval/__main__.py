@@ -8,8 +8,8 @@ import argparse
 import importlib
 import sys
 
-from cjepa_fast.data.batches import ImagesGone
-from cjepa_fast.eval import cli
+from cjepa_fast.data.decode_pipeline import ImagesGone
+from cjepa_fast.eval.options import fill_defaults
 from cjepa_fast.runtime import distributed, hardware
 from cjepa_fast.runtime.command_line import Parser
 from cjepa_fast.runtime.printable import printable_lines, say
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
             task.add_options(sub)
     args = parser.parse_args(argv)
     try:
-        cli.complete(args)
+        fill_defaults(args)
         device = distributed.start(getattr(args, "seed", 0))
         if getattr(args, "bf16", False):
             hardware.warn_of_slow_bf16(device, "--bf16")

@@ -19,16 +19,20 @@ from typing import NamedTuple
 import torch
 
 from cjepa_fast.checkpoint.encoders import run_of
-from cjepa_fast.eval import cli, uncertainty
+from cjepa_fast.eval import uncertainty
 from cjepa_fast.eval.features import extract
 from cjepa_fast.eval.figures import attention, curves, masks, pca, retrieve
 from cjepa_fast.eval.figures.sheets import spread_over
 from cjepa_fast.eval.figures.style import save
+from cjepa_fast.eval.options import add_checkpoint, add_features, add_sets, encoders_of, positive
 from cjepa_fast.eval.probes import collapse, knn, linear
 from cjepa_fast.eval.probes.probe_sweep import ProbePlan
+from cjepa_fast.eval.records import Row, report
+from cjepa_fast.eval.splits import cache_of, require_memory, splits_of
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime import distributed
 from cjepa_fast.runtime.command_line import Parser
+from cjepa_fast.runtime.hardware import default_device
 from cjepa_fast.runtime.image_size import with_short_side
 
 HEADINGS = {
@@ -66,7 +70,7 @@ class Features(NamedTuple):
 def scores(vectors: linear.Vectors, k: int, temperature: float) -> dict[str, float]:
     """Percent of the test images that kNN and the three probes name rightly."""
     k = min(k, len(vectors[0]))  # an image may have turned out unreadable
-    tops = knn.both(*vectors, k=k, temperature=temperature, device=cli.device())
+    tops = knn.both(*vectors, k=k, temperature=temperature, device=default_device())
     width = vectors[0].shape[1]
     (lars,) = linear.sweep(vectors, [width], ProbePlan("lars"))
     return {
@@ -88,7 +92,7 @@ def features_of(encoder: Encoder, splits, args: argparse.Namespace, cache: Path)
     (train, train_keep), (test, test_keep) = splits
     reading = {
         "crop": args.crop, "bf16": args.bf16, "batch_size": args.batch_size, "cache": cache,
-        "threads": args.threads, "device": cli.device(),
+        "threads": args.threads, "device": default_device(),
     }  # fmt: skip
     train_nD, index_n = extract(encoder, train, keep=train_keep, **reading)
     test_mD, index_m = extract(encoder, test, keep=test_keep, **reading)
@@ -100,7 +104,7 @@ def signs_of_collapse(encoder: Encoder, found: Features, splits, args) -> dict:
     chosen = spread_over(found.index_n, args.count)
     return collapse.measure(
         encoder, splits[0][0], keep=found.index_n[chosen], clean_nD=found.train_nD[chosen],
-        views=VIEWS, seed=args.seed, crop=args.crop, device=cli.device(), bf16=args.bf16,
+        views=VIEWS, seed=args.seed, crop=args.crop, device=default_device(), bf16=args.bf16,
         batch_size=args.batch_size, threads=args.threads,
     )  # fmt: skip
 
@@ -110,7 +114,7 @@ def rows_of(encoders: dict[str, Encoder], splits, args: argparse.Namespace, cach
     (train, train_keep), (test, test_keep) = splits
     first = next(iter(encoders.values()))
     widest = max(knn.pixel_values(first), first.width)
-    cli.require_memory(splits, widest, max(linear.BYTES.values()))
+    require_memory(splits, widest, max(linear.BYTES.values()))
     pixels = knn.pixel_vectors(
         train, test, train_keep=train_keep, test_keep=test_keep, crop=args.crop,
         image_size=with_short_side(first.image_size, knn.PIXELS), channels=first.channels,
@@ -137,7 +141,7 @@ def draw(encoders, rows, splits, args: argparse.Namespace, cache: Path, out: Pat
         drawn, _ = retrieve.sheet_of(
             encoders, test, queries=QUERIES, k=min(NEIGHBOURS, len(test_keep) - 1), crop=args.crop,
             keep=test_keep, batch_size=args.batch_size, threads=args.threads, bf16=args.bf16,
-            device=cli.device(), cache=cache,
+            device=default_device(), cache=cache,
         )  # fmt: skip
         if distributed.rank() == 0:
             save(drawn, out / "retrieve.png")
@@ -175,12 +179,12 @@ def _drawing(name: str) -> Iterator[None]:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    cli.add_checkpoint(parser, untrained=False)
-    cli.add_sets(parser)
-    cli.add_features(parser)
+    add_checkpoint(parser, untrained=False)
+    add_sets(parser)
+    add_features(parser)
     knn.add_votes(parser)
     parser.add_argument(
-        "--count", type=cli.positive, default=1000, help="training images of RankMe, LiDAR, shares"
+        "--count", type=positive, default=1000, help="training images of RankMe, LiDAR, shares"
     )
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="of figures and table.json; "
@@ -192,14 +196,14 @@ def run(args: argparse.Namespace) -> None:
     """The table, its JSON and the figures."""
     out = args.out or _folder(args.checkpoint)
     args.json = args.json or out / "table.json"
-    splits = cli.splits_of(args)
+    splits = splits_of(args)
     args.k = min(args.k, len(splits[0][1]))
     args.untrained = True
-    encoders = cli.encoders_of(args)
+    encoders = encoders_of(args)
     with contextlib.ExitStack() as ending:
-        cache = cli.cache_of(args) or Path(ending.enter_context(tempfile.TemporaryDirectory()))
+        cache = cache_of(args) or Path(ending.enter_context(tempfile.TemporaryDirectory()))
         rows = list(rows_of(encoders, splits, args, cache))
-        cli.report(args, rows, HEADINGS, SETTINGS, figure=out / "collapse.png")
+        report(args, rows, HEADINGS, SETTINGS, figure=out / "collapse.png")
         if distributed.rank() == 0:
             print(_error_of(rows))
         draw(encoders, rows, splits, args, cache, out)
@@ -207,7 +211,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"table and figures: {out}")
 
 
-def _error_of(rows: list[cli.Row]) -> str:
+def _error_of(rows: list[Row]) -> str:
     """What the number of test images alone leaves open, at most."""
     tested = rows[-1]["test_images"]
     keys = ("top1", "ridge", "logistic", "lars")

@@ -17,12 +17,15 @@ from pathlib import Path
 
 from cjepa_fast.checkpoint.encoders import limits_of, load_encoder, run_of
 from cjepa_fast.data.sources import LIMITS
-from cjepa_fast.eval import cli, seeds, uncertainty
+from cjepa_fast.eval import seeds, uncertainty
 from cjepa_fast.eval.features import digest
 from cjepa_fast.eval.figures.curves import columns_for, short_names
 from cjepa_fast.eval.figures.sheets import wrapped
 from cjepa_fast.eval.figures.style import BLUE, QUIET, SKY, STYLE, save
+from cjepa_fast.eval.options import add_label_lists, fill_defaults
 from cjepa_fast.eval.probes import collapse, knn, linear
+from cjepa_fast.eval.records import ROW_KEYS, Row, cell, print_table, records_in
+from cjepa_fast.eval.splits import held_out
 from cjepa_fast.runtime import children
 from cjepa_fast.runtime.command_line import Parser
 from cjepa_fast.runtime.files import write_text
@@ -54,7 +57,7 @@ def found_in(checkpoint: str | Path, which: str, more: Iterable[dict] = ()) -> l
     `more`."""
     run = run_of(checkpoint)
     weights = digest(load_encoder(checkpoint, which))
-    own = cli.records(run) if run else []
+    own = records_in(run) if run else []
     return [r for r in own if r.get("weights") == weights] + list(more)
 
 
@@ -93,7 +96,7 @@ def _each(records: list[list[dict]]) -> Iterator[tuple[int, Measure, str, dict]]
             for record in (r for r in of_one if r["task"] == task):
                 ways = [f"{k} {record['settings'].get(k)}" for k in differing[task]]
                 for row in _trained(record):
-                    way = ", ".join([*(str(row[k]) for k in cli.WAYS if k in row), *ways])
+                    way = ", ".join([*(str(row[k]) for k in ROW_KEYS if k in row), *ways])
                     for key, word in record["headings"].items():
                         if isinstance(row.get(key), float):
                             yield (
@@ -170,7 +173,7 @@ def _bars(axes, names: list[str], measure: Measure, values: list[Scores], ends: 
         said = {"va": "center", "textcoords": "offset points", "size": 8}
         if value is not None and value < 0:
             said |= {"xytext": (-4, 0), "ha": "right"}
-        axes.annotate(cli.cell(value), (high or 0.0, i), **({"xytext": (4, 0)} | said))
+        axes.annotate(cell(value), (high or 0.0, i), **({"xytext": (4, 0)} | said))
     axes.set_yticks(range(len(names)), names)
     axes.axvline(0, color="black", linewidth=0.7)
     axes.margins(x=0.22)
@@ -210,10 +213,10 @@ def _asked(task: str, checkpoint: str, args: argparse.Namespace) -> dict[str, ob
     parser = Parser()
     module.add_options(parser)
     asked = parser.parse_args(_words(task, checkpoint, args)[1:])
-    cli.complete(asked)
+    fill_defaults(asked)
     if task == "linear":
         linear.complete_sweep(asked)
-    asked.test = cli.held_out(asked.data, getattr(asked, "test", None))
+    asked.test = held_out(asked.data, getattr(asked, "test", None))
     return json.loads(json.dumps({name: getattr(asked, name) for name in names}))
 
 
@@ -237,7 +240,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--data", metavar="SET", help=f"compute what is missing: {', '.join(COMPUTED)}"
     )
     parser.add_argument("--test", metavar="SET", help="of knn and linear; default: as theirs")
-    cli.add_label_lists(parser)
+    add_label_lists(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
     parser.add_argument("--out", type=Path, metavar="FILE.png", help="draw them as bars there")
 
@@ -291,20 +294,20 @@ def _print(names: list[str], values: list[Scores], headings: dict[Measure, str])
     tops = {measure: best(measure, values) for measure in headings}
     rows = []
     for name, found in zip(names, values, strict=True):
-        row: cli.Row = {"checkpoint": name}
+        row: Row = {"checkpoint": name}
         for measure in headings:
             value = found.get(measure)
             mark = BEST if value is not None and value == tops[measure] else ""
-            row[headings[measure]] = cli.cell(value) + mark
+            row[headings[measure]] = cell(value) + mark
         rows.append(row)
-    cli.print_table(rows, {h: h for h in headings.values()}, label="checkpoint")
+    print_table(rows, {h: h for h in headings.values()}, label="checkpoint")
     if any(top is not None for top in tops.values()):
         print(f"{BEST} best of its column")
 
 
 def _by_seeds(
     groups: list[seeds.Group], values: list[Scores], headings: dict[Measure, str]
-) -> list[cli.Row]:
+) -> list[Row]:
     """Print the groups and how they differ; returns the differences."""
     by_seed = {}
     for m in headings:
@@ -320,7 +323,7 @@ def _by_seeds(
                 rows.append({"configuration": group.name, "measure": headings[m], **gap._asdict()})
     if rows:
         print(f"\ndifference from {groups[0].name}:")
-        cli.print_table([_shown(row) for row in rows], DIFFERENCE, label="configuration")
+        print_table([_shown(row) for row in rows], DIFFERENCE, label="configuration")
         print("p is of each comparison alone; of twenty without any effect one has p < 0.05")
     elif len(groups) > 1 or most == 1:
         print("one seed of a configuration: of what another seed would give nothing can be said")
@@ -335,15 +338,15 @@ def _tell_groups(groups: list[seeds.Group], by_seed: dict, headings: dict[Measur
     ]
     print("\nmean and standard deviation over the seeds:")
     words = {"seeds": "seeds", **{h: h for h in headings.values()}}
-    cli.print_table(rows, words, label="configuration")
+    print_table(rows, words, label="configuration")
 
 
 def _spread(found: seeds.By) -> str:
-    mean = cli.cell(statistics.fmean(found.values()))
-    return f"{mean} +- {cli.cell(statistics.stdev(found.values()))}" if len(found) > 1 else mean
+    mean = cell(statistics.fmean(found.values()))
+    return f"{mean} +- {cell(statistics.stdev(found.values()))}" if len(found) > 1 else mean
 
 
-def _shown(row: cli.Row) -> cli.Row:
+def _shown(row: Row) -> Row:
     interval = f"{row['low']:+.2f} to {row['high']:+.2f}"
     seen = {"mean": f"{row['mean']:+.2f}", "error": f"{row['error']:.2f}", "interval": interval}
     return row | seen | {"p": "-" if row["p"] is None else f"{row['p']:.2g}"}

@@ -21,10 +21,11 @@ import torch
 from cjepa_fast.checkpoint.encoders import load_encoder
 from cjepa_fast.checkpoint.pretrained import LAYERS, POOLS
 from cjepa_fast.data.sources import ImageSet, open_images
-from cjepa_fast.eval import cli
 from cjepa_fast.eval.features import NoneRead, digest, digest_of_times, extract
+from cjepa_fast.eval.options import add_reading
 from cjepa_fast.runtime import distributed
 from cjepa_fast.runtime.files import read_json, read_tensors, write_tensors, write_text
+from cjepa_fast.runtime.hardware import default_device
 from cjepa_fast.runtime.memory import free_bytes
 from cjepa_fast.runtime.printable import printable
 
@@ -50,7 +51,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                         "the means of the last 4 blocks side by side")  # fmt: skip
     parser.add_argument("--which", choices=("target", "context"), default="target", help="encoder")
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
-    cli.add_reading(parser)
+    add_reading(parser)
     parser.add_argument("--bf16", action="store_true", help="the encoder in bf16")
 
 
@@ -144,9 +145,10 @@ def _extracted(encoder, images: ImageSet, parts: Path, size: int, args) -> Itera
             try:
                 features, index = extract(
                     encoder, images, keep=torch.arange(number * size, len(images))[:size],
-                    crop=args.crop, layers=layers, pooled=args.pool != "none", device=cli.device(),
-                    bf16=args.bf16, batch_size=args.batch_size, threads=args.threads,
-                    title=f"features, part {number + 1} of {count}", everywhere=False,
+                    crop=args.crop, layers=layers, pooled=args.pool != "none",
+                    device=default_device(), bf16=args.bf16, batch_size=args.batch_size,
+                    threads=args.threads, title=f"features, part {number + 1} of {count}",
+                    everywhere=False,
                 )  # fmt: skip
             except NoneRead:  # the other parts may have some
                 features = torch.empty(0, *_shape(encoder, args.pool))

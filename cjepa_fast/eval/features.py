@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from cjepa_fast.data.evaluation import eval_batches
-from cjepa_fast.data.sources import ImageSet, Limits
+from cjepa_fast.data.sources import ImageSet, Subset
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime.distributed import (
     all_gather_objects,
@@ -214,49 +214,6 @@ def image_vectors(
     if not len(rows):
         raise NoneRead(f"{images.root}: none of the {len(keep)} images could be read")
     return broadcast_tensor(vectors) if everywhere else vectors, keep[rows]
-
-
-class Subset:
-    """Some images of a set, by position, with what evaluation reads of an ImageSet."""
-
-    def __init__(self, images: ImageSet, keep_n: torch.Tensor):
-        self.images, self.keep_n = images, keep_n
-        self.sizes_N2 = images.sizes_N2[keep_n.numpy()]
-
-    def __len__(self) -> int:
-        return len(self.keep_n)
-
-    @property
-    def root(self) -> Path:
-        return self.images.root
-
-    @property
-    def limits(self) -> Limits:
-        return self.images.limits
-
-    @property
-    def fingerprint(self) -> str:
-        kept = hashlib.sha256(self.keep_n.numpy().tobytes()).hexdigest()
-        return f"{self.images.fingerprint}-{kept[:16]}"
-
-    @property
-    def has_arrays(self) -> bool:
-        return self.images.has_arrays
-
-    def require_channels(self, channels: int) -> None:
-        self.images.require_channels(channels)
-
-    def name(self, i: int) -> str:
-        return self.images.name(int(self.keep_n[i]))
-
-    def shard(self, i: int) -> Path | None:
-        return self.images.shard(int(self.keep_n[i]))
-
-    def read(self, i: int, channels: int = 3) -> bytes:
-        return self.images.read(int(self.keep_n[i]), channels)
-
-    def read_original(self, i: int) -> bytes:
-        return self.images.read_original(int(self.keep_n[i]))
 
 
 def name_hashes(images: ImageSet) -> torch.Tensor:

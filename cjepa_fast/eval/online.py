@@ -18,12 +18,11 @@ from cjepa_fast import config as configuration
 from cjepa_fast.config import Config
 from cjepa_fast.data.evaluation import eval_batches
 from cjepa_fast.data.masks import Masks, MaskSampler
-from cjepa_fast.data.sources import ImageSet, Limits
-from cjepa_fast.eval.cli import Split, labelled_splits
-from cjepa_fast.eval.features import Subset
+from cjepa_fast.data.sources import ImageSet, Limits, Subset
 from cjepa_fast.eval.figures import snapshots
 from cjepa_fast.eval.figures.sheets import load_images
 from cjepa_fast.eval.probes import knn, linear
+from cjepa_fast.eval.splits import Split, labelled_splits
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime import distributed
 from cjepa_fast.runtime.distributed import gather_rows, rank, world_size

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from cjepa_fast import config as configuration
 from cjepa_fast.checkpoint.encoders import run_of
 from cjepa_fast.checkpoint.restore import deciding
-from cjepa_fast.eval import cli
+from cjepa_fast.eval.records import inside
 
 CONFIDENCE = 0.95
 MOST_NAMED = 3  # keys in a group's name
@@ -54,7 +54,7 @@ def groups_of(checkpoints: Sequence[str | Path], names: Sequence[str]) -> list[G
             made = configuration.load_run(run) if run else None
         own = deciding(made.model_dump(mode="json")) if made else {}
         settings.append(own)
-        key = (json.dumps(own), cli.inside(checkpoint)) if made else (str(i), "")
+        key = (json.dumps(own), inside(checkpoint)) if made else (str(i), "")
         seeds = members.setdefault(key, {})
         seeds.setdefault(made.run.seed if made else None, []).append(i)
     firsts = [next(iter(seeds.values()))[0] for seeds in members.values()]

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from cjepa_fast import config
 from cjepa_fast.checkpoint import latest, state_of
 from cjepa_fast.checkpoint.encoders import FINAL, is_run, located
-from cjepa_fast.eval.cli import records
+from cjepa_fast.eval.records import records_in
 from cjepa_fast.telemetry import read_log
 
 
@@ -37,7 +37,7 @@ def origin_of(path: Path) -> Origin:
     state = state_of(checkpoint)
     if not is_run(run):  # a checkpoint by itself
         return Origin(state, {}, [])
-    return Origin(state, _row_at(run / "log.jsonl", state["step"]), records(run))
+    return Origin(state, _row_at(run / "log.jsonl", state["step"]), records_in(run))
 
 
 def _row_at(log: Path, step: int) -> dict:

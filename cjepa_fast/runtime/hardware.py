@@ -211,6 +211,11 @@ def has_gpu() -> bool:
     return torch.cuda.is_available() and not gpu_problem(local_rank())
 
 
+def default_device() -> torch.device:
+    """Of this process: its GPU, else the CPU."""
+    return torch.device("cuda" if has_gpu() else "cpu")
+
+
 def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from cjepa_fast.runtime.printable import say
-from cjepa_fast.runtime.watched import longest, reads
+from cjepa_fast.runtime.reads_in_progress import longest, reads
 
 BEAT_S = 1.0  # between two heartbeats, and between two looks at them
 HEARD_S = 5 * BEAT_S  # by then a rank's mark has come to all

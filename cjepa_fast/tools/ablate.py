@@ -34,10 +34,11 @@ from typing import NamedTuple
 from cjepa_fast import checkpoint
 from cjepa_fast import config as configuration
 from cjepa_fast.config import ConfigError
-from cjepa_fast.eval.cli import positive, print_table
-from cjepa_fast.eval.figures import bands
+from cjepa_fast.eval.figures import seed_bands
 from cjepa_fast.eval.figures.curves import PANELS, at_start
 from cjepa_fast.eval.figures.style import STYLE, save
+from cjepa_fast.eval.options import positive
+from cjepa_fast.eval.records import print_table
 from cjepa_fast.runtime import caches, children, hardware, json_text
 from cjepa_fast.runtime.command_line import Parser
 from cjepa_fast.runtime.printable import in_markdown, printable, printable_lines, say
@@ -351,16 +352,16 @@ def draw(ablation: Ablation, trials: list[Trial], out: Path) -> Path:
         panels = figure.subplots(1, len(shown), squeeze=False)[0]
         for axes, key in zip(panels, shown, strict=True):
             for i, (row, group) in enumerate(scores.items()):
-                bands.draw(axes, i, len(scores), row, [_points(rows, key) for rows in group])
-            bands.at_start(axes, [rows[0][key] for rows in every if at_start(rows, key)])
+                seed_bands.draw(axes, i, len(scores), row, [_points(rows, key) for rows in group])
+            seed_bands.at_start(axes, [rows[0][key] for rows in every if at_start(rows, key)])
             axes.set_ylabel(PANELS[key].label)
             axes.set_xlabel("epoch")
             axes.grid()
-        bands.legend(figure, panels)
+        seed_bands.legend(figure, panels)
         return save(figure, out)
 
 
-def _points(rows: list[dict], key: str) -> bands.Points:
+def _points(rows: list[dict], key: str) -> seed_bands.Points:
     """(epochs, values)"""
     logged = [row for row in rows if row.get(key) is not None]
     return [row["epoch"] for row in logged], [row[key] for row in logged]

@@ -24,7 +24,7 @@ import torch
 
 from cjepa_fast import config as configuration
 from cjepa_fast.config import Config, ConfigError
-from cjepa_fast.data.decoders import VARIABLE
+from cjepa_fast.data.decoder_choice import VARIABLE
 from cjepa_fast.model import attention, attention_trial, cpu_linear
 from cjepa_fast.runtime import caches, children, hardware, memory, rates
 from cjepa_fast.runtime.command_line import Parser

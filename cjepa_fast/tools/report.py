@@ -11,8 +11,9 @@ import time
 from pathlib import Path
 
 from cjepa_fast import checkpoint, config
-from cjepa_fast.eval import cli, compare, uncertainty
+from cjepa_fast.eval import compare, uncertainty
 from cjepa_fast.eval.figures.curves import PANELS, Panel, at_start, series, short_names
+from cjepa_fast.eval.records import cell
 from cjepa_fast.runtime import caches, files
 from cjepa_fast.runtime.command_line import Parser
 from cjepa_fast.runtime.image_size import shown as shown_size
@@ -300,7 +301,7 @@ def _evaluation(record: dict) -> str:
     shown = {k: v for k, v in record["headings"].items() if any(k in row for row in rows)}
     cells = [[str(row["encoder"]), *(_cell(row, k) for k in shown)] for row in rows]
     settings = ", ".join(
-        f"{SETTINGS.get(k, k.replace('_', ' '))} {cli.cell(v) if isinstance(v, int) else v}"
+        f"{SETTINGS.get(k, k.replace('_', ' '))} {cell(v) if isinstance(v, int) else v}"
         for k, v in record["settings"].items()
         if v not in (None, False)
     )
@@ -316,7 +317,7 @@ def _cell(row: dict, key: str) -> str:
 
 def _spread(value: object, ends: tuple[float, float] | None) -> str:
     """A value, with half its interval where it has one."""
-    return cli.cell(value) + (f" ± {(ends[1] - ends[0]) / 2:.1f}" if ends else "")
+    return cell(value) + (f" ± {(ends[1] - ends[0]) / 2:.1f}" if ends else "")
 
 
 # --------------------------------------------------------------------------------- configuration

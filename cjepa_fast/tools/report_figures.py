@@ -7,10 +7,10 @@ import torch
 from cjepa_fast import config
 from cjepa_fast.checkpoint.encoders import load_encoder
 from cjepa_fast.data.sources import ImageSet, Limits, open_images
-from cjepa_fast.eval import cli
 from cjepa_fast.eval.figures import attention, mask_columns, pca, retrieve, side_by_side
 from cjepa_fast.eval.figures.sheets import load_images, spread_over
 from cjepa_fast.model.vit import count_parameters
+from cjepa_fast.runtime.hardware import default_device
 from cjepa_fast.tools import html_page
 from cjepa_fast.tools.report_run import RunRecord
 from cjepa_fast.training import build
@@ -73,8 +73,8 @@ def _of_features(
     targets = {run.name: load_encoder(run.folder, "target") for run in runs}
     near, _ = retrieve.sheet_of(
         targets, images, queries=SHOWN, k=7 if len(runs) == 1 else max(3, 8 // len(runs)),
-        crop=crop, keep=spread_over(images, SEARCHED), device=cli.device(),
-        bf16=cli.device().type == "cuda", title="neighbours",
+        crop=crop, keep=spread_over(images, SEARCHED), device=default_device(),
+        bf16=default_device().type == "cuda", title="neighbours",
     )  # fmt: skip
     sizes = ", ".join(f"{count_parameters(encoder):,}" for encoder in targets.values())
     drawn["Neighbours"] = (near, f"By the features of the target encoder ({sizes} parameters).")

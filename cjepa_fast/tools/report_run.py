@@ -7,8 +7,10 @@ from pathlib import Path
 
 from cjepa_fast import config
 from cjepa_fast.data.sources import Limits
-from cjepa_fast.eval import cli, uncertainty
+from cjepa_fast.eval import uncertainty
 from cjepa_fast.eval.figures.curves import series
+from cjepa_fast.eval.records import records_in
+from cjepa_fast.eval.splits import labelled_splits
 from cjepa_fast.telemetry import read_log
 from cjepa_fast.telemetry.pace import rate
 from cjepa_fast.training.diagnosis import KNN_DROP, degradation_warning, first_change, start_name
@@ -67,7 +69,7 @@ class RunRecord:
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"{folder}: no config.json there, so it is no run's folder")
         rows = read_log(folder) if (folder / "log.jsonl").is_file() else []
-        return cls(name, folder, config.load_run(folder), rows, cli.records(folder))
+        return cls(name, folder, config.load_run(folder), rows, records_in(folder))
 
     @property
     def finished(self) -> bool:
@@ -94,7 +96,7 @@ class RunRecord:
         paths = (own.data, own.test, own.labels, own.test_labels)
         train, test, *labels = (path and config.expand_path(path) for path in paths)
         try:
-            _, (_, keep) = cli.labelled_splits(
+            _, (_, keep) = labelled_splits(
                 train, test, own.max_train, own.max_test, *labels,
                 limits=Limits.of(self.settings.data),
             )  # fmt: skip

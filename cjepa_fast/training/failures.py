@@ -12,7 +12,7 @@ import torch
 
 from cjepa_fast import checkpoint
 from cjepa_fast.config import ConfigError
-from cjepa_fast.data.batches import ImagesGone
+from cjepa_fast.data.decode_pipeline import ImagesGone
 from cjepa_fast.runtime import error_report, hardware, oom
 from cjepa_fast.runtime.printable import printable, printable_lines, say
 from cjepa_fast.runtime.provenance import machine, own_commit

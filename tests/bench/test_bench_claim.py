@@ -192,8 +192,8 @@ def test_scores_of_the_test_set_choose_no_row(tmp_path, monkeypatch):
     lines = [line_of("untrained", 0, 19, start=0), line_of("I-JEPA", 0, 20, 30)]
     lines += [blocks("blocks 0.001", 0, 21, 28), blocks("blocks 0.004", 0, 21, 29)]
     drawn = []
-    monkeypatch.setattr(claim_report.bands, "draw", lambda *given: drawn.append(given[3]))
-    monkeypatch.setattr(claim_report.bands, "legend", lambda *_: None)
+    monkeypatch.setattr(claim_report.seed_bands, "draw", lambda *given: drawn.append(given[3]))
+    monkeypatch.setattr(claim_report.seed_bands, "legend", lambda *_: None)
     claim_report.draw(lines, tmp_path / "curves.png", chosen=True)
     assert drawn[:3] == ["I-JEPA", "blocks 0.001", "blocks 0.004"]
 
@@ -230,13 +230,13 @@ def test_the_best_row_of_each_kind_is_drawn_from_the_untrained_encoder_on(tmp_pa
     lines.append(line_of("SIGReg", 0, 1, 2, **sigreg, **{"model.init": "ijepa"}))
     best = claim_report.best_rows(claim_report.by_row(lines))
     assert [row for row, _ in best] == ["I-JEPA", "blocks 0.001", "SIGReg"]
-    drawn, draw = {}, claim_report.bands.draw
+    drawn, draw = {}, claim_report.seed_bands.draw
 
     def noted(axes, i, of, label, points):
         drawn.setdefault(label, []).append(points)
         draw(axes, i, of, label, points)
 
-    monkeypatch.setattr(claim_report.bands, "draw", noted)
+    monkeypatch.setattr(claim_report.seed_bands, "draw", noted)
     claim_report.draw(lines, tmp_path / "curves.png")
     assert {label: len(panels) for label, panels in drawn.items()} == dict.fromkeys(
         ["I-JEPA", "blocks 0.001", "SIGReg"], 3

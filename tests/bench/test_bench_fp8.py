@@ -49,7 +49,7 @@ def test_the_error_is_that_of_8_bits(bench, monkeypatch):
 def test_a_trained_encoder_is_scored_on_as_many_images_as_asked_for(bench, monkeypatch, tmp_path):
     one = ("a run", Encoder(32, 8, 48, 1, 3), 2)
     monkeypatch.setattr(bench, "encoders", lambda names, trained, device: [one])
-    monkeypatch.setattr(bench.cli, "labelled_splits", lambda *asked: [asked])
+    monkeypatch.setattr(bench, "labelled_splits", lambda *asked: [asked])
     monkeypatch.setattr(bench, "row_of", lambda *args: {"splits": args[-1]})
     monkeypatch.setattr(bench, "table", lambda rows, about: "")
     out = tmp_path / "fp8_trained.json"

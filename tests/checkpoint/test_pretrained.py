@@ -14,7 +14,7 @@ from PIL import Image
 import cjepa_fast as cj
 from cjepa_fast.checkpoint.encoders import load_encoders, save_encoder
 from cjepa_fast.checkpoint.pretrained import PretrainedEncoder
-from cjepa_fast.data.decoders import PILLOW
+from cjepa_fast.data.decoder_choice import PILLOW
 from cjepa_fast.data.evaluation import eval_batches
 from cjepa_fast.data.sources import open_images
 from cjepa_fast.model.vit import Encoder

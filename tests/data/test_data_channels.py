@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from cjepa_fast.config import DataSection
-from cjepa_fast.data import arrays, dali, decoders, formats, index
-from cjepa_fast.data.decode import DecodeRequest, DecodeSettings
-from cjepa_fast.data.decoders import DALI, PILLOW, open_decoder
+from cjepa_fast.data import arrays, dali, formats, index
+from cjepa_fast.data.decoder import DecodeRequest, DecodeSettings
+from cjepa_fast.data.decoder_choice import DALI, PILLOW, choose_decoder, open_decoder
 from cjepa_fast.data.evaluation import eval_batches
 from cjepa_fast.data.headers import Unusable
 from cjepa_fast.data.loader import BatchSplit, Loader
@@ -37,7 +37,7 @@ PICTURES = {
 }  # fmt: skip
 
 
-def look(channels: int, size=48, **options) -> DecodeSettings:
+def settings(channels: int, size=48, **options) -> DecodeSettings:
     zeros, ones = (0.0,) * channels, (1.0,) * channels
     return DecodeSettings(size, zeros, ones, torch.device("cpu"), torch.float32, 1, **options)
 
@@ -90,7 +90,7 @@ def tiff(values: np.ndarray, *, tile=None, planes=False, deflated=False, differe
     return head + b"".join(blocks) + count + entries + bytes(4) + beyond
 
 
-def looked(data: bytes) -> formats.Look:
+def header_of(data: bytes) -> formats.ImageHeader:
     return formats.inspect(lambda at, count: data[at : at + count], len(data))
 
 
@@ -146,13 +146,13 @@ def test_channels_are_told_from_headers():
         5: [tiff(BANDS), npy(BANDS), npy(BANDS.transpose(2, 0, 1))],
     }  # fmt: skip
     for channels, files in kinds.items():
-        assert [looked(data).channels for data in files] == [channels] * len(files)
-    assert looked(npy(BANDS.transpose(2, 0, 1)))[:3] == (60, 80, formats.ARRAY)
+        assert [header_of(data).channels for data in files] == [channels] * len(files)
+    assert header_of(npy(BANDS.transpose(2, 0, 1)))[:3] == (60, 80, formats.ARRAY)
     floats = SMOOTH[..., :1].astype(np.float32)
     for data in (tiff(floats), made.encoded(Image.fromarray(floats[..., 0]), "TIFF")):
-        assert looked(data) == (60, 80, formats.ARRAY, 8, 100, 1)
+        assert header_of(data) == (60, 80, formats.ARRAY, 8, 100, 1)
         assert np.array_equal(arrays.pixels(data), 255 * floats)
-    assert looked(tiff(BANDS))[:3] == (60, 80, formats.ARRAY)
+    assert header_of(tiff(BANDS))[:3] == (60, 80, formats.ARRAY)
 
 
 LAYOUTS = {
@@ -185,9 +185,9 @@ def test_tiffs_of_any_depth_are_upright(turn, dtype):
     want = np.asarray(formats.decode_rgb(tiff(gray, more={274: [turn]}), channels=1))
     values = gray.astype(dtype) * dtype(257 if dtype == np.uint16 else 1)
     for data in (tiff(values, more={274: [turn]}), tiff(values.repeat(5, 2), more={274: [turn]})):
-        look = looked(data)
-        assert (look.height, look.width) == want.shape == ((80, 60) if turn >= 5 else (60, 80))
-        if look.treat == formats.ARRAY:
+        header = header_of(data)
+        assert (header.height, header.width) == want.shape == ((80, 60) if turn >= 5 else (60, 80))
+        if header.kind == formats.ARRAY:
             found = arrays.pixels(data)[..., -1] / (255 if dtype == np.float32 else 1)
         else:
             found = np.asarray(formats.decode_rgb(data, channels=1)).astype(float)
@@ -201,7 +201,7 @@ def test_where_zero_is_white_it_is_so_at_every_depth(bits, options):
     gray = SMOOTH[..., :1]
     values = (gray / 255 * (2**bits - 1) + 0.5).astype(np.uint8 if bits == 8 else np.uint16)
     data, deep = tiff(values, more={262: [0]}, **options), bits if bits == 12 else None
-    if looked(data).treat == formats.ARRAY:
+    if header_of(data).kind == formats.ARRAY:
         found = arrays.pixels(data, deep)
     else:
         found = np.atleast_3d(formats.decode_rgb(data, bits=deep, channels=1)).astype(float)
@@ -253,7 +253,7 @@ CUT = {
 def test_arrays_that_cannot_be_read_say_why(kind):
     data, said = CUT[kind][0](), CUT[kind][1]
     with pytest.raises((Unusable, OSError), match=said):
-        looked(data)
+        header_of(data)
         arrays.pixels(data)
 
 
@@ -363,18 +363,18 @@ def test_what_dali_makes_of_a_channel_is_tried(monkeypatch):
     monkeypatch.setattr(formats, "as_ppm", lambda image: full)  # as if the decoder made it so
     assert "(40, 90, 140, 190) in 4 channels it makes" in dali.problem(torch.device("cpu"), 4)
     device = torch.device("cpu")
-    assert decoders.chosen("auto", device, channels=9, arrays=True) == PILLOW
+    assert choose_decoder("auto", device, channels=9, arrays=True) == PILLOW
     with pytest.raises(ValueError, match="does not decode arrays"):
-        decoders.chosen(DALI, device, channels=9, arrays=True)
+        choose_decoder(DALI, device, channels=9, arrays=True)
 
 
 def test_colours_are_changed_of_rgb_alone():
     with pytest.raises(ValueError, match=r"data.colour: it changes the colours of RGB pictures"):
-        look(1, colour=True)
+        settings(1, colour=True)
     with pytest.raises(ValueError, match=r"rand_augment: .* of 4 channels; set it to null"):
-        look(4, rand_augment=(2, 9, 0))
+        settings(4, rand_augment=(2, 9, 0))
     with pytest.raises(ValueError, match="arrays of 3 channels"):
-        look(3, colour=True, arrays=True)
+        settings(3, colour=True, arrays=True)
 
 
 def test_an_array_is_shown_as_the_picture_of_its_pixels(tmp_path):
@@ -383,12 +383,12 @@ def test_an_array_is_shown_as_the_picture_of_its_pixels(tmp_path):
     flip_B = np.array([1, 0], np.int32)
     shapes = []
     for data, options in ((made.encoded(SMOOTH, "PNG"), {}), (npy(SMOOTH), {"arrays": True})):
-        decoder = open_decoder(PILLOW, look(3, (20, 36), flip=True, **options), 2)
+        decoder = open_decoder(PILLOW, settings(3, (20, 36), flip=True, **options), 2)
         decoder.submit(DecodeRequest([data] * 2, window_B4, flip_B))
         shapes.append(255 * decoder.collect())
     assert (shapes[0] - shapes[1]).abs().max() < 0.51 + 0.5
     assert (shapes[1] - shapes[1].round()).abs().max() > 0.2
-    assert decoder.alone(DecodeRequest([npy(BANDS)], window_B4[:1], flip_B), 0) is None
+    assert decoder.decode_alone(DecodeRequest([npy(BANDS)], window_B4[:1], flip_B), 0) is None
 
 
 def test_headers_are_parsed_by_one_thread_at_a_time(monkeypatch, tmp_path):

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from test_data_loader import indices, loader, take
 
-from cjepa_fast.data.batches import ImagesGone
+from cjepa_fast.data.decode_pipeline import ImagesGone
 from cjepa_fast.data.sources import open_images
 
 COUNT, SHARDS, BATCH = 45, 3, 12  # images; 15 of them a shard; 3 steps an epoch, 9 dropped

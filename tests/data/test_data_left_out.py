@@ -18,10 +18,10 @@ import tiny
 from PIL import Image
 
 from cjepa_fast.data import faults, formats, index, left_out, listing, lists, locations, sources
-from cjepa_fast.data.batches import ImagesGone, Skipped, read_one
+from cjepa_fast.data.decode_pipeline import ImagesGone, Skipped, read_one
 from cjepa_fast.data.sets import pairs
 from cjepa_fast.data.sources import Limits, open_images
-from cjepa_fast.runtime import watched
+from cjepa_fast.runtime import reads_in_progress
 
 
 @pytest.fixture
@@ -96,10 +96,10 @@ def test_kinds_that_nobody_reads_do_not_make_another_set(tmp_path, opened):
 @pytest.mark.parametrize("kind", ["TIFF", "WEBP"])
 def test_other_kinds_are_upright_too(turn, kind):
     data = made.encoded(made.picture(1, 30, 50), kind, exif=made.exif(turn))
-    look = formats.inspect(lambda at, count: data[at : at + count], len(data))
+    header = formats.inspect(lambda at, count: data[at : at + count], len(data))
     image = formats.decode_rgb(data)
-    assert (look.height, look.width) == (image.height, image.width)
-    assert (look.height, look.width) == ((50, 30) if turn >= 5 else (30, 50))
+    assert (header.height, header.width) == (image.height, image.width)
+    assert (header.height, header.width) == ((50, 30) if turn >= 5 else (30, 50))
 
 
 def segment(marker: int, body: bytes, size: int | None = None) -> bytes:
@@ -795,11 +795,11 @@ def test_the_shard_unused_for_longest_is_closed(three_shards, monkeypatch):
 def test_a_slow_shard_holds_up_no_other(three_shards, monkeypatch):
     real, opening, go_on = index.open_regular, threading.Event(), threading.Event()
 
-    def slowly(path, *args):
+    def slowly(path):
         if path.name == "x-0.tar":
             opening.set()
             assert go_on.wait(60)
-        return real(path, *args)
+        return real(path)
 
     monkeypatch.setattr(index, "open_regular", slowly)
     with ThreadPoolExecutor(2) as pool:
@@ -907,8 +907,8 @@ def test_who_waits_for_another_process_to_index_is_not_stuck(tmp_path, monkeypat
 
     with ThreadPoolExecutor(1) as pool:
         with index.lock(file):
-            waiting, before = pool.submit(wait), watched.reads()
-            tiny.wait_for(lambda: watched.reads() > before + 5, "signs of progress")
+            waiting, before = pool.submit(wait), reads_in_progress.reads()
+            tiny.wait_for(lambda: reads_in_progress.reads() > before + 5, "signs of progress")
             assert not waiting.done()
         assert waiting.result(timeout=60) == "held"
 
@@ -922,12 +922,12 @@ def test_each_entry_of_a_folder_and_each_line_of_a_list_is_a_sign_of_progress(tm
     if kind == "shards":
         made.good_shards(root, count, shards=count)
     (root / "list.txt").write_text("".join(f"{i}\n" for i in range(count)))
-    before = watched.reads()
+    before = reads_in_progress.reads()
     if kind == "list":
         lists.read(root / "list.txt")
     else:
         locations.find(str(root))
-    assert watched.reads() - before >= count * (1 if kind in ("folder", "list") else 2)
+    assert reads_in_progress.reads() - before >= count * (1 if kind in ("folder", "list") else 2)
 
 
 def test_an_indexing_that_was_stopped_goes_on_where_it_was(tmp_path, opened, monkeypatch):
@@ -975,12 +975,12 @@ def test_past_its_limit_what_is_skipped_ends_the_run(tmp_path, opened):
 
 def test_a_file_that_never_comes_is_named(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(watched.time, "monotonic", lambda: now[0])
-    with watched.watched("a\nb.jpg"):
-        assert watched.longest() == ""
+    monkeypatch.setattr(reads_in_progress.time, "monotonic", lambda: now[0])
+    with reads_in_progress.watched("a\nb.jpg"):
+        assert reads_in_progress.longest() == ""
         now[0] += 60
-        assert watched.longest() == "a\\nb.jpg has been read for 60 s"
-    assert watched.longest() == ""
+        assert reads_in_progress.longest() == "a\\nb.jpg has been read for 60 s"
+    assert reads_in_progress.longest() == ""
 
 
 # ------------------------------------------------------------------------------------- the report

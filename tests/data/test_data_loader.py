@@ -13,7 +13,7 @@ import torch
 
 from cjepa_fast.config import DataSection
 from cjepa_fast.data import loader as loader_module
-from cjepa_fast.data.batches import ImagesGone, Skipped
+from cjepa_fast.data.decode_pipeline import ImagesGone, Skipped
 from cjepa_fast.data.loader import BatchSplit, Loader, _Iteration
 from cjepa_fast.data.masks import MaskSampler
 from cjepa_fast.data.sources import open_images
@@ -301,7 +301,7 @@ def test_an_error_in_the_thread_reaches_the_consumer(images):
 
 def test_an_error_of_dali_that_no_image_explains_is_raised(images, monkeypatch):
     from cjepa_fast.data.dali import DaliDecoder
-    from cjepa_fast.data.decode import DecodeFailed
+    from cjepa_fast.data.decoder import DecodeFailed
 
     def collect(self):
         raise DecodeFailed("out of memory")
@@ -397,9 +397,9 @@ def test_the_loader_s_thread_is_on_its_rank_s_gpu(monkeypatch):
 def epochs_of_rank_0(images, bad: range, epochs: int, max_skipped: float) -> Skipped:
     """What the loader of one of four ranks counts, after the bad images of its batches."""
     source = loader(images, 20, 5, rank=0, world_size=4, max_skipped=max_skipped)
-    works = source._works(0)
+    requests = source._batch_requests(0)
     for _ in range(epochs * source.steps_per_epoch):
-        for i in next(works).index_B.tolist():
+        for i in next(requests).index_B.tolist():
             if i in bad:
                 source.skipped.note(i, "bad")
     return source.skipped

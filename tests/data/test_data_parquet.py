@@ -10,7 +10,7 @@ import pytest
 
 from cjepa_fast.data import faults, pack, parquet
 from cjepa_fast.data.sources import open_images
-from cjepa_fast.eval.cli import labelled_splits
+from cjepa_fast.eval.splits import labelled_splits
 
 TRAIN = "data/train-{:05d}-of-{:05d}.parquet"
 
@@ -189,6 +189,7 @@ def test_a_packing_goes_on_where_it_stopped(tmp_path):
 def test_rows_are_read_in_any_order(tmp_path):
     rows = [(image(k % 7, f"{k}.jpg"), 0) for k in range(200)]
     images = parquet.ParquetImages([write(tmp_path / "x.parquet", rows, group=90)])
+    assert isinstance(images, pack.PackableImages)
     for i in (199, 0, 150, 89, 90, 91, 3, 199):
         assert images.read_original(i) == rows[i][0]["bytes"]
         assert images.name(i) == f"x.parquet/{i}: {i}.jpg"

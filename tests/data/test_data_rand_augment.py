@@ -6,13 +6,13 @@ import corrupt_images as made
 import numpy as np
 import pytest
 import torch
-from test_data_decode import look
+from test_data_decoder import settings
 from test_data_loader import loader, take
 
 from cjepa_fast.data import rand_augment
-from cjepa_fast.data.decode import MOST_MAGNITUDE, DecodeRequest
-from cjepa_fast.data.decoders import PILLOW
-from cjepa_fast.data.pillow_decode import PillowDecoder
+from cjepa_fast.data.decoder import MOST_MAGNITUDE, DecodeRequest
+from cjepa_fast.data.decoder_choice import PILLOW
+from cjepa_fast.data.pillow_decoder import PillowDecoder
 from cjepa_fast.data.sources import open_images
 
 SIDE = 64
@@ -78,12 +78,12 @@ def test_every_change_is_drawn_and_each_image_has_its_own():
     count = len(rand_augment.CHANGES)
     draw_B2 = [((k + 0.01) / count, sign) for k in range(count) for sign in (0.49, 0.51)]
     B = len(draw_B2)
-    feed = DecodeRequest(
+    request = DecodeRequest(
         [made.encoded(IMAGES[0], "PNG")] * B, np.array([[0, 0, SIDE, SIDE]] * B, np.int32),
         augment_BC=np.array(draw_B2),
     )  # fmt: skip
-    decoder = PillowDecoder(look(rand_augment=(1, 20, 0)))
-    decoder.submit(feed)
+    decoder = PillowDecoder(settings(rand_augment=(1, 20, 0)))
+    decoder.submit(request)
     looks = torch.unique(decoder.collect().flatten(1), dim=0)
     assert len(looks) == 3 + 2 * 9 + 2  # identity; what has one sign; what has two
 

@@ -12,11 +12,13 @@ from pathlib import Path
 import corrupt_images as made
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from cjepa_fast.data import formats, index, listing
 from cjepa_fast.data.locations import expand_braces
-from cjepa_fast.data.sources import open_images
+from cjepa_fast.data.pack import PackableImages
+from cjepa_fast.data.sources import DecodableImages, Subset, open_images
 
 
 @pytest.fixture
@@ -44,6 +46,21 @@ def test_folder_has_names_classes_and_sizes(tmp_path, opened):
     for i, name in enumerate(names):
         assert images.read(i) == (root / name).read_bytes()
     assert not images.skipped and not opened.said
+
+
+def test_sets_and_subsets_have_what_reads_them_asks_for(tmp_path, opened):
+    """Also of a subset of a subset, whose positions are those of the one before."""
+    for k in range(4):
+        made.write(tmp_path / "set" / f"{k}.jpg", made.encoded(made.picture(k, 20 + k, 30)))
+    images = opened(tmp_path / "set")
+    some = Subset(images, torch.tensor([1, 3]))
+    one = Subset(some, torch.tensor([1]))
+    assert all(isinstance(found, DecodableImages) for found in (images, some, one))
+    assert isinstance(images, PackableImages) and not isinstance(some, PackableImages)
+    assert (some.name(0), some.name(1), one.name(0)) == ("1.jpg", "3.jpg", "3.jpg")
+    assert one.read(0) == images.read(3) and one.read_original(0) == images.read_original(3)
+    assert one.sizes_N2.tolist() == images.sizes_N2[[3]].tolist() and len(one) == 1
+    assert len({images.fingerprint, some.fingerprint, one.fingerprint}) == 3
 
 
 def test_images_beside_folders_are_unlabelled(tmp_path, opened):
@@ -134,8 +151,8 @@ def test_end_marker_of_a_preview_is_no_end_marker():
     whole = made.encoded(made.picture(5), comment=made.encoded(made.picture(3, 20, 20)))
     cut = whole[:-200]
     assert b"\xff\xd9" in cut
-    look = formats.inspect(lambda at, count: cut[at : at + count], len(cut))
-    assert 50 < look.there_pct < 100
+    header = formats.inspect(lambda at, count: cut[at : at + count], len(cut))
+    assert 50 < header.there_pct < 100
 
 
 @pytest.mark.parametrize("orientation", range(9))

@@ -13,7 +13,7 @@ from cjepa_fast.data import dali
 from cjepa_fast.data.decoder_warnings import KINDS, LOOKS, OTHERS, DecoderWarnings, summary
 from cjepa_fast.data.loader import BatchSplit, Loader
 from cjepa_fast.data.sources import open_images
-from cjepa_fast.data.whole import WholeImages
+from cjepa_fast.data.whole_images import WholeImages
 from cjepa_fast.runtime import library_stderr
 
 NOT_SRGB = made.png_with(b"sRGB", b"\x09")
@@ -93,7 +93,7 @@ class Decoder:
     def __init__(self, writes, bad=()):
         self.writes, self.bad, self.lines, self.looks = writes, bad, [], 0
 
-    def written(self):
+    def library_messages(self):
         lines, self.lines = self.lines, []
         return lines
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from cjepa_fast.config import DataSection
 from cjepa_fast.data import formats
-from cjepa_fast.data.decoders import DALI, PILLOW
+from cjepa_fast.data.decoder_choice import DALI, PILLOW
 from cjepa_fast.data.early_ends import gap
 from cjepa_fast.data.evaluation import eval_batches
 from cjepa_fast.data.loader import BatchSplit, Loader

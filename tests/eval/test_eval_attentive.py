@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from cjepa_fast.checkpoint.encoders import save_encoder
-from cjepa_fast.data.sources import open_images
+from cjepa_fast.data.sources import Subset, open_images
 from cjepa_fast.eval.__main__ import main
-from cjepa_fast.eval.features import Subset
 from cjepa_fast.eval.finetuning.saved import Learner, SavedTraining
 from cjepa_fast.eval.probes import attentive
 from cjepa_fast.eval.probes.attentive import AttentiveProbe, ProbeRecipe

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from cjepa_fast.eval import cli
+from cjepa_fast.eval import splits
 from cjepa_fast.eval.__main__ import main
 from cjepa_fast.eval.probes import clevr
 from cjepa_fast.eval.probes.clevr import Fact
@@ -141,7 +141,7 @@ def test_mirrored_features_are_those_of_mirrored_images(set_of_clevr, encoder, t
 def test_memory_for_both_copies_is_asked_before_any_work(
     set_of_clevr, encoder, monkeypatch, capsys
 ):
-    monkeypatch.setattr(cli, "free_bytes", lambda: 1000)
+    monkeypatch.setattr(splits, "free_bytes", lambda: 1000)
     monkeypatch.setattr(clevr, "extract", lambda *args, **how: pytest.fail("computed"))
     assert main(["clevr", str(encoder), "--data", str(set_of_clevr)]) == 2
     assert f"{2 * 12 + 6} images with 24 values each take" in capsys.readouterr().err

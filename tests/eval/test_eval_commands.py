@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from cjepa_fast import config as configuration
 from cjepa_fast import load_encoder
 from cjepa_fast.data.sources import LIMITS, open_images
-from cjepa_fast.eval import cli, features
+from cjepa_fast.eval import features, records, splits
 from cjepa_fast.eval.__main__ import main
-from cjepa_fast.eval.cli import labelled_splits
 from cjepa_fast.eval.probes import knn, linear
+from cjepa_fast.eval.splits import labelled_splits, splits_of
 from cjepa_fast.export.__main__ import main as export_main
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.telemetry import read_log
@@ -83,7 +83,7 @@ def test_every_command_that_takes_files_of_labels_reads_them(run, task, monkeypa
             raise ValueError("both are asked for")
         return []
 
-    monkeypatch.setattr(cli, "labelled", labelled)
+    monkeypatch.setattr(splits, "labelled", labelled)
     monkeypatch.setenv("LABELS", "/elsewhere")
     words = ["--data", "a", "--test", "b", "--labels", "$LABELS/a", "--test-labels", "$LABELS/b"]
     assert main([task, str(run), *words]) == 2
@@ -215,10 +215,10 @@ def test_splits_are_no_classes_and_val_is_the_test_set(tmp_path):
     assert (train.root.name, test.root.name) == ("train", "val") and len(keep) == 6
     named = dict.fromkeys(("test", "labels", "test_labels", "max_train"))
     args = argparse.Namespace(data=str(tmp_path / "set"), limits=LIMITS, **named)
-    cli.splits_of(args)
+    splits_of(args)
     assert args.test == str(tmp_path / "set" / "val")  # for the record
-    for name, splits in (("flat", ("train", "val")), ("other", ("Train", "Val"))):
-        for split in splits:
+    for name, folders in (("flat", ("train", "val")), ("other", ("Train", "Val"))):
+        for split in folders:
             made.write(tmp_path / name / split / "a.jpg", made.encoded(made.picture(1)))
         with pytest.raises(ValueError, match="holds splits, not classes"):
             labelled_splits(str(tmp_path / name), None)
@@ -238,10 +238,10 @@ def test_test_images_of_classes_without_a_training_image_are_counted(data, capsy
 
 @pytest.mark.parametrize("words", [["knn", "--pixels"], ["knn", "--linear"], ["linear"], ["all"]])
 def test_too_little_memory_is_said_before_any_work(run, data, monkeypatch, capsys, words):
-    monkeypatch.setattr(cli, "free_bytes", lambda: 10_000)
+    monkeypatch.setattr(splits, "free_bytes", lambda: 10_000)
     for name in "extract", "image_vectors":
         monkeypatch.setattr(features, name, lambda *args, **options: pytest.fail("computed"))
-    monkeypatch.setattr(cli, "extract", features.extract)
+    monkeypatch.setattr(splits, "extract", features.extract)
     monkeypatch.setattr(knn, "image_vectors", features.image_vectors)
     assert main([words[0], str(run), "--data", str(data), *words[1:]]) == 2
     assert "GiB of memory at once, of 0.0 free: use fewer, --max-train N" in capsys.readouterr().err
@@ -315,7 +315,7 @@ def test_what_is_found_lies_in_the_run_s_folder_too(run, data):
     """A file for each set of settings: the same settings replace it."""
     for k in (3, 4, 3):
         assert main(["knn", str(run), "--data", str(data), "--k", str(k)]) == 0
-    found = cli.records(run)
+    found = records.records_in(run)
     assert [record["settings"]["k"] for record in found] == [4, 3]
     assert found[0]["task"] == "knn" and found[0]["rows"][0]["encoder"] == "trained"
     assert set(found[0]["headings"]) >= {"top1", "top1_centred"}
@@ -326,15 +326,15 @@ def test_a_shorter_command_keeps_what_a_longer_one_found(run, data, tmp_path):
     test = shutil.copytree(data, tmp_path / "test")
     words = ["knn", str(run), "--data", str(data), "--test", str(test), "--k", "3"]
     assert main([*words, "--untrained", "--pixels", "--linear"]) == 0
-    (before,) = cli.records(run)
+    (before,) = records.records_in(run)
     assert main([*words, "--json", str(tmp_path / "own.json")]) == 0
-    (after,) = cli.records(run)
+    (after,) = records.records_in(run)
     assert after["rows"] == before["rows"] and after["made"] > before["made"]
     own = json.loads((tmp_path / "own.json").read_text())["rows"]
     assert [row["encoder"] for row in own] == ["trained"] and "linear" not in own[0]
     next(test.rglob("*.jpg")).unlink()
     assert main(words) == 0
-    assert [row["encoder"] for row in cli.records(run)[0]["rows"]] == ["trained"]
+    assert [row["encoder"] for row in records.records_in(run)[0]["rows"]] == ["trained"]
 
 
 def test_an_earlier_record_of_other_weights_adds_nothing(tmp_path):
@@ -344,11 +344,11 @@ def test_an_earlier_record_of_other_weights_adds_nothing(tmp_path):
     new = before | {"weights": "w", "headings": {"b": "B"}, "rows": [rows[1] | {"top1": 6.0}]}
     for weights, kept in ("v", []), ("w", rows[:1]):
         file.write_text(json.dumps(before | {"weights": weights}))
-        found = cli._with_earlier(file, new)
+        found = records._with_earlier(file, new)
         assert found["rows"] == [*kept, *new["rows"]]
     assert found["headings"] == {"a": "A", "b": "B"}
     file.write_text("{")
-    assert cli._with_earlier(file, new) == new
+    assert records._with_earlier(file, new) == new
 
 
 def test_the_untrained_encoder_is_the_same_each_time(run, data, tmp_path):
@@ -434,7 +434,7 @@ def test_settings_are_the_run_s_or_another_configuration_s(run, data, tmp_path):
         for more in ([], ["--config", str(config)])
     ]
     assert tops == [0, 0]
-    assert [record["settings"]["k"] for record in cli.records(run)] == [5, 2]
+    assert [record["settings"]["k"] for record in records.records_in(run)] == [5, 2]
 
 
 def test_an_export_shows_the_encoder_that_it_holds(run, data, tmp_path):
@@ -453,22 +453,22 @@ def test_an_export_shows_the_encoder_that_it_holds(run, data, tmp_path):
 def test_a_file_of_the_context_encoder_is_recorded_as_such(run, data):
     for name in ("encoder", "context_encoder"):
         assert main(["knn", str(run / f"{name}.safetensors"), "--data", str(data)]) == 0
-    assert [record["which"] for record in cli.records(run)] == ["target", "context"]
+    assert [record["which"] for record in records.records_in(run)] == ["target", "context"]
 
 
 def test_what_is_written_is_of_the_weights_that_were_read(run, data, monkeypatch):
     """Though the folder holds others by the time that the figures are there."""
     read = features.digest(load_encoder(run))
-    original = cli.print_table
+    original = records.print_table
 
     def move_on(*given):
         for path in run.glob("*encoder.safetensors"):
             path.unlink()
         original(*given)
 
-    monkeypatch.setattr(cli, "print_table", move_on)
+    monkeypatch.setattr(records, "print_table", move_on)
     assert main(["knn", str(run), "--data", str(data)]) == 0
-    assert cli.records(run)[-1]["weights"] == read
+    assert records.records_in(run)[-1]["weights"] == read
 
 
 def test_collapse_of_an_encoder_in_another_project_s_folder(run, data, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import torch
 from cjepa_fast import config as configuration
 from cjepa_fast.checkpoint.encoders import load_encoder, save_encoder
 from cjepa_fast.config import Config
-from cjepa_fast.eval import cli, compare, seeds, uncertainty
+from cjepa_fast.eval import compare, records, seeds, uncertainty
 from cjepa_fast.eval.__main__ import main
 from cjepa_fast.eval.features import digest
 
@@ -260,12 +260,12 @@ def test_links_to_runs_change_no_group(tmp_path):
     (tmp_path / "runs").symlink_to(tmp_path / "disk")
     ends = [Path("0", "checkpoints", "step_1"), Path("1", "checkpoints", "step_1")]
     paths = [tmp_path / "runs" / ends[0], tmp_path / "disk" / ends[1]]
-    assert [cli.inside(path) for path in paths] == ["checkpoints/step_1"] * 2
+    assert [records.inside(path) for path in paths] == ["checkpoints/step_1"] * 2
     assert len(seeds.groups_of(paths, ["a", "b"])) == 1
     (tmp_path / "disk" / ends[0]).mkdir(parents=True)
     (tmp_path / "disk" / "0" / "best").symlink_to(ends[0].relative_to("0"))
-    assert cli.inside(tmp_path / "runs" / "0" / "best") == "best"
-    assert cli.inside(tmp_path / "runs" / "0") == "."
+    assert records.inside(tmp_path / "runs" / "0" / "best") == "best"
+    assert records.inside(tmp_path / "runs" / "0") == "."
 
 
 def test_the_bars_have_the_intervals_of_their_test_images(tmp_path, monkeypatch):

@@ -146,8 +146,8 @@ def start(folder: Path, kept: SavedTraining, recipe: Recipe = RECIPE):
 
 
 class Interrupted(SavedTraining):
-    def save(self, learner, done):
-        super().save(learner, done)
+    def save(self, done):
+        super().save(done)
         if done == 2:  # an epoch
             raise KeyboardInterrupt
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from cjepa_fast.config import Config
 from cjepa_fast.data.masks import MaskSampler
-from cjepa_fast.eval.figures import attention, bands, curves, sheets, style
+from cjepa_fast.eval.figures import attention, curves, seed_bands, sheets, style
 from cjepa_fast.eval.figures import mask_columns as masked
 from cjepa_fast.model.vit import Encoder
 
@@ -214,7 +214,7 @@ def test_noise_does_not_look_like_a_trend():
 
     axes = Figure().subplots()
     axes.plot([0, 1], [22.86, 22.94])
-    bands.at_least(axes, 5.0)
+    seed_bands.at_least(axes, 5.0)
     assert np.ptp(axes.get_ylim()) == pytest.approx(5)
 
 

@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 
-from cjepa_fast.data.sources import open_images
+from cjepa_fast.data.sources import Subset, open_images
 from cjepa_fast.eval.__main__ import main
-from cjepa_fast.eval.features import Subset
 from cjepa_fast.eval.finetuning import classify, layer_decay, recipe
 from cjepa_fast.eval.finetuning.recipe import Classifier, Recipe
 from cjepa_fast.eval.finetuning.saved import SavedTraining

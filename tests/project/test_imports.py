@@ -152,6 +152,13 @@ def test_third_party_imports_are_declared_and_heavy_ones_late(name):
     assert not roots(imports(name, top_level_only=True)) & HEAVY
 
 
+def test_what_evaluates_within_a_training_imports_no_command_line():
+    """It needs images, features and probes; arguments and records are of the commands."""
+    of_commands = {f"cjepa_fast.eval.{name}" for name in ("options", "records", "__main__")}
+    assert of_commands < SOURCES.keys()
+    assert not of_commands & imports("cjepa_fast.eval.online").keys()
+
+
 def test_nothing_lies_loose():
     """Beside the commands every module has its room."""
     assert {p.stem for p in PACKAGE.glob("*.py")} == {"__init__", "train", "demo"}

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from launched import TRAIN, Launched, started
 
 from cjepa_fast import checkpoint
-from cjepa_fast.runtime import distributed, watchdog, watched
+from cjepa_fast.runtime import distributed, reads_in_progress, watchdog
 from cjepa_fast.runtime.watchdog import (
     CUT_OFF,
     DONE,
@@ -174,9 +174,9 @@ def test_who_still_indexes_is_waited_for_and_who_no_longer_reads_is_stuck():
     world = World(3, timeout_s=60)
     world.mark(INDEXING, 0)
     for _ in range(12):
-        watched.progressed()
+        reads_in_progress.progressed()
         for dog in world.dogs[:2]:  # in this one process: that they have read nothing
-            dog._read = watched.reads()
+            dog._read = reads_in_progress.reads()
         assert not world.go_on(60)
     verdict = world.go_on(START * 60 + 3)[0]
     assert "all at the same line" in verdict and INDEXING in verdict
@@ -189,9 +189,9 @@ def test_when_a_long_indexing_ends_nobody_is_stuck():
     world = World(3, timeout_s=60)
     world.mark(INDEXING, 0)
     for _ in range(12):
-        watched.progressed()
+        reads_in_progress.progressed()
         for dog in world.dogs[1:]:
-            dog._read = watched.reads()
+            dog._read = reads_in_progress.reads()
         assert not world.go_on(60)
     world.mark("building the networks", 0)
     assert not world.go_on(60)
@@ -221,7 +221,7 @@ def test_what_the_loader_reads_is_no_progress_of_a_step():
     dog.mark("in the step", 1)
     found = []
     for _ in range(START * 60 + 2):
-        watched.progressed()
+        reads_in_progress.progressed()
         found.append(dog.tick(1.0))
     assert "got stuck" in found[-1]
 

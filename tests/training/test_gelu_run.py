@@ -12,7 +12,7 @@ import torch
 from cjepa_fast import load_encoder, train
 from cjepa_fast.config import ConfigError
 from cjepa_fast.eval.__main__ import main as evaluate
-from cjepa_fast.eval.cli import encoders_of
+from cjepa_fast.eval.options import encoders_of
 from cjepa_fast.export.__main__ import export
 from cjepa_fast.model import fused_mlp
 from cjepa_fast.training import start

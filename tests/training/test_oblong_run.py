@@ -114,8 +114,8 @@ def test_fine_tuning_crops_to_its_shape(trained, tmp_path):
     batch = next(loader.iterate(0))
     loader.close()
     assert batch.images_BCHW.shape == (8, 3, *SIZE)
-    work = next(loader._works(0))
-    height_B, width_B = work.show(work.index_B).window_B4[:, 2:].T
+    request = next(loader._batch_requests(0))
+    height_B, width_B = request.show(request.index_B).window_B4[:, 2:].T
     stretched_B = width_B / height_B / 2
     assert stretched_B.min() > 0.6 and stretched_B.max() < 1.6  # 3/4 to 4/3, in whole pixels
     model = recipe.Classifier(encoder, 3)

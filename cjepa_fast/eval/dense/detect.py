@@ -13,7 +13,6 @@ from torch import nn
 
 from cjepa_fast.checkpoint.encoders import run_of
 from cjepa_fast.data.sets.coco import Coco, ValImages, check_same_classes
-from cjepa_fast.eval import cli
 from cjepa_fast.eval.dense.average_precision import KINDS, as_results, average_precision
 from cjepa_fast.eval.dense.boxes import draw
 from cjepa_fast.eval.dense.pyramid import Pyramid
@@ -21,6 +20,15 @@ from cjepa_fast.eval.dense.rcnn_training import Recipe, as_input, fine_tune, rea
 from cjepa_fast.eval.features import digest
 from cjepa_fast.eval.finetuning.layer_decay import add_drop_path
 from cjepa_fast.eval.finetuning.saved import SavedTraining
+from cjepa_fast.eval.options import (
+    above_zero,
+    add_checkpoint,
+    from_zero,
+    positive,
+    rgb_encoders_of,
+    up_to_one,
+)
+from cjepa_fast.eval.records import report
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime.distributed import (
     all_gather_objects,
@@ -29,6 +37,7 @@ from cjepa_fast.runtime.distributed import (
     world_size,
 )
 from cjepa_fast.runtime.files import sha256
+from cjepa_fast.runtime.hardware import default_device
 from cjepa_fast.telemetry.progress import shown_bar, shown_clock
 
 # ViTDet's layer decay and drop path by the number of blocks, up to which they hold.
@@ -38,7 +47,7 @@ PICTURES = 4
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    cli.add_checkpoint(parser)
+    add_checkpoint(parser)
     parser.add_argument("--data", required=True, metavar="FOLDER", help="COCO's, or laid out so")
     for name in ("train", "val"):
         parser.add_argument(
@@ -51,14 +60,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="the state, to resume from, and the figure; default: eval/detect in the run's folder",
     )  # fmt: skip
     options = parser.add_argument_group("recipe, ViTDet's by default")
-    whole, above, from_zero = cli.positive, cli.above_zero, cli.from_zero
+    whole, above = positive, above_zero
     types = {
         "image_size": (whole, "side of the square canvas in pixels"),
         "epochs": (whole, ""),
         "batch_size": (whole, "images a step, all ranks together"),
         "micro_batch_size": (whole, "images of a rank in memory at once; default: all"),
         "lr": (above, "of the heads"),
-        "layer_decay": (cli.share, "lr of a block over the next one's; default: by depth"),
+        "layer_decay": (up_to_one, "lr of a block over the next one's; default: by depth"),
         "drop_path": (from_zero, "stochastic depth of the last block; default: by depth"),
         "weight_decay": (from_zero, ""),
         "warmup_steps": (whole, ""),
@@ -80,10 +89,10 @@ def run(args: argparse.Namespace) -> None:
     check_same_classes(train, val)
     kinds = kinds_of(train, val)
     rows = []
-    for name, encoder in cli.rgb_encoders_of(args).items():
+    for name, encoder in rgb_encoders_of(args).items():
         recipe = recipe_of(args, encoder)
         model = trained(encoder, train, recipe, out / name, "mask" in kinds, args.threads)
-        results = detections(model, val, cli.device(), args.threads)
+        results = detections(model, val, default_device(), args.threads)
         counts = {"train_images": len(train), "val_images": len(val)}
         scores = broadcast_from_rank_0(lambda found=results: scored(val, found, kinds))
         rows.append({"encoder": name, **counts, **scores})
@@ -101,7 +110,7 @@ def run(args: argparse.Namespace) -> None:
                 for kind in kinds
                 for ap, word in (("ap", "AP"), ("ap50", "AP50"), ("ap75", "AP75"))}  # fmt: skip
     counted = {"train_images": "train", "val_images": "val"}
-    cli.report(args, rows, counted | headings, SETTINGS, drawn)
+    report(args, rows, counted | headings, SETTINGS, drawn)
 
 
 def needed() -> None:
@@ -172,7 +181,7 @@ def trained(
     pyramid = Pyramid(encoder, recipe.channels, recipe.bf16)
     model = rcnn.mask_rcnn(pyramid, len(train.names), recipe.image_size, masks)
     add_drop_path(encoder, recipe.drop_path)
-    fine_tune(model, train, recipe, SavedTraining(folder, facts), cli.device(), threads)
+    fine_tune(model, train, recipe, SavedTraining(folder, facts), default_device(), threads)
     return model
 
 

@@ -25,14 +25,23 @@ from cjepa_fast.data.sets.pairs import (
     open_pairs,
 )
 from cjepa_fast.data.sources import LIMITS
-from cjepa_fast.data.whole import WholeImages, ahead
-from cjepa_fast.eval import cli
+from cjepa_fast.data.whole_images import WholeImages, ahead
 from cjepa_fast.eval.dense.confusion import confusion, scores
 from cjepa_fast.eval.dense.resize import fitted, normalised, resized
 from cjepa_fast.eval.dense.segment_training import Recipe, train
 from cjepa_fast.eval.dense.segmenter import Segmenter, logits_sliding, logits_whole
 from cjepa_fast.eval.figures.style import STYLE, save
+from cjepa_fast.eval.options import (
+    above_zero,
+    add_checkpoint,
+    from_zero,
+    positive,
+    rgb_encoders_of,
+    up_to_one,
+)
+from cjepa_fast.eval.records import report
 from cjepa_fast.runtime.distributed import all_gather_objects, rank, world_size
+from cjepa_fast.runtime.hardware import default_device
 from cjepa_fast.telemetry.progress import shown_bar
 
 HEADINGS = {
@@ -185,36 +194,36 @@ def label(text: str) -> int:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    cli.add_checkpoint(parser)
+    add_checkpoint(parser)
     add = parser.add_argument
     add("--data", required=True, metavar="FOLDER", help="images/SPLIT with annotations|masks/SPLIT")
     add("--head", choices=tuple(RECIPES), default="linear", help="what is trained")
     add("--layers", type=int, choices=(1, 4), default=1, help="last blocks the linear head reads")
     add("--frozen", action="store_true", help="UPerNet on a frozen encoder")
     add("--ignore-index", type=label, nargs="+", metavar="N", help=f"numbers that {IGNORED}")
-    add("--steps", type=cli.positive, help="default: 40,000 linear, 160,000 UPerNet")
-    add("--batch-size", type=cli.positive, default=16, help="images a step, of all ranks")
-    add("--lr", type=cli.above_zero, help="of the head; default: 1e-3 linear, 1e-4 UPerNet")
-    add("--weight-decay", type=cli.above_zero, help="default: 1e-4 linear, 0.05 UPerNet")
+    add("--steps", type=positive, help="default: 40,000 linear, 160,000 UPerNet")
+    add("--batch-size", type=positive, default=16, help="images a step, of all ranks")
+    add("--lr", type=above_zero, help="of the head; default: 1e-3 linear, 1e-4 UPerNet")
+    add("--weight-decay", type=above_zero, help="default: 1e-4 linear, 0.05 UPerNet")
     add(
         "--layer-decay",
-        type=cli.share,
+        type=up_to_one,
         help="of the learning rate, a block; default: 0.65 for UPerNet",
     )
-    add("--drop-path", type=cli.from_zero, metavar="RATE", help="of the last block's branches; "
+    add("--drop-path", type=from_zero, metavar="RATE", help="of the last block's branches; "
         "default: 0.1 for UPerNet")  # fmt: skip
     add("--plain-colours", action="store_true", help="do not distort them while training")
-    add("--short-side", type=cli.positive, default=SIDE, help="images' pixels at scale 1")
-    add("--crop-size", type=cli.positive, help="pixels; default: the short side's, in patches")
-    add("--slide", type=cli.positive, metavar="STRIDE", help="evaluate by windows of the "
+    add("--short-side", type=positive, default=SIDE, help="images' pixels at scale 1")
+    add("--crop-size", type=positive, help="pixels; default: the short side's, in patches")
+    add("--slide", type=positive, metavar="STRIDE", help="evaluate by windows of the "
         "crop's size, that many pixels apart; default: images as wholes")  # fmt: skip
     add("--bf16", action="store_true", help="forward passes in bf16")
-    add("--threads", type=cli.positive, default=2, help="decoding threads")
+    add("--threads", type=positive, default=2, help="decoding threads")
     add("--save", type=Path, metavar="FOLDER", help="what is learnt: FOLDER/ENCODER/")
-    add("--save-every", type=cli.positive, default=1000, metavar="N", help="steps")
+    add("--save-every", type=positive, default=1000, metavar="N", help="steps")
     add("--resume", action="store_true", help="resume from --save")
     add("--out", type=Path, metavar="FILE.png", help="figure of some images")
-    add("--count", type=cli.positive, default=4, help="images in the figure")
+    add("--count", type=positive, default=4, help="images in the figure")
 
 
 def complete(args: argparse.Namespace, patch_size: int) -> None:
@@ -260,7 +269,7 @@ def complete(args: argparse.Namespace, patch_size: int) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """A row for each encoder, each with a head of the same initial weights."""
-    encoders = cli.rgb_encoders_of(args)
+    encoders = rgb_encoders_of(args)
     complete(args, encoders["trained"].patch_size)
     limits = LIMITS._replace(bit_depth=args.limits.bit_depth)  # whole images have their own size
     pairs, tests = (open_pairs(args.data, names, limits) for names in (TRAINING, VALIDATION))
@@ -274,7 +283,7 @@ def run(args: argparse.Namespace) -> None:
         torch.manual_seed(args.seed)
         model = Segmenter(
             encoder, args.head, len(classes), layers=args.layers, frozen=args.frozen
-        ).to(cli.device())
+        ).to(default_device())
         train(
             model, pairs, classes, recipe, threads=args.threads, save_every=args.save_every,
             save_to=args.save and args.save / name, resume=args.resume, title=name,
@@ -286,7 +295,7 @@ def run(args: argparse.Namespace) -> None:
         rows.append({"encoder": name, **_row(pairs, tests, classes, matrix_CC)})
         encoder.cpu()
     drawn = draw(tests, classes, found, args.out) if args.out and rank() == 0 else None
-    cli.report(args, rows, HEADINGS, SETTINGS, figure=drawn)
+    report(args, rows, HEADINGS, SETTINGS, figure=drawn)
 
 
 def _row(pairs: Pairs, tests: Pairs, classes: Classes, matrix_CC: np.ndarray) -> dict:

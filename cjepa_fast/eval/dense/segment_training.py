@@ -15,7 +15,7 @@ from torch import nn
 
 from cjepa_fast.data import rng
 from cjepa_fast.data.sets.pairs import IGNORE, Classes, Pairs
-from cjepa_fast.data.whole import WholeImages, ahead
+from cjepa_fast.data.whole_images import WholeImages, ahead
 from cjepa_fast.eval.dense.segment_views import DRAWS, View, chosen_view, shown
 from cjepa_fast.eval.dense.segmenter import Segmenter, loss_of
 from cjepa_fast.eval.features import digest

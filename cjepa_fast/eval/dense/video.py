@@ -13,14 +13,16 @@ import torch
 
 from cjepa_fast.data.sets.davis import Clip, open_davis
 from cjepa_fast.data.sets.labelmaps import colours, write_label_map
-from cjepa_fast.data.whole import WholeImages, ahead
-from cjepa_fast.eval import cli
+from cjepa_fast.data.whole_images import WholeImages, ahead
 from cjepa_fast.eval.dense import jf_score
 from cjepa_fast.eval.dense.propagate import frame_labels, patch_labels, propagate
 from cjepa_fast.eval.dense.resize import fitted, normalised, resized
 from cjepa_fast.eval.figures.style import STYLE, save
+from cjepa_fast.eval.options import above_zero, add_checkpoint, positive, rgb_encoders_of
+from cjepa_fast.eval.records import report
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime.distributed import all_gather_objects, rank, world_size
+from cjepa_fast.runtime.hardware import default_device
 from cjepa_fast.telemetry.progress import shown_bar
 
 FRAMES_AT_ONCE = 4  # decoded and encoded together
@@ -177,20 +179,20 @@ def overlaid(image_HW3: np.ndarray, truth_HW: np.ndarray, found_HW: np.ndarray) 
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    cli.add_checkpoint(parser)
+    add_checkpoint(parser)
     parser.add_argument("--data", required=True, metavar="DAVIS", help="JPEGImages, Annotations")
-    parser.add_argument("--short-side", type=cli.positive, default=480, help="frames' pixels")
-    parser.add_argument("--topk", type=cli.positive, default=5, help="patches that are followed")
-    parser.add_argument("--context", type=cli.positive, default=7, help="frames, with the first")
-    parser.add_argument("--radius", type=cli.positive, default=12, help="in patches")
-    parser.add_argument("--temperature", type=cli.above_zero, default=0.1)
+    parser.add_argument("--short-side", type=positive, default=480, help="frames' pixels")
+    parser.add_argument("--topk", type=positive, default=5, help="patches that are followed")
+    parser.add_argument("--context", type=positive, default=7, help="frames, with the first")
+    parser.add_argument("--radius", type=positive, default=12, help="in patches")
+    parser.add_argument("--temperature", type=above_zero, default=0.1)
     parser.add_argument("--bf16", action="store_true", help="the encoder in bf16")
-    parser.add_argument("--threads", type=cli.positive, default=2, help="decoding threads")
+    parser.add_argument("--threads", type=positive, default=2, help="decoding threads")
     parser.add_argument(
         "--save", type=Path, metavar="FOLDER", help="label maps: FOLDER/ENCODER/SEQ"
     )
     parser.add_argument("--out", type=Path, metavar="FILE.png", help="figure of some sequences")
-    parser.add_argument("--count", type=cli.positive, default=4, help="sequences in the figure")
+    parser.add_argument("--count", type=positive, default=4, help="sequences in the figure")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -199,9 +201,9 @@ def run(args: argparse.Namespace) -> None:
     names = ("short_side", "topk", "context", "radius", "temperature", "bf16", "threads")
     options = {name: getattr(args, name) for name in names}
     rows, found = [], {}
-    for name, encoder in cli.rgb_encoders_of(args).items():
+    for name, encoder in rgb_encoders_of(args).items():
         save_to = args.save / name if args.save else None
-        objects, found[name] = evaluate(encoder.to(cli.device()), clips, save_to, **options)
+        objects, found[name] = evaluate(encoder.to(default_device()), clips, save_to, **options)
         encoder.cpu()
         mean = mean_of([values for each in objects.values() for values in each])
         sequences = {clip: {**mean_of(each), "each": each} for clip, each in objects.items()}
@@ -209,4 +211,4 @@ def run(args: argparse.Namespace) -> None:
     drawn = None
     if args.out and rank() == 0:
         drawn = draw(clips[: args.count], found, args.out)
-    cli.report(args, rows, HEADINGS, SETTINGS, figure=drawn)
+    report(args, rows, HEADINGS, SETTINGS, figure=drawn)

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from cjepa_fast.eval import cli
 from cjepa_fast.eval.figures import side_by_side
 from cjepa_fast.eval.figures.sheets import Column, as_arrays, sheet
 from cjepa_fast.eval.figures.side_by_side import Encoders
 from cjepa_fast.eval.figures.style import STYLE, save
+from cjepa_fast.eval.records import print_numbers
 from cjepa_fast.model.vit import Encoder
 
 SINGLE_HEADS = 3  # heads shown on their own, of the target encoder of one checkpoint alone
@@ -131,5 +131,5 @@ def run(args: argparse.Namespace) -> None:
         return maps(encoders, images_BCHW, first.mean, first.std, single)
 
     images, found, names, rows = side_by_side.gather(args, of, evenness)
-    cli.tell(args, rows, {"evenness": "evenness of the attention received %"}, "encoder")
+    print_numbers(args, rows, {"evenness": "evenness of the attention received %"}, "encoder")
     print(save(figure(images, found, f"Attention of the last block: {names}"), args.out))

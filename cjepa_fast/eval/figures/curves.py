@@ -8,9 +8,11 @@ import itertools
 from pathlib import Path
 from typing import NamedTuple
 
-from cjepa_fast.eval import cli, seeds
-from cjepa_fast.eval.figures import bands
+from cjepa_fast.eval import seeds
+from cjepa_fast.eval.figures import seed_bands
 from cjepa_fast.eval.figures.style import QUIET, STYLE, save
+from cjepa_fast.eval.options import add_out
+from cjepa_fast.eval.records import print_numbers
 from cjepa_fast.telemetry import read_log
 
 
@@ -87,7 +89,7 @@ def draw(runs: list[Path | str], out: Path | str) -> Path:
             axes.set_axis_off()
         for axes in axes_rc.flat[max(0, len(shown) - columns) : len(shown)]:
             axes.set_xlabel("optimiser step")
-        bands.legend(figure, axes_rc.flat[: len(shown)])
+        seed_bands.legend(figure, axes_rc.flat[: len(shown)])
         return save(figure, out)
 
 
@@ -129,15 +131,15 @@ def _panel(axes, name: str, logs: Logs) -> None:
     for i, (run, logged) in enumerate(logs.items()):
         points = [series(rows, name) for rows in logged]
         points = [pair for pair in points if pair[0]]
-        bands.draw(axes, i, len(logs), run, points)
+        seed_bands.draw(axes, i, len(logs), run, points)
         everything += [value for _, values in points for value in values]
         missing += [run] if not points else []
         starts += [rows[0][name] for rows in logged if at_start(rows, name)]
-    bands.at_start(axes, starts)
+    seed_bands.at_start(axes, starts)
     if panel.logarithmic and 0 < 10 * min(everything) < max(everything):
         axes.set_yscale("log")
     else:
-        bands.at_least(axes, panel.least_span)
+        seed_bands.at_least(axes, panel.least_span)
     axes.set_ylabel(panel.label)
     axes.grid()
     if missing:
@@ -174,7 +176,7 @@ def short_names(runs: list[Path | str]) -> list[str]:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN")
-    cli.add_out(parser)
+    add_out(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -186,5 +188,5 @@ def run(args: argparse.Namespace) -> None:
         step = max(steps[-1] for steps, _ in ends.values() if steps)
         rows.append({"run": name, "step": step, **last})
     headings = {"step": "step", **{key: panel.axis for key, panel in PANELS.items()}}
-    cli.tell(args, rows, headings, "run")
+    print_numbers(args, rows, headings, "run")
     print(drawn)

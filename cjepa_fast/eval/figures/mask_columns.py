@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from cjepa_fast import config as configuration
-from cjepa_fast.checkpoint.pretrained import Transform, one_by_one
 from cjepa_fast.config import Config
 from cjepa_fast.data.masks import Masks
 from cjepa_fast.data.sources import Limits
+from cjepa_fast.data.transform import Transform, one_by_one
 from cjepa_fast.eval.figures import style
 from cjepa_fast.eval.figures.sheets import Column, Outline, as_arrays, sheet
 from cjepa_fast.runtime.image_size import height_width

@@ -11,11 +11,12 @@ from cjepa_fast.checkpoint.encoders import run_of
 from cjepa_fast.config import Config
 from cjepa_fast.data.masks import Masks
 from cjepa_fast.data.sources import ImageSet, Limits, open_images
-from cjepa_fast.eval import cli
 from cjepa_fast.eval.figures.curves import short_names
 from cjepa_fast.eval.figures.mask_columns import columns
 from cjepa_fast.eval.figures.sheets import Column, load_images, sheet
 from cjepa_fast.eval.figures.style import save
+from cjepa_fast.eval.options import add_figure_options
+from cjepa_fast.eval.records import print_numbers
 from cjepa_fast.training import build
 
 HEADINGS = {
@@ -34,7 +35,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "checkpoints", metavar="RUN", nargs="*", help="or a configuration: --config"
     )
     parser.add_argument("--config", metavar="FILE", help="a configuration's masks too")
-    cli.add_figure_options(parser, images="the run's own")
+    add_figure_options(parser, images="the run's own")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
         patches = math.prod(build.build_masks(settings).grid)
         facts = settings.mask.sampler, settings.mask.context, masks.context_k, M, P, patches
         rows.append({"run": name, **dict(zip(HEADINGS, facts, strict=True))})
-    cli.tell(args, rows, HEADINGS, "run")
+    print_numbers(args, rows, HEADINGS, "run")
     print(save(_sheet(shown, ", ".join(named)), args.out))
 
 

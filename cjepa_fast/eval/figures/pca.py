@@ -15,11 +15,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from cjepa_fast.eval import cli
 from cjepa_fast.eval.figures import side_by_side
 from cjepa_fast.eval.figures.sheets import Column, sheet
 from cjepa_fast.eval.figures.side_by_side import Encoders
 from cjepa_fast.eval.figures.style import save
+from cjepa_fast.eval.options import positive
+from cjepa_fast.eval.records import print_numbers
 from cjepa_fast.model.vit import Encoder
 
 COMPONENTS = {"first": "first component %", "second": "second %", "third": "third %"}
@@ -153,13 +154,13 @@ def figure(images: Column, found: dict[str, Scores], title: str):
 def add_options(parser: argparse.ArgumentParser) -> None:
     side_by_side.add_options(parser)
     parser.add_argument(
-        "--size", type=cli.positive, metavar="PIXELS",
+        "--size", type=positive, metavar="PIXELS",
         help="of the images' short side, for more patches than trained (positions interpolated)",
     )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> None:
     images, found, names, rows = side_by_side.gather(args, scores, explained, args.size)
-    cli.tell(args, rows, COMPONENTS, "encoder")
+    print_numbers(args, rows, COMPONENTS, "encoder")
     title = f"Patch features within an image, three principal components as R, G, B: {names}"
     print(save(figure(images, found, title), args.out))

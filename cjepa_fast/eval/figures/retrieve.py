@@ -11,14 +11,17 @@ import torch.nn.functional as F
 
 from cjepa_fast.checkpoint.encoders import load_encoder, load_encoders
 from cjepa_fast.data.sources import ImageSet, open_images
-from cjepa_fast.eval import cli
 from cjepa_fast.eval.features import extract
 from cjepa_fast.eval.figures import style
 from cjepa_fast.eval.figures.curves import short_names
 from cjepa_fast.eval.figures.sheets import as_arrays, frame, load_images, spread_over
 from cjepa_fast.eval.figures.style import STYLE, save
+from cjepa_fast.eval.options import add_features, add_out, add_reading, positive, tell_other_limits
+from cjepa_fast.eval.records import Row, print_numbers
+from cjepa_fast.eval.splits import cache_of
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime.distributed import rank
+from cjepa_fast.runtime.hardware import default_device
 from cjepa_fast.runtime.image_size import ImageSize, with_short_side
 
 Neighbours = tuple[torch.Tensor, torch.Tensor]  # similarities and rows, as `nearest` gives them
@@ -118,7 +121,7 @@ def agreement(labels: torch.Tensor, index_n, query_q, near_qk) -> float:
 
 def sheet_of(
     encoders: dict[str, Encoder], images: ImageSet, *, queries: int, k: int, crop: float, **reading
-) -> tuple[object, list[cli.Row]]:
+) -> tuple[object, list[Row]]:
     """The figure, for encoders by name on a set, and a row of HEADINGS for each. reading: the rest
     of what `extract` takes. Raises ValueError where an image could be read for one of them only."""
     found, indices, rows = {}, [], []
@@ -142,7 +145,7 @@ def sheet_of(
     return figure(images, indices[0], query_q, found, title, crop, *seen), rows
 
 
-def describe(row: cli.Row) -> str:
+def describe(row: Row) -> str:
     """A row of HEADINGS in words."""
     text = f"{row['encoder']}: similarity {row['similarity']:.2f}, of any two images "
     text += f"{row['any_two']:.2f}"
@@ -155,18 +158,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="runs or checkpoints")
     parser.add_argument("--which", choices=("target", "context", "both"), default="target")
     parser.add_argument("--data", required=True, metavar="SET", help="labels are used where it has")
-    cli.add_out(parser)
-    parser.add_argument("--count", type=cli.positive, default=8, help="queries")
+    add_out(parser)
+    parser.add_argument("--count", type=positive, default=8, help="queries")
     parser.add_argument(
-        "--neighbours", type=cli.positive, metavar="K", help="default: 8, fewer side by side"
+        "--neighbours", type=positive, metavar="K", help="default: 8, fewer side by side"
     )
-    parser.add_argument("--max-images", type=cli.positive, metavar="N", help="search N images")
-    cli.add_reading(parser)
-    cli.add_features(parser)
+    parser.add_argument("--max-images", type=positive, metavar="N", help="search N images")
+    add_reading(parser)
+    add_features(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    cli.tell_other_limits(args.checkpoints, args.limits)
+    tell_other_limits(args.checkpoints, args.limits)
     images = open_images(args.data, limits=args.limits)
     encoders = {}
     for name, checkpoint in zip(short_names(args.checkpoints), args.checkpoints, strict=True):
@@ -179,9 +182,9 @@ def run(args: argparse.Namespace) -> None:
     drawn, rows = sheet_of(
         encoders, images, queries=args.count, k=k, crop=args.crop,
         keep=spread_over(images, args.max_images or len(images)),
-        batch_size=args.batch_size, threads=args.threads, bf16=args.bf16, device=cli.device(),
-        cache=cli.cache_of(args),
+        batch_size=args.batch_size, threads=args.threads, bf16=args.bf16, device=default_device(),
+        cache=cache_of(args),
     )  # fmt: skip
-    cli.tell(args, rows, HEADINGS, "encoder")
+    print_numbers(args, rows, HEADINGS, "encoder")
     if rank() == 0:
         print(save(drawn, args.out))

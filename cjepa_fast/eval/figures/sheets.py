@@ -8,8 +8,7 @@ import numpy as np
 import torch
 
 from cjepa_fast.data.evaluation import eval_batches
-from cjepa_fast.data.sources import ImageSet
-from cjepa_fast.eval.features import Subset
+from cjepa_fast.data.sources import ImageSet, Subset
 from cjepa_fast.eval.figures.style import STYLE
 from cjepa_fast.runtime.image_size import ImageSize
 

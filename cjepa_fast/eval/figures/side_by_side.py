@@ -11,40 +11,42 @@ import torch
 
 from cjepa_fast.checkpoint.encoders import load_encoders
 from cjepa_fast.data.sources import open_images
-from cjepa_fast.eval import cli
 from cjepa_fast.eval.figures.curves import short_names
 from cjepa_fast.eval.figures.sheets import Column, as_arrays, load_images
+from cjepa_fast.eval.options import add_crop, add_figure_options, tell_other_limits
+from cjepa_fast.eval.records import Row
 from cjepa_fast.model.vit import Encoder
+from cjepa_fast.runtime.hardware import default_device
 from cjepa_fast.runtime.image_size import with_short_side
 from cjepa_fast.telemetry.progress import shown_clock
 
 Encoders = dict[str, Encoder]  # by "target" and "context"
 Shown = TypeVar("Shown")  # what is to be drawn of an encoder, before colours are chosen
 Found = Callable[[Encoders, torch.Tensor], dict[str, Shown]]  # of the encoders and the images
-Measured = Callable[[Encoder, torch.Tensor], cli.Row]  # of an encoder and the images
+Measured = Callable[[Encoder, torch.Tensor], Row]  # of an encoder and the images
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="runs or checkpoints")
-    cli.add_figure_options(parser)
-    cli.add_crop(parser)
+    add_figure_options(parser)
+    add_crop(parser)
 
 
 def gather(
     args: argparse.Namespace, found: Found, measured: Measured, size: int | None = None
-) -> tuple[Column, dict[str, Shown], str, list[cli.Row]]:
+) -> tuple[Column, dict[str, Shown], str, list[Row]]:
     """The images; what `found` gives of each checkpoint, by heading; the checkpoints' names; and
     what `measured` finds of each encoder. Colours come after it, so that one scale serves all.
 
     size: of the images' short side in pixels, rounded to whole patches; None: what each encoder was
     trained at.
     """
-    cli.tell_other_limits(args.checkpoints, args.limits)
+    tell_other_limits(args.checkpoints, args.limits)
     images = open_images(args.images, limits=args.limits)
     column, shown, rows = None, {}, []
     names = short_names(args.checkpoints)
     for name, checkpoint in zip(names, args.checkpoints, strict=True):
-        encoders = {k: x.to(cli.device()) for k, x in load_encoders(checkpoint).items()}
+        encoders = {k: x.to(default_device()) for k, x in load_encoders(checkpoint).items()}
         first = next(iter(encoders.values()))
         pixels = first.image_size
         if size:
@@ -54,7 +56,7 @@ def gather(
         )
         column = column or Column("image", as_arrays(images_BCHW, first.mean, first.std))
         over = f"{name}\n" if len(names) > 1 else ""
-        images_BCHW = images_BCHW.to(cli.device())
+        images_BCHW = images_BCHW.to(default_device())
         with shown_clock(f"figures of {name}"):
             shown |= {over + key: x for key, x in found(encoders, images_BCHW).items()}
             rows += [

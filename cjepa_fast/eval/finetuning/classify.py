@@ -16,15 +16,19 @@ from torch import nn
 from cjepa_fast.checkpoint.encoders import load_encoder, run_of
 from cjepa_fast.config import DataSection
 from cjepa_fast.data.loader import Batch, BatchSplit, Loader
-from cjepa_fast.eval import cli
-from cjepa_fast.eval.features import Subset, digest, image_vectors
+from cjepa_fast.data.sources import Subset
+from cjepa_fast.eval.features import digest, image_vectors
 from cjepa_fast.eval.finetuning import loop, recipe
 from cjepa_fast.eval.finetuning.layer_decay import add_drop_path
 from cjepa_fast.eval.finetuning.recipe import Classifier, Recipe
 from cjepa_fast.eval.finetuning.saved import Learner, SavedTraining, digest_of_labels
+from cjepa_fast.eval.options import add_checkpoint, add_sets, encoders_of, positive
+from cjepa_fast.eval.records import Row, report
+from cjepa_fast.eval.splits import Split, class_numbers, require_classes, splits_of
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime import json_text
 from cjepa_fast.runtime.distributed import rank, world_size
+from cjepa_fast.runtime.hardware import default_device
 from cjepa_fast.training import optim
 
 HEADINGS = {
@@ -57,12 +61,12 @@ def tune(
     folder: of the checkpoints. Raises ValueError for a loss that is not finite, for a single class,
     or where `folder` holds another training.
     """
-    cli.require_classes(label_n, "fine-tuning")
+    require_classes(label_n, "fine-tuning")
     facts = {"recipe": asdict(chosen), "encoder": digest(encoder), "images": train.fingerprint}
     facts |= {"classes": classes, "seed": args.seed, "processes": world_size()}
     facts |= {"bit_depth": train.limits.bit_depth, "labels": digest_of_labels(label_n)}
     torch.manual_seed(args.seed)
-    model = Classifier(encoder, classes, args.bf16).to(cli.device())
+    model = Classifier(encoder, classes, args.bf16).to(default_device())
     add_drop_path(encoder, chosen.drop_path)
     ema = recipe.averaged(model, chosen.average)
     learner = Learner(model, encoder, chosen.layer_decay, chosen.weight_decay, ema)
@@ -101,7 +105,7 @@ def loader_of(
     )  # fmt: skip
     return Loader(
         train, data, BatchSplit(batch, micro_batch, rank(), world_size()), seed=args.seed,
-        device=cli.device(), dtype=torch.float32, rand_augment=chosen.rand_augment,
+        device=default_device(), dtype=torch.float32, rand_augment=chosen.rand_augment,
     )  # fmt: skip
 
 
@@ -154,7 +158,7 @@ class Labelled:
 
 @torch.inference_mode()
 def percent(
-    model: Classifier, encoder: Encoder, split: cli.Split, args: argparse.Namespace,
+    model: Classifier, encoder: Encoder, split: Split, args: argparse.Namespace,
     numbers_C: torch.Tensor,
 ) -> dict[str, int | float]:  # fmt: skip
     """{"test_images", "top1", "top5"} of the images of a split that could be read; no top 5 where
@@ -168,7 +172,7 @@ def percent(
 
     best_mK, index_m = image_vectors(
         images, best, image_size=encoder.image_size, mean=encoder.mean, std=encoder.std, keep=keep,
-        crop=args.crop, batch_size=args.batch_size, device=cli.device(), threads=args.threads,
+        crop=args.crop, batch_size=args.batch_size, device=default_device(), threads=args.threads,
         title="test",
     )  # fmt: skip
     right_mK = numbers_C[best_mK.long()] == images.labels[index_m][:, None]
@@ -179,12 +183,12 @@ def percent(
 
 
 def tuned_row(
-    name: str, encoder: Encoder, splits: tuple[cli.Split, cli.Split], chosen: Recipe,
+    name: str, encoder: Encoder, splits: tuple[Split, Split], chosen: Recipe,
     args: argparse.Namespace, folder: Path,
-) -> cli.Row:  # fmt: skip
+) -> Row:  # fmt: skip
     """A row of HEADINGS: the encoder fine-tuned on the first split, tested on the second."""
     (images, keep), test = splits
-    numbers_C = cli.class_numbers(splits)
+    numbers_C = class_numbers(splits)
     label_n = torch.searchsorted(numbers_C, images.labels[keep])
     train = Subset(images, keep)
     model, ema = tune(encoder, train, label_n, len(numbers_C), chosen, args, folder)
@@ -218,7 +222,7 @@ def changed(base: AnyRecipe, changes: list[tuple[str, object]] | None) -> AnyRec
 
 def add_tuning(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bf16", action="store_true", help="the encoder in bf16")
-    parser.add_argument("--micro-batch-size", type=cli.positive, default=64, metavar="N",
+    parser.add_argument("--micro-batch-size", type=positive, default=64, metavar="N",
                         help="images at once on a rank")  # fmt: skip
     parser.add_argument("--set", type=change, nargs="+", metavar="NAME=VALUE",
                         help="of the recipe: epochs=3 lr=1e-3 rand_augment=null")  # fmt: skip
@@ -231,18 +235,18 @@ def folder_of(args: argparse.Namespace) -> Path:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    cli.add_checkpoint(parser)
-    cli.add_sets(parser)
+    add_checkpoint(parser)
+    add_sets(parser)
     add_tuning(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """A row for each encoder."""
-    splits = cli.splits_of(args)
+    splits = splits_of(args)
     chosen = changed(recipe.recipe_of(load_encoder(args.checkpoint, args.which)), args.set)
     args.recipe = asdict(chosen)
     rows = [
         tuned_row(name, encoder, splits, chosen, args, folder_of(args) / name)
-        for name, encoder in cli.encoders_of(args).items()
+        for name, encoder in encoders_of(args).items()
     ]
-    cli.report(args, rows, HEADINGS, SETTINGS)
+    report(args, rows, HEADINGS, SETTINGS)

@@ -87,7 +87,7 @@ def train(learner: Learner, task: Task, plan: TrainingPlan, saved: SavedTraining
             if due or step % LOSS_EVERY == 0:
                 bar.set_postfix(loss=mean.look(step + 1, tell=due))
             if due:
-                saved.save(learner, step + 1)
+                saved.save(step + 1)
 
 
 def _update(

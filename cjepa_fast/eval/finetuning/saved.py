@@ -174,7 +174,7 @@ class SavedTraining:
         )
         return done
 
-    def save(self, learner: Learner, done: int) -> None:
+    def save(self, done: int) -> None:
         """The state after so many steps, in place of what was there. Every rank calls it.
 
         What cannot be written is said, and the training continues.

@@ -20,13 +20,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from cjepa_fast.data.loader import Batch, Loader
-from cjepa_fast.eval import cli
-from cjepa_fast.eval.features import Subset, digest
+from cjepa_fast.data.sources import Subset
+from cjepa_fast.eval.features import digest
 from cjepa_fast.eval.finetuning import classify, loop, recipe
 from cjepa_fast.eval.finetuning.saved import Learner, SavedTraining, digest_of_labels
+from cjepa_fast.eval.options import add_checkpoint, add_sets, encoders_of
+from cjepa_fast.eval.records import Row, report
+from cjepa_fast.eval.splits import Split, class_numbers, require_classes, splits_of
 from cjepa_fast.model.block import MLP
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime.distributed import world_size
+from cjepa_fast.runtime.hardware import default_device
 from cjepa_fast.training import optim
 
 HEADINGS = {
@@ -123,12 +127,12 @@ def train(
     Raises ValueError for a loss that is not finite, for a single class, or where `folder` holds
     another training.
     """
-    cli.require_classes(label_n, "an attentive probe")
+    require_classes(label_n, "an attentive probe")
     facts = {"recipe": asdict(chosen), "encoder": digest(encoder), "images": images.fingerprint}
     facts |= {"classes": classes, "seed": args.seed, "processes": world_size()}
     facts |= {"bit_depth": images.limits.bit_depth, "labels": digest_of_labels(label_n)}
     torch.manual_seed(args.seed)
-    probe = AttentiveProbe(encoder, classes, args.bf16).to(cli.device())
+    probe = AttentiveProbe(encoder, classes, args.bf16).to(default_device())
     learner = Learner(probe, encoder, 1.0, chosen.weight_decay, clip=chosen.clip)
     asked = chosen.batch_of(len(images))
     batch, micro_batch = classify.batches_of(len(images), asked, args.micro_batch_size)
@@ -159,12 +163,12 @@ def plan_of(loader: Loader, chosen: ProbeRecipe) -> loop.TrainingPlan:
 
 
 def probed_row(
-    name: str, encoder: Encoder, splits: tuple[cli.Split, cli.Split], chosen: ProbeRecipe,
+    name: str, encoder: Encoder, splits: tuple[Split, Split], chosen: ProbeRecipe,
     args: argparse.Namespace,
-) -> cli.Row:  # fmt: skip
+) -> Row:  # fmt: skip
     """A row of HEADINGS: a probe trained on the first split and tested on the second."""
     (images, keep), test = splits
-    numbers_C = cli.class_numbers(splits)
+    numbers_C = class_numbers(splits)
     label_n = torch.searchsorted(numbers_C, images.labels[keep])
     folder, subset = classify.folder_of(args) / name, Subset(images, keep)
     probe = train(encoder, subset, label_n, len(numbers_C), chosen, args, folder)
@@ -173,18 +177,18 @@ def probed_row(
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    cli.add_checkpoint(parser)
-    cli.add_sets(parser)
+    add_checkpoint(parser)
+    add_sets(parser)
     classify.add_tuning(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """A row for each encoder."""
-    splits = cli.splits_of(args)
+    splits = splits_of(args)
     chosen = classify.changed(ProbeRecipe(), args.set)
     args.recipe = asdict(chosen)
     rows = [
         probed_row(name, encoder, splits, chosen, args)
-        for name, encoder in cli.encoders_of(args).items()
+        for name, encoder in encoders_of(args).items()
     ]
-    cli.report(args, rows, HEADINGS, classify.SETTINGS)
+    report(args, rows, HEADINGS, classify.SETTINGS)

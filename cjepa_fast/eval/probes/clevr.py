@@ -19,12 +19,15 @@ from typing import NamedTuple
 import torch
 
 from cjepa_fast.data.sources import LIMITS, ImageSet, Limits, open_images
-from cjepa_fast.eval import cli
 from cjepa_fast.eval.features import extract, split_by_name
+from cjepa_fast.eval.options import add_checkpoint, add_features, add_sets, encoders_of
 from cjepa_fast.eval.probes import linear
+from cjepa_fast.eval.records import report
+from cjepa_fast.eval.splits import Split, cache_of, require_memory, subsample
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime import json_text
 from cjepa_fast.runtime.distributed import broadcast_from_rank_0, rank
+from cjepa_fast.runtime.hardware import default_device
 
 DISTANCES = (8.0, 8.5, 9.0, 9.5, 10.0)  # between VTAB's bins
 HEADINGS = {"question": "question", "commonest": "commonest %"}
@@ -90,7 +93,7 @@ def facts_beside(images: ImageSet) -> list[Fact]:
 
 def splits_of(
     data: str, test: str | None, max_train: int | None, limits: Limits = LIMITS
-) -> tuple[list[cli.Split], list[list[Fact]]]:
+) -> tuple[list[Split], list[list[Fact]]]:
     """Training and test images with their facts, in the order of their positions."""
     root = Path(data)
     if (root / "images" / "train").is_dir():
@@ -110,7 +113,7 @@ def splits_of(
         keeps = list(split_by_name(sets[0]))
         if not all(map(len, keeps)):
             raise ValueError(f"{data}: {len(sets[0])} images are too few to split; name a --test")
-    keeps[0] = cli.some(keeps[0], max_train)
+    keeps[0] = subsample(keeps[0], max_train)
     chosen = [[fact[i] for i in keep.tolist()] for fact, keep in zip(facts, keeps, strict=True)]
     return list(zip(sets, keeps, strict=True)), chosen
 
@@ -131,7 +134,7 @@ def labels_of(train: list[Fact], test: list[Fact]) -> dict[str, tuple[torch.Tens
 
 
 def features_of(
-    encoder: Encoder, splits: list[cli.Split], layers: list[int], args: argparse.Namespace
+    encoder: Encoder, splits: list[Split], layers: list[int], args: argparse.Namespace
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(features, positions) of the training images, these as they are and then mirrored, and of the
     test images; the features on the first rank, others may have none.
@@ -140,10 +143,10 @@ def features_of(
     """
     (train, keep), (test, test_keep) = splits
     width, each = encoder.width * len(layers), linear.BYTES[args.optimizer]
-    cli.require_memory([splits[0], *splits], width, each)
-    options = {"crop": args.crop, "layers": layers, "device": cli.device(), "bf16": args.bf16}
+    require_memory([splits[0], *splits], width, each)
+    options = {"crop": args.crop, "layers": layers, "device": default_device(), "bf16": args.bf16}
     options |= {"batch_size": args.batch_size, "threads": args.threads}
-    options |= {"cache": cli.cache_of(args), "everywhere": False}
+    options |= {"cache": cache_of(args), "everywhere": False}
     both = [extract(encoder, train, keep=keep, flip=flip, **options) for flip in (False, True)]
     if not torch.equal(both[0][1], both[1][1]):
         raise ValueError(
@@ -155,9 +158,9 @@ def features_of(
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    cli.add_checkpoint(parser)
-    cli.add_sets(parser, own_labels=False)
-    cli.add_features(parser)
+    add_checkpoint(parser)
+    add_sets(parser, own_labels=False)
+    add_features(parser)
     linear.add_sweep(parser)
 
 
@@ -167,7 +170,7 @@ def run(args: argparse.Namespace) -> None:
     splits, facts = splits_of(args.data, args.test, args.max_train, args.limits)
     labels = labels_of(*facts)
     rows = []
-    for name, encoder in cli.encoders_of(args).items():
+    for name, encoder in encoders_of(args).items():
         for reading in linear.readings(encoder, args.layers):
             (features_nD, index_n), (y_mD, index_m) = features_of(
                 encoder, splits, reading.blocks, args
@@ -182,6 +185,4 @@ def run(args: argparse.Namespace) -> None:
                 own = partial(linear.rows_of, name, encoder, vectors, reading, args, copies=2)
                 found = broadcast_from_rank_0(own)
                 rows += [{**row, "question": question, "commonest": commonest} for row in found]
-    cli.report(
-        args, rows, HEADINGS | linear.headings(args), (*linear.SETTINGS, *linear.SWEEP_SETTINGS)
-    )
+    report(args, rows, HEADINGS | linear.headings(args), (*linear.SETTINGS, *linear.SWEEP_SETTINGS))

@@ -16,14 +16,17 @@ import torch
 from cjepa_fast.checkpoint.encoders import load_encoders, located
 from cjepa_fast.data import crops, rng
 from cjepa_fast.data.sources import ImageSet, open_images
-from cjepa_fast.eval import cli
 from cjepa_fast.eval.features import extract, image_vectors
 from cjepa_fast.eval.figures import style
 from cjepa_fast.eval.figures.sheets import spread_over
 from cjepa_fast.eval.figures.style import STYLE, save
+from cjepa_fast.eval.options import add_checkpoint, add_features, add_reading, encoders_of, positive
 from cjepa_fast.eval.probes import spread
+from cjepa_fast.eval.records import Row, report
+from cjepa_fast.eval.splits import cache_of
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime import distributed
+from cjepa_fast.runtime.hardware import default_device
 from cjepa_fast.telemetry import representation_stats
 from cjepa_fast.telemetry.progress import shown_clock
 
@@ -130,7 +133,7 @@ def _views(encoder, images, keep, views, seed, *, device, bf16=False, **reading)
     return features[whole_i.repeat_interleave(count_i)].unflatten(0, (-1, views))
 
 
-def draw(rows: list[cli.Row], out: Path | str, title: str) -> Path:
+def draw(rows: list[Row], out: Path | str, title: str) -> Path:
     """Both spectra, and how the variance of the patch tokens divides, an encoder a colour."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -162,7 +165,7 @@ def draw(rows: list[cli.Row], out: Path | str, title: str) -> Path:
         return save(figure, out)
 
 
-def _divided(axes, rows: list[cli.Row]) -> None:
+def _divided(axes, rows: list[Row]) -> None:
     names = [row["encoder"] for row in rows]
     left = np.zeros(len(rows))
     parts = {"by_position": "0.75", "by_image": style.SKY, "by_both": style.ORANGE}
@@ -178,33 +181,33 @@ def _divided(axes, rows: list[cli.Row]) -> None:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    cli.add_checkpoint(parser)
+    add_checkpoint(parser)
     parser.add_argument("--data", required=True, metavar="SET", help="needs no labels")
     parser.add_argument(
         "--count",
-        type=cli.positive,
+        type=positive,
         default=1000,
         help="of its images; RankMe wants more than the width",
     )
-    parser.add_argument("--views", type=cli.positive, default=5, help="crops of an image")
+    parser.add_argument("--views", type=positive, default=5, help="crops of an image")
     parser.add_argument("--out", type=Path, metavar="FILE.png", help="draw the spectra there")
-    cli.add_reading(parser)
-    cli.add_features(parser)
+    add_reading(parser)
+    add_features(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """A row for each encoder: the other one of the run too, where it is there."""
     images = open_images(args.data, limits=args.limits)
-    encoders = cli.encoders_of(args)
+    encoders = encoders_of(args)
     others = load_encoders(args.checkpoint) if located(args.checkpoint).is_dir() else {}
     encoders |= {which: other for which, other in others.items() if which != args.which}
     options = {name: getattr(args, name) for name in ("count", "views", "seed", "crop", "bf16")}
     options |= {"batch_size": args.batch_size, "threads": args.threads}
     rows = []
     for name, encoder in encoders.items():
-        found = measure(encoder, images, device=cli.device(), cache=cli.cache_of(args), **options)
+        found = measure(encoder, images, device=default_device(), cache=cache_of(args), **options)
         rows.append({"encoder": name, **found})
     if args.out and distributed.rank() == 0:
         of = f"{Path(args.checkpoint).resolve().name} on {Path(args.data).name}"
         print(draw(rows, args.out, f"Room that the features take: {of}"))
-    cli.report(args, rows, HEADINGS, SETTINGS, figure=args.out)
+    report(args, rows, HEADINGS, SETTINGS, figure=args.out)

@@ -12,11 +12,21 @@ import torch
 import torch.nn.functional as F
 
 from cjepa_fast.data.sources import ImageSet
-from cjepa_fast.eval import cli
 from cjepa_fast.eval.features import image_vectors
+from cjepa_fast.eval.options import (
+    above_zero,
+    add_checkpoint,
+    add_features,
+    add_sets,
+    encoders_of,
+    positive,
+)
 from cjepa_fast.eval.probes import linear
+from cjepa_fast.eval.records import report
+from cjepa_fast.eval.splits import require_memory, splits_of, vectors_of
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime import distributed
+from cjepa_fast.runtime.hardware import default_device
 from cjepa_fast.runtime.image_size import ImageSize, height_width, with_short_side
 from cjepa_fast.telemetry.progress import shown_bar
 
@@ -161,14 +171,14 @@ def both(train_nD, label_n, test_mD, test_label_m, **options) -> dict[str, float
 
 
 def add_votes(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--k", type=cli.positive, help="neighbours; default: the run's eval.k")
-    parser.add_argument("--temperature", type=cli.above_zero, help="default: the run's")
+    parser.add_argument("--k", type=positive, help="neighbours; default: the run's eval.k")
+    parser.add_argument("--temperature", type=above_zero, help="default: the run's")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    cli.add_checkpoint(parser)
-    cli.add_sets(parser)
-    cli.add_features(parser)
+    add_checkpoint(parser)
+    add_sets(parser)
+    add_features(parser)
     add_votes(parser)
     parser.add_argument("--pixels", action="store_true", help="also raw pixels and mean colour")
     parser.add_argument("--linear", action="store_true", help="also logistic regression")
@@ -176,7 +186,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def _scores(vectors: linear.Vectors, args: argparse.Namespace) -> dict[str, float]:
     k = min(args.k, len(vectors[0]))  # an image may have turned out unreadable
-    found = both(*vectors, k=k, temperature=args.temperature, device=cli.device())
+    found = both(*vectors, k=k, temperature=args.temperature, device=default_device())
     return found | ({"linear": linear.top1(*vectors)} if args.linear else {})
 
 
@@ -187,19 +197,19 @@ def pixel_values(encoder: Encoder) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """A row for each encoder, and for what needs no learning."""
-    splits = cli.splits_of(args)
+    splits = splits_of(args)
     (_, train_keep), _ = splits
     if args.k > len(train_keep):
         if distributed.rank() == 0:
             print(f"k = {args.k}: there are {len(train_keep)} training images, so k is that")
         args.k = len(train_keep)
-    encoders = cli.encoders_of(args)
-    options = {"k": args.k, "temperature": args.temperature, "device": cli.device()}
+    encoders = encoders_of(args)
+    options = {"k": args.k, "temperature": args.temperature, "device": default_device()}
     rows = []
     if args.pixels:
         (train, train_keep), (test, test_keep) = splits
         first = next(iter(encoders.values()))
-        cli.require_memory(splits, pixel_values(first), 4)
+        require_memory(splits, pixel_values(first), 4)
         found = pixel_baselines(
             train, test, train_keep=train_keep, test_keep=test_keep, crop=args.crop,
             image_size=with_short_side(first.image_size, PIXELS), channels=first.channels,
@@ -208,9 +218,9 @@ def run(args: argparse.Namespace) -> None:
         rows += [{"encoder": name, **scores} for name, scores in found.items()]
     each = linear.BYTES["logistic"] if args.linear else 4
     for name, encoder in encoders.items():
-        vectors = cli.vectors_of(encoder, splits, args, bytes_each=each)
+        vectors = vectors_of(encoder, splits, args, bytes_each=each)
         found = distributed.broadcast_from_rank_0(partial(_scores, vectors, args))
         counts = {"train_images": len(vectors[1]), "test_images": len(vectors[3])}
         rows.append({"encoder": name, **counts, **found})
         del vectors  # before the next are read
-    cli.report(args, rows, HEADINGS, SETTINGS)
+    report(args, rows, HEADINGS, SETTINGS)

@@ -14,10 +14,13 @@ from typing import NamedTuple
 import torch
 
 from cjepa_fast.data import rng
-from cjepa_fast.eval import cli
+from cjepa_fast.eval.options import add_checkpoint, add_features, add_sets, encoders_of, positive
 from cjepa_fast.eval.probes.probe_sweep import GRIDS, ProbePlan, fit
+from cjepa_fast.eval.records import Row, report
+from cjepa_fast.eval.splits import Split, numbers_of, require_classes, splits_of, vectors_of
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime.distributed import broadcast_from_rank_0
+from cjepa_fast.runtime.hardware import default_device
 from cjepa_fast.telemetry.progress import shown_clock
 
 HEADINGS = {
@@ -57,7 +60,7 @@ def predict(
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    cli.require_classes(label_n, "a linear probe")
+    require_classes(label_n, "a linear probe")
     probe = make_pipeline(
         StandardScaler(), LogisticRegression(C=inverse_penalty, max_iter=iterations)
     )
@@ -100,8 +103,8 @@ def sweep(
     many times all training images stand one after the other, as they are and mirrored.
     """
     train_nD, label_n, test_mD, test_label_m = vectors
-    settings, device = plan.settings(), cli.device()
-    numbers_C = cli.numbers_of(torch.cat([label_n, test_label_m]))
+    settings, device = plan.settings(), default_device()
+    numbers_C = numbers_of(torch.cat([label_n, test_label_m]))
     classes = len(numbers_C)
     label_n, test_label_m = (torch.searchsorted(numbers_C, x) for x in (label_n, test_label_m))
     if choose == "test":
@@ -141,7 +144,7 @@ class Reading(NamedTuple):
 def rows_of(
     name: str, encoder: Encoder, vectors: Vectors, reading: Reading, args: argparse.Namespace,
     copies: int = 1,
-) -> list[cli.Row]:  # fmt: skip
+) -> list[Row]:  # fmt: skip
     """`sweep` as the command line has it, one row for each of the reading's probes. The first rank
     has the features, so it alone calls it."""
     plan = ProbePlan(args.optimizer, args.epochs, args.batch, args.sweep)
@@ -172,7 +175,7 @@ def readings(encoder: Encoder, asked: list[int | list[int]]) -> list[Reading]:
 
 def layer_list(text: str) -> list[int | list[int]]:
     """ "1,4,3+6" -> [1, 4, [3, 6]]."""
-    parts = [[cli.positive(number) for number in part.split("+")] for part in text.split(",")]
+    parts = [[positive(number) for number in part.split("+")] for part in text.split(",")]
     return [sorted(set(part)) if len(part) > 1 else part[0] for part in parts]
 
 
@@ -190,8 +193,8 @@ def values(text: str) -> tuple[str, tuple[float, ...]]:
 
 def add_sweep(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--optimizer", choices=GRIDS, default="lars", help="lars: the paper's")
-    parser.add_argument("--epochs", type=cli.positive, default=EPOCHS)
-    parser.add_argument("--probe-batch-size", dest="batch", type=cli.positive, metavar="N",
+    parser.add_argument("--epochs", type=positive, default=EPOCHS)
+    parser.add_argument("--probe-batch-size", dest="batch", type=positive, metavar="N",
                         help="default: 16384, or 1/78 of a small set, with LARS's learning rates "
                         "times 64; with N they are times N/256")  # fmt: skip
     parser.add_argument("--sweep", type=values, nargs="+", metavar="NAME=LIST",
@@ -217,27 +220,27 @@ def complete_sweep(args: argparse.Namespace) -> None:
 
 
 def probed(
-    name: str, encoder: Encoder, splits: tuple[cli.Split, cli.Split], reading: Reading,
+    name: str, encoder: Encoder, splits: tuple[Split, Split], reading: Reading,
     args: argparse.Namespace,
-) -> list[cli.Row]:  # fmt: skip
+) -> list[Row]:  # fmt: skip
     """`rows_of` by the first rank, of features that are gone when the next are read."""
-    vectors = cli.vectors_of(encoder, splits, args, reading.blocks, BYTES[args.optimizer])
+    vectors = vectors_of(encoder, splits, args, reading.blocks, BYTES[args.optimizer])
     return broadcast_from_rank_0(partial(rows_of, name, encoder, vectors, reading, args))
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    cli.add_checkpoint(parser)
-    cli.add_sets(parser)
-    cli.add_features(parser)
+    add_checkpoint(parser)
+    add_sets(parser)
+    add_features(parser)
     add_sweep(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """A row for each encoder and number of layers."""
     complete_sweep(args)
-    splits = cli.splits_of(args)
+    splits = splits_of(args)
     rows = []
-    for name, encoder in cli.encoders_of(args).items():
+    for name, encoder in encoders_of(args).items():
         for reading in readings(encoder, args.layers):
             rows += probed(name, encoder, splits, reading, args)
-    cli.report(args, rows, headings(args), (*SETTINGS, *SWEEP_SETTINGS))
+    report(args, rows, headings(args), (*SETTINGS, *SWEEP_SETTINGS))

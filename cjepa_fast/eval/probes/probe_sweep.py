@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cjepa_fast.data import rng
-from cjepa_fast.eval import cli
+from cjepa_fast.eval.splits import require_classes
 from cjepa_fast.telemetry.progress import shown_bar
 
 GRIDS = {  # of the sweep, by optimiser; LARS's is the paper's
@@ -160,7 +160,7 @@ def fit(
 
     Raises ValueError where there is but one class to learn.
     """
-    cli.require_classes(label_n, "a linear probe")
+    require_classes(label_n, "a linear probe")
     settings = plan.settings()
     probes = Probes(train_nD, classes, widths, len(settings)).to(device)
     if plan.optimizer == "lbfgs":

@@ -13,10 +13,12 @@ import torch
 
 from cjepa_fast.checkpoint.encoders import load_encoder
 from cjepa_fast.data.sources import ImageSet
-from cjepa_fast.eval import cli
 from cjepa_fast.eval.features import name_hashes
 from cjepa_fast.eval.finetuning import classify, recipe
+from cjepa_fast.eval.options import add_checkpoint, add_sets, encoders_of, up_to_one
 from cjepa_fast.eval.probes import linear
+from cjepa_fast.eval.records import report
+from cjepa_fast.eval.splits import say_unlearnt, splits_of
 
 PROBING = {option: f"--{option}" for option in linear.SWEEP_SETTINGS}
 PROBING |= {"batch": "--probe-batch-size", "no_cache": "--no-cache"}
@@ -82,12 +84,12 @@ def listed(images: ImageSet, keep_n: torch.Tensor, file: Path) -> torch.Tensor:
 
 
 def shares(text: str) -> list[float]:
-    return [cli.share(part) for part in text.split(",")]
+    return [up_to_one(part) for part in text.split(",")]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    cli.add_checkpoint(parser)
-    cli.add_sets(parser)
+    add_checkpoint(parser)
+    add_sets(parser)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--share", type=shares, default=[0.01, 0.1], metavar="LIST",
                        help="of the labels")  # fmt: skip
@@ -109,7 +111,7 @@ def run(args: argparse.Namespace) -> None:
             way = "without" if args.probe else "with"
             raise ValueError(f"{name} is for semi {way} --probe")
     linear.complete_sweep(args)
-    (images, keep_n), test = cli.splits_of(args)
+    (images, keep_n), test = splits_of(args)
     if args.list:
         few = {args.list.name: listed(images, keep_n, args.list)}
     else:
@@ -120,8 +122,8 @@ def run(args: argparse.Namespace) -> None:
     rows = []
     for labels, few_n in few.items():
         splits = (images, few_n), test
-        cli.say_unlearnt(*splits)
-        for name, encoder in cli.encoders_of(args).items():
+        say_unlearnt(*splits)
+        for name, encoder in encoders_of(args).items():
             if args.probe:
                 found = []
                 for reading in linear.readings(encoder, args.layers):
@@ -134,4 +136,4 @@ def run(args: argparse.Namespace) -> None:
     if args.probe:
         settings = ("share", "list", "probe", *linear.SETTINGS, *linear.SWEEP_SETTINGS)
     headings = {**linear.headings(args), "labels": "labels"} if args.probe else HEADINGS
-    cli.report(args, rows, {"labels": "labels", **headings}, settings)
+    report(args, rows, {"labels": "labels", **headings}, settings)

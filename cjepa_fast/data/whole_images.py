@@ -8,10 +8,10 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from cjepa_fast.data import pillow_decode
-from cjepa_fast.data.decode import DecodeFailed
+from cjepa_fast.data import pillow_decoder
+from cjepa_fast.data.decoder import DecodeFailed
+from cjepa_fast.data.decoder_choice import choose_decoder, open_whole_decoder
 from cjepa_fast.data.decoder_warnings import DecoderWarnings
-from cjepa_fast.data.decoders import chosen, open_whole_decoder
 
 T = TypeVar("T")
 
@@ -20,7 +20,7 @@ class WholeImages:
     """Decodes up to batch_size files at once; used from one thread at a time."""
 
     def __init__(self, batch_size: int, threads: int):
-        kind = chosen("auto", torch.device("cpu"))
+        kind = choose_decoder("auto", torch.device("cpu"))
         self._decode = open_whole_decoder(kind, batch_size, threads)
         self._warnings = DecoderWarnings(say=print, note=print)
 
@@ -45,7 +45,7 @@ class WholeImages:
             return self._decode([data])[0], False
         except DecodeFailed:
             try:
-                return pillow_decode.pixels(data), True
+                return pillow_decoder.pixels(data), True
             except OSError as error:
                 raise ValueError(f"{name} cannot be decoded: replace or remove it") from error
 

@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_data_decode import IMAGE, KINDS, MEAN, SMOOTH, STD, in_levels, look
+from test_data_decoder import IMAGE, KINDS, MEAN, SMOOTH, STD, in_levels, settings
 from test_data_loader import indices, loader, take
 
-from cjepa_fast.data import crops, formats, pillow_decode
+from cjepa_fast.data import crops, formats, pillow_decoder
 from cjepa_fast.data.dali import DaliWholeDecoder
-from cjepa_fast.data.decode import DecodeFailed, DecodeRequest, DecodeSettings
-from cjepa_fast.data.decoders import DALI, PILLOW, open_decoder
+from cjepa_fast.data.decoder import DecodeFailed, DecodeRequest, DecodeSettings
+from cjepa_fast.data.decoder_choice import DALI, PILLOW, open_decoder
 from cjepa_fast.data.masks import MaskSampler
-from cjepa_fast.data.pillow_decode import PillowDecoder, PillowWholeDecoder
+from cjepa_fast.data.pillow_decoder import PillowDecoder, PillowWholeDecoder
 from cjepa_fast.data.sources import open_images
-from cjepa_fast.data.whole import WholeImages
+from cjepa_fast.data.whole_images import WholeImages
 
 NOISE = np.random.default_rng(0).integers(0, 256, (97, 131, 3), dtype=np.uint8)
 BOTH = {kind: data for kind, data in KINDS.items() if kind != "gif"}  # DALI reads no GIF
@@ -38,12 +38,12 @@ BOTH["noise, gray, 16 bits"] = made.png(NOISE[..., 0].astype(np.uint16) * 255 + 
 ONE_LEVEL = {"cmyk", "noise, 16 bits"}  # apart before the resize; all others are equal
 
 
-def difference(feed: DecodeRequest, how: DecodeSettings) -> np.ndarray:
+def difference(request: DecodeRequest, how: DecodeSettings) -> np.ndarray:
     """Levels between the two, (B, S, S, 3)."""
     shown = []
     for kind in (DALI, PILLOW):
-        decoder = open_decoder(kind, how, len(feed.encoded))
-        decoder.submit(feed)
+        decoder = open_decoder(kind, how, len(request.encoded))
+        decoder.submit(request)
         shown.append(np.rint(in_levels(decoder.collect())))
     return np.abs(shown[0] - shown[1])
 
@@ -62,7 +62,7 @@ def test_whole_images_are_dalis(kind):
 @pytest.mark.parametrize("kind", [k for k in BOTH if "exif" not in k])
 def test_windows_are_dalis(kind, height, width):
     far = difference(
-        DecodeRequest([BOTH[kind]], np.array([[11, 17, height, width]], np.int32)), look()
+        DecodeRequest([BOTH[kind]], np.array([[11, 17, height, width]], np.int32)), settings()
     )
     assert far.max() <= (2 if kind in ONE_LEVEL else 1)
 
@@ -71,7 +71,7 @@ def test_windows_are_dalis(kind, height, width):
 def test_windows_are_of_the_upright_image(turn):
     for kind in ("JPEG", "PNG"):
         window_B4 = np.array([[30, 5, 50, 70]], np.int32)
-        far = difference(DecodeRequest([KINDS[f"{kind} exif {turn}"]], window_B4), look())
+        far = difference(DecodeRequest([KINDS[f"{kind} exif {turn}"]], window_B4), settings())
         assert far.max() <= 1
 
 
@@ -82,8 +82,8 @@ def test_flips_and_colours_are_dalis(seed):
     encoded.append(made.encoded(NOISE[:48, :48], "PNG"))
     factors_B3 = random.uniform(0, 2, (B, 3)).astype(np.float32)
     flip_B = random.integers(0, 2, B).astype(np.int32)
-    feed = DecodeRequest(encoded, np.array([[0, 0, 48, 48]] * B, np.int32), flip_B, factors_B3)
-    assert difference(feed, look(flip=True, colour=True)).max() <= 1
+    request = DecodeRequest(encoded, np.array([[0, 0, 48, 48]] * B, np.int32), flip_B, factors_B3)
+    assert difference(request, settings(flip=True, colour=True)).max() <= 1
 
 
 def test_real_windows_are_dalis(real_images, seed):
@@ -117,20 +117,20 @@ def test_the_order_the_crops_and_the_masks_are_those_with_dali(tmp_path):
 # ------------------------------------------------------------------------------ threads, failures
 
 
-def some_feed(count: int = 20) -> DecodeRequest:
+def some_request(count: int = 20) -> DecodeRequest:
     encoded = [made.encoded(made.picture(b, 60 + b, 80)) for b in range(count)]
     return DecodeRequest(encoded, np.array([[3, 4, 50, 60]] * count, np.int32))
 
 
 def test_the_number_of_threads_changes_no_bit(monkeypatch):
-    feed = some_feed()
+    request = some_request()
     seen = []
     for threads in (1, 2, 7):
         decoder = PillowDecoder(
             DecodeSettings(48, MEAN, STD, torch.device("cpu"), torch.float32, threads)
         )
         for _ in range(3):
-            decoder.submit(feed)
+            decoder.submit(request)
         seen += [decoder.collect() for _ in range(3)]
     assert all(torch.equal(images, seen[0]) for images in seen)
 
@@ -153,18 +153,19 @@ BAD = {
 
 @pytest.mark.parametrize("kind", BAD)
 def test_a_bad_image_is_found_and_the_others_go_on(kind, recwarn):
-    decoder, feed = PillowDecoder(look()), some_feed(4)
-    decoder.submit(some_feed(4))
-    feed.encoded[2] = BAD[kind]
-    decoder.submit(feed)
+    decoder, request = PillowDecoder(settings()), some_request(4)
+    decoder.submit(some_request(4))
+    request.encoded[2] = BAD[kind]
+    decoder.submit(request)
     want = decoder.collect()
     with pytest.raises(DecodeFailed):
         decoder.collect()
-    found = [decoder.alone(feed, b) for b in range(4)]
-    assert found == [None if b == 2 else feed.encoded[b] for b in range(4)]
+    found = [decoder.decode_alone(request, b) for b in range(4)]
+    assert found == [None if b == 2 else request.encoded[b] for b in range(4)]
     decoder.restart()
-    assert [decoder.alone(feed, b) for b in range(4)] == found  # also of what is not inside
-    decoder.submit(feed.rows([0, 1, 3]))
+    again = [decoder.decode_alone(request, b) for b in range(4)]  # also of what is not inside
+    assert again == found
+    decoder.submit(request.rows([0, 1, 3]))
     assert torch.equal(decoder.collect(), want[[0, 1, 3]])
     assert not recwarn.list
 
@@ -174,8 +175,8 @@ def test_an_error_that_is_no_images_fault_is_raised(monkeypatch):
         raise MemoryError
 
     monkeypatch.setattr(formats, "decode_rgb", fails)
-    decoder = PillowDecoder(look())
-    decoder.submit(some_feed(2))
+    decoder = PillowDecoder(settings())
+    decoder.submit(some_request(2))
     with pytest.raises(MemoryError):
         decoder.collect()
 
@@ -216,7 +217,7 @@ GREY = {
 
 @pytest.mark.parametrize("kind", [*EXACT, *GREY])
 def test_other_formats_are_read(kind, recwarn):
-    got = pillow_decode.pixels((EXACT | GREY)[kind])
+    got = pillow_decoder.pixels((EXACT | GREY)[kind])
     want = SMOOTH if kind in EXACT else SMOOTH[..., :1].repeat(3, -1)
     assert np.array_equal(got, want) and not recwarn.list
 
@@ -236,4 +237,4 @@ def test_other_formats_are_upright_and_of_the_first_frame(kind, recwarn):
             SMOOTH, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {})
         )
         want = np.rot90(SMOOTH, -1)
-    assert np.array_equal(pillow_decode.pixels(data), want) and not recwarn.list
+    assert np.array_equal(pillow_decoder.pixels(data), want) and not recwarn.list

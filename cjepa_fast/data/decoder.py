@@ -101,20 +101,20 @@ class Decoder(Protocol):
 
     def restart(self) -> None: ...
 
-    def submit(self, feed: DecodeRequest) -> None:
+    def submit(self, request: DecodeRequest) -> None:
         """Raises DecodeFailed."""
 
     def collect(self) -> torch.Tensor:
         """The oldest submitted batch, (B, C, H, W), for any CUDA stream. Raises DecodeFailed."""
 
-    def alone(self, feed: DecodeRequest, b: int) -> bytes | None:
+    def decode_alone(self, request: DecodeRequest, b: int) -> bytes | None:
         """The bytes by which image b of the batch decodes when it is alone, None if none do.
 
         They are its own, or Pillow's pixels of it where the decoder cannot read the file. The
         answer is about the window that was asked for, and depends on nothing before.
         """
 
-    def written(self) -> list[str]:
+    def library_messages(self) -> list[str]:
         """The lines that its libraries wrote to stderr since the last call, of all decoders."""
 
 
@@ -124,5 +124,5 @@ class WholeDecoder(Protocol):
     def __call__(self, encoded: list[bytes]) -> list[np.ndarray]:
         """Upright RGB, each (H, W, 3) uint8. Raises DecodeFailed."""
 
-    def written(self) -> list[str]:
+    def library_messages(self) -> list[str]:
         """As a Decoder's."""

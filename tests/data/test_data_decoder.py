@@ -1,6 +1,6 @@
 """What each decoder puts out, against plain Pillow; who is chosen; images that only Pillow reads.
 
-test_data_pillow_decode.py sets the two decoders side by side.
+test_data_pillow_decoder.py sets the two decoders side by side.
 """
 
 import io
@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 
 from cjepa_fast.config import DataSection
-from cjepa_fast.data import dali, decoders, formats
-from cjepa_fast.data.decode import DecodeRequest, DecodeSettings
-from cjepa_fast.data.decoders import DALI, PILLOW, open_decoder
+from cjepa_fast.data import dali, decoder_choice, formats
+from cjepa_fast.data.decoder import DecodeRequest, DecodeSettings
+from cjepa_fast.data.decoder_choice import DALI, PILLOW, choose_decoder, open_decoder
 from cjepa_fast.data.evaluation import eval_batches
 from cjepa_fast.data.loader import BatchSplit, Loader
 from cjepa_fast.data.sources import ImageSet, open_images
-from cjepa_fast.data.whole import WholeImages
+from cjepa_fast.data.whole_images import WholeImages
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DECODERS = [DALI, PILLOW]
@@ -27,7 +27,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 LEVELS = {"cpu": 1.0, "cuda": 3.0}  # in the mean
 
 
-def look(device="cpu", dtype=torch.float32, image_size=48, **options):
+def settings(device="cpu", dtype=torch.float32, image_size=48, **options):
     return DecodeSettings(image_size, MEAN, STD, torch.device(device), dtype, 1, **options)
 
 
@@ -95,7 +95,7 @@ def test_every_kind_is_upright_rgb_as_by_pillow(tmp_path, device, kind_of_decode
     assert len(images) == len(KINDS) and not images.skipped
     wide = np.array([17, 23, 51, 84]), np.array([23, 17, 84, 51])
     window_B4 = np.array([wide[0] if h < w else wide[1] for h, w in images.sizes_N2], np.int32)
-    decoder = open_decoder(kind_of_decoder, look(device), len(KINDS))
+    decoder = open_decoder(kind_of_decoder, settings(device), len(KINDS))
     decoder.submit(DecodeRequest([images.read(i) for i in range(len(images))], window_B4))
     got_BHWC = in_levels(decoder.collect())
     for i, (kind, data) in enumerate(KINDS.items()):
@@ -122,7 +122,7 @@ def test_flip_colour_and_dtype(device, dtype, kind_of_decoder):
     data = made.encoded(SMOOTH, subsampling=0)
     window_B4 = np.array([[0, 0, 90, 130]] * 3, np.int32)
     factors_B3 = np.array([[1, 1, 1], [0.5, 1, 1], [1, 1, 0]], np.float32)
-    decoder = open_decoder(kind_of_decoder, look(device, dtype, flip=True, colour=True), 3)
+    decoder = open_decoder(kind_of_decoder, settings(device, dtype, flip=True, colour=True), 3)
     decoder.submit(DecodeRequest([data] * 3, window_B4, np.array([0, 1, 0], np.int32), factors_B3))
     images = decoder.collect()
     assert images.dtype == dtype and images.shape == (3, 3, 48, 48) and images.device.type == device
@@ -140,7 +140,7 @@ def test_an_oblong_is_height_by_width(size, kind_of_decoder):
     window_B4 = np.array([[0, 0, 90, 130], [5, 9, 70, 20]], np.int32)
     augmented = {"rand_augment": (0, 9, 0)}  # no change, but DALI is told of the size
     for options in ({}, augmented):
-        how = look(image_size=size, flip=True, **options)
+        how = settings(image_size=size, flip=True, **options)
         decoder = open_decoder(kind_of_decoder, how, 2)
         nothing = np.zeros((2, 0)) if options else None
         flip_B = np.array([0, 1], np.int32)
@@ -153,14 +153,14 @@ def test_an_oblong_is_height_by_width(size, kind_of_decoder):
 
 
 def test_batches_come_in_order_and_a_partial_one_too(kind_of_decoder):
-    decoder = open_decoder(kind_of_decoder, look(), 4)
+    decoder = open_decoder(kind_of_decoder, settings(), 4)
     window = np.array([[0, 0, 60, 80]], np.int32)
-    feeds = [DecodeRequest([made.encoded(made.picture(k))] * n, window.repeat(n, 0)) for k, n in
+    requests = [DecodeRequest([made.encoded(made.picture(k))] * n, window.repeat(n, 0)) for k, n in
              enumerate([4, 4, 1, 3])]  # fmt: skip
-    decoder.submit(feeds[0])
+    decoder.submit(requests[0])
     got = []
-    for feed in feeds[1:]:
-        decoder.submit(feed)
+    for request in requests[1:]:
+        decoder.submit(request)
         got.append(decoder.collect())
     got.append(decoder.collect())
     assert [len(g) for g in got] == [4, 4, 1, 3]
@@ -245,27 +245,28 @@ def test_a_batch_that_goes_as_a_whole_shifts_none_of_those_after_it(
 @pytest.fixture
 def broken_dali(monkeypatch):
     """As on a machine for which there is no DALI."""
-    monkeypatch.setattr(decoders, "_problem_of_dali", lambda *_: "No module named 'nvidia.dali'")
-    monkeypatch.setattr(decoders, "_said", set())
+    missing = "No module named 'nvidia.dali'"
+    monkeypatch.setattr(decoder_choice, "_problem_of_dali", lambda *_: missing)
+    monkeypatch.setattr(decoder_choice, "_said", set())
 
 
 CPU = torch.device("cpu")
 
 
 def test_dali_is_chosen_where_it_works_and_what_is_demanded_elsewhere(monkeypatch):
-    monkeypatch.delenv(decoders.VARIABLE, raising=False)
+    monkeypatch.delenv(decoder_choice.VARIABLE, raising=False)
     said = []
-    assert decoders.chosen("auto", CPU, said.append) == decoders.chosen(DALI, CPU) == DALI
-    assert decoders.chosen(PILLOW, CPU, said.append) == PILLOW
-    monkeypatch.setenv(decoders.VARIABLE, PILLOW)
-    assert decoders.chosen("auto", CPU, said.append) == PILLOW
-    assert decoders.chosen(DALI, CPU, said.append) == DALI  # the configuration's word is the last
+    assert choose_decoder("auto", CPU, said.append) == choose_decoder(DALI, CPU) == DALI
+    assert choose_decoder(PILLOW, CPU, said.append) == PILLOW
+    monkeypatch.setenv(decoder_choice.VARIABLE, PILLOW)
+    assert choose_decoder("auto", CPU, said.append) == PILLOW
+    assert choose_decoder(DALI, CPU, said.append) == DALI  # the configuration's word is the last
     assert said == []
 
 
 def test_pillow_is_chosen_where_dali_does_not_work_and_that_is_said_once(broken_dali):
     said = []
-    assert [decoders.chosen("auto", CPU, said.append) for _ in range(3)] == [PILLOW] * 3
+    assert [choose_decoder("auto", CPU, said.append) for _ in range(3)] == [PILLOW] * 3
     assert said == [
         "Pillow decodes the images, since DALI does not work here: No module named 'nvidia.dali'"
     ]
@@ -273,10 +274,10 @@ def test_pillow_is_chosen_where_dali_does_not_work_and_that_is_said_once(broken_
 
 def test_what_cannot_be_had_is_told(broken_dali, monkeypatch):
     with pytest.raises(ValueError, match=r"decoder = 'dali': DALI does not work here \(No module"):
-        decoders.chosen(DALI, CPU)
-    monkeypatch.setenv(decoders.VARIABLE, "opencv")
+        choose_decoder(DALI, CPU)
+    monkeypatch.setenv(decoder_choice.VARIABLE, "opencv")
     with pytest.raises(ValueError, match=r"CJEPA_DECODER = 'opencv': must be auto, dali, pillow"):
-        decoders.chosen("auto", CPU)
+        choose_decoder("auto", CPU)
 
 
 @pytest.mark.parametrize(
@@ -284,7 +285,7 @@ def test_what_cannot_be_had_is_told(broken_dali, monkeypatch):
 )
 def test_a_rand_augment_that_there_is_none_of_is_told(wrong, says):
     with pytest.raises(ValueError, match=rf"rand_augment = \[{wrong[0]}, {wrong[1]}\].*{says}"):
-        look(rand_augment=(*wrong, 0))
+        settings(rand_augment=(*wrong, 0))
 
 
 def test_a_dali_that_is_installed_and_does_not_run_is_a_problem(monkeypatch):
@@ -339,7 +340,7 @@ def test_what_dali_cannot_read_pillow_reads(unread):
 
 def test_what_pillow_alone_reads_costs_one_rebuild_each_not_one_an_epoch(unread, monkeypatch):
     """Nor is DALI asked about it again, once that is known."""
-    calls = {"restart": [], "alone": []}
+    calls = {"restart": [], "decode_alone": []}
     for name, noted in calls.items():
         whole = getattr(dali.DaliDecoder, name)
         monkeypatch.setattr(
@@ -352,7 +353,7 @@ def test_what_pillow_alone_reads_costs_one_rebuild_each_not_one_an_epoch(unread,
     batches = source.iterate(0)
     epochs = [sorted(i for _ in range(3) for i in next(batches).index_B.tolist())]
     batches.close()
-    asked = len(calls["alone"])
+    asked = len(calls["decode_alone"])
     batches = source.iterate(3)
     for _ in range(4):
         epochs.append(sorted(i for _ in range(3) for i in next(batches).index_B.tolist()))
@@ -360,7 +361,7 @@ def test_what_pillow_alone_reads_costs_one_rebuild_each_not_one_an_epoch(unread,
     assert epochs == [[*range(18)]] * 5
     assert len(said) == 2 and not source.skipped.reasons
     assert len(calls["restart"]) <= 2 + 2  # two iterations' first builds, and one each
-    assert 0 < asked == len(calls["alone"])
+    assert 0 < asked == len(calls["decode_alone"])
 
 
 @pytest.mark.parametrize("turns", [(3, 1), (1, 6), (6, 3)])

@@ -1,7 +1,7 @@
-"""Who decodes: DALI (dali.py) where it works, else Pillow (pillow_decode.py).
+"""Who decodes: DALI (dali.py) where it works, else Pillow (pillow_decoder.py).
 
 Both show the same windows of the same images, in the same order. On the CPU their pixels differ by
-one level of 255 at most (tests/data/test_data_pillow_decode.py).
+one level of 255 at most (tests/data/test_data_pillow_decoder.py).
 """
 
 import functools
@@ -12,29 +12,29 @@ import torch
 
 from cjepa_fast.data import dali
 from cjepa_fast.data.dali import DaliDecoder, DaliWholeDecoder
-from cjepa_fast.data.decode import Decoder, DecodeSettings, WholeDecoder
-from cjepa_fast.data.pillow_decode import PillowDecoder, PillowWholeDecoder
+from cjepa_fast.data.decoder import Decoder, DecodeSettings, WholeDecoder
+from cjepa_fast.data.pillow_decoder import PillowDecoder, PillowWholeDecoder
 
 DALI, PILLOW = "dali", "pillow"
 CHOICES = ("auto", DALI, PILLOW)  # of data.decoder
 VARIABLE = "CJEPA_DECODER"  # what "auto" means, for the evaluations too
 
 
-def open_decoder(kind: str, look: DecodeSettings, batch_size: int) -> Decoder:
-    """kind: what chosen() answered."""
+def open_decoder(kind: str, settings: DecodeSettings, batch_size: int) -> Decoder:
+    """kind: what choose_decoder() answered."""
     if kind == PILLOW:
-        return PillowDecoder(look)
-    return DaliDecoder(look, batch_size)
+        return PillowDecoder(settings)
+    return DaliDecoder(settings, batch_size)
 
 
 def open_whole_decoder(kind: str, batch_size: int, threads: int) -> WholeDecoder:
-    """Of up to batch_size images at once. kind: what chosen() answered."""
+    """Of up to batch_size images at once. kind: what choose_decoder() answered."""
     if kind == PILLOW:
         return PillowWholeDecoder(threads)
     return DaliWholeDecoder(batch_size, threads)
 
 
-def chosen(
+def choose_decoder(
     wanted: str,
     device: torch.device,
     log: Callable[[str], None] = print,

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from cjepa_fast.data import arrays, formats, rand_augment
-from cjepa_fast.data.decode import DecodeFailed, DecodeRequest, DecodeSettings
+from cjepa_fast.data.decoder import DecodeFailed, DecodeRequest, DecodeSettings
 
 # DALI's, of R, G, B: luma, and two differences of colour that a saturation scales.
 YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
@@ -24,16 +24,18 @@ HALF_RANGE = 128.0  # the level that a contrast leaves as it is
 
 
 class PillowDecoder:
-    """decode.Decoder: each image is a task of a pool of look.threads threads."""
+    """decoder.Decoder: each image is a task of a pool of settings.threads threads."""
 
-    def __init__(self, look: DecodeSettings):
-        self._look, self.channels = look, look.channels
-        self._shown = shown_array if look.arrays else shown
-        self._pool = ThreadPoolExecutor(look.threads, thread_name_prefix="decode")
+    def __init__(self, settings: DecodeSettings):
+        self._settings, self.channels = settings, settings.channels
+        self._shown = shown_array if settings.arrays else shown
+        self._pool = ThreadPoolExecutor(settings.threads, thread_name_prefix="decode")
         self._inside: deque[tuple[DecodeRequest, list[Future]]] = deque()
-        self._stream = torch.cuda.Stream(look.device) if look.device.type == "cuda" else None
-        self._mean = torch.tensor(look.mean).mul(255.0).view(-1, 1, 1).to(look.device)
-        self._scale = torch.tensor(look.std).mul(255.0).reciprocal().view(-1, 1, 1).to(look.device)
+        on_gpu = settings.device.type == "cuda"
+        self._stream = torch.cuda.Stream(settings.device) if on_gpu else None
+        moments = (settings.mean, settings.std)
+        mean, std = (torch.tensor(v).mul(255.0).view(-1, 1, 1) for v in moments)
+        self._mean, self._scale = mean.to(settings.device), std.reciprocal().to(settings.device)
 
     def restart(self) -> None:
         for _, tasks in self._inside:
@@ -41,11 +43,12 @@ class PillowDecoder:
                 task.cancel()
         self._inside.clear()
 
-    def submit(self, feed: DecodeRequest) -> None:
+    def submit(self, request: DecodeRequest) -> None:
         tasks = [
-            self._pool.submit(self._shown, self._look, feed, b) for b in range(len(feed.window_B4))
+            self._pool.submit(self._shown, self._settings, request, b)
+            for b in range(len(request.window_B4))
         ]
-        self._inside.append((feed, tasks))
+        self._inside.append((request, tasks))
 
     def collect(self) -> torch.Tensor:
         _, tasks = self._inside[0]
@@ -62,24 +65,24 @@ class PillowDecoder:
         return images_BCHW
 
     def _normalised(self, pixels_BHWC: np.ndarray) -> torch.Tensor:
-        pixels_BCHW = torch.from_numpy(pixels_BHWC).to(self._look.device).permute(0, 3, 1, 2)
+        pixels_BCHW = torch.from_numpy(pixels_BHWC).to(self._settings.device).permute(0, 3, 1, 2)
         images_BCHW = pixels_BCHW.to(torch.float32, memory_format=torch.contiguous_format)
-        return images_BCHW.sub_(self._mean).mul_(self._scale).to(self._look.dtype)
+        return images_BCHW.sub_(self._mean).mul_(self._scale).to(self._settings.dtype)
 
-    def alone(self, feed: DecodeRequest, b: int) -> bytes | None:
-        known = next((tasks[b] for inside, tasks in self._inside if inside is feed), None)
+    def decode_alone(self, request: DecodeRequest, b: int) -> bytes | None:
+        known = next((tasks[b] for inside, tasks in self._inside if inside is request), None)
         try:
-            known.result() if known else self._shown(self._look, feed, b)
+            known.result() if known else self._shown(self._settings, request, b)
         except OSError:
             return None
-        return feed.encoded[b]
+        return request.encoded[b]
 
-    def written(self) -> list[str]:
+    def library_messages(self) -> list[str]:
         return []  # Pillow keeps its libraries quiet
 
 
 class PillowWholeDecoder:
-    """decode.WholeDecoder."""
+    """decoder.WholeDecoder."""
 
     def __init__(self, threads: int):
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
@@ -90,7 +93,7 @@ class PillowWholeDecoder:
         except OSError as error:
             raise DecodeFailed(str(error)) from error
 
-    def written(self) -> list[str]:
+    def library_messages(self) -> list[str]:
         return []
 
 
@@ -99,26 +102,26 @@ def pixels(data: bytes) -> np.ndarray:
     return np.array(formats.decode_rgb(data))
 
 
-def shown(look: DecodeSettings, feed: DecodeRequest, b: int) -> np.ndarray:
+def shown(settings: DecodeSettings, request: DecodeRequest, b: int) -> np.ndarray:
     """Image b of a batch as it is shown, (H, W, C) uint8. Raises OSError if it cannot be."""
-    image = formats.decode_rgb(feed.encoded[b], look.max_pixels, channels=look.channels)
-    window = window_of(image, *map(int, feed.window_B4[b]))
-    pixels_HWC = np.atleast_3d(np.asarray(resized(window, look.height_width)))
-    if look.colour:
-        pixels_HWC = twisted(pixels_HWC, *map(float, feed.colour_B3[b]))
-    if look.rand_augment:
-        _, magnitude, _ = look.rand_augment
-        pixels_HWC = rand_augment.changed(pixels_HWC, feed.augment_BC[b], magnitude)
-    return pixels_HWC[:, ::-1] if look.flip and feed.flip_B[b] else pixels_HWC
+    image = formats.decode_rgb(request.encoded[b], settings.max_pixels, channels=settings.channels)
+    window = window_of(image, *map(int, request.window_B4[b]))
+    pixels_HWC = np.atleast_3d(np.asarray(resized(window, settings.height_width)))
+    if settings.colour:
+        pixels_HWC = twisted(pixels_HWC, *map(float, request.colour_B3[b]))
+    if settings.rand_augment:
+        _, magnitude, _ = settings.rand_augment
+        pixels_HWC = rand_augment.changed(pixels_HWC, request.augment_BC[b], magnitude)
+    return pixels_HWC[:, ::-1] if settings.flip and request.flip_B[b] else pixels_HWC
 
 
-def shown_array(look: DecodeSettings, feed: DecodeRequest, b: int) -> np.ndarray:
+def shown_array(settings: DecodeSettings, request: DecodeRequest, b: int) -> np.ndarray:
     """The same of an array, (H, W, C) fp32: nothing is rounded."""
-    pixels_HWC = arrays.pixels(feed.encoded[b], look.bit_depth)
-    if pixels_HWC.shape[2] != look.channels:
-        raise OSError(f"has {pixels_HWC.shape[2]} channels, not {look.channels}")
-    pixels_HWC = resized_array(pixels_HWC, feed.window_B4[b], look.height_width)
-    return pixels_HWC[:, ::-1] if look.flip and feed.flip_B[b] else pixels_HWC
+    pixels_HWC = arrays.pixels(request.encoded[b], settings.bit_depth)
+    if pixels_HWC.shape[2] != settings.channels:
+        raise OSError(f"has {pixels_HWC.shape[2]} channels, not {settings.channels}")
+    pixels_HWC = resized_array(pixels_HWC, request.window_B4[b], settings.height_width)
+    return pixels_HWC[:, ::-1] if settings.flip and request.flip_B[b] else pixels_HWC
 
 
 def window_of(image: Image.Image, top: int, left: int, height: int, width: int) -> Image.Image:

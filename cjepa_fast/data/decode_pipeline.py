@@ -1,6 +1,6 @@
-"""Reading and decoding batches of an ImageSet, and what happens to images that fail.
+"""Reading and decoding batches of images, and what happens to images that fail.
 
-A request goes through three hands: a small pool of threads reads bytes, a decoder (decode.py)
+A request goes through three hands: a small pool of threads reads bytes, a decoder (decoder.py)
 makes tensors of them, the caller gets these in order. Threads rather than DALI's parallel external
 source: its worker processes cost seconds at the start and at each rebuild, and signals meant for
 the run reach them.
@@ -18,11 +18,11 @@ import numpy as np
 import torch
 
 from cjepa_fast.data import faults, formats
-from cjepa_fast.data.decode import DEPTH, DecodeFailed, Decoder, DecodeRequest, DecodeSettings
+from cjepa_fast.data.decoder import DEPTH, DecodeFailed, Decoder, DecodeRequest, DecodeSettings
 from cjepa_fast.data.decoder_warnings import DecoderWarnings, Suspect
 from cjepa_fast.data.early_ends import EarlyEnds
 from cjepa_fast.data.left_out import NAMED
-from cjepa_fast.data.sources import ImageSet
+from cjepa_fast.data.sources import DecodableImages
 from cjepa_fast.runtime.printable import printable
 
 READ_AHEAD = 2  # batches whose bytes are being read beside those inside the decoder
@@ -38,21 +38,21 @@ class Skipped:
     most: more different ones raise ImagesGone; the caller may raise it on the way. log: takes a
     line for the terminal; beyond NAMED images there is only the first of a shard, so that no shard
     goes bad unsaid. warnings: of images that the decoder reads all the same. ends: those that end
-    early, of images that are shown by `look`. rescued: those that the decoder cannot read and
+    early, of images that are shown by `settings`. rescued: those that the decoder cannot read and
     Pillow can: they count as good, and from then on Pillow reads them at once.
     """
 
     def __init__(
         self,
-        images: ImageSet,
+        images: DecodableImages,
         log: Callable[[str], None],
-        look: DecodeSettings | None = None,
+        settings: DecodeSettings | None = None,
         most: float = math.inf,
     ):
         self._images, self.most = images, most
         self.warnings = DecoderWarnings(log, lambda line: None)
         self.attach(log, record=lambda row: None, note=lambda line: None)
-        self.ends = EarlyEnds(images, look)
+        self.ends = EarlyEnds(images, settings)
         self.reasons: dict[int, str] = {}
         self.rescued: set[int] = set()
         self._shards: set[Path | None] = {None}
@@ -117,15 +117,15 @@ class BatchRequest:
     show: Callable[[np.ndarray], DecodeRequest]
     tag: object = None
     reads: list[Future] = field(default_factory=list)
-    feed: DecodeRequest | None = None
+    decode_request: DecodeRequest | None = None
     holes: int = 0
 
 
-# Given the work and the index b of a bad image: fills the hole, or returns False to drop it.
-Mend = Callable[[BatchRequest, int, Decoder], bool]
+# Given a batch and the index b of a bad image: fills the hole, or returns False to drop it.
+ReplaceImage = Callable[[BatchRequest, int, Decoder], bool]
 
 
-def read_one(images: ImageSet, i: int, channels: int) -> bytes | OSError:
+def read_one(images: DecodableImages, i: int, channels: int) -> bytes | OSError:
     """What images.read gives. Raises ImagesGone for what is not the file's fault: no other file is
     to take its place."""
     try:
@@ -137,7 +137,7 @@ def read_one(images: ImageSet, i: int, channels: int) -> bytes | OSError:
 
 
 def _read_some(
-    images: ImageSet, indexes: np.ndarray, skipped: Skipped, channels: int
+    images: DecodableImages, indexes: np.ndarray, skipped: Skipped, channels: int
 ) -> list[bytes | OSError]:
     most_pixels, rescued = images.limits.max_pixels, skipped.rescued
     return [
@@ -159,151 +159,175 @@ def _as_decoded(
 
 
 def decode(
-    works: Iterator[BatchRequest],
-    images: ImageSet,
+    batch_requests: Iterator[BatchRequest],
+    images: DecodableImages,
     decoder: Decoder,
     skipped: Skipped,
-    mend: Mend,
+    replace: ReplaceImage,
     readers: int = 4,
 ) -> Iterator[tuple[torch.Tensor, BatchRequest]]:
-    """(images_BCHW, work) in the order of `works`; bad images replaced or dropped by `mend`.
+    """(images_BCHW, batch_request) in the order of `batch_requests`.
 
-    readers: threads that read files.
+    replace: fills the hole that a bad image leaves, or drops it. readers: threads that read files.
     """
     reading: deque[BatchRequest] = deque()
     inside: deque[BatchRequest] = deque()
     with ThreadPoolExecutor(readers, thread_name_prefix="read") as pool:
         try:
             while True:
-                _top_up(works, images, pool, readers, reading, skipped, decoder.channels)
+                _top_up(batch_requests, images, pool, readers, reading, skipped, decoder.channels)
                 if reading and len(inside) < DEPTH:
-                    work = _complete(reading.popleft(), decoder, skipped, mend)
-                    if len(work.index_B):
-                        inside.append(work)
-                        _submit(inside, decoder, skipped, mend)
+                    batch_request = _complete(reading.popleft(), decoder, skipped, replace)
+                    if len(batch_request.index_B):
+                        inside.append(batch_request)
+                        _submit(inside, decoder, skipped, replace)
                 elif inside:
-                    done = _collect(inside, images, decoder, skipped, mend)
+                    done = _collect(inside, images, decoder, skipped, replace)
                     if done is not None:
                         yield done
                 else:
                     return
         finally:
-            for work in reading:
-                for task in work.reads:
+            for batch_request in reading:
+                for task in batch_request.reads:
                     task.cancel()
 
 
 def _top_up(
-    works, images: ImageSet, pool, readers: int, reading: deque, skipped: Skipped, channels: int
+    batch_requests,
+    images: DecodableImages,
+    pool,
+    readers: int,
+    reading: deque,
+    skipped: Skipped,
+    channels: int,
 ) -> None:
-    while len(reading) <= READ_AHEAD and (work := next(works, None)) is not None:
-        parts = np.array_split(work.index_B, min(readers, len(work.index_B)))
-        work.reads = [pool.submit(_read_some, images, part, skipped, channels) for part in parts]
-        reading.append(work)
+    while len(reading) <= READ_AHEAD and (batch_request := next(batch_requests, None)) is not None:
+        index_B = batch_request.index_B
+        parts = np.array_split(index_B, min(readers, len(index_B)))
+        batch_request.reads = [
+            pool.submit(_read_some, images, part, skipped, channels) for part in parts
+        ]
+        reading.append(batch_request)
 
 
-def _complete(work: BatchRequest, decoder: Decoder, skipped: Skipped, mend: Mend) -> BatchRequest:
-    """Wait for the bytes; treat what could not be read and what is known to be doubtful."""
-    encoded = [data for task in work.reads for data in task.result()]
-    work.reads = []
-    work.feed = work.show(work.index_B)
-    work.feed.encoded = encoded
+def _complete(
+    batch_request: BatchRequest, decoder: Decoder, skipped: Skipped, replace: ReplaceImage
+) -> BatchRequest:
+    """Wait for the bytes; replace what could not be read, and what was bad before and still is."""
+    encoded = [data for task in batch_request.reads for data in task.result()]
+    batch_request.reads = []
+    batch_request.decode_request = batch_request.show(batch_request.index_B)
+    batch_request.decode_request.encoded = encoded
     failed = {}
     for b, data in enumerate(encoded):
         if isinstance(data, OSError):
             failed[b] = f"cannot be read ({data.strerror or data})"
-        elif int(work.index_B[b]) in skipped and (why := flaw(work, b, decoder, skipped)):
-            # Bad before: asked alone, so that it does not cost the whole pipeline again.
+        elif int(batch_request.index_B[b]) in skipped and (
+            why := decode_problem(batch_request, b, decoder, skipped)
+        ):  # bad before: asked alone, so that it does not cost the whole pipeline again
             failed[b] = why
-    _mend_all(work, failed, decoder, skipped, mend)
-    return work
+    _replace_all(batch_request, failed, decoder, skipped, replace)
+    return batch_request
 
 
-def flaw(work: BatchRequest, b: int, decoder: Decoder, skipped: Skipped) -> str:
+def decode_problem(batch_request: BatchRequest, b: int, decoder: Decoder, skipped: Skipped) -> str:
     """Why image b cannot be used, alone, as it is shown; "" if it can. If only Pillow can read its
     bytes, these become Pillow's pixels."""
-    i = int(work.index_B[b])
-    if why := skipped.ends.known(i, work.feed.window_B4[b]):
+    i = int(batch_request.index_B[b])
+    if why := skipped.ends.known(i, batch_request.decode_request.window_B4[b]):
         return why
-    data = decoder.alone(work.feed, b)
+    data = decoder.decode_alone(batch_request.decode_request, b)
     if data is None:
-        decoder.written()  # of a file that is named anyway
+        decoder.library_messages()  # of a file that is named anyway
         return "cannot be decoded"
-    if data is not work.feed.encoded[b]:
+    if data is not batch_request.decode_request.encoded[b]:
         skipped.note_rescued(i)
-        work.feed.encoded[b] = data
+        batch_request.decode_request.encoded[b] = data
     return ""
 
 
-def _mend_all(
-    work: BatchRequest, failed: dict[int, str], decoder, skipped: Skipped, mend: Mend
+def _replace_all(
+    batch_request: BatchRequest,
+    failed: dict[int, str],
+    decoder,
+    skipped: Skipped,
+    replace: ReplaceImage,
 ) -> None:
     dropped = []
     for b, reason in failed.items():
-        work.holes += 1
-        skipped.note(int(work.index_B[b]), reason)
-        if not mend(work, b, decoder):
+        batch_request.holes += 1
+        skipped.note(int(batch_request.index_B[b]), reason)
+        if not replace(batch_request, b, decoder):
             dropped.append(b)
     if dropped:
-        keep = [b for b in range(len(work.index_B)) if b not in dropped]
-        work.index_B, work.feed = work.index_B[keep], work.feed.rows(keep)
+        keep = [b for b in range(len(batch_request.index_B)) if b not in dropped]
+        batch_request.index_B = batch_request.index_B[keep]
+        batch_request.decode_request = batch_request.decode_request.rows(keep)
 
 
-def _submit(inside: deque, decoder: Decoder, skipped: Skipped, mend: Mend) -> None:
+def _submit(inside: deque, decoder: Decoder, skipped: Skipped, replace: ReplaceImage) -> None:
     try:
-        decoder.submit(inside[-1].feed)
+        decoder.submit(inside[-1].decode_request)
     except DecodeFailed as error:
-        _repair(inside, decoder, skipped, mend, error)
+        _repair(inside, decoder, skipped, replace, error)
 
 
 def _collect(
-    inside: deque, images: ImageSet, decoder: Decoder, skipped: Skipped, mend: Mend
+    inside: deque,
+    images: DecodableImages,
+    decoder: Decoder,
+    skipped: Skipped,
+    replace: ReplaceImage,
 ) -> tuple[torch.Tensor, BatchRequest] | None:
     while inside:
         try:
             tensor = decoder.collect()
         except DecodeFailed as error:
-            _repair(inside, decoder, skipped, mend, error)
+            _repair(inside, decoder, skipped, replace, error)
             continue
         skipped.warnings.hear(decoder, lambda: _suspects(inside, images, decoder))
-        work = inside[0]
-        cut = skipped.ends.seen(tensor, work.index_B, work.feed)
+        batch_request = inside[0]
+        cut = skipped.ends.seen(tensor, batch_request.index_B, batch_request.decode_request)
         if not cut:
             return tensor, inside.popleft()
-        _mend_all(work, cut, decoder, skipped, mend)
-        _again(inside, decoder)
+        _replace_all(batch_request, cut, decoder, skipped, replace)
+        _resubmit(inside, decoder)
     return None  # every image that was inside turned out bad and was dropped
 
 
-def _suspects(inside: deque, images: ImageSet, decoder: Decoder) -> list[Suspect]:
+def _suspects(inside: deque, images: DecodableImages, decoder: Decoder) -> list[Suspect]:
     """What is inside the decoder, each image to be decoded alone."""
+    alone = decoder.decode_alone
     return [
-        (images.name(int(i)), functools.partial(decoder.alone, work.feed, b))
-        for work in inside
-        for b, i in enumerate(work.index_B)
+        (images.name(int(i)), functools.partial(alone, batch_request.decode_request, b))
+        for batch_request in inside
+        for b, i in enumerate(batch_request.index_B)
     ]
 
 
-def _repair(inside: deque, decoder, skipped, mend, error: Exception) -> None:
-    """After a failure: find the culprits, mend them, and start again with the same batches."""
+def _repair(inside: deque, decoder, skipped, replace, error: Exception) -> None:
+    """After a failure: find the culprits, replace them, and start again with the same batches."""
     culprits = 0
-    for work in inside:
-        before = list(work.feed.encoded)
-        flaws = {b: flaw(work, b, decoder, skipped) for b in range(len(work.index_B))}
-        bad = {b: why for b, why in flaws.items() if why}
-        rescued = [a for a, b in zip(before, work.feed.encoded, strict=True) if a is not b]
+    for batch_request in inside:
+        before = list(batch_request.decode_request.encoded)
+        batch = range(len(batch_request.index_B))
+        problems = {b: decode_problem(batch_request, b, decoder, skipped) for b in batch}
+        bad = {b: why for b, why in problems.items() if why}
+        after = batch_request.decode_request.encoded
+        rescued = [a for a, b in zip(before, after, strict=True) if a is not b]
         culprits += len(bad) + len(rescued)
-        _mend_all(work, bad, decoder, skipped, mend)
+        _replace_all(batch_request, bad, decoder, skipped, replace)
     if not culprits:
         raise error  # every image decodes alone: out of memory or the like, not a bad file
-    _again(inside, decoder)
+    _resubmit(inside, decoder)
 
 
-def _again(inside: deque, decoder: Decoder) -> None:
+def _resubmit(inside: deque, decoder: Decoder) -> None:
     """Decode anew what is inside, as it is now."""
-    for work in [work for work in inside if not len(work.index_B)]:
-        inside.remove(work)
+    for empty in [requested for requested in inside if not len(requested.index_B)]:
+        inside.remove(empty)
     decoder.restart()
-    decoder.written()  # what is good comes again
-    for work in inside:
-        decoder.submit(work.feed)
+    decoder.library_messages()  # what is good comes again
+    for batch_request in inside:
+        decoder.submit(batch_request.decode_request)
