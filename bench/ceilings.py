@@ -13,8 +13,10 @@ from pathlib import Path
 
 import files
 import torch
-from hardware import here, measured_gb_per_s, measured_tflops, provenance
+from hardware import here, provenance
 from power import PowerMeter, power_figures
+
+from cjepa_fast.runtime.rates import measured_gb_per_s, measured_tflops
 
 
 def under_power(rate, device: torch.device, *args) -> tuple[float, dict]:

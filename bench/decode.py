@@ -23,7 +23,7 @@ from pathlib import Path
 import files
 import numpy as np
 import torch
-from hardware import provenance, synchronize
+from hardware import provenance
 
 from cjepa_fast import config as configuration
 from cjepa_fast.config import Config, ConfigError
@@ -31,6 +31,7 @@ from cjepa_fast.data import sources
 from cjepa_fast.data.loader import Loader
 from cjepa_fast.runtime import distributed
 from cjepa_fast.runtime.image_size import aspect, height_width, shown
+from cjepa_fast.runtime.rates import synchronize
 from cjepa_fast.training import build
 
 FILLED = 3  # batches beside the loader's own that are made before the clock starts

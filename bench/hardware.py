@@ -18,7 +18,7 @@ import torch
 from cjepa_fast.runtime.hardware import cores, has_gpu, processor_name, tier
 from cjepa_fast.runtime.launchers import launcher
 from cjepa_fast.runtime.provenance import own_commit
-from cjepa_fast.runtime.rates import measured_gb_per_s, measured_tflops, synchronize  # noqa: F401
+from cjepa_fast.runtime.rates import measured_tflops
 
 ROOT = Path(__file__).resolve().parents[1]
 

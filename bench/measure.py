@@ -16,7 +16,7 @@ from unittest import mock
 import timeline
 import torch
 import torch.distributed as dist
-from hardware import measured_tflops, peak_tflops, synchronize
+from hardware import peak_tflops
 from masks import calls_ms
 from phases import Phases
 from power import PowerMeter, power_figures
@@ -28,6 +28,7 @@ from cjepa_fast.runtime import distributed
 from cjepa_fast.runtime import hardware as machine
 from cjepa_fast.runtime.image_size import height_width
 from cjepa_fast.runtime.memory import SavedActivations, peak_bytes
+from cjepa_fast.runtime.rates import measured_tflops, synchronize
 from cjepa_fast.training import build, dry_run, loop
 from cjepa_fast.training import trainer as trainer_module
 from cjepa_fast.training.sizes import gflop_of

@@ -29,6 +29,8 @@ import tune
 from op_cases import MODELS, ROWS, WIDTHS, Case, Cost, cases
 from stopwatch import Stopwatch
 
+from cjepa_fast.runtime.rates import measured_gb_per_s, measured_tflops, synchronize
+
 SHEETS = ("H200", "A100", "B200")
 Rates = dict[str, float]  # bytes_per_s, and FLOP/s by dtype ("bfloat16", "float32": as tf32)
 
@@ -38,11 +40,11 @@ def measured_rates(device: torch.device) -> Rates:
     tf32 = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = True
     matmuls = {
-        name: 1e12 * hardware.measured_tflops(device, getattr(torch, name))
+        name: 1e12 * measured_tflops(device, getattr(torch, name))
         for name in ("bfloat16", "float32")
     }
     torch.backends.cuda.matmul.allow_tf32 = tf32
-    return {"bytes_per_s": 1e9 * hardware.measured_gb_per_s(device), **matmuls}
+    return {"bytes_per_s": 1e9 * measured_gb_per_s(device), **matmuls}
 
 
 def sheet_rates(name: str) -> Rates:
@@ -98,7 +100,7 @@ def measure(
         for call in calls.values():  # compile, and warm up
             call()
             call()
-    hardware.synchronize(device)
+    synchronize(device)
     prepared_s = time.perf_counter() - began
     watch = Stopwatch(device)
     total = Cost(*map(sum, zip(*case.work.values(), strict=True)))
@@ -120,7 +122,7 @@ def call_once(found: list[Case], device: torch.device) -> None:
         print(f"{case.op}, {case.shape}", flush=True)
         for call in passes(case.ours, case.make(device), "backward" in case.work).values():
             call()
-        hardware.synchronize(device)
+        synchronize(device)
 
 
 def row_of(times: dict[str, list[float]], work: Cost, bound_us: float) -> dict:

@@ -6,8 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 
-from hardware import synchronize
-
+from cjepa_fast.runtime.rates import synchronize
 from cjepa_fast.training.trainer import Trainer
 
 

@@ -21,6 +21,7 @@ from cjepa_fast import checkpoint
 from cjepa_fast import config as configuration
 from cjepa_fast.checkpoint.writer import Saver
 from cjepa_fast.runtime import distributed
+from cjepa_fast.runtime.rates import synchronize
 from cjepa_fast.training import build
 from cjepa_fast.training.trainer import Trainer
 
@@ -55,7 +56,7 @@ def measure(config: configuration.Config, saves: int, folder: Path) -> dict:
         nonlocal index
         began = time.perf_counter()
         trainer.step(next(batches), index)
-        hardware.synchronize(device)
+        synchronize(device)
         index += 1
         return time.perf_counter() - began
 

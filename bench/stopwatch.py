@@ -5,9 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from hardware import synchronize
 
 from cjepa_fast.runtime.memory import peak_bytes
+from cjepa_fast.runtime.rates import synchronize
 
 FLUSH_BYTES = 2**30  # more than any cache; written in 0.2 ms, in which the host gets ahead
 FLUSHES = 4  # a call of hundreds of launches takes the host longer than one
