@@ -68,9 +68,10 @@ def _serve(jobs: queue.SimpleQueue, idle: threading.Event) -> None:
 class Saver:
     """Saves an engine's state below `folder`; every rank makes one and calls it alike.
 
-    keep: of the newest checkpoints; besides, each whose step is a multiple of `keep_period` (0:
-    none). say: called on rank 0 with what the user should know; saved: with the step and the folder
-    of each checkpoint that came through, by the thread that calls this object.
+    keep: of the newest checkpoints; besides, each that is saved at a multiple of `keep_period`
+    steps (0: none) stays for good, also where a later Saver has another period. say: called on
+    rank 0 with what the user should know; saved: with the step and the folder of each checkpoint
+    that came through, by the thread that calls this object.
     """
 
     def __init__(
@@ -117,6 +118,7 @@ class Saver:
         self.finish()
         self._step, self._again = step, again
         self._state = stored.describe(step, self._engine) | facts
+        self._state["for_good"] = bool(self.keep_period) and step % self.keep_period == 0
         self._partial = self.folder / f".step_{step:08d}.partial"
         self._outcome: Receipt | str = ""
         self._engine.snapshot.begin(stored.owned_tensors(self._engine))
@@ -254,9 +256,8 @@ class Saver:
 
     def _prune(self) -> None:
         for old in stored.newest_first(self.folder.parent)[self.keep :]:
-            step = stored.step_of(old)
-            for_good = self.keep_period and step % self.keep_period == 0
-            if not for_good and step not in (self.best, self.best_saved):
+            best = stored.step_of(old) in (self.best, self.best_saved)
+            if not best and not stored.is_for_good(old):
                 # No longer a checkpoint, whatever comes between: the next save clears it away.
                 gone = old.rename(self.folder / f".{old.name}.partial")
                 shutil.rmtree(gone, ignore_errors=True)

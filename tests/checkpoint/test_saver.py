@@ -137,6 +137,50 @@ def test_some_are_kept_by_number_and_some_for_good(tmp_path, made):
     assert len(list((tmp_path / "checkpoints").iterdir())) == 4
 
 
+def of_an_earlier_version(path, epoch: float, every: int | None) -> None:
+    """Its state.json does not say whether it is for good. every: None in one of no training."""
+    state = checkpoint.state_of(path)
+    state.pop("for_good", None)
+    if every is not None:
+        config = {"checkpoint": {"keep_every_epochs": every}}
+        state |= {"epoch": epoch, "config": config}
+    (path / "state.json").write_text(json.dumps(state))
+
+
+@pytest.mark.parametrize("period", [0, 3])
+def test_what_was_kept_for_good_stays_whatever_is_kept_later(tmp_path, made, period):
+    """As after a resume with another keep_every_epochs, or with epochs of another length."""
+    engine, save, said = made
+    save.keep_period = 4
+    for step in range(1, 10):
+        save.begin(step, {})
+    save.finish()
+    later = Saver(tmp_path / "checkpoints", engine, "{}", keep=2, keep_period=period)
+    for step in range(10, 15):
+        later.begin(step, {})
+    assert later.finish() and not said
+    kept = [checkpoint.step_of(path) for path in checkpoint.newest_first(tmp_path)]
+    assert kept == [14, 13, *[12] * bool(period), 8, 4]
+
+
+def test_an_earlier_version_kept_for_good_what_ended_its_own_epochs(tmp_path, made):
+    """Epochs had 2 steps, and each second one was kept; epochs of 3 steps come after them."""
+    _, save, _ = made
+    save.keep, folder = 9, tmp_path / "checkpoints"
+    for step in range(1, 9):
+        save.begin(step, {})
+    save.finish()
+    for step in range(1, 8):
+        every = {6: 0, 7: None}.get(step, 2)
+        of_an_earlier_version(folder / f"step_{step:08d}", step / 2, every)
+    (folder / "step_00000003" / "state.json").write_text("cut off")
+    save.keep, save.keep_period = 1, 3
+    save.begin(10, {})
+    save.finish()
+    kept = [checkpoint.step_of(path) for path in checkpoint.newest_first(tmp_path)]
+    assert kept == [10, 4, 3]  # what cannot be judged stays
+
+
 def test_steps_are_ordered_as_numbers(tmp_path, made):
     """Their names are not, from the ninth digit on."""
     _, save, _ = made
