@@ -95,7 +95,7 @@ class Saver:
         self._told: set[str] = set()
         self._step: int | None = None
         self._again = False
-        self._saved: int | None = None  # the last step that came through, on rank 0
+        self._saved: int | None = None  # self._step, on rank 0, once it came through
         self.best: int | None = None  # a step whose checkpoint is kept, and named RUN/best
         self.best_saved: int | None = None  # on rank 0: the last best whose checkpoint is there
 
@@ -116,7 +116,7 @@ class Saver:
         same state with other facts, whose earlier checkpoint is removed then.
         """
         self.finish()
-        self._step, self._again = step, again
+        self._step, self._again, self._saved = step, again, None
         self._state = stored.describe(step, self._engine) | facts
         self._state["for_good"] = bool(self.keep_period) and step % self.keep_period == 0
         self._partial = self.folder / f".step_{step:08d}.partial"

@@ -111,6 +111,19 @@ def test_a_full_disk_is_said_and_the_last_good_one_stays(tmp_path, made, monkeyp
     assert torch.equal(stored(tmp_path, 3), torch.arange(10.0) + 2)
 
 
+def test_a_step_reached_again_whose_save_fails_is_not_saved(tmp_path, saved, monkeypatch):
+    """As after a rewind: its first checkpoint has been set aside."""
+    save, _ = saved
+    checkpoint.set_aside_later_than(tmp_path, 0)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_tensors", lambda *args: (_ for _ in ()).throw(full))
+        save.begin(1, {})
+        assert not save.finish()
+    save.begin(1, {})
+    assert save.finish()
+
+
 def test_who_may_read_one_file_may_read_all(tmp_path, made):
     _, save, _ = made
     save.begin(1, {})
