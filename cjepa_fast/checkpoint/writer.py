@@ -6,8 +6,8 @@
               gives the folder its name, in that thread
     finish    the same, waited for
 
-What cannot be written (a full disk, a value that is not finite) is said and taken away: the
-training continues, and the checkpoints there stay.
+What cannot be written (a full disk, no memory for the copy, a value that is not finite) is said and
+taken away: the training continues, and the checkpoints there stay.
 """
 
 import contextlib
@@ -121,9 +121,13 @@ class Saver:
         self._state["for_good"] = bool(self.keep_period) and step % self.keep_period == 0
         self._partial = self.folder / f".step_{step:08d}.partial"
         self._outcome: Receipt | str = ""
-        self._engine.snapshot.begin(stored.owned_tensors(self._engine))
-        generators = stored.generator_states()
+        tensors, generators = stored.owned_tensors(self._engine), stored.generator_states()
         self._writing = True
+        try:
+            self._engine.snapshot.begin(tensors)
+        except Exception as error:  # as in _write; settle() tells it, once the other ranks are done
+            self._outcome = f"rank {rank()}: {error}"
+            return
         self._worker.start(self._write, generators)
 
     def settle(self) -> None:

@@ -1,12 +1,14 @@
 """Saving while training continues: what is written, when it counts, and what goes wrong."""
 
 import builtins
+import contextlib
 import errno
 import io
 import json
 import os
 import shutil
 import threading
+from unittest import mock
 
 import pytest
 import tiny
@@ -122,6 +124,68 @@ def test_a_step_reached_again_whose_save_fails_is_not_saved(tmp_path, saved, mon
         assert not save.finish()
     save.begin(1, {})
     assert save.finish()
+
+
+class OnGPU(torch.Tensor):
+    """A tensor on the host that says it is on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.fixture
+def short_of_memory(made, monkeypatch):
+    """Takes whether the host lacks memory altogether, or pinned memory alone. Lists, by whether it
+    was to be pinned, the memory that is asked for. The engine's tensors are on a GPU."""
+    engine, asked, empty = made[0], [], torch.empty
+    engine._state[0].moments["exp_avg"] = torch.ones(10).as_subclass(OnGPU)
+    engine._state[0].moments["exp_avg_sq"] = torch.ones(10).as_subclass(OnGPU)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
+
+    def lack(all_of_it: bool):
+        def refuse(*shape, pin_memory=False, **how):
+            asked.append(pin_memory)
+            if pin_memory or all_of_it:
+                raise RuntimeError("CUDA error: out of memory\nand a long advice")
+            return empty(*shape, **how)
+
+        monkeypatch.setattr(torch, "empty", refuse)
+        return asked
+
+    return lack
+
+
+def test_without_pinned_memory_it_saves_and_says_so_once(tmp_path, made, short_of_memory, capsys):
+    engine, save, _ = made
+    asked = short_of_memory(all_of_it=False)
+    for step in (1, 2):
+        save.begin(step, {})
+        engine.update()
+        assert save.finish()
+    assert asked.count(True) == 1 and asked.count(False) == 4
+    assert torch.equal(stored(tmp_path, 2), torch.arange(10.0) + 1)
+    told = capsys.readouterr().err
+    assert told.count("pinned memory") == 1 and "(CUDA error: out of memory): " in told
+
+
+def test_without_memory_for_the_copy_that_save_fails_and_the_training_continues(
+    tmp_path, saved, made, short_of_memory
+):
+    engine, _, said = made
+    engine.snapshot = Snapshot()
+    save = Saver(tmp_path / "checkpoints", engine, "{}", keep=2, say=said.append)
+    short_of_memory(all_of_it=True)
+    save.begin(2, {})
+    assert save.pending and not save.busy
+    engine.update()
+    assert not save.finish()
+    (line,) = said
+    assert "step 2 could not be saved: rank 0: CUDA error: out of memory" in line
+    assert "step_00000001" in line
+    short_of_memory(all_of_it=False)
+    save.begin(3, {})
+    assert save.finish() and torch.equal(stored(tmp_path, 3), torch.arange(10.0) + 1)
 
 
 def test_who_may_read_one_file_may_read_all(tmp_path, made):
