@@ -3,7 +3,8 @@
 A checkpoint is a folder of safetensors files, one a rank, each with the fragments it owns:
     RUN/checkpoints/step_00001000/
         shard_00000_of_00002.safetensors   master/NAME@START, exp_avg/..., exp_avg_sq/..., ema/...
-        state.json                         step, epoch, optimiser's step, config, images, versions
+        state.json                         step, epoch, optimiser's step, config, images, versions,
+                                           for_good (whether later saves leave it)
         encoder.json                       the encoder's architecture
         manifest.json                      each file's size and SHA-256
 The shards also hold the state of torch's generators. All is written under a temporary name, the
@@ -141,6 +142,23 @@ def state_of(path: Path) -> dict:
         return read_json(path / "state.json")
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is not a checkpoint: it has no state.json") from None
+
+
+def is_for_good(path: Path) -> bool:
+    """Whether a checkpoint was kept for good when it was saved, by its own state.json.
+
+    True where that cannot be read: what cannot be judged stays.
+    """
+    try:
+        state = state_of(path)
+        if "for_good" in state:
+            return bool(state["for_good"])
+        every = state["config"]["checkpoint"]["keep_every_epochs"]  # of an earlier version
+        return bool(every) and state["epoch"] % every == 0
+    except (OSError, ValueError):
+        return True
+    except (LookupError, TypeError):  # not of a training, or of a version without this key
+        return False
 
 
 class StoredCheckpoint:

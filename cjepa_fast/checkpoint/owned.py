@@ -3,11 +3,15 @@
 The engines (training/engines) provide it; how they shard it is theirs.
 """
 
+import sys
 import threading
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
+
+from cjepa_fast.runtime.distributed import rank
+from cjepa_fast.runtime.printable import say
 
 
 class Fragment(NamedTuple):
@@ -38,16 +42,16 @@ class Snapshot:
         self._copied_on_host = threading.Event()
         self._copied_from_gpu: torch.cuda.Event | None = None
         self._waited = True
+        self._pins = True  # as long as the host has pinned memory left
 
     def begin(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Copies from a GPU have a CUDA stream of their own; those on the host wait for copy()."""
-        self._tensors, self._waited = tensors, False
-        self._copied_on_host.clear()
+        """Copies from a GPU have a CUDA stream of their own; those on the host wait for copy().
+
+        Raises RuntimeError where the host has no memory for them: then nothing is to be waited for.
+        """
         for key, values in tensors.items():
             if key not in self._buffers:
-                self._buffers[key] = torch.empty(
-                    values.shape, dtype=values.dtype, pin_memory=values.is_cuda
-                )
+                self._buffers[key] = self._host_memory(values)
         on_gpu = [key for key, values in tensors.items() if values.is_cuda]
         if on_gpu:
             stream = torch.cuda.Stream()
@@ -56,6 +60,24 @@ class Snapshot:
                 for key in on_gpu:
                     self._buffers[key].copy_(tensors[key], non_blocking=True)
             self._copied_from_gpu = stream.record_event()
+        self._copied_on_host.clear()
+        self._tensors, self._waited = tensors, False
+
+    def _host_memory(self, like: torch.Tensor) -> torch.Tensor:
+        """Pinned for a GPU's tensor, while that can be had; the lack of it is said once."""
+        if like.is_cuda and self._pins:
+            try:
+                return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
+            except RuntimeError as error:
+                self._pins = False
+                why, _, _ = str(error).partition("\n")
+                say(
+                    f"WARNING: rank {rank()}: the host has not enough pinned memory for a "
+                    f"checkpoint ({why}): each save waits for its copy. More may be had by "
+                    "ulimit -l, or by a job or a container with more memory",
+                    sys.stderr,
+                )
+        return torch.empty(like.shape, dtype=like.dtype)
 
     def copy(self) -> dict[str, torch.Tensor]:
         """In the thread: the copy, whole. The tensors may change from here on."""

@@ -6,8 +6,8 @@
               gives the folder its name, in that thread
     finish    the same, waited for
 
-What cannot be written (a full disk, a value that is not finite) is said and taken away: the
-training continues, and the checkpoints there stay.
+What cannot be written (a full disk, no memory for the copy, a value that is not finite) is said and
+taken away: the training continues, and the checkpoints there stay.
 """
 
 import contextlib
@@ -68,9 +68,10 @@ def _serve(jobs: queue.SimpleQueue, idle: threading.Event) -> None:
 class Saver:
     """Saves an engine's state below `folder`; every rank makes one and calls it alike.
 
-    keep: of the newest checkpoints; besides, each whose step is a multiple of `keep_period` (0:
-    none). say: called on rank 0 with what the user should know; saved: with the step and the folder
-    of each checkpoint that came through, by the thread that calls this object.
+    keep: of the newest checkpoints; besides, each that is saved at a multiple of `keep_period`
+    steps (0: none) stays for good, also where a later Saver has another period. say: called on
+    rank 0 with what the user should know; saved: with the step and the folder of each checkpoint
+    that came through, by the thread that calls this object.
     """
 
     def __init__(
@@ -94,7 +95,7 @@ class Saver:
         self._told: set[str] = set()
         self._step: int | None = None
         self._again = False
-        self._saved: int | None = None  # the last step that came through, on rank 0
+        self._saved: int | None = None  # self._step, on rank 0, once it came through
         self.best: int | None = None  # a step whose checkpoint is kept, and named RUN/best
         self.best_saved: int | None = None  # on rank 0: the last best whose checkpoint is there
 
@@ -115,13 +116,18 @@ class Saver:
         same state with other facts, whose earlier checkpoint is removed then.
         """
         self.finish()
-        self._step, self._again = step, again
+        self._step, self._again, self._saved = step, again, None
         self._state = stored.describe(step, self._engine) | facts
+        self._state["for_good"] = bool(self.keep_period) and step % self.keep_period == 0
         self._partial = self.folder / f".step_{step:08d}.partial"
         self._outcome: Receipt | str = ""
-        self._engine.snapshot.begin(stored.owned_tensors(self._engine))
-        generators = stored.generator_states()
+        tensors, generators = stored.owned_tensors(self._engine), stored.generator_states()
         self._writing = True
+        try:
+            self._engine.snapshot.begin(tensors)
+        except Exception as error:  # as in _write; settle() tells it, once the other ranks are done
+            self._outcome = f"rank {rank()}: {error}"
+            return
         self._worker.start(self._write, generators)
 
     def settle(self) -> None:
@@ -254,9 +260,8 @@ class Saver:
 
     def _prune(self) -> None:
         for old in stored.newest_first(self.folder.parent)[self.keep :]:
-            step = stored.step_of(old)
-            for_good = self.keep_period and step % self.keep_period == 0
-            if not for_good and step not in (self.best, self.best_saved):
+            best = stored.step_of(old) in (self.best, self.best_saved)
+            if not best and not stored.is_for_good(old):
                 # No longer a checkpoint, whatever comes between: the next save clears it away.
                 gone = old.rename(self.folder / f".{old.name}.partial")
                 shutil.rmtree(gone, ignore_errors=True)

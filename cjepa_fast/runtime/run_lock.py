@@ -50,10 +50,17 @@ def take(run: Path, said: str = "run.dir = {}: a run is writing there") -> None:
             f"{said.format(run)}, process {holder['pid']} on {holder['host']}: wait for it, stop "
             f"it, or choose another folder (if that host is gone: remove {run / '.lock'})"
         ) from None
-    file.truncate(0)
-    file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
-    file.flush()
     _held[key] = file
+    _write_holder(file.fileno())
+
+
+def _write_holder(descriptor: int) -> None:
+    """For the message to whoever else wants the folder. On a full disk it names nobody: the lock
+    holds all the same, and what needs room there says so."""
+    holder = {"pid": os.getpid(), "host": socket.gethostname()}
+    with contextlib.suppress(OSError):
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, json.dumps(holder).encode())
 
 
 def release() -> None:

@@ -1,12 +1,14 @@
 """Saving while training continues: what is written, when it counts, and what goes wrong."""
 
 import builtins
+import contextlib
 import errno
 import io
 import json
 import os
 import shutil
 import threading
+from unittest import mock
 
 import pytest
 import tiny
@@ -111,6 +113,81 @@ def test_a_full_disk_is_said_and_the_last_good_one_stays(tmp_path, made, monkeyp
     assert torch.equal(stored(tmp_path, 3), torch.arange(10.0) + 2)
 
 
+def test_a_step_reached_again_whose_save_fails_is_not_saved(tmp_path, saved, monkeypatch):
+    """As after a rewind: its first checkpoint has been set aside."""
+    save, _ = saved
+    checkpoint.set_aside_later_than(tmp_path, 0)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_tensors", lambda *args: (_ for _ in ()).throw(full))
+        save.begin(1, {})
+        assert not save.finish()
+    save.begin(1, {})
+    assert save.finish()
+
+
+class OnGPU(torch.Tensor):
+    """A tensor on the host that says it is on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.fixture
+def short_of_memory(made, monkeypatch):
+    """Takes whether the host lacks memory altogether, or pinned memory alone. Lists, by whether it
+    was to be pinned, the memory that is asked for. The engine's tensors are on a GPU."""
+    engine, asked, empty = made[0], [], torch.empty
+    engine._state[0].moments["exp_avg"] = torch.ones(10).as_subclass(OnGPU)
+    engine._state[0].moments["exp_avg_sq"] = torch.ones(10).as_subclass(OnGPU)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
+
+    def lack(all_of_it: bool):
+        def refuse(*shape, pin_memory=False, **how):
+            asked.append(pin_memory)
+            if pin_memory or all_of_it:
+                raise RuntimeError("CUDA error: out of memory\nand a long advice")
+            return empty(*shape, **how)
+
+        monkeypatch.setattr(torch, "empty", refuse)
+        return asked
+
+    return lack
+
+
+def test_without_pinned_memory_it_saves_and_says_so_once(tmp_path, made, short_of_memory, capsys):
+    engine, save, _ = made
+    asked = short_of_memory(all_of_it=False)
+    for step in (1, 2):
+        save.begin(step, {})
+        engine.update()
+        assert save.finish()
+    assert asked.count(True) == 1 and asked.count(False) == 4
+    assert torch.equal(stored(tmp_path, 2), torch.arange(10.0) + 1)
+    told = capsys.readouterr().err
+    assert told.count("pinned memory") == 1 and "(CUDA error: out of memory): " in told
+
+
+def test_without_memory_for_the_copy_that_save_fails_and_the_training_continues(
+    tmp_path, saved, made, short_of_memory
+):
+    engine, _, said = made
+    engine.snapshot = Snapshot()
+    save = Saver(tmp_path / "checkpoints", engine, "{}", keep=2, say=said.append)
+    short_of_memory(all_of_it=True)
+    save.begin(2, {})
+    assert save.pending and not save.busy
+    engine.update()
+    assert not save.finish()
+    (line,) = said
+    assert "step 2 could not be saved: rank 0: CUDA error: out of memory" in line
+    assert "step_00000001" in line
+    short_of_memory(all_of_it=False)
+    save.begin(3, {})
+    assert save.finish() and torch.equal(stored(tmp_path, 3), torch.arange(10.0) + 1)
+
+
 def test_who_may_read_one_file_may_read_all(tmp_path, made):
     _, save, _ = made
     save.begin(1, {})
@@ -135,6 +212,50 @@ def test_some_are_kept_by_number_and_some_for_good(tmp_path, made):
     kept = [checkpoint.step_of(path) for path in checkpoint.newest_first(tmp_path)]
     assert kept == [11, 10, 8, 4]
     assert len(list((tmp_path / "checkpoints").iterdir())) == 4
+
+
+def of_an_earlier_version(path, epoch: float, every: int | None) -> None:
+    """Its state.json does not say whether it is for good. every: None in one of no training."""
+    state = checkpoint.state_of(path)
+    state.pop("for_good", None)
+    if every is not None:
+        config = {"checkpoint": {"keep_every_epochs": every}}
+        state |= {"epoch": epoch, "config": config}
+    (path / "state.json").write_text(json.dumps(state))
+
+
+@pytest.mark.parametrize("period", [0, 3])
+def test_what_was_kept_for_good_stays_whatever_is_kept_later(tmp_path, made, period):
+    """As after a resume with another keep_every_epochs, or with epochs of another length."""
+    engine, save, said = made
+    save.keep_period = 4
+    for step in range(1, 10):
+        save.begin(step, {})
+    save.finish()
+    later = Saver(tmp_path / "checkpoints", engine, "{}", keep=2, keep_period=period)
+    for step in range(10, 15):
+        later.begin(step, {})
+    assert later.finish() and not said
+    kept = [checkpoint.step_of(path) for path in checkpoint.newest_first(tmp_path)]
+    assert kept == [14, 13, *[12] * bool(period), 8, 4]
+
+
+def test_an_earlier_version_kept_for_good_what_ended_its_own_epochs(tmp_path, made):
+    """Epochs had 2 steps, and each second one was kept; epochs of 3 steps come after them."""
+    _, save, _ = made
+    save.keep, folder = 9, tmp_path / "checkpoints"
+    for step in range(1, 9):
+        save.begin(step, {})
+    save.finish()
+    for step in range(1, 8):
+        every = {6: 0, 7: None}.get(step, 2)
+        of_an_earlier_version(folder / f"step_{step:08d}", step / 2, every)
+    (folder / "step_00000003" / "state.json").write_text("cut off")
+    save.keep, save.keep_period = 1, 3
+    save.begin(10, {})
+    save.finish()
+    kept = [checkpoint.step_of(path) for path in checkpoint.newest_first(tmp_path)]
+    assert kept == [10, 4, 3]  # what cannot be judged stays
 
 
 def test_steps_are_ordered_as_numbers(tmp_path, made):

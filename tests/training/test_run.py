@@ -225,6 +225,23 @@ def test_when_it_saves_and_what_is_kept(tmp_path, saves, steps):
     assert [checkpoint.step_of(path) for path in kept] == steps[::-1]
 
 
+@pytest.mark.parametrize(
+    ("changed", "kept"),
+    [
+        (["checkpoint.keep_every_epochs=0", "run.epochs=3"], [2, 4, 6]),
+        (["data.batch_size=8"], [2, 4, 5, 10]),  # epochs of 5 steps instead of 2
+    ],
+)
+def test_what_was_kept_for_good_outlives_a_resume(tmp_path, changed, kept):
+    saves = {"every_steps": 1, "keep_every_epochs": 1, "keep": 1}
+    config = tiny.write_config(tmp_path, checkpoint=saves)
+    assert run(config) == 0
+    given = [one for key in changed for one in ("--set", key)]
+    assert run(config, "--resume", "auto", "--accept-changes", *given) == 0
+    there = checkpoint.newest_first(tmp_path / "run")
+    assert [checkpoint.step_of(path) for path in there] == kept[::-1]
+
+
 def test_a_finished_run_can_be_taken_over_into_another_folder(finished, tmp_path):
     config, folder = finished
     assert run(config, "--resume", folder, "--set", f"run.dir={tmp_path / 'other'}") == 0

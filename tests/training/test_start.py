@@ -2,6 +2,9 @@
 
 import contextlib
 import errno
+import fcntl
+import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,6 +44,22 @@ def test_a_run_that_came_while_this_one_started_is_not_overwritten(tmp_path, res
             assert start._taken(run, loader, resume, resumed=False) == ""
     finally:
         run_lock.release()
+
+
+def test_a_full_disk_keeps_no_folder_from_being_held(tmp_path):
+    """Only its holder is not named. What needs room there is refused after it, by name."""
+    with tiny.files_of_at_most(0):
+        run_lock.take(tmp_path)
+        try:
+            with open(tmp_path / ".lock") as file, pytest.raises(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with pytest.raises(ConfigError, match=r"run\.dir = .*/a file'\)"):
+                start._try_renaming(tmp_path)
+        finally:
+            run_lock.release()
+    run_lock.take(tmp_path)
+    run_lock.release()
+    assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
 
 
 def test_a_full_disk_is_told_before_the_first_step(tmp_path):
