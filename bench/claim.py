@@ -110,7 +110,7 @@ def reading(encoder, splits, config: Config) -> dict[str, float]:
 
 
 def pixels(splits, config: Config) -> dict[str, float]:
-    """The same scores of the pixels themselves."""
+    """The scores of raw pixels, as `scores` gives them."""
     vectors = []
     for images, keep in splits:
         flat_nD, index_n = image_vectors(
@@ -201,7 +201,8 @@ def pixels_record(args: argparse.Namespace, ablation: ablate.Ablation) -> dict:
 
 
 def untrained_record(args: argparse.Namespace, ablation: ablate.Ablation, seed: int) -> dict:
-    """Of the encoder that the first row's training with this seed starts from."""
+    """The record of the untrained encoder that the first row's training with this seed starts
+    from."""
     about, name = provenance(here()), next(iter(ablation.rows))
     config = configuration.load(ablation.base, [*ablation.settings(name), f"run.seed={seed}"])
     torch.manual_seed(seed)

@@ -165,7 +165,7 @@ def family(line: dict) -> str:
 
 
 def best_rows(rows: Rows) -> Rows:
-    """Of each family the row with the highest mean of CHOICE at the last reading."""
+    """The best row of each family: the highest mean of CHOICE at the last reading."""
 
     def score(key: Key) -> float:
         return statistics.fmean(line["readings"][-1][CHOICE] for line in rows[key].values())

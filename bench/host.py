@@ -79,7 +79,7 @@ def narrow(name: str, overrides: list[str]) -> Config:
 
 
 def least_device_ms(config: Config) -> float:
-    """Of a step at the configuration's own micro-batch on an H200."""
+    """The least time of a step at the configuration's micro-batch on an H200, in ms."""
     B, masks = config.data.micro_batch_size, build.build_masks(config)
     drawn = masks(0, 0, torch.arange(64))
     K, (M, P) = drawn.context_k, drawn.target_idx_BMP.shape[1:]

@@ -294,7 +294,7 @@ def _with_copies(step: Callable) -> Callable:
 
 
 def vicreg_work(M: int, n: int, D: int, dtype: torch.dtype) -> dict[str, Cost]:
-    """Of the mathematics: the matrix is S x S, S = min(n, D), half of it computed forward."""
+    """The least work: the matrix is S x S, S = min(n, D), half of it computed forward."""
     S, values = min(n, D), M * n * D * dtype.itemsize
     matrix = M * S * S * 4
     return {
@@ -364,7 +364,7 @@ def sigreg_case(label: str, shape: tuple[int, int], dtype: torch.dtype, rows: to
 
 
 def sigreg_work(T: int, D: int, G: int, dtype: torch.dtype) -> dict[str, Cost]:
-    """Of the mathematics: each product once, and 8 operations for each rotation."""
+    """The least work: each matmul once, and 8 operations for each rotation."""
     values, rotations = T * D * dtype.itemsize, 8 * T * DIRECTIONS * (KNOTS - 1)
     sums, flop = 8 * G * (KNOTS - 1) * DIRECTIONS + 4 * D * DIRECTIONS, 2 * T * D * DIRECTIONS
     return {

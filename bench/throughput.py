@@ -141,7 +141,7 @@ def rates_alone(name: str, args: argparse.Namespace) -> dict[str, float]:
 
 
 def add_scaling(row: dict, alone: dict[str, float]) -> None:
-    """Of several ranks: images/s of each, and the share of what one alone reaches."""
+    """Add images/s of each rank, and the share of what one alone reaches."""
     row["images_per_s_each"] = row["images_per_s"] / row["processes"]
     if rate := alone.get(row["data"]):
         row["images_per_s_alone"] = rate

@@ -14,7 +14,8 @@ NAME = 110  # characters of a kernel's
 
 
 def summary(trace: Path, steps: int) -> str:
-    """Of all CUDA streams together; microseconds a step. Empty for a trace without a device."""
+    """The busy times of all CUDA streams together, in us a step; "" for a trace without a
+    device."""
     events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
     events = sorted((e for e in events if e.get("cat") in ON_DEVICE), key=lambda e: e["ts"])
     if not events:

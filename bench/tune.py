@@ -49,7 +49,7 @@ class Knob(NamedTuple):
 
 
 def vicreg_knobs(device: torch.device, shapes: Sequence[tuple[int, int]]) -> Iterator[Knob]:
-    """Of z (n, D): matmuls are fp32 or bf16, the matrix n x n or D x D, small or large."""
+    """The covariance kernels of z (n, D): matmuls fp32 or bf16, the matrix n x n or D x D."""
     for (n, D), dtype in ((s, d) for s in shapes for d in (torch.float32, torch.bfloat16)):
         z, gram = torch.randn(1, n, D, device=device, dtype=dtype), n < D
         mean, _ = launch_columns(z)
@@ -69,7 +69,7 @@ def vicreg_knobs(device: torch.device, shapes: Sequence[tuple[int, int]]) -> Ite
 
 
 def gather_knobs(device: torch.device, images: int, width: int) -> Iterator[Knob]:
-    """Of bf16 tokens (B, N, D), positions and mask token."""
+    """The gather kernels, of bf16 tokens (B, N, D), positions and mask token."""
     B, K, M, P = images, CONTEXT, TARGETS, PER_TARGET
 
     def normal(*shape: int) -> torch.Tensor:
@@ -105,7 +105,8 @@ def gather_knobs(device: torch.device, images: int, width: int) -> Iterator[Knob
 
 
 def stream_knobs(device: torch.device, rows: int, width: int) -> Iterator[Knob]:
-    """Of a residual stream (rows, width) in bf16, and its MLP four times as wide."""
+    """The norm and GELU kernels of a bf16 residual stream (rows, width), its MLP 4 times as
+    wide."""
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=device, dtype=torch.bfloat16)
@@ -131,7 +132,7 @@ def gelu_knobs(device: torch.device, rows: int, width: int) -> Iterator[Knob]:
 def attention_knobs(
     device: torch.device, shapes: Sequence[tuple[int, int, int, int, bool]]
 ) -> Iterator[Knob]:
-    """Of bf16 q, k and v side by side: sequences, tokens, heads, values of a head, trained."""
+    """The attention kernels. shapes: sequences, tokens, heads, width of a head, whether trained."""
     tma = launch.at_least(attention_forward.TMA, device)
     for B, S, H, d, trained in shapes:
         qkv = torch.randn(B, S, 3 * H * d, device=device, dtype=torch.bfloat16)
@@ -164,7 +165,7 @@ ATTENTIONS = (
 
 
 def ema_knobs(device: torch.device, shapes: Sequence[tuple[int, ...]]) -> Iterator[Knob]:
-    """Of a list of weights: fp32 masters, bf16 gradients and copies."""
+    """The update kernels, of a list of weights: fp32 masters, bf16 gradients and copies."""
 
     def weights(dtype: torch.dtype) -> list[torch.Tensor]:
         return [torch.rand(shape, device=device, dtype=dtype) for shape in shapes]
@@ -203,7 +204,8 @@ FAMILIES: dict[str, Callable[[torch.device], Iterator[Knob]]] = {
 
 
 def knobs(device: torch.device, only: Sequence[str] = ()) -> Iterator[Knob]:
-    """Of each text the family of that name, or all kernels whose key has it; without any, all."""
+    """For each text of `only` the family of that name, or the kernels whose key has it; else
+    all."""
     for text in only or [""]:
         if text in FAMILIES:
             yield from FAMILIES[text](device)
@@ -232,7 +234,7 @@ def fastest(knob: Knob, watch: Stopwatch, seconds: float) -> tuple[int, list[flo
 def tune(
     found: Iterator[Knob], watch: Stopwatch, seconds: float
 ) -> Iterator[tuple[Knob, int, list]]:
-    """Of each kernel with a choice, the index of the fastest candidate and all medians, in us."""
+    """For each kernel with a choice: the index of the fastest candidate, and all medians in us."""
     for knob in found:
         if len(knob.candidates) < 2:
             continue

@@ -87,7 +87,8 @@ def update_rows(name: str, overrides: list[str]) -> None:
 
 
 def overrides_of(name: str, which: str) -> list[str] | None:
-    """Of a variant what changes its kernels, None where it is not of that configuration."""
+    """The overrides of a variant that change its kernels; None where it has another
+    configuration."""
     variant = variants.VARIANTS[which]
     if variant.only not in ("", Path(name).stem):
         return None

@@ -76,7 +76,7 @@ def story(run: Path, seconds: float) -> list[str]:
 
 
 def spread(rows: list[dict]) -> str:
-    """Of a log; a short run has one RankMe, and one that was resumed at its end none."""
+    """What RankMe was in a log: a short run has one, and one that was resumed at its end none."""
     values = [row["rankme"] for row in rows if row["rankme"] is not None]
     if len(values) > 1:
         verb = "rose" if values[-1] > values[0] else "FELL"

@@ -82,8 +82,8 @@ def run_of(path: str | os.PathLike) -> Path | None:
 
 
 def crop_of(path: str | os.PathLike) -> float | None:
-    """Of evaluation's centred square: of the run that the path belongs to, of the checkpoint's, or
-    of the description of its weights; None where that says none."""
+    """The share that evaluation's centred square has of an image: by the run that the path belongs
+    to, the checkpoint, or the description of its weights; None where that says none."""
     path = located(path)
     if trained := _config_of(path):
         return trained.get("eval", {}).get("crop")
@@ -112,7 +112,7 @@ def _description_of(path: Path) -> Path | None:
 
 
 def _descriptions(path: Path) -> list[Path]:
-    """Of an encoder that is not a run's, where it may be described."""
+    """The files that may describe an encoder that is not a run's."""
     if path.suffix == ".safetensors":
         return [path.with_suffix(".json")]
     if huggingface.is_folder(path):

@@ -51,7 +51,7 @@ def receipt(path: Path) -> Receipt:
 
 
 def write_manifest(folder: Path, shards: list[Receipt]) -> None:
-    """Of the shards, and of the other files there. Without it the folder is no checkpoint."""
+    """Write the sizes and hashes of all files. Without a manifest the folder is no checkpoint."""
     receipts = shards + [receipt(folder / name) for name in DESCRIPTIONS]
     files = {name: {"bytes": size, "sha256": digest} for name, size, digest in receipts}
     write_text(folder / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1))

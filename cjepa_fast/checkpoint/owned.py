@@ -15,7 +15,8 @@ from cjepa_fast.runtime.printable import say
 
 
 class Fragment(NamedTuple):
-    """A run of a parameter's flattened values: [start, start + len(values)) of parameter `name`."""
+    """A slice of a parameter's flattened values: [start, start + len(values)) of parameter
+    `name`."""
 
     name: str
     start: int
@@ -23,12 +24,12 @@ class Fragment(NamedTuple):
 
 
 def fragment_of(tensor: torch.Tensor, like: Fragment) -> torch.Tensor:
-    """The same run of another tensor of the parameter's shape, as a view."""
+    """The same slice of another tensor of the parameter's shape, as a view."""
     return tensor.view(-1)[like.start : like.start + len(like.values)]
 
 
 class OwnedState(NamedTuple):
-    """A run of one parameter's fp32 state: the weights and Adam's two moments, as views."""
+    """A slice of one parameter's fp32 state: the weights and Adam's two moments, as views."""
 
     master: Fragment
     moments: dict[str, torch.Tensor]

@@ -80,7 +80,8 @@ def _images_of(facts: dict) -> str:
 
 
 def deciding(config: dict) -> dict:
-    """Of a configuration as JSON, by dotted key what decides the training beside its seed."""
+    """The values of a configuration (as JSON) that decide the training beside its seed, by dotted
+    key."""
     also = ("config.data.path", "config.run.init_from")  # a resumed run may change them: a new one
     keys = {f"config.{key}": value for key, value in flat(config).items() if key != "run.seed"}
     return {

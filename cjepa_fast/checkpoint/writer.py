@@ -174,7 +174,7 @@ class Saver:
         return self.best is not None
 
     def leave(self) -> None:
-        """Of a run that fails: finish what takes no other rank."""
+        """Finish what takes no other rank, of a run that fails."""
         if world_size() == 1:
             self.finish()
         elif self._naming:

@@ -292,7 +292,7 @@ def check_paths_set(config: Config) -> None:
 
 
 def check_path_set(key: str, path: str) -> None:
-    """The same of one path. What is there under such a name is taken."""
+    """Check one path. A path that exists literally is accepted."""
     left = NOT_EXPANDED.search(expand_path(path))
     if left and not os.path.lexists(expand_path(path)):
         what = "no such user" if left[0].startswith("~") else "this variable is not set"

@@ -91,7 +91,7 @@ def auto_epochs(steps_per_epoch: int) -> int:
 
 
 def epochs_message(epochs: int, steps_per_epoch: int) -> str:
-    """Of what "auto" became."""
+    """A line that says what run.epochs "auto" became."""
     return f"run.epochs {epochs}: auto, {epochs * steps_per_epoch:,} steps"
 
 

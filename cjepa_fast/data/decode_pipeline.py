@@ -87,7 +87,7 @@ class Skipped:
                 f"{printable(name)} cannot be used ({printable(reason)}), nor can "
                 f"{len(self.reasons) - 1:,} other images of {self._images.root}: more than "
                 f"data.max_skipped allows, which is {int(most):,} of those that this rank has "
-                "met: see to their disk, or raise it"
+                "met: check the disk, or raise it"
             )
 
     def note_rescued(self, i: int) -> None:

@@ -28,7 +28,7 @@ def open_decoder(kind: str, settings: DecodeSettings, batch_size: int) -> Decode
 
 
 def open_whole_decoder(kind: str, batch_size: int, threads: int) -> WholeDecoder:
-    """Of up to batch_size images at once. kind: what choose_decoder() answered."""
+    """A decoder of up to batch_size whole images at once. kind: what choose_decoder() answered."""
     if kind == PILLOW:
         return PillowWholeDecoder(threads)
     return DaliWholeDecoder(batch_size, threads)

@@ -55,7 +55,7 @@ class Gap(NamedTuple):
         return f"truncated: its pixels end early, {self.there_pct} % of it is there"
 
     def share(self, window_4: np.ndarray) -> float:
-        """Of a window (top, left, height, width), how much is missing."""
+        """The share of a window (top, left, height, width) that is missing."""
         first, length = int(window_4[self.axis]), int(window_4[self.axis + 2])
         missing = min(self.stop, first + length) - max(self.start, first)
         return max(0, missing) / length

@@ -50,5 +50,5 @@ def patiently(read: Callable[[], T], name: object) -> T:
 def _told(error: OSError, name: object) -> str:
     ways = {errno.EMFILE: "raise ulimit -n", errno.ENFILE: "close other programs' files"}
     ways[errno.ENOMEM] = "free some memory"
-    way = ways.get(error.errno, "see to the disk or the network it lies on")
+    way = ways.get(error.errno, "check the disk or the network it lies on")
     return f"{printable(name)} cannot be read ({error.strerror}), nor after a few seconds: {way}"

@@ -109,7 +109,7 @@ def inspect(read, length: int) -> ImageHeader:
 
 
 def _tried(data: bytes, damage: Exception) -> ImageHeader:
-    """Of a damaged header Pillow may read more than we do: decoded once, it is known to."""
+    """Decode once: of a damaged header Pillow may read more than we do."""
     try:
         image = decode_rgb(data)
         channels = channels_of(_opened(data, MAX_PIXELS)[0])

@@ -178,7 +178,7 @@ def save(file: Path, table: Table) -> None:
 
 
 def _prune(folder: Path) -> None:
-    """Of what is kept of a path leave KEPT, and nothing of an earlier version."""
+    """Delete all but the newest KEPT indexes of a path, and all of earlier versions."""
     old = [*_newest_first(folder)[KEPT:], folder.with_suffix(".npz")]
     for path in old:  # not their locks, which others may hold
         with contextlib.suppress(OSError):

@@ -58,7 +58,8 @@ def of_json(value: object) -> Given | Odd:
 
 
 def in_shard(fd: int, members: dict[str, tuple[int, int]], name: str) -> Given | Odd:
-    """Of an image in a shard: of the member with its own name, else with its sample's key."""
+    """The label of an image in a shard: from the member with its name, else with its sample's
+    key."""
     folder, slash, base = name.rpartition("/")
     keys = dict.fromkeys([base.rpartition(".")[0], base.partition(".")[0]])
     for ext, read in ((".cls", _text), (".json", _json)):
@@ -138,7 +139,7 @@ def listed_beside(path: Path) -> list[str]:
 
 
 def listed_beside_all(paths: list[Path]) -> list[str]:
-    """The same of several files, in whose folders it must be the same. Raises ValueError."""
+    """The class names beside several files. Raises ValueError where they differ."""
     named = {path.parent: path for path in paths}
     first, *others = [(folder, listed_beside(path)) for folder, path in named.items()]
     for folder, classes in others:

@@ -32,7 +32,7 @@ LOST = "a link or a folder that cannot be followed"  # so begins the reason of s
 def images_below(
     folder: bytes, tars: list[bytes] | None = None, under: bytes = b"", parents: tuple = ()
 ) -> Iterator[Found]:
-    """Of each file below `folder` that looks like an image by its name, and of each link that leads
+    """Each file below `folder` that looks like an image by its name, and each link that leads
     nowhere (LOST), whatever its name: images may have been there. tars: takes the paths of the
     tars, plain or packed.
 
@@ -61,7 +61,7 @@ def images_below(
 
 
 def entries_of(folder: bytes) -> list[os.DirEntry]:
-    """Of a folder, by name, without those that begin with a dot."""
+    """A folder's entries by name, without those that begin with a dot."""
     with os.scandir(folder) as entries:
         return sorted((e for e in progressing(entries) if e.name[:1] != b"."), key=lambda e: e.name)
 
@@ -159,7 +159,7 @@ def _warn_of_classes(found: list[Found], root: Path, log) -> None:
 
 
 def index_list(path: Path, cache, pool: ThreadPoolExecutor, log) -> tuple[index.Table, list]:
-    """The same of the files that a list names, in its order (lists.py)."""
+    """The table of the files that a list names, in its order (lists.py)."""
     listed = lists.read(path)
     found = [_of_list(path.parent, name) for name in listed.names]
     table = _index_files(path.parent, path, found, cache, pool, log)
@@ -280,8 +280,8 @@ def _beside(name: str, plain: dict[str, str]) -> str:
 
 
 class Members(NamedTuple):
-    """Of a shard: {name: (offset, size)} of those that can be read, {name: why} of those that are
-    refused, and a name for each that a later one of the same name stands for."""
+    """A shard's members: {name: (offset, size)} of those that can be read, {name: why} of those
+    that are refused, and a name for each that a later one of the same name stands for."""
 
     found: dict[str, tuple[int, int]]
     refused: dict[str, str]
@@ -370,7 +370,7 @@ def index_shards(shards: list[Path], cache, pool: ThreadPoolExecutor, log):
 
 
 def _list_and_check(shards, stamps, files, stale, tables, pool: ThreadPoolExecutor, log) -> None:
-    """Of the shards of the numbers `stale`, into `tables` and their cached files.
+    """List and check the shards of the numbers `stale`, into `tables` and their cached files.
 
     Some at a time, so that an indexing that is stopped keeps what it has. Those that are damaged
     are told when all others are kept: raises ValueError.

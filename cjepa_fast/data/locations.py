@@ -165,7 +165,8 @@ def _shards_in(root: Path, log: Callable[[str], None]) -> list[Path]:
 
 
 def _images_below(root: Path, others: list[bytes]) -> Iterator[listing.Found]:
-    """Of pictures alone. others: takes the tars, links to tars that lead nowhere with them."""
+    """The pictures below a folder. others: takes the tars, and the links to tars that lead
+    nowhere."""
     for one in listing.images_below(os.fsencode(root), others):
         if listing.is_lost(one):
             others += [one[0]] if listing.is_tar(one[0]) else []

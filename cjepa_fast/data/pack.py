@@ -147,7 +147,7 @@ def _check_records(images: PackableImages, order: list[int], shard_size: int) ->
         if sum(RECORD_BYTES + len(json.dumps(name)) for name in names) > files.MOST_JSON_BYTES:
             raise ValueError(
                 f"shard_size {shard_size}: the record of so many images is too long to be read "
-                f"again, and a packing that stopped could not go on; {SURE_TO_FIT} are sure to fit"
+                f"again, and an interrupted packing could not resume; {SURE_TO_FIT} are sure to fit"
             )
 
 

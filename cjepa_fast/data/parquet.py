@@ -300,7 +300,8 @@ class _File:
         return said, given
 
     def bytes_of(self, row: int, batch, at: int) -> bytes:
-        """Of a row, which is row `at` of a batch. Raises OSError where there are none."""
+        """The image bytes of a row, which is row `at` of `batch`. Raises OSError where it has
+        none."""
         value = batch.column(0)[at].as_py()
         data = (value or {}).get("bytes") if self.columns.in_struct else value
         if data is None:

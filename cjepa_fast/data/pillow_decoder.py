@@ -116,7 +116,7 @@ def shown(settings: DecodeSettings, request: DecodeRequest, b: int) -> np.ndarra
 
 
 def shown_array(settings: DecodeSettings, request: DecodeRequest, b: int) -> np.ndarray:
-    """The same of an array, (H, W, C) fp32: nothing is rounded."""
+    """Image b of the request where it is an array: (H, W, C) fp32, not rounded."""
     pixels_HWC = arrays.pixels(request.encoded[b], settings.bit_depth)
     if pixels_HWC.shape[2] != settings.channels:
         raise OSError(f"has {pixels_HWC.shape[2]} channels, not {settings.channels}")

@@ -180,7 +180,7 @@ class ImageSet:
 
     @property
     def bits_N(self) -> np.ndarray:
-        """Of a channel, where more than 8."""
+        """int (n,): the bits a channel of each image, where more than 8."""
         return self._entries_N["bits"]
 
     @property
@@ -278,7 +278,8 @@ class ImageSet:
             raise
 
     def _opened(self, number: int) -> "_Handle":
-        """Of a shard: a kept one, or a new one, for which the one unused for longest goes."""
+        """The handle of a shard: an open one, or a new one in the place of the least recently
+        used."""
         with self._lock:
             if (handle := self._open.pop(number, None)) is not None:
                 self._open[number] = handle
@@ -406,8 +407,8 @@ def _merged(label_by_part, parts: list[Part]) -> tuple[list[np.ndarray], labels.
 
 
 def _fingerprint(parts: list[Part], out: list[dict[int, str]]) -> str:
-    """Of what is there, but for images of kinds that nobody reads; and of what the limits, a
-    missing label or a failed read leave out, where there is such."""
+    """Hash of what is there, but for images of kinds that nobody reads, and of what the limits, a
+    missing label or a failed read leave out."""
     digest = hashlib.sha256()
     for part, why in zip(parts, out, strict=True):
         ours = np.flatnonzero(part.table.entries_N["kind"] != formats.FOREIGN)
@@ -471,7 +472,7 @@ def open_images(
     if unread > max(1, limits.max_skipped * images.found):
         raise OSError(
             f"{unread} of {images.found} files cannot be read, more than data.max_skipped = "
-            f"{limits.max_skipped:g} of them: see to their disk and your rights ({report})"
+            f"{limits.max_skipped:g} of them: check the disk and the files' permissions ({report})"
         )
     _warn_of_darkness(images, log)
     return images

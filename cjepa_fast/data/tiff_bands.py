@@ -66,7 +66,7 @@ class Bands(NamedTuple):
 
 
 def header(file, length: int) -> Bands:
-    """Of a file `length` bytes long. Raises Unusable, naming what is not read, or HeaderDamaged."""
+    """Read the header of a file of `length` bytes. Raises Unusable or HeaderDamaged, saying why."""
     try:
         tags, order = _tags(file)
         bits, kinds = _numbers(tags, BITS, 1), _numbers(tags, FORMAT, 1)

@@ -61,7 +61,7 @@ class Transform:
 
 
 def one_by_one(images: Any) -> Iterable:
-    """Of one image or many, as in the module's first lines. Raises ValueError for none."""
+    """The images one by one, of one or many (see the module). Raises ValueError for none."""
     if isinstance(images, (str, os.PathLike, Image.Image)):
         return [images]
     if isinstance(images, (np.ndarray, torch.Tensor)):

@@ -51,7 +51,7 @@ class WholeImages:
 
 
 def ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same items, none of them None; a thread makes the next while the last is used."""
+    """Yield the items (none is None); a thread makes the next while the last is used."""
     with ThreadPoolExecutor(1, thread_name_prefix="ahead") as pool:
         task = pool.submit(next, items, None)
         while (item := task.result()) is not None:

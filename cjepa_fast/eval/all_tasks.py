@@ -54,7 +54,7 @@ QUERIES, NEIGHBOURS = 8, 8  # of the figure of neighbours
 
 
 class Features(NamedTuple):
-    """Of both splits: features, labels, and the images' positions in their set."""
+    """Features, labels and positions in their sets of both splits' images."""
 
     train_nD: torch.Tensor
     label_n: torch.Tensor

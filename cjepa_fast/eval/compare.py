@@ -76,8 +76,8 @@ def measures(records: list[list[dict]]) -> tuple[list[Scores], dict[Measure, str
 
 
 def intervals(records: list[list[dict]]) -> list[dict[Measure, tuple[float, float]]]:
-    """Of each checkpoint, by measure, where 95 % of other test images would put it: of shares of
-    test images alone."""
+    """For each checkpoint, by measure, where 95 % of other test images would put it; only for
+    shares of test images."""
     found: list[dict] = [{} for _ in records]
     for i, measure, _, row in _each(records):
         if ends := uncertainty.of_row(row, measure[1]):
@@ -123,7 +123,7 @@ def _trained(record: dict) -> list[dict]:
 
 
 def best(measure: Measure, values: list[Scores]) -> float | None:
-    """Of what is better low or high; None where nothing is to be compared."""
+    """The best of the values, low or high as the measure wants; None where there is one at most."""
     there = [found[measure] for found in values if measure in found]
     if len(there) < 2 or measure[1] in UNJUDGED:
         return None
@@ -199,7 +199,7 @@ def _compute(checkpoint: str, missing: list[str], args: argparse.Namespace) -> l
 
 
 def _words(task: str, checkpoint: str, args: argparse.Namespace) -> list[str]:
-    """Of the command that computes it."""
+    """The words of the command that computes it."""
     words = [task, str(checkpoint), "--data", args.data, "--which", args.which]
     for name in ("labels", "test", "test_labels") if task != "collapse" else ():
         if value := getattr(args, name):

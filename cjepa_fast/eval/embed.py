@@ -103,7 +103,7 @@ def _writer(out: Path, pool: str) -> Callable:
 
 
 def _shape(encoder, pool: str) -> tuple[int, ...]:
-    """Of an image's features: (D,), or (N, D)."""
+    """The shape of an image's features: (D,), or (N, D)."""
     D = encoder.width * (len(encoder.last(LAYERS)) if pool == "last4" else 1)
     return (math.prod(encoder.grid), D) if pool == "none" else (D,)
 
@@ -122,7 +122,7 @@ def _begin(parts: Path, facts: dict, newest_ns: int) -> int:
     if differs == ["times"]:
         raise ValueError(
             f"{parts} holds parts of images that have been written since, or of another copy of "
-            "them (a copy that keeps the files' times, as cp -p makes, goes on): remove it, or "
+            "them (a copy that keeps the files' times, as cp -p makes, resumes): remove it, or "
             "name another --out"
         )
     if differs:

@@ -39,7 +39,7 @@ CACHE_VERSION = 2  # counted up where an image would be read in another way: old
 
 
 class NoneRead(ValueError):
-    """Of all images that were asked for, none could be read."""
+    """None of the images that were asked for could be read."""
 
 
 @torch.inference_mode()
@@ -127,7 +127,7 @@ def _compute(encoder: Encoder, images: ImageSet, *, flip, layers, pooled, device
 
 
 def digest(encoder: Encoder) -> str:
-    """Of the weights and all else that decides an encoder's output."""
+    """SHA-256 of the weights and all else that decides an encoder's output."""
     digest = hashlib.sha256(json.dumps([encoder.architecture, encoder.mean, encoder.std]).encode())
     for name, values in encoder.state_dict().items():
         digest.update(name.encode())

@@ -225,7 +225,7 @@ def build_snapshots(
     stage: int = 0,
     say: Callable[[str], None] = print,
 ) -> SnapshotImages | None:
-    """Of rank 0, a few of the training images, by eval.online.pictures. stage: of ZeRO.
+    """What draws a few of the training images on rank 0 (eval.online.pictures). stage: of ZeRO.
 
     None where nothing would show them, as drawing takes longer than evaluating: TensorBoard alone
     does; and, with a line that says so, where no rank has all weights.

@@ -105,7 +105,7 @@ def _row_key(row: Row) -> tuple[str, ...]:
 def print_numbers(
     args: argparse.Namespace, rows: list[Row], headings: dict[str, str], label: str
 ) -> None:
-    """Of a figure, print its numbers and write them to --json. label: the key of a row's name.
+    """Print a figure's numbers and write them to --json. label: the key of a row's name.
     Only rank 0 does so."""
     if distributed.rank() != 0:
         return

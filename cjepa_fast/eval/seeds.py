@@ -33,7 +33,7 @@ class Group(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """Of two groups' means, the second minus the first: in the measure's own units."""
+    """The difference of two groups' means, second minus first, in the measure's units."""
 
     mean: float
     error: float  # standard error

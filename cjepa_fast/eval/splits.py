@@ -202,7 +202,7 @@ def vectors_of(
     layers: Sequence[int] | None = None,
     bytes_each: int = 4,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of both splits features (n, layers * D) and labels (n,), one after the other, on the CPU. The
+    """Features (n, layers * D) and labels (n,) of both splits, one after the other, on the CPU. The
     features are on the first rank, others may have none. bytes_each: as in `require_memory`."""
     require_memory(splits, encoder.width * len(layers or [0]), bytes_each)
     found = []

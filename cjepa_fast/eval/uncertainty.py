@@ -25,7 +25,7 @@ def interval(percent: float, images: int) -> tuple[float, float]:
 
 
 def standard_error(percent: float, images: int) -> float:
-    """Of a percentage of `images` test images, in points."""
+    """The standard error of a percentage of `images` test images, in points."""
     share = percent / 100
     return 100 * math.sqrt(share * (1 - share) / images)
 

@@ -146,7 +146,7 @@ def open_timm(folder: Path) -> Tokens:
 
 
 def portable(encoder: Encoder) -> Encoder:
-    """The same weights with torch's own attention, which is fast wherever the program runs."""
+    """The encoder with torch's own attention, which is fast wherever the program runs."""
     with torch.device("meta"):
         copy = Encoder(**encoder.architecture, attention="sdpa")
     copy.load_state_dict(encoder.state_dict(), assign=True)

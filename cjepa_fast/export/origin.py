@@ -25,7 +25,7 @@ class Origin(NamedTuple):
 
 
 def origin_of(path: Path) -> Origin:
-    """Of what load_encoder is given. A run's own encoder files are its newest checkpoint's."""
+    """Where the weights at `path` come from. A run's encoder files are its newest checkpoint's."""
     path = located(path).resolve()
     if (path / "state.json").is_file():
         run, checkpoint = path.parent.parent, path

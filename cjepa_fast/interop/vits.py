@@ -117,7 +117,7 @@ def _described_beside(known: dict, path: Path, heads: int) -> list[str]:
 
 
 def _encoder_of(state: Named, heads: int, gelu: str, init: str) -> tuple[Encoder, list[str]]:
-    """Of weights under names that are ours where that is possible."""
+    """The encoder of weights whose names have been made ours where that is possible."""
     told = _norm_of_the_mean(state)
     _refuse(state)
     table_ND, line = _positions(state)
@@ -161,7 +161,7 @@ def _prefix(everything: Named, path: Path) -> str:
 
 
 def _left_out_beside(everything: Named, prefix: str) -> str:
-    """Of a file in which the ViT is a part."""
+    """What a file holds beside its ViT, in words; "" if nothing."""
     others = {".".join(name.split(".")[: prefix.count(".")])
               for name in everything if not name.startswith(prefix)}  # fmt: skip
     beside = f"; left out beside it: {listed(sorted(others))}" if others else ""

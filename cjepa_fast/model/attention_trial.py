@@ -160,8 +160,8 @@ def _heads(shape: Shape, projected: list) -> list[torch.Tensor]:
 
 
 def _timed_ms(call: Callable[[], object], device: torch.device) -> float:
-    """Of the device's own time: what is queued before keeps it busy until the host has launched all
-    of the call. On a CPU of the call's."""
+    """The device's own time in ms: what is queued before keeps it busy until the host has launched
+    all of the call. On a CPU the call's time."""
     if device.type != "cuda":
         began = time.perf_counter()
         call()

@@ -216,7 +216,7 @@ class Block(nn.Module):
     def fp8(
         self, x_BSD: torch.Tensor, y_BSD: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same of linear layers in FP8 (fp8.py), which take no gradient; y: the branch."""
+        """The block's forward with FP8 linear layers (fp8.py), without gradients; y: the branch."""
         x, rows = add_norm_fp8(x_BSD, y_BSD, self.norm1)
         a = attend_heads(self.attn, self.attn.qkv.side_by_side(rows), False)
         x, rows = add_norm_fp8(x, self.attn.proj(a), self.norm2)

@@ -89,7 +89,7 @@ def _by_onednn(x: torch.Tensor, kind: str) -> bool:
 
 
 class _Linear(torch.autograd.Function):
-    """The same with the usual gradients, each kind of call by its library."""
+    """F.linear whose forward and backward go to the library chosen for each kind of call."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -121,7 +121,7 @@ def _widened(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def plain_weight_gradient(dout: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Of the weight of a Linear, from the gradient of its output and its input: (D, C)."""
+    """The gradient (D, C) of a Linear's weight, from that of its output and from its input."""
     dtype, rows = dout.dtype, dout.flatten(0, -2)
     if dout.device.type == "cpu" and not torch.compiler.is_compiling():
         rows, x = _widened(rows, x)
@@ -164,7 +164,7 @@ def fastest(uses: Iterable[LinearUse]) -> LinearBackends:
 
 
 def _trial(kind: str, one: LinearUse) -> tuple[Callable[[], object], Callable[[], object]]:
-    """The same call by torch and by oneDNN."""
+    """One call, by torch and by oneDNN."""
     x = torch.randn(one.rows, one.inputs)
     weight, bias = torch.randn(one.outputs, one.inputs), torch.randn(one.outputs)
     grad = torch.randn(one.rows, one.outputs)

@@ -201,7 +201,7 @@ class Matmuls:
         return Plan(description, layouts, found.algorithm, found.workspace_bytes)
 
     def _layout(self, rows: torch.Tensor) -> c_void_p:
-        """Of a row-major matrix, as the column-major one that it is."""
+        """The layout of a row-major matrix, as the column-major matrix that it is."""
         r, c = rows.shape
         return self._new("cublasLtMatrixLayoutCreate", TYPES[rows.dtype], c, r, c)
 

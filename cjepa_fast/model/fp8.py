@@ -101,7 +101,7 @@ class FP8Linear(nn.Module):
 
 
 class FP8QueryKeyValue(FP8Linear):
-    """q, k and v of all tokens, as vit.QueryKeyValue gives them."""
+    """q, k and v of all tokens, as block.QueryKeyValue gives them."""
 
     def forward(self, x: Rows, last: None = None, layout: None = None) -> tuple[torch.Tensor, ...]:
         return super().forward(x).chunk(3, -1)
@@ -163,7 +163,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.T
 
 
 def input_gradient(dout: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Of x, (..., C), from that of the output, (..., O)."""
+    """The gradient of x (..., C), from dout (..., O), by an FP8 matmul."""
     return matmul(quantise_rows(dout), quantise_rows(weight.t().contiguous()), None)
 
 

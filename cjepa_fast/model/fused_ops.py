@@ -52,7 +52,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.T
 def linear_gradients(
     dout: torch.Tensor, x: torch.Tensor, weight: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of x and of the weight."""
+    """The gradients of x (..., C) and of the weight (O, C)."""
     rows = dout.reshape(-1, len(weight))
     return (rows @ weight).view(x.shape), weight_gradient(weight, (rows, x.reshape(len(rows), -1)))
 
@@ -60,7 +60,7 @@ def linear_gradients(
 def fp8_gradients(
     dout: torch.Tensor, x: torch.Tensor, weight: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same, of x in FP8."""
+    """The gradients of x and of the weight; that of x by an FP8 matmul."""
     dx, rows = fp8.input_gradient(dout, weight), dout.reshape(-1, len(weight))
     return dx, weight_gradient(weight, (rows, x.reshape(len(rows), -1)))
 
@@ -84,7 +84,7 @@ def matmuls_of(layer: nn.Module) -> LinearMatmuls:
 def branch_gradients(
     d: torch.Tensor, dy_bias: torch.Tensor, y_dtype: torch.dtype | None
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Of a branch (the residual stream's) and of its bias; None where there is no branch."""
+    """The gradients of a residual branch and of its bias; None where there is no branch."""
     return (None, None) if y_dtype is None else (d.to(y_dtype), dy_bias)
 
 
@@ -142,7 +142,7 @@ class AddNormLinear(Function):
 
 
 class AddNormLast(Function):
-    """Of x + y the last tokens, and of its norm their queries, and all keys and values."""
+    """From x + y: its last tokens, the queries of these, and the keys and values of all."""
 
     @staticmethod
     def forward(ctx, x, y, y_bias, gain, shift, eps, weight, bias, last):
@@ -171,7 +171,7 @@ class AddNormLast(Function):
 
 
 class Attention(Function):
-    """Of q, k and v side by side, (B, S, 3 D), by kernels/attention/: (B, S, D)."""
+    """Attention of q, k, v side by side (B, S, 3 D), by kernels/attention/: (B, S, D)."""
 
     @staticmethod
     def forward(ctx, qkv, bias, heads):
@@ -192,7 +192,7 @@ class Attention(Function):
 
 
 class AttentionLast(Function):
-    """The same of fewer queries: q (B, last, D), kv (B, S, 2 D)."""
+    """Attention of fewer queries than keys: q (B, last, D), kv (B, S, 2 D)."""
 
     @staticmethod
     def forward(ctx, q, kv, bias, heads):
@@ -266,7 +266,7 @@ def attend_heads(attn: nn.Module, qkv_BSX: torch.Tensor, trained: bool) -> torch
 def attend_last(
     attn: nn.Module, q_BPD: torch.Tensor, kv_BSX: torch.Tensor, trained: bool
 ) -> torch.Tensor:
-    """The same of the last P tokens' queries, and of all keys and values side by side."""
+    """Attention of the last P tokens' queries to all keys and values, side by side."""
     D, bias = q_BPD.shape[-1], attn.qkv.bias
     if attn.backend == "triton" and takes_attention(*heads_of(q_BPD, 1, attn.heads)):
         return AttentionLast.apply(q_BPD, kv_BSX, bias, attn.heads)

@@ -28,7 +28,7 @@ class Sequences:
         return self.starts.diff()
 
     def offsets(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of each of the T tokens its sequence, and its offset in that: int64 (T,) and int (T,)."""
+        """Each token's sequence, and its offset in that: int64 (T,) and int (T,)."""
         token_T = torch.arange(tokens, device=self.starts.device, dtype=self.starts.dtype)
         sequence_T = torch.searchsorted(self.starts, token_T, right=True) - 1
         return sequence_T, token_T - self.starts[sequence_T]

@@ -105,7 +105,7 @@ class Predictor(nn.Module):
         context: PackedContext,
         target_idx_BMP: torch.Tensor,
     ) -> tuple[torch.Tensor, int, Sequences]:
-        """The same of packed sequences: (1, M * (T + B * P), W), P, and where they begin."""
+        """The input of packed sequences: (1, M * (T + B * P), W), P, and where they begin."""
         M, P = target_idx_BMP.shape[1:]
         context_TW = add_positions(x_1TW, positions_NW, context.idx_T[None])[0]
         queries = self.mask_token[0, 0] + positions_NW[target_idx_BMP.flatten()]

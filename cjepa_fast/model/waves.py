@@ -53,7 +53,7 @@ class AttentionWork(NamedTuple):
 
     @property
     def share(self) -> float:
-        """Of the pairs of a query and a key in its tiles, those of real tokens."""
+        """The share of its tiles' pairs of query and key that are of real tokens."""
         return (self.length / _padded(self.length)) ** 2
 
     @property
@@ -101,7 +101,7 @@ class Fill(NamedTuple):
 
 
 def fill(images: int, sizes: StepSizes, multiprocessors: int) -> Fill:
-    """Of a micro-batch of so many images; sizes.context_k, K, is a whole number."""
+    """How full the multiprocessors are in a step of so many images; K is sizes.context_k."""
     found = list(step_work(images, sizes))
     share = sum(p.work for p in found) / sum(p.capacity(multiprocessors) for p in found)
     attention = tuple(p.share for p in found if isinstance(p, AttentionWork))
@@ -109,7 +109,7 @@ def fill(images: int, sizes: StepSizes, multiprocessors: int) -> Fill:
 
 
 def best_keep(images: int, sizes: StepSizes, multiprocessors: int, fewest: int) -> Fill:
-    """Of the K from 10 % below this one up to it, the one with the greatest share; `fewest`: least.
+    """The K from 10 % below this one up to it with the greatest share; `fewest`: the least K.
 
     Not above it: each patch more is one that more layouts must be redrawn for.
     """

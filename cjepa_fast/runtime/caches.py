@@ -11,7 +11,7 @@ _found: set[Path] = set()  # that could be written to: asked once, not for each 
 
 
 def folder(name: str) -> Path:
-    """Of one of this package's caches."""
+    """The folder of one of this package's caches."""
     return root() / "cjepa_fast" / name
 
 

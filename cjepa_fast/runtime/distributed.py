@@ -150,7 +150,7 @@ def deepspeed():
     if numbers < OLDEST_DEEPSPEED:
         raise ValueError(
             f"DeepSpeed {deepspeed.__version__} may apply steps in bf16 whose gradients are not "
-            "finite, without a word: pip install --upgrade deepspeed, to 0.19.8 or newer"
+            "finite, and not say so: pip install --upgrade deepspeed, to 0.19.8 or newer"
         )
     if "RANK" not in os.environ and not dist.is_initialized():
         # In memory: no port is taken, nor RANK set, which processes started from here would see.
@@ -253,7 +253,7 @@ def broadcast_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def any_rank(*flags: bool) -> tuple[bool, ...]:
-    """Of each flag, whether it is set on any rank; no GPU waits for it."""
+    """Whether each flag is set on any rank; no GPU waits for it."""
     if world_size() == 1:
         return flags
     set_anywhere = torch.tensor(flags, dtype=torch.int32)

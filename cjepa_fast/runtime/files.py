@@ -43,8 +43,8 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def read_text(path: Path) -> str:
-    """Of a user's file: UTF-8, with a byte order mark or without. Raises ValueError for another
-    encoding, FileNotFoundError if it is missing."""
+    """The text of a user's file: UTF-8, with a byte order mark or without. Raises ValueError for
+    another encoding, FileNotFoundError if it is missing."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -212,7 +212,7 @@ def has_gpu() -> bool:
 
 
 def default_device() -> torch.device:
-    """Of this process: its GPU, else the CPU."""
+    """This process's GPU, else the CPU."""
     return torch.device("cuda" if has_gpu() else "cpu")
 
 

@@ -25,7 +25,7 @@ class Repeated(NamedTuple):
 
 
 def repeated_keys(text: str) -> Iterator[Repeated]:
-    """Of valid JSON, of which `parse` keeps the last value alone."""
+    """The keys that stand twice in valid JSON, of which `parse` keeps the last value alone."""
     open_objects: list[dict[str, int] | None] = []  # the line of each key; None: an array
     word = ""
     for token in TOKENS.finditer(text):

@@ -33,7 +33,7 @@ def progressed() -> None:
 
 
 def progressing(items: Iterable[T]) -> Iterator[T]:
-    """The same items; each means that something has been read."""
+    """Yield the items; each means that something has been read."""
     for item in items:
         progressed()
         yield item

@@ -30,7 +30,7 @@ def singular_values(x_BD: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def position_share(tokens_BND: torch.Tensor) -> torch.Tensor:
-    """Of the tokens' variance the share that is of the position, the same in all images: 0-d, at
+    """The share of the tokens' variance that position explains, the same in all images: 0-d, at
     least fp32. Near 1 they tell where a patch is and little else.
 
     Estimated as a component of variance (a two-way layout of images and positions): its mean is

@@ -351,7 +351,7 @@ def choice_lines(config: Config, decoders: dict[str, PartState]) -> Iterator[tup
 
 
 def decoder_choice(config: Config, dali: PartState) -> str:
-    """Of pictures; arrays are always read on the CPU."""
+    """Which decoder reads pictures; arrays are always read on the CPU."""
     for name, asked in (
         ("data.decoder", config.data.decoder),
         (VARIABLE, os.environ.get(VARIABLE)),

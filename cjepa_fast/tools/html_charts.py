@@ -83,7 +83,7 @@ for (const svg of document.querySelectorAll('svg[data-lines]')) {
 
 
 class Line(NamedTuple):
-    """Of a run: values at steps, and where they are uncertain, from low to high."""
+    """A run's values at steps, with low and high where they are uncertain."""
 
     label: str
     steps: Sequence[float]

@@ -242,8 +242,8 @@ def _step(config: Config) -> tuple:
 
 
 def measured_rows(rows: list[dict]) -> list[dict]:
-    """Of bench/results/throughput.json's rows what measured.json holds: those of a GPU whose rate
-    is known, and whose step a configuration gives (`also`: what no key sets)."""
+    """The rows of bench/results/throughput.json that measured.json holds: of a GPU whose rate is
+    known, and whose step a configuration gives (`also`: what no key sets)."""
     kept = (
         "config", "overrides", "precision", "batch", "processes", "joules_per_image", "peak_gib",
         "commit",

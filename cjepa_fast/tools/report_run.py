@@ -77,7 +77,7 @@ class RunRecord:
 
     @property
     def steps(self) -> int | None:
-        """Of the whole training; None where the log does not tell."""
+        """The steps of the whole training; None where the log does not tell."""
         row, epochs = (self.rows or [{}])[-1], self.settings.run.epochs
         known = row.get("step") and row.get("epoch") and epochs != "auto"
         return round(epochs * row["step"] / row["epoch"]) if known else None

@@ -13,7 +13,7 @@ MIN_RELATIVE_STD = 0.01  # of the mean: a standard deviation below it is taken f
 
 
 class StepOutcome(NamedTuple):
-    """Of step `step`: whether its update was applied, its loss and its gradient's norm."""
+    """Whether the update of step `step` was applied, its loss and its gradient's norm."""
 
     step: int
     batches: Any

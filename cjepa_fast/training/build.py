@@ -207,13 +207,13 @@ def check_fp8(config: Config, device: torch.device) -> None:
 
 
 def check_heads(section: str, width: int, heads: int) -> None:
-    """Of sizes that the model's name decides: config/checks.py has checked those in the file."""
+    """Check sizes that the model's name decides; config/checks.py has checked those of the file."""
     if width % heads:
         raise ConfigError(f"{section}.width = {width}: must be a multiple of the {heads} heads")
 
 
 def compute_dtype(config: Config) -> torch.dtype:
-    """Of a configuration whose precision has been resolved."""
+    """The dtype of the computation; run.precision is no longer "auto"."""
     return DTYPES[config.run.precision]
 
 
@@ -252,7 +252,7 @@ def check_same_images(paths: list[str], images: sources.ImageSet) -> None:
     for fingerprint, usable, where in found:
         if fingerprint != first:
             raise ConfigError(
-                f"data.path = {' and '.join(paths)}: names another set there than here: "
+                f"data.path = {' and '.join(paths)}: the nodes see different image sets: "
                 f"{first_where}, {where}; give all nodes the same files, by a shared folder or "
                 "copies"
             )

@@ -19,8 +19,8 @@ NAMES = {"knn": "kNN %", "rankme": "RankMe", "by_position": "share of position"}
 
 
 def end_messages(rows: list[dict], run: Path, config: Config) -> list[str]:
-    """Of a training that is done, from its log: where the encoder is, what it took, and what users
-    do next."""
+    """Lines for a training that is done, from its log: where the encoder is, what it took, and what
+    users do next."""
     took = rows[-1].get("time_s", 0.0) if rows else 0.0
     rates = [row["images_per_s"] for row in rows if row.get("images_per_s")]
     speed = f", {rate(statistics.median(rates))}" if rates else ""
@@ -42,8 +42,8 @@ def start_name(config: Config) -> str:
 
 
 def knn_summary(rows: list[dict], config: Config) -> str | None:
-    """Of a finished log, whether the features beat those before the first step; None where neither
-    was evaluated (eval.online)."""
+    """Whether a finished log's features beat those before the first step, in a line; None where
+    neither was evaluated (eval.online)."""
     scores = [(row["step"], row["knn"]) for row in rows if row.get("knn") is not None]
     later = [score for score in scores if score[0] > 0]
     if not later or scores[0][0] != 0:
@@ -62,8 +62,8 @@ def knn_summary(rows: list[dict], config: Config) -> str | None:
 def degradation_warning(
     rows: list[dict], config: Config, width: int, steps: int | None
 ) -> str | None:
-    """Of a log so far, a line where its features are worse than in its first rows; None where they
-    are not, or the log does not go back to the start. kNN decides where it was evaluated twice.
+    """A warning where a log's features are worse than in its first rows; None where they are not,
+    or the log does not go back to the start. kNN decides where it was evaluated twice.
 
     width: the encoder's. steps: of the whole run, None where they are not known.
     """
@@ -86,8 +86,8 @@ def degradation_warning(
 
 
 def weak_init_warning(rows: list[dict], config: Config, width: int) -> str | None:
-    """Of a log so far, a line where an initialisation that does not suit the width left the
-    position to explain most of the tokens, and kNN has not risen since; else None."""
+    """A warning where an initialisation that does not suit the width left the position to explain
+    most of the tokens, and kNN has not risen since; else None."""
     share, knn = _first_and_last(rows, "by_position"), _first_and_last(rows, "knn")
     if not from_the_start(rows, config) or not share or share[0] <= BY_POSITION:
         return None
@@ -137,7 +137,7 @@ def ema_too_slow(config: Config, steps: int | None) -> bool:
 
 
 def likely_cause(config: Config, steps: int) -> str:
-    """Of features that all come out alike, in a run of so many steps."""
+    """Why features may all come out alike in a run of so many steps."""
     own, optim = config.loss.active_regulariser, config.optim
     key = f"loss.{config.loss.regulariser}.beta"
     if own.beta == 0:

@@ -101,7 +101,7 @@ def _unexpected(error: Exception, session: Session) -> None:
         f"error: rank {rank}, {where}: {error_report.summary(error)}",
         f"traceback, machine and configuration: {report or 'above'}",
         "what works on this machine: python -m cjepa_fast.tools.doctor",
-        f"the plainest way through a step: {plain} --set run.precision=fp32",
+        f"the simplest settings to try: {plain} --set run.precision=fp32",
     ]
     if not options.dry_run:
         lines.append(how_to_resume(session))

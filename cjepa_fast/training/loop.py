@@ -423,7 +423,8 @@ class Loop:
         return 1
 
     def _end(self) -> int:
-        """Of a run that is done, or was asked to stop."""
+        """End a run that is done, or was asked to stop: the last save, the encoders, the
+        messages."""
         self.watch.mark("writing the last checkpoint and the encoders")
         if not distributed.any_rank(self.saver.pending or self._is_saved())[0]:
             self._save()  # a finished run's checkpoint, in another folder
@@ -439,7 +440,7 @@ class Loop:
         elif saved and distributed.rank() == 0:
             if self.online and self.online.owed:
                 self.telemetry.message(
-                    f"the evaluation of the end was stopped; it is made by: {self.resume_with}"
+                    f"the final evaluation was stopped; run it with: {self.resume_with}"
                 )
             final = checkpoint.latest(self.folder)
             encoders.write_encoder(self.folder / "encoder.safetensors", "target", final)

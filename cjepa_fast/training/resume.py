@@ -21,7 +21,7 @@ def starting_points(run: Path, resume: str | None) -> list[Path]:
     _refuse_to_overwrite(run, resume)
     nearest = next(path for path in (run, *run.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise ConfigError(f"run.dir = {run}: {nearest} is no folder that can be written to")
+        raise ConfigError(f"run.dir = {run}: {nearest} is not a writable folder")
     return checkpoint.resume_candidates(run, resume)
 
 
@@ -64,8 +64,8 @@ def check_changes(state: dict, facts: dict, accepted: bool) -> None:
     _, changes = checkpoint.differences(state, facts)
     if changes and not accepted:
         raise ConfigError(
-            "this would be another training than the one that was saved:\n  "
+            "these settings would make it another training than the one that was saved:\n  "
             + "\n  ".join(changes)
-            + "\nset them back, or resume all the same with --accept-changes (from Python: "
+            + "\nrestore them, or resume anyway with --accept-changes (from Python: "
             "accept_changes=True)"
         )

@@ -9,7 +9,7 @@ from cjepa_fast.telemetry import read_log
 
 
 class Run(NamedTuple):
-    """Of a training that has ended: its folder, and 0 where it ended well."""
+    """A training that has ended: its folder, and a status of 0 where it ended well."""
 
     folder: Path
     status: int

@@ -38,7 +38,7 @@ class Session:
 
     @property
     def folder(self) -> Path:
-        """Of the run."""
+        """The run's folder."""
         return Path(configuration.expand_path(self.config.run.dir))
 
 

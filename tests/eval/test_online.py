@@ -312,7 +312,7 @@ def test_a_stop_is_heard_between_its_batches_and_it_is_made_up_for(tmp_path, mon
     marked = [row["step"] for row in read_log(run) if row.keys() >= MARKS]
     assert marked == {0: [0, 2, 4, 6], 2: [0, 3, 4, 6], 6: [0, 2, 4, 6]}[step]
     assert (run / "encoder.safetensors").exists()
-    said = "the evaluation of the end was stopped" in (run / "events.jsonl").read_text()
+    said = "the final evaluation was stopped" in (run / "events.jsonl").read_text()
     assert said == (step == 6)
 
 

@@ -312,7 +312,9 @@ def test_nodes_that_have_other_images_are_refused(tmp_path):
     ]
     said = [err for _, err in ended(nodes)]
     assert all(node.poll() for node, *_ in nodes)
-    assert "names another set there than here: 40 images on" in said[0] and ", 39 images" in said[0]
+    assert (
+        "the nodes see different image sets: 40 images on" in said[0] and ", 39 images" in said[0]
+    )
     assert not (tmp_path / "run").exists()
 
 

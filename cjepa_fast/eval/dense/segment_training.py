@@ -48,7 +48,7 @@ class Recipe:
 
 
 def share_of_peak(step: int, total: int, warmup: int) -> float:
-    """Of the learning rate: linear warm-up, then linear (polynomial of power 1) down to 0."""
+    """The learning rate over its peak: linear warm-up, then linear down to 0."""
     if step < warmup:
         return (step + 1) / warmup
     return (total - step) / (total - warmup)
@@ -153,7 +153,7 @@ def _view(labels_HW: torch.Tensor, recipe: Recipe, epoch: int, at: int) -> View:
 
 
 def digest_of_files(paths: Iterable[Path]) -> str:
-    """Of what they hold, in their order."""
+    """SHA-256 of the files' bytes, in their order."""
     digest = hashlib.sha256()
     for path in paths:
         digest.update(sha256(path).encode())

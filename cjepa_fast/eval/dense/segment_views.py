@@ -38,7 +38,7 @@ class View(NamedTuple):
 def chosen_view(
     labels_HW: torch.Tensor, uniforms: Sequence[float], short_side: int, crop_size: int
 ) -> View:
-    """Of an image with these labels, uint8 on the CPU.
+    """The view that is drawn of an image with these labels, uint8 on the CPU.
 
     uniforms: DRAWS in [0, 1): of the scale, the flip, the crops' rows and columns, the colours.
     short_side: in pixels, at scale 1.

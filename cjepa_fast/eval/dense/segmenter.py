@@ -90,8 +90,8 @@ def logits_whole(model: nn.Module, images_BCHW: torch.Tensor) -> torch.Tensor:
 def logits_sliding(
     model: nn.Module, images_BCHW: torch.Tensor, window: int, stride: int
 ) -> torch.Tensor:
-    """The same, averaged over square windows of that side, `stride` pixels apart; the last of a row
-    or column ends with the image. The image's sides are multiples of the patch, as is `window`."""
+    """The logits, averaged over square windows of that side, `stride` pixels apart; the last of a
+    row or column ends with the image. The image's sides and `window` are multiples of the patch."""
     spans = [_spans(size, window, stride) for size in images_BCHW.shape[-2:]]
     total, count = 0, torch.zeros(images_BCHW.shape[-2:], device=images_BCHW.device)
     for rows in spans[0]:

@@ -27,8 +27,8 @@ LEAST_SPAN, CLIPPED = 3.0, 0.01  # of the scale in even shares; the share of pat
 
 
 class Maps(NamedTuple):
-    """Of an encoder or a head: multiples of an even share (B, rows, cols), how even the attention
-    is in percent, and the images in [0, 1] (B, H, W, 3)."""
+    """Attention of an encoder or a head: multiples of an even share (B, rows, cols), how even the
+    attention is in percent, and the images in [0, 1] (B, H, W, 3)."""
 
     shares_Brc: torch.Tensor
     evenness: float
@@ -59,7 +59,7 @@ def most_different(maps_BHrc: torch.Tensor, count: int) -> list[int]:
 def maps(
     encoders: Encoders, images_BCHW: torch.Tensor, mean, std, single_heads: int = 0
 ) -> dict[str, Maps]:
-    """Of each encoder, and of the first one's most different heads, by name.
+    """The attention maps of each encoder, and of the first one's most different heads, by name.
 
     images_BCHW: normalised by mean and std.
     """

@@ -17,7 +17,7 @@ from cjepa_fast.telemetry import read_log
 
 
 class Panel(NamedTuple):
-    """Of a quantity: what it is, its unit ("" for none), whether its axis is logarithmic where it
+    """A quantity: what it is, its unit ("" for none), whether its axis is logarithmic where it
     spans a decade, and the least that its axis spans."""
 
     name: str

@@ -29,7 +29,7 @@ LEAST_SPAN = 0.4  # of the colours, as a share of a token's length: nearly equal
 
 
 class Scores(NamedTuple):
-    """Of an encoder: each patch along the three axes shown (B, rows, cols, 3) fp64, over the root
+    """An encoder's patches along the three axes shown (B, rows, cols, 3) fp64, over the root
     mean square length of a token; the variance of its patches on the same scale; and its
     checkpoint's axes (D, 3)."""
 
@@ -39,7 +39,7 @@ class Scores(NamedTuple):
 
     @property
     def shares_3(self) -> torch.Tensor:
-        """Of the patches' variance, in percent, along each axis."""
+        """The share of the patches' variance along each axis, in percent."""
         tiny = torch.finfo(torch.float64).tiny
         return 100 * self.scores_Brc3.square().mean((0, 1, 2)) / max(self.variance, tiny)
 
@@ -86,7 +86,7 @@ def _on_grid(scores_BN3: torch.Tensor, encoder: Encoder, images_BCHW: torch.Tens
 
 @torch.inference_mode()
 def scores(encoders: Encoders, images_BCHW: torch.Tensor) -> dict[str, Scores]:
-    """Of each encoder of a checkpoint, along the components of the first."""
+    """The scores of each encoder, along the components of the first."""
     found, loadings_D3 = {}, None
     for which, encoder in encoders.items():
         centred_BND, length = _centred(encoder, images_BCHW)

@@ -21,7 +21,7 @@ STYLE = {
 
 
 def line(i: int) -> dict:
-    """Of the i-th line: colour, dash and marker; 28 lines differ in more than one of them."""
+    """Colour, dash and marker of the i-th line; 28 lines differ in more than one of them."""
     n = len(COLOURS)
     return {
         "color": COLOURS[i % n],

@@ -34,7 +34,7 @@ class Task(Protocol):
         close()."""
 
     def loss(self, model: Callable, batch: Any) -> torch.Tensor:
-        """Of a micro-batch: 0-d, the mean over its images."""
+        """The loss of a micro-batch: 0-d, the mean over its images."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,8 @@ class _Mean:
         self._sum, self._count = self._sum + loss, self._count + 1
 
     def look(self, done: int, tell: bool) -> float:
-        """Of all ranks, after so many steps. Raises ValueError where it is not finite."""
+        """The mean loss of all ranks after so many steps. Raises ValueError where it is not
+        finite."""
         mean = float(mean_over_ranks({"loss": self._sum / self._count})["loss"])
         moment = self._plan.moment(done)
         if not abs(mean) < float("inf"):

@@ -225,7 +225,8 @@ class SavedTraining:
                 )
 
     def _put_back(self, path: Path, learner: Learner) -> int:
-        """Of files that are as they were written, and may yet not be what they should be."""
+        """Restore from files that are as they were written, and may yet not be what they should
+        be."""
         try:
             return operator.index(restore(path, learner)["step"])
         except (LookupError, TypeError, RuntimeError, ValueError) as error:

@@ -57,7 +57,7 @@ def fact_of(scene: dict, where: str) -> Fact:
 
 
 def facts_of_clevr(root: Path, split: str, images: ImageSet) -> list[Fact]:
-    """Of each image, from the scenes' file. Raises OSError or ValueError where it is not all."""
+    """Each image's facts, from the scenes' file. Raises OSError or ValueError where some lack."""
     path = root / "scenes" / f"CLEVR_{split}_scenes.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there: CLEVR_v1.0.zip holds it beside images/")
@@ -78,7 +78,7 @@ def facts_of_clevr(root: Path, split: str, images: ImageSet) -> list[Fact]:
 
 
 def facts_beside(images: ImageSet) -> list[Fact]:
-    """Of each image, from the .json beside it. Raises ValueError naming the first without one."""
+    """Each image's facts, from the .json beside it. Raises ValueError naming the first without."""
     found = []
     for i in range(len(images)):
         text = images.sidecar(i, "json")

@@ -191,7 +191,7 @@ def _scores(vectors: linear.Vectors, args: argparse.Namespace) -> dict[str, floa
 
 
 def pixel_values(encoder: Encoder) -> int:
-    """Of an image as `pixel_vectors` has it, beside an encoder."""
+    """How many values an image has in `pixel_vectors`, beside this encoder."""
     return encoder.channels * math.prod(height_width(with_short_side(encoder.image_size, PIXELS)))
 
 

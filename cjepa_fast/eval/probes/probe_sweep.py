@@ -118,7 +118,7 @@ class Probes(nn.Module):
 
     @torch.no_grad()
     def percent(self, x_mD: torch.Tensor, label_m: torch.Tensor) -> list[dict[str, float]]:
-        """Of each probe {"top1", "top5"} in percent; no top 5 where there are not more classes. Of
+        """{"top1", "top5"} of each probe, in percent; no top 5 where there are not more classes. Of
         equal logits each place is as likely, so that a collapsed encoder gives chance."""
         places = [_place(self(x_BD), label_B.to(self.mean_D.device))
                   for x_BD, label_B in _batches(x_mD, label_m, 1024)]  # fmt: skip

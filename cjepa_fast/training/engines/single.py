@@ -172,7 +172,7 @@ class SingleEngine:
         return applied
 
     def _gradients(self) -> dict[str, torch.Tensor]:
-        """Of each parameter, flat; sums over micro-batches are in fp32."""
+        """Each parameter's gradient, flat; sums over micro-batches are in fp32."""
         new = {name: gradient_of(p) for name, p in self._weights.items()}
         if self.accumulation == 1:
             return new
