@@ -267,6 +267,16 @@ def resume_candidates(run: Path, resume: str | None) -> list[Path]:
     return found
 
 
+def lies_in(path: Path, run: Path) -> bool:
+    """Whether a checkpoint, or a link to one, is a run's own: the run's folder itself also is.
+
+    RUN/checkpoints may be a link to another disk, and so may one in it.
+    """
+    checkpoints, found = (run / "checkpoints").resolve(), path.resolve()
+    homes = run.resolve(), checkpoints
+    return path.parent.resolve() == checkpoints or any(found.is_relative_to(one) for one in homes)
+
+
 def newest_first(run: Path) -> list[Path]:
     """The checkpoints of a run folder, whole or damaged."""
     return _complete(run / "checkpoints")[::-1]

@@ -204,10 +204,18 @@ def starting_points(run: Path, resume: str | None) -> list[Path]:
 
 
 def _refuse_to_overwrite(run: Path, resume: str | None) -> None:
-    if resume is None and (run / "config.json").exists():
+    if resume == "auto" or not (run / "config.json").exists():
+        return
+    if resume is None:
         raise ConfigError(
             f"run.dir = {run}: already holds a run: resume with --resume auto, or choose another "
             'with --set run.dir=FOLDER (from Python: resume="auto", overrides={"run.dir": FOLDER})'
+        )
+    if not checkpoint.lies_in(Path(resume), run):
+        raise ConfigError(
+            f"run.dir = {run}: already holds a run, and --resume {resume} lies outside it: choose "
+            "another with --set run.dir=FOLDER, or remove that run (from Python: "
+            'overrides={"run.dir": FOLDER}); --resume auto resumes the run that is there'
         )
 
 
