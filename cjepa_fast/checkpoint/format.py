@@ -17,9 +17,10 @@ import json
 import os
 import platform
 import re
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -31,11 +32,13 @@ from cjepa_fast.runtime.distributed import rank, world_size
 from cjepa_fast.runtime.files import read_json, reading, sha256, write_text
 from cjepa_fast.runtime.version import VERSION
 
+T = TypeVar("T")
 FORMAT = 2
 MANIFEST = "manifest.json"
 DESCRIPTIONS = ("encoder.json", "state.json")
 NAME = re.compile(r"step_\d+", re.ASCII)
 SHARD = re.compile(r"shard_\d{5}_of_(\d{5})\.safetensors")
+NOT_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)  # by what lies there
 
 
 class Receipt(NamedTuple):
@@ -60,11 +63,12 @@ def write_manifest(folder: Path, shards: list[Receipt]) -> None:
 def damage(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
     """What the manifest does not bear out, a line a file; of every `parts`-th file only.
 
-    Raises faults.MachineFailed for an error of the machine that stays: that is no damage.
+    Raises OSError, naming the file, where it is there and cannot be read (an error of the machine
+    that stays, or another user's file): that is no damage.
     """
     manifest = checkpoint / MANIFEST
     try:
-        found = faults.patiently(lambda: read_json(manifest), manifest)
+        found = _read(manifest, lambda: read_json(manifest))
         files = sorted(found["files"].items())
         if missing := _unnamed(dict(files)):
             return [f"{manifest} does not name {missing}, without which there is none"]
@@ -73,9 +77,7 @@ def damage(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
             for name, facts in files[part::parts]
             if (problem := _damage_of(checkpoint / name, **facts))
         ]
-    except faults.MachineFailed:
-        raise
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (*NOT_THERE, ValueError, LookupError, TypeError, AttributeError) as error:
         return [f"{manifest} cannot be read: {error!r}"]
 
 
@@ -89,11 +91,33 @@ def _unnamed(files: dict[str, dict]) -> str | None:
 
 
 def _damage_of(path: Path, bytes: int, sha256: str) -> str | None:
-    return faults.patiently(lambda: _differs(path, bytes, sha256), path)
+    return _read(path, lambda: _differs(path, bytes, sha256))
+
+
+def _read(path: Path, read: Callable[[], T]) -> T:
+    """read(), patiently. An OSError says what to do, but for one of a file that is not there."""
+    try:
+        return faults.patiently(read, path)
+    except (faults.MachineFailed, *NOT_THERE):
+        raise
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"{error.filename or path} cannot be read ({error.strerror}), which is no damage: make "
+            "it readable for this user (as chmod and chown do), or see to the disk it lies on",
+        ) from error
+
+
+def _is_file(path: Path) -> bool:
+    """Path.is_file, which since Python 3.14 also denies what cannot be looked at."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except NOT_THERE:
+        return False
 
 
 def _differs(path: Path, bytes: int, sha256: str) -> str | None:
-    if not path.is_file():
+    if not _is_file(path):
         return "is missing"
     if path.stat().st_size != bytes:
         return f"has {path.stat().st_size} bytes, and was written with {bytes}"
@@ -229,18 +253,28 @@ def resume_candidates(run: Path, resume: str | None) -> list[Path]:
     """Checkpoints to resume from, the first that is complete: "auto" is the run's, newest first;
     else a path, to one or to another run. Empty where nothing is to be resumed or nothing is there.
 
-    Raises FileNotFoundError for a path that holds none.
+    Raises FileNotFoundError for a path that holds none, OSError where one cannot be looked into.
     """
     if resume is None:
         return []
     path = Path(resume)
     folder = run if resume == "auto" else path
-    found = faults.patiently(lambda: newest_first(folder), folder)
+    found = _read(folder, lambda: newest_first(folder))
     if resume != "auto" and not found:
         if not (path / "state.json").is_file():
             raise FileNotFoundError(f"--resume {resume}: no checkpoint there")
         return [path]
     return found
+
+
+def lies_in(path: Path, run: Path) -> bool:
+    """Whether a checkpoint, or a link to one, is a run's own: the run's folder itself also is.
+
+    RUN/checkpoints may be a link to another disk, and so may one in it.
+    """
+    checkpoints, found = (run / "checkpoints").resolve(), path.resolve()
+    homes = run.resolve(), checkpoints
+    return path.parent.resolve() == checkpoints or any(found.is_relative_to(one) for one in homes)
 
 
 def newest_first(run: Path) -> list[Path]:
@@ -270,7 +304,7 @@ def _complete(folder: Path) -> list[Path]:
     """By their steps: names have eight digits, and more from step 100,000,000 on."""
     names = os.listdir(folder) if folder.is_dir() else []
     numbered = [folder / name for name in names if NAME.fullmatch(name)]
-    return sorted((p for p in numbered if (p / MANIFEST).is_file()), key=step_of)
+    return sorted((p for p in numbered if _is_file(p / MANIFEST)), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:

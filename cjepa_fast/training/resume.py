@@ -18,18 +18,26 @@ def starting_points(run: Path, resume: str | None) -> list[Path]:
     A run that is there already is never overwritten. Raises ConfigError for such a run,
     and for a folder that cannot be made.
     """
-    _refuse_to_overwrite(run, resume)
+    refuse_to_overwrite(run, resume)
     nearest = next(path for path in (run, *run.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise ConfigError(f"run.dir = {run}: {nearest} is not a writable folder")
     return checkpoint.resume_candidates(run, resume)
 
 
-def _refuse_to_overwrite(run: Path, resume: str | None) -> None:
-    if resume is None and (run / "config.json").exists():
+def refuse_to_overwrite(run: Path, resume: str | None) -> None:
+    if resume == "auto" or not (run / "config.json").exists():
+        return
+    if resume is None:
         raise ConfigError(
             f"run.dir = {run}: already holds a run: resume with --resume auto, or choose another "
             'with --set run.dir=FOLDER (from Python: resume="auto", overrides={"run.dir": FOLDER})'
+        )
+    if not checkpoint.lies_in(Path(resume), run):
+        raise ConfigError(
+            f"run.dir = {run}: already holds a run, and --resume {resume} lies outside it: choose "
+            "another with --set run.dir=FOLDER, or remove that run (from Python: "
+            'overrides={"run.dir": FOLDER}); --resume auto resumes the run that is there'
         )
 
 

@@ -36,7 +36,7 @@ from cjepa_fast.training.build import (
     with_precision,
 )
 from cjepa_fast.training.resume import (
-    _refuse_to_overwrite,
+    refuse_to_overwrite,
     check_changes,
     first_whole,
     starting_points,
@@ -187,7 +187,7 @@ def _taken(run: Path, loader: Loader, resume: str | None, resumed: bool) -> str:
     """Take the folder, before any rank writes there. Returns why the images that are left out are
     not named there, or ""."""
     run_lock.take(run)
-    _refuse_to_overwrite(run, resume)  # another may have begun, and ended, while this one started
+    refuse_to_overwrite(run, resume)  # another may have begun, and ended, while this one started
     _try_renaming(run)
     if not resumed:
         return ""  # they were, when the images were opened

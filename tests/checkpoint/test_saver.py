@@ -436,6 +436,44 @@ def test_an_error_of_the_machine_is_no_damage(tmp_path, made, monkeypatch, file,
         resume.first_whole([path], "auto")
 
 
+@pytest.mark.parametrize("file", ["manifest.json", "shard_00000_of_00001.safetensors"])
+def test_what_another_user_saved_is_no_damage(tmp_path, made, monkeypatch, file):
+    """Root reads all: the refusal is made up. The file is named, once, and all stays as it is."""
+    _, save, _ = made
+    for step in (1, 2):
+        save.begin(step, {})
+    save.finish()
+    found, real = checkpoint.newest_first(tmp_path), io.open
+
+    def refused(name, *args, **options):
+        if str(name) == str(found[0] / file):
+            raise PermissionError(errno.EACCES, "Permission denied", str(name))
+        return real(name, *args, **options)
+
+    for module in (io, builtins):
+        monkeypatch.setattr(module, "open", refused)
+    way_out = r"cannot be read \(Permission denied\).* chmod"
+    with pytest.raises(PermissionError, match=way_out) as told:
+        start.first_whole(found, "auto")
+    assert str(found[0] / file) in str(told.value) and str(told.value).count(".json") <= 1
+    assert checkpoint.newest_first(tmp_path) == found
+
+
+def test_a_checkpoint_that_cannot_be_looked_into_is_not_passed_over(tmp_path, saved, monkeypatch):
+    """A folder of another user's: what lies in it cannot even be asked about."""
+    real = os.stat
+
+    def refused(path, *args, **options):
+        if str(path).endswith("step_00000001/manifest.json"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(os, "stat", refused)
+    way_out = r"step_00000001/manifest.json cannot be read .* chmod"
+    with pytest.raises(PermissionError, match=way_out):
+        checkpoint.resume_candidates(tmp_path, "auto")
+
+
 @pytest.mark.parametrize("text", ["", "[]", '{"files": 3}', "{}", "[" * 100_000])
 def test_a_manifest_that_is_none_is_damage(tmp_path, text):
     (tmp_path / "manifest.json").write_text(text)

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -44,6 +45,59 @@ def test_a_run_that_came_while_this_one_started_is_not_overwritten(tmp_path, res
             assert start._taken(run, loader, resume, resumed=False) == ""
     finally:
         run_lock.release()
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch) -> Path:
+    """The folder of the runs a, and b beside it; b's checkpoints lie on another disk."""
+    for name in ("a", "b"):
+        disk = tmp_path / "disk" if name == "b" else tmp_path / name / "checkpoints"
+        (disk / "step_00000002").mkdir(parents=True)
+        for file in ("manifest.json", "state.json"):
+            (disk / "step_00000002" / file).touch()
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "config.json").write_text("{}")
+    (tmp_path / "b" / "checkpoints").symlink_to(tmp_path / "disk")
+    (tmp_path / "a" / "of_b").symlink_to(tmp_path / "b" / "checkpoints" / "step_00000002")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+OF_B = ["b", "b/checkpoints/step_00000002", "a/../b/checkpoints/step_00000002", "a/of_b"]
+
+
+@pytest.mark.parametrize("resume", OF_B)
+def test_no_run_is_overwritten_by_another_ones_checkpoint(runs, resume):
+    """At the start, and where the folder came to hold a run while this one started."""
+    loader = SimpleNamespace(images=SimpleNamespace(skipped=[]))
+    for run in (Path("a"), runs / "a"):
+        refusal = r"run\.dir = .*a: already holds a run, and --resume .* another .*, or remove"
+        with pytest.raises(ConfigError, match=refusal):
+            start.starting_points(run, resume)
+        with pytest.raises(ConfigError, match=refusal):
+            start._taken(run, loader, resume, resumed=True)
+        run_lock.release()
+    (runs / "c").mkdir()
+    assert len(start.starting_points(Path("c"), str(runs / "b"))) == 1
+
+
+def test_a_run_resumes_from_each_of_its_own_checkpoints_also_after_a_move(runs):
+    """By any path to them: below a link, kept on another disk, in a copy of the run."""
+    shutil.copytree("a", "copy", symlinks=True)
+    (runs / "a").rename(runs / "moved")
+    (runs / "a").symlink_to("moved")
+    (runs / "moved" / "best").symlink_to("checkpoints/step_00000002")
+    step = "checkpoints/step_00000002"
+    shutil.move(runs / "copy" / step, runs / "archived")
+    (runs / "copy" / step).symlink_to(runs / "archived")
+    for run, resume in [
+        *[(Path("a"), f"{own}/{step}") for own in ("a", "moved", runs / "moved")],
+        *[("moved", own) for own in ("a", "a/best", f"a/{step}", "auto")],
+        *[("copy", own) for own in (f"copy/{step}", "auto")],
+        *[("b", own) for own in (f"b/{step}", "disk/step_00000002", "auto")],
+    ]:
+        (found,) = start.starting_points(Path(run), resume)
+        assert found.resolve().is_dir(), (run, resume)
 
 
 def test_a_full_disk_keeps_no_folder_from_being_held(tmp_path):

@@ -106,8 +106,8 @@ def test_a_run_leaves_encoders_that_load_in_two_lines(whole_run):
 def same_weights(one, other) -> bool:
     """Whether two checkpoints hold the same bits of everything but the generators."""
     one, other = checkpoint.StoredCheckpoint(one), checkpoint.StoredCheckpoint(other)
-    kinds = [key for key in one.runs if key[0] != "generator"]
-    assert kinds and one.runs.keys() == other.runs.keys()
+    kinds = [key for key in one.slices if key[0] != "generator"]
+    assert kinds and one.slices.keys() == other.runs.keys()
     return all(torch.equal(one.whole(*key), other.whole(*key)) for key in kinds)
 
 
@@ -269,7 +269,7 @@ def test_too_many_bad_steps_stop_the_run_with_the_last_good_state(tmp_path, ever
     saved = checkpoint.latest(tmp_path / "run")
     assert saved.name == "step_00000002"
     stored = checkpoint.StoredCheckpoint(saved)
-    assert all(stored.whole(*key).isfinite().all() for key in stored.runs if key[0] == "master")
+    assert all(stored.whole(*key).isfinite().all() for key in stored.slices if key[0] == "master")
 
 
 @pytest.mark.multiprocess
