@@ -244,7 +244,7 @@ def described_encoder(described: dict, file: Path) -> Encoder:
     try:
         normalisation = {name: tuple(described.pop(name)) for name in ("mean", "std")}
         encoder = Encoder(**described).eval()
-    except (KeyError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         raise ValueError(f"{file} does not describe an encoder: {error!r}") from error
     encoder.mean, encoder.std = normalisation["mean"], normalisation["std"]
     encoder.crop, encoder.limits = crop or CROP, limits or LIMITS

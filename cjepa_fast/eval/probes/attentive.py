@@ -23,6 +23,7 @@ from cjepa_fast.data.loader import Batch, Loader
 from cjepa_fast.eval import cli
 from cjepa_fast.eval.features import Subset, digest
 from cjepa_fast.eval.finetuning import classify, loop, recipe
+from cjepa_fast.eval.finetuning.classifier import ATTENTIVE, keep_classifier
 from cjepa_fast.eval.finetuning.saved import Learner, SavedTraining, digest_of_labels
 from cjepa_fast.model.block import MLP
 from cjepa_fast.model.vit import Encoder
@@ -168,6 +169,7 @@ def probed_row(
     label_n = torch.searchsorted(numbers_C, images.labels[keep])
     folder, subset = classify.folder_of(args) / name, Subset(images, keep)
     probe = train(encoder, subset, label_n, len(numbers_C), chosen, args, folder)
+    keep_classifier(probe, ATTENTIVE, encoder, images, numbers_C, args.crop, folder)
     row = {"encoder": name, "train_images": len(keep)}
     return row | classify.percent(probe, encoder, test, args, numbers_C)
 
