@@ -180,6 +180,7 @@ def flipped(file: Path) -> None:
         (lambda d: described(d, classes=None), "classifier.json describes no classifier"),
         (lambda d: described(d, pooling="max"), "classifier.json: pooling 'max'"),
         (lambda d: described(d, pooling="attentive"), "missing: query"),
+        (lambda d: described(d, pooling=[]), "classifier.json: pooling []"),
         (lambda d: described(d, depth=3), "missing: encoder.blocks.2."),
         (lambda d: described(d, width="wide"), "classifier.json does not describe an encoder"),
         (lambda d: described(d, image_size=25), "classifier.json does not describe an encoder"),

@@ -26,6 +26,7 @@ from cjepa_fast.checkpoint.encoders import (
 from cjepa_fast.checkpoint.pretrained import Transform, batches_of
 from cjepa_fast.data.sources import ImageSet, Limits
 from cjepa_fast.eval.finetuning.recipe import Classifier
+from cjepa_fast.eval.probes.attentive_probe import AttentiveProbe
 from cjepa_fast.interop.weights import fill, mismatches
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime.distributed import rank
@@ -34,7 +35,8 @@ from cjepa_fast.runtime.printable import printable, say
 
 FILE = "classifier.safetensors"
 TRAINED = "trained"  # the folder below --out of the encoder that CHECKPOINT names
-MEAN, ATTENTIVE = "mean", "attentive"  # of the patches: recipe.Classifier, attentive.AttentiveProbe
+MEAN, ATTENTIVE = "mean", "attentive"  # how the patches become a vector
+NETWORKS = {MEAN: Classifier, ATTENTIVE: AttentiveProbe}
 LINEAR = "linear"
 
 
@@ -126,7 +128,7 @@ def load_classifier(path: str | os.PathLike) -> ImageClassifier:
     pooling, classes = _head_of(described, description)
     with torch.device("meta"):
         encoder = described_encoder(described, description)
-        network = _network(pooling, encoder, len(classes))
+        network = NETWORKS[pooling](encoder, len(classes))
     if {len(encoder.mean), len(encoder.std)} != {encoder.channels}:
         raise ValueError(f"{description}: mean and std must have {encoder.channels} numbers each")
     weights = read_tensors(file)
@@ -161,17 +163,9 @@ def _head_of(described: dict, file: Path) -> tuple[str, list[str]]:
     classes, pooling, head = (described.pop(name, None) for name in ("classes", "pooling", "head"))
     if not (isinstance(classes, list) and classes and all(isinstance(c, str) for c in classes)):
         raise ValueError(f"{file}: its classes must be a list of names")
-    if pooling not in (MEAN, ATTENTIVE) or head != LINEAR:
+    if pooling not in list(NETWORKS) or head != LINEAR:
         raise ValueError(
             f"{file}: pooling {pooling!r} and head {head!r}: this version knows "
             f"{MEAN!r} and {ATTENTIVE!r} with {LINEAR!r}"
         )
     return pooling, classes
-
-
-def _network(pooling: str, encoder: Encoder, classes: int) -> nn.Module:
-    if pooling == MEAN:
-        return Classifier(encoder, classes)
-    from cjepa_fast.eval.probes.attentive import AttentiveProbe  # its training calls this module
-
-    return AttentiveProbe(encoder, classes)
