@@ -8,6 +8,7 @@ features = encoder.embed(["a.jpg", "b.jpg"])  # (2, D), of paths, PIL images, ar
 maps = encoder.attention("a.jpg")  # (1, heads, rows, cols)
 
 pretrain           a training, as `cjepa-train` runs it; returns its Run
+load_classifier    what `cjepa-eval finetune` has trained: predict(images)
 load_encoder       of a run, a checkpoint, a file, or "hf:USER/NAME"
 Run                a training's folder: its log as a table, its encoders
 PretrainedEncoder  the network, with transform, embed and attention
@@ -35,6 +36,7 @@ __all__, __getattr__, __dir__ = exports(
         "checkpoint.pretrained": "PretrainedEncoder",
         "config": "Config ConfigError",
         "eval.figures.mask_columns": "masks",
+        "eval.finetuning.classifier": "load_classifier",
         "train": "pretrain",
         "training.callbacks": "Callback",
         "training.run": "Run",

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from cjepa_fast.checkpoint import StoredCheckpoint, damage, latest, state_of
 from cjepa_fast.checkpoint.pretrained import CROP, PretrainedEncoder
@@ -29,16 +30,25 @@ def write_encoder(path: Path, which: str, checkpoint: Path) -> None:
 
 def save_encoder(encoder: Encoder, path: Path) -> None:
     """Write an encoder as PATH (.safetensors), with a .json beside it that describes it."""
+    limits, crop = getattr(encoder, "limits", LIMITS), getattr(encoder, "crop", CROP)
+    save_described(encoder, description_of(encoder, crop, limits), path)
+
+
+def save_described(module: nn.Module, described: dict, path: Path) -> None:
+    """Write a module's weights as PATH (.safetensors), with a .json beside it: what describes them,
+    and their checksum. Raises OSError where that fails, as on a full disk."""
     partial = path.with_suffix(".partial")
-    write_tensors({k: v.contiguous() for k, v in encoder.state_dict().items()}, partial)
-    normalisation = {"mean": encoder.mean, "std": encoder.std}
-    described = {**encoder.architecture, **normalisation, "sha256": sha256(partial)}
-    if changed := getattr(encoder, "limits", LIMITS).changed():
-        described["limits"] = changed
-    if (crop := getattr(encoder, "crop", CROP)) != CROP:
-        described["crop"] = crop
+    write_tensors({k: v.contiguous() for k, v in module.state_dict().items()}, partial)
+    described = {**described, "sha256": sha256(partial)}
     write_text(path.with_suffix(".json"), json.dumps(described, indent=2))
     partial.rename(path)
+
+
+def description_of(encoder: Encoder, crop: float, limits: Limits) -> dict:
+    """An encoder's architecture and how its images are read, as `described_encoder` takes it."""
+    described = {**encoder.architecture, "mean": encoder.mean, "std": encoder.std}
+    described |= {"limits": changed} if (changed := limits.changed()) else {}
+    return described | ({"crop": crop} if crop != CROP else {})
 
 
 def load_encoder(path: str | os.PathLike, which: str = "target") -> PretrainedEncoder:
@@ -207,17 +217,11 @@ def _build_encoder(
 ) -> Encoder:
     """file: where the weights are from, in their shapes, if the description may have its checksum;
     else they are a checkpoint's, flat. Raises ValueError for what does not fit the description."""
-    try:
-        described = read_json(description)
-        checksum = described.pop("sha256", None)
-        _limits_in(described, description)
-        _crop_in(described, description)
-        normalisation = {name: tuple(described.pop(name)) for name in ("mean", "std")}
-        encoder = Encoder(**described).eval()
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{description} does not describe an encoder: {error!r}") from error
-    if file and checksum not in (None, sha256(file)):
-        raise ValueError(f"{file} is damaged: it has not the checksum that {description.name} has")
+    described = read_json(description)
+    checksum = described.pop("sha256", None)
+    encoder = described_encoder(described, description)
+    if file and checksum is not None:
+        require_checksum(file, checksum, description)
     own = {name: p for name, p in encoder.named_parameters() if p.requires_grad or name in weights}
     if own.keys() != weights.keys():
         raise ValueError(f"{description.parent}: weights differ: {sorted(own.keys() ^ weights)}")
@@ -228,8 +232,29 @@ def _build_encoder(
     with torch.no_grad():
         for name, p in own.items():
             p.copy_(weights[name].view(p.shape))
-    encoder.mean, encoder.std = normalisation["mean"], normalisation["std"]
     return encoder
+
+
+def described_encoder(described: dict, file: Path) -> Encoder:
+    """An encoder of fresh weights as `described` says, with its mean, std, crop and limits.
+
+    file: where that was read, which a ValueError for what does not describe an encoder names.
+    """
+    crop, limits = _crop_in(described, file), _limits_in(described, file)
+    try:
+        normalisation = {name: tuple(described.pop(name)) for name in ("mean", "std")}
+        encoder = Encoder(**described).eval()
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        raise ValueError(f"{file} does not describe an encoder: {error!r}") from error
+    encoder.mean, encoder.std = normalisation["mean"], normalisation["std"]
+    encoder.crop, encoder.limits = crop or CROP, limits or LIMITS
+    return encoder
+
+
+def require_checksum(file: Path, checksum: object, description: Path) -> None:
+    """Raises ValueError for a file that has not the SHA-256 that its description has."""
+    if checksum != sha256(file):
+        raise ValueError(f"{file} is damaged: it has not the checksum that {description.name} has")
 
 
 def is_run(folder: Path) -> bool:

@@ -53,7 +53,8 @@ class PretrainedEncoder(Encoder):
             raise ValueError(f"pool={pool!r}: must be one of {', '.join(map(repr, POOLS))}")
         wanted = self.last(LAYERS if pool == "last4" else 1)
         found = []
-        for batch_BCHW in self._batches(images, batch_size):
+        for batch_BCHW in batches_of(images, self.transform, batch_size):
+            batch_BCHW = batch_BCHW.to(self.norm.weight)
             layers = [x.float() for x in self.layers(batch_BCHW, wanted)]
             layers = layers if pool == "none" else [x.mean(1) for x in layers]
             found.append(torch.cat(layers, -1).cpu())
@@ -62,12 +63,14 @@ class PretrainedEncoder(Encoder):
     def attention(self, images: Any, batch_size: int = 16) -> torch.Tensor:
         """Attention that each patch receives in the last block, by head: (n, heads, rows, cols),
         each map summing to one."""
-        batches = self._batches(images, batch_size)
-        return torch.cat([self.attention_received(batch_BCHW).cpu() for batch_BCHW in batches])
+        batches = batches_of(images, self.transform, batch_size)
+        found = [self.attention_received(x_BCHW.to(self.norm.weight)).cpu() for x_BCHW in batches]
+        return torch.cat(found)
 
-    def _batches(self, images: Any, batch_size: int) -> Iterator[torch.Tensor]:
-        weight, transform = self.norm.weight, self.transform
-        several = iter(one_by_one(images))
-        with ThreadPoolExecutor(min(THREADS, cores())) as pool:
-            while batch := list(islice(several, batch_size)):
-                yield torch.stack(list(pool.map(transform, batch))).to(weight)
+
+def batches_of(images: Any, transform: Transform, batch_size: int) -> Iterator[torch.Tensor]:
+    """One image or many, as in the module's first lines, transformed: (B, C, H, W), on the CPU."""
+    several = iter(one_by_one(images))
+    with ThreadPoolExecutor(min(THREADS, cores())) as pool:
+        while batch := list(islice(several, batch_size)):
+            yield torch.stack(list(pool.map(transform, batch)))

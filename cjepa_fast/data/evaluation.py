@@ -1,7 +1,7 @@
 """Images for evaluation: centre crops, in the set's order, each once."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -29,12 +29,14 @@ def eval_batches(
     windows_N4: np.ndarray | None = None,
     decoder: str = "auto",
     log=print,
+    record: Callable[[dict], None] | None = None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(images_BCHW, index_B), in order, the last batch partial; a bad image is left out.
 
     Each image is cropped to the centred window of image_size's aspect with `resize` times the sides
     of the largest, then resized to it. windows_N4: of each image (crops.py), instead. decoder:
-    decoder_choice.CHOICES. index_B: int64 positions in the set, on the CPU.
+    decoder_choice.CHOICES. record: takes name and reason of each bad image. index_B: int64
+    positions in the set, on the CPU.
     """
     if not 0 < resize <= 1:
         raise ValueError(
@@ -62,6 +64,8 @@ def eval_batches(
     )
     drop = lambda batch_request, b, decoder: False  # noqa: E731
     skipped = Skipped(images, log, settings)
+    if record:
+        skipped.attach(log, record, note=lambda line: None)
     decoded = decode(batch_requests, images, made, skipped, drop)
     with contextlib.closing(decoded):
         for images_BCHW, batch_request in decoded:

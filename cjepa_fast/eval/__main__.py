@@ -25,6 +25,7 @@ TASKS = {  # by name: the module below cjepa_fast.eval, imported when it is aske
     ),
     "semi": ("probes.semi", "fine-tuning or probing with few labels"),
     "finetune": ("finetuning.classify", "fine-tuning of the whole encoder"),
+    "predict": ("predict", "classes of images by what finetune has trained, in a file"),
     "clevr": (
         "probes.clevr",
         "linear probes that count objects and tell the nearest one's distance",

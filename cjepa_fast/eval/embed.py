@@ -89,17 +89,23 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _writer(out: Path, pool: str) -> Callable:
-    if out.suffix not in WRITERS:
-        raise ValueError(f"--out {out}: its ending must be one of {', '.join(WRITERS)}")
-    if out.exists():
-        raise ValueError(f"--out {out} is there already: name another, or remove it")
+    write = writer_of(out, WRITERS)
     if out.suffix == ".safetensors" and (names := out.with_suffix(NAMES)).exists():
         raise ValueError(f"--out {out}: its names go into {names}, which is there already: name "
                          "another, or remove it")  # fmt: skip
     if out.suffix == ".csv" and pool == "none":
         raise ValueError("--pool none has a row for each patch, which .csv has no place for: take "
                          ".npz, .parquet or .safetensors")  # fmt: skip
-    return WRITERS[out.suffix]
+    return write
+
+
+def writer_of(out: Path, writers: dict[str, Callable]) -> Callable:
+    """By the ending of a file. Raises ValueError for another ending, or a file that is there."""
+    if out.suffix not in writers:
+        raise ValueError(f"--out {out}: its ending must be one of {', '.join(writers)}")
+    if out.exists():
+        raise ValueError(f"--out {out} is there already: name another, or remove it")
+    return writers[out.suffix]
 
 
 def _shape(encoder, pool: str) -> tuple[int, ...]:
@@ -170,14 +176,14 @@ class _Stored:
         def read() -> Part:
             found = read_tensors(path)
             index_n = found["index"]
-            names = [_text(self._images.name(i)) for i in index_n.tolist()]
+            names = [as_text(self._images.name(i)) for i in index_n.tolist()]
             return Part(names, self._images.label_N[index_n.numpy()], found["features"].numpy())
 
         return read
 
 
-def _text(name: str) -> str:
-    """A file's name as text: bytes that are no UTF-8 as \\xe9."""
+def as_text(name: str) -> str:
+    """A name of a file or a class as text: bytes that are no UTF-8 as \\xe9."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 

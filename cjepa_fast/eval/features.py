@@ -185,13 +185,14 @@ def image_vectors(
     threads: int,
     title: str,
     windows_n4: np.ndarray | None = None,
+    record: Callable[[dict], None] | None = None,
     everywhere: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`function` (B, 3, H, W) -> (B, D) over a set: (n, D) and the positions (n,), on the CPU.
 
     windows_n4: what to show of each of `keep`, instead of the centre; an image may then be there
-    several times. everywhere: on all ranks, not on the first alone. Raises NoneRead where no image
-    could be read.
+    several times. record: takes name and reason of each bad image of this rank. everywhere: on all
+    ranks, not on the first alone. Raises NoneRead where no image could be read.
     """
     keep = torch.arange(len(images)) if keep is None else keep
     share = torch.arange(len(keep))[rank() :: world_size()]
@@ -199,7 +200,7 @@ def image_vectors(
     batches = eval_batches(
         chosen, image_size=image_size, resize=crop, batch_size=batch_size, device=device,
         dtype=torch.float32, mean=mean, std=std, threads=threads,
-        windows_N4=None if windows_n4 is None else windows_n4[share.numpy()],
+        windows_N4=None if windows_n4 is None else windows_n4[share.numpy()], record=record,
     )  # fmt: skip
     vectors, read = torch.empty(0), torch.zeros(len(share), dtype=torch.bool)
     with shown_bar(len(chosen), title) as bar:

@@ -36,9 +36,9 @@ from cjepa_fast.training.build import (
     with_precision,
 )
 from cjepa_fast.training.resume import (
-    refuse_to_overwrite,
     check_changes,
     first_whole,
+    refuse_to_overwrite,
     starting_points,
 )
 from cjepa_fast.training.session import Session, input_errors, watchdog_of

@@ -454,7 +454,7 @@ def test_what_another_user_saved_is_no_damage(tmp_path, made, monkeypatch, file)
         monkeypatch.setattr(module, "open", refused)
     way_out = r"cannot be read \(Permission denied\).* chmod"
     with pytest.raises(PermissionError, match=way_out) as told:
-        start.first_whole(found, "auto")
+        resume.first_whole(found, "auto")
     assert str(found[0] / file) in str(told.value) and str(told.value).count(".json") <= 1
     assert checkpoint.newest_first(tmp_path) == found
 

@@ -181,15 +181,19 @@ def refused(words: list[str], path: Path, capsys) -> str:
 def test_whatever_lies_where_a_training_was_is_refused_by_name(training, marker, capsys):
     words, resume, kept = training
     assert main(words) == 0, capsys.readouterr().err
-    left = files_below(kept)
+    left, used = files_below(kept / "checkpoints"), sorted(kept.glob("classifier.*"))
     names = {"encoder.json", "manifest.json", "shard_00000_of_00001.safetensors", "state.json"}
-    assert {path.name for path in left} == names
-    for path in left:
+    assert {path.name for path in left} == names and {*left, *used} == {*files_below(kept)}
+    endings = {".json", ".safetensors"} if words[0] in ("finetune", "attentive") else set()
+    assert {path.suffix for path in used} == endings
+    predict = ["predict", str(kept), words[3], "--out", str(kept.with_name("classes.csv"))]
+    for path in left + used:
         cut = path.read_bytes()[:-1]
         for content in (pickle.dumps(Bomb(marker)), cut, *OTHER):
             with replaced(path, content):
-                refused(words + resume, path, capsys)
+                refused(predict if path in used else words + resume, path, capsys)
     assert main(words + resume) == 0
+    assert main(predict) == (0 if used else 2)
 
 
 @pytest.mark.parametrize("training", TRAININGS, indirect=True)
@@ -249,7 +253,7 @@ def test_two_ranks_refuse_together(training, marker):
     words, resume, kept = training
     done = tiny.run(EVAL, *words, ranks=2)
     assert done.returncode == 0, done.stderr
-    left = files_below(kept)
+    left = files_below(kept / "checkpoints")
     assert "shard_00001_of_00002.safetensors" in {path.name for path in left}
     for path in left:
         with replaced(path, pickle.dumps(Bomb(marker))):

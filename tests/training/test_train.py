@@ -107,7 +107,7 @@ def same_weights(one, other) -> bool:
     """Whether two checkpoints hold the same bits of everything but the generators."""
     one, other = checkpoint.StoredCheckpoint(one), checkpoint.StoredCheckpoint(other)
     kinds = [key for key in one.slices if key[0] != "generator"]
-    assert kinds and one.slices.keys() == other.runs.keys()
+    assert kinds and one.slices.keys() == other.slices.keys()
     return all(torch.equal(one.whole(*key), other.whole(*key)) for key in kinds)
 
 

@@ -1,6 +1,7 @@
 """Fine-tuning of the whole encoder on labelled images: MAE's recipe, for B, L and H (recipe.py).
 
 loop.py trains, on one rank or several. After each epoch all is saved, and `--resume` continues.
+At the end the classifier, with the EMA of the weights, is left to be used (classifier.py).
 Shapes: B images, C classes.
 """
 
@@ -19,6 +20,7 @@ from cjepa_fast.data.loader import Batch, BatchSplit, Loader
 from cjepa_fast.data.sources import Subset
 from cjepa_fast.eval.features import digest, image_vectors
 from cjepa_fast.eval.finetuning import loop, recipe
+from cjepa_fast.eval.finetuning.classifier import MEAN, keep_classifier
 from cjepa_fast.eval.finetuning.layer_decay import add_drop_path
 from cjepa_fast.eval.finetuning.recipe import Classifier, Recipe
 from cjepa_fast.eval.finetuning.saved import Learner, SavedTraining, digest_of_labels
@@ -192,6 +194,7 @@ def tuned_row(
     label_n = torch.searchsorted(numbers_C, images.labels[keep])
     train = Subset(images, keep)
     model, ema = tune(encoder, train, label_n, len(numbers_C), chosen, args, folder)
+    keep_classifier(ema, MEAN, encoder, images, numbers_C, args.crop, folder)
     row = {"encoder": name, "train_images": len(keep)}
     row |= percent(model, encoder, test, args, numbers_C)
     of_ema = percent(ema, encoder, test, args, numbers_C)

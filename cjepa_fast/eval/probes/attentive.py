@@ -5,29 +5,29 @@ ImageNet): one block, in which a learned query attends to the tokens, with as ma
 encoder, and an MLP of 4 times the width. AdamW for 20 epochs of 1024 images, learning rate 1e-3 and
 weight decay 1e-3 to 1e-6 by half a cosine, gradients clipped at a norm of 1, random crops,
 mirrored, with random erasing. Its AutoAugment is left out: RandAugment can be set instead.
-Shapes: B images, N patches, D width, H heads, d width of a head, C classes.
+The network is in attentive_probe.py.
+Shapes: B images, C classes.
 """
 
 import argparse
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from cjepa_fast.data.loader import Batch, Loader
 from cjepa_fast.data.sources import Subset
 from cjepa_fast.eval.features import digest
 from cjepa_fast.eval.finetuning import classify, loop, recipe
+from cjepa_fast.eval.finetuning.classifier import ATTENTIVE, keep_classifier
 from cjepa_fast.eval.finetuning.saved import Learner, SavedTraining, digest_of_labels
 from cjepa_fast.eval.options import add_checkpoint, add_sets, encoders_of
+from cjepa_fast.eval.probes.attentive_probe import AttentiveProbe
 from cjepa_fast.eval.records import Row, report
 from cjepa_fast.eval.splits import Split, class_numbers, require_classes, splits_of
-from cjepa_fast.model.block import MLP
 from cjepa_fast.model.vit import Encoder
 from cjepa_fast.runtime.distributed import world_size
 from cjepa_fast.runtime.hardware import default_device
@@ -65,48 +65,6 @@ class ProbeRecipe:
         """Images a step; of fewer than asked for, all of them."""
         small = max(SMALLEST_BATCH, images // STEPS_OF_SMALL_SETS)
         return min(self.batch or min(1024, small), images)
-
-
-class AttentiveProbe(nn.Module):
-    """Images to logits (B, C). The encoder is frozen; what is trained begins at `query`."""
-
-    def __init__(self, encoder: Encoder, classes: int, bf16: bool = False):
-        super().__init__()
-        D = encoder.width
-        self.encoder, self.bf16 = encoder.requires_grad_(False), bf16
-        self.query = nn.Parameter(torch.empty(1, 1, D))
-        self.norm1, self.norm2 = nn.LayerNorm(D), nn.LayerNorm(D)
-        self.q, self.kv, self.proj = nn.Linear(D, D), nn.Linear(D, 2 * D), nn.Linear(D, D)
-        self.mlp = MLP(D, 4 * D)
-        self._initialise()
-        self.head = nn.Linear(D, classes)
-
-    def _initialise(self) -> None:
-        """Normal of std 0.02; what ends a branch divided by the root of 2."""
-        nn.init.normal_(self.query, std=0.02)
-        for layer in (self.q, self.kv, self.proj, self.mlp.fc1, self.mlp.fc2):
-            nn.init.normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
-        for layer in (self.proj, self.mlp.fc2):
-            layer.weight.data.div_(math.sqrt(2))
-
-    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad(), torch.autocast(
-            images_BCHW.device.type, torch.bfloat16, enabled=self.bf16
-        ):  # fmt: skip
-            tokens_BND = self.encoder(images_BCHW)
-        return self.head(self.pool(tokens_BND.float()))
-
-    def pool(self, tokens_BND: torch.Tensor) -> torch.Tensor:
-        """What the query makes of the tokens: (B, D)."""
-        k, v = self.kv(self.norm1(tokens_BND)).chunk(2, -1)
-        q = self.q(self.query).expand(len(tokens_BND), -1, -1)
-        q_BH1d, *kv_BHNd = (
-            x.unflatten(-1, (self.encoder.heads, -1)).transpose(1, 2) for x in (q, k, v)
-        )
-        found = F.scaled_dot_product_attention(q_BH1d, *kv_BHNd).transpose(1, 2).flatten(2)
-        x_B1D = self.query + self.proj(found)
-        return (x_B1D + self.mlp(self.norm2(x_B1D)))[:, 0]
 
 
 class Probing(classify.Labelled):
@@ -172,6 +130,7 @@ def probed_row(
     label_n = torch.searchsorted(numbers_C, images.labels[keep])
     folder, subset = classify.folder_of(args) / name, Subset(images, keep)
     probe = train(encoder, subset, label_n, len(numbers_C), chosen, args, folder)
+    keep_classifier(probe, ATTENTIVE, encoder, images, numbers_C, args.crop, folder)
     row = {"encoder": name, "train_images": len(keep)}
     return row | classify.percent(probe, encoder, test, args, numbers_C)
 
