@@ -16,7 +16,7 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -26,6 +26,7 @@ import torch.nn.functional as F
 
 from cjepa_fast import config as configuration
 from cjepa_fast.config import Config, ConfigError
+from cjepa_fast.kernels.vicreg import positions
 from cjepa_fast.model import block, waves
 from cjepa_fast.model.block import Attention
 from cjepa_fast.model.flops import recomputed_gflop, step_gflop
@@ -82,24 +83,36 @@ class KeptAttention(torch.autograd.Function):
         return out
 
 
+def autocast(device_type: str, *args, **kwargs) -> contextlib.AbstractContextManager:
+    """torch.autocast, but for the meta device, which it refuses and where nothing is cast."""
+    if device_type == "meta":
+        return contextlib.nullcontext()
+    return torch.amp.autocast(device_type, *args, **kwargs)
+
+
+def as_on_a_gpu(networks: JEPA) -> Iterator[contextlib.AbstractContextManager]:
+    """Patches, within which the networks keep what a fused attention keeps and, of VICReg at each
+    position, what our kernels keep."""
+    yield mock.patch.object(F, "scaled_dot_product_attention", KeptAttention.apply)
+    yield mock.patch.object(block, "attend_packed", lambda *a: KeptAttention.apply(*a[:3]))
+    for part in networks.modules():
+        if isinstance(part, Attention):
+            yield mock.patch.object(part, "backend", "sdpa")
+    yield mock.patch.object(positions, "use_kernel", lambda *_: True)
+
+
 def kept_bytes(networks: JEPA, batch: tuple, fused_attention: bool) -> int:
     """Bytes that one micro-batch's forward keeps for its backward, beside the parameters.
 
-    Runs the networks on the device of the batch: images, context and target indices and the target
-    encoder's tokens.
+    Runs the networks on the device of the batch: images, context and target indices, the target
+    encoder's tokens, and SIGReg's directions where the loss takes them. fused_attention: see
+    as_on_a_gpu; the batch is then on the meta device.
     """
     saved = SavedActivations(networks)
     with contextlib.ExitStack() as patches:
-        if fused_attention:
-            fused = mock.patch.object(F, "scaled_dot_product_attention", KeptAttention.apply)
-            patches.enter_context(fused)
-            packed = mock.patch.object(
-                block, "attend_packed", lambda *a: KeptAttention.apply(*a[:3])
-            )
-            patches.enter_context(packed)
-            for part in networks.modules():
-                if isinstance(part, Attention):
-                    patches.enter_context(mock.patch.object(part, "backend", "sdpa"))
+        patches.enter_context(mock.patch.object(torch, "autocast", autocast))
+        for patch in as_on_a_gpu(networks) if fused_attention else ():
+            patches.enter_context(patch)
         patches.enter_context(saved.counting())
         networks(*batch)
     return saved.bytes
@@ -137,20 +150,25 @@ class Plan(NamedTuple):
         return sum(self.static.values()) + self.per_image * images
 
 
-def plan(config: Config, stage: int, count: int) -> Plan:
+def plans(config: Config, count: int) -> dict[int, Plan]:
+    """By ZeRO stage, what a run of the configuration on `count` GPUs takes."""
     with torch.device("meta"):
         networks = build.build_networks(config)
     counts = [sum(p.numel() for p in part.parameters() if p.requires_grad)
               for part in (networks, networks.encoder)]  # fmt: skip
     networks.to(build.compute_dtype(config))
-    per_image = kept_per_image(networks, config)
-    return Plan(static_bytes(*counts, config.run.precision, stage, count), per_image, counts[0])
+    per_image, precision = kept_per_image(networks, config), config.run.precision
+    return {
+        stage: Plan(static_bytes(*counts, precision, stage, count), per_image, counts[0])
+        for stage in STAGES
+    }
 
 
 def kept_per_image(networks: JEPA, config: Config) -> float:
     """Bytes an image, at the masks of a micro-batch as the configuration has it."""
     images = config.data.micro_batch_size
-    return kept_bytes(networks, build.meta_batch(config, images), fused_attention=True) / images
+    batch = *build.meta_batch(config, images), *build.meta_directions(config)
+    return kept_bytes(networks, batch, fused_attention=True) / images
 
 
 def largest_batch(found: Plan, gpu: GPU) -> int:
@@ -273,17 +291,17 @@ def describe(args: argparse.Namespace, config: Config) -> str:
     config = on_gpu(config, gpu)
     micro_batch, accumulation = config.data.micro_batches(args.count)
     gflop, again = gflop_per_image(config)
-    plans = {stage: plan(config, stage, args.count) for stage in STAGES}
+    stages = plans(config, args.count)
     zero = config.deepspeed.get("zero_optimization", {})
     own = zero.get("stage") or 0
     found = speed(config, args.config, gpu, args.count)
     lines = [
-        f"{args.config} on {args.count} x {args.gpu}: {plans[0].trained / 1e6:.0f} M trained "
+        f"{args.config} on {args.count} x {args.gpu}: {stages[0].trained / 1e6:.0f} M trained "
         f"parameters, {gflop:.1f} GFLOP an image, {micro_batch} images a GPU x {accumulation}",
-        verdict(plans, own, gpu, micro_batch),
+        verdict(stages, own, gpu, micro_batch),
         *not_counted(zero),
         "",
-        *memory_table(plans, own, gpu, micro_batch),
+        *memory_table(stages, own, gpu, micro_batch),
         *([found.memory] if found.memory else []),
         "",
         *cost(args, config, gpu, found, gflop, again),

@@ -67,6 +67,11 @@ def projector_widths(config: Config) -> tuple[int, ...] | None:
     return own.projector if own.beta else None
 
 
+def regularised_width(config: Config) -> int:
+    """D of the rows that the regulariser sees."""
+    return (projector_widths(config) or (model_sizes(config)["width"],))[-1]
+
+
 def build_loss(config: Config, ranks: Ranks | None) -> CJEPALoss:
     own = config.loss
     sigreg = None
@@ -387,6 +392,14 @@ def meta_batch(config: Config, images: int) -> tuple:
         torch.empty(shape, dtype=compute_dtype(config), device="meta") for shape in shapes
     )
     return images_BCHW, masks.context.to("meta"), masks.target_idx_BMP.to("meta"), tokens
+
+
+def meta_directions(config: Config) -> tuple[torch.Tensor, ...]:
+    """What `Trainer.drawn` returns, without values: SIGReg's directions (D, K), or nothing."""
+    loss = config.loss
+    if loss.regulariser != "sigreg":
+        return ()
+    return (torch.empty(regularised_width(config), loss.sigreg.directions, device="meta"),)
 
 
 def check_same_images(paths: list[str], images: sources.ImageSet) -> None:

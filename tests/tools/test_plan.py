@@ -9,11 +9,14 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from cjepa_fast.config import load, validate
+from cjepa_fast.config.load import configs_folder
+from cjepa_fast.kernels.vicreg import positions
 from cjepa_fast.runtime import distributed
 from cjepa_fast.tools import plan
 from cjepa_fast.training import build
 from cjepa_fast.training.trainer import Trainer
 
+SHIPPED = sorted(path.name for path in configs_folder().glob("*.json"))
 DATA = tiny.CONFIG["data"] | {"batch_size": 8}
 
 
@@ -73,7 +76,7 @@ def test_each_policy_keeps_less_than_the_one_before():
     for residual in ("bf16", "fp32"):
         for policy in ("none", "norm_gelu", "selective", "full"):
             model = tiny.CONFIG["model"] | {"residual": residual, "checkpointing": policy}
-            kept[residual, policy] = plan.plan(configured("bf16", model=model), 0, 1).per_image
+            kept[residual, policy] = plan.plans(configured("bf16", model=model), 1)[0].per_image
     for residual in ("bf16", "fp32"):
         sizes = [size for (of, _), size in kept.items() if of == residual]
         assert sizes == sorted(set(sizes), reverse=True), residual
@@ -147,6 +150,55 @@ def test_the_largest_batch_fills_the_memory():
     batch = plan.largest_batch(found, gpu)
     assert found.total(batch) <= 0.92 * 80e9 < found.total(batch + 1)
     assert plan.largest_batch(found._replace(static={"weights": 90e9}), gpu) == 0
+
+
+@pytest.mark.parametrize("regulariser", ["vicreg", "sigreg"])
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_configuration_is_planned(name, regulariser, capsys):
+    words = ["--config", name, "--gpu", "h100", "--set", f"loss.regulariser={regulariser}"]
+    assert plan.main(words) == 0
+    assert "saved for backward" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("context", ["random", "packed"])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"vicreg": {"views": "positions"}},
+        {"vicreg": {"positions_weight": 1.0, "projector": [20, 12]}},
+        {"regulariser": "sigreg"},
+        {"regulariser": "sigreg", "sigreg": {"views": "positions", "projector": [20, 12]}},
+    ],
+)
+def test_what_a_regulariser_keeps_is_counted_as_a_processor_keeps_it(loss, context):
+    """Beside what a loss without one keeps."""
+    counted, real = [], []
+    for own in (loss, {"vicreg": {"beta": 0}}):
+        config = configured(loss=own, mask={"min_keep": 4, "context": context})
+        with torch.device("meta"):
+            meta = build.build_networks(config)
+        networks, directions = build.build_networks(config), build.meta_directions(config)
+        batch = *build.meta_batch(config, 8), *directions
+        filled = *real_batch(config, 8), *(torch.randn(d.shape) for d in directions)
+        counted.append(plan.kept_bytes(meta, batch, fused_attention=False))
+        real.append(plan.kept_bytes(networks, filled, fused_attention=False))
+    more = real[0] - real[1]
+    assert more > 0 and counted[0] - counted[1] == pytest.approx(more, rel=0.005)
+
+
+def test_vicreg_at_each_position_is_counted_as_our_kernels_keep_it():
+    """The deviations and the matrix, not a token's row of a matrix with each position."""
+    kept = {}
+    for views, beta in (("positions", 0.001), ("blocks", 0)):
+        config = configured(loss={"vicreg": {"views": views, "beta": beta}})
+        with torch.device("meta"):
+            networks = build.build_networks(config)
+        batch = build.meta_batch(config, 8)
+        kept[views] = plan.kept_bytes(networks, batch, fused_attention=True)
+    (B, K), D, N = batch[1].shape, 24, 36
+    z, rows = torch.empty(B * K, D, device="meta"), torch.empty(N, B, device="meta")
+    _, _, *saved = positions.position_terms_op(z, rows, 1.0, 1e-4, True)
+    assert kept["positions"] - kept["blocks"] == sum(t.nbytes for t in saved)
 
 
 def figures(text: str) -> dict[str, list[float]]:
