@@ -144,6 +144,38 @@ def test_sharing_divides_what_the_stage_shares():
     assert copies == [120, 120, 30]
 
 
+def test_sums_of_micro_batches_are_in_fp32_under_zero_2_and_3():
+    """Which stage 2 updates from, and stage 3 copies; torch's own number elsewhere."""
+    for stage, once, summed in ((0, 600, 600), (1, 300, 300), (2, 150, 100), (3, 150, 200)):
+        for flag, size in ((False, once), (True, summed)):
+            assert plan.static_bytes(100, 60, "bf16", stage, 4, flag)["gradients"] == size
+            assert plan.static_bytes(100, 60, "bf16", stage, 1, flag)["gradients"] == 200
+            fp32 = plan.static_bytes(100, 60, "fp32", stage, 4, flag)["gradients"]
+            assert fp32 == (400 if stage < 2 else 100)
+
+
+def test_a_plan_of_several_micro_batches_counts_their_sums():
+    config = configured("bf16", data=DATA | {"batch_size": 16, "micro_batch_size": 4})
+    found = plan.plans(config, 2)[3]  # of 8 images a GPU
+    assert found.static["gradients"] == 8 * found.trained / 2
+    once = plan.plans(config, 4)[3]
+    assert once.static["gradients"] == 6 * once.trained / 4
+
+
+def test_fp32_is_as_slow_as_the_data_sheet_has_it(tmp_path, capsys):
+    def images_per_s(gpu: str, precision: str) -> float:
+        words = ["--config", path, "--gpu", gpu, "--set", f"run.precision={precision}"]
+        assert plan.main(words) == 0
+        return figures(capsys.readouterr().out)["images/s"][0]
+
+    path = str(tiny.write_config(tmp_path))
+    for name, gpu in plan.GPUS.items():
+        if gpu.precision == "bf16":
+            ratio = images_per_s(name, "bf16") / images_per_s(name, "fp32")
+            assert ratio == pytest.approx(gpu.tflops / gpu.fp32_tflops, rel=1e-3), name
+            assert ratio > 1.9
+
+
 def test_the_largest_batch_fills_the_memory():
     found = plan.Plan({"weights": 20e9}, 0.5e9, 1)
     gpu = plan.GPU(100, 80, 100, 132, "G")
@@ -318,7 +350,8 @@ def test_what_moves_memory_to_the_host_is_said_not_to_be_counted():
     zero = {"stage": 3, "offload_optimizer": {"device": "cpu"}, "zero_hpz_partition_size": 8}
     less, more = plan.not_counted(zero)
     assert less.startswith("offload_optimizer") and "less" in less and "more" in more
-    assert plan.not_counted({"stage": 3, "zero_hpz_partition_size": 1}) == []
+    for size in (1, "auto"):
+        assert plan.not_counted({"stage": 3, "zero_hpz_partition_size": size}) == []
 
 
 def test_rows_without_a_rate_are_not_kept():
