@@ -42,6 +42,10 @@ from cjepa_fast.training.build import (
 )
 from cjepa_fast.training.trainer import Trainer
 
+UNWATCHED = (
+    "ranks that met in a file have no store to watch each other by, so that none is watched; set "
+    "MASTER_ADDR and MASTER_PORT, or meet by tcp://"
+)
 TRIAL_BYTES = 8192  # so many are written: a file without any has room on a full disk
 
 
@@ -94,13 +98,19 @@ def how_to_resume(session: Session) -> str:
 def watchdog_of(session: Session) -> Watchdog:
     rank, world_size = distributed.rank(), distributed.world_size()
     stacks = session.folder / "stacks_rank_*.txt"
+    timeout_s = session.config.run.timeout_s
+    address = watchdog.meeting_address() if world_size > 1 else None
+    if world_size > 1 and address is None:
+        if timeout_s and rank == 0:
+            say(f"WARNING: run.timeout_s = {timeout_s:g}: {UNWATCHED}", sys.stderr)
+        timeout_s = 0
     return Watchdog(
-        session.config.run.timeout_s,
+        timeout_s,
         advice=lambda: f"stacks of all threads: {stacks}; {how_to_resume(session)}",
         stacks=session.folder / f"stacks_rank_{rank}.txt",
         rank=rank,
         world_size=world_size,
-        connect=watchdog.meeting_point if world_size > 1 else None,
+        connect=functools.partial(watchdog.meeting_point, *address) if address else None,
     )
 
 
