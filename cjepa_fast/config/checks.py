@@ -1,5 +1,6 @@
 """What no single key shows to be wrong: checks between keys, before any machine is looked at."""
 
+import difflib
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -7,6 +8,30 @@ from typing import Any
 from cjepa_fast.config.schema import Config, DataSection
 from cjepa_fast.runtime.image_size import height_width, patch_grid, simplest
 
+# What DeepSpeed 0.19.8 reads at the top of its JSON (runtime/config.py, with what it calls). Some
+# it refuses itself, as no longer supported.
+KEYS_OF_DEEPSPEED = {
+    "activation_checkpointing", "aio", "amp", "autotuning", "bf16", "bfloat16", "checkpoint",
+    "comet", "comms_logger", "communication_data_type", "compile", "compression_training",
+    "csv_monitor", "curriculum_learning", "data_efficiency", "data_types",
+    "dataloader_drop_last", "datastates_ckpt", "disable_allgather", "disable_python_gc",
+    "dump_state", "eigenvalue", "elasticity", "expert_parallel", "flops_profiler", "fp16",
+    "gradient_accumulation_steps", "gradient_allreduce_op", "gradient_clipping",
+    "gradient_predivide_factor", "graph_harvesting", "hybrid_engine", "log_level",
+    "managed_gradient_accumulation", "memory_breakdown", "nebula", "optimizer", "pipeline",
+    "prescale_gradients", "progressive_layer_drop", "quantize_training", "scheduler",
+    "seq_parallel_communication_data_type", "sparse_attention", "sparse_gradients",
+    "steps_per_print", "tensor_parallel", "tensorboard", "timers", "torch_autocast",
+    "train_batch_size", "train_micro_batch_size_per_gpu", "use_data_before_expert_parallelism",
+    "vocabulary_size", "wall_clock_breakdown", "wandb", "weight_quantization",
+    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "zero_optimization",
+}  # fmt: skip
+# Of zero_optimization, those that are most likely to be set beside it.
+KEYS_OF_ZERO = (
+    "stage", "offload_optimizer", "offload_param", "overlap_comm", "reduce_bucket_size",
+    "allgather_bucket_size", "contiguous_gradients", "reduce_scatter", "zero_hpz_partition_size",
+)  # fmt: skip
+PER_NODE = "zero_hpz_partition_size"
 OWN_OPTIMISER = "brings an optimiser of its own, whose state could not be saved; leave it out"
 NVME = 'what lies on a disk can be neither averaged nor saved; take "cpu"'
 # Keys of DeepSpeed's JSON that engines/zero.py cannot work with, the values that do no harm, and
@@ -59,6 +84,11 @@ def find_problems(config: Config) -> Iterator[str]:
         yield (
             f"data.path = {json.dumps(data.path)}: an empty path names no images (an unset "
             "variable?); name a folder, shards or a list"
+        )
+    if not config.run.dir.strip():
+        yield (
+            f"run.dir = {json.dumps(config.run.dir)}: an empty path is the current folder (an "
+            'unset variable?); name a folder, or "." for that one'
         )
     for section, key in (
         ("data", "crop_scale"),
@@ -202,8 +232,17 @@ def _impossible_deepspeed(config: Config) -> Iterator[str]:
         value = config.deepspeed.get(key, {})
         if not isinstance(value, dict):
             yield f"deepspeed.{key} = {json.dumps(value)}: must be an object, as DeepSpeed has it"
-        elif key == "fp16" and value.get("enabled") is True:
-            yield "deepspeed.fp16.enabled = true: set run.precision (bf16 or fp32) instead"
+        elif key == "fp16" and value.get("enabled", "auto") != "auto" and value["enabled"]:
+            written = json.dumps(value["enabled"])
+            yield f"deepspeed.fp16.enabled = {written}: set run.precision (bf16 or fp32) instead"
+    yield from _unknown_of_deepspeed(config.deepspeed)
+    within = config.deepspeed.get("zero_optimization", {})
+    within = within.get(PER_NODE, "auto") if isinstance(within, dict) else "auto"
+    if within != "auto" and (type(within) is not int or within < 0):
+        yield (
+            f"deepspeed.zero_optimization.{PER_NODE} = {json.dumps(within)}: must be a whole "
+            "number, the GPUs of a node"
+        )
     stage = _at(config.deepspeed, "zero_optimization.stage")
     if stage is not None and (type(stage) is not int or not 0 <= stage <= 3):
         yield f"deepspeed.zero_optimization.stage = {json.dumps(stage)}: must be 0, 1, 2 or 3"
@@ -211,6 +250,18 @@ def _impossible_deepspeed(config: Config) -> Iterator[str]:
         value = _at(config.deepspeed, key)
         if value not in allowed:
             yield f"deepspeed.{key} = {json.dumps(value)}: {reason}"
+
+
+def _unknown_of_deepspeed(section: dict[str, Any]) -> Iterator[str]:
+    """Keys that DeepSpeed would leave unread, without a word."""
+    for key in sorted(section.keys() - KEYS_OF_DEEPSPEED):
+        (nearest,) = difflib.get_close_matches(key, sorted(KEYS_OF_DEEPSPEED), n=1, cutoff=0.0)
+        if key in KEYS_OF_ZERO:
+            nearest = f"zero_optimization.{key}"
+        yield (
+            f"deepspeed.{key} = {json.dumps(section[key])}: DeepSpeed has no such key, and would "
+            f"ignore it; nearest is deepspeed.{nearest}"
+        )
 
 
 def _at(values: Any, path: str) -> Any:

@@ -164,10 +164,19 @@ def find(name: str) -> Path:
     """The file itself, or the one of that name (".json" may be left out) in configs/."""
     shipped = configs_folder()
     for path in (Path(name), Path(f"{name}.json"), shipped / name, shipped / f"{name}.json"):
-        if path.is_file():
+        if _is_file(path):
             return path
     names = ", ".join(sorted(path.name for path in shipped.glob("*.json")))
-    raise ConfigError(f"--config {name}: no such file here or in configs/, which has {names}")
+    short = _shortened(name)
+    raise ConfigError(f"--config {short}: no such file here or in configs/, which has {names}")
+
+
+def _is_file(path: Path) -> bool:
+    """Not one whose name no file can have, or in a folder that may not be looked into."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def configs_folder() -> Path:
@@ -187,7 +196,7 @@ def _resolved(path: Path, seen: tuple[Path, ...] = ()) -> dict:
     if parent is None:
         return values
     beside = path.parent / str(parent)
-    base = beside if beside.is_file() else find(str(parent))
+    base = beside if _is_file(beside) else find(str(parent))
     return _merged(without_rival(_resolved(base, (*seen, path.resolve())), values), values)
 
 
@@ -199,6 +208,8 @@ def _read(path: Path) -> dict:
         values = json_text.parse(text)
     except ValueError as error:
         raise ConfigError(f"{path}: not JSON: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must hold a JSON object of sections")
     if twice := next(json_text.repeated_keys(text), None):
@@ -245,9 +256,11 @@ def _section_at(path: Sequence) -> type[Section] | None:
 
 def _explain(error: dict) -> str:
     """One line for one of pydantic's errors."""
-    path = [str(part) for part in error["loc"] if part not in FORMS]
+    at, unknown = error["loc"], error["type"] == "extra_forbidden"
+    end = len(at) - unknown  # the last one is then the user's key, which may be called as a form is
+    path = [str(part) for i, part in enumerate(at) if i >= end or part not in FORMS]
     key, value = printable(".".join(path)), _shown(error["input"])
-    if error["type"] == "extra_forbidden":
+    if unknown:
         section = _section_at(path[:-1])
         valid = sorted(section.model_fields) if section else []
         near = difflib.get_close_matches(path[-1], valid, n=1, cutoff=0.0)
@@ -262,7 +275,10 @@ def _explain(error: dict) -> str:
 
 def _shown(value: Any) -> str:
     """As JSON, and no longer than a line."""
-    text = printable(json.dumps(value))
+    return _shortened(printable(json.dumps(value)))
+
+
+def _shortened(text: str) -> str:
     return text if len(text) <= MOST_SHOWN else text[:MOST_SHOWN] + "..."
 
 
@@ -293,6 +309,8 @@ def check_paths_set(config: Config) -> None:
 
 def check_path_set(key: str, path: str) -> None:
     """Check one path. A path that exists literally is accepted."""
+    if path.strip() and not expand_path(path).strip():
+        raise ConfigError(f"{key} = {json.dumps(path)}: is empty with its variables put in")
     left = NOT_EXPANDED.search(expand_path(path))
     if left and not os.path.lexists(expand_path(path)):
         what = "no such user" if left[0].startswith("~") else "this variable is not set"

@@ -36,6 +36,7 @@ def start(seed: int, timeout_s: float = 0) -> torch.device:
     """Join the process group of several ranks, and seed torch. Returns the device.
 
     Without a GPU: the CPU and gloo. timeout_s: of the collectives; 0: none that is ever reached.
+    Raises ValueError for one of several ranks that alone cannot use its GPU.
     """
     global _callers_group
     _callers_group = dist.is_initialized()
@@ -47,6 +48,7 @@ def start(seed: int, timeout_s: float = 0) -> torch.device:
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if not cuda and torch.cuda.is_available():
         why = hardware.gpu_problem(local_rank)
+        _check_no_gpu_works(why)
         say(f"WARNING: rank {local_rank} here is on the CPU, since {why}", sys.stderr)
     elif unseen := hardware.unseen_gpus():
         say(f"WARNING: rank {local_rank} here is on the CPU, since {unseen}", sys.stderr)
@@ -61,6 +63,22 @@ def start(seed: int, timeout_s: float = 0) -> torch.device:
         deepspeed()
     torch.manual_seed(seed)
     return device
+
+
+def _check_no_gpu_works(why: str) -> None:
+    """Of several ranks, one on the CPU among others on GPUs: they would wait for each other for
+    good. Where this process can use none of the GPUs that it sees, the others are taken to be on
+    the CPU as well. why: what is wrong with its own GPU. Raises ValueError."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    works = [i for i in range(torch.cuda.device_count()) if not hardware.gpu_problem(i)]
+    if works:
+        raise ValueError(
+            f"one of {os.environ['WORLD_SIZE']} ranks cannot use its GPU, and others can use "
+            f"theirs: {why}. Leave that GPU out (CUDA_VISIBLE_DEVICES={','.join(map(str, works))}, "
+            f"and {len(works)} ranks on this node), or train on the CPUs of all ranks "
+            "(CUDA_VISIBLE_DEVICES= with nothing behind it)"
+        )
 
 
 def grow_memory_in_place(device: torch.device) -> None:

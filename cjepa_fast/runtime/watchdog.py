@@ -31,7 +31,8 @@ from cjepa_fast.runtime.reads_in_progress import longest, reads
 
 BEAT_S = 1.0  # between two heartbeats, and between two looks at them
 HEARD_S = 5 * BEAT_S  # by then a rank's mark has come to all
-GONE_S = 60.0  # without a sign of life (or half the timeout): a rank is gone, not stuck
+GONE_S = 60.0  # without a sign of life (or half the timeout): a rank is gone, not stuck; never less
+# than HEARD_S, which a healthy rank's heartbeats may take
 HASTE_S = 10.0  # the same once one has failed or lost a connection: launchers then wait for 30 s
 START, STARTING_STEPS = 3, 3  # times the timeout, until these have been done: kernels are compiled
 LAST_WORDS_S = 3.0  # for what may hang too: a disk, a store
@@ -201,7 +202,7 @@ class Watchdog:
         if self.beats[0].verdict:
             return self.beats[0].verdict  # rank 0 has decided
         hasty = any(beat.state in (CUT_OFF, FAILED) for beat in self.beats.values())
-        gone_s = min(self.timeout_s / 2, HASTE_S if hasty else GONE_S)
+        gone_s = max(HEARD_S, min(self.timeout_s / 2, HASTE_S if hasty else GONE_S))
         still_s = {r: self.clock_s - changed_s for r, changed_s in self._changed_s.items()}
         watched = [self.beats[r] for r in self.watched]
         found = find_gone(watched, still_s, gone_s) or (self.rank == 0 and find_stuck(watched))
@@ -284,7 +285,17 @@ def is_of_a_collective(error: BaseException) -> bool:
     )
 
 
-def meeting_point() -> dist.Store:
+def meeting_address() -> tuple[str, int] | None:
+    """Host and port of the store at which torch's ranks met: of the launcher's variables, else of
+    a caller's own group. None where they met in a file or in memory."""
+    if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
+        return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.distributed_c10d._get_default_store()
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    return (store.host, store.port) if isinstance(store, dist.TCPStore) else None
+
+
+def meeting_point(host: str, port: int) -> dist.Store:
     """A connection of its own to the store at which torch's ranks met."""
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return dist.TCPStore(address, port, is_master=False, wait_for_workers=False)
+    return dist.TCPStore(host, port, is_master=False, wait_for_workers=False)

@@ -15,8 +15,9 @@ counted memory: it may be far more.
 import argparse
 import contextlib
 import json
+import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -26,6 +27,7 @@ import torch.nn.functional as F
 
 from cjepa_fast import config as configuration
 from cjepa_fast.config import Config, ConfigError
+from cjepa_fast.kernels.vicreg import positions
 from cjepa_fast.model import block, waves
 from cjepa_fast.model.block import Attention
 from cjepa_fast.model.flops import recomputed_gflop, step_gflop
@@ -46,7 +48,8 @@ STAGES = (0, 1, 2, 3)
 
 class GPU(NamedTuple):
     """By the vendor's data sheet: dense rate in its precision, memory, power, multiprocessors, a
-    part of torch's name, and what run.precision "auto" becomes on it."""
+    part of torch's name, what run.precision "auto" becomes on it, and the rate of fp32 where that
+    is bf16: without TF32, which torch takes only where a program asks for it, as none here does."""
 
     tflops: float
     memory_gb: float
@@ -54,16 +57,23 @@ class GPU(NamedTuple):
     multiprocessors: int
     name: str
     precision: str = "bf16"
+    fp32_tflops: float = math.nan
+
+    def rate(self, precision: str) -> float:
+        """TFLOP/s."""
+        return self.tflops if precision == self.precision else self.fp32_tflops
 
 
+# fp32: NVIDIA's data sheets of the A100, H100 SXM, H200 SXM, HGX B200 (a GPU's part) and L40S, and
+# the white paper of the Ada architecture.
 GPUS = {
-    "a100-40": GPU(312, 40, 400, 108, "A100"),
-    "a100-80": GPU(312, 80, 400, 108, "A100"),
-    "h100": GPU(989, 80, 700, 132, "H100"),
-    "h200": GPU(989, 141, 700, 132, "H200"),
-    "b200": GPU(2250, 180, 1000, 148, "B200"),
-    "l40s": GPU(362, 48, 350, 142, "L40S"),
-    "4090": GPU(165, 24, 450, 128, "4090"),
+    "a100-40": GPU(312, 40, 400, 108, "A100", fp32_tflops=19.5),
+    "a100-80": GPU(312, 80, 400, 108, "A100", fp32_tflops=19.5),
+    "h100": GPU(989, 80, 700, 132, "H100", fp32_tflops=67),
+    "h200": GPU(989, 141, 700, 132, "H200", fp32_tflops=67),
+    "b200": GPU(2250, 180, 1000, 148, "B200", fp32_tflops=75),
+    "l40s": GPU(362, 48, 350, 142, "L40S", fp32_tflops=91.6),
+    "4090": GPU(165, 24, 450, 128, "4090", fp32_tflops=82.6),
     "t4": GPU(8.1, 16, 70, 40, "T4", "fp32"),
     "2080ti": GPU(13.4, 11, 250, 68, "2080 Ti", "fp32"),
 }
@@ -83,43 +93,70 @@ class KeptAttention(torch.autograd.Function):
         return out
 
 
+def autocast(device_type: str, *args, **kwargs) -> contextlib.AbstractContextManager:
+    """torch.autocast, but for the meta device, which it refuses and where nothing is cast."""
+    if device_type == "meta":
+        return contextlib.nullcontext()
+    return torch.amp.autocast(device_type, *args, **kwargs)
+
+
+def as_on_a_gpu(networks: JEPA) -> Iterator[contextlib.AbstractContextManager]:
+    """Patches, within which the networks keep what a fused attention keeps and, of VICReg at each
+    position, what our kernels keep."""
+    yield mock.patch.object(F, "scaled_dot_product_attention", KeptAttention.apply)
+    yield mock.patch.object(block, "attend_packed", lambda *a: KeptAttention.apply(*a[:3]))
+    for part in networks.modules():
+        if isinstance(part, Attention):
+            yield mock.patch.object(part, "backend", "sdpa")
+    yield mock.patch.object(positions, "use_kernel", lambda *_: True)
+
+
 def kept_bytes(networks: JEPA, batch: tuple, fused_attention: bool) -> int:
     """Bytes that one micro-batch's forward keeps for its backward, beside the parameters.
 
-    Runs the networks on the device of the batch: images, context and target indices and the target
-    encoder's tokens.
+    Runs the networks on the device of the batch: images, context and target indices, the target
+    encoder's tokens, and SIGReg's directions where the loss takes them. fused_attention: see
+    as_on_a_gpu; the batch is then on the meta device.
     """
     saved = SavedActivations(networks)
     with contextlib.ExitStack() as patches:
-        if fused_attention:
-            fused = mock.patch.object(F, "scaled_dot_product_attention", KeptAttention.apply)
-            patches.enter_context(fused)
-            packed = mock.patch.object(
-                block, "attend_packed", lambda *a: KeptAttention.apply(*a[:3])
-            )
-            patches.enter_context(packed)
-            for part in networks.modules():
-                if isinstance(part, Attention):
-                    patches.enter_context(mock.patch.object(part, "backend", "sdpa"))
+        patches.enter_context(mock.patch.object(torch, "autocast", autocast))
+        for patch in as_on_a_gpu(networks) if fused_attention else ():
+            patches.enter_context(patch)
         patches.enter_context(saved.counting())
         networks(*batch)
     return saved.bytes
 
 
-def static_bytes(trained: int, encoder: int, precision: str, stage: int, count: int) -> dict:
+def gradient_bytes(trained: int, low: bool, stage: int, count: int, summed: bool) -> float:
+    """What one of `count` GPUs holds of the gradients; low: in bf16; summed: over micro-batches.
+
+    DeepSpeed's update takes fp32 gradients; one GPU's, without it, reads them as they are. ZeRO 2
+    and 3 keep sums of bf16 gradients in fp32 (engines/zero.py): 2 updates from these themselves,
+    3 from a copy (DeepSpeed 0.19.8, runtime/zero/stage_1_and_2.py and stage3.py).
+    """
+    share = trained / (count if stage >= 2 else 1)
+    if not low or count == 1:
+        return share * (2 if low else 4)
+    if stage >= 2 and summed:
+        return share * (4 if stage == 2 else 8)
+    return 2 * share + 4 * trained / (count if stage >= 1 else 1)
+
+
+def static_bytes(
+    trained: int, encoder: int, precision: str, stage: int, count: int, summed: bool = False
+) -> dict[str, float]:
     """By part, what one of `count` GPUs holds whatever the batch; numbers of parameters given.
 
     ZeRO 1 shares the optimiser's state, 2 also the gradients, 3 also the weights and the EMA's
-    working copy. Our EMA is shared with the masters. DeepSpeed's update takes fp32
-    gradients; one GPU's, without it, reads them as they are.
+    working copy. Our EMA is shared with the masters. summed: a step has several micro-batches.
     """
     number = {"bf16": 2, "fp32": 4}[precision]
     low = precision == "bf16"
     state = count if stage >= 1 else 1
-    gradients = trained * number / (count if stage >= 2 else 1)
     return {
         "weights": trained * number / (count if stage == 3 else 1),
-        "gradients": gradients + (4 * trained / state if low and count > 1 else 0),
+        "gradients": gradient_bytes(trained, low, stage, count, summed),
         "fp32 masters": 4 * trained / state if low else 0.0,
         "Adam's moments": 8 * trained / state,
         "EMA": 4 * encoder / state,
@@ -138,20 +175,26 @@ class Plan(NamedTuple):
         return sum(self.static.values()) + self.per_image * images
 
 
-def plan(config: Config, stage: int, count: int) -> Plan:
+def plans(config: Config, count: int) -> dict[int, Plan]:
+    """By ZeRO stage, what a run of the configuration on `count` GPUs takes."""
     with torch.device("meta"):
         networks = build.build_networks(config)
     counts = [sum(p.numel() for p in part.parameters() if p.requires_grad)
               for part in (networks, networks.encoder)]  # fmt: skip
     networks.to(build.compute_dtype(config))
-    per_image = kept_per_image(networks, config)
-    return Plan(static_bytes(*counts, config.run.precision, stage, count), per_image, counts[0])
+    per_image, precision = kept_per_image(networks, config), config.run.precision
+    summed = config.data.micro_batches(count)[1] > 1
+    return {
+        stage: Plan(static_bytes(*counts, precision, stage, count, summed), per_image, counts[0])
+        for stage in STAGES
+    }
 
 
 def kept_per_image(networks: JEPA, config: Config) -> float:
     """Bytes an image, at the masks of a micro-batch as the configuration has it."""
     images = config.data.micro_batch_size
-    batch = meta_batch(config, build.first_masks(config, images))
+    masks = build.first_masks(config, images)
+    batch = *meta_batch(config, masks), *build.meta_directions(config)
     return kept_bytes(networks, batch, fused_attention=True) / images
 
 
@@ -275,17 +318,17 @@ def describe(args: argparse.Namespace, config: Config) -> str:
     config = on_gpu(config, gpu)
     micro_batch, accumulation = config.data.micro_batches(args.count)
     gflop, again = gflop_per_image(config)
-    plans = {stage: plan(config, stage, args.count) for stage in STAGES}
+    stages = plans(config, args.count)
     zero = config.deepspeed.get("zero_optimization", {})
     own = zero.get("stage") or 0
     found = speed(config, args.config, gpu, args.count)
     lines = [
-        f"{args.config} on {args.count} x {args.gpu}: {plans[0].trained / 1e6:.0f} M trained "
+        f"{args.config} on {args.count} x {args.gpu}: {stages[0].trained / 1e6:.0f} M trained "
         f"parameters, {gflop:.1f} GFLOP an image, {micro_batch} images a GPU x {accumulation}",
-        verdict(plans, own, gpu, micro_batch),
+        verdict(stages, own, gpu, micro_batch),
         *not_counted(zero),
         "",
-        *memory_table(plans, own, gpu, micro_batch),
+        *memory_table(stages, own, gpu, micro_batch),
         *([found.memory] if found.memory else []),
         "",
         *cost(args, config, gpu, found, gflop, again),
@@ -312,7 +355,7 @@ def verdict(plans: dict[int, Plan], own: int, gpu: GPU, micro_batch: int) -> str
 def not_counted(zero: dict) -> list[str]:
     """What of DeepSpeed's zero_optimization moves memory between a GPU and elsewhere."""
     fewer = [key for key in ("offload_optimizer", "offload_param") if zero.get(key)]
-    more = [key for key in ("zero_hpz_partition_size",) if zero.get(key, 1) != 1]
+    more = [key for key in ("zero_hpz_partition_size",) if zero.get(key, 1) not in (1, "auto")]
     lines = [f"{key} is not counted: it takes less of the GPU than said here" for key in fewer]
     return lines + [f"{key} is not counted: it takes more than said here" for key in more]
 
@@ -347,7 +390,7 @@ def cost(
     images = epochs * args.images
     # A measured share is of the counted work alone; of another, recomputing takes its part.
     work = gflop if found.measured else gflop + again
-    peak = args.count * gpu.tflops * 1e3 / work
+    peak = args.count * gpu.rate(config.run.precision) * 1e3 / work
     hours = [images / (share * peak) / 3600 for share in (found.mfu, found.high, found.low)]
     joules = found.joules_per_image
     kwh = [images * joules / 3.6e6] if joules else [h * args.count * gpu.watts / 1e3 for h in hours]

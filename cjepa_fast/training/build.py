@@ -65,6 +65,11 @@ def projector_widths(config: Config) -> tuple[int, ...] | None:
     return own.projector if own.beta else None
 
 
+def regularised_width(config: Config) -> int:
+    """D of the rows that the regulariser sees."""
+    return (projector_widths(config) or (model_sizes(config)["width"],))[-1]
+
+
 def build_loss(config: Config, ranks: Ranks | None) -> CJEPALoss:
     own = config.loss
     sigreg = None
@@ -240,6 +245,14 @@ def build_masks(config: Config) -> MaskSampler:
 def first_masks(config: Config, images: int) -> Masks:
     """Those that a run draws for its first images: their sizes are like any others'."""
     return build_masks(config)(0, 0, torch.arange(images))
+
+
+def meta_directions(config: Config) -> tuple[torch.Tensor, ...]:
+    """What `Trainer.drawn` returns, without values: SIGReg's directions (D, K), or nothing."""
+    loss = config.loss
+    if loss.regulariser != "sigreg":
+        return ()
+    return (torch.empty(regularised_width(config), loss.sigreg.directions, device="meta"),)
 
 
 def check_same_images(paths: list[str], images: sources.ImageSet) -> None:

@@ -38,10 +38,11 @@ def report_failures(options: Options) -> Iterator[ExitStatus]:
         yield outcome
     except ConfigError as error:
         outcome.status = 2
-        if os.environ.get("RANK", "0") == "0":
-            say(f"error: {printable_lines(error)}", sys.stderr)
-        else:  # a launcher ends all ranks when one exits: the first is to speak before
+        rank = os.environ.get("RANK", "0")
+        if rank != "0":  # a launcher ends all ranks when one exits: the first is to speak before
             time.sleep(TIME_TO_SPEAK_S)
+        of = "" if rank == "0" else f" rank {printable(rank)}:"
+        say(f"error:{of} {printable_lines(error)}", sys.stderr)
     except ImagesGone as error:
         outcome.status = 1
         back = f"Once they are back, resume with: {options.resume_with}"

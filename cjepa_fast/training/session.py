@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import functools
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,8 +11,14 @@ from cjepa_fast import checkpoint
 from cjepa_fast import config as configuration
 from cjepa_fast.config import Config, ConfigError
 from cjepa_fast.runtime import distributed, watchdog
+from cjepa_fast.runtime.printable import say
 from cjepa_fast.runtime.signals import StopRequest
 from cjepa_fast.runtime.watchdog import Watchdog
+
+UNWATCHED = (
+    "ranks that met in a file have no store to watch each other by, so that none is watched; set "
+    "MASTER_ADDR and MASTER_PORT, or meet by tcp://"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,11 +70,17 @@ def how_to_resume(session: Session) -> str:
 def watchdog_of(session: Session) -> Watchdog:
     rank, world_size = distributed.rank(), distributed.world_size()
     stacks = session.folder / "stacks_rank_*.txt"
+    timeout_s = session.config.run.timeout_s
+    address = watchdog.meeting_address() if world_size > 1 else None
+    if world_size > 1 and address is None:
+        if timeout_s and rank == 0:
+            say(f"WARNING: run.timeout_s = {timeout_s:g}: {UNWATCHED}", sys.stderr)
+        timeout_s = 0
     return Watchdog(
-        session.config.run.timeout_s,
+        timeout_s,
         advice=lambda: f"stacks of all threads: {stacks}; {how_to_resume(session)}",
         stacks=session.folder / f"stacks_rank_{rank}.txt",
         rank=rank,
         world_size=world_size,
-        connect=watchdog.meeting_point if world_size > 1 else None,
+        connect=functools.partial(watchdog.meeting_point, *address) if address else None,
     )

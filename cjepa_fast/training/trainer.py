@@ -28,7 +28,7 @@ from cjepa_fast.training.build import (
     check_fp8,
     compile_networks,
     fuse_networks,
-    projector_widths,
+    regularised_width,
 )
 from cjepa_fast.training.engines.cuda_graph import Graphed
 from cjepa_fast.training.engines.single import SingleEngine
@@ -223,9 +223,8 @@ class Trainer:
         loss = self.config.loss
         if loss.regulariser != "sigreg":
             return ()
-        width = (projector_widths(self.config) or (self.context_encoder.width,))[-1]
-        count, seed = loss.sigreg.directions, self.config.run.seed
-        return (rng.directions(seed, index, width, count, self.device),)
+        width, seed = regularised_width(self.config), self.config.run.seed
+        return (rng.directions(seed, index, width, loss.sigreg.directions, self.device),)
 
     def schedules(self, index: int) -> tuple[float, float, float]:
         """Learning rate, weight decay and EMA momentum of step `index` (from 0)."""

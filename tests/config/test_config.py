@@ -1,5 +1,6 @@
 """The configuration: what is refused and how it is said, inheritance, and the shipped files."""
 
+import errno
 import functools
 import json
 import math
@@ -65,6 +66,9 @@ def write(tmp_path, monkeypatch):
         ("loss.vicreg.betta=1", ["loss.vicreg.betta = 1", "nearest is loss.vicreg.beta;"]),
         ("data.batchsize=8", ["nearest is data.batch_size;"]),
         ("xyzzy=1", ["xyzzy = 1: no such key", "nearest is "]),
+        ("str=1", ["str = 1: no such key", "nearest is ", "checkpoint, data"]),
+        ("side=1", ["side = 1: no such key", "nearest is "]),
+        ("run.word=5", ["run.word = 5: no such key", "nearest is run."]),
         (
             "model.name=vit_hug",
             ['model.name = "vit_hug"', "'vit_giant'", "did you mean 'vit_huge'"],
@@ -143,7 +147,19 @@ def test_wrong_types(override, said):
         ("deepspeed.train_batch_size=8", "deepspeed.train_batch_size = 8: set data.batch_size"),
         ("deepspeed.optimizer.type=Adam", 'deepspeed.optimizer = {"type": "Adam"}: set optim'),
         ("deepspeed.fp16.enabled=true", "deepspeed.fp16.enabled = true: set run.precision"),
+        ("deepspeed.fp16.enabled=1", "deepspeed.fp16.enabled = 1: set run.precision"),
         ("deepspeed.fp16=true", "deepspeed.fp16 = true: must be an object"),
+        ("run.dir=", 'run.dir = "": an empty path is the current folder'),
+        ('run.dir="  "', 'run.dir = "  ": an empty path'),
+        (
+            "deepspeed.zero_optimisation.stage=3",
+            'deepspeed.zero_optimisation = {"stage": 3}: DeepSpeed has no such key, and would '
+            "ignore it; nearest is deepspeed.zero_optimization",
+        ),
+        ("deepspeed.stage=3", "nearest is deepspeed.zero_optimization.stage"),
+        ("deepspeed.gradient_cliping=1", "nearest is deepspeed.gradient_clipping"),
+        ("deepspeed.zero_optimization.zero_hpz_partition_size=all", '= "all": must be a whole'),
+        ("deepspeed.zero_optimization.zero_hpz_partition_size=null", "= null: must be a whole"),
         (
             "deepspeed.zero_optimization.stage=4",
             "deepspeed.zero_optimization.stage = 4: must be 0,",
@@ -243,6 +259,7 @@ def test_sizes_that_the_models_name_decides_are_refused_by_key(override, key):
 
 def test_auto_is_left_to_the_other_sections():
     load("demo", ['deepspeed.train_batch_size="auto"', "deepspeed.fp16.enabled=false"])
+    load("demo", ["deepspeed.fp16.enabled=auto", "deepspeed.fp16.enabled=0", "run.dir=."])
 
 
 # --- overrides
@@ -261,7 +278,7 @@ def test_auto_is_left_to_the_other_sections():
         ("loss.vicreg.projector=[64,32]", "loss.vicreg.projector", (64, 32)),
         ("loss.vicreg.projector=null", "loss.vicreg.projector", None),
         ("deepspeed.zero_optimization.stage=3", "deepspeed.zero_optimization.stage", 3),
-        ("deepspeed.anything.of.theirs=[1]", "deepspeed.anything.of.theirs", [1]),
+        ("deepspeed.timers.of.theirs=[1]", "deepspeed.timers.of.theirs", [1]),
     ],
 )
 def test_overrides(override, path, value):
@@ -294,6 +311,31 @@ def test_an_override_below_a_value():
 # --- files
 
 
+@pytest.mark.parametrize("name", ["x" * 300, f"there/{'y' * 5000}"])
+def test_a_name_that_no_file_can_have_is_told_shortened(name):
+    with pytest.raises(ConfigError, match=f"--config {name[:20]}.*: no such file here") as refused:
+        load(name)
+    assert len(str(refused.value)) < 1000
+
+
+def test_a_file_that_may_not_be_read_is_named(write, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    one = write("one.json", {})
+    write("over.json", {"extends": "z" * 300})
+    with pytest.raises(ConfigError, match="--config zzz"):
+        load("over")
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(ConfigError, match=r"one\.json: cannot be read: Permission denied"):
+        load(one)
+    is_file = Path.is_file  # refused as in a folder that may not be looked into
+    refused = lambda path: refuse() if "one.json" in path.name else is_file(path)  # noqa: E731
+    monkeypatch.setattr(Path, "is_file", refused)
+    with pytest.raises(ConfigError, match=r"one\.json: no such file"):
+        load(one)
+
+
 def test_the_working_directory_comes_before_configs(write):
     assert load("vit_t").model.name == "vit_tiny"
     write("vit_t.json", {"model": {"name": "vit_small"}})
@@ -301,12 +343,12 @@ def test_the_working_directory_comes_before_configs(write):
 
 
 def test_extends_lays_values_over(write):
-    write("base.json", {"optim": {"lr": 2e-3, "start_lr": 0.0}, "deepspeed": {"a": {"b": 1}}})
+    write("base.json", {"optim": {"lr": 2e-3, "start_lr": 0.0}, "deepspeed": {"aio": {"b": 1}}})
     write("middle.json", {"extends": "base.json", "optim": {"lr": 3e-3}, "run": {"epochs": 40}})
-    child = write("child.json", {"extends": "middle", "deepspeed": {"a": {"c": 2}}})
+    child = write("child.json", {"extends": "middle", "deepspeed": {"aio": {"c": 2}}})
     config = load(child)
     assert (config.optim.lr, config.optim.start_lr, config.run.epochs) == (3e-3, 0.0, 40)
-    assert config.deepspeed == {"a": {"b": 1, "c": 2}}
+    assert config.deepspeed == {"aio": {"b": 1, "c": 2}}
 
 
 def test_extends_looks_beside_the_file_then_in_configs(write):
@@ -455,6 +497,15 @@ def test_what_stays_in_a_path_is_refused(key, path, named, monkeypatch):
     with pytest.raises(ConfigError) as refused:
         configuration.check_paths_set(config)
     assert str(refused.value).startswith(f'{key} = "{path}": {named}')
+
+
+@pytest.mark.parametrize("key", ["run.dir", "data.path"])
+def test_a_path_of_nothing_but_an_empty_variable_is_refused(key, monkeypatch):
+    """It would be the current folder."""
+    monkeypatch.setenv("EMPTY", "")
+    config = configuration.from_values({}, {key: "$EMPTY"})
+    with pytest.raises(ConfigError, match=f'{key} = "[$]EMPTY": is empty'):
+        configuration.check_paths_set(config)
 
 
 def test_a_path_that_is_there_under_such_a_name_is_taken(tmp_path, monkeypatch):

@@ -1,15 +1,49 @@
 """Options of ZeRO: those that would break are refused, the others train to the same weights."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
+import tiny
 from test_engine import assert_agree, work
 
 from cjepa_fast.config import ConfigError, validate
+from cjepa_fast.config.checks import KEYS_OF_DEEPSPEED
 from cjepa_fast.runtime import hardware
 from cjepa_fast.training.engines import zero as engine
 
 CPU = {"device": "cpu"}
+ASKED_OF_DEEPSPEED = """
+import json
+from deepspeed.runtime.config import DeepSpeedConfig
+
+asked = set()
+
+class Recorder(dict):
+    def get(self, key, default=None):
+        asked.add(key)
+        return super().get(key, default)
+
+    def __getitem__(self, key):
+        asked.add(key)
+        return super().__getitem__(key)
+
+    def __contains__(self, key):
+        asked.add(key)
+        return super().__contains__(key)
+
+    def keys(self):
+        return self
+
+    def __copy__(self):
+        return Recorder(self)
+
+DeepSpeedConfig(Recorder(train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1))
+assert len(asked) > 40, asked
+print(json.dumps(sorted(asked)))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +110,18 @@ def test_what_is_harmless_is_not_refused():
     validate({"deepspeed": {"bf16": {"enabled": True}, "zero_optimization": {}}})
 
 
+@pytest.mark.slow
+def test_the_known_keys_are_what_deepspeed_reads():
+    """Those that its configuration asks for; run apart, since it chooses a device for good."""
+    done = subprocess.run(
+        [sys.executable, "-c", ASKED_OF_DEEPSPEED], capture_output=True, text=True,
+        env={**os.environ, "DS_ACCELERATOR": "cpu", "DEEPSPEED_LOG_LEVEL": "error"},
+        timeout=tiny.HANG_S,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert set(json.loads(done.stdout.splitlines()[-1])) <= KEYS_OF_DEEPSPEED
+
+
 def completed(monkeypatch, zero: dict, cuda: bool, ranks: int, trained: int = 10**9) -> dict:
     monkeypatch.setattr(hardware, "has_gpu", lambda: cuda)
     monkeypatch.setattr(engine, "world_size", lambda: ranks)
@@ -107,3 +153,10 @@ def test_groups_within_nodes_divide_the_ranks(monkeypatch, size, ranks, fits):
         return
     with pytest.raises(ValueError, match="zero_hpz_partition_size = 8: must divide the 12 ranks"):
         completed(monkeypatch, zero, True, ranks)
+
+
+def test_auto_is_as_if_it_were_left_out(monkeypatch):
+    zero = {"zero_hpz_partition_size": "auto", "reduce_bucket_size": "auto", "overlap_comm": "auto"}
+    validate({"deepspeed": {"zero_optimization": zero}})
+    found = completed(monkeypatch, {"stage": 3} | zero, True, 12)
+    assert found == completed(monkeypatch, {"stage": 3}, True, 12)

@@ -137,6 +137,29 @@ def test_a_rank_beyond_the_gpus_that_it_sees_is_told(flags, monkeypatch, capsys)
     assert "LOCAL_RANK is 3, and this process sees 1" in said
 
 
+@pytest.mark.parametrize("others_work", [True, False])
+def test_one_of_several_ranks_without_a_gpu_is_refused(flags, monkeypatch, capsys, others_work):
+    """The others would wait for it in NCCL. Where no GPU here works, all are on the CPU."""
+    flags(AVX2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    broken = (1,) if others_work else range(4)
+    problem = lambda i=0: f"GPU {i}: ECC error" if i in broken else ""  # noqa: E731
+    monkeypatch.setattr(hardware, "gpu_problem", problem)
+    joined = []
+    monkeypatch.setattr(distributed, "deepspeed", lambda: joined.append(1))
+    if others_work:
+        with pytest.raises(ValueError, match="one of 4 ranks cannot use its GPU") as told:
+            distributed.start(0)
+        assert "GPU 1: ECC error" in str(told.value)
+        assert "CUDA_VISIBLE_DEVICES=0,2,3, and 3 ranks" in str(told.value) and not joined
+        return
+    assert distributed.start(0) == CPU and joined
+    assert "rank 1 here is on the CPU, since GPU 1: ECC error" in capsys.readouterr().err
+
+
 def test_all_ranks_take_the_lowest_precision(monkeypatch):
     config = configuration.validate({})
     for mine, others in (("bf16", ["bf16", "bf16"]), ("bf16", ["bf16", "fp32"])):

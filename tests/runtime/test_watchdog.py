@@ -16,6 +16,7 @@ import torch.distributed as dist
 from launched import TRAIN, Launched, started
 
 from cjepa_fast import checkpoint
+from cjepa_fast.config import validate
 from cjepa_fast.runtime import distributed, reads_in_progress, watchdog
 from cjepa_fast.runtime.watchdog import (
     CUT_OFF,
@@ -28,6 +29,7 @@ from cjepa_fast.runtime.watchdog import (
     Heartbeat,
     Watchdog,
 )
+from cjepa_fast.training import session
 
 
 class FakeStore(dict):
@@ -110,6 +112,41 @@ def test_a_short_timeout_takes_the_silent_for_gone_before_the_waiting_for_stuck(
     world.mark("waiting for data", 9)  # the last thing that either does
     assert not world.go_on(2)
     assert "no sign of life from rank 1" in world.go_on(25, silent=(1,))[0].splitlines()[0]
+
+
+def test_a_timeout_of_a_few_seconds_leaves_heartbeats_their_time():
+    """They come once a second, and a busy machine is late with some."""
+    world = World(2, timeout_s=1)
+    for step in range(1, 30):
+        world.mark("in the step", step)
+        assert not world.go_on(1, silent=(1,) if step % 4 else ())
+    silent = [world.mark("in the step", step) or world.go_on(1, (1,)) for step in range(30, 40)]
+    assert "no sign of life from rank 1" in next(filter(None, silent))[0]
+
+
+@pytest.mark.parametrize("by", ["tcp", "file"])
+def test_ranks_that_met_without_the_launcher_s_variables(tmp_path, monkeypatch, capsys, by):
+    """The group is a caller's own: by its store where that has an address, else not at all."""
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    port = tiny.free_port()
+    where = {"tcp": f"tcp://127.0.0.1:{port}", "file": f"file://{tmp_path}/met"}[by]
+    dist.init_process_group("gloo", init_method=where, rank=0, world_size=1)
+    try:
+        monkeypatch.setattr(distributed, "world_size", lambda: 2)
+        run = {"dir": str(tmp_path / "run"), "timeout_s": 60}
+        dog = session.watchdog_of(session.Session(validate({"run": run}), session.Options()))
+        said = capsys.readouterr().err
+        if by == "file":
+            assert (dog.timeout_s, dog.connect) == (0, None)
+            assert said.count("WARNING: run.timeout_s = 60: ranks that met in a file") == 1
+            return
+        dog.exchange(dog.connect())
+        dog.exchange(dog.connect())
+        assert dog.timeout_s == 60 and not said
+        assert dog.connect().get("watchdog/0")
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_rank_that_never_came_is_named():

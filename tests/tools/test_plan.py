@@ -9,12 +9,15 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from cjepa_fast.config import load, validate
+from cjepa_fast.config.load import configs_folder
+from cjepa_fast.kernels.vicreg import positions
 from cjepa_fast.runtime import distributed
 from cjepa_fast.tools import plan
 from cjepa_fast.training import build
 from cjepa_fast.training.sizes import meta_batch
 from cjepa_fast.training.trainer import Trainer
 
+SHIPPED = sorted(path.name for path in configs_folder().glob("*.json"))
 DATA = tiny.CONFIG["data"] | {"batch_size": 8}
 
 
@@ -75,7 +78,7 @@ def test_each_policy_keeps_less_than_the_one_before():
     for residual in ("bf16", "fp32"):
         for policy in ("none", "norm_gelu", "selective", "full"):
             model = tiny.CONFIG["model"] | {"residual": residual, "checkpointing": policy}
-            kept[residual, policy] = plan.plan(configured("bf16", model=model), 0, 1).per_image
+            kept[residual, policy] = plan.plans(configured("bf16", model=model), 1)[0].per_image
     for residual in ("bf16", "fp32"):
         sizes = [size for (of, _), size in kept.items() if of == residual]
         assert sizes == sorted(set(sizes), reverse=True), residual
@@ -143,12 +146,93 @@ def test_sharing_divides_what_the_stage_shares():
     assert copies == [120, 120, 30]
 
 
+def test_sums_of_micro_batches_are_in_fp32_under_zero_2_and_3():
+    """Which stage 2 updates from, and stage 3 copies; torch's own number elsewhere."""
+    for stage, once, summed in ((0, 600, 600), (1, 300, 300), (2, 150, 100), (3, 150, 200)):
+        for flag, size in ((False, once), (True, summed)):
+            assert plan.static_bytes(100, 60, "bf16", stage, 4, flag)["gradients"] == size
+            assert plan.static_bytes(100, 60, "bf16", stage, 1, flag)["gradients"] == 200
+            fp32 = plan.static_bytes(100, 60, "fp32", stage, 4, flag)["gradients"]
+            assert fp32 == (400 if stage < 2 else 100)
+
+
+def test_a_plan_of_several_micro_batches_counts_their_sums():
+    config = configured("bf16", data=DATA | {"batch_size": 16, "micro_batch_size": 4})
+    found = plan.plans(config, 2)[3]  # of 8 images a GPU
+    assert found.static["gradients"] == 8 * found.trained / 2
+    once = plan.plans(config, 4)[3]
+    assert once.static["gradients"] == 6 * once.trained / 4
+
+
+def test_fp32_is_as_slow_as_the_data_sheet_has_it(tmp_path, capsys):
+    def images_per_s(gpu: str, precision: str) -> float:
+        words = ["--config", path, "--gpu", gpu, "--set", f"run.precision={precision}"]
+        assert plan.main(words) == 0
+        return figures(capsys.readouterr().out)["images/s"][0]
+
+    path = str(tiny.write_config(tmp_path))
+    for name, gpu in plan.GPUS.items():
+        if gpu.precision == "bf16":
+            ratio = images_per_s(name, "bf16") / images_per_s(name, "fp32")
+            assert ratio == pytest.approx(gpu.tflops / gpu.fp32_tflops, rel=1e-3), name
+            assert ratio > 1.9
+
+
 def test_the_largest_batch_fills_the_memory():
     found = plan.Plan({"weights": 20e9}, 0.5e9, 1)
     gpu = plan.GPU(100, 80, 100, 132, "G")
     batch = plan.largest_batch(found, gpu)
     assert found.total(batch) <= 0.92 * 80e9 < found.total(batch + 1)
     assert plan.largest_batch(found._replace(static={"weights": 90e9}), gpu) == 0
+
+
+@pytest.mark.parametrize("regulariser", ["vicreg", "sigreg"])
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_configuration_is_planned(name, regulariser, capsys):
+    words = ["--config", name, "--gpu", "h100", "--set", f"loss.regulariser={regulariser}"]
+    assert plan.main(words) == 0
+    assert "saved for backward" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("context", ["random", "packed"])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"vicreg": {"views": "positions"}},
+        {"vicreg": {"positions_weight": 1.0, "projector": [20, 12]}},
+        {"regulariser": "sigreg"},
+        {"regulariser": "sigreg", "sigreg": {"views": "positions", "projector": [20, 12]}},
+    ],
+)
+def test_what_a_regulariser_keeps_is_counted_as_a_processor_keeps_it(loss, context):
+    """Beside what a loss without one keeps."""
+    counted, real = [], []
+    for own in (loss, {"vicreg": {"beta": 0}}):
+        config = configured(loss=own, mask={"min_keep": 4, "context": context})
+        with torch.device("meta"):
+            meta = build.build_networks(config)
+        networks, directions = build.build_networks(config), build.meta_directions(config)
+        batch = *meta_batch(config, build.first_masks(config, 8)), *directions
+        filled = *real_batch(config, 8), *(torch.randn(d.shape) for d in directions)
+        counted.append(plan.kept_bytes(meta, batch, fused_attention=False))
+        real.append(plan.kept_bytes(networks, filled, fused_attention=False))
+    more = real[0] - real[1]
+    assert more > 0 and counted[0] - counted[1] == pytest.approx(more, rel=0.005)
+
+
+def test_vicreg_at_each_position_is_counted_as_our_kernels_keep_it():
+    """The deviations and the matrix, not a token's row of a matrix with each position."""
+    kept = {}
+    for views, beta in (("positions", 0.001), ("blocks", 0)):
+        config = configured(loss={"vicreg": {"views": views, "beta": beta}})
+        with torch.device("meta"):
+            networks = build.build_networks(config)
+        batch = meta_batch(config, build.first_masks(config, 8))
+        kept[views] = plan.kept_bytes(networks, batch, fused_attention=True)
+    (B, K), D, N = batch[1].shape, 24, 36
+    z, rows = torch.empty(B * K, D, device="meta"), torch.empty(N, B, device="meta")
+    _, _, *saved = positions.position_terms_op(z, rows, 1.0, 1e-4, True)
+    assert kept["positions"] - kept["blocks"] == sum(t.nbytes for t in saved)
 
 
 def figures(text: str) -> dict[str, list[float]]:
@@ -268,7 +352,8 @@ def test_what_moves_memory_to_the_host_is_said_not_to_be_counted():
     zero = {"stage": 3, "offload_optimizer": {"device": "cpu"}, "zero_hpz_partition_size": 8}
     less, more = plan.not_counted(zero)
     assert less.startswith("offload_optimizer") and "less" in less and "more" in more
-    assert plan.not_counted({"stage": 3, "zero_hpz_partition_size": 1}) == []
+    for size in (1, "auto"):
+        assert plan.not_counted({"stage": 3, "zero_hpz_partition_size": size}) == []
 
 
 def test_rows_without_a_rate_are_not_kept():

@@ -133,8 +133,8 @@ def test_it_is_planned_and_counted_as_what_it_is(trained):
     half = counted_sizes(settings.model_copy(update={"data": square}), 9, 4, 6)
     whole = counted_sizes(settings, 9, 4, 6)
     assert plan.step_gflop(half)["target"] < plan.step_gflop(whole)["target"] / 2
-    found = plan.plan(settings.model_copy(
-        update={"run": settings.run.model_copy(update={"precision": "bf16"})}), 0, 1)  # fmt: skip
+    found = plan.plans(settings.model_copy(
+        update={"run": settings.run.model_copy(update={"precision": "bf16"})}), 1)[0]  # fmt: skip
     assert found.per_image > 0
 
 

@@ -376,7 +376,9 @@ def complete_config(
     config.setdefault("timers", {"throughput": {"enabled": False}})
     # torch's fused AdamW also serves offloaded masters: DeepSpeed's own would be compiled first
     config.setdefault("zero_force_ds_cpu_optimizer", False)
-    zero = dict(config.get("zero_optimization", {}))
+    # "auto" within it is DeepSpeed's default too
+    given = config.get("zero_optimization", {})
+    zero = {key: value for key, value in given.items() if value != "auto"}
     if not hardware.has_gpu():
         zero["overlap_comm"] = False  # it needs CUDA streams
     elif world_size() > 1:
