@@ -4,7 +4,7 @@ import pytest
 
 from cjepa_fast.config import ConfigError
 from cjepa_fast.training import failures
-from cjepa_fast.training.start import Options
+from cjepa_fast.training.session import Options
 
 
 @pytest.mark.parametrize(("rank", "prefix"), [("0", "error: "), ("3", "error: rank 3: ")])
