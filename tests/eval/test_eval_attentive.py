@@ -171,8 +171,8 @@ class Stopped(Exception):
 def test_what_resumes_ends_as_what_never_stopped(data, tmp_path, monkeypatch):
     whole = trained(data, tmp_path / "a")
 
-    def stop(kept, learner, done):
-        save(kept, learner, done)
+    def stop(kept, done):
+        save(kept, done)
         if done == 6:
             raise Stopped
 

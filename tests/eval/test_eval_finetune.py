@@ -307,8 +307,8 @@ def test_what_goes_on_ends_as_what_never_stopped(data, tmp_path, monkeypatch):
     chosen = replace(PLAIN, epochs=3, drop_path=0.3, mixup=0.8, cutmix=1.0, erasing=0.5)
     whole = tuned(data, chosen, tmp_path / "a")
 
-    def stop(kept, learner, done):
-        save(kept, learner, done)
+    def stop(kept, done):
+        save(kept, done)
         if done == 6:
             raise Stopped
 
