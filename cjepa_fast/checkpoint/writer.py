@@ -26,6 +26,7 @@ from cjepa_fast.checkpoint.format import Receipt
 from cjepa_fast.checkpoint.owned import SavedEngine
 from cjepa_fast.runtime import files
 from cjepa_fast.runtime.distributed import all_gather_objects, rank, world_size
+from cjepa_fast.runtime.one_thread import compute_on_one_thread
 
 
 class Worker:
@@ -58,6 +59,7 @@ class Worker:
 
 def _serve(jobs: queue.SimpleQueue, idle: threading.Event) -> None:
     """The thread's body. It holds no reference to the Worker, so that one can be collected."""
+    compute_on_one_thread()
     while (task := jobs.get()) is not None:
         job, args = task
         job(*args)

@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from threadpoolctl import threadpool_limits
 
 from cjepa_fast.config import DataSection
 from cjepa_fast.data import crops, rng
@@ -33,6 +32,7 @@ from cjepa_fast.data.decoder import Decoder, DecodeRequest, DecodeSettings
 from cjepa_fast.data.decoder_choice import choose_decoder, open_decoder
 from cjepa_fast.data.masks import Masks
 from cjepa_fast.data.sources import ImageSet
+from cjepa_fast.runtime.one_thread import compute_on_one_thread
 
 STAND_IN_TRIES = 64
 POLL_S = 0.1  # how soon the thread notices that nobody wants its batches any more
@@ -284,13 +284,8 @@ def _produce(make, ready: queue.Queue, stop: threading.Event, device: torch.devi
 
     A new thread's current device is GPU 0, whatever the process's is: there torch would make a
     context, of 0.5 GB or so, for each rank of the machine.
-
-    It computes on one thread. OpenMP would else give it a pool of threads beside the step's, and
-    where those together outnumber the cores, both sleep instead of spinning at every one of the
-    step's small operations: on 2 cores the demo's step then takes half as long again (measured).
     """
-    torch.get_num_threads()  # at its first use in a thread torch sets their number
-    threadpool_limits(1, user_api="openmp")  # of this thread alone
+    compute_on_one_thread()
 
     def offer(item) -> bool:
         while not stop.is_set():

@@ -546,3 +546,16 @@ def test_a_checkpoint_that_knows_nothing_of_fused_blocks_goes_on():
         now = {"config": {"model": {"patch_size": 4, "fused": fused}}}
         harmless, others = checkpoint.differences(saved, now)
         assert len(harmless) == 1 and not others
+
+
+def test_the_saver_s_thread_has_no_pool_of_its_own():
+    """Beside the step's it would make both sleep on few cores, from the first save on."""
+    before, taken = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    try:
+        worker = writer.Worker("save")
+        worker.start(lambda: taken.append(torch.get_num_threads()))
+        worker.wait()
+        assert taken == [1] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
