@@ -76,30 +76,11 @@ REFUSED_OF_DEEPSPEED: dict[str, tuple[tuple, str]] = {
 
 def find_problems(config: Config) -> Iterator[str]:
     """What no single key shows to be wrong."""
-    data, mask, model, optim = config.data, config.mask, config.model, config.optim
+    mask, model, optim = config.mask, config.model, config.optim
     yield from _impossible_grid(config)
     yield from _impossible_channels(config.data)
-    paths = [data.path] if isinstance(data.path, str) else data.path
-    if not paths or not all(path.strip() for path in paths):
-        yield (
-            f"data.path = {json.dumps(data.path)}: an empty path names no images (an unset "
-            "variable?); name a folder, shards or a list"
-        )
-    if not config.run.dir.strip():
-        yield (
-            f"run.dir = {json.dumps(config.run.dir)}: an empty path is the current folder (an "
-            'unset variable?); name a folder, or "." for that one'
-        )
-    for section, key in (
-        ("data", "crop_scale"),
-        ("data", "crop_ratio"),
-        ("mask", "target_scale"),
-        ("mask", "target_aspect"),
-        ("mask", "context_scale"),
-    ):
-        low, high = getattr(getattr(config, section), key)
-        if low > high:
-            yield f"{section}.{key} = [{low}, {high}]: the first must not exceed the second"
+    yield from _empty_paths(config)
+    yield from _reversed_ranges(config)
     if mask.context == "packed" and model.attention == "sdpa_cudnn":
         yield (
             'model.attention = "sdpa_cudnn": has no kernel for mask.context = "packed"; take '
@@ -132,6 +113,40 @@ def find_problems(config: Config) -> Iterator[str]:
             'predictor.mode = "one_pass": not with mask.context = "packed", which cuts '
             'its sequences another way; take "fixed" or "random"'
         )
+    yield from _impossible_loss(config)
+    yield from _impossible_sizes(config)
+    yield from _impossible_deepspeed(config)
+
+
+def _empty_paths(config: Config) -> Iterator[str]:
+    data = config.data
+    paths = [data.path] if isinstance(data.path, str) else data.path
+    if not paths or not all(path.strip() for path in paths):
+        yield (
+            f"data.path = {json.dumps(data.path)}: an empty path names no images (an unset "
+            "variable?); name a folder, shards or a list"
+        )
+    if not config.run.dir.strip():
+        yield (
+            f"run.dir = {json.dumps(config.run.dir)}: an empty path is the current folder (an "
+            'unset variable?); name a folder, or "." for that one'
+        )
+
+
+def _reversed_ranges(config: Config) -> Iterator[str]:
+    for section, key in (
+        ("data", "crop_scale"),
+        ("data", "crop_ratio"),
+        ("mask", "target_scale"),
+        ("mask", "target_aspect"),
+        ("mask", "context_scale"),
+    ):
+        low, high = getattr(getattr(config, section), key)
+        if low > high:
+            yield f"{section}.{key} = [{low}, {high}]: the first must not exceed the second"
+
+
+def _impossible_loss(config: Config) -> Iterator[str]:
     if not config.loss.prediction_weight and not config.loss.active_regulariser.beta:
         yield (
             f"loss.prediction_weight = 0: with loss.{config.loss.regulariser}.beta = 0 nothing is "
@@ -143,8 +158,6 @@ def find_problems(config: Config) -> Iterator[str]:
             f"loss.vicreg.positions_weight = {vicreg.positions_weight:g}: with loss.vicreg.views = "
             '"positions" they are there already; leave it out, or raise loss.vicreg.beta'
         )
-    yield from _impossible_sizes(config)
-    yield from _impossible_deepspeed(config)
 
 
 def _impossible_weight_stream(config: Config) -> Iterator[str]:
